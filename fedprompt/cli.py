@@ -1,0 +1,220 @@
+"""The `fedprompt` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Before Flower or Ray are imported: no telemetry, no update check, unless the user wants them.
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from fedprompt.errors import UserError
+
+app = typer.Typer(
+    help="Federated prompt learning for CLIP. Start with: fedprompt run quickstart",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to the config, e.g. federation.rounds=20 method=promptfl seed=2",
+        metavar="[KEY=VALUE]...",
+    ),
+]
+RunDir = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+Client = Annotated[
+    int | None, typer.Option("--client", help="Use this client's personal model, not the global.")
+]
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        str | None,
+        typer.Argument(help="A shipped experiment (see 'fedprompt list') or a YAML file."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
+) -> None:
+    """Run an experiment and write its run folder.
+
+    Examples:
+
+      fedprompt run quickstart
+
+      fedprompt run quickstart method=promptfl federation.rounds=30 seed=2
+
+      fedprompt run --resume runs/quickstart-fedrsclip-seed1
+    """
+    from fedprompt import experiment as experiments
+    from fedprompt.config import compose
+    from fedprompt.display import make_display
+
+    if (experiment is None) == (resume is None):
+        raise UserError("give an experiment, e.g. 'fedprompt run quickstart', or --resume RUN.")
+    display = make_display(quiet)
+    try:
+        if resume is not None:
+            experiments.resume(resume, display)
+        else:
+            assert experiment is not None
+            experiments.run(compose(experiment, overrides or []), display)
+    finally:
+        display.close()
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Draw the plots and report.html of a run again; works on unfinished runs too."""
+    from fedprompt.experiment import draw_report
+
+    _console().print(f"wrote {draw_report(run_dir)}", markup=False, highlight=False)
+
+
+@app.command()
+def predict(
+    run_dir: RunDir,
+    images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
+    client: Client = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to show per image.")] = 3,
+) -> None:
+    """Classify images with the prompts that a run has learned."""
+    from fedprompt.predict import Classifier
+
+    table = Table("image", "class", "probability")
+    for prediction in Classifier(run_dir, client).predict(images, top):
+        for i, (name, p) in enumerate(
+            zip(prediction.classes, prediction.probabilities, strict=True)
+        ):
+            table.add_row(str(prediction.image) if i == 0 else "", name, f"{100 * p:.1f} %")
+    _console().print(table)
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    client: Client = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write [RUN/class_embeddings.safetensors].")
+    ] = None,
+) -> None:
+    """Write class embeddings that work with plain open_clip."""
+    from fedprompt.predict import Classifier
+
+    path = out or run_dir / "class_embeddings.safetensors"
+    Classifier(run_dir, client).export(path)
+    _console().print(f"wrote {path}", markup=False, highlight=False)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what they share, what they keep, what a client uploads per round."""
+    from fedprompt.method_table import method_table
+
+    _console().print(method_table())
+
+
+@app.command("list")
+def list_configs() -> None:
+    """List the shipped configs by group."""
+    from fedprompt.config import available
+
+    table = Table("group", "names")
+    for group in ("experiment", "method", "strategy", "data", "backbone"):
+        table.add_row(group, ", ".join(available(group)))
+    _console().print(table)
+
+
+@data_app.command()
+def show(
+    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plot goes.")] = Path(
+        "partition.png"
+    ),
+) -> None:
+    """Print and plot the partition of an experiment: clients x classes."""
+    from fedprompt.config import compose
+    from fedprompt.data import open_dataset
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.partition import describe, make_partition
+    from fedprompt.data.show import partition_table
+    from fedprompt.plots import plot_partition
+
+    config = compose(experiment, overrides or [])
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    description = describe(dataset, make_partition(dataset, config.partition, config.seed))
+    console = _console()
+    console.print(partition_table(dataset.name, description))
+    for bad in dataset.bad_images:
+        console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
+    try:
+        plot_partition(description, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}.") from None
+    console.print(f"wrote {out}", markup=False, highlight=False)
+
+
+@data_app.command()
+def sheet(
+    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
+) -> None:
+    """Draw a contact sheet of a data set: one row per class, images of all domains."""
+    from fedprompt.config import compose
+    from fedprompt.data import open_dataset
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.show import contact_sheet
+
+    config = compose(experiment, overrides or [])
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    try:
+        contact_sheet(dataset).save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}.") from None
+    _console().print(f"wrote {out}", markup=False, highlight=False)
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit status 2."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        sys.stderr.write(f"fedprompt: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("fedprompt: stopped; 'fedprompt run --resume RUN' goes on.\n")
+        sys.exit(130)
+
+
+def _console() -> Console:
+    return Console()

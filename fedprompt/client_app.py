@@ -1,0 +1,228 @@
+"""Flower messages <-> local training and evaluation, for one client or for a cohort of them.
+
+`handle` is the whole client. A simulation's grid gives it a list of messages; Flower's ClientApp
+below gives it one. A reply carries the method's shared tensors and metrics; private tensors are
+returned beside the replies and kept by the caller on the client's side.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+
+from fedprompt.config import compose
+from fedprompt.errors import UserError
+from fedprompt.evaluation import score_personal
+from fedprompt.methods.base import Tensors
+from fedprompt.private_store import FileStore
+from fedprompt.training import train_cohort
+from fedprompt.workspace import Workspace
+from strategies.base import ARRAYS, CONFIG, METRICS
+
+
+def handle(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    private: Mapping[int, Tensors],
+) -> tuple[list[Message], dict[int, Tensors]]:
+    """Answer one message per client; all messages are of one type and round.
+
+    Args:
+        workspace: this process's data, CLIP and method.
+        clients: client ids, in the order of `messages`.
+        messages: what the server sent.
+        private: private tensors of clients that have trained before.
+
+    Returns:
+        Replies in the same order, and the private tensors that training has changed.
+    """
+    kind = messages[0].metadata.message_type
+    if kind == MessageType.TRAIN:
+        return _train(workspace, clients, messages, private)
+    if kind == MessageType.EVALUATE:
+        return _evaluate(workspace, clients, messages, private), {}
+    return [_describe(workspace, c, m) for c, m in zip(clients, messages, strict=True)], {}
+
+
+def _train(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    private: Mapping[int, Tensors],
+) -> tuple[list[Message], dict[int, Tensors]]:
+    config = workspace.config
+    results = train_cohort(
+        workspace.method,
+        [_read_shared(workspace, m) for m in messages],
+        [private.get(c) or workspace.start_private(c) for c in clients],
+        [workspace.train_data(c) for c in clients],
+        config.training,
+        seed=config.seed,
+        server_round=server_round(messages[0]),
+        rounds=config.federation.rounds,
+    )
+    replies = []
+    for message, result in zip(messages, results, strict=True):
+        arrays = {n: Array(t.numpy()) for n, t in result.shared.items()}
+        losses = {n if n == "loss" else f"loss-{n}": v for n, v in result.losses.items()}
+        metrics = MetricRecord({"num-examples": result.num_examples, **losses})
+        content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: metrics})
+        replies.append(Message(content, reply_to=message))
+    return replies, {r.client: r.private for r in results if r.private}
+
+
+def _evaluate(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    private: Mapping[int, Tensors],
+) -> list[Message]:
+    common = workspace.config.evaluation.personal_on_global
+    own, everyone = score_personal(
+        workspace.method,
+        [_read_shared(workspace, m) for m in messages],
+        [private.get(c) or workspace.start_private(c) for c in clients],
+        [workspace.test_data(c) for c in clients],
+        workspace.server_test() if common else None,
+    )
+    replies = []
+    for k, message in enumerate(messages):
+        metrics: dict[str, int | float] = {
+            "num-examples": own[k].tested,
+            "correct": own[k].correct,
+            "loss-sum": own[k].loss_sum,
+        }
+        if everyone is not None:
+            metrics |= {"common-tested": everyone[k].tested, "common-correct": everyone[k].correct}
+        content = RecordDict({METRICS: MetricRecord(dict(metrics))})
+        replies.append(Message(content, reply_to=message))
+    return replies
+
+
+def _describe(workspace: Workspace, client: int, message: Message) -> Message:
+    """Which client this node is, and how many images it trains and tests on."""
+    metrics = MetricRecord(
+        {
+            "client-id": client,
+            "num-train": len(workspace.partition.train(client)),
+            "num-test": len(workspace.partition.test(client)),
+        }
+    )
+    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+
+def server_round(message: Message) -> int:
+    """The round a message belongs to."""
+    settings = message.content[CONFIG]
+    assert isinstance(settings, ConfigRecord)
+    value = settings["server-round"]
+    assert isinstance(value, int)
+    return value
+
+
+def _read_shared(workspace: Workspace, message: Message) -> Tensors:
+    """The shared tensors of a message, checked against what the method declares."""
+    record = message.content[ARRAYS]
+    expected = workspace.method.init_shared(workspace.config.seed)
+    if not isinstance(record, ArrayRecord) or set(record) != set(expected):
+        raise UserError(
+            f"the server sent tensors {sorted(record)}, but method "
+            f"'{workspace.method.name}' shares {sorted(expected)}; server and client must run the "
+            "same experiment."
+        )
+    shared = {}
+    for name, start in expected.items():
+        array = record[name].numpy()
+        if array.shape != tuple(start.shape) or array.dtype != np.float32:
+            raise UserError(
+                f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
+                f"{tuple(start.shape)}. Server and client must run the same experiment."
+            )
+        shared[name] = torch.from_numpy(array.copy())
+    return shared
+
+
+# Flower's ClientApp: one client per node
+
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Local training on this node's client."""
+    return _answer(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Test this node's personal model."""
+    return _answer(message, context)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say which client this node is."""
+    return _answer(message, context)
+
+
+def _answer(message: Message, context: Context) -> Message:
+    workspace = _workspace(
+        str(context.run_config["experiment"]), str(context.run_config["overrides"])
+    )
+    client = int(context.node_config["partition-id"])
+    if not 0 <= client < workspace.num_clients:
+        raise UserError(
+            f"this node is partition {client}, but the experiment has {workspace.num_clients} "
+            "clients; set partition.clients to the number of nodes."
+        )
+    store = FileStore(state_folder(context) / f"client-{client:05d}")
+    private: dict[int, Tensors] = {}
+    kind = message.metadata.message_type
+    if kind in (MessageType.TRAIN, MessageType.EVALUATE):
+        # Training in round r builds on r - 1; an evaluation of round r sees what r has trained.
+        limit = server_round(message) + (kind == MessageType.EVALUATE)
+        kept = store.latest(limit)
+        if kept:
+            private[client] = kept
+    replies, changed = handle(workspace, [client], [message], private)
+    for tensors in changed.values():
+        store.put(server_round(message), tensors)
+    return replies[0]
+
+
+def state_folder(context: Context) -> Path:
+    """This node's folder for private tensors of one run.
+
+    The node's `state-dir`, else $FEDPROMPT_STATE, else ~/.local/state/fedprompt.
+    """
+    base = context.node_config.get("state-dir") or os.environ.get("FEDPROMPT_STATE")
+    root = Path(str(base)) if base else Path.home() / ".local" / "state" / "fedprompt"
+    return root.expanduser() / f"run-{context.run_id}"
+
+
+@lru_cache(maxsize=1)
+def _workspace(experiment: str, overrides: str) -> Workspace:
+    """This process's workspace; a warm worker process opens it once."""
+    config = compose(experiment, shlex.split(overrides))
+    if config.grid.threads:
+        torch.set_num_threads(config.grid.threads)
+    return Workspace.open(config, progress=False)

@@ -1,0 +1,398 @@
+"""The frozen CLIP that every client holds: the only module that knows open_clip.
+
+Shape suffixes: B images, C classes, D joint embedding, d text width, L text positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from fedprompt.tiny import tiny_model_config, tiny_state_dict, tiny_weights_path
+from filelock import FileLock
+from open_clip.model import CLIP, CustomTextCLIP
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedprompt.config import BackboneConfig
+from fedprompt.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """The pieces of a text tower that prompts are threaded through.
+
+    `causal` says that a position sees only earlier ones; `pools_at_end` that the feature is read
+    at the end-of-text token. The shared-prefix evaluation needs both.
+    """
+
+    token_embedding: nn.Embedding
+    positional_embedding_Ld: Tensor
+    blocks: nn.ModuleList
+    ln_final: nn.Module
+    projection: Tensor | nn.Module | None
+    attn_mask_LL: Tensor | None
+    heads: int
+    width: int
+    context_length: int
+    pool_type: str
+    eos_id: int | None
+    causal: bool
+    pools_at_end: bool
+    plain_blocks: bool
+
+
+class FrozenCLIP:
+    """A CLIP model in eval mode without gradients to its weights.
+
+    Attributes:
+        name: the model's name, e.g. `ViT-B-16`.
+        fingerprint: changes when image features may change (weights, architecture, precision).
+        preprocess: PIL image -> (3, H, W) float32, the model's own evaluation transform.
+        preprocess_fingerprint: changes when `preprocess` does.
+        logit_scale: exp(logit_scale), about 100 for OpenAI's models.
+    """
+
+    def __init__(
+        self,
+        model: CLIP | CustomTextCLIP,
+        tokenizer: Callable[..., Tensor],
+        *,
+        name: str,
+        weights_hash: str,
+        device: str = "cpu",
+        precision: str = "float32",
+        image_batch: int = 64,
+    ) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.name = name
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.precision = precision
+        self.image_batch = image_batch
+        preprocess_cfg = open_clip.model.get_model_preprocess_cfg(model)
+        self.preprocess: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(
+            open_clip.transform.PreprocessCfg(**preprocess_cfg), is_train=False
+        )
+        self.preprocess_fingerprint = _digest(json.dumps(preprocess_cfg, sort_keys=True))
+        self.fingerprint = _digest(f"{name}|{weights_hash}|{precision}")
+        self.logit_scale = float(model.logit_scale.exp())
+        self.text = _text_parts(model)
+        self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bfloat16 autocast where `precision` is `bf16`; nothing otherwise."""
+        if self.precision == "bf16":
+            with torch.autocast(self.device.type, torch.bfloat16):
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def encode_images(self, images_B3HW: Tensor) -> Tensor:
+        """Image features (B, D), float32 on the CPU, not normalised."""
+        with self.autocast():
+            features_BD = self.model.encode_image(images_B3HW.to(self.device))
+        return features_BD.float().cpu()
+
+    @torch.no_grad()
+    def encode_text_raw(self, texts: Sequence[str]) -> Tensor:
+        """open_clip's own `encode_text` of hard prompts: (len(texts), D) float32."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        with self.autocast():
+            features: Tensor = self.model.encode_text(tokens)
+        return features.float()
+
+    def zero_shot_classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Class features (C, D), L2-normalised: the normalised mean over templates.
+
+        Source: CLIP (Radford et al., ICML 2021), section 3.1.4, prompt ensembling in the
+        embedding space.
+        """
+        per_template = [
+            F.normalize(self.encode_text_raw([t.format(c) for c in class_names]), dim=-1)
+            for t in templates
+        ]
+        return F.normalize(torch.stack(per_template).mean(0), dim=-1)
+
+
+def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
+    """The backbone that `config` names, its weights memory-mapped where they come from a file.
+
+    `cache_dir` keeps float32 safetensors copies of checkpoints that cannot be mapped as they are
+    (half precision, pickles), so that all processes of a machine share one copy in memory.
+
+    Raises:
+        UserError: unknown model or tag, weights that cannot be had, read or fitted, no GPU.
+    """
+    device = _device(config.device)
+    if config.model == "tiny":
+        return _load_tiny(config, device)
+    known = open_clip.list_models()
+    if config.model not in known:
+        hint = did_you_mean(config.model, ["tiny", *known]) if len(known) < 20 else ""
+        hint = hint or _nearest(config.model, ["tiny", *known])
+        raise UserError(f"backbone: open_clip has no model '{config.model}'.{hint}")
+    if config.checkpoint:
+        source = Path(config.checkpoint).expanduser()
+        if not source.is_file():
+            raise UserError(f"backbone: no checkpoint file {source}.")
+        tag_cfg: dict[str, Any] = {}
+    else:
+        assert config.pretrained is not None
+        source, tag_cfg = _fetch_pretrained(config.model, config.pretrained)
+    model_cfg = open_clip.get_model_config(config.model)
+    assert model_cfg is not None
+    if tag_cfg.get("quick_gelu"):
+        model_cfg["quick_gelu"] = True
+    source_hash = _file_hash(source, cache_dir)
+    weights = _mappable_weights(config.model, model_cfg, source, source_hash, cache_dir)
+    model = _build(config.model, model_cfg, load_file(weights))
+    preprocess_cfg = dict(open_clip.model.get_model_preprocess_cfg(model))
+    preprocess_cfg.update(
+        {k: tag_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag_cfg}
+    )
+    open_clip.model.set_model_preprocess_cfg(model, preprocess_cfg)
+    return FrozenCLIP(
+        model,
+        open_clip.get_tokenizer(config.model),
+        name=config.model,
+        weights_hash=_digest(source_hash + json.dumps(model_cfg, sort_keys=True)),
+        device=device,
+        precision=config.precision,
+        image_batch=config.image_batch,
+    )
+
+
+def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
+    model_cfg = tiny_model_config()
+    with torch.device("meta"):
+        model = CLIP(**model_cfg)
+    _assign(model, tiny_state_dict())
+    weights_hash = hashlib.sha256(tiny_weights_path().read_bytes()).hexdigest()
+    return FrozenCLIP(
+        model,
+        open_clip.SimpleTokenizer(),
+        name="tiny",
+        weights_hash=weights_hash,
+        device=device,
+        precision=config.precision,
+        image_batch=max(config.image_batch, 256),
+    )
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("backbone: device 'cuda' asked for, but PyTorch sees no GPU; use 'auto'.")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def _fetch_pretrained(model: str, tag: str) -> tuple[Path, dict[str, Any]]:
+    from open_clip.pretrained import download_pretrained
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    tag_cfg = open_clip.get_pretrained_cfg(model, tag)
+    if not tag_cfg:
+        hint = did_you_mean(tag, tags)
+        raise UserError(f"backbone: model '{model}' has no pretrained tag '{tag}'.{hint}")
+    try:
+        return Path(download_pretrained(tag_cfg)), dict(tag_cfg)
+    except Exception as error:  # the hub's and urllib's errors have no common parent
+        raise UserError(
+            f"backbone: weights '{tag}' of {model} could not be downloaded "
+            f"({type(error).__name__}); fetch them on a machine with a connection and set "
+            "backbone.checkpoint=FILE, or copy its Hugging Face cache."
+        ) from None
+
+
+def _mappable_weights(
+    name: str, model_cfg: dict[str, Any], source: Path, source_hash: str, cache_dir: Path
+) -> Path:
+    """A float32 safetensors file with the model's own keys: `source` itself where it is one."""
+    expected = {k: tuple(v.shape) for k, v in _meta_model(name, model_cfg).state_dict().items()}
+    if source.suffix == ".safetensors" and _is_mappable(source, expected):
+        return source
+    key = _digest(source_hash + json.dumps(model_cfg, sort_keys=True))
+    target = cache_dir / "weights" / f"{name.replace('/', '-')}-{key[:16]}.safetensors"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():
+                _convert(name, model_cfg, source, target)
+    except OSError as error:
+        raise UserError(
+            f"backbone: cannot write {target}: {error.strerror or error}; set output.cache to a "
+            "folder with room."
+        ) from None
+    return target
+
+
+def _convert(name: str, model_cfg: dict[str, Any], source: Path, target: Path) -> None:
+    """Let open_clip read and convert `source`, and keep the result as float32 safetensors."""
+    model = _empty_model(name, model_cfg, meta=False)
+    try:
+        open_clip.load_checkpoint(model, str(source), strict=True, weights_only=True)
+    except Exception as error:  # unpickling, key and shape errors come in many types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone: {source} does not hold weights of {name}: {reason}") from None
+    state = {k: v.float().contiguous().clone() for k, v in model.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, temporary)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _is_mappable(path: Path, expected: dict[str, tuple[int, ...]]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as reader:
+            keys = set(reader.keys())
+            if keys != set(expected):
+                return False
+            slices = {k: reader.get_slice(k) for k in keys}
+            return all(
+                tuple(s.get_shape()) == expected[k] and s.get_dtype() in ("F32", "I64")
+                for k, s in slices.items()
+            )
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone: {path} is not a readable safetensors file: {reason}") from None
+
+
+def _build(name: str, model_cfg: dict[str, Any], state: dict[str, Tensor]) -> CLIP | CustomTextCLIP:
+    model = _meta_model(name, model_cfg)
+    _assign(model, state)
+    return model
+
+
+def _assign(model: CLIP | CustomTextCLIP, state: dict[str, Tensor]) -> None:
+    """Adopt the tensors of `state` without a copy, and rebuild what no checkpoint holds."""
+    model.load_state_dict(state, strict=True, assign=True)
+    text = getattr(model, "text", model)
+    if getattr(text, "attn_mask", None) is not None and text.attn_mask.is_meta:
+        size = text.positional_embedding.shape[0]
+        text.attn_mask = torch.full((size, size), float("-inf")).triu_(1)
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise RuntimeError(f"tensors without values after loading: {left}")
+
+
+def _meta_model(name: str, model_cfg: dict[str, Any]) -> CLIP | CustomTextCLIP:
+    return _empty_model(name, model_cfg, meta=True)
+
+
+def _empty_model(name: str, model_cfg: dict[str, Any], *, meta: bool) -> CLIP | CustomTextCLIP:
+    """The architecture without weights; on the meta device where open_clip's own classes allow.
+
+    timm and Hugging Face towers make buffers that no checkpoint holds, so they are really built.
+    """
+    own_classes = (
+        "timm_model_name" not in model_cfg["vision_cfg"]
+        and "hf_model_name" not in model_cfg["text_cfg"]
+        and "multimodal_cfg" not in model_cfg
+    )
+    if not own_classes:
+        return open_clip.create_model(
+            name, pretrained=None, pretrained_image=False, pretrained_text=False
+        )
+    cfg = dict(model_cfg)
+    model_class = CustomTextCLIP if cfg.pop("custom_text", False) else CLIP
+    with _GLOBAL_RNG, torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        return model_class(**cfg)
+
+
+_GLOBAL_RNG = threading.Lock()
+
+
+def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
+    text = getattr(model, "text", model)
+    unsupported = (
+        not hasattr(text, "transformer")
+        or not hasattr(text.transformer, "resblocks")
+        or getattr(text, "cls_emb", None) is not None
+        or getattr(text, "use_pad_mask", False)
+    )
+    if unsupported:
+        raise UserError(
+            f"backbone: prompts cannot be threaded through the text tower of this model "
+            f"({type(text).__name__}); choose one with open_clip's own text transformer."
+        )
+    blocks = text.transformer.resblocks
+    pool_type = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
+    mask = text.attn_mask
+    return TextParts(
+        token_embedding=text.token_embedding,
+        positional_embedding_Ld=text.positional_embedding,
+        blocks=blocks,
+        ln_final=text.ln_final,
+        projection=text.text_projection,
+        attn_mask_LL=mask,
+        heads=blocks[0].attn.num_heads,
+        width=text.positional_embedding.shape[-1],
+        context_length=text.context_length,
+        pool_type=pool_type,
+        eos_id=getattr(text, "text_eos_id", getattr(text, "eos_id", None)),
+        causal=mask is not None,
+        pools_at_end=pool_type in ("argmax", "eos"),
+        plain_blocks=all(type(b).__name__ == "ResidualAttentionBlock" for b in blocks),
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_hash(path: Path, cache_dir: Path) -> str:
+    """SHA-256 of a file's bytes; remembered by path, size and modification time."""
+    status = path.stat()
+    stamp = _digest(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}")
+    memo = cache_dir / "weights" / "hashes" / stamp
+    with contextlib.suppress(OSError):
+        return memo.read_text()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    with contextlib.suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(digest.hexdigest())
+        os.replace(temporary, memo)
+    return digest.hexdigest()
+
+
+def shape_only_clip(name: str) -> FrozenCLIP:
+    """A one-layer model with the widths of `name` and random weights: for shapes, not features."""
+    cfg = open_clip.get_model_config(name)
+    assert cfg is not None
+    cfg["vision_cfg"] |= {"layers": 1, "image_size": 2 * cfg["vision_cfg"]["patch_size"]}
+    cfg["text_cfg"] |= {"layers": 1}
+    model = _empty_model(name, cfg, meta=False)
+    return FrozenCLIP(model, open_clip.get_tokenizer(name), name=name, weights_hash="random")

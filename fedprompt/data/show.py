@@ -1,0 +1,64 @@
+"""Data sets and partitions for the eye: a table for the terminal, a contact sheet as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.table import Table
+
+from fedprompt.data.base import ImageDataset
+
+CLIENTS_SHOWN = 30
+TILE, COLUMNS, LABEL = 96, 8, 150
+
+
+def partition_table(name: str, description: Mapping[str, Any]) -> Table:
+    """One row per client: training and test images, classes held, the largest class."""
+    classes = description["class_names"]
+    train_KC = np.array(description["train_counts"])
+    test_KC = np.array(description["test_counts"])
+    domain_KD = np.array(description["domain_counts"])
+    several_domains = domain_KD.shape[1] > 1
+    table = Table(title=f"{name}: {len(train_KC)} clients, {len(classes)} classes")
+    for heading in ("client", "train", "test", "classes"):
+        table.add_column(heading, justify="right")
+    table.add_column("largest class")
+    if several_domains:
+        table.add_column("domains", justify="right")
+    for k, row_C in enumerate(train_KC[:CLIENTS_SHOWN]):
+        largest = int(row_C.argmax())
+        share = 100 * row_C[largest] / max(row_C.sum(), 1)
+        cells = [
+            str(k),
+            str(row_C.sum()),
+            str(test_KC[k].sum()),
+            str((row_C > 0).sum()),
+            f"{classes[largest]} ({share:.0f} %)",
+        ]
+        table.add_row(*cells, *([str((domain_KD[k] > 0).sum())] if several_domains else []))
+    hidden = len(train_KC) - CLIENTS_SHOWN
+    server = sum(description["server_test_counts"])
+    table.caption = (f"and {hidden} more clients; " if hidden > 0 else "") + (
+        f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
+    )
+    return table
+
+
+def contact_sheet(dataset: ImageDataset) -> Image.Image:
+    """One row per class, `COLUMNS` images spread evenly over the class (and so over domains)."""
+    rows = len(dataset.class_names)
+    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2), rows * (TILE + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, name in enumerate(dataset.class_names):
+        top = c * (TILE + 2)
+        draw.text((4, top + TILE // 2 - 6), name[:24], fill="black")
+        members = np.flatnonzero(dataset.labels_N == c)
+        members = members[np.argsort(dataset.domains_N[members], kind="stable")]
+        picks = np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)
+        for column, i in enumerate(members[picks]):
+            tile = dataset.open_image(int(i)).resize((TILE, TILE), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (LABEL + column * (TILE + 2), top))
+    return sheet

@@ -1,0 +1,395 @@
+"""What a run says while it goes on, and the tables it ends with.
+
+A terminal gets one live block (bar, loss, accuracies, traffic, time left); a file or a pipe gets
+one plain line per round in a fixed format; `quiet` gets nothing. Text from a run (names, paths,
+messages) is never read as rich markup.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+MISSING = "-"
+
+
+def human_bytes(n: int) -> str:
+    """Bytes in binary units: `640 B`, `80.0 KiB`, `1.5 MiB`."""
+    if n < 1024:
+        return f"{n} B"
+    size = float(n)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        # Compared as printed, so that 1 MiB - 1 B does not read "1024.0 KiB".
+        if round(size, 1) < 1024 or unit == "TiB":
+            break
+    return f"{size:.1f} {unit}"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as `0:12`, `3:05` or `1:02:03`."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def percent(fraction: float | None) -> str:
+    """An accuracy in [0, 1] as `61.2 %`; `-` when it was not measured."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def percent_spread(mean: float | None, std: float | None) -> str:
+    """Mean and standard deviation as `78.9 ± 6.1 %`; the mean alone without a deviation."""
+    if mean is None or std is None:
+        return percent(mean)
+    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One model's results in [0, 1]; None = not measured."""
+
+    name: str
+    global_accuracy: float | None
+    mean: float | None
+    std: float | None
+    worst: float | None
+    p10: float | None
+    on_global_mean: float | None
+    on_global_std: float | None
+
+    @classmethod
+    def of(cls, name: str, part: Mapping[str, Any]) -> ResultRow:
+        """From the `global`, `personal` and `personal_on_global` entries of `part`."""
+        whole = part.get("global") or {}
+        personal = part.get("personal") or {}
+        on_global = part.get("personal_on_global") or {}
+        return cls(
+            name=name,
+            global_accuracy=whole.get("accuracy"),
+            mean=personal.get("mean"),
+            std=personal.get("std"),
+            worst=personal.get("worst"),
+            p10=personal.get("p10"),
+            on_global_mean=on_global.get("mean"),
+            on_global_std=on_global.get("std"),
+        )
+
+
+def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
+    """Zero-shot, local-only and the method itself, without baselines that were not run."""
+    rows = []
+    zero_shot = summary.get("zero_shot")
+    if zero_shot:
+        rows.append(ResultRow.of("zero-shot", {"global": zero_shot, **zero_shot}))
+    local_only = summary.get("local_only")
+    if local_only:
+        rows.append(ResultRow.of("local-only", local_only))
+    rows.append(ResultRow.of(str(summary.get("method", "method")), summary))
+    return rows
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The last thing a run prints: its results beside the baselines, and its traffic."""
+    table = Table(
+        Column("", overflow="fold"),
+        *(Column(name, justify="right", overflow="fold") for name in _RESULT_COLUMNS),
+        title=_plain(f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}"),
+        caption=_plain(_traffic(summary)),
+        **_LOOK,
+    )
+    rows = result_rows(summary)
+    for row in rows:
+        style = "bold" if row is rows[-1] else ""
+        table.add_row(_plain(row.name), *_result_cells(row), style=style)
+    return table
+
+
+def compare_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per run; settings that all runs share stand in the caption instead of a column."""
+    keys = [
+        key
+        for key in ("experiment", "method", "strategy", "backbone", "data", "seed", "rounds")
+        if key == "method" or len({str(s.get(key)) for s in summaries}) > 1
+    ]
+    shared = [
+        f"{key} {summaries[0].get(key)}"
+        for key in ("experiment", "strategy", "backbone", "data", "seed", "rounds")
+        if summaries and key not in keys and summaries[0].get(key) is not None
+    ]
+    table = Table(
+        *(Column(key, overflow="fold") for key in keys),
+        *(Column(name, justify="right", overflow="fold") for name in _RESULT_COLUMNS),
+        Column("numbers\nup", justify="right", overflow="fold"),
+        caption=_plain(
+            (f"All: {', '.join(shared)}.\n" if shared else "")
+            + "numbers up: uploaded per client and round."
+        ),
+        **_LOOK,
+    )
+    for summary in summaries:
+        uploaded = summary.get("uploaded_numbers_per_client_round")
+        table.add_row(
+            *(_plain(str(summary.get(key, MISSING))) for key in keys),
+            *_result_cells(result_rows(summary)[-1]),
+            MISSING if uploaded is None else f"{uploaded:,}",
+        )
+    return table
+
+
+_RESULT_COLUMNS = ("global\naccuracy", "personalised\nmean ± std", "worst\nclient", "10th\npct.")
+# Narrow enough for a phone's terminal, and plain lines when redirected to a file.
+_LOOK: dict[str, Any] = {
+    "box": SIMPLE_HEAD,
+    "pad_edge": False,
+    "title_justify": "left",
+    "caption_justify": "left",
+}
+
+
+def _result_cells(row: ResultRow) -> tuple[str, ...]:
+    return (
+        percent(row.global_accuracy),
+        percent_spread(row.mean, row.std),
+        percent(row.worst),
+        percent(row.p10),
+    )
+
+
+def _plain(text: str) -> Text:
+    """Text that rich prints as it is: `[red]` in a name stays six characters."""
+    return Text(text)
+
+
+def _traffic(summary: Mapping[str, Any]) -> str:
+    lines, parts = [], []
+    uploaded = summary.get("uploaded_numbers_per_client_round")
+    if uploaded is not None:
+        lines.append(f"{uploaded:,} numbers up per client and round")
+    if summary.get("bytes_up") is not None:
+        parts.append(f"{human_bytes(summary['bytes_up'])} up")
+    if summary.get("bytes_down") is not None:
+        parts.append(f"{human_bytes(summary['bytes_down'])} down")
+    if summary.get("rejected_replies"):
+        parts.append(f"{summary['rejected_replies']} replies rejected")
+    return "\n".join((*lines, *([", ".join(parts)] if parts else [])))
+
+
+class Display(Protocol):
+    """What a run calls as it goes on; every call returns at once."""
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """The run begins; `first_round` > 1 when it goes on from a checkpoint."""
+
+    def message(self, text: str) -> None:
+        """One line for the user."""
+
+    def phase(self, text: str) -> None:
+        """What the run is busy with now, e.g. `encoding images`."""
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """A round ended: its metrics line, and the expected time left in seconds.
+
+        Traffic is shown as the total since the run began. A record may carry it as
+        `total_bytes_up` and `total_bytes_down`; else `bytes_up` and `bytes_down` of the records
+        seen so far are added up.
+        """
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """The run is complete: its summary table, then its folder."""
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice, and after an error."""
+
+
+class _Traffic:
+    """Bytes since the run began."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.up = record.get("total_bytes_up", self.up + (record.get("bytes_up") or 0))
+        self.down = record.get("total_bytes_down", self.down + (record.get("bytes_down") or 0))
+
+
+def _label(record: Mapping[str, Any]) -> str:
+    return "local-only" if record.get("kind") == "local_only" else "round"
+
+
+def _fields(
+    record: Mapping[str, Any], traffic: _Traffic, eta_s: float | None
+) -> Iterator[tuple[str, str]]:
+    """Name and value of everything shown for one round, in the order shown."""
+    loss = (record.get("train") or {}).get("loss")
+    yield "loss", MISSING if loss is None else f"{loss:.3f}"
+    yield "global", percent((record.get("global") or {}).get("accuracy"))
+    yield "personal", percent((record.get("personal") or {}).get("mean"))
+    yield "up", human_bytes(traffic.up)
+    yield "down", human_bytes(traffic.down)
+    rejected = (record.get("clients") or {}).get("rejected")
+    if rejected:
+        yield "rejected", str(rejected)
+    known = eta_s is not None and math.isfinite(eta_s)
+    yield "left", human_time(eta_s) if known and eta_s is not None else MISSING
+
+
+class PlainDisplay:
+    """One line per round, for files, pipes and logs.
+
+    `round 3/10  loss 1.234  global 61.2 %  personal 78.9 %  up 80.0 KiB  down 80.0 KiB  left 0:12`
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, force_terminal=False, color_system=None)
+        self._traffic = _Traffic()
+        self._rounds = 0
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Print the title and the number of rounds to go."""
+        self._traffic, self._rounds = _Traffic(), rounds
+        resumed = f", going on from round {first_round}" if first_round > 1 else ""
+        self._print(f"{title}: {rounds} rounds{resumed}")
+
+    def message(self, text: str) -> None:
+        """Print the line."""
+        self._print(text)
+
+    def phase(self, text: str) -> None:
+        """Print the phase as a line."""
+        self._print(f"{text} ...")
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Print the round's line."""
+        self._traffic.add(record)
+        fields = (f"{name} {value}" for name, value in _fields(record, self._traffic, eta_s))
+        self._print("  ".join((f"{_label(record)} {record['round']}/{self._rounds}", *fields)))
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Print the summary table."""
+        self._console.print(summary_table(summary))
+        if run_dir is not None:
+            self._print(f"run folder: {run_dir}")
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: a line of the log stays one line, however narrow rich thinks the file is.
+        self._console.print(_plain(text), soft_wrap=True)
+        self._console.file.flush()
+
+
+class RichDisplay:
+    """One live block in a terminal: a bar with the round, and the last round's numbers."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._traffic = _Traffic()
+        self._live: Live | None = None
+        self._task: TaskID | None = None
+        self._numbers = Text("")
+        self._rounds = 0
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Print the title and open the live block."""
+        self.close()
+        self._traffic, self._rounds, self._numbers = _Traffic(), rounds, Text("")
+        self._console.print(Text(title, style="bold"), soft_wrap=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("round", total=rounds, completed=first_round - 1)
+        self._live = Live(Group(self._progress, self._numbers), console=self._console)
+        self._live.start()
+        # An uncaught error elsewhere must not leave the user's terminal without a cursor.
+        atexit.register(self.close)
+
+    def message(self, text: str) -> None:
+        """Print the line above the live block."""
+        self._console.print(_plain(text), soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        """Show the phase in front of the bar."""
+        if self._live is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+            self._live.refresh()
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Move the bar and show the round's numbers; a dash where it was not evaluated."""
+        self._traffic.add(record)
+        if self._live is None or self._task is None:
+            return
+        self._progress.update(self._task, description=_label(record), completed=record["round"])
+        self._numbers = Text("  ")
+        for name, value in _fields(record, self._traffic, eta_s):
+            style = "bold red" if name == "rejected" else "bold"
+            self._numbers.append(f"{name} ", style="dim").append(f"{value}   ", style=style)
+        self._live.update(Group(self._progress, self._numbers))
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Close the live block and print the summary table."""
+        self.close()
+        self._console.print(summary_table(summary))
+        if run_dir is not None:
+            self.message(f"run folder: {run_dir}")
+
+    def close(self) -> None:
+        """Stop the live block and show the cursor again."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.close)
+
+
+class QuietDisplay:
+    """Says nothing."""
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Say nothing."""
+
+    def message(self, text: str) -> None:
+        """Say nothing."""
+
+    def phase(self, text: str) -> None:
+        """Say nothing."""
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Say nothing."""
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def make_display(quiet: bool = False) -> Display:
+    """A live display in a terminal, plain lines in a file or pipe, nothing when `quiet`."""
+    if quiet:
+        return QuietDisplay()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An ASCII-only stdout must not end a run at its summary, for want of a `±`.
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(highlight=False)
+    # isatty, not console.is_terminal: FORCE_COLOR makes rich take a pipe for a terminal.
+    live = sys.stdout.isatty() and not console.is_dumb_terminal
+    return RichDisplay(console) if live else PlainDisplay()

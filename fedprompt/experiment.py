@@ -1,0 +1,182 @@
+"""One experiment from config to report, on this machine or a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from fedprompt.config import Config
+from fedprompt.display import Display
+from fedprompt.evaluation import personal_statistics, score_global, score_personal
+from fedprompt.grid import CohortGrid, open_grid
+from fedprompt.methods import method_class
+from fedprompt.run_folder import METRICS, PROMPTS, REPORT, SUMMARY, RunFolder
+from fedprompt.server_app import Federation, run_reference, run_server
+from fedprompt.workspace import Workspace
+
+
+def run(config: Config, display: Display) -> Path:
+    """A new run; returns its folder."""
+    return _run(config, RunFolder.create(config), display)
+
+
+def resume(path: Path, display: Display) -> Path:
+    """Go on with a run that was interrupted; a finished one is left as it is."""
+    folder, config = RunFolder.resume(path)
+    if (path / SUMMARY).is_file():
+        if config.output.report and not (path / REPORT).is_file():
+            draw_report(path)
+        display.finish(json.loads((path / SUMMARY).read_text()), path)
+        folder.close()
+        return path
+    return _run(config, folder, display)
+
+
+def _run(config: Config, folder: RunFolder, display: Display) -> Path:
+    started = time.monotonic()
+    grid: CohortGrid | None = None
+    try:
+        checkpoint = folder.load_checkpoint()
+        display.phase("opening data and backbone")
+        workspace = Workspace.open(config)
+        for bad in workspace.dataset.bad_images:
+            display.message(f"skipped {bad.where}: {bad.reason}")
+        grid = open_grid(config, workspace)
+        federation = Federation(workspace, grid)
+        line, totals = run_server(federation, folder, display, checkpoint)
+        private = grid.private.pack()
+        local_only = None
+        if config.evaluation.local_only and config.method.name != "coop_local":
+            local_only = _local_only(workspace, grid, folder, display)
+        finish(
+            federation,
+            folder,
+            display,
+            line,
+            totals,
+            started,
+            local_only=local_only,
+            private=private,
+        )
+    finally:
+        if grid is not None:
+            grid.close()
+        folder.close()
+    return folder.path
+
+
+def _local_only(
+    workspace: Workspace, grid: CohortGrid, folder: RunFolder, display: Display
+) -> dict[str, Any] | None:
+    """Every client alone, for as many rounds and with as many tokens as the method uses."""
+    display.phase("local-only baseline")
+    reference = method_class("coop_local")
+    tokens = workspace.config.evaluation.local_only_tokens
+    alone = workspace.with_method(reference.Config(context_tokens=tokens))
+    grid.use(alone)
+    return run_reference(
+        Federation(alone, grid),
+        lambda line: folder.append(METRICS, {"kind": "local_only", **line}),
+    )
+
+
+def finish(
+    federation: Federation,
+    folder: RunFolder,
+    display: Display,
+    line: dict[str, Any],
+    totals: dict[str, int],
+    started: float,
+    *,
+    local_only: dict[str, Any] | None,
+    private: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write prompts, the summary that says the run is complete, then plots and report."""
+    config, workspace = federation.config, federation.workspace
+    tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
+    tensors |= {f"private/{n}": t for n, t in (private or {}).items()}
+    folder.write(PROMPTS, save(tensors, metadata={"method": config.method.name}))
+    method = federation.method
+    summary = {
+        "experiment": config.experiment,
+        "method": config.method.name,
+        "strategy": config.strategy.name,
+        "seed": config.seed,
+        "rounds": config.federation.rounds if method.trainable else 0,
+        "clients": config.partition.clients,
+        "classes": len(workspace.task.class_names),
+        "backbone": config.backbone.model,
+        "data": config.data.title,
+        "global": line.get("global") or {"accuracy": None, "loss": None},
+        "personal": line.get("personal"),
+        "personal_on_global": line.get("personal_on_global"),
+        "zero_shot": _zero_shot(workspace),
+        "local_only": local_only,
+        "shared": {n: list(t.shape) for n, t in method.init_shared(config.seed).items()},
+        "private": {n: list(t.shape) for n, t in method.init_private(config.seed, 0).items()},
+        "uploaded_numbers_per_client_round": method.uploaded_numbers(),
+        "bytes_up": totals["bytes_up"],
+        "bytes_down": totals["bytes_down"],
+        "rejected_replies": totals["rejected"],
+        "skipped_images": len(workspace.dataset.bad_images),
+        "wall_s": round(time.monotonic() - started, 3),
+        "environment": environment(workspace),
+    }
+    folder.write_json(SUMMARY, summary)
+    if config.output.report:
+        display.phase("drawing the report")
+        draw_report(folder.path)
+    display.finish(summary, folder.path)
+
+
+def _zero_shot(workspace: Workspace) -> dict[str, Any]:
+    """Zero-shot accuracy on the server's test set and on every client's own."""
+    reference = method_class("zero_shot")
+    zero = workspace if workspace.method.name == "zero_shot" else None
+    zero = zero or workspace.with_method(reference.Config())
+    score = score_global(zero.method, {}, *zero.server_test())
+    assert score is not None
+    clients = range(zero.num_clients)
+    own, _ = score_personal(zero.method, [{}], [{}], [zero.test_data(c) for c in clients])
+    personal = personal_statistics([s.accuracy for s in own])
+    return {
+        "accuracy": score.accuracy,
+        "personal": None if personal is None else personal.to_json(),
+    }
+
+
+def environment(workspace: Workspace | None = None) -> dict[str, Any]:
+    """Versions and device, for the summary."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = {"torch": "torch", "open_clip": "open_clip_torch", "flwr": "flwr", "ray": "ray"}
+    return {
+        "fedprompt": installed("fedprompt"),
+        "python": platform.python_version(),
+        **{name: installed(package) for name, package in packages.items()},
+        "device": str(workspace.clip.device) if workspace else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def draw_report(path: Path) -> Path:
+    """Draw the plots of a run and write its report; works on unfinished runs too."""
+    from fedprompt.plots import draw_all
+    from fedprompt.report import write_report
+
+    draw_all(path)
+    return write_report(path)

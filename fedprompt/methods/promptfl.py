@@ -1,0 +1,68 @@
+"""PromptFL: CoOp's unified context, learned by all clients and averaged.
+
+Sources: PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models (Guo et
+al., IEEE TMC 2023, arXiv 2208.11625); the prompt is CoOp's (Learning to Prompt for Vision-Language
+Models, Zhou et al., IJCV 2022, arXiv 2109.01134): `[SOS][v_1 .. v_M][class].`, cosine logits times
+exp(logit_scale), cross-entropy.
+
+How we differ: the public PromptFL code never clears its list of local weights between rounds, so
+its average mixes rounds; we average the replies of the round. Small clients train on their last
+partial batch (CoOp's `drop_last` would train nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.methods.base import Method, PromptSource, Task, Tensors, cosine_logits
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class PromptFLConfig:
+    """Defaults: CoOp's and PromptFL's 16 context tokens, N(0, 0.02^2)."""
+
+    name: str = option("promptfl", "method name")
+    context_tokens: int = option(16, "context tokens M", ge=1)
+    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
+
+
+class PromptFL(Method):
+    """One shared context; nothing private."""
+
+    name = "promptfl"
+    source = "Guo et al., IEEE TMC 2023"
+    Config = PromptFLConfig
+
+    def __init__(self, config: PromptFLConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.prompts = PromptSource(
+            clip,
+            task,
+            config.context_tokens,
+            position=config.class_position,
+            init_text=config.context_init,
+            init_std=config.init_std,
+        )
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (M, d)."""
+        return {"ctx": self.prompts.start(seed, "init", "shared")}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """Nothing is private."""
+        return {}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """Class features (K, C, D) of the contexts (K, M, d)."""
+        return {"classes": self.prompts.classes(shared["ctx"])}
+
+    def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:
+        """Cosine logits (K, B, C)."""
+        return cosine_logits(self.clip, features_KBD, encoded["classes"])

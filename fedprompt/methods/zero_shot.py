@@ -1,0 +1,51 @@
+"""Zero-shot CLIP: hand-written templates, nothing learned, nothing sent.
+
+Source: Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
+ICML 2021, arXiv 2103.00020), section 3.1.4 for the ensemble of templates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class ZeroShotConfig:
+    """No hyper-parameters: the templates belong to the data set."""
+
+    name: str = option("zero_shot", "method name")
+
+
+class ZeroShot(Method):
+    """Class features are the normalised mean over the data set's templates."""
+
+    name = "zero_shot"
+    source = "Radford et al., ICML 2021"
+    Config = ZeroShotConfig
+    trainable = False
+
+    def __init__(self, config: ZeroShotConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.classes_1CD = clip.zero_shot_classifier(task.class_names, task.templates)[None]
+
+    def init_shared(self, seed: int) -> Tensors:
+        """Nothing is shared."""
+        return {}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """Nothing is private."""
+        return {}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """The fixed class features, the same for every client: (1, C, D)."""
+        return {"classes": self.classes_1CD}
+
+    def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:
+        """Cosine logits (K, B, C)."""
+        return cosine_logits(self.clip, features_KBD, encoded["classes"])

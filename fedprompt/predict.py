@@ -1,0 +1,130 @@
+"""Use what a run has learned: classify images, or export class embeddings for plain open_clip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP, load_clip
+from fedprompt.config import compose
+from fedprompt.data.cache import default_cache_dir
+from fedprompt.data.images import decode_rgb
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+from fedprompt.methods import Method, Task, method_class
+from fedprompt.private_store import MemoryStore
+from fedprompt.run_folder import CONFIG, PARTITION, PROMPTS, read_tensors
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first, with softmax probabilities."""
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+class Classifier:
+    """A finished run's model: the global one, or one client's personal one."""
+
+    def __init__(self, run_dir: Path, client: int | None = None) -> None:
+        """Load a run.
+
+        Raises:
+            UserError: no finished run there, no such client, no global model.
+        """
+        if not (run_dir / CONFIG).is_file():
+            raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
+        if not (run_dir / PROMPTS).is_file():
+            raise UserError(
+                f"{run_dir} is not finished; 'fedprompt run --resume {run_dir}' goes on."
+            )
+        config = compose(run_dir / CONFIG)
+        names = json.loads((run_dir / PARTITION).read_text())["class_names"]
+        self.clip: FrozenCLIP = load_clip(config.backbone, default_cache_dir(config.output.cache))
+        self.task = Task(tuple(names), tuple(config.data.templates))
+        self.method: Method = method_class(config.method.name)(config.method, self.clip, self.task)
+        tensors, _ = read_tensors(run_dir / PROMPTS)
+        shared = _group(tensors, "shared/")
+        if client is None:
+            if not self.method.has_global:
+                raise UserError(
+                    f"method '{self.method.name}' has no global model; choose one with --client."
+                )
+            private = None
+        else:
+            store = MemoryStore()
+            store.unpack(_group(tensors, "private/"))
+            if not 0 <= client < config.partition.clients:
+                raise UserError(f"no client {client}; the run has {config.partition.clients}.")
+            own = store.get(client) or self.method.init_private(config.seed, client)
+            private = {n: t[None].to(self.clip.device) for n, t in own.items()}
+        with torch.no_grad():
+            self.encoded = self.method.encode(
+                {n: t[None].to(self.clip.device) for n, t in shared.items()}, private
+            )
+
+    @torch.no_grad()
+    def predict(self, paths: Sequence[Path], top: int = 3) -> list[Prediction]:
+        """The `top` classes of every image.
+
+        Raises:
+            UserError: a path that is no readable image.
+        """
+        features_BD = self.clip.encode_images(
+            torch.stack([self.clip.preprocess(_open(p)) for p in paths])
+        )
+        features_1BD = F.normalize(features_BD, dim=-1)[None].to(self.clip.device)
+        probabilities_BC = self.method.logits(self.encoded, features_1BD)[0].softmax(-1)
+        best = probabilities_BC.topk(min(top, len(self.task.class_names)), dim=-1)
+        return [
+            Prediction(p, tuple(self.task.class_names[i] for i in ids), tuple(values))
+            for p, ids, values in zip(
+                paths, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+
+    def export(self, path: Path) -> None:
+        """Write `class_embeddings` (C, D) and `logit_scale` as safetensors.
+
+        With image features v from plain open_clip, `logit_scale * v/|v| @ class_embeddings.T` are
+        this model's logits; the header holds the class names and the backbone.
+
+        Raises:
+            UserError: the method's logits are not products with fixed class embeddings, or the
+                file cannot be written.
+        """
+        classes_CD = self.method.class_embeddings(self.encoded)
+        if classes_CD is None:
+            raise UserError(f"method '{self.method.name}' has no fixed class embeddings to export.")
+        header = {"class_names": json.dumps(self.task.class_names), "backbone": self.clip.name}
+        tensors = {
+            "class_embeddings": classes_CD.float().cpu().contiguous(),
+            "logit_scale": torch.tensor(self.clip.logit_scale),
+        }
+        try:
+            write_bytes(path, save(tensors, metadata=header))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}.") from None
+
+
+def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return decode_rgb(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a readable image: {error}.") from None

@@ -1,0 +1,115 @@
+"""Where private tensors live: in memory during a simulation, in files on a node.
+
+They are never part of a message. Flower's `context.state` is not used: it is lost when a SuperNode
+restarts, and large states are slow there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+from fedprompt.methods.base import Tensors
+
+
+class MemoryStore:
+    """Private tensors of a simulation's clients, by client id."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensors] = {}
+
+    def get(self, client: int) -> Tensors | None:
+        """A client's tensors, or None before it has trained."""
+        return self._kept.get(client)
+
+    def put(self, client: int, tensors: Tensors) -> None:
+        """Keep a client's tensors."""
+        if tensors:
+            self._kept[client] = tensors
+
+    def pack(self) -> Tensors:
+        """Everything as few tensors with a leading client axis, for a checkpoint."""
+        if not self._kept:
+            return {}
+        clients = sorted(self._kept)
+        packed = {"clients": torch.tensor(clients, dtype=torch.int64)}
+        for name in self._kept[clients[0]]:
+            packed[f"tensor/{name}"] = torch.stack([self._kept[c][name] for c in clients])
+        return packed
+
+    def unpack(self, packed: Mapping[str, torch.Tensor]) -> None:
+        """Take back what `pack` gave."""
+        self._kept = {}
+        if not packed:
+            return
+        names = [n.removeprefix("tensor/") for n in packed if n.startswith("tensor/")]
+        for row, client in enumerate(packed["clients"].tolist()):
+            self._kept[client] = {n: packed[f"tensor/{n}"][row].clone() for n in names}
+
+
+class FileStore:
+    """One client's private tensors on its own node: a file per round, the last two are kept.
+
+    Files are written atomically with mode 0600. A round that is repeated after a crash finds what
+    the round before it left, so nothing is trained twice.
+    """
+
+    KEPT = 2
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def latest(self, before_round: int) -> Tensors | None:
+        """Tensors of the last round before `before_round`, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        rounds = [r for r in self._rounds() if r < before_round]
+        if not rounds:
+            return None
+        path = self._path(max(rounds))
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"private state {path} cannot be read ({' '.join(str(error).split())}); "
+                "remove it to go on from the round before."
+            ) from None
+
+    def put(self, server_round: int, tensors: Tensors) -> None:
+        """Keep the tensors of one round.
+
+        Raises:
+            UserError: the state folder cannot be written.
+        """
+        if not tensors:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_bytes(self._path(server_round), save(tensors), mode=0o600)
+        except OSError as error:
+            raise UserError(
+                f"cannot write private state to {self.folder}: {error.strerror}; set the node's "
+                "state-dir to a writable folder."
+            ) from None
+        for old in self._rounds()[: -self.KEPT]:
+            with contextlib.suppress(OSError):
+                self._path(old).unlink()
+
+    def _path(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round:06d}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        matches = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in self.folder.iterdir())
+        return sorted(int(m.group(1)) for m in matches if m)

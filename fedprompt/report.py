@@ -1,0 +1,229 @@
+"""One run as one HTML file: results, figures, clients, config and how to repeat it.
+
+The file needs nothing else: figures are embedded, there is no script and no link to anywhere.
+Everything that comes from the run is escaped by Jinja2.
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from fedprompt.display import (
+    MISSING,
+    ResultRow,
+    human_bytes,
+    human_time,
+    percent,
+    percent_spread,
+    result_rows,
+)
+from fedprompt.plots import RunData, draw_all, load_run
+
+ASSETS = Path(__file__).parent / "assets"
+CAPTIONS = {
+    "accuracy_per_round": "Test accuracy after every evaluated round; round 0 is before training.",
+    "client_accuracy": "Last measured accuracy of every client on its own test images.",
+    "loss_per_round": "Mean loss of the clients that trained, and of the global model in tests.",
+    "partition": "How the training images were dealt to the clients.",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure, ready to embed."""
+
+    name: str
+    caption: str
+    png_base64: str
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client's line in the table; None = not known or not tested."""
+
+    client: int
+    train_images: int | None
+    test_images: int | None
+    classes_held: int | None
+    accuracy: float | None
+    zero_shot: float | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draw the figures anew and write `run_dir/report.html`; return its path.
+
+    Raises:
+        UserError: the run folder lacks a file or a file is damaged.
+    """
+    run = load_run(run_dir)
+    figures = [
+        Figure(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode())
+        for path in draw_all(run_dir)
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "count": _count, "unbroken": _unbroken}
+    path = run_dir / "report.html"
+    html = environment.get_template("report.html.j2").render(**_content(run), figures=figures)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def summary_of(run: RunData) -> dict[str, Any]:
+    """The run's summary; of an unfinished run, what its metrics lines hold so far."""
+    if run.summary is not None:
+        return run.summary
+    last_alone = next((x for x in reversed(run.local_only) if x.get("personal")), None)
+    return {
+        "experiment": run.config.get("experiment"),
+        "method": _named(run.config, "method"),
+        "strategy": _named(run.config, "strategy"),
+        "seed": run.config.get("seed"),
+        "rounds": run.rounds[-1]["round"],
+        "data": (run.config.get("data") or {}).get("title"),
+        "global": run.last("global"),
+        "personal": run.last("personal"),
+        "personal_on_global": run.last("personal_on_global"),
+        "local_only": last_alone,
+        "bytes_up": sum(line.get("bytes_up") or 0 for line in run.rounds),
+        "bytes_down": sum(line.get("bytes_down") or 0 for line in run.rounds),
+    }
+
+
+def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
+    """Every client's images, classes and accuracies, in the order of their ids."""
+    personal = (run.last("personal") or {}).get("accuracy") or []
+    zero_shot = ((summary.get("zero_shot") or {}).get("personal") or {}).get("accuracy") or []
+    partition = run.partition or {}
+    train_KC = np.asarray(partition.get("train_counts") or np.zeros((0, 0)), dtype=np.int64)
+    test_KC = np.asarray(partition.get("test_counts") or np.zeros((0, 0)), dtype=np.int64)
+    return [
+        ClientRow(
+            client=k,
+            train_images=int(train_KC[k].sum()) if k < len(train_KC) else None,
+            test_images=int(test_KC[k].sum()) if k < len(test_KC) else None,
+            classes_held=int((train_KC[k] > 0).sum()) if k < len(train_KC) else None,
+            accuracy=personal[k] if k < len(personal) else None,
+            zero_shot=zero_shot[k] if k < len(zero_shot) else None,
+        )
+        for k in range(max(len(personal), len(train_KC)))
+    ]
+
+
+def _content(run: RunData) -> dict[str, Any]:
+    summary = summary_of(run)
+    rows = result_rows(summary)
+    source = run.path / ("metrics.jsonl" if run.summary is None else "summary.json")
+    finished_at = datetime.fromtimestamp(source.stat().st_mtime, tz=UTC)
+    folder = run.path.resolve().name
+    experiment = summary.get("experiment") or folder
+    planned = (run.config.get("federation") or {}).get("rounds")
+    return {
+        "title": f"{experiment}: {summary.get('method')} on {summary.get('data')}",
+        "facts": _facts(summary, finished_at),
+        "unfinished": run.summary is None,
+        "progress": f"{run.rounds[-1]['round']} of {planned if planned is not None else '?'}",
+        "headlines": _headlines(summary, rows),
+        "models": [row.name for row in rows],
+        "results": [
+            ("Global", [percent(row.global_accuracy) for row in rows]),
+            ("Personalised", [percent_spread(row.mean, row.std) for row in rows]),
+            ("Worst client", [percent(row.worst) for row in rows]),
+            ("10th percentile", [percent(row.p10) for row in rows]),
+            (
+                "Personal on global test",
+                [percent_spread(row.on_global_mean, row.on_global_std) for row in rows],
+            ),
+        ],
+        "clients": client_rows(run, summary),
+        "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),
+        "environment": _environment(run, summary),
+        "command": f"fedprompt run {shlex.quote(f'{folder}/config.yaml')}",
+    }
+
+
+def _facts(summary: Mapping[str, Any], finished_at: datetime) -> list[str]:
+    strategy, seed = summary.get("strategy"), summary.get("seed")
+    facts = [f"strategy {strategy}" if strategy else None]
+    facts += [f"backbone {summary['backbone']}" if summary.get("backbone") else None]
+    facts += [f"{summary['clients']} clients" if summary.get("clients") else None]
+    facts += [f"{summary['classes']} classes" if summary.get("classes") else None]
+    facts += [f"{summary['rounds']} rounds" if summary.get("rounds") is not None else None]
+    facts += [f"seed {seed}" if seed is not None else None, f"{finished_at:%Y-%m-%d %H:%M} UTC"]
+    return [str(fact) for fact in facts if fact]
+
+
+def _headlines(summary: Mapping[str, Any], rows: list[ResultRow]) -> list[tuple[str, str, str]]:
+    """Label, value and a small note of every headline number."""
+    own = rows[-1]
+    by_name = {row.name: row for row in rows[:-1]}
+    zero_shot, alone = by_name.get("zero-shot"), by_name.get("local-only")
+    uploaded = summary.get("uploaded_numbers_per_client_round")
+    up, down = summary.get("bytes_up"), summary.get("bytes_down")
+    return [
+        ("Global", percent(own.global_accuracy), "server's test set"),
+        ("Personalised", percent_spread(own.mean, own.std), "mean ± std over clients"),
+        ("Worst client", percent(own.worst), "own test images"),
+        ("10th percentile", percent(own.p10), "of the clients"),
+        (
+            "Zero-shot",
+            percent(zero_shot.global_accuracy if zero_shot else None),
+            f"own tests {percent(zero_shot.mean if zero_shot else None)}",
+        ),
+        (
+            "Local-only",
+            percent_spread(alone.mean, alone.std) if alone else MISSING,
+            "trained alone, own tests",
+        ),
+        ("Uploaded", _count(uploaded), "numbers per client and round"),
+        (
+            "Traffic up",
+            MISSING if up is None else human_bytes(up),
+            f"down {MISSING if down is None else human_bytes(down)}, whole run",
+        ),
+    ]
+
+
+def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = {str(k): str(v) for k, v in (summary.get("environment") or {}).items()}
+    if summary.get("wall_s") is not None:
+        found["wall time"] = human_time(summary["wall_s"])
+    for key, label in (("train_s", "training"), ("evaluate_s", "evaluation")):
+        if run.timings:
+            found[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
+    if summary.get("rejected_replies") is not None:
+        found["rejected replies"] = str(summary["rejected_replies"])
+    for kind in ("shared", "private"):
+        tensors = summary.get(kind)
+        if isinstance(tensors, dict):
+            shapes = (f"{name} {' x '.join(map(str, shape))}" for name, shape in tensors.items())
+            found[f"{kind} tensors"] = ", ".join(shapes) or "none"
+    return list(found.items())
+
+
+def _named(config: Mapping[str, Any], group: str) -> Any:
+    value = config.get(group)
+    return value.get("name") if isinstance(value, dict) else value
+
+
+def _unbroken(text: str) -> str:
+    """No-break spaces, so that a narrow cell breaks before `±` and nowhere else."""
+    return text.replace("± ", "±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _count(number: int | None) -> str:
+    return MISSING if number is None else f"{number:,}"

@@ -1,0 +1,220 @@
+"""A run on disk: config, metrics, checkpoint, results. Any moment is a good moment to be killed.
+
+config.yaml            complete; reproduces the run
+partition.json         clients x classes and domains
+metrics.jsonl          one line per round; bitwise the same after a resume
+timings.jsonl          seconds per round; not the same after a resume
+checkpoint.safetensors round, shared, private and strategy tensors; replaced atomically
+prompts.safetensors    final shared (and, in a simulation, private) prompts
+summary.json, plots/, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedprompt.config import Config, compose, to_yaml
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+
+CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", "summary.json"
+REPORT = "report.html"
+METRICS, TIMINGS, PARTITION, CONFIG = (
+    "metrics.jsonl",
+    "timings.jsonl",
+    "partition.json",
+    "config.yaml",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state behind `server_round`, from which a run goes on bit for bit."""
+
+    server_round: int
+    shared: dict[str, Tensor]
+    private: dict[str, Tensor]
+    strategy: dict[str, Tensor]
+    totals: dict[str, int]
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{path} is in use by another process.") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}.") from None
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """A fresh folder: `output.dir`, else the first free `root/<experiment>-<method>-seed<s>`.
+
+        Raises:
+            UserError: the folder holds a run already, or cannot be written.
+        """
+        if config.output.dir:
+            path = Path(config.output.dir).expanduser()
+            if (path / CONFIG).exists():
+                raise UserError(
+                    f"{path} already holds a run; go on with 'fedprompt run --resume {path}' or "
+                    "choose another output.dir."
+                )
+        else:
+            stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
+            path = _first_free(Path(config.output.root).expanduser() / stem)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
+                "to a writable place."
+            ) from None
+        folder = cls(path)
+        folder.write(CONFIG, to_yaml(config).encode())
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple[RunFolder, Config]:
+        """An existing folder and its config.
+
+        Raises:
+            UserError: there is no run in the folder.
+        """
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
+        return cls(path), compose(path / CONFIG)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.release()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace one file atomically.
+
+        Raises:
+            UserError: full disk or no right to write.
+        """
+        try:
+            write_bytes(self.path / name, content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; the run can go on from its "
+                f"checkpoint with 'fedprompt run --resume {self.path}'."
+            ) from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace one JSON file atomically; NaN is refused."""
+        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line to a `.jsonl` file and sync it."""
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record, allow_nan=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; free some room, then "
+                f"'fedprompt run --resume {self.path}'."
+            ) from None
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a `.jsonl` file; a torn last line is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def rewind(self, server_round: int) -> None:
+        """Drop what was written after the checkpoint of `server_round` (-1: everything)."""
+        for name in (METRICS, TIMINGS):
+            if not (self.path / name).is_file():
+                continue
+            kept = [
+                r
+                for r in self.lines(name)
+                if r.get("kind", "round") == "round" and r["round"] <= server_round
+            ]
+            self.write(name, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        for stray in self.path.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint; it is either the old one or the new one, never half of it."""
+        tensors = {
+            **{f"shared/{n}": t.contiguous() for n, t in checkpoint.shared.items()},
+            **{f"private/{n}": t.contiguous() for n, t in checkpoint.private.items()},
+            **{f"strategy/{n}": t.contiguous() for n, t in checkpoint.strategy.items()},
+        }
+        header = {"round": str(checkpoint.server_round), "totals": json.dumps(checkpoint.totals)}
+        self.write(CHECKPOINT, save(tensors, metadata=header))
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint, or None before the first.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            return None
+        try:
+            tensors, header = read_tensors(path)
+            groups: dict[str, dict[str, Tensor]] = {"shared": {}, "private": {}, "strategy": {}}
+            for key, tensor in tensors.items():
+                group, _, name = key.partition("/")
+                groups[group][name] = tensor
+            return Checkpoint(int(header["round"]), totals=json.loads(header["totals"]), **groups)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {path} is not one of ours ({error}); remove it to start the run anew."
+            ) from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as reader:
+            return {k: reader.get_tensor(k) for k in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"no file {path}.") from None
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); remove it to start anew.") from None
+
+
+def _first_free(stem: Path) -> Path:
+    path, number = stem, 2
+    while path.exists():
+        path = stem.with_name(f"{stem.name}-{number}")
+        number += 1
+    return path

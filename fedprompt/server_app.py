@@ -1,0 +1,276 @@
+"""The server: rounds of sample, send, check, aggregate, evaluate, record.
+
+`Federation` is one method on one grid. `run_server` drives it, writes the run folder and can start
+from a checkpoint, which Flower's own `Strategy.start` cannot.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from fedprompt.config import Config, compose
+from fedprompt.display import Display, make_display
+from fedprompt.errors import UserError
+from fedprompt.evaluation import personal_statistics, score_global
+from fedprompt.grid import CohortGrid, Traffic, describe_nodes, to_wire
+from fedprompt.methods.base import Tensors
+from fedprompt.run_folder import METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
+from fedprompt.training import learning_rate
+from fedprompt.workspace import Workspace
+from strategies import strategy_class
+from strategies.base import Arrays, to_arrays, to_record
+
+log = logging.getLogger("fedprompt.server")
+
+
+class Federation:
+    """One method's federation: its shared tensors, its strategy, and the grid it talks to."""
+
+    def __init__(self, workspace: Workspace, grid: Grid) -> None:
+        config = workspace.config
+        self.workspace, self.grid, self.config = workspace, grid, config
+        self.method = workspace.method
+        start = self.method.init_shared(config.seed)
+        self.strategy = strategy_class(config.strategy.name)(
+            config.strategy,
+            shapes={n: tuple(t.shape) for n, t in start.items()},
+            seed=config.seed,
+            fraction=config.federation.fraction,
+            min_replies=config.federation.min_replies,
+        )
+        self.arrays = to_record({n: t.numpy() for n, t in start.items()})
+        self.rejected = 0
+
+    @property
+    def shared(self) -> Tensors:
+        """The shared tensors as they stand."""
+        return {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
+
+    def join(self) -> None:
+        """Wait for the nodes and learn which client each one is.
+
+        Raises:
+            UserError: not all nodes joined in time.
+        """
+        federation, wanted = self.config.federation, self.config.partition.clients
+        deadline = time.monotonic() + federation.node_wait_s
+        while len(nodes := list(self.grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{len(nodes)} of {wanted} nodes joined within {federation.node_wait_s:g} s; "
+                    "start the others or set partition.clients."
+                )
+            time.sleep(0.1)
+        mapping = describe_nodes(self.grid, federation.timeout_s)
+        missing = sorted(set(range(wanted)) - set(mapping))
+        if missing:
+            raise UserError(f"no node answers for clients {missing}.")
+        self.strategy.set_nodes(mapping)
+
+    def train_round(self, server_round: int) -> dict[str, Any]:
+        """One round of training and aggregation; the training part of its metrics line."""
+        messages = list(
+            self.strategy.configure_train(server_round, self.arrays, ConfigRecord(), self.grid)
+        )
+        replies, traffic = self._exchange(messages)
+        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        if arrays is not None:
+            self.arrays = arrays
+        assert metrics is not None
+        self.rejected += int(metrics["rejected"])  # type: ignore[arg-type]
+        losses = {k: float(v) for k, v in metrics.items() if k.startswith("loss")}  # type: ignore[arg-type]
+        return {
+            "lr": learning_rate(self.config.training, server_round, self.config.federation.rounds),
+            "train": losses or None,
+            "clients": {k: metrics[k] for k in ("sampled", "accepted", "rejected")},
+            "bytes_up": traffic.up,
+            "bytes_down": traffic.down,
+        }
+
+    def evaluate(self, server_round: int) -> dict[str, Any]:
+        """Global and personal scores; the evaluation part of a metrics line."""
+        score = score_global(self.method, self.shared, *self.workspace.server_test())
+        line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
+        if score is not None and score.tested:
+            line["global"] = {
+                "accuracy": score.accuracy,
+                "loss": score.loss_sum / score.tested,
+            }
+        messages = list(
+            self.strategy.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.grid)
+        )
+        replies, _ = self._exchange(messages)
+        rows = self.strategy.aggregate_evaluate(server_round, replies)
+        if rows is None:
+            return line
+        table: dict[str, Any] = dict(rows)
+        line["personal"] = self._statistics(table, "correct", "num-examples")
+        if "common-tested" in table:
+            line["personal_on_global"] = self._statistics(table, "common-correct", "common-tested")
+        return line
+
+    def _statistics(self, table: dict[str, Any], correct: str, tested: str) -> Any:
+        accuracy: list[float | None] = [None] * self.config.partition.clients
+        for client, c, n in zip(table["client-ids"], table[correct], table[tested], strict=True):
+            accuracy[client] = c / n if n else None
+        statistics = personal_statistics(accuracy)
+        return None if statistics is None else statistics.to_json()
+
+    def _exchange(self, messages: list[Message]) -> tuple[list[Message], Traffic]:
+        replies = list(
+            self.grid.send_and_receive(messages, timeout=self.config.federation.timeout_s)
+        )
+        if isinstance(self.grid, CohortGrid):
+            return replies, self.grid.traffic
+        return replies, Traffic(_size(messages), _size(replies))
+
+    def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
+        """Everything that a resumed run needs."""
+        private = self.grid.private.pack() if isinstance(self.grid, CohortGrid) else {}
+        state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
+        return Checkpoint(server_round, self.shared, private, state, totals)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            UserError: it belongs to another method or configuration.
+        """
+        found = {n: tuple(t.shape) for n, t in checkpoint.shared.items()}
+        if found != self.strategy.shapes:
+            raise UserError(
+                f"the checkpoint holds shared tensors {found}, but the config asks for "
+                f"{self.strategy.shapes}; it belongs to another configuration."
+            )
+        self.arrays = to_record({n: t.numpy() for n, t in checkpoint.shared.items()})
+        state: Arrays = {n: t.numpy() for n, t in checkpoint.strategy.items()}
+        self.strategy.load_state(state)
+        self.rejected = checkpoint.totals["rejected"]
+        if isinstance(self.grid, CohortGrid):
+            self.grid.private.unpack(checkpoint.private)
+
+
+def run_server(
+    federation: Federation, folder: RunFolder, display: Display, checkpoint: Checkpoint | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """All rounds after `checkpoint` (or from the start); returns the last line and byte totals."""
+    config = federation.config
+    rounds = config.federation.rounds if federation.method.trainable else 0
+    federation.join()
+    totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
+    first = 0
+    if checkpoint is not None:
+        federation.restore(checkpoint)
+        totals, first = dict(checkpoint.totals), checkpoint.server_round + 1
+    folder.rewind(first - 1)
+    folder.write_json(PARTITION, federation.workspace.describe())
+    line = folder.lines(METRICS)[-1] if first else {}
+    display.start(f"{config.experiment}: {config.method.name}", rounds, first)
+    began = time.monotonic()
+    for server_round in range(first, rounds + 1):
+        line, seconds = _one_round(federation, server_round, rounds)
+        totals["bytes_up"] += line["bytes_up"]
+        totals["bytes_down"] += line["bytes_down"]
+        totals["rejected"] = federation.rejected
+        folder.append(METRICS, line)
+        folder.append(TIMINGS, {"round": server_round, **seconds})
+        if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
+            folder.save_checkpoint(federation.checkpoint(server_round, totals))
+        done = server_round - first + 1
+        eta = (time.monotonic() - began) / done * (rounds - server_round)
+        display.round(line, eta)
+    return line, totals
+
+
+def _one_round(
+    federation: Federation, server_round: int, rounds: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    start = time.monotonic()
+    line: dict[str, Any] = {
+        "kind": "round",
+        "round": server_round,
+        "lr": None,
+        "train": None,
+        "clients": None,
+        "bytes_up": 0,
+        "bytes_down": 0,
+    }
+    if server_round > 0:
+        line |= federation.train_round(server_round)
+    trained = time.monotonic()
+    line |= {"global": None, "personal": None, "personal_on_global": None}
+    if server_round % federation.config.evaluation.every == 0 or server_round == rounds:
+        line |= federation.evaluate(server_round)
+    seconds = {"train_s": trained - start, "evaluate_s": time.monotonic() - trained}
+    return _finite(line), seconds
+
+
+def run_reference(
+    federation: Federation, record: Callable[[dict[str, Any]], None]
+) -> dict[str, Any] | None:
+    """A method beside the one under test (local-only): same rounds, nothing checkpointed."""
+    config = federation.config
+    rounds = config.federation.rounds if federation.method.trainable else 0
+    federation.join()
+    last = None
+    for server_round in range(rounds + 1):
+        line, _ = _one_round(federation, server_round, rounds)
+        kept = ("round", "train", "global", "personal", "personal_on_global")
+        last = {k: line[k] for k in kept}
+        record(last)
+    return last
+
+
+def _finite(value: Any) -> Any:
+    """Non-finite numbers as None: JSON has no NaN, and a diverged loss must not end the run."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _size(messages: Iterable[Message]) -> int:
+    return sum(len(to_wire(m)) for m in messages)
+
+
+# Flower's ServerApp
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment on the nodes that Flower connects."""
+    from fedprompt.experiment import finish
+
+    experiment = str(context.run_config["experiment"])
+    config: Config = compose(experiment, shlex.split(str(context.run_config["overrides"])))
+    folder = RunFolder.create(config)
+    try:
+        display = make_display()
+        workspace = Workspace.open(config, progress=False)
+        federation = Federation(workspace, grid)
+        started = time.monotonic()
+        line, totals = run_server(federation, folder, display, None)
+        finish(federation, folder, display, line, totals, started, local_only=None)
+    finally:
+        folder.close()
+
+
+def shared_numbers(arrays: ArrayRecord) -> int:
+    """How many numbers a record holds."""
+    return sum(int(np.prod(a.shape)) for a in arrays.values())

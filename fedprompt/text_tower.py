@@ -1,0 +1,387 @@
+"""Prompts -> class features, exactly and fast.
+
+CLIP's text attention is causal, so (1) nothing after the end-of-text token matters and (2) the
+hidden states of `[SOS][context]` do not depend on the class name that follows. The fast path
+computes that prefix once per prompt, lets every class's few suffix tokens attend to its keys and
+values, and evaluates the last layer at the end-of-text positions only. The mathematics is that of
+the usual pass over all positions; `fedprompt/reference.py` holds that pass, and
+`tests/test_text_tower.py` holds the two together on values and gradients.
+
+Shape suffixes: N prompts (all leading dimensions flattened), M context tokens, C classes, T suffix
+tokens of all classes packed one after the other, P prefix tokens, d text width, D joint embedding,
+J deep layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedprompt.clip import FrozenCLIP, TextParts
+from fedprompt.errors import UserError
+
+ClassPosition = Literal["end", "middle", "front"]
+PLACEHOLDER = "X"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Classes whose suffixes have the same length; `start:stop` is their slice of the T tokens."""
+
+    classes: int
+    length: int
+    start: int
+    stop: int
+
+
+class TextTower:
+    """Class features of learned prompts for one class list and one number of context tokens.
+
+    Args:
+        clip: the frozen backbone.
+        class_names: C class names; rebuilt for every class list, never shared or aggregated.
+        context_tokens: M learned tokens.
+        position: where the class name stands: `end` (`[SOS][ctx][name].`), `middle`
+            (`[SOS][ctx/2][name][ctx/2].`) or `front` (`[SOS][name][ctx].`), as in CoOp (Zhou et
+            al., IJCV 2022). `end` takes the fast path.
+        class_specific: one context per class instead of a unified one (CoOp's CSC).
+
+    Raises:
+        UserError: a class name that does not fit into the text tower's positions.
+    """
+
+    def __init__(
+        self,
+        clip: FrozenCLIP,
+        class_names: Sequence[str],
+        context_tokens: int,
+        *,
+        position: ClassPosition = "end",
+        class_specific: bool = False,
+    ) -> None:
+        self.clip = clip
+        self.class_names = tuple(class_names)
+        self.context_tokens = context_tokens
+        self.position = position
+        self.class_specific = class_specific
+        parts = clip.text
+        self.token_ids_CL, self._name_end_C, self.first = _tokenise(
+            clip, self.class_names, context_tokens
+        )
+        self.end_C = _pool_positions(parts, self.token_ids_CL)
+        self.fast = (
+            position == "end"
+            and not class_specific
+            and parts.causal
+            and parts.pools_at_end
+            and parts.plain_blocks
+        )
+        if self.fast:
+            self._prepare_fast()
+
+    def __call__(self, context: Tensor, deep: Tensor | None = None) -> Tensor:
+        """Class features (..., C, D), not normalised.
+
+        Args:
+            context: (..., M, d), or (..., C, M, d) when `class_specific`.
+            deep: optional (..., J, M, d); entry j replaces the context positions at the input of
+                layer j + 1 (deep text prompts as in MaPLe; Khattak et al., CVPR 2023).
+        """
+        tail = 3 if self.class_specific else 2
+        lead = context.shape[:-tail]
+        context_N = context.reshape(-1, *context.shape[-tail:])
+        deep_N = None if deep is None else deep.reshape(context_N.shape[0], *deep.shape[-3:])
+        with self.clip.autocast():
+            if self.fast:
+                features_NCD = self._fast(context_N, deep_N)
+            else:
+                features_NCD = self._plain(context_N, deep_N)
+        return features_NCD.float().reshape(*lead, *features_NCD.shape[-2:])
+
+    # The fast path
+
+    @torch.no_grad()
+    def _prepare_fast(self) -> None:
+        parts, ids = self.clip.text, self.token_ids_CL
+        start = self.first + self.context_tokens
+        order = torch.argsort(self.end_C, stable=True)
+        lengths = (self.end_C - start + 1)[order]
+        packed_ids, positions, groups, ends, offset = [], [], [], [], 0
+        for length_t, count_t in zip(*lengths.unique_consecutive(return_counts=True), strict=True):
+            length, count = int(length_t), int(count_t)
+            stop = offset + length * count
+            groups.append(_Group(count, length, offset, stop))
+            ends.append(torch.arange(offset + length - 1, stop, length))
+            offset = stop
+        for c in order.tolist():
+            span = slice(start, int(self.end_C[c]) + 1)
+            packed_ids.append(ids[c, span])
+            positions.append(torch.arange(span.start, span.stop))
+        device = self.clip.device
+        self._groups = tuple(groups)
+        self._end_T = torch.cat(ends).to(device)
+        self._unsort_C = torch.argsort(order).to(device)
+        packed = torch.cat(packed_ids).to(device)
+        position_T = torch.cat(positions).to(device)
+        embedding, position_Ld = parts.token_embedding, parts.positional_embedding_Ld
+        self._suffix_Td = embedding(packed) + position_Ld[position_T]
+        before = ids[0, : self.first].to(device)
+        self._before_d = embedding(before) + position_Ld[: self.first]
+        block = parts.blocks[0]
+        with self.clip.autocast():
+            # The suffix tokens enter the first layer before they have seen any prompt, so their
+            # projections there are constants.
+            self._suffix_qkv_T = F.linear(
+                block.ln_1(self._suffix_Td), block.attn.in_proj_weight, block.attn.in_proj_bias
+            )
+
+    def _fast(self, context_NMd: Tensor, deep_NJMd: Tensor | None) -> Tensor:
+        parts = self.clip.text
+        n, m, d = context_NMd.shape
+        first, prefix = self.first, self.first + m
+        positions = parts.positional_embedding_Ld[first:prefix]
+        prefix_NPd = torch.cat(
+            [self._before_d.expand(n, -1, -1), context_NMd.to(self._before_d) + positions], dim=1
+        )
+        tokens = self._suffix_Td.shape[0]
+        x = torch.cat([prefix_NPd, self._suffix_Td.expand(n, tokens, d)], dim=1)
+        for i, block in enumerate(parts.blocks):
+            if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
+                x = torch.cat([x[:, :first], deep_NJMd[:, i - 1].to(x), x[:, prefix:]], dim=1)
+            if i == 0:
+                attn = block.attn
+                head = F.linear(block.ln_1(prefix_NPd), attn.in_proj_weight, attn.in_proj_bias)
+                qkv = torch.cat([head, self._suffix_qkv_T.expand(n, tokens, 3 * d)], dim=1)
+            else:
+                qkv = None
+            if i < len(parts.blocks) - 1:
+                x = self._block(block, x, qkv, prefix)
+            else:
+                x = self._last_block(block, x, qkv, prefix)
+        return _project(parts, parts.ln_final(x))[:, self._unsort_C]
+
+    def _block(self, block: nn.Module, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
+        """One residual block for the prefix and all suffix tokens."""
+        attn = block.attn
+        if qkv is None:
+            qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = (self._heads(t) for t in qkv.chunk(3, dim=-1))
+        head = F.scaled_dot_product_attention(
+            q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], is_causal=True
+        )
+        mixed = [head.transpose(1, 2).flatten(2)]
+        for group in self._groups:
+            mask = _suffix_mask(prefix, group.length, x.device)
+            own_q = self._split(q, prefix, group)
+            own_k = self._with_prefix(k, prefix, group)
+            own_v = self._with_prefix(v, prefix, group)
+            out = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask)
+            mixed.append(out.transpose(1, 2).reshape(x.shape[0], -1, x.shape[-1]))
+        y = F.linear(torch.cat(mixed, dim=1), attn.out_proj.weight, attn.out_proj.bias)
+        x = x + block.ls_1(y)
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return x
+
+    def _last_block(self, block: nn.Module, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
+        """The last residual block, at the end-of-text tokens only: (N, C, d), classes by length."""
+        attn, d = block.attn, x.shape[-1]
+        end_NCd = x[:, prefix:][:, self._end_T]
+        if qkv is None:
+            normed = block.ln_1(x)
+            weight, bias = attn.in_proj_weight, attn.in_proj_bias
+            q_end = F.linear(normed[:, prefix:][:, self._end_T], weight[:d], bias[:d])
+            k, v = F.linear(normed, weight[d:], bias[d:]).chunk(2, dim=-1)
+        else:
+            q_all, k, v = qkv.chunk(3, dim=-1)
+            q_end = q_all[:, prefix:][:, self._end_T]
+        k, v, q_end = self._heads(k), self._heads(v), self._heads(q_end)
+        mixed, first = [], 0
+        for group in self._groups:
+            q = q_end[:, :, first : first + group.classes]
+            q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+            out = F.scaled_dot_product_attention(
+                q, self._with_prefix(k, prefix, group), self._with_prefix(v, prefix, group)
+            )
+            mixed.append(out.reshape(x.shape[0], group.classes, d))
+            first += group.classes
+        y = F.linear(torch.cat(mixed, dim=1), attn.out_proj.weight, attn.out_proj.bias)
+        end_NCd = end_NCd + block.ls_1(y)
+        end_NCd = end_NCd + block.ls_2(block.mlp(block.ln_2(end_NCd)))
+        return end_NCd
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(N, T, d) -> (N, heads, T, d / heads)."""
+        return x.unflatten(-1, (self.clip.text.heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def _split(x: Tensor, prefix: int, group: _Group) -> Tensor:
+        """A group's own tokens: (N, h, P + T, e) -> (N * classes, h, length, e)."""
+        own = x[:, :, prefix + group.start : prefix + group.stop]
+        return own.unflatten(2, (group.classes, group.length)).transpose(1, 2).flatten(0, 1)
+
+    def _with_prefix(self, x: Tensor, prefix: int, group: _Group) -> Tensor:
+        """A group's keys or values behind those of the prefix: (N * classes, h, P + length, e)."""
+        n, h, _, e = x.shape
+        head = x[:, None, :, :prefix].expand(n, group.classes, h, prefix, e).flatten(0, 1)
+        return torch.cat([head, self._split(x, prefix, group)], dim=2)
+
+    # The plain path: any class position, class-specific contexts, towers that are not causal
+
+    def _plain(self, context_N: Tensor, deep_NJMd: Tensor | None) -> Tensor:
+        features: list[Tensor] = [torch.empty(0)] * len(self.class_names)
+        for end in self.end_C.unique().tolist():
+            classes = torch.nonzero(self.end_C == end).flatten()
+            block_NGD = self._plain_group(context_N, deep_NJMd, classes, int(end))
+            for i, c in enumerate(classes.tolist()):
+                features[c] = block_NGD[:, i]
+        return torch.stack(features, dim=1)
+
+    def _plain_group(
+        self, context_N: Tensor, deep_NJMd: Tensor | None, classes: Tensor, end: int
+    ) -> Tensor:
+        """All positions up to the last one that matters, for classes that end at the same one."""
+        parts = self.clip.text
+        n, g = context_N.shape[0], len(classes)
+        length = end + 1 if parts.causal and parts.pools_at_end else self.token_ids_CL.shape[1]
+        x, slots_GM = self.assemble(context_N, classes, length)
+        mask = None
+        if parts.attn_mask_LL is not None:
+            mask = parts.attn_mask_LL[:length, :length].to(x)
+        for i, block in enumerate(parts.blocks):
+            if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
+                deep = deep_NJMd[:, i - 1, None].expand(n, g, -1, -1).to(x)
+                x = _place(x.unflatten(0, (n, g)), slots_GM, deep).flatten(0, 1)
+            x = block(x, attn_mask=mask)
+        if parts.pools_at_end:
+            pooled = x[:, end]
+        else:
+            pooled = {"first": x[:, 0], "last": x[:, -1]}[parts.pool_type]
+            # ln_final works on one position at a time, so pooling first changes nothing.
+        return _project(parts, parts.ln_final(pooled)).unflatten(0, (n, g))
+
+    def assemble(self, context_N: Tensor, classes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Input embeddings (N * G, length, d) and the context slots (G, M) of the given classes."""
+        parts, m = self.clip.text, self.context_tokens
+        n, g, device = context_N.shape[0], len(classes), self.clip.device
+        ids, slots = [], []
+        for c in classes.tolist():
+            row = self.token_ids_CL[c]
+            name_end = int(self._name_end_C[c])
+            name, rest = row[self.first + m : name_end], row[name_end:]
+            before, x = row[: self.first], row[self.first : self.first + m]
+            split = {"end": m, "middle": m // 2, "front": 0}[self.position]
+            ids.append(torch.cat([before, x[:split], name, x[split:], rest]))
+            left = torch.arange(self.first, self.first + split)
+            right = torch.arange(self.first + split + len(name), self.first + m + len(name))
+            slots.append(torch.cat([left, right]))
+        slots_GM = torch.stack(slots).to(device)
+        embedded_GLd = parts.token_embedding(torch.stack(ids)[:, :length].to(device))
+        x = embedded_GLd.expand(n, *embedded_GLd.shape)
+        if self.class_specific:
+            values = context_N[:, classes.to(device)].to(x)
+        else:
+            values = context_N[:, None].expand(n, g, m, -1).to(x)
+        x = _place(x, slots_GM, values) + parts.positional_embedding_Ld[:length]
+        return x.flatten(0, 1), slots_GM
+
+
+def _tokenise(
+    clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int
+) -> tuple[Tensor, Tensor, int]:
+    """Ids (C, L) of `X X ... name.`, where each name ends (C,), and where the context starts."""
+    length = clip.text.context_length
+    lead = " ".join([PLACEHOLDER] * context_tokens)
+    texts = [f"{lead} {name.replace('_', ' ')}.".strip() for name in class_names]
+    roomy = clip.tokenizer(texts, context_length=length + 256)
+    ends = _end_of_text(clip.text, roomy)
+    for name, end in zip(class_names, ends.tolist(), strict=True):
+        if end >= length:
+            raise UserError(
+                f"class name '{name}' with {context_tokens} context tokens needs {end + 1} text "
+                f"positions, but {clip.name} has {length}; shorten the name or the context."
+            )
+    ids_CL = clip.tokenizer(texts, context_length=length)
+    first = _specials_before(clip)
+    run = ids_CL[:, first : first + context_tokens]
+    if not bool((run == ids_CL[:1, first : first + 1]).all()) and context_tokens:
+        raise UserError(
+            f"the tokenizer of {clip.name} does not turn '{PLACEHOLDER}' into one token, so "
+            "prompts cannot be placed."
+        )
+    bare = clip.tokenizer([t.removesuffix(".") for t in texts], context_length=length)
+    # Some tokenizers (SigLIP's) drop the full stop; then the name ends where the text ends.
+    dropped = (bare == ids_CL).all(dim=-1)
+    name_end_C = _end_of_text(clip.text, ids_CL) - (~dropped).long()
+    return ids_CL, name_end_C, first
+
+
+def _specials_before(clip: FrozenCLIP) -> int:
+    """How many special tokens stand before the text: 1 ([SOS]) in CLIP, 0 in SigLIP."""
+    one, two = clip.tokenizer([PLACEHOLDER, f"{PLACEHOLDER} {PLACEHOLDER}"]).tolist()
+    differing = next(i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b)
+    return differing - 1
+
+
+def _end_of_text(parts: TextParts, ids_CL: Tensor) -> Tensor:
+    """Index of the end-of-text token of each row (C,)."""
+    if parts.pool_type == "eos":
+        return (ids_CL == parts.eos_id).int().argmax(dim=-1)
+    if parts.pool_type == "argmax":
+        return ids_CL.argmax(dim=-1)
+    # Towers that pool elsewhere (SigLIP) pad with one repeated id; the text ends where it starts.
+    padding = ids_CL[:, -1:]
+    trailing = (ids_CL == padding).flip(-1).int().cumprod(-1).sum(-1)
+    return ids_CL.shape[1] - trailing
+
+
+def _pool_positions(parts: TextParts, ids_CL: Tensor) -> Tensor:
+    if parts.pools_at_end:
+        return _end_of_text(parts, ids_CL)
+    return torch.full((ids_CL.shape[0],), ids_CL.shape[1] - 1)
+
+
+def _place(x_NGLd: Tensor, slots_GM: Tensor, values_NGMd: Tensor) -> Tensor:
+    """`x` with `values` at the context slots, out of place so that gradients flow."""
+    index = slots_GM[None, :, :, None].expand_as(values_NGMd)
+    return x_NGLd.scatter(2, index, values_NGMd)
+
+
+def _suffix_mask(prefix: int, length: int, device: torch.device) -> Tensor:
+    """True where a suffix token may look: the whole prefix, and its own class up to itself."""
+    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return torch.cat([own.new_ones(length, prefix), own], dim=1)
+
+
+def _project(parts: TextParts, x: Tensor) -> Tensor:
+    if parts.projection is None:
+        return x
+    if isinstance(parts.projection, Tensor):
+        return x @ parts.projection
+    projected: Tensor = parts.projection(x)
+    return projected
+
+
+def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: Tensor) -> Tensor:
+    """Initial context (M, d): the embeddings of `text`, or the given normal `draw` (M, d).
+
+    Raises:
+        UserError: `text` has another number of tokens than `context_tokens`.
+    """
+    if not text:
+        return draw
+    ids = clip.tokenizer([text])
+    first = _specials_before(clip)
+    end = int(_end_of_text(clip.text, ids)[0])
+    if end - first != context_tokens:
+        raise UserError(
+            f"context_init '{text}' has {end - first} tokens, but context_tokens is "
+            f"{context_tokens}; make them equal."
+        )
+    with torch.no_grad():
+        embedded: Tensor = clip.text.token_embedding(ids[0, first:end].to(clip.device))
+    return embedded.detach().float().cpu()

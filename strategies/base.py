@@ -1,0 +1,299 @@
+"""The common part of all server strategies: who takes part, and which replies count.
+
+Built on Flower's Message-API `Strategy`. A subclass writes one function, `aggregate`. What Flower's
+own strategies leave open is closed here: node ids are random and replies unordered, so clients are
+sampled and sorted by client id; no built-in strategy screens replies, so each one is checked
+before it counts, and a bad one is dropped, counted and named.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fedprompt.options import option
+from fedprompt.rng import generator
+
+log = logging.getLogger("fedprompt.strategy")
+
+Arrays = dict[str, NDArray[Any]]
+ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
+"""Names of the records in our messages."""
+MAX_EXAMPLES = 10**9
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """What every strategy understands."""
+
+    name: str = option("fedavg", "strategy name")
+    max_norm: float = option(1e4, "L2 norm above which a reply's tensors are refused", gt=0)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's checked reply: its shared tensors and how many images they were trained on."""
+
+    client: int
+    arrays: Arrays
+    num_examples: int
+
+
+class SharedPromptStrategy(Strategy):
+    """Samples clients, checks replies, and hands them sorted by client id to `aggregate`.
+
+    Args:
+        config: the strategy's own config.
+        shapes: expected shape of every shared tensor; all are float32.
+        seed: keys the draw of participants with the round.
+        fraction: share of the known clients that trains in a round (at least one).
+        min_replies: fewest valid replies for a round to change the shared tensors.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]] = StrategyConfig
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        seed: int,
+        fraction: float = 1.0,
+        min_replies: int = 1,
+    ) -> None:
+        self.config = config
+        self.shapes = dict(shapes)
+        self.seed = seed
+        self.fraction = fraction
+        self.min_replies = min_replies
+        self.node_of_client: dict[int, int] = {}
+        self.shared: Arrays = {}
+        self.sampled: list[int] = []
+        self.rejected: dict[int, str] = {}
+
+    @abstractmethod
+    def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
+        """New shared tensors from the last ones and at least one update, sorted by client id."""
+
+    def state(self) -> Arrays:
+        """Server-side tensors beyond the shared ones (momenta, ...) that a resumed run needs."""
+        return {}
+
+    def load_state(self, state: Arrays) -> None:
+        """Take back what `state` gave."""
+
+    def set_nodes(self, node_of_client: Mapping[int, int]) -> None:
+        """Tell which Flower node holds which client; call again when nodes join or leave."""
+        self.node_of_client = dict(sorted(node_of_client.items()))
+
+    def sample(self, server_round: int) -> list[int]:
+        """Sorted ids of the clients that train in a round; depends on seed and round only."""
+        clients = sorted(self.node_of_client)
+        count = max(1, round(self.fraction * len(clients)))
+        if count >= len(clients):
+            return clients
+        draw = generator(self.seed, "sample", server_round)
+        return sorted(int(c) for c in draw.choice(clients, size=count, replace=False))
+
+    # Flower's hooks
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One train message per sampled client."""
+        self.shared = to_arrays(arrays)
+        self.sampled = self.sample(server_round)
+        return self._messages(self.sampled, MessageType.TRAIN, server_round, arrays, config)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One evaluate message per known client, sampled or not."""
+        clients = sorted(self.node_of_client)
+        return self._messages(clients, MessageType.EVALUATE, server_round, arrays, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check, sort and aggregate; `(None, metrics)` where too few replies are valid."""
+        updates, losses = self._accept(list(replies))
+        metrics: dict[str, int | float | list[int] | list[float]] = {
+            "sampled": len(self.sampled),
+            "accepted": len(updates),
+            "rejected": len(self.rejected),
+        }
+        if updates:
+            weights = np.array([u.num_examples for u in updates], dtype=np.float64)
+            for name in sorted(set.intersection(*(set(m) for m in losses))):
+                values = np.array([m[name] for m in losses], dtype=np.float64)
+                metrics[name] = float((values * weights).sum() / weights.sum())
+        if len(updates) < self.min_replies:
+            log.warning(
+                "round %d: %d valid replies of %d, fewer than min_replies=%d: nothing aggregated",
+                server_round,
+                len(updates),
+                len(self.sampled),
+                self.min_replies,
+            )
+            return None, MetricRecord(metrics)
+        new = self.aggregate(server_round, self.shared, updates)
+        self.shared = {k: np.asarray(v, dtype=np.float32) for k, v in new.items()}
+        return to_record(self.shared), MetricRecord(metrics)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """All clients' numeric metrics as lists, sorted by client id, under `client-ids`."""
+        rows: dict[int, MetricRecord] = {}
+        client_of_node = {node: client for client, node in self.node_of_client.items()}
+        for reply in replies:
+            client = client_of_node.get(reply.metadata.src_node_id)
+            if client is None or reply.has_error():
+                log.warning("round %d: a client could not evaluate: %s", server_round, _why(reply))
+                continue
+            rows[client] = reply.content[METRICS]  # type: ignore[assignment]
+        if not rows:
+            return None
+        clients = sorted(rows)
+        merged: dict[str, Any] = {"client-ids": clients}
+        for name in rows[clients[0]]:
+            merged[name] = [rows[c][name] for c in clients]
+        return MetricRecord(merged)
+
+    def summary(self) -> None:
+        """Log what this strategy does."""
+        log.info(
+            "%s: shared %s, fraction %g, min_replies %d",
+            type(self).__name__,
+            self.shapes,
+            self.fraction,
+            self.min_replies,
+        )
+
+    def _messages(
+        self,
+        clients: list[int],
+        message_type: str,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+    ) -> list[Message]:
+        settings = ConfigRecord({**config, "server-round": server_round})
+        content = RecordDict({ARRAYS: arrays, CONFIG: settings})
+        return [
+            Message(
+                content=content,
+                dst_node_id=self.node_of_client[c],
+                message_type=message_type,
+                group_id=str(server_round),
+            )
+            for c in clients
+        ]
+
+    def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
+        """Valid updates sorted by client id, with their losses; the rest goes to `rejected`."""
+        client_of_node = {self.node_of_client[c]: c for c in self.sampled}
+        accepted: dict[int, tuple[Update, dict[str, float]]] = {}
+        self.rejected = {}
+        unnamed = []
+        for reply in replies:
+            client = client_of_node.get(reply.metadata.src_node_id)
+            if client is None:
+                # Flower answers for a lost node under its own id, so it cannot be named here.
+                unnamed.append(_why(reply))
+                continue
+            if client in accepted:
+                log.warning("client %d replied twice; the first reply counts", client)
+                continue
+            reason = self._fault(reply)
+            if reason:
+                self.rejected[client] = reason
+            else:
+                accepted[client] = _read(client, reply)
+        for client in sorted(set(self.sampled) - set(accepted) - set(self.rejected)):
+            self.rejected[client] = unnamed.pop(0) if unnamed else "no reply"
+        for client, reason in sorted(self.rejected.items()):
+            log.warning("client %d: reply dropped: %s", client, reason)
+        ordered = [accepted[c] for c in sorted(accepted)]
+        return [u for u, _ in ordered], [m for _, m in ordered]
+
+    def _fault(self, reply: Message) -> str | None:
+        """Why a reply must not count, or None."""
+        if reply.has_error():
+            return _why(reply)
+        content = reply.content
+        if set(content) != {ARRAYS, METRICS}:
+            return f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']"
+        record, metrics = content[ARRAYS], content[METRICS]
+        if not isinstance(record, ArrayRecord) or not isinstance(metrics, MetricRecord):
+            return "records of the wrong kind"
+        if set(record) != set(self.shapes):
+            return f"tensors {sorted(record)} instead of {sorted(self.shapes)}"
+        for name, shape in self.shapes.items():
+            array = record[name]
+            if array.dtype != "float32" or tuple(array.shape) != tuple(shape):
+                return f"'{name}' is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
+            try:
+                values = array.numpy()
+            except (ValueError, OSError, EOFError) as error:
+                return f"'{name}' cannot be read: {' '.join(str(error).split())[:100]}"
+            if values.dtype != np.float32 or values.shape != tuple(shape):
+                return f"'{name}' holds {values.dtype} {values.shape} behind its label"
+            if not np.isfinite(values).all():
+                return f"'{name}' holds values that are not finite"
+            norm = float(np.linalg.norm(values.astype(np.float64)))
+            if norm > self.config.max_norm:
+                return f"'{name}' has norm {norm:.3g}, above max_norm={self.config.max_norm:g}"
+        examples = metrics.get("num-examples")
+        if isinstance(examples, bool) or not isinstance(examples, int):
+            return f"num-examples is {examples!r}, not a whole number"
+        if not 0 < examples <= MAX_EXAMPLES:
+            return f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}"
+        return None
+
+
+def to_arrays(record: ArrayRecord) -> Arrays:
+    """NumPy arrays of a record, by name."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """A record of NumPy arrays, by name."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def _read(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
+    metrics = reply.content[METRICS]
+    examples = metrics["num-examples"]
+    losses = {
+        k: float(v)
+        for k, v in metrics.items()
+        if k.startswith("loss") and isinstance(v, (int, float)) and math.isfinite(v)
+    }
+    arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
+    return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]
+
+
+def _why(reply: Message) -> str:
+    if not reply.has_error():
+        return f"unexpected reply from node {reply.metadata.src_node_id}"
+    return " ".join((reply.error.reason or f"error {reply.error.code}").split())

@@ -1,0 +1,149 @@
+"""Small, offline, thread-frugal fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, Flower and Ray are imported: two cores are shared by everything on the machine.
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.config import Config, validate
+from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.partition import make_partition
+from fedprompt.rng import generator
+from fedprompt.workspace import Workspace
+
+CLASS_NAMES = ("river", "dense residential", "harbor", "ground track field", "beach", "runway")
+RANDOM_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 64,
+        "layers": 2,
+        "head_width": 32,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 4,
+        "layers": 3,
+    },
+}
+
+torch.set_num_threads(1)
+
+
+def random_clip(**changes: Any) -> FrozenCLIP:
+    """A CLIP with random weights of a fixed seed; text and vision small."""
+    cfg = {k: dict(v) if isinstance(v, dict) else v for k, v in RANDOM_CLIP.items()}
+    for key, value in changes.items():
+        cfg[key] = {**cfg[key], **value} if isinstance(value, dict) else value
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIP(**cfg)
+    return FrozenCLIP(model, open_clip.SimpleTokenizer(), name="random", weights_hash="seed 0")
+
+
+@pytest.fixture(scope="session")
+def clip() -> FrozenCLIP:
+    return random_clip()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache; one cache serves the whole test run."""
+    base = tmp_path_factory.getbasetemp() / "fedprompt-cache"
+    monkeypatch.setenv("FEDPROMPT_CACHE", str(base))
+    monkeypatch.setenv("FEDPROMPT_STATE", str(tmp_path_factory.getbasetemp() / "fedprompt-state"))
+
+
+def fake_dataset(images: int = 240, classes: int = 6, domains: int = 2) -> ImageDataset:
+    """A data set without pictures: only labels, splits and domains matter."""
+    draw = generator(0, "fake dataset")
+    labels_N = np.arange(images, dtype=np.int64) % classes
+    split_N = np.where(np.arange(images) % 24 < 18, TRAIN, TEST).astype(np.int8)
+    return ImageDataset(
+        name="fake",
+        class_names=CLASS_NAMES[:classes],
+        labels_N=labels_N,
+        split_N=split_N,
+        domains_N=draw.integers(0, domains, images),
+        domain_names=tuple(f"domain {i}" for i in range(domains)),
+        fingerprint="fake",
+        open_image=lambda i: Image.new("RGB", (32, 32), (int(i) % 256, 0, 0)),
+    )
+
+
+def small_config(**sections: Any) -> Config:
+    """A quick config: 4 clients, 3 rounds; sections are merged over it."""
+    raw: dict[str, Any] = {
+        "experiment": "test",
+        "seed": 1,
+        "backbone": {"model": "tiny", "device": "cpu"},
+        "data": {"images_per_class": 8},
+        "partition": {"clients": 4, "alpha": 0.5},
+        "method": {"name": "fedrsclip"},
+        "strategy": {"name": "fedavg"},
+        "training": {"lr": 0.05, "batch_size": 8},
+        "federation": {"rounds": 3},
+        "grid": {"threads": 1},
+        "evaluation": {"local_only": False},
+        "output": {"report": False},
+    }
+    for key, value in sections.items():
+        both = isinstance(value, dict) and isinstance(raw.get(key), dict)
+        raw[key] = {**raw[key], **value} if both else value
+    return validate(raw)
+
+
+@pytest.fixture(scope="session")
+def make_workspace(clip: FrozenCLIP) -> Callable[..., Workspace]:
+    """Workspaces on the random CLIP and invented features with class structure."""
+    dataset = fake_dataset()
+    draw = generator(0, "fake features")
+    centres_CD = draw.standard_normal((6, clip.embed_dim))
+    noise_ND = draw.standard_normal((len(dataset), clip.embed_dim))
+    features_ND = (centres_CD[dataset.labels_N] + noise_ND).astype(np.float32)
+
+    def make(**sections: Any) -> Workspace:
+        config = small_config(**sections)
+        partition = make_partition(dataset, config.partition, config.seed)
+        return Workspace(config, clip, dataset, partition, features_ND)
+
+    return make
+
+
+@pytest.fixture
+def run_config(tmp_path: Path) -> Callable[..., Config]:
+    """Configs whose run folder lies in the test's own folder."""
+
+    def make(**sections: Any) -> Config:
+        config = small_config(**sections)
+        return replace(config, output=replace(config.output, dir=str(tmp_path / "run")))
+
+    return make
