@@ -10,8 +10,11 @@ from typing import Annotated
 
 import typer
 
-# Before Flower or Ray are imported: no telemetry, no update check, unless the user wants them.
+# Before torch, Flower and Ray are imported, and only where the user has not decided: idle threads
+# sleep instead of spinning (on a busy machine spinning costs several times the work itself), no
+# telemetry, no update check.
 for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -6,10 +6,9 @@ Shape suffixes: B images, C classes, D joint embedding, d text width, L text pos
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from fedprompt.tiny import tiny_model_config, tiny_state_dict, tiny_weights_path
 from filelock import FileLock
 from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 
 from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.files import replacing, write_bytes
+from fedprompt.tiny import tiny_model_config, tiny_state_dict, tiny_weights_path
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TextParts:
 
     token_embedding: nn.Embedding
     positional_embedding_Ld: Tensor
-    blocks: nn.ModuleList
+    blocks: Sequence[Any]
     ln_final: nn.Module
     projection: Tensor | nn.Module | None
     attn_mask_LL: Tensor | None
@@ -142,40 +142,77 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     device = _device(config.device)
     if config.model == "tiny":
         return _load_tiny(config, device)
-    known = open_clip.list_models()
-    if config.model not in known:
-        hint = did_you_mean(config.model, ["tiny", *known]) if len(known) < 20 else ""
-        hint = hint or _nearest(config.model, ["tiny", *known])
-        raise UserError(f"backbone: open_clip has no model '{config.model}'.{hint}")
+    model_cfg, tag_cfg = _settings(config)
     if config.checkpoint:
         source = Path(config.checkpoint).expanduser()
         if not source.is_file():
             raise UserError(f"backbone: no checkpoint file {source}.")
-        tag_cfg: dict[str, Any] = {}
     else:
-        assert config.pretrained is not None
-        source, tag_cfg = _fetch_pretrained(config.model, config.pretrained)
-    model_cfg = open_clip.get_model_config(config.model)
-    assert model_cfg is not None
-    if tag_cfg.get("quick_gelu"):
-        model_cfg["quick_gelu"] = True
+        source = _download(config, tag_cfg)
     source_hash = _file_hash(source, cache_dir)
     weights = _mappable_weights(config.model, model_cfg, source, source_hash, cache_dir)
-    model = _build(config.model, model_cfg, load_file(weights))
-    preprocess_cfg = dict(open_clip.model.get_model_preprocess_cfg(model))
-    preprocess_cfg.update(
-        {k: tag_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in tag_cfg}
+    model = _build(config.model, model_cfg, weights)
+    preprocess_cfg = open_clip.transform.merge_preprocess_dict(
+        open_clip.transform.PreprocessCfg(), tag_cfg
     )
+    preprocess_cfg["size"] = model.visual.image_size
     open_clip.model.set_model_preprocess_cfg(model, preprocess_cfg)
     return FrozenCLIP(
         model,
-        open_clip.get_tokenizer(config.model),
+        _tokenizer(config.model),
         name=config.model,
         weights_hash=_digest(source_hash + json.dumps(model_cfg, sort_keys=True)),
         device=device,
         precision=config.precision,
         image_batch=config.image_batch,
     )
+
+
+def _settings(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's config of the model, and of the pretrained tag (empty without one)."""
+    known = open_clip.list_models()
+    if config.model not in known:
+        hint = _nearest(config.model, ["tiny", *known])
+        raise UserError(f"backbone: open_clip has no model {config.model!r}.{hint}")
+    model_cfg: dict[str, Any] = open_clip.get_model_config(config.model)
+    text_cfg = model_cfg["text_cfg"]
+    if "hf_model_name" in text_cfg or text_cfg.get("embed_cls") or "multimodal_cfg" in model_cfg:
+        raise UserError(_NO_PROMPTS.format(config.model))
+    if config.pretrained is None:
+        return model_cfg, {}
+    tag_cfg: dict[str, Any] = dict(open_clip.get_pretrained_cfg(config.model, config.pretrained))
+    if not tag_cfg:
+        hint = did_you_mean(
+            config.pretrained, open_clip.list_pretrained_tags_by_model(config.model)
+        )
+        raise UserError(
+            f"backbone: model '{config.model}' has no pretrained tag {config.pretrained!r}.{hint}"
+        )
+    if tag_cfg.get("quick_gelu"):
+        model_cfg["quick_gelu"] = True
+    return model_cfg, tag_cfg
+
+
+def _download(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
+    from open_clip.pretrained import download_pretrained
+
+    try:
+        return Path(download_pretrained(tag_cfg))
+    except Exception as error:  # the hub's and urllib's errors have no common parent
+        raise UserError(
+            f"backbone: weights '{config.pretrained}' of {config.model} could not be downloaded "
+            f"({type(error).__name__}); fetch them on a machine with a connection and add "
+            "backbone.checkpoint=FILE, or copy its Hugging Face cache."
+        ) from None
+
+
+def _tokenizer(model: str) -> Callable[..., Tensor]:
+    try:
+        tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(model)
+    except Exception as error:  # transformers' and the hub's errors have no common parent
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone: the tokenizer of {model} cannot be had: {reason}") from None
+    return tokenizer
 
 
 def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
@@ -207,32 +244,15 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Nearest: {', '.join(close)}." if close else ""
-
-
-def _fetch_pretrained(model: str, tag: str) -> tuple[Path, dict[str, Any]]:
-    from open_clip.pretrained import download_pretrained
-
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    tag_cfg = open_clip.get_pretrained_cfg(model, tag)
-    if not tag_cfg:
-        hint = did_you_mean(tag, tags)
-        raise UserError(f"backbone: model '{model}' has no pretrained tag '{tag}'.{hint}")
-    try:
-        return Path(download_pretrained(tag_cfg)), dict(tag_cfg)
-    except Exception as error:  # the hub's and urllib's errors have no common parent
-        raise UserError(
-            f"backbone: weights '{tag}' of {model} could not be downloaded "
-            f"({type(error).__name__}); fetch them on a machine with a connection and set "
-            "backbone.checkpoint=FILE, or copy its Hugging Face cache."
-        ) from None
+    return f" Nearest: {', '.join(close)}." if close else " See open_clip.list_models()."
 
 
 def _mappable_weights(
     name: str, model_cfg: dict[str, Any], source: Path, source_hash: str, cache_dir: Path
 ) -> Path:
     """A float32 safetensors file with the model's own keys: `source` itself where it is one."""
-    expected = {k: tuple(v.shape) for k, v in _meta_model(name, model_cfg).state_dict().items()}
+    meta = _empty_model(name, model_cfg, meta=True)
+    expected = {k: tuple(v.shape) for k, v in meta.state_dict().items()}
     if source.suffix == ".safetensors" and _is_mappable(source, expected):
         return source
     key = _digest(source_hash + json.dumps(model_cfg, sort_keys=True))
@@ -244,10 +264,10 @@ def _mappable_weights(
         with FileLock(f"{target}.lock"):
             if not target.is_file():
                 _convert(name, model_cfg, source, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"backbone: cannot write {target}: {error.strerror or error}; set output.cache to a "
-            "folder with room."
+            f"backbone: cannot write {target}: {' '.join(str(error).split())}; set output.cache to "
+            "a folder with room."
         ) from None
     return target
 
@@ -260,14 +280,12 @@ def _convert(name: str, model_cfg: dict[str, Any], source: Path, target: Path) -
     except Exception as error:  # unpickling, key and shape errors come in many types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"backbone: {source} does not hold weights of {name}: {reason}") from None
-    state = {k: v.float().contiguous().clone() for k, v in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    state = {
+        k: (v.float() if v.is_floating_point() else v).contiguous().clone()
+        for k, v in model.state_dict().items()
+    }
+    with replacing(target) as temporary:
         save_file(state, temporary)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _is_mappable(path: Path, expected: dict[str, tuple[int, ...]]) -> bool:
@@ -286,9 +304,13 @@ def _is_mappable(path: Path, expected: dict[str, tuple[int, ...]]) -> bool:
         raise UserError(f"backbone: {path} is not a readable safetensors file: {reason}") from None
 
 
-def _build(name: str, model_cfg: dict[str, Any], state: dict[str, Tensor]) -> CLIP | CustomTextCLIP:
-    model = _meta_model(name, model_cfg)
-    _assign(model, state)
+def _build(name: str, model_cfg: dict[str, Any], weights: Path) -> CLIP | CustomTextCLIP:
+    model = _empty_model(name, model_cfg, meta=True)
+    try:
+        _assign(model, load_file(weights))
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"backbone: {weights} is damaged ({reason}); remove it.") from None
     return model
 
 
@@ -304,31 +326,24 @@ def _assign(model: CLIP | CustomTextCLIP, state: dict[str, Tensor]) -> None:
         raise RuntimeError(f"tensors without values after loading: {left}")
 
 
-def _meta_model(name: str, model_cfg: dict[str, Any]) -> CLIP | CustomTextCLIP:
-    return _empty_model(name, model_cfg, meta=True)
-
-
 def _empty_model(name: str, model_cfg: dict[str, Any], *, meta: bool) -> CLIP | CustomTextCLIP:
     """The architecture without weights; on the meta device where open_clip's own classes allow.
 
-    timm and Hugging Face towers make buffers that no checkpoint holds, so they are really built.
+    timm's towers make buffers that no checkpoint holds, so they are really built.
     """
-    own_classes = (
-        "timm_model_name" not in model_cfg["vision_cfg"]
-        and "hf_model_name" not in model_cfg["text_cfg"]
-        and "multimodal_cfg" not in model_cfg
-    )
-    if not own_classes:
-        return open_clip.create_model(
-            name, pretrained=None, pretrained_image=False, pretrained_text=False
-        )
-    cfg = dict(model_cfg)
+    cfg = copy.deepcopy(model_cfg)
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"], meta = False, False
     model_class = CustomTextCLIP if cfg.pop("custom_text", False) else CLIP
     with _GLOBAL_RNG, torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
         return model_class(**cfg)
 
 
 _GLOBAL_RNG = threading.Lock()
+_NO_PROMPTS = (
+    "backbone: prompts cannot be threaded through the text tower of {}; choose a model with "
+    "open_clip's own text transformer."
+)
 
 
 def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
@@ -340,10 +355,7 @@ def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
         or getattr(text, "use_pad_mask", False)
     )
     if unsupported:
-        raise UserError(
-            f"backbone: prompts cannot be threaded through the text tower of this model "
-            f"({type(text).__name__}); choose one with open_clip's own text transformer."
-        )
+        raise UserError(_NO_PROMPTS.format(f"this model ({type(text).__name__})"))
     blocks = text.transformer.resblocks
     pool_type = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
     mask = text.attn_mask
@@ -376,16 +388,15 @@ def _file_hash(path: Path, cache_dir: Path) -> str:
     memo = cache_dir / "weights" / "hashes" / stamp
     with contextlib.suppress(OSError):
         return memo.read_text()
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"backbone: cannot read {path}: {error.strerror}.") from None
     with contextlib.suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(digest.hexdigest())
-        os.replace(temporary, memo)
-    return digest.hexdigest()
+        write_bytes(memo, digest.encode())
+    return digest
 
 
 def shape_only_clip(name: str) -> FrozenCLIP:

@@ -3,11 +3,17 @@
 Order, later wins: schema defaults < `configs/<group>/<name>.yaml` < the experiment file <
 `key=value` overrides. The result is frozen. A run folder's `config.yaml` is complete and composes
 to the same config again.
+
+In an experiment file a group is a name (`method: promptfl`), a name with changes
+(`method: {use: promptfl, context_tokens: 4}`) or plain keys. `extends:` names a shipped experiment
+or a YAML file beside it; choosing a group anew drops the keys of the old choice, while plain keys
+change it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +32,15 @@ class BackboneConfig:
 
     model: str = option("tiny", "open_clip model name, or 'tiny' for the embedded one")
     pretrained: str | None = option(None, "open_clip pretrained tag, e.g. 'openai'")
-    checkpoint: str | None = option(None, "local weights (.safetensors or .pt) instead of a tag")
+    checkpoint: str | None = option(
+        None, "local weights (.safetensors or .pt); beside a tag, whose settings then hold"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
     precision: Literal["float32", "bf16"] = option("float32", "bf16 = autocast to bfloat16")
     image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
 
     def check(self) -> None:
-        """Refuse two sources of weights, or none."""
-        if self.pretrained and self.checkpoint:
-            raise UserError("give 'pretrained' or 'checkpoint', not both.")
+        """Refuse a model without weights."""
         if self.model != "tiny" and not (self.pretrained or self.checkpoint):
             raise UserError(
                 f"'{self.model}' needs weights: set backbone.pretrained (a tag) or "
@@ -209,15 +215,15 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: missing file, unknown key, wrong type or impossible value.
     """
-    raw = _load_experiment(experiment)
+    raw = _load_experiment(str(experiment))
     changes = [_parse_override(item) for item in overrides]
-    for path, value in changes:
-        if len(path) == 1 and path[0] in GROUPS:
-            raw[path[0]] = value
+    chosen = [(path[0], value) for path, value in changes if _selects_group(path)]
+    for group, value in chosen:
+        raw = _layer(raw, {group: value})
     for group in GROUPS:
         raw[group] = _resolve_group(group, raw.get(group))
     for path, value in changes:
-        if not (len(path) == 1 and path[0] in GROUPS):
+        if not _selects_group(path):
             _assign(raw, path, value)
     return validate(raw)
 
@@ -230,7 +236,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
     for key in raw:
         if key not in TOP_LEVEL:
             hint = did_you_mean(str(key), TOP_LEVEL)
-            raise UserError(f"config: unknown key '{key}'.{hint}")
+            raise UserError(f"config: unknown key {str(key)!r}.{hint}")
     parts: dict[str, Any] = {}
     for name, schema in SECTIONS.items():
         parts[name] = build(schema, _mapping(name, raw.get(name)), name)
@@ -245,7 +251,13 @@ def validate(raw: Mapping[str, Any]) -> Config:
     seed = raw.get("seed", 1)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
-    return Config(experiment=str(raw.get("experiment", "experiment")), seed=seed, **parts)
+    experiment = raw.get("experiment", "experiment")
+    if not isinstance(experiment, str) or not re.fullmatch(r"\w[\w .+-]*", experiment):
+        raise UserError(
+            f"config: experiment is {experiment!r}; it names the run folder: use letters, digits, "
+            "'-', '_', '.'."
+        )
+    return Config(experiment=experiment, seed=seed, **parts)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -278,35 +290,57 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _load_experiment(experiment: str | Path) -> dict[str, Any]:
-    text = str(experiment)
-    if text.endswith((".yaml", ".yml")):
-        path, name = Path(text), Path(text).stem
+def _load_experiment(
+    experiment: str, folder: Path | None = None, seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """The file's keys over those that it extends; `folder` is where relative paths start."""
+    if experiment.endswith((".yaml", ".yml")):
+        path = (folder or Path()) / Path(experiment).expanduser()
         if not path.is_file():
             raise UserError(f"config: no file {path}.")
     else:
-        path, name = configs_dir() / "experiment" / f"{text}.yaml", text
-        if not path.is_file():
-            hint = did_you_mean(text, available("experiment"))
-            raise UserError(f"config: no experiment '{text}'.{hint}")
+        path = _shipped("experiment", experiment)
+    if path.resolve() in seen:
+        raise UserError(f"config: {path} extends itself.")
     raw = _load_yaml(path)
+    raw.setdefault("experiment", path.stem)
     base = raw.pop("extends", None)
-    if base is not None:
-        if str(base) in (name, text):
-            raise UserError(f"config: {path} extends itself.")
-        raw = _merge(_load_experiment(str(base)), raw)
-        raw["experiment"] = name
-    raw.setdefault("experiment", name)
-    return raw
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"config: {path}: 'extends' must name one experiment, got {base!r}.")
+    return _layer(_load_experiment(base, path.parent, (*seen, path.resolve())), raw)
 
 
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
+def _shipped(group: str, name: Any) -> Path:
+    """The shipped file of that name: names select, paths do not."""
+    known = available(group)
+    if name not in known:
+        hint = did_you_mean(str(name), known)
+        raise UserError(f"config: no {group} {str(name)!r}.{hint}")
+    return configs_dir() / group / f"{name}.yaml"
+
+
+def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; a group that `top` chooses anew replaces the old choice and its keys."""
+    below = dict(base)
+    for group in GROUPS:
+        new, old = top.get(group), below.get(group)
+        chooses = not isinstance(new, Mapping) or "use" in new or "name" in new
+        if new is not None and chooses:
+            below.pop(group, None)
+        elif isinstance(old, str):
+            below[group] = {"use": old}
+    return _merge(below, top)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    return {**base, **{key: _over(base.get(key), value) for key, value in top.items()}}
+
+
+def _over(old: Any, new: Any) -> Any:
+    both = isinstance(old, Mapping) and isinstance(new, Mapping)
+    return _merge(old, new) if both else new
 
 
 def _resolve_group(group: str, value: Any) -> dict[str, Any]:
@@ -319,28 +353,29 @@ def _resolve_group(group: str, value: Any) -> dict[str, Any]:
         if "use" not in extra:
             return extra
         value = extra.pop("use")
-    path = configs_dir() / group / f"{value}.yaml"
-    if not path.is_file():
-        hint = did_you_mean(str(value), available(group))
-        raise UserError(f"config: no {group} '{value}'.{hint}")
-    return _merge(_load_yaml(path), extra)
+    return _merge(_load_yaml(_shipped(group, value)), extra)
+
+
+def _selects_group(path: Sequence[str]) -> bool:
+    """Whether an override key chooses a group anew: `method=...`, `method.name=...`."""
+    return path[0] in GROUPS and (len(path) == 1 or list(path[1:]) in (["use"], ["name"]))
 
 
 def _parse_override(item: str) -> tuple[list[str], Any]:
-    key, equals, _ = item.partition("=")
+    key, equals, text = item.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"config: '{item}' is not key=value, e.g. federation.rounds=20.")
+        raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
     path = key.strip().split(".")
-    try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
-    except Exception as error:
-        raise UserError(f"config: cannot read '{item}': {_one_line(error)}.") from None
-    for part in path:
-        parsed = parsed[part]
     if path[0] not in TOP_LEVEL:
         hint = did_you_mean(path[0], TOP_LEVEL)
-        raise UserError(f"config: unknown key '{key}'.{hint}")
-    return path, parsed
+        raise UserError(f"config: unknown key {key.strip()!r}.{hint}")
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except Exception as error:  # OmegaConf's and PyYAML's errors have no common public parent
+        raise UserError(f"config: cannot read {item!r}: {_one_line(error)}.") from None
+    if parsed["value"] is None and _selects_group(path):
+        raise UserError(f"config: {item!r} has no value.")
+    return path, parsed["value"]
 
 
 def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -350,10 +385,10 @@ def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
         if child is None:
             child = {}
         if not isinstance(child, dict):
-            raise UserError(f"config: '{'.'.join(path)}': '{part}' has no keys of its own.")
+            raise UserError(f"config: {'.'.join(path)!r}: {part!r} has no keys of its own.")
         node[part] = child
         node = child
-    node[path[-1]] = value
+    node[path[-1]] = _over(node.get(path[-1]), value)
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """What a run says while it goes on, and the tables it ends with.
 
 A terminal gets one live block (bar, loss, accuracies, traffic, time left); a file or a pipe gets
-one plain line per round in a fixed format; `quiet` gets nothing. Text from a run (names, paths,
-messages) is never read as rich markup.
+one plain line per round in a fixed format; `quiet` gets the result only. Text from a run (names,
+paths, messages) is never read as rich markup.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -247,6 +247,15 @@ def _fields(
     yield "left", human_time(eta_s) if known and eta_s is not None else MISSING
 
 
+def _print_summary(
+    console: Console, summary: Mapping[str, Any], run_dir: Path | str | None
+) -> None:
+    console.print(summary_table(summary))
+    if run_dir is not None:
+        # Not in the table's caption: there it would be broken over lines and hard to copy.
+        console.print(_plain(f"run folder: {run_dir}"), soft_wrap=True)
+
+
 class PlainDisplay:
     """One line per round, for files, pipes and logs.
 
@@ -280,9 +289,7 @@ class PlainDisplay:
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
         """Print the summary table."""
-        self._console.print(summary_table(summary))
-        if run_dir is not None:
-            self._print(f"run folder: {run_dir}")
+        _print_summary(self._console, summary, run_dir)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -299,29 +306,24 @@ class RichDisplay:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._traffic = _Traffic()
-        self._live: Live | None = None
-        self._task: TaskID | None = None
-        self._numbers = Text("")
-        self._rounds = 0
-
-    def start(self, title: str, rounds: int, first_round: int) -> None:
-        """Print the title and open the live block."""
-        self.close()
-        self._traffic, self._rounds, self._numbers = _Traffic(), rounds, Text("")
-        self._console.print(Text(title, style="bold"), soft_wrap=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[count]}", markup=False),
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("round", total=rounds, completed=first_round - 1)
-        self._live = Live(Group(self._progress, self._numbers), console=self._console)
-        self._live.start()
-        # An uncaught error elsewhere must not leave the user's terminal without a cursor.
-        atexit.register(self.close)
+        # Without a total the bar pulses: that is what a phase before the first round looks like.
+        self._task = self._progress.add_task("", total=None, count="")
+        self._live: Live | None = None
+        self._rounds = 0
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Print the title and show the bar."""
+        self._traffic, self._rounds = _Traffic(), rounds
+        self._console.print(Text(title, style="bold"), soft_wrap=True)
+        self._show("round", max(0, first_round - 1))
 
     def message(self, text: str) -> None:
         """Print the line above the live block."""
@@ -329,28 +331,23 @@ class RichDisplay:
 
     def phase(self, text: str) -> None:
         """Show the phase in front of the bar."""
-        if self._live is not None and self._task is not None:
-            self._progress.update(self._task, description=text)
-            self._live.refresh()
+        self._progress.update(self._task, description=text)
+        self._open().refresh()
 
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
         """Move the bar and show the round's numbers; a dash where it was not evaluated."""
         self._traffic.add(record)
-        if self._live is None or self._task is None:
-            return
-        self._progress.update(self._task, description=_label(record), completed=record["round"])
-        self._numbers = Text("  ")
+        numbers = Text("  ")
         for name, value in _fields(record, self._traffic, eta_s):
             style = "bold red" if name == "rejected" else "bold"
-            self._numbers.append(f"{name} ", style="dim").append(f"{value}   ", style=style)
-        self._live.update(Group(self._progress, self._numbers))
+            numbers.append(f"{name} ", style="dim").append(f"{value}   ", style=style)
+        self._open().update(Group(self._progress, numbers))
+        self._show(_label(record), record["round"])
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
         """Close the live block and print the summary table."""
         self.close()
-        self._console.print(summary_table(summary))
-        if run_dir is not None:
-            self.message(f"run folder: {run_dir}")
+        _print_summary(self._console, summary, run_dir)
 
     def close(self) -> None:
         """Stop the live block and show the cursor again."""
@@ -359,9 +356,30 @@ class RichDisplay:
             self._live = None
             atexit.unregister(self.close)
 
+    def _show(self, description: str, completed: int) -> None:
+        self._progress.update(
+            self._task,
+            description=description,
+            completed=completed,
+            total=self._rounds,
+            count=f"{completed}/{self._rounds}",
+        )
+        self._open().refresh()
+
+    def _open(self) -> Live:
+        if self._live is None:
+            self._live = Live(self._progress, console=self._console)
+            self._live.start()
+            # An uncaught error elsewhere must not leave the user's terminal without a cursor.
+            atexit.register(self.close)
+        return self._live
+
 
 class QuietDisplay:
-    """Says nothing."""
+    """Says nothing until the run is complete, then prints its result."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
 
     def start(self, title: str, rounds: int, first_round: int) -> None:
         """Say nothing."""
@@ -376,19 +394,20 @@ class QuietDisplay:
         """Say nothing."""
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
-        """Say nothing."""
+        """Print the summary table."""
+        _print_summary(self._console, summary, run_dir)
 
     def close(self) -> None:
         """Nothing to give back."""
 
 
 def make_display(quiet: bool = False) -> Display:
-    """A live display in a terminal, plain lines in a file or pipe, nothing when `quiet`."""
-    if quiet:
-        return QuietDisplay()
+    """A live display in a terminal, plain lines in a file or pipe, the result when `quiet`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An ASCII-only stdout must not end a run at its summary, for want of a `±`.
         sys.stdout.reconfigure(errors="replace")
+    if quiet:
+        return QuietDisplay()
     console = Console(highlight=False)
     # isatty, not console.is_terminal: FORCE_COLOR makes rich take a pipe for a terminal.
     live = sys.stdout.isatty() and not console.is_dumb_terminal

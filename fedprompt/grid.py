@@ -59,7 +59,8 @@ def client_of(node: int) -> int:
 
 def to_wire(message: Message) -> bytes:
     """A message as Flower's own protobuf bytes."""
-    return message_to_proto(message).SerializeToString()
+    content: bytes = message_to_proto(message).SerializeToString()
+    return content
 
 
 def from_wire(content: bytes) -> Message:
@@ -193,7 +194,7 @@ class InlineGrid(CohortGrid):
 def run_cohort(
     workspace: Workspace, cohort: Sequence[tuple[int, bytes]], private: dict[int, Tensors]
 ) -> tuple[list[bytes], dict[int, Tensors]]:
-    """`handle` on bytes. A client that raises gets an error reply and does not take others along."""
+    """`handle` on bytes; a client that raises gets an error reply and takes no other along."""
     messages = [from_wire(content) for _, content in cohort]
     clients = [client for client, _ in cohort]
     try:
@@ -388,7 +389,8 @@ def describe_nodes(grid: Grid, timeout: float) -> dict[int, int]:
     for reply in grid.send_and_receive(queries, timeout=timeout):
         node = reply.metadata.src_node_id
         if reply.has_error():
-            raise UserError(f"node {node} cannot start: {' '.join(reply.error.reason.split())}")
+            reason = " ".join((reply.error.reason or "no reason given").split())
+            raise UserError(f"node {node} cannot start: {reason}")
         client = int(reply.content["metrics"]["client-id"])  # type: ignore[arg-type]
         if client in node_of_client:
             raise UserError(

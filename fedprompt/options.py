@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import math
+import operator
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,6 +15,21 @@ from omegaconf.errors import OmegaConfBaseException
 from fedprompt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+
+_RULES: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
+    ("gt", operator.gt, "greater than"),
+    ("ge", operator.ge, "at least"),
+    ("le", operator.le, "at most"),
+    ("lt", operator.lt, "less than"),
+)
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[str]: "a list of texts",
+    NoneType: "null",
+}
 
 
 def option(
@@ -41,15 +59,17 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     for key in values:
         if key not in fields:
             hint = did_you_mean(str(key), list(fields))
-            raise UserError(f"config: unknown key '{where}.{key}'.{hint}")
+            raise UserError(f"config: unknown key {f'{where}.{key}'!r}.{hint}")
     structured = OmegaConf.structured(schema)
+    kinds = get_type_hints(schema)
     for key, value in values.items():
+        _refuse_placeholders(f"{where}.{key}", value)
         try:
-            merged = OmegaConf.merge(structured, {key: value})
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"config: {where}.{key}: {reason}.") from None
-        structured = merged
+            structured = OmegaConf.merge(structured, {key: value})
+        except (OmegaConfBaseException, ValueError, TypeError):
+            raise UserError(
+                f"config: {where}.{key} is {value!r}; it must be {_in_words(kinds[key])}."
+            ) from None
     built = OmegaConf.to_object(structured)
     assert isinstance(built, schema)
     for name, field in fields.items():
@@ -63,18 +83,32 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     return built
 
 
+def _refuse_placeholders(where: str, value: Any) -> None:
+    """OmegaConf would fill in `${...}` (even from the environment) and drop `???`; we do neither."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_placeholders(f"{where}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_placeholders(where, item)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise UserError(f"config: {where} is {value!r}; write the value itself.")
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    return " or ".join(_in_words(part) for part in get_args(kind)) or str(kind)
+
+
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if isinstance(value, float) and value != value:
-        raise UserError(f"config: {where} is NaN.")
-    rules = (
-        ("gt", value.__gt__, "greater than"),
-        ("ge", value.__ge__, "at least"),
-        ("le", value.__le__, "at most"),
-        ("lt", value.__lt__, "less than"),
-    )
-    for name, holds, words in rules:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config: {where} is {value}; it must be a finite number.")
+    for name, holds, words in _RULES:
         limit = limits.get(name)
-        if limit is not None and holds(type(value)(limit)) is not True:
+        if limit is not None and not holds(value, limit):
             raise UserError(f"config: {where} is {value}; it must be {words} {limit}.")

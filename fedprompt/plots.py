@@ -112,9 +112,8 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = _read_text(path).split("\n")
-    if not lines[-1]:
-        lines.pop()
+    """Every whole line; a last one without its newline is still being written, or was torn."""
+    *lines, _ = _read_text(path).split("\n")
     return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
 
 
@@ -527,15 +526,17 @@ def figure_partition(description: Mapping[str, Any]) -> Figure:
 
 
 def _draw_totals(axes: Axes, counts_KC: NDArray[np.int64], description: Mapping[str, Any]) -> None:
-    """Training images per client, stacked by domain where the counts by domain are of these."""
+    """Images per client: of training, or of training and local test where domains are known."""
     _style(axes)
-    totals_K = counts_KC.sum(axis=1)
+    totals_K, test_KC = counts_KC.sum(axis=1), description.get("test_counts")
+    local_K = totals_K if test_KC is None else totals_K + np.asarray(test_KC).sum(axis=1)
     domains = [str(name) for name in description.get("domain_names") or []]
+    # Domains are counted over a client's training and test images together.
     by_domain = np.asarray(description.get("domain_counts") or [], dtype=np.int64)
     stacked = (
         1 < len(domains) <= len(DOMAINS)
         and by_domain.shape == (len(totals_K), len(domains))
-        and bool((by_domain.sum(axis=1) == totals_K).all())
+        and bool((by_domain.sum(axis=1) == local_K).all())
     )
     base = np.zeros(len(totals_K), dtype=np.int64)
     columns = by_domain.T if stacked else totals_K[None]
@@ -546,7 +547,7 @@ def _draw_totals(axes: Axes, counts_KC: NDArray[np.int64], description: Mapping[
         base = base + column
     if stacked:
         _legend_above(axes)
-    axes.set_ylabel("Images", fontsize=9.5, color=INK)
+    axes.set_ylabel("Train + test" if stacked else "Images", fontsize=9.5, color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True))
     axes.tick_params(axis="x", length=0, labelbottom=False)
 

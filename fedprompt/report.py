@@ -130,10 +130,9 @@ def _content(run: RunData) -> dict[str, Any]:
     source = run.path / ("metrics.jsonl" if run.summary is None else "summary.json")
     finished_at = datetime.fromtimestamp(source.stat().st_mtime, tz=UTC)
     folder = run.path.resolve().name
-    experiment = summary.get("experiment") or folder
     planned = (run.config.get("federation") or {}).get("rounds")
     return {
-        "title": f"{experiment}: {summary.get('method')} on {summary.get('data')}",
+        "title": _title(summary, folder),
         "facts": _facts(summary, finished_at),
         "unfinished": run.summary is None,
         "progress": f"{run.rounds[-1]['round']} of {planned if planned is not None else '?'}",
@@ -154,6 +153,11 @@ def _content(run: RunData) -> dict[str, Any]:
         "environment": _environment(run, summary),
         "command": f"fedprompt run {shlex.quote(f'{folder}/config.yaml')}",
     }
+
+
+def _title(summary: Mapping[str, Any], folder: str) -> str:
+    data = f" on {summary['data']}" if summary.get("data") else ""
+    return f"{summary.get('experiment') or folder}: {summary.get('method') or 'method'}{data}"
 
 
 def _facts(summary: Mapping[str, Any], finished_at: datetime) -> list[str]:
@@ -205,8 +209,9 @@ def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, st
     for key, label in (("train_s", "training"), ("evaluate_s", "evaluation")):
         if run.timings:
             found[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
-    if summary.get("rejected_replies") is not None:
-        found["rejected replies"] = str(summary["rejected_replies"])
+    for key in ("rejected_replies", "skipped_images"):
+        if summary.get(key) is not None:
+            found[key.replace("_", " ")] = str(summary[key])
     for kind in ("shared", "private"):
         tensors = summary.get(kind)
         if isinstance(tensors, dict):

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP, TextParts
 from fedprompt.errors import UserError
@@ -165,7 +165,7 @@ class TextTower:
                 x = self._last_block(block, x, qkv, prefix)
         return _project(parts, parts.ln_final(x))[:, self._unsort_C]
 
-    def _block(self, block: nn.Module, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
+    def _block(self, block: Any, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
         """One residual block for the prefix and all suffix tokens."""
         attn = block.attn
         if qkv is None:
@@ -187,7 +187,7 @@ class TextTower:
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return x
 
-    def _last_block(self, block: nn.Module, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
+    def _last_block(self, block: Any, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
         """The last residual block, at the end-of-text tokens only: (N, C, d), classes by length."""
         attn, d = block.attn, x.shape[-1]
         end_NCd = x[:, prefix:][:, self._end_T]
@@ -211,18 +211,20 @@ class TextTower:
             first += group.classes
         y = F.linear(torch.cat(mixed, dim=1), attn.out_proj.weight, attn.out_proj.bias)
         end_NCd = end_NCd + block.ls_1(y)
-        end_NCd = end_NCd + block.ls_2(block.mlp(block.ln_2(end_NCd)))
-        return end_NCd
+        out_NCd: Tensor = end_NCd + block.ls_2(block.mlp(block.ln_2(end_NCd)))
+        return out_NCd
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, T, d) -> (N, heads, T, d / heads)."""
-        return x.unflatten(-1, (self.clip.text.heads, -1)).transpose(1, 2)
+        split: Tensor = x.unflatten(-1, (self.clip.text.heads, -1))
+        return split.transpose(1, 2)
 
     @staticmethod
     def _split(x: Tensor, prefix: int, group: _Group) -> Tensor:
         """A group's own tokens: (N, h, P + T, e) -> (N * classes, h, length, e)."""
         own = x[:, :, prefix + group.start : prefix + group.stop]
-        return own.unflatten(2, (group.classes, group.length)).transpose(1, 2).flatten(0, 1)
+        by_class: Tensor = own.unflatten(2, (group.classes, group.length))
+        return by_class.transpose(1, 2).flatten(0, 1)
 
     def _with_prefix(self, x: Tensor, prefix: int, group: _Group) -> Tensor:
         """A group's keys or values behind those of the prefix: (N * classes, h, P + length, e)."""
@@ -262,7 +264,8 @@ class TextTower:
         else:
             pooled = {"first": x[:, 0], "last": x[:, -1]}[parts.pool_type]
             # ln_final works on one position at a time, so pooling first changes nothing.
-        return _project(parts, parts.ln_final(pooled)).unflatten(0, (n, g))
+        features_NGD: Tensor = _project(parts, parts.ln_final(pooled)).unflatten(0, (n, g))
+        return features_NGD
 
     def assemble(self, context_N: Tensor, classes: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Input embeddings (N * G, length, d) and the context slots (G, M) of the given classes."""
@@ -330,7 +333,8 @@ def _specials_before(clip: FrozenCLIP) -> int:
 def _end_of_text(parts: TextParts, ids_CL: Tensor) -> Tensor:
     """Index of the end-of-text token of each row (C,)."""
     if parts.pool_type == "eos":
-        return (ids_CL == parts.eos_id).int().argmax(dim=-1)
+        assert parts.eos_id is not None
+        return ids_CL.eq(parts.eos_id).int().argmax(dim=-1)
     if parts.pool_type == "argmax":
         return ids_CL.argmax(dim=-1)
     # Towers that pool elsewhere (SigLIP) pad with one repeated id; the text ends where it starts.

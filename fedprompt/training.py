@@ -93,8 +93,8 @@ def train_cohort(
     labels_N = torch.cat([data[k].labels_N for k in order]).to(device)
     index_SKB, mask_SKB = schedule.index_SKB.to(device), schedule.mask_SKB.to(device)
     values = {
-        **{("shared", k): v for k, v in stack([shared[k] for k in order], device).items()},
-        **{("private", k): v for k, v in stack([private[k] for k in order], device).items()},
+        **{("shared", n): v for n, v in stack([shared[k] for k in order], device).items()},
+        **{("private", n): v for n, v in stack([private[k] for k in order], device).items()},
     }
     final = {name: value.clone() for name, value in values.items()}
     lr = learning_rate(config, server_round, rounds)
@@ -117,8 +117,8 @@ def train_cohort(
             loss_K.sum().backward()
             optimizer.step()
             images_K = mask_KB.sum(-1)
-            for name, term_K in (*terms.items(), ("loss", loss_K)):
-                total_K = totals.setdefault(name, loss_K.new_zeros(len(data)))
+            for term, term_K in (*terms.items(), ("loss", loss_K)):
+                total_K = totals.setdefault(term, loss_K.new_zeros(len(data)))
                 total_K[:active] += term_K.detach() * images_K
         values = {n: v.detach() for n, v in leaves.items()}
         for name, value in values.items():

@@ -1,0 +1,267 @@
+"""The feature cache: the frozen image tower sees each image once, ever.
+
+Layout, all under the cache folder (`output.cache`, else $FEDPROMPT_CACHE, else
+~/.cache/fedprompt):
+
+    features/<data set>/<view>-<key>.npy   one float32 row per image, in data set order
+    scan/<data set>.json                   which files were already read and hashed
+
+`<key>` hashes the backbone, its preprocessing, the view and the data set's pixels, so a file is
+never out of date, only unused. Patch features and augmented views are further `view` names.
+Suffixes: N images, D embedding dimensions, B images in a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedprompt.data.base import ImageDataset
+from fedprompt.errors import UserError
+
+ADVICE = "set output.cache or $FEDPROMPT_CACHE to a folder with room that you may write to"
+DECODE_THREADS = min(8, os.cpu_count() or 1)
+log = logging.getLogger(__name__)
+
+
+class ImageEncoder(Protocol):
+    """What the cache needs of a frozen CLIP."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights do."""
+
+    @property
+    def preprocess_fingerprint(self) -> str:
+        """Changes when preprocessing does."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Number of features D."""
+
+    @property
+    def image_batch(self) -> int:
+        """Images encoded at once."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """One RGB image as a (3, H, W) tensor."""
+
+    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Un-normalised features (B, D), float32, on the CPU."""
+
+
+def default_cache_dir(configured: str | None = None) -> Path:
+    """The cache folder: `output.cache`, else $FEDPROMPT_CACHE, else ~/.cache/fedprompt."""
+    chosen = configured or os.environ.get("FEDPROMPT_CACHE") or "~/.cache/fedprompt"
+    return Path(chosen).expanduser()
+
+
+def content_dir(cache_dir: Path, dataset: ImageDataset) -> Path:
+    """The folder with everything derived from exactly these images; safe to delete."""
+    return cache_dir / "features" / digest(dataset.fingerprint)
+
+
+def feature_path(
+    clip: ImageEncoder, dataset: ImageDataset, cache_dir: Path, view: str = "center"
+) -> Path:
+    """The file with this backbone's features of one `view` of the images."""
+    key = digest(clip.fingerprint, clip.preprocess_fingerprint, view, dataset.fingerprint)
+    return content_dir(cache_dir, dataset) / f"{view}-{key}.npy"
+
+
+def cached_features(
+    clip: ImageEncoder, dataset: ImageDataset, cache_dir: Path, *, progress: bool = True
+) -> NDArray[np.float32]:
+    """Un-normalised image features (N, D), memory-mapped and read-only; computed on first use.
+
+    Processes that start at once compute the file once: one works, the others wait for it.
+
+    Raises:
+        UserError: the cache folder cannot be written, or the features are not finite.
+    """
+    path = feature_path(clip, dataset, cache_dir)
+    shape = (len(dataset), clip.embed_dim)
+    features_ND = _read(path, shape)
+    if features_ND is not None:
+        return features_ND
+    with locked(path):
+        features_ND = _read(path, shape, report=True)  # another process may have been faster
+        if features_ND is None:
+            write_atomic(path, lambda file: _encode_all(clip, dataset, file, progress))
+            features_ND = _read(path, shape)
+    if features_ND is None:
+        raise UserError(f"feature cache: {path} does not read back as written; {ADVICE}.")
+    return features_ND
+
+
+def digest(*parts: str) -> str:
+    """A short content key (128 bits) of some strings."""
+    text = "\x1f".join(f"{len(part)}:{part}" for part in parts)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of one cache file, made with its folder; waits for other processes."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("waiting for another process that is writing %s", path)
+            lock.acquire()
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a cache file so that others see it complete or not at all; call under its lock.
+
+    Temporary files that a killed process left behind are removed first: under the lock they
+    belong to nobody.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        for stale in path.parent.glob(f"{path.name}.*.tmp"):
+            stale.unlink()
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from None
+
+
+@contextmanager
+def progress_bar(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, advanced by the yielded function, where stderr is a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _announce(line: str, shown: bool) -> None:
+    """A plain line on stderr where a bar was asked for and there is no terminal to draw it on."""
+    if shown and not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        log.info(line)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    reason = error.strerror or type(error).__name__
+    return f"cache: cannot write {path}: {reason}; {ADVICE}."
+
+
+def _read(
+    path: Path, shape: tuple[int, int], *, report: bool = False
+) -> NDArray[np.float32] | None:
+    """The cached features, or None where there is no complete file of this shape."""
+    try:
+        array: np.memmap[Any, np.dtype[np.float32]] = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        if report:
+            log.warning("feature cache: %s is damaged (%s); computing it again", path, error)
+        return None
+    complete = array.offset + array.nbytes == path.stat().st_size
+    if array.shape != shape or array.dtype != np.float32 or not complete:
+        if report:
+            log.warning(
+                "feature cache: %s holds %s %s, not float32 %s; computing it again",
+                path,
+                array.dtype,
+                array.shape,
+                shape,
+            )
+        return None
+    return array
+
+
+def _encode_all(clip: ImageEncoder, dataset: ImageDataset, file: BinaryIO, progress: bool) -> None:
+    """Write all features as .npy, batch by batch.
+
+    Through the file, not through a writable memory map: on a full disk a map ends the process
+    with SIGBUS where a write raises.
+    """
+    total, start = len(dataset), time.monotonic()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (total, clip.embed_dim)}
+    np.lib.format.write_array_header_1_0(file, header)
+    _announce(f"encoding {total} images of {dataset.name}, once: features are cached", progress)
+    with progress_bar(f"encoding {dataset.name}", total, progress) as advance:
+        for first, images_BCHW in _batches(clip, dataset):
+            features = clip.encode_images(images_BCHW).numpy()
+            rows = np.ascontiguousarray(features, dtype="<f4")
+            if rows.shape != (len(images_BCHW), clip.embed_dim):
+                raise ValueError(f"encode_images gave {rows.shape} for {len(images_BCHW)} images")
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"features of images {first} to {first + len(rows) - 1} are not finite; check "
+                    "the weights (backbone.checkpoint) or use backbone.precision=float32."
+                )
+            file.write(rows.tobytes())
+            advance(len(rows))
+    _announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", progress)
+
+
+def _batches(clip: ImageEncoder, dataset: ImageDataset) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first index, images (B, 3, H, W)), decoded by threads two batches ahead of the encoder."""
+
+    def load(index: int) -> torch.Tensor:
+        return clip.preprocess(dataset.open_image(index))
+
+    starts = range(0, len(dataset), clip.image_batch)
+    pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
+    ahead: deque[tuple[int, list[Future[torch.Tensor]]]] = deque()
+    try:
+        for first in starts:
+            last = min(first + clip.image_batch, len(dataset))
+            ahead.append((first, [pool.submit(load, i) for i in range(first, last)]))
+            if len(ahead) > 2:
+                ready, futures = ahead.popleft()
+                yield ready, torch.stack([future.result() for future in futures])
+        while ahead:
+            ready, futures = ahead.popleft()
+            yield ready, torch.stack([future.result() for future in futures])
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,92 @@
+"""Scores against counting by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fedprompt.evaluation as evaluation
+from conftest import CLASS_NAMES
+from fedprompt.clip import FrozenCLIP
+from fedprompt.evaluation import personal_statistics, score_global, score_personal
+from fedprompt.methods import Task, method_class
+from fedprompt.rng import generator
+
+
+def images(n: int, dim: int, *purpose: str | int) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = generator(0, "images", *purpose)
+    features = torch.from_numpy(draw.standard_normal((n, dim))).float()
+    return F.normalize(features, dim=-1), torch.from_numpy(draw.integers(0, 6, n))
+
+
+def test_statistics_by_hand() -> None:
+    known = personal_statistics([0.5, None, 1.0, 0.0, 0.7])
+    assert known is not None
+    assert known.mean == pytest.approx(0.55)
+    assert known.std == pytest.approx(np.std([0.5, 1.0, 0.0, 0.7]))
+    assert known.worst == 0.0
+    # Sorted 0, .5, .7, 1: the 10th percentile lies 0.3 of the way from the first to the second.
+    assert known.p10 == pytest.approx(0.15)
+    assert known.clients_tested == 4
+    assert personal_statistics([None, None]) is None
+
+
+def test_personal_scores_equal_one_model_at_a_time(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = method_class("fedrsclip")
+    method = cls(cls.Config(), clip, Task(CLASS_NAMES))
+    shared = method.init_shared(1)
+    private = [method.init_private(1, k) for k in range(3)]
+    tests = [images(n, clip.embed_dim, n) for n in (7, 0, 12)]
+    common = images(50, clip.embed_dim, "common")
+    monkeypatch.setattr(evaluation, "IMAGES_AT_ONCE", 30)  # several pieces, an uneven last one
+    own, everyone = score_personal(method, [shared] * 3, private, tests, common)
+    assert everyone is not None
+    for k, (features, labels) in enumerate(tests):
+        encoded = method.encode(
+            {n: t[None] for n, t in shared.items()}, {n: t[None] for n, t in private[k].items()}
+        )
+        for score, (x, y) in ((own[k], (features, labels)), (everyone[k], common)):
+            logits = method.logits(encoded, x[None])[0]
+            assert score.tested == len(y)
+            assert score.correct == int((logits.argmax(-1) == y).sum())
+            expected = float(F.cross_entropy(logits, y, reduction="sum"))
+            assert score.loss_sum == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert own[1].accuracy is None
+
+
+def test_global_score_uses_shared_prompts_only(clip: FrozenCLIP) -> None:
+    cls = method_class("fedrsclip")
+    method = cls(cls.Config(), clip, Task(CLASS_NAMES))
+    plain = method_class("promptfl")
+    same = plain(plain.Config(context_tokens=4), clip, Task(CLASS_NAMES))
+    features, labels = images(60, clip.embed_dim)
+    shared = method.init_shared(1)
+    assert score_global(method, shared, features, labels) == score_global(
+        same, shared, features, labels
+    )
+
+
+def test_zero_shot_agrees_with_plain_open_clip(clip: FrozenCLIP) -> None:
+    cls = method_class("zero_shot")
+    templates = ("a photo of a {}.", "an aerial photo of {}.")
+    method = cls(cls.Config(), clip, Task(CLASS_NAMES, templates))
+    features, labels = images(60, clip.embed_dim)
+    text = [
+        F.normalize(clip.encode_text_raw([t.format(c) for c in CLASS_NAMES]), dim=-1)
+        for t in templates
+    ]
+    classes = F.normalize((text[0] + text[1]) / 2, dim=-1)
+    expected = int(((features @ classes.T).argmax(-1) == labels).sum())
+    score = score_global(method, {}, features, labels)
+    assert score is not None
+    assert score.correct == expected
+
+
+def test_local_methods_have_no_global_model(clip: FrozenCLIP) -> None:
+    cls = method_class("coop_local")
+    method = cls(cls.Config(context_tokens=4), clip, Task(CLASS_NAMES))
+    assert score_global(method, {}, *images(5, clip.embed_dim)) is None

@@ -1,0 +1,169 @@
+"""Cohort training against a naive loop: one client, one batch, one torch optimiser at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import CLASS_NAMES
+from fedprompt.clip import FrozenCLIP
+from fedprompt.config import TrainingConfig
+from fedprompt.methods import Method, Task, method_class
+from fedprompt.methods.base import Tensors
+from fedprompt.reference import reference_class_features
+from fedprompt.rng import generator
+from fedprompt.training import ClientData, LocalResult, learning_rate, train_cohort
+
+SIZES = (5, 40, 17, 1, 40, 32)
+TASK = Task(CLASS_NAMES)
+SGD = TrainingConfig(optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=0.01, batch_size=16)
+ADAMW = TrainingConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, batch_size=16)
+
+
+def clients(clip: FrozenCLIP, sizes: Sequence[int] = SIZES) -> list[ClientData]:
+    data = []
+    for k, n in enumerate(sizes):
+        draw = generator(0, "client", k)
+        features = torch.from_numpy(draw.standard_normal((n, clip.embed_dim))).float()
+        labels = torch.from_numpy(draw.integers(0, len(CLASS_NAMES), n))
+        data.append(ClientData(k, F.normalize(features, dim=-1), labels))
+    return data
+
+
+def build(clip: FrozenCLIP, name: str, **options: object) -> Method:
+    cls = method_class(name)
+    return cls(cls.Config(**options), clip, TASK)
+
+
+def train(
+    method: Method, data: Sequence[ClientData], config: TrainingConfig, server_round: int = 2
+) -> list[LocalResult]:
+    shared = method.init_shared(1)
+    return train_cohort(
+        method,
+        [shared for _ in data],
+        [method.init_private(1, d.client) for d in data],
+        data,
+        config,
+        seed=1,
+        server_round=server_round,
+        rounds=5,
+    )
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def naive_coop(
+    method: Method, data: ClientData, config: TrainingConfig, server_round: int
+) -> tuple[Tensor, float]:
+    """PromptFL's client as its public code does it: 77 positions, one batch after the other."""
+    tower = method.prompts.tower  # type: ignore[attr-defined]
+    context = method.init_shared(1)["ctx"].clone().requires_grad_()
+    lr = config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / 5))
+    if config.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            [context], lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW([context], lr=lr, weight_decay=config.weight_decay)
+    total = 0.0
+    for epoch in range(config.local_epochs):
+        order = generator(1, "shuffle", server_round, data.client, epoch).permutation(len(data))
+        for first in range(0, len(data), config.batch_size):
+            rows = torch.from_numpy(order[first : first + config.batch_size])
+            text = F.normalize(reference_class_features(tower, context), dim=-1)
+            logits = method.clip.logit_scale * data.features_ND[rows] @ text.T
+            loss = F.cross_entropy(logits, data.labels_N[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(rows)
+    return context.detach(), total / (len(data) * config.local_epochs)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_cohort_equals_the_naive_loop(clip: FrozenCLIP, config: TrainingConfig) -> None:
+    config = TrainingConfig(**{**vars(config), "local_epochs": 2})
+    method = build(clip, "promptfl", context_tokens=4)
+    data = clients(clip)
+    for result, one in zip(train(method, data, config), data, strict=True):
+        context, loss = naive_coop(method, one, config, 2)
+        assert relative(result.shared["ctx"], context) < 1e-4
+        assert result.losses["loss"] == pytest.approx(loss, rel=1e-4)
+        assert result.num_examples == len(one)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_cohort_equals_one_client_at_a_time(clip: FrozenCLIP, config: TrainingConfig) -> None:
+    method = build(clip, "fedrsclip")
+    data = clients(clip)
+    together = train(method, data, config)
+    for k, one in enumerate(data):
+        (alone,) = train(method, [one], config)
+        for ours, theirs in (
+            (together[k].shared, alone.shared),
+            (together[k].private, alone.private),
+        ):
+            assert relative(ours["ctx"], theirs["ctx"]) < 1e-5
+        for term, value in alone.losses.items():
+            assert together[k].losses[term] == pytest.approx(value, rel=1e-5)
+
+
+def test_results_do_not_depend_on_the_order_of_clients(clip: FrozenCLIP) -> None:
+    method = build(clip, "fedrsclip")
+    data = clients(clip, (40, 17, 5))
+    forward = {r.client: r for r in train(method, data, SGD)}
+    for result in train(method, data[::-1], SGD):
+        assert torch.equal(result.shared["ctx"], forward[result.client].shared["ctx"])
+
+
+def test_the_same_call_gives_the_same_bits(clip: FrozenCLIP) -> None:
+    method = build(clip, "fedrsclip")
+    first, second = train(method, clients(clip), SGD), train(method, clients(clip), SGD)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.shared["ctx"], b.shared["ctx"])
+        assert torch.equal(a.private["ctx"], b.private["ctx"])
+
+
+def test_rounds_shuffle_differently(clip: FrozenCLIP) -> None:
+    method = build(clip, "promptfl", context_tokens=4)
+    config = TrainingConfig(lr=0.05, batch_size=8, schedule="constant")
+    data = clients(clip, (40,))
+    a, b = train(method, data, config, 1)[0], train(method, data, config, 2)[0]
+    assert not torch.equal(a.shared["ctx"], b.shared["ctx"])
+
+
+def test_a_client_smaller_than_a_batch_trains(clip: FrozenCLIP) -> None:
+    """CoOp's `drop_last=True` would train nothing here."""
+    method = build(clip, "promptfl", context_tokens=4)
+    (result,) = train(method, clients(clip, (3,)), SGD)
+    assert not torch.equal(result.shared["ctx"], method.init_shared(1)["ctx"])
+
+
+def test_private_tensors_differ_between_clients_and_inputs_stay(clip: FrozenCLIP) -> None:
+    method = build(clip, "coop_local", context_tokens=4)
+    start: Tensors = method.init_private(1, 0)
+    kept = start["ctx"].clone()
+    data = clients(clip, (20, 20))
+    results = train_cohort(
+        method, [{}, {}], [start, start], data, SGD, seed=1, server_round=1, rounds=1
+    )
+    assert torch.equal(start["ctx"], kept)
+    assert not torch.equal(results[0].private["ctx"], results[1].private["ctx"])
+
+
+def test_cosine_falls_over_rounds_and_is_not_restarted() -> None:
+    config = TrainingConfig(lr=0.002)
+    assert learning_rate(config, 1, 50) == 0.002
+    assert learning_rate(config, 26, 50) == pytest.approx(0.001)
+    last = 0.002 * 0.5 * (1 + math.cos(math.pi * 49 / 50))
+    assert learning_rate(config, 50, 50) == pytest.approx(last)
+    assert last < 2.1e-6
+    assert learning_rate(TrainingConfig(lr=0.002, schedule="constant"), 50, 50) == 0.002
