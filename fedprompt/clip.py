@@ -106,7 +106,7 @@ class FrozenCLIP:
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
         """Image features (B, D), float32 on the CPU, not normalised."""
         with self.autocast():
-            features_BD = self.model.encode_image(images_B3HW.to(self.device))
+            features_BD: Tensor = self.model.encode_image(images_B3HW.to(self.device))
         return features_BD.float().cpu()
 
     @torch.no_grad()
@@ -143,6 +143,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     if config.model == "tiny":
         return _load_tiny(config, device)
     model_cfg, tag_cfg = _settings(config)
+    tokenizer = _tokenizer(config.model)
     if config.checkpoint:
         source = Path(config.checkpoint).expanduser()
         if not source.is_file():
@@ -159,7 +160,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     open_clip.model.set_model_preprocess_cfg(model, preprocess_cfg)
     return FrozenCLIP(
         model,
-        _tokenizer(config.model),
+        tokenizer,
         name=config.model,
         weights_hash=_digest(source_hash + json.dumps(model_cfg, sort_keys=True)),
         device=device,
@@ -357,7 +358,8 @@ def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
     if unsupported:
         raise UserError(_NO_PROMPTS.format(f"this model ({type(text).__name__})"))
     blocks = text.transformer.resblocks
-    pool_type = getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "argmax")
+    # CLIP flattens its text tower into itself and renames this one.
+    pool_type: str = getattr(text, "text_pool_type" if text is model else "pool_type")
     mask = text.attn_mask
     return TextParts(
         token_embedding=text.token_embedding,

@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from fedprompt.config import Config
 from fedprompt.display import Display
+from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global, score_personal
 from fedprompt.grid import CohortGrid, open_grid
 from fedprompt.methods import method_class
@@ -66,6 +67,9 @@ def _run(config: Config, folder: RunFolder, display: Display) -> Path:
             local_only=local_only,
             private=private,
         )
+    except UserError:
+        folder.discard_unstarted()
+        raise
     finally:
         if grid is not None:
             grid.close()
@@ -175,8 +179,6 @@ def environment(workspace: Workspace | None = None) -> dict[str, Any]:
 
 def draw_report(path: Path) -> Path:
     """Draw the plots of a run and write its report; works on unfinished runs too."""
-    from fedprompt.plots import draw_all
     from fedprompt.report import write_report
 
-    draw_all(path)
     return write_report(path)

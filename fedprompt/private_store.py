@@ -86,7 +86,7 @@ class FileStore:
             ) from None
 
     def put(self, server_round: int, tensors: Tensors) -> None:
-        """Keep the tensors of one round.
+        """Keep the tensors of one round and of the one before it.
 
         Raises:
             UserError: the state folder cannot be written.
@@ -101,9 +101,11 @@ class FileStore:
                 f"cannot write private state to {self.folder}: {error.strerror}; set the node's "
                 "state-dir to a writable folder."
             ) from None
-        for old in self._rounds()[: -self.KEPT]:
+        # Rounds after this one are left over from a server that went back to a checkpoint.
+        past = [r for r in self._rounds() if r <= server_round]
+        for stale in set(self._rounds()) - set(past[-self.KEPT :]):
             with contextlib.suppress(OSError):
-                self._path(old).unlink()
+                self._path(stale).unlink()
 
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:06d}.safetensors"

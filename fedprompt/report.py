@@ -26,9 +26,10 @@ from fedprompt.display import (
     percent_spread,
     result_rows,
 )
+from fedprompt.installed import asset
 from fedprompt.plots import RunData, draw_all, load_run
 
-ASSETS = Path(__file__).parent / "assets"
+TEMPLATE = "report.html.j2"
 CAPTIONS = {
     "accuracy_per_round": "Test accuracy after every evaluated round; round 0 is before training.",
     "client_accuracy": "Last measured accuracy of every client on its own test images.",
@@ -70,7 +71,7 @@ def write_report(run_dir: Path) -> Path:
         for path in draw_all(run_dir)
     ]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
+        loader=jinja2.FileSystemLoader(asset(TEMPLATE).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -78,7 +79,7 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters |= {"percent": percent, "count": _count, "unbroken": _unbroken}
     path = run_dir / "report.html"
-    html = environment.get_template("report.html.j2").render(**_content(run), figures=figures)
+    html = environment.get_template(TEMPLATE).render(**_content(run), figures=figures)
     path.write_text(html, encoding="utf-8")
     return path
 

@@ -70,22 +70,17 @@ class RunFolder:
         """
         if config.output.dir:
             path = Path(config.output.dir).expanduser()
-            if (path / CONFIG).exists():
-                raise UserError(
-                    f"{path} already holds a run; go on with 'fedprompt run --resume {path}' or "
-                    "choose another output.dir."
-                )
+            _make(path, fresh=False)
         else:
             stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
-            path = _first_free(Path(config.output.root).expanduser() / stem)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
-                "to a writable place."
-            ) from None
+            path = _make_first_free(Path(config.output.root).expanduser() / stem)
         folder = cls(path)
+        if (path / CONFIG).exists():
+            folder.close()
+            raise UserError(
+                f"{path} already holds a run; go on with 'fedprompt run --resume {path}' or "
+                "choose another output.dir."
+            )
         folder.write(CONFIG, to_yaml(config).encode())
         return folder
 
@@ -98,11 +93,19 @@ class RunFolder:
         """
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
-        return cls(path), compose(path / CONFIG)
+        config = compose(path / CONFIG)
+        return cls(path), config
 
     def close(self) -> None:
         """Let go of the folder."""
         self._lock.release()
+
+    def discard_unstarted(self) -> None:
+        """Remove the folder of a run that never began, so that a mended retry gets its name."""
+        if {p.name for p in self.path.iterdir()} <= {CONFIG, ".lock"}:
+            (self.path / CONFIG).unlink(missing_ok=True)
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
 
     def write(self, name: str, content: bytes) -> None:
         """Replace one file atomically.
@@ -141,12 +144,10 @@ class RunFolder:
         if not path.is_file():
             return []
         records = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
+        for line in path.read_bytes().split(b"\n")[:-1]:
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:
                 break
         return records
 
@@ -166,10 +167,16 @@ class RunFolder:
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; it is either the old one or the new one, never half of it."""
+        groups = {
+            "shared": checkpoint.shared,
+            "private": checkpoint.private,
+            "strategy": checkpoint.strategy,
+        }
+        # Clones, since the format refuses tensors of one memory, and a strategy may keep such.
         tensors = {
-            **{f"shared/{n}": t.contiguous() for n, t in checkpoint.shared.items()},
-            **{f"private/{n}": t.contiguous() for n, t in checkpoint.private.items()},
-            **{f"strategy/{n}": t.contiguous() for n, t in checkpoint.strategy.items()},
+            f"{group}/{name}": tensor.detach().contiguous().clone()
+            for group, named in groups.items()
+            for name, tensor in named.items()
         }
         header = {"round": str(checkpoint.server_round), "totals": json.dumps(checkpoint.totals)}
         self.write(CHECKPOINT, save(tensors, metadata=header))
@@ -212,9 +219,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged ({reason}); remove it to start anew.") from None
 
 
-def _first_free(stem: Path) -> Path:
+def _make(path: Path, *, fresh: bool) -> bool:
+    """Create a folder; False where a `fresh` one is wanted and the name is taken."""
+    try:
+        path.mkdir(parents=True, exist_ok=not fresh)
+    except OSError as error:
+        if fresh and isinstance(error, FileExistsError):
+            return False
+        raise UserError(
+            f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
+            "to a writable place."
+        ) from None
+    return True
+
+
+def _make_first_free(stem: Path) -> Path:
+    """`stem`, `stem-2`, ...: created here, so that runs started at once get their own."""
     path, number = stem, 2
-    while path.exists():
+    while not _make(path, fresh=True):
         path = stem.with_name(f"{stem.name}-{number}")
         number += 1
     return path

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedprompt.config import Config, compose
@@ -188,7 +188,10 @@ def run_server(
             folder.save_checkpoint(federation.checkpoint(server_round, totals))
         done = server_round - first + 1
         eta = (time.monotonic() - began) / done * (rounds - server_round)
-        display.round(line, eta)
+        display.round(
+            line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
+            eta,
+        )
     return line, totals
 
 
@@ -262,6 +265,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.create(config)
     try:
         display = make_display()
+        if config.grid.threads:
+            torch.set_num_threads(config.grid.threads)
         workspace = Workspace.open(config, progress=False)
         federation = Federation(workspace, grid)
         started = time.monotonic()
@@ -269,8 +274,3 @@ def main(grid: Grid, context: Context) -> None:
         finish(federation, folder, display, line, totals, started, local_only=None)
     finally:
         folder.close()
-
-
-def shared_numbers(arrays: ArrayRecord) -> int:
-    """How many numbers a record holds."""
-    return sum(int(np.prod(a.shape)) for a in arrays.values())

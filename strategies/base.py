@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -38,6 +39,10 @@ Arrays = dict[str, NDArray[Any]]
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
 """Names of the records in our messages."""
 MAX_EXAMPLES = 10**9
+HEADER_BYTES = 4096
+"""More than NumPy's header in front of an array takes."""
+SHARES = (("correct", "num-examples"), ("common-correct", "common-tested"))
+"""Evaluation metrics where the first is a part of the second."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +168,7 @@ class SharedPromptStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """All clients' numeric metrics as lists, sorted by client id, under `client-ids`."""
-        rows: dict[int, MetricRecord] = {}
-        client_of_node = {node: client for client, node in self.node_of_client.items()}
-        for reply in replies:
-            client = client_of_node.get(reply.metadata.src_node_id)
-            if client is None or reply.has_error():
-                log.warning("round %d: a client could not evaluate: %s", server_round, _why(reply))
-                continue
-            rows[client] = reply.content[METRICS]  # type: ignore[assignment]
+        rows = self._evaluations(server_round, replies)
         if not rows:
             return None
         clients = sorted(rows)
@@ -211,33 +209,40 @@ class SharedPromptStrategy(Strategy):
 
     def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
         """Valid updates sorted by client id, with their losses; the rest goes to `rejected`."""
-        client_of_node = {self.node_of_client[c]: c for c in self.sampled}
-        accepted: dict[int, tuple[Update, dict[str, float]]] = {}
-        self.rejected = {}
-        unnamed = []
+        client_of_node = {node: client for client, node in self.node_of_client.items()}
+        by_client: dict[int, list[Message]] = {}
+        lost: list[str] = []
         for reply in replies:
             client = client_of_node.get(reply.metadata.src_node_id)
-            if client is None:
+            if client is not None:
+                by_client.setdefault(client, []).append(reply)
+            elif reply.has_error():
                 # Flower answers for a lost node under its own id, so it cannot be named here.
-                unnamed.append(_why(reply))
-                continue
-            if client in accepted:
-                log.warning("client %d replied twice; the first reply counts", client)
-                continue
-            reason = self._fault(reply)
-            if reason:
-                self.rejected[client] = reason
+                lost.append(_why(reply))
             else:
-                accepted[client] = _read(client, reply)
-        for client in sorted(set(self.sampled) - set(accepted) - set(self.rejected)):
-            self.rejected[client] = unnamed.pop(0) if unnamed else "no reply"
+                log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
+        accepted = []
+        self.rejected = {}
+        for client, own in sorted(by_client.items()):
+            reason = self._fault(client, own)
+            if reason is None:
+                accepted.append(_read(client, own[0]))
+            else:
+                self.rejected[client] = reason
+        for client in sorted(set(self.sampled) - set(by_client)):
+            self.rejected[client] = lost.pop(0) if lost else "no reply"
         for client, reason in sorted(self.rejected.items()):
             log.warning("client %d: reply dropped: %s", client, reason)
-        ordered = [accepted[c] for c in sorted(accepted)]
-        return [u for u, _ in ordered], [m for _, m in ordered]
+        return [u for u, _ in accepted], [m for _, m in accepted]
 
-    def _fault(self, reply: Message) -> str | None:
-        """Why a reply must not count, or None."""
+    def _fault(self, client: int, replies: list[Message]) -> str | None:
+        """Why a client's reply must not count, or None."""
+        if client not in self.sampled:
+            return "was not asked to train"
+        if len(replies) > 1:
+            # Which of them counts would depend on the order in which they came.
+            return f"replied {len(replies)} times"
+        reply = replies[0]
         if reply.has_error():
             return _why(reply)
         content = reply.content
@@ -249,26 +254,40 @@ class SharedPromptStrategy(Strategy):
         if set(record) != set(self.shapes):
             return f"tensors {sorted(record)} instead of {sorted(self.shapes)}"
         for name, shape in self.shapes.items():
-            array = record[name]
-            if array.dtype != "float32" or tuple(array.shape) != tuple(shape):
-                return f"'{name}' is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
-            try:
-                values = array.numpy()
-            except (ValueError, OSError, EOFError) as error:
-                return f"'{name}' cannot be read: {' '.join(str(error).split())[:100]}"
-            if values.dtype != np.float32 or values.shape != tuple(shape):
-                return f"'{name}' holds {values.dtype} {values.shape} behind its label"
-            if not np.isfinite(values).all():
-                return f"'{name}' holds values that are not finite"
-            norm = float(np.linalg.norm(values.astype(np.float64)))
-            if norm > self.config.max_norm:
-                return f"'{name}' has norm {norm:.3g}, above max_norm={self.config.max_norm:g}"
+            reason = _array_fault(record[name], tuple(shape), self.config.max_norm)
+            if reason:
+                return f"'{name}' {reason}"
         examples = metrics.get("num-examples")
         if isinstance(examples, bool) or not isinstance(examples, int):
             return f"num-examples is {examples!r}, not a whole number"
         if not 0 < examples <= MAX_EXAMPLES:
             return f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}"
         return None
+
+    def _evaluations(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> dict[int, dict[str, int | float]]:
+        """Checked metrics by client; all rows have the names that most replies have."""
+        rows: dict[int, dict[str, int | float]] = {}
+        client_of_node = {node: client for client, node in self.node_of_client.items()}
+        for reply in replies:
+            client = client_of_node.get(reply.metadata.src_node_id)
+            if client is None or reply.has_error():
+                log.warning("round %d: a client could not evaluate: %s", server_round, _why(reply))
+                continue
+            row = _metrics_row(reply)
+            if row is None or client in rows:
+                log.warning("round %d: client %d: evaluation dropped", server_round, client)
+                continue
+            rows[client] = row
+        if not rows:
+            return {}
+        counts = Counter(tuple(sorted(row)) for row in rows.values())
+        names = max(counts, key=lambda n: (counts[n], n))
+        for client in [c for c, row in rows.items() if tuple(sorted(row)) != names]:
+            log.warning("round %d: client %d: evaluation dropped", server_round, client)
+            del rows[client]
+        return rows
 
 
 def to_arrays(record: ArrayRecord) -> Arrays:
@@ -279,6 +298,40 @@ def to_arrays(record: ArrayRecord) -> Arrays:
 def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """A record of NumPy arrays, by name."""
     return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+
+
+def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str | None:
+    """Why a tensor must not count, or None; its label and its bytes are both unchecked so far."""
+    if array.dtype != "float32" or tuple(array.shape) != shape:
+        return f"is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
+    if len(array.data) > 4 * math.prod(shape) + HEADER_BYTES:
+        return f"holds {len(array.data)} bytes, too many for float32 {shape}"
+    try:
+        values: Any = array.numpy()
+    except Exception as error:  # foreign bytes make NumPy raise errors of many types
+        return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    if not isinstance(values, np.ndarray):
+        return f"holds a {type(values).__name__} behind its label"
+    if values.dtype != np.float32 or values.shape != shape:
+        return f"holds {values.dtype} {values.shape} behind its label"
+    if not np.isfinite(values).all():
+        return "holds values that are not finite"
+    norm = float(np.linalg.norm(values.astype(np.float64)))
+    return f"has norm {norm:.3g}, above max_norm={max_norm:g}" if norm > max_norm else None
+
+
+def _metrics_row(reply: Message) -> dict[str, int | float] | None:
+    """An evaluation's metrics: finite numbers, no part larger than its whole; else None."""
+    record = reply.content.get(METRICS)
+    if not isinstance(record, MetricRecord):
+        return None
+    row = {k: v for k, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    if len(row) != len(record) or not row:
+        return None
+    for part, whole in SHARES:
+        if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
+            return None
+    return row
 
 
 def _read(client: int, reply: Message) -> tuple[Update, dict[str, float]]:

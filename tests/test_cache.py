@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_data import FakeClip, flat_dataset
 from PIL import Image
 
+from fake_data import FakeClip, flat_dataset
 from fedprompt.data.cache import cached_features, default_cache_dir, feature_path
 from fedprompt.errors import UserError
 

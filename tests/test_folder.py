@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_data import colour, encoded, truncated, write_image_folder
 from PIL import Image
 
+from fake_data import colour, encoded, truncated, write_image_folder
 from fedprompt.config import DataConfig
 from fedprompt.data import open_dataset, scan
 from fedprompt.data.base import TEST, TRAIN, ImageDataset

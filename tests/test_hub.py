@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fake_data import colour, encoded, hub_dataset, truncated, write_image_folder
 from omegaconf import OmegaConf
 
+from fake_data import colour, encoded, hub_dataset, truncated, write_image_folder
 from fedprompt.config import DataConfig, configs_dir
 from fedprompt.data import open_dataset, scan
 from fedprompt.data.base import TEST, TRAIN, ImageDataset

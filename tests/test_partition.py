@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_data import flat_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_data import flat_dataset
 from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TRAIN, ImageDataset
 from fedprompt.data.partition import Partition, describe, make_partition

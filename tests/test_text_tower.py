@@ -66,9 +66,7 @@ def test_any_number_of_context_tokens(clip: FrozenCLIP, tokens: int) -> None:
 
 @pytest.mark.parametrize("position", ["middle", "front"])
 @pytest.mark.parametrize("layers", [0, 2])
-def test_plain_path_places_the_name_elsewhere(
-    clip: FrozenCLIP, position: str, layers: int
-) -> None:
+def test_plain_path_places_the_name_elsewhere(clip: FrozenCLIP, position: str, layers: int) -> None:
     tower = assert_equals_reference(clip, (2,), 4, layers, position=position)
     assert not tower.fast
     end = TextTower(clip, NAMES, 4)
@@ -139,9 +137,7 @@ def _siglip_like() -> FrozenCLIP:
     text |= {"context_length": 24}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = CustomTextCLIP(
-            embed_dim=32, vision_cfg=RANDOM_CLIP["vision_cfg"], text_cfg=text
-        )
+        model = CustomTextCLIP(embed_dim=32, vision_cfg=RANDOM_CLIP["vision_cfg"], text_cfg=text)
     tokenizer = open_clip.SimpleTokenizer(context_length=24)
 
     def tokenise(texts: list[str], context_length: int = 24) -> Tensor:
@@ -182,9 +178,7 @@ def test_pooling_at_a_named_end_token() -> None:
 
 
 def test_bfloat16_stays_close_and_returns_float32(clip: FrozenCLIP) -> None:
-    half = FrozenCLIP(
-        clip.model, clip.tokenizer, name="random", weights_hash="0", precision="bf16"
-    )
+    half = FrozenCLIP(clip.model, clip.tokenizer, name="random", weights_hash="0", precision="bf16")
     context = draw(2, 4, 64)
     ours, exact = TextTower(half, NAMES, 4)(context), TextTower(clip, NAMES, 4)(context)
     assert ours.dtype == torch.float32

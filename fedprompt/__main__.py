@@ -1,0 +1,5 @@
+"""`python -m fedprompt` is the `fedprompt` command."""
+
+from fedprompt.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""The report holds the summary's numbers, needs no other file and trusts no text of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plots import rewrite, write_run
+
+from fedprompt.errors import UserError
+from fedprompt.plots import load_run
+from fedprompt.report import client_rows, summary_of, write_report
+
+
+class Page(HTMLParser):
+    """The tags, attributes and table cells of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self._rows: list[list[str]] | None = None
+        self._cell = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "table":
+            self._rows = self.tables[dict(attrs)["class"] or ""] = []
+        elif tag == "tr" and self._rows is not None:
+            self._rows.append([])
+        elif tag in ("td", "th") and self._rows is not None:
+            self._rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        text = data.replace("\N{NO-BREAK SPACE}", " ")
+        self.text += text
+        if self._cell and self._rows is not None:
+            self._rows[-1][-1] += text
+
+
+def report(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def edit_summary(folder: Path, **changes: Any) -> None:
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pct(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def spread(part: dict[str, float]) -> str:
+    return f"{100 * part['mean']:.1f} ± {100 * part['std']:.1f} %"
+
+
+def test_results_table_holds_the_summary_numbers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    page = report(folder)
+    zero, alone = summary["zero_shot"], summary["local_only"]
+    own = summary["personal"]
+    assert page.tables["results"] == [
+        ["", "zero-shot", "local-only", "fedrsclip"],
+        ["Global", pct(zero["accuracy"]), "-", pct(summary["global"]["accuracy"])],
+        ["Personalised", spread(zero["personal"]), spread(alone["personal"]), spread(own)],
+        ["Worst client", *(pct(p["personal"]["worst"]) for p in (zero, alone, summary))],
+        ["10th percentile", *(pct(p["personal"]["p10"]) for p in (zero, alone, summary))],
+        [
+            "Personal on global test",
+            "-",
+            spread(alone["personal_on_global"]),
+            spread(summary["personal_on_global"]),
+        ],
+    ]
+
+
+def test_headlines_title_and_command(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "my run")
+    edit_summary(folder, bytes_up=1_572_864, bytes_down=2048)
+    text = report(folder).text
+    assert "quickstart: fedrsclip on aerial_scenes" in text
+    assert re.search(r"seed 1\n\d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
+    assert "Uploaded2,048numbers per client and round" in text
+    assert "Traffic up1.5 MiBdown 2.0 KiB, whole run" in text
+    assert "fedprompt run 'my run/config.yaml'" in text
+    assert str(tmp_path) not in text
+    assert "not finished" not in text
+
+
+def test_client_table_holds_counts_and_accuracies(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", clients=3, untested=(1,))
+    run = load_run(folder)
+    assert run.partition is not None
+    assert run.summary is not None
+    own = run.rounds[-1]["personal"]["accuracy"]
+    before = run.summary["zero_shot"]["personal"]["accuracy"]
+    expected = []
+    for k in range(3):
+        train, test = run.partition["train_counts"][k], run.partition["test_counts"][k]
+        held = sum(count > 0 for count in train)
+        accuracy = ["-", "-"] if k == 1 else [pct(own[k]), pct(before[k])]
+        expected.append([str(k), str(sum(train)), str(sum(test)), str(held), *accuracy])
+    assert report(folder).tables["clients"][1:] == expected
+
+
+def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+    sources = [value or "" for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "//" not in re.sub(r"base64,[^\"]+", "", html)
+
+
+def test_text_of_the_run_is_escaped_everywhere(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    folder = write_run(tmp_path / "<b>run", classes=2, names=[evil, "beach"])
+    edit_summary(
+        folder,
+        experiment=evil, method=evil, data=evil, strategy=evil, backbone=evil,
+        environment={evil: evil}, shared={evil: [1]}, clients=evil, classes=evil, seed=evil,
+    )  # fmt: skip
+    with (folder / "config.yaml").open("a") as file:
+        file.write(f"note: {json.dumps(evil)}\n")
+    page = report(folder)
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert page.tags.count("img") == 4
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("<script>alert(1)</script>") >= 9
+
+
+def test_an_unfinished_run_reports_what_was_measured_last(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rounds=3, finished=False)
+    rewrite(
+        folder / "metrics.jsonl",
+        lambda x: x | {"global": None, "personal": None} if x["round"] == 3 else x,
+    )
+    run = load_run(folder)
+    summary = summary_of(run)
+    assert summary["global"] == run.rounds[2]["global"]
+    assert summary["local_only"]["personal"] == run.local_only[2]["personal"]
+    assert summary["bytes_up"] == 3 * 3 * 8192
+    page = report(folder)
+    assert "This run is not finished: 3 of 3 rounds are done." in page.text
+    assert page.tables["results"][0] == ["", "local-only", "fedrsclip"]
+    assert page.tables["results"][1][-1] == pct(run.rounds[2]["global"]["accuracy"])
+
+
+def test_a_summary_full_of_nulls_is_reported_with_dashes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", rounds=0)
+    keys = json.loads((folder / "summary.json").read_text())
+    edit_summary(folder, **dict.fromkeys(keys) | {"method": "coop_local"})
+    rewrite(folder / "metrics.jsonl", lambda x: {"kind": "round", "round": 0})
+    (folder / "partition.json").unlink()
+    page = report(folder)
+    assert page.tables["results"] == [
+        ["", "coop_local"],
+        *([name, "-"] for name in ("Global", "Personalised", "Worst client", "10th percentile")),
+        ["Personal on global test", "-"],
+    ]
+    assert "None" not in page.text
+    assert "img" not in page.tags
+    assert "clients" not in page.tables
+    assert client_rows(load_run(folder), {}) == []
+
+
+def test_a_damaged_run_leaves_no_report(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json, line 1"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
