@@ -85,6 +85,9 @@ class CohortGrid(Grid):
         self.traffic = Traffic()
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
+        if workspace.config.grid.threads:
+            # For the server's own scores as well: their last bits depend on it.
+            torch.set_num_threads(workspace.config.grid.threads)
         # Flower's Message takes the sender's identity from here.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
 
@@ -170,11 +173,6 @@ class CohortGrid(Grid):
 
 class InlineGrid(CohortGrid):
     """All clients in this process, one cohort after the other."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        super().__init__(workspace)
-        if workspace.config.grid.threads:
-            torch.set_num_threads(workspace.config.grid.threads)
 
     def _run_cohorts(
         self, cohorts: Sequence[Sequence[tuple[int, bytes]]], deadline: float

@@ -198,6 +198,7 @@ def test_a_tags_own_settings_hold_beside_a_checkpoint(
     image = Image.effect_mandelbrot((60, 40), (-3, -2.5, 2, 2.5), 50).convert("RGB")
     assert torch.equal(clip.preprocess(image), own(image))
     assert clip.preprocess_fingerprint != plain_clip.preprocess_fingerprint
+    assert clip.fingerprint != plain_clip.fingerprint, "the activation changes features"
     quick = plain("small-vit-quick")
     quick.load_state_dict(weights("small-vit"))
     del _plain["small-vit-quick"]

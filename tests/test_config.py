@@ -14,6 +14,7 @@ from fedprompt.config import (
     GROUPS,
     SECTIONS,
     Config,
+    DataConfig,
     available,
     compose,
     configs_dir,
@@ -281,9 +282,9 @@ def test_the_config_is_frozen(base: Path) -> None:
             name = dataclasses.fields(part)[0].name
             with pytest.raises(FrozenInstanceError):
                 setattr(part, name, "other")
-    changed = compose(base)
-    changed.data.templates.append("another {}.")
-    assert compose(base).data.templates == config.data.templates, "no default is shared"
+    for schema in (compose(base).data, DataConfig()):
+        schema.templates.append("another {}.")
+    assert compose(base).data == config.data == DataConfig(), "no default is shared"
 
 
 # Refusals

@@ -35,9 +35,9 @@ def under(root: Path, **sections: Any) -> Config:
 
 
 @contextmanager
-def one_line(match: str) -> Iterator[None]:
+def one_line(match: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
     with pytest.raises(UserError, match=match) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
@@ -82,9 +82,11 @@ def test_an_existing_run_is_refused_and_left_alone(run_config: Callable[..., Con
     folder = RunFolder.create(config)
     folder.close()
     before = (folder.path / CONFIG).read_bytes()
-    with one_line(r"already holds a run.*--resume"):
+    with one_line(r"already holds a run.*--resume") as caught:
         RunFolder.create(replace(config, seed=2))
     assert (folder.path / CONFIG).read_bytes() == before
+    # Even while somebody still looks at the error and its frames, the lock is free.
+    assert caught.value.__traceback__
     RunFolder.resume(folder.path)[0].close()
 
 

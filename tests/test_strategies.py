@@ -495,6 +495,7 @@ def test_evaluations_are_sorted_by_client() -> None:
         lambda m: evaluation(m),
         lambda m: evaluation(m, num_examples=4),
         lambda m: evaluation(m, num_examples=4, correct=2, extra=1),
+        lambda m: evaluation(m, num_examples=4, correct=2, zeal=1),
         lambda m: evaluation(m, num_examples=4, correct=5),
         lambda m: evaluation(m, num_examples=-4, correct=-5),
         lambda m: evaluation(m, num_examples=4, correct=float("nan")),

@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedprompt.data.base import ImageDataset
 from fedprompt.errors import UserError
+from fedprompt.files import replacing
 
 ADVICE = "set output.cache or $FEDPROMPT_CACHE to a folder with room that you may write to"
 DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -142,23 +143,11 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Temporary files that a killed process left behind are removed first: under the lock they
     belong to nobody.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        for stale in path.parent.glob(f"{path.name}.*.tmp"):
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink()
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a power cut
-        finally:
-            os.close(folder)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            write(file)
     except OSError as error:
         raise UserError(_cannot_write(path, error)) from None
 
