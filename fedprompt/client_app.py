@@ -34,7 +34,7 @@ from fedprompt.methods.base import Tensors
 from fedprompt.private_store import FileStore
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
-from strategies.base import ARRAYS, CONFIG, METRICS
+from strategies.screening import ARRAYS, CONFIG, METRICS
 
 
 def handle(
@@ -105,14 +105,10 @@ def _evaluate(
     )
     replies = []
     for k, message in enumerate(messages):
-        metrics: dict[str, int | float] = {
-            "num-examples": own[k].tested,
-            "correct": own[k].correct,
-            "loss-sum": own[k].loss_sum,
-        }
+        metrics = {"num-examples": own[k].tested, "correct": own[k].correct}
         if everyone is not None:
             metrics |= {"common-tested": everyone[k].tested, "common-correct": everyone[k].correct}
-        content = RecordDict({METRICS: MetricRecord(dict(metrics))})
+        content = RecordDict({METRICS: MetricRecord({**metrics})})
         replies.append(Message(content, reply_to=message))
     return replies
 

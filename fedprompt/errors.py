@@ -8,7 +8,11 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2. Library callers may
     catch it. It is raised where config, data, messages and checkpoints come in, and nowhere else.
+    Line breaks in the message (from a path or a library's text) become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:

@@ -84,7 +84,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _refuse_placeholders(where: str, value: Any) -> None:
-    """OmegaConf would fill in `${...}` (even from the environment) and drop `???`; we do neither."""
+    """OmegaConf would fill in `${...}`, even from the environment, and drop `???`; we refuse."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_placeholders(f"{where}.{key}", item)

@@ -24,11 +24,11 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
 from fedprompt.grid import CohortGrid, Traffic, describe_nodes, to_wire
 from fedprompt.methods.base import Tensors
-from fedprompt.run_folder import METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
+from fedprompt.run_folder import CONFIG, METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
 from fedprompt.training import learning_rate
 from fedprompt.workspace import Workspace
 from strategies import strategy_class
-from strategies.base import Arrays, to_arrays, to_record
+from strategies.screening import Arrays, to_arrays, to_record
 
 log = logging.getLogger("fedprompt.server")
 
@@ -174,7 +174,13 @@ def run_server(
         totals, first = dict(checkpoint.totals), checkpoint.server_round + 1
     folder.rewind(first - 1)
     folder.write_json(PARTITION, federation.workspace.describe())
-    line = folder.lines(METRICS)[-1] if first else {}
+    recorded = folder.lines(METRICS)
+    if len(recorded) != first:
+        raise UserError(
+            f"{folder.path / METRICS} lacks rounds that the checkpoint has; the run cannot be "
+            f"completed. Start it anew with 'fedprompt run {folder.path / CONFIG} output.dir=...'."
+        )
+    line = recorded[-1] if recorded else {}
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
     for server_round in range(first, rounds + 1):

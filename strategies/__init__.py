@@ -17,7 +17,7 @@ def all_strategies() -> dict[str, type[SharedPromptStrategy]]:
     """Every strategy by name, found by importing the modules of this package."""
     found: dict[str, type[SharedPromptStrategy]] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
+        if module.name in ("base", "screening"):
             continue
         for item in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
             is_strategy = isinstance(item, type) and issubclass(item, SharedPromptStrategy)

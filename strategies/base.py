@@ -9,7 +9,6 @@ before it counts, and a bad one is dropped, counted and named.
 from __future__ import annotations
 
 import logging
-import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,32 +16,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
 from fedprompt.options import option
 from fedprompt.rng import generator
+from strategies.screening import (
+    ARRAYS,
+    CONFIG,
+    Arrays,
+    Update,
+    evaluation_row,
+    read_update,
+    reply_fault,
+    to_arrays,
+    to_record,
+    why,
+)
 
 log = logging.getLogger("fedprompt.strategy")
-
-Arrays = dict[str, NDArray[Any]]
-ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
-"""Names of the records in our messages."""
-MAX_EXAMPLES = 10**9
-HEADER_BYTES = 4096
-"""More than NumPy's header in front of an array takes."""
-SHARES = (("correct", "num-examples"), ("common-correct", "common-tested"))
-"""Evaluation metrics where the first is a part of the second."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +44,6 @@ class StrategyConfig:
 
     name: str = option("fedavg", "strategy name")
     max_norm: float = option(1e4, "L2 norm above which a reply's tensors are refused", gt=0)
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's checked reply: its shared tensors and how many images they were trained on."""
-
-    client: int
-    arrays: Arrays
-    num_examples: int
 
 
 class SharedPromptStrategy(Strategy):
@@ -218,7 +202,7 @@ class SharedPromptStrategy(Strategy):
                 by_client.setdefault(client, []).append(reply)
             elif reply.has_error():
                 # Flower answers for a lost node under its own id, so it cannot be named here.
-                lost.append(_why(reply))
+                lost.append(why(reply))
             else:
                 log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
         accepted = []
@@ -226,7 +210,7 @@ class SharedPromptStrategy(Strategy):
         for client, own in sorted(by_client.items()):
             reason = self._fault(client, own)
             if reason is None:
-                accepted.append(_read(client, own[0]))
+                accepted.append(read_update(client, own[0]))
             else:
                 self.rejected[client] = reason
         for client in sorted(set(self.sampled) - set(by_client)):
@@ -242,27 +226,7 @@ class SharedPromptStrategy(Strategy):
         if len(replies) > 1:
             # Which of them counts would depend on the order in which they came.
             return f"replied {len(replies)} times"
-        reply = replies[0]
-        if reply.has_error():
-            return _why(reply)
-        content = reply.content
-        if set(content) != {ARRAYS, METRICS}:
-            return f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']"
-        record, metrics = content[ARRAYS], content[METRICS]
-        if not isinstance(record, ArrayRecord) or not isinstance(metrics, MetricRecord):
-            return "records of the wrong kind"
-        if set(record) != set(self.shapes):
-            return f"tensors {sorted(record)} instead of {sorted(self.shapes)}"
-        for name, shape in self.shapes.items():
-            reason = _array_fault(record[name], tuple(shape), self.config.max_norm)
-            if reason:
-                return f"'{name}' {reason}"
-        examples = metrics.get("num-examples")
-        if isinstance(examples, bool) or not isinstance(examples, int):
-            return f"num-examples is {examples!r}, not a whole number"
-        if not 0 < examples <= MAX_EXAMPLES:
-            return f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}"
-        return None
+        return reply_fault(replies[0], self.shapes, self.config.max_norm)
 
     def _evaluations(
         self, server_round: int, replies: Iterable[Message]
@@ -273,9 +237,9 @@ class SharedPromptStrategy(Strategy):
         for reply in replies:
             client = client_of_node.get(reply.metadata.src_node_id)
             if client is None or reply.has_error():
-                log.warning("round %d: a client could not evaluate: %s", server_round, _why(reply))
+                log.warning("round %d: a client could not evaluate: %s", server_round, why(reply))
                 continue
-            row = _metrics_row(reply)
+            row = evaluation_row(reply)
             if row is None or client in rows:
                 log.warning("round %d: client %d: evaluation dropped", server_round, client)
                 continue
@@ -288,65 +252,3 @@ class SharedPromptStrategy(Strategy):
             log.warning("round %d: client %d: evaluation dropped", server_round, client)
             del rows[client]
         return rows
-
-
-def to_arrays(record: ArrayRecord) -> Arrays:
-    """NumPy arrays of a record, by name."""
-    return {name: array.numpy() for name, array in record.items()}
-
-
-def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """A record of NumPy arrays, by name."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
-
-
-def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str | None:
-    """Why a tensor must not count, or None; its label and its bytes are both unchecked so far."""
-    if array.dtype != "float32" or tuple(array.shape) != shape:
-        return f"is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
-    if len(array.data) > 4 * math.prod(shape) + HEADER_BYTES:
-        return f"holds {len(array.data)} bytes, too many for float32 {shape}"
-    try:
-        values: Any = array.numpy()
-    except Exception as error:  # foreign bytes make NumPy raise errors of many types
-        return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    if not isinstance(values, np.ndarray):
-        return f"holds a {type(values).__name__} behind its label"
-    if values.dtype != np.float32 or values.shape != shape:
-        return f"holds {values.dtype} {values.shape} behind its label"
-    if not np.isfinite(values).all():
-        return "holds values that are not finite"
-    norm = float(np.linalg.norm(values.astype(np.float64)))
-    return f"has norm {norm:.3g}, above max_norm={max_norm:g}" if norm > max_norm else None
-
-
-def _metrics_row(reply: Message) -> dict[str, int | float] | None:
-    """An evaluation's metrics: finite numbers, no part larger than its whole; else None."""
-    record = reply.content.get(METRICS)
-    if not isinstance(record, MetricRecord):
-        return None
-    row = {k: v for k, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    if len(row) != len(record) or not row:
-        return None
-    for part, whole in SHARES:
-        if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
-            return None
-    return row
-
-
-def _read(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
-    metrics = reply.content[METRICS]
-    examples = metrics["num-examples"]
-    losses = {
-        k: float(v)
-        for k, v in metrics.items()
-        if k.startswith("loss") and isinstance(v, (int, float)) and math.isfinite(v)
-    }
-    arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
-    return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]
-
-
-def _why(reply: Message) -> str:
-    if not reply.has_error():
-        return f"unexpected reply from node {reply.metadata.src_node_id}"
-    return " ".join((reply.error.reason or f"error {reply.error.code}").split())

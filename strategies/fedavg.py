@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strategies.base import Arrays, SharedPromptStrategy, StrategyConfig, Update
+from strategies.base import SharedPromptStrategy, StrategyConfig
+from strategies.screening import Arrays, Update
 
 
 @dataclass(frozen=True)

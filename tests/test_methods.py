@@ -286,7 +286,13 @@ def test_cmfa_forms_by_hand(clip: FrozenCLIP, branch: str) -> None:
 
     def cmfa(form: str) -> Tensor:
         method = build_method(
-            clip, "fedrsclip", dpa="none", cmfa=form, cmfa_branch=branch, cmfa_temperature=0.1
+            clip,
+            "fedrsclip",
+            dpa="none",
+            cmfa=form,
+            cmfa_weight=1.0,
+            cmfa_branch=branch,
+            cmfa_temperature=0.1,
         )
         return method.terms(s, p, method.encode(s, p), data)["cmfa"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plots import rewrite, write_run
 
 from fedprompt.errors import UserError
 from fedprompt.plots import load_run
 from fedprompt.report import client_rows, summary_of, write_report
+from test_plots import rewrite, write_run
 
 
 class Page(HTMLParser):

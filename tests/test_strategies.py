@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from fedprompt.grid import from_wire, to_wire
 from strategies import all_strategies, strategy_class
-from strategies.base import MAX_EXAMPLES, SharedPromptStrategy, to_arrays, to_record
+from strategies.base import SharedPromptStrategy
 from strategies.fedavg import FedAvg, FedAvgConfig
+from strategies.screening import MAX_EXAMPLES, to_arrays, to_record
 
 SHAPES = {"ctx": (2, 2)}
 STRATEGIES = sorted(all_strategies())

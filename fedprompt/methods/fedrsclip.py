@@ -17,6 +17,9 @@ How prompts compose (`composition`), S shared and P private, g the text tower, t
     concat      t = t([S][P])
     sum         t = t(S + P)                             (FedPGP's form, arXiv 2405.09771)
 The global model is t(S) alone. `prompts` selects shared, private or both for ablations.
+
+The default weights were chosen on the embedded scenes with a seed of their own (11), between
+personal accuracy, which falls with both, and global accuracy, which rises with both.
 """
 
 from __future__ import annotations
@@ -53,11 +56,11 @@ class FedRSCLIPConfig:
     composition: Literal["two_branch", "concat", "sum"] = option("two_branch", "how they join")
     theta: float = option(0.5, "two_branch: weight of the private branch", ge=0, le=1)
     dpa: Literal["none", "cosine", "mse", "kl", "contrastive"] = option("cosine", "DPA's form")
-    dpa_weight: float = option(1.0, "weight of DPA (lambda_1)", ge=0)
+    dpa_weight: float = option(0.1, "weight of DPA (lambda_1)", ge=0)
     dpa_stop_gradient: bool = option(False, "DPA moves the private side only")
     dpa_temperature: float = option(0.07, "contrastive DPA: temperature", gt=0)
     cmfa: Literal["none", "cosine", "contrastive"] = option("contrastive", "CMFA's form")
-    cmfa_weight: float = option(1.0, "weight of CMFA (lambda_2)", ge=0)
+    cmfa_weight: float = option(0.25, "weight of CMFA (lambda_2)", ge=0)
     cmfa_branch: Literal["both", "shared", "private"] = option("both", "prompts CMFA acts on")
     cmfa_temperature: float | None = option(None, "null = CLIP's own, 1 / exp(logit_scale)", gt=0)
     context_init: str | None = option(None, "words that both prompts start from")
