@@ -152,7 +152,10 @@ def _content(run: RunData) -> dict[str, Any]:
         "clients": client_rows(run, summary),
         "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
-        "command": f"fedprompt run {shlex.quote(f'{folder}/config.yaml')}",
+        # The config may name the run's own folder, which is never written over.
+        "command": shlex.join(
+            ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
+        ),
     }
 
 

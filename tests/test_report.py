@@ -97,7 +97,7 @@ def test_headlines_title_and_command(tmp_path: Path) -> None:
     assert re.search(r"seed 1\n\d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
     assert "Uploaded2,048numbers per client and round" in text
     assert "Traffic up1.5 MiBdown 2.0 KiB, whole run" in text
-    assert "fedprompt run 'my run/config.yaml'" in text
+    assert "fedprompt run 'my run/config.yaml' 'output.dir=my run-again'" in text
     assert str(tmp_path) not in text
     assert "not finished" not in text
 

@@ -10,12 +10,13 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CLIP
+from PIL import Image
 
 from fedprompt import tiny
 from fedprompt.data import aerial_scenes as scenes
 from fedprompt.errors import UserError
 
-IMAGES = 4  # per class and domain: 16 images a class, 320 in all
+IMAGES = 2  # per class and domain: 8 images a class, 160 in all
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,6 @@ def features(model):
     """Normalised image features and labels on the federated domains."""
     card = tiny.tiny_card()["preprocess_cfg"]
     transform = open_clip.image_transform(64, is_train=False, mean=card["mean"], std=card["std"])
-    from PIL import Image
-
     pictures, labels = [], []
     for label, name in enumerate(scenes.CLASSES):
         for domain in scenes.FEDERATED_DOMAINS:
@@ -60,7 +59,7 @@ def test_the_file_is_small_and_matches_its_card():
 def test_state_is_complete_float32_and_quick():
     started = time.process_time()
     state = tiny.tiny_state_dict()
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 0.5
     assert state["token_embedding.weight"].shape == (49408, 128)
     assert state["positional_embedding"].shape[0] == 77
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
