@@ -7,9 +7,7 @@ touched, with their ids; the others are a seeded draw, as open_clip initialises 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import sys
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load
 
 from fedprompt import rng
 from fedprompt.errors import UserError
+from fedprompt.installed import asset
 
 CARD_NAME = "tiny_clip.json"
 WEIGHTS_NAME = "tiny_clip.safetensors"
@@ -51,14 +50,7 @@ def tiny_weights_path() -> Path:
     Raises:
         UserError: no installed copy holds the file.
     """
-    for candidate in _candidates():
-        if candidate.is_file():
-            return candidate
-    raise UserError(
-        f"backbone: the weights of the tiny model ({WEIGHTS_NAME}) are in no installed fedprompt; "
-        "install the package on this machine (pip install fedprompt, or pip install . in a "
-        "checkout): an app bundle does not carry them."
-    )
+    return asset(WEIGHTS_NAME)
 
 
 def tiny_state_dict() -> dict[str, torch.Tensor]:
@@ -90,16 +82,3 @@ def tiny_state_dict() -> dict[str, torch.Tensor]:
 def initial_embedding(vocabulary: int, width: int, seed: int) -> torch.Tensor:
     """Token embeddings before training, (vocabulary, width): N(0, 0.02^2) from `seed`."""
     return rng.normal((vocabulary, width), 0.02, seed, "tiny_clip", EMBEDDING)
-
-
-def _candidates() -> list[Path]:
-    inside = Path("assets") / WEIGHTS_NAME
-    found = [Path(str(resources.files("fedprompt") / str(inside)))]
-    try:
-        installed = importlib.metadata.distribution("fedprompt")
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    else:
-        found.append(Path(str(installed.locate_file(Path("fedprompt") / inside))))
-    found += [Path(entry or ".") / "fedprompt" / inside for entry in sys.path]
-    return found

@@ -271,8 +271,8 @@ def write(stored: dict[str, Tensor], args: argparse.Namespace, scores: dict[str,
         },
         "evaluation_percent": scores,
     }
-    header = {"format": "pt", **{k: json.dumps(v) for k, v in provenance.items()}}
-    data = save(stored, metadata=header)
+    # One key: safetensors writes several in no fixed order, and the file must be reproducible.
+    data = save(stored, metadata={"provenance": json.dumps(provenance)})
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / WEIGHTS_NAME).write_bytes(data)
     card = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -83,6 +84,16 @@ def test_load_covers_and_splits():
     np.testing.assert_array_equal(
         np.asarray(image), scenes.render(scenes.CLASSES[1], scenes.FEDERATED_DOMAINS[0], 3)
     )
+
+
+def test_every_row_opens_its_own_image_also_after_pickling():
+    data = scenes.load(small(domains=["delta", "savanna"]), seed=1)
+    copy = pickle.loads(pickle.dumps(data))
+    for i in (0, 3, 4, 79, 80, 159):
+        name, domain = data.class_names[data.labels_N[i]], data.domain_names[data.domains_N[i]]
+        expected = scenes.render(name, domain, i % 4)
+        np.testing.assert_array_equal(np.asarray(data.open_image(i)), expected)
+        np.testing.assert_array_equal(np.asarray(copy.open_image(i)), expected)
 
 
 def test_a_split_never_empties_either_side():

@@ -1,6 +1,6 @@
 """A deterministic generator of small aerial land-use scenes: the data set that needs no download.
 
-Facts: 20 classes (names as in UC Merced and RESISC45), 4 federated and 6 pre-training domains
+Facts: 20 classes (names as in UC Merced and RESISC45), 4 federated and 12 pre-training domains
 (sensor x season x region x ground resolution), 64x64 RGB, any number of images. An image is a
 function of (class, domain, index, seed) and `VERSION` and of nothing else.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -109,10 +110,6 @@ def load(config: DataConfig, seed: int) -> ImageDataset:
     domains_N, labels_N, index_N = grid.astype(np.int64)
     split_N = np.where(index_N >= per_class - tests, TEST, TRAIN).astype(np.int8)
 
-    @lru_cache(maxsize=8192)
-    def pixels(i: int) -> NDArray[np.uint8]:
-        return render(names[labels_N[i]], domains[domains_N[i]], int(index_N[i]))
-
     return ImageDataset(
         name=config.title,
         class_names=names,
@@ -121,8 +118,27 @@ def load(config: DataConfig, seed: int) -> ImageDataset:
         domains_N=domains_N,
         domain_names=domains,
         fingerprint=_fingerprint(names, domains, per_class),
-        open_image=lambda i: Image.fromarray(pixels(i)),
+        open_image=_Opener(names, domains, per_class),
     )
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens the i-th image; a class and not a closure, so that worker processes can be sent it."""
+
+    names: tuple[str, ...]
+    domains: tuple[str, ...]
+    per_class: int
+
+    def __call__(self, i: int) -> Image.Image:
+        shape = (len(self.domains), len(self.names), self.per_class)
+        domain, label, index = (int(part) for part in np.unravel_index(i, shape))
+        return Image.fromarray(_remembered(self.names[label], self.domains[domain], index))
+
+
+@lru_cache(maxsize=8192)  # 100 MB at most; spares methods with visual prompts the drawing
+def _remembered(class_name: str, domain: str, index: int) -> NDArray[np.uint8]:
+    return render(class_name, domain, index)
 
 
 def contact_sheet(
