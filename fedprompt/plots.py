@@ -1,4 +1,4 @@
-"""Figures of a run, and the loader that reads a run folder for them and for the report.
+"""Figures of a run.
 
 Colour says on which images a model was tested: vermilion = the server's test set, blue = each
 client's own test images, grey = the local-only baseline. Line style says which model. The palette
@@ -10,9 +10,8 @@ Shapes: K clients, C classes, D domains.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,185 +22,13 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fedprompt.display import percent, percent_spread
-from fedprompt.errors import UserError
+from fedprompt.run_data import RunData, check_partition, load_run
 
 OWN_TESTS, SERVER_TEST, LOCAL_ONLY, INK = "#0072B2", "#D55E00", "#6B6B6B", "#222222"
 DOMAINS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#222222")
 WIDTH, DPI = 5.6, 150
-
-
-@dataclass(frozen=True)
-class RunData:
-    """A run folder in memory; what an unfinished or old run lacks is None or empty."""
-
-    path: Path
-    config: dict[str, Any]
-    rounds: list[dict[str, Any]]
-    local_only: list[dict[str, Any]]
-    partition: dict[str, Any] | None
-    summary: dict[str, Any] | None
-    timings: list[dict[str, Any]]
-
-    def last(self, part: str) -> dict[str, Any] | None:
-        """The `part` (`global`, `personal`, ...) of the last round in which it was measured."""
-        return next((line[part] for line in reversed(self.rounds) if line.get(part)), None)
-
-
-def load_run(run_dir: Path) -> RunData:
-    """Read a run folder.
-
-    Raises:
-        UserError: `config.yaml` or `metrics.jsonl` is missing, or any file is damaged; the
-            message names the file and the line.
-    """
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a run folder: there is no such folder.")
-    metrics = run_dir / "metrics.jsonl"
-    lines = _read_lines(metrics)
-    for number, line in enumerate(lines, start=1):
-        _check_metrics(line, f"{metrics}, line {number}")
-    rounds = [line for line in lines if line["kind"] == "round"]
-    if not rounds:
-        raise UserError(f"{metrics} holds no round yet; let the run finish a round first.")
-    timings_path = run_dir / "timings.jsonl"
-    timings = _read_lines(timings_path) if timings_path.exists() else []
-    for number, line in enumerate(timings, start=1):
-        _check_numbers(line, ("train_s", "evaluate_s"), f"{timings_path}, line {number}")
-    partition = _read_object(run_dir / "partition.json")
-    if partition is not None:
-        _check_partition(partition, run_dir / "partition.json")
-    summary = _read_object(run_dir / "summary.json")
-    if summary is not None:
-        _check_summary(summary, run_dir / "summary.json")
-    return RunData(
-        path=run_dir,
-        config=_read_config(run_dir / "config.yaml"),
-        rounds=rounds,
-        local_only=[line for line in lines if line["kind"] == "local_only"],
-        partition=partition,
-        summary=summary,
-        timings=timings,
-    )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; is {path.parent} a run folder?") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from None
-
-
-def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"{where}, line {first_line - 1 + error.lineno}, column {error.colno}"
-        raise UserError(f"{at} is damaged: {error.msg}.") from None
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise UserError(f"{where}, line {first_line} is damaged: a {kind}, not a JSON object.")
-    return value
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last one without its newline is still being written, or was torn."""
-    *lines, _ = _read_text(path).split("\n")
-    return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    return _parse(_read_text(path), str(path)) if path.exists() else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    try:
-        config = OmegaConf.to_container(OmegaConf.create(text))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
-    except Exception as error:  # PyYAML's error classes have no common public parent
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it must hold 'key: value' lines.")
-    return {str(key): value for key, value in config.items()}
-
-
-# Every number that figures and report read, by the part of a line or summary that holds it.
-_NUMBERS = {
-    "train": ("loss",),
-    "clients": ("rejected",),
-    "global": ("accuracy", "loss"),
-    "personal": ("mean", "std", "worst", "p10", "accuracy"),
-    "personal_on_global": ("mean", "std"),
-}
-
-
-def _check_metrics(line: Mapping[str, Any], where: str) -> None:
-    if not isinstance(line.get("kind"), str) or not _is_whole(line.get("round")):
-        raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
-    _check_numbers(line, ("bytes_up", "bytes_down"), where)
-    _check_parts(line, _NUMBERS, where)
-
-
-def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
-    where = str(path)
-    names = ("bytes_up", "bytes_down", "uploaded_numbers_per_client_round", "wall_s")
-    _check_numbers(summary, names, where)
-    results = ("global", "personal", "personal_on_global")
-    _check_parts(summary, results, where)
-    for baseline in ("zero_shot", "local_only"):
-        part = summary.get(baseline)
-        if part is not None:
-            if not isinstance(part, dict):
-                raise UserError(f"{where} is damaged: '{baseline}' must be an object or null.")
-            _check_numbers(part, ("accuracy",), f"{where}, {baseline}")
-            _check_parts(part, results, f"{where}, {baseline}")
-
-
-def _check_parts(holder: Mapping[str, Any], parts: Iterable[str], where: str) -> None:
-    for part in parts:
-        value = holder.get(part)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{where} is damaged: '{part}' must be an object or null.")
-        _check_numbers(value, _NUMBERS[part], f"{where}, {part}")
-
-
-def _check_numbers(holder: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in names:
-        value = holder.get(name)
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is not None and not isinstance(entry, (int, float)):
-                raise UserError(f"{where} is damaged: '{name}' is {entry!r}, not a number.")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_partition(partition: Mapping[str, Any], path: Path) -> None:
-    try:
-        counts_KC = np.asarray(partition["train_counts"], dtype=np.int64)
-        fits = counts_KC.ndim == 2 and counts_KC.shape[1] == len(partition["class_names"])
-        if partition.get("test_counts") is not None:
-            fits &= np.asarray(partition["test_counts"], dtype=np.int64).shape == counts_KC.shape
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{path} is damaged: it needs 'class_names' (C) and 'train_counts' (clients x C)."
-        )
 
 
 def draw_all(run_dir: Path) -> list[Path]:
@@ -227,7 +54,7 @@ def draw_all(run_dir: Path) -> list[Path]:
 
 def plot_partition(description: Mapping[str, Any], path: Path) -> None:
     """Draw the class counts of every client (`partition.json`'s content) into a PNG file."""
-    _check_partition(description, path)
+    check_partition(description, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _save(figure_partition(description), path)
 

@@ -27,7 +27,8 @@ from fedprompt.display import (
     result_rows,
 )
 from fedprompt.installed import asset
-from fedprompt.plots import RunData, draw_all, load_run
+from fedprompt.plots import draw_all
+from fedprompt.run_data import RunData, load_run
 
 TEMPLATE = "report.html.j2"
 CAPTIONS = {

@@ -20,11 +20,11 @@ from fedprompt.plots import (
     figure_clients,
     figure_loss,
     figure_partition,
-    load_run,
     plot_partition,
     spread_labels,
 )
 from fedprompt.rng import generator
+from fedprompt.run_data import load_run
 
 
 def personal(accuracy: list[float | None]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedprompt.errors import UserError
-from fedprompt.plots import load_run
 from fedprompt.report import client_rows, summary_of, write_report
+from fedprompt.run_data import load_run
 from test_plots import rewrite, write_run
 
 
