@@ -137,7 +137,7 @@ def server_round(message: Message) -> int:
 def _read_shared(workspace: Workspace, message: Message) -> Tensors:
     """The shared tensors of a message, checked against what the method declares."""
     record = message.content[ARRAYS]
-    expected = workspace.method.init_shared(workspace.config.seed)
+    expected = workspace.shared_shapes
     if not isinstance(record, ArrayRecord) or set(record) != set(expected):
         raise UserError(
             f"the server sent tensors {sorted(record)}, but method "
@@ -145,12 +145,12 @@ def _read_shared(workspace: Workspace, message: Message) -> Tensors:
             "same experiment."
         )
     shared = {}
-    for name, start in expected.items():
+    for name, shape in expected.items():
         array = record[name].numpy()
-        if array.shape != tuple(start.shape) or array.dtype != np.float32:
+        if array.shape != shape or array.dtype != np.float32:
             raise UserError(
                 f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
-                f"{tuple(start.shape)}. Server and client must run the same experiment."
+                f"{shape}. Server and client must run the same experiment."
             )
         shared[name] = torch.from_numpy(array.copy())
     return shared

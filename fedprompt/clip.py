@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import replacing, write_bytes
-from fedprompt.tiny import tiny_model_config, tiny_state_dict, tiny_weights_path
+from fedprompt.tiny import tiny_card, tiny_model_config, tiny_state_dict
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,12 @@ def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
     with torch.device("meta"):
         model = CLIP(**model_cfg)
     _assign(model, tiny_state_dict())
-    weights_hash = hashlib.sha256(tiny_weights_path().read_bytes()).hexdigest()
     return FrozenCLIP(
         model,
         open_clip.SimpleTokenizer(),
         name="tiny",
-        weights_hash=weights_hash,
+        # `tiny_state_dict` has just held the file to this hash.
+        weights_hash=tiny_card()["sha256"],
         device=device,
         precision=config.precision,
         image_batch=max(config.image_batch, 256),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -275,11 +276,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}.") from None
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"config: {path} is not valid YAML: {_one_line(error)}.") from None
-    except Exception as error:  # PyYAML's error classes have no common public parent
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"config: {path} is not valid YAML: {_one_line(error)}.") from None
     if not isinstance(loaded, dict):
         raise UserError(f"config: {path} must hold 'key: value' lines.")

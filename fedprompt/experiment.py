@@ -124,7 +124,7 @@ def finish(
         "personal_on_global": line.get("personal_on_global"),
         "zero_shot": _zero_shot(workspace),
         "local_only": local_only,
-        "shared": {n: list(t.shape) for n, t in method.init_shared(config.seed).items()},
+        "shared": {n: list(shape) for n, shape in workspace.shared_shapes.items()},
         "private": {n: list(t.shape) for n, t in method.init_private(config.seed, 0).items()},
         "uploaded_numbers_per_client_round": method.uploaded_numbers(),
         "bytes_up": totals["bytes_up"],
@@ -143,9 +143,9 @@ def finish(
 
 def _zero_shot(workspace: Workspace) -> dict[str, Any]:
     """Zero-shot accuracy on the server's test set and on every client's own."""
-    reference = method_class("zero_shot")
-    zero = workspace if workspace.method.name == "zero_shot" else None
-    zero = zero or workspace.with_method(reference.Config())
+    zero = workspace
+    if workspace.method.name != "zero_shot":
+        zero = workspace.with_method(method_class("zero_shot").Config())
     score = score_global(zero.method, {}, *zero.server_test())
     assert score is not None
     clients = range(zero.num_clients)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -109,11 +110,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     text = _read_text(path)
     try:
         config = OmegaConf.to_container(OmegaConf.create(text))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
-    except Exception as error:  # PyYAML's error classes have no common public parent
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it must hold 'key: value' lines.")

@@ -43,7 +43,7 @@ class Federation:
         start = self.method.init_shared(config.seed)
         self.strategy = strategy_class(config.strategy.name)(
             config.strategy,
-            shapes={n: tuple(t.shape) for n, t in start.items()},
+            shapes=workspace.shared_shapes,
             seed=config.seed,
             fraction=config.federation.fraction,
             min_replies=config.federation.min_replies,

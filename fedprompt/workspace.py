@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,12 @@ class Workspace:
     def num_clients(self) -> int:
         """Number of clients K; their ids are 0 .. K - 1."""
         return self.config.partition.clients
+
+    @cached_property
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the method shares; all are float32."""
+        start = self.method.init_shared(self.config.seed)
+        return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     def train_data(self, client: int) -> ClientData:
         """A client's local training images."""
