@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import replacing, write_bytes
+from fedprompt.prompt_transformer import FrozenLayer
 from fedprompt.tiny import tiny_card, tiny_model_config, tiny_state_dict
 
 
@@ -64,6 +66,7 @@ class FrozenCLIP:
         preprocess: PIL image -> (3, H, W) float32, the model's own evaluation transform.
         preprocess_fingerprint: changes when `preprocess` does.
         logit_scale: exp(logit_scale), about 100 for OpenAI's models.
+        positions_encoded: running count of text positions that text towers have sent through it.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class FrozenCLIP:
         self.fingerprint = _digest(f"{name}|{weights_hash}|{precision}")
         self.logit_scale = float(model.logit_scale.exp())
         self.text = _text_parts(model)
+        self.positions_encoded = 0
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
 
     @contextlib.contextmanager
@@ -101,6 +105,12 @@ class FrozenCLIP:
                 yield
         else:
             yield
+
+    @cached_property
+    def text_layers(self) -> tuple[FrozenLayer, ...]:
+        """The text tower's blocks as plain tensors; only for towers with `plain_blocks`."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return tuple(FrozenLayer.of(block, dtype) for block in self.text.blocks)
 
     @torch.no_grad()
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
@@ -375,7 +385,7 @@ def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
         eos_id=getattr(text, "text_eos_id", getattr(text, "eos_id", None)),
         causal=mask is not None,
         pools_at_end=pool_type in ("argmax", "eos"),
-        plain_blocks=all(type(b).__name__ == "ResidualAttentionBlock" for b in blocks),
+        plain_blocks=all(FrozenLayer.supports(b) for b in blocks),
     )
 
 

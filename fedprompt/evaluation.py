@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.methods.base import Method, Tensors, stack
 
@@ -98,38 +100,107 @@ def score_personal(
         common: optional features and labels that every client's model is tested on.
 
     Returns:
-        Scores by client on their own images, and on the common ones (None without them). The
-        prompts of all clients are encoded once.
+        Scores by client on their own images, and on the common ones (None without them). Prompts
+        are encoded once, and shared ones that are the same for all clients once for all.
     """
     device = method.clip.device
-    encoded = method.encode(stack(list(shared), device), stack(list(private), device))
-    own = []
-    for k, (features_ND, labels_N) in enumerate(tests):
-        one = {n: v[k : k + 1] if v.shape[0] > 1 else v for n, v in encoded.items()}
-        own.append(_score(method, one, features_ND, labels_N)[0])
+    models = list(shared)
+    if all(_equal(other, models[0]) for other in models[1:]):
+        models = models[:1]
+    encoded = method.encode(stack(models, device), stack(list(private), device))
+    own = _score_each(method, encoded, tests)
     if common is None:
         return own, None
     everyone = _score(method, encoded, *common)
     return own, everyone if len(everyone) == len(tests) else everyone * len(tests)
 
 
+def _equal(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
 def _score(method: Method, encoded: Tensors, features_ND: Tensor, labels_N: Tensor) -> list[Score]:
     """Scores of K encoded models on one test set, a bounded number of logits at a time."""
     clients = max(v.shape[0] for v in encoded.values())
-    device = method.clip.device
-    correct_K = torch.zeros(clients, dtype=torch.int64, device=device)
-    loss_K = torch.zeros(clients, dtype=torch.float64, device=device)
+    correct_K = np.zeros(clients, dtype=np.int64)
+    loss_K = np.zeros(clients)
     at_once = max(1, IMAGES_AT_ONCE // clients)
     for first in range(0, len(labels_N), at_once):
-        labels_B = labels_N[first : first + at_once].to(device)
-        features_1BD = features_ND[first : first + at_once].to(device)[None]
-        logits_KBC = method.logits(encoded, features_1BD).float()
-        targets_KB = labels_B.expand(logits_KBC.shape[:2])
-        correct_K += (logits_KBC.argmax(-1) == targets_KB).sum(-1)
-        losses = F.cross_entropy(logits_KBC.flatten(0, 1), targets_KB.flatten(), reduction="none")
-        loss_K += losses.view(logits_KBC.shape[:2]).double().sum(-1)
-    counts, sums = correct_K.tolist(), loss_K.tolist()
-    return [
-        Score(int(c), len(labels_N), float(s) if math.isfinite(s) else math.inf)
-        for c, s in zip(counts, sums, strict=True)
-    ]
+        part = slice(first, first + at_once)
+        features_1BD, labels_1B = features_ND[part][None], labels_N[part][None]
+        hits_KB, losses_KB = _outcomes(method, encoded, features_1BD, labels_1B)
+        correct_K += hits_KB.sum(-1)
+        loss_K += losses_KB.sum(-1)
+    return [_as_score(c, len(labels_N), s) for c, s in zip(correct_K, loss_K, strict=True)]
+
+
+def _score_each(
+    method: Method, encoded: Tensors, tests: Sequence[tuple[Tensor, Tensor]]
+) -> list[Score]:
+    """Scores of every client's model on that client's own test set, as few products as pay."""
+    if all(v.shape[0] == 1 for v in encoded.values()):
+        return _score_one_model(method, encoded, tests)
+    scores = [Score(0, 0, 0.0)] * len(tests)
+    for clients in _similar_sizes([len(labels) for _, labels in tests]):
+        rows = torch.tensor(clients)
+        chosen = {n: v if v.shape[0] == 1 else v[rows] for n, v in encoded.items()}
+        features_KBD = pad_sequence([tests[k][0] for k in clients], batch_first=True)
+        labels_KB = pad_sequence([tests[k][1] for k in clients], batch_first=True)
+        hits_KB, losses_KB = _outcomes(method, chosen, features_KBD, labels_KB)
+        for row, k in enumerate(clients):
+            n = len(tests[k][1])
+            scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
+    return scores
+
+
+def _score_one_model(
+    method: Method, encoded: Tensors, tests: Sequence[tuple[Tensor, Tensor]]
+) -> list[Score]:
+    """Scores of one and the same model on every client's test set: one product over all images."""
+    sizes = [len(labels) for _, labels in tests]
+    features_ND = torch.cat([features for features, _ in tests])
+    labels_N = torch.cat([labels for _, labels in tests])
+    hits, losses = [np.zeros(0, dtype=bool)], [np.zeros(0)]
+    for first in range(0, len(labels_N), IMAGES_AT_ONCE):
+        part = slice(first, first + IMAGES_AT_ONCE)
+        hits_1B, losses_1B = _outcomes(
+            method, encoded, features_ND[part][None], labels_N[part][None]
+        )
+        hits.append(hits_1B[0])
+        losses.append(losses_1B[0])
+    ends = np.cumsum(sizes)[:-1]
+    by_client = zip(
+        np.split(np.concatenate(hits), ends), np.split(np.concatenate(losses), ends), strict=True
+    )
+    return [_as_score(h.sum(), len(h), s.sum()) for h, s in by_client]
+
+
+def _similar_sizes(sizes: Sequence[int]) -> list[list[int]]:
+    """Clients with test images in groups that padding to one length at most doubles."""
+    order = sorted((k for k, n in enumerate(sizes) if n), key=lambda k: (-sizes[k], k))
+    groups: list[list[int]] = []
+    for k in order:
+        longest = sizes[groups[-1][0]] if groups else 0
+        fits = groups and (len(groups[-1]) + 1) * longest <= max(IMAGES_AT_ONCE, longest)
+        if fits and 2 * sizes[k] >= longest:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
+
+
+def _outcomes(
+    method: Method, encoded: Tensors, features_KBD: Tensor, labels_KB: Tensor
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Whether each image is classified correctly, and its cross-entropy: both (K, B)."""
+    device = method.clip.device
+    logits_KBC = method.logits(encoded, features_KBD.to(device)).float()
+    targets_KB = labels_KB.to(device).expand(logits_KBC.shape[:2])
+    hits_KB = logits_KBC.argmax(-1) == targets_KB
+    losses = F.cross_entropy(logits_KBC.flatten(0, 1), targets_KB.flatten(), reduction="none")
+    return hits_KB.cpu().numpy(), losses.view_as(hits_KB).double().cpu().numpy()
+
+
+def _as_score(correct: int, tested: int, loss_sum: float) -> Score:
+    loss_sum = float(loss_sum)
+    return Score(int(correct), tested, loss_sum if math.isfinite(loss_sum) else math.inf)

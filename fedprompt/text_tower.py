@@ -1,42 +1,33 @@
 """Prompts -> class features, exactly and fast.
 
-CLIP's text attention is causal, so (1) nothing after the end-of-text token matters and (2) the
-hidden states of `[SOS][context]` do not depend on the class name that follows. The fast path
-computes that prefix once per prompt, lets every class's few suffix tokens attend to its keys and
-values, and evaluates the last layer at the end-of-text positions only. The mathematics is that of
-the usual pass over all positions; `fedprompt/reference.py` holds that pass, and
-`tests/test_text_tower.py` holds the two together on values and gradients.
+CLIP's text attention is causal, so (1) nothing after the end-of-text token matters, (2) the hidden
+states of `[SOS][context]` do not depend on the class name that follows, and (3) those of names that
+begin alike agree as far as they do. The fast path computes the prefix once per prompt, lets the
+packed suffix tokens (`packing.py`) attend to it, and evaluates the last layer at the end-of-text
+positions only (`prompt_transformer.py`). The mathematics is that of the usual pass over all
+positions; `fedprompt/reference.py` holds that pass, and `tests/test_text_tower.py` holds the two
+together on values and gradients.
 
-Shape suffixes: N prompts (all leading dimensions flattened), M context tokens, C classes, T suffix
-tokens of all classes packed one after the other, P prefix tokens, d text width, D joint embedding,
-J deep layers.
+Shape suffixes: N prompts (all leading dimensions flattened), M context tokens, C classes, d text
+width, D joint embedding, J deep layers, F special tokens before the context, B bins of S suffix
+slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP, TextParts
 from fedprompt.errors import UserError
+from fedprompt.packing import pack
+from fedprompt.prompt_transformer import PromptTransformer
 
 ClassPosition = Literal["end", "middle", "front"]
 PLACEHOLDER = "X"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Classes whose suffixes have the same length; `start:stop` is their slice of the T tokens."""
-
-    classes: int
-    length: int
-    start: int
-    stop: int
 
 
 class TextTower:
@@ -80,9 +71,16 @@ class TextTower:
             and parts.causal
             and parts.pools_at_end
             and parts.plain_blocks
+            and len(parts.blocks) > 1
         )
-        if self.fast:
-            self._prepare_fast()
+        self.transformer = self._prepare() if self.fast else None
+
+    @property
+    def positions(self) -> int:
+        """Text positions that go through the tower for one prompt, all classes together."""
+        if self.transformer is not None:
+            return self.transformer.rows
+        return self.token_ids_CL.numel()
 
     def __call__(self, context: Tensor, deep: Tensor | None = None) -> Tensor:
         """Class features (..., C, D), not normalised.
@@ -96,141 +94,46 @@ class TextTower:
         lead = context.shape[:-tail]
         context_N = context.reshape(-1, *context.shape[-tail:])
         deep_N = None if deep is None else deep.reshape(context_N.shape[0], *deep.shape[-3:])
-        with self.clip.autocast():
-            if self.fast:
-                features_NCD = self._fast(context_N, deep_N)
-            else:
+        if deep_N is not None and deep_N.shape[1] >= len(self.clip.text.blocks):
+            raise UserError(
+                f"{deep_N.shape[1]} deep prompts were given, but {self.clip.name}'s text tower has "
+                f"room for {len(self.clip.text.blocks) - 1} after its first layer."
+            )
+        self.clip.positions_encoded += context_N.shape[0] * self.positions
+        if self.fast:
+            features_NCD = self._fast(context_N, deep_N)
+        else:
+            with self.clip.autocast():
                 features_NCD = self._plain(context_N, deep_N)
         return features_NCD.float().reshape(*lead, *features_NCD.shape[-2:])
 
-    # The fast path
-
     @torch.no_grad()
-    def _prepare_fast(self) -> None:
+    def _prepare(self) -> PromptTransformer:
         parts, ids = self.clip.text, self.token_ids_CL
-        start = self.first + self.context_tokens
-        order = torch.argsort(self.end_C, stable=True)
-        lengths = (self.end_C - start + 1)[order]
-        packed_ids, positions, groups, ends, offset = [], [], [], [], 0
-        for length_t, count_t in zip(*lengths.unique_consecutive(return_counts=True), strict=True):
-            length, count = int(length_t), int(count_t)
-            stop = offset + length * count
-            groups.append(_Group(count, length, offset, stop))
-            ends.append(torch.arange(offset + length - 1, stop, length))
-            offset = stop
-        for c in order.tolist():
-            span = slice(start, int(self.end_C[c]) + 1)
-            packed_ids.append(ids[c, span])
-            positions.append(torch.arange(span.start, span.stop))
-        device = self.clip.device
-        self._groups = tuple(groups)
-        self._end_T = torch.cat(ends).to(device)
-        self._unsort_C = torch.argsort(order).to(device)
-        packed = torch.cat(packed_ids).to(device)
-        position_T = torch.cat(positions).to(device)
+        start, device = self.first + self.context_tokens, self.clip.device
+        suffixes = [
+            row[start : end + 1].tolist() for row, end in zip(ids, self.end_C.tolist(), strict=True)
+        ]
+        packing = pack(suffixes, start, parts.width)
         embedding, position_Ld = parts.token_embedding, parts.positional_embedding_Ld
-        self._suffix_Td = embedding(packed) + position_Ld[position_T]
-        before = ids[0, : self.first].to(device)
-        self._before_d = embedding(before) + position_Ld[: self.first]
-        block = parts.blocks[0]
-        with self.clip.autocast():
-            # The suffix tokens enter the first layer before they have seen any prompt, so their
-            # projections there are constants.
-            self._suffix_qkv_T = F.linear(
-                block.ln_1(self._suffix_Td), block.attn.in_proj_weight, block.attn.in_proj_bias
-            )
+        suffix_BSd = embedding(packing.token_BS.to(device))
+        suffix_BSd = suffix_BSd + position_Ld[start + packing.depth_BS.to(device)]
+        before_Fd = embedding(ids[0, : self.first].to(device)) + position_Ld[: self.first]
+        return PromptTransformer(
+            self.clip.text_layers,
+            packing,
+            suffix_BSd.float(),
+            before_Fd.float(),
+            self.context_tokens,
+            parts.heads,
+        )
 
     def _fast(self, context_NMd: Tensor, deep_NJMd: Tensor | None) -> Tensor:
         parts = self.clip.text
-        n, m, d = context_NMd.shape
-        first, prefix = self.first, self.first + m
-        positions = parts.positional_embedding_Ld[first:prefix]
-        prefix_NPd = torch.cat(
-            [self._before_d.expand(n, -1, -1), context_NMd.to(self._before_d) + positions], dim=1
-        )
-        tokens = self._suffix_Td.shape[0]
-        x = torch.cat([prefix_NPd, self._suffix_Td.expand(n, tokens, d)], dim=1)
-        for i, block in enumerate(parts.blocks):
-            if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
-                x = torch.cat([x[:, :first], deep_NJMd[:, i - 1].to(x), x[:, prefix:]], dim=1)
-            if i == 0:
-                attn = block.attn
-                head = F.linear(block.ln_1(prefix_NPd), attn.in_proj_weight, attn.in_proj_bias)
-                qkv = torch.cat([head, self._suffix_qkv_T.expand(n, tokens, 3 * d)], dim=1)
-            else:
-                qkv = None
-            if i < len(parts.blocks) - 1:
-                x = self._block(block, x, qkv, prefix)
-            else:
-                x = self._last_block(block, x, qkv, prefix)
-        return _project(parts, parts.ln_final(x))[:, self._unsort_C]
-
-    def _block(self, block: Any, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
-        """One residual block for the prefix and all suffix tokens."""
-        attn = block.attn
-        if qkv is None:
-            qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = (self._heads(t) for t in qkv.chunk(3, dim=-1))
-        head = F.scaled_dot_product_attention(
-            q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], is_causal=True
-        )
-        mixed = [head.transpose(1, 2).flatten(2)]
-        for group in self._groups:
-            mask = _suffix_mask(prefix, group.length, x.device)
-            own_q = self._split(q, prefix, group)
-            own_k = self._with_prefix(k, prefix, group)
-            own_v = self._with_prefix(v, prefix, group)
-            out = F.scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=mask)
-            mixed.append(out.transpose(1, 2).reshape(x.shape[0], -1, x.shape[-1]))
-        y = F.linear(torch.cat(mixed, dim=1), attn.out_proj.weight, attn.out_proj.bias)
-        x = x + block.ls_1(y)
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-        return x
-
-    def _last_block(self, block: Any, x: Tensor, qkv: Tensor | None, prefix: int) -> Tensor:
-        """The last residual block, at the end-of-text tokens only: (N, C, d), classes by length."""
-        attn, d = block.attn, x.shape[-1]
-        end_NCd = x[:, prefix:][:, self._end_T]
-        if qkv is None:
-            normed = block.ln_1(x)
-            weight, bias = attn.in_proj_weight, attn.in_proj_bias
-            q_end = F.linear(normed[:, prefix:][:, self._end_T], weight[:d], bias[:d])
-            k, v = F.linear(normed, weight[d:], bias[d:]).chunk(2, dim=-1)
-        else:
-            q_all, k, v = qkv.chunk(3, dim=-1)
-            q_end = q_all[:, prefix:][:, self._end_T]
-        k, v, q_end = self._heads(k), self._heads(v), self._heads(q_end)
-        mixed, first = [], 0
-        for group in self._groups:
-            q = q_end[:, :, first : first + group.classes]
-            q = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-            out = F.scaled_dot_product_attention(
-                q, self._with_prefix(k, prefix, group), self._with_prefix(v, prefix, group)
-            )
-            mixed.append(out.reshape(x.shape[0], group.classes, d))
-            first += group.classes
-        y = F.linear(torch.cat(mixed, dim=1), attn.out_proj.weight, attn.out_proj.bias)
-        end_NCd = end_NCd + block.ls_1(y)
-        out_NCd: Tensor = end_NCd + block.ls_2(block.mlp(block.ln_2(end_NCd)))
-        return out_NCd
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(N, T, d) -> (N, heads, T, d / heads)."""
-        split: Tensor = x.unflatten(-1, (self.clip.text.heads, -1))
-        return split.transpose(1, 2)
-
-    @staticmethod
-    def _split(x: Tensor, prefix: int, group: _Group) -> Tensor:
-        """A group's own tokens: (N, h, P + T, e) -> (N * classes, h, length, e)."""
-        own = x[:, :, prefix + group.start : prefix + group.stop]
-        by_class: Tensor = own.unflatten(2, (group.classes, group.length))
-        return by_class.transpose(1, 2).flatten(0, 1)
-
-    def _with_prefix(self, x: Tensor, prefix: int, group: _Group) -> Tensor:
-        """A group's keys or values behind those of the prefix: (N * classes, h, P + length, e)."""
-        n, h, _, e = x.shape
-        head = x[:, None, :, :prefix].expand(n, group.classes, h, prefix, e).flatten(0, 1)
-        return torch.cat([head, self._split(x, prefix, group)], dim=2)
+        positions_Md = parts.positional_embedding_Ld[self.first :][: self.context_tokens]
+        assert self.transformer is not None
+        hidden_NCd = self.transformer(context_NMd.float() + positions_Md, deep_NJMd)
+        return _project(parts, parts.ln_final(hidden_NCd))
 
     # The plain path: any class position, class-specific contexts, towers that are not causal
 
@@ -353,12 +256,6 @@ def _place(x_NGLd: Tensor, slots_GM: Tensor, values_NGMd: Tensor) -> Tensor:
     """`x` with `values` at the context slots, out of place so that gradients flow."""
     index = slots_GM[None, :, :, None].expand_as(values_NGMd)
     return x_NGLd.scatter(2, index, values_NGMd)
-
-
-def _suffix_mask(prefix: int, length: int, device: torch.device) -> Tensor:
-    """True where a suffix token may look: the whole prefix, and its own class up to itself."""
-    own = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return torch.cat([own.new_ones(length, prefix), own], dim=1)
 
 
 def _project(parts: TextParts, x: Tensor) -> Tensor:

@@ -19,7 +19,11 @@ from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import cached_features, default_cache_dir
 from fedprompt.data.partition import Partition, describe, make_partition
 from fedprompt.methods import Method, Task, Tensors, method_class
+from fedprompt.methods.base import stack
 from fedprompt.training import ClientData
+
+KEPT_BYTES = 64
+"""Bytes kept per text position, layer and unit of width: about 14 float32 numbers, rounded up."""
 
 
 class Workspace:
@@ -72,6 +76,24 @@ class Workspace:
         """Name and shape of every tensor that the method shares; all are float32."""
         start = self.method.init_shared(self.config.seed)
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
+
+    @cached_property
+    def tokens_per_client(self) -> int:
+        """Text positions that the method sends through the tower for one client and step."""
+        shared = self.method.init_shared(self.config.seed)
+        private = self.start_private(0)
+        before = self.clip.positions_encoded
+        with torch.no_grad():
+            self.method.encode(
+                stack([shared], self.clip.device), stack([private], self.clip.device)
+            )
+        return self.clip.positions_encoded - before
+
+    @property
+    def step_bytes_per_client(self) -> int:
+        """Bytes that one client's training step keeps for its gradient, roughly."""
+        parts = self.clip.text
+        return self.tokens_per_client * len(parts.blocks) * parts.width * KEPT_BYTES
 
     def train_data(self, client: int) -> ClientData:
         """A client's local training images."""

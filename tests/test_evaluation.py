@@ -58,6 +58,35 @@ def test_personal_scores_equal_one_model_at_a_time(
     assert own[1].accuracy is None
 
 
+@pytest.mark.parametrize("name", ["promptfl", "fedrsclip", "zero_shot"])
+@pytest.mark.parametrize("same", [True, False])
+def test_clients_of_all_sizes_equal_one_at_a_time(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, name: str, same: bool
+) -> None:
+    cls = method_class(name)
+    method = cls(cls.Config(), clip, Task(CLASS_NAMES))
+    sizes = (3, 40, 0, 5, 11, 9, 1)
+    shared = [method.init_shared(1 if same else k) for k in range(len(sizes))]
+    private = [method.init_private(1, k) for k in range(len(sizes))]
+    tests = [images(n, clip.embed_dim, k) for k, n in enumerate(sizes)]
+    monkeypatch.setattr(evaluation, "IMAGES_AT_ONCE", 24)
+    before = clip.positions_encoded
+    own, _ = score_personal(method, shared, private, tests)
+    encoded = clip.positions_encoded - before
+    for k, test in enumerate(tests):
+        (alone,), _ = score_personal(method, [shared[k]], [private[k]], [test])
+        assert (own[k].correct, own[k].tested) == (alone.correct, alone.tested)
+        assert own[k].loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+    if same and name == "promptfl":
+        _ = score_global(method, shared[0], *tests[0])
+        assert clip.positions_encoded - before - encoded == (len(sizes) + 1) * encoded
+
+
+def test_groups_of_similar_sizes() -> None:
+    groups = evaluation._similar_sizes([3, 40, 0, 5, 11, 9, 1])
+    assert groups == [[1], [4, 5], [3, 0], [6]]
+
+
 def test_global_score_uses_shared_prompts_only(clip: FrozenCLIP) -> None:
     cls = method_class("fedrsclip")
     method = cls(cls.Config(), clip, Task(CLASS_NAMES))

@@ -17,7 +17,13 @@ from fedprompt.reference import reference_class_features
 from fedprompt.text_tower import TextTower, context_init
 
 RTOL = 1e-4
-NAMES = (*CLASS_NAMES, "a class with a rather long descriptive name")
+NAMES = (
+    *CLASS_NAMES,
+    "a class with a rather long descriptive name",
+    "a class with a short one",
+    CLASS_NAMES[0],
+)
+"""Some begin alike, and one stands twice."""
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -85,16 +91,62 @@ def test_class_specific_with_equal_contexts_is_the_unified_prompt(clip: FrozenCL
     assert relative(specific, unified) < RTOL
 
 
-@pytest.mark.parametrize("position", ["end", "front"])
-def test_one_transformer_layer(position: str) -> None:
-    """The first layer is the last one: the constant projections and the shortened end meet."""
+def test_one_transformer_layer_takes_the_plain_path() -> None:
+    """The first layer would be the last one as well."""
     clip = random_clip(text_cfg={"layers": 1})
-    assert_equals_reference(clip, (2,), 4, 0, position=position)
+    assert not assert_equals_reference(clip, (2,), 4, 0).fast
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_number_of_transformer_layers(layers: int) -> None:
+    clip = random_clip(text_cfg={"layers": layers})
+    assert assert_equals_reference(clip, (2,), 4, layers - 1).fast
 
 
 def test_quick_gelu_and_layer_scale() -> None:
     clip = random_clip(text_cfg={"ls_init_value": 0.5}, quick_gelu=True)
-    assert_equals_reference(clip, (2,), 4, 1)
+    assert assert_equals_reference(clip, (2,), 4, 1).fast
+
+
+def test_tanh_gelu() -> None:
+    kwargs = {"act_kwargs": {"approximate": "tanh"}}
+    assert assert_equals_reference(random_clip(text_cfg=kwargs), (2,), 4, 1).fast
+
+
+def test_many_classes_in_several_bins(clip: FrozenCLIP) -> None:
+    names = [f"{a} {b}" for a in ("old", "new", "small red") for b in map(chr, range(97, 123))]
+    tower = TextTower(clip, names, 4)
+    assert tower.transformer is not None
+    assert tower.transformer.bins > 1
+    context, weight = draw(3, 4, 64).requires_grad_(), draw(3, len(names), 32, seed=2)
+    ours, reference = tower(context), reference_class_features(tower, context)
+    assert relative(ours, reference) < RTOL
+    ours_grad, reference_grad = (
+        torch.autograd.grad((t * weight).sum(), context)[0] for t in (ours, reference)
+    )
+    assert relative(ours_grad, reference_grad) < RTOL
+
+
+def test_gradient_can_be_taken_twice(clip: FrozenCLIP) -> None:
+    """Methods that compare the gradients of two losses walk the same graph twice."""
+    context = draw(2, 4, 64).requires_grad_()
+    out = TextTower(clip, NAMES, 4)(context)
+    first = torch.autograd.grad(out.sum(), context, retain_graph=True)[0]
+    second = torch.autograd.grad(out.sum(), context)[0]
+    assert torch.equal(first, second)
+
+
+def test_a_graph_frees_what_it_kept_after_backward(clip: FrozenCLIP) -> None:
+    context = draw(2, 4, 64).requires_grad_()
+    out = TextTower(clip, NAMES, 4)(context)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+
+
+def test_more_deep_prompts_than_layers_are_refused(clip: FrozenCLIP) -> None:
+    with pytest.raises(UserError, match="deep"):
+        TextTower(clip, NAMES, 4)(draw(4, 64), draw(99, 4, 64))
 
 
 def test_hard_prompts_equal_encode_text(clip: FrozenCLIP) -> None:

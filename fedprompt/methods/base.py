@@ -70,7 +70,10 @@ class Method(ABC):
 
     @abstractmethod
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """Image-independent state of K clients; `private=None` asks for the global model (K=1)."""
+        """Image-independent state of K clients; `private=None` asks for the global model (K=1).
+
+        `shared` has a client axis of 1 where all clients hold the same values, as in evaluation.
+        """
 
     @abstractmethod
     def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class FedRSCLIP(Method):
             joint = self.shared_prompts.classes(s + p)
             encoded = {"classes": joint, "private": joint}
             return encoded | ({"shared": self.shared_prompts.classes(s)} if needed else {})
-        joint = self.joint_prompts.classes(torch.cat([s, p], dim=-2))
+        joint = self.joint_prompts.classes(torch.cat([s.expand(len(p), -1, -1), p], dim=-2))
         if not needed:
             return {"classes": joint}
         s_KCD, p_KCD = self._branches(s, p)
@@ -162,9 +162,9 @@ class FedRSCLIP(Method):
 
     def _branches(self, s_KMd: Tensor, p_KMd: Tensor) -> tuple[Tensor, Tensor]:
         """Class features of both prompts, in one pass where their lengths allow."""
-        if s_KMd.shape == p_KMd.shape:
-            both = self.shared_prompts.classes(torch.stack([s_KMd, p_KMd], dim=1))
-            return both[:, 0], both[:, 1]
+        if s_KMd.shape[-2] == p_KMd.shape[-2]:
+            both = self.shared_prompts.classes(torch.cat([s_KMd, p_KMd]))
+            return both[: len(s_KMd)], both[len(s_KMd) :]
         return self.shared_prompts.classes(s_KMd), self.private_prompts.classes(p_KMd)
 
     def _needs_branches(self) -> bool:
