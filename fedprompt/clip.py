@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import replacing, write_bytes
-from fedprompt.prompt_transformer import FrozenLayer
+from fedprompt.frozen_layer import FrozenLayer
 from fedprompt.tiny import tiny_card, tiny_model_config, tiny_state_dict
 
 

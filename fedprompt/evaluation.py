@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,6 +202,6 @@ def _outcomes(
     return hits_KB.cpu().numpy(), losses.view_as(hits_KB).double().cpu().numpy()
 
 
-def _as_score(correct: int, tested: int, loss_sum: float) -> Score:
-    loss_sum = float(loss_sum)
-    return Score(int(correct), tested, loss_sum if math.isfinite(loss_sum) else math.inf)
+def _as_score(correct: np.integer[Any], tested: int, loss_sum: np.floating[Any]) -> Score:
+    loss = float(loss_sum)
+    return Score(int(correct), tested, loss if math.isfinite(loss) else math.inf)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _common(a: _Path, b: _Path) -> int:
 
 def _nodes(paths: list[_Path]) -> int:
     """Tokens of a tree of sorted suffixes."""
-    shared = sum(_common(a, b) for a, b in zip(paths, paths[1:], strict=False))
+    shared = sum(_common(a, b) for a, b in pairwise(paths))
     return sum(len(p) for p in paths) - shared
 
 

@@ -20,125 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedprompt.frozen_layer import FrozenLayer, add_product
 from fedprompt.packing import Packing
-
-
-@dataclass(frozen=True)
-class FrozenNorm:
-    """A layer norm over the last axis, in float32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised `x`, and the mean and 1 / deviation that `backward` needs."""
-        return torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """Gradient of `x`."""
-        dx: Tensor = torch.ops.aten.native_layer_norm_backward(
-            grad, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False]
-        )[0]
-        return dx
-
-
-@dataclass(frozen=True)
-class FrozenLayer:
-    """One pre-norm residual block of CLIP as plain tensors; weights are (out, in).
-
-    `slope` is QuickGELU's 1.702, in x * sigmoid(slope * x); None means the exact or tanh GELU.
-    """
-
-    norm_1: FrozenNorm
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    norm_2: FrozenNorm
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
-    slope: float | None
-    approximate: str
-
-    @classmethod
-    def of(cls, block: Any, dtype: torch.dtype) -> FrozenLayer:
-        """An open_clip block, its matrix products in `dtype`; float32 shares its memory."""
-        attn, up, down = block.attn, block.mlp.c_fc, block.mlp.c_proj
-        activation = block.mlp.gelu
-        is_exact = isinstance(activation, nn.GELU)
-
-        def scaled(weight: Tensor, bias: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
-            gamma = getattr(scale, "gamma", None)
-            if gamma is not None:
-                weight, bias = gamma[:, None] * weight, gamma * bias
-            return weight.detach().to(dtype), bias.detach().to(dtype)
-
-        return cls(
-            norm_1=_norm(block.ln_1),
-            qkv=scaled(attn.in_proj_weight, attn.in_proj_bias, None),
-            out=scaled(attn.out_proj.weight, attn.out_proj.bias, block.ls_1),
-            norm_2=_norm(block.ln_2),
-            up=scaled(up.weight, up.bias, None),
-            down=scaled(down.weight, down.bias, block.ls_2),
-            slope=None if is_exact else 1.702,
-            approximate=activation.approximate if is_exact else "none",
-        )
-
-    @staticmethod
-    def supports(block: Any) -> bool:
-        """Whether `of` knows all parts of a block."""
-        if type(block).__name__ != "ResidualAttentionBlock":
-            return False
-        activation = block.mlp.gelu
-        known = isinstance(activation, nn.GELU) or type(activation).__name__ == "QuickGELU"
-        return known and isinstance(block.ln_1, nn.LayerNorm)
-
-    def mlp(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x + MLP(norm(x)), and mean, 1 / deviation and pre-activations for `mlp_backward`."""
-        normed, mean, rstd = self.norm_2.forward(x)
-        weight, bias = self.up
-        normed = normed.to(weight.dtype)
-        if self.slope is None:
-            hidden = F.linear(normed, weight, bias)
-            active, scale = F.gelu(hidden, approximate=self.approximate), 1.0
-        else:
-            # slope * (x W + b) costs nothing inside the product, and silu is one fused kernel.
-            s = self.slope
-            hidden = torch.addmm(bias, normed, weight.t(), beta=s, alpha=s)
-            active, scale = F.silu(hidden), 1 / s
-        return _add_product(x, active, self.down, scale), mean, rstd, hidden
-
-    def mlp_backward(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, hidden: Tensor
-    ) -> Tensor:
-        """Gradient of `mlp`'s input."""
-        d_hidden = grad.to(hidden.dtype) @ self.down[0]
-        if self.slope is None:
-            torch.ops.aten.gelu_backward.grad_input(
-                d_hidden, hidden, approximate=self.approximate, grad_input=d_hidden
-            )
-        else:  # the factors slope and 1 / slope cancel
-            torch.ops.aten.silu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-        d_normed = (d_hidden @ self.up[0]).float()
-        return self.norm_2.backward(d_normed, x, mean, rstd).add_(grad)
-
-
-def _norm(module: Any) -> FrozenNorm:
-    return FrozenNorm(module.weight.detach(), module.bias.detach(), module.eps)
-
-
-def _add_product(x: Tensor, y: Tensor, linear: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
-    """x + scale * y W^T + b, float32."""
-    weight, bias = linear
-    if weight.dtype == x.dtype:
-        return torch.addmm(x, y, weight.t(), alpha=scale).add_(bias)
-    return x + torch.addmm(bias, y, weight.t(), alpha=scale)
 
 
 class _Kept(NamedTuple):
@@ -265,11 +154,13 @@ class PromptTransformer:
         self._heads(mixed[:head], n, self.tokens)[:] = out
         out, share = self._attend(q, kv, self._mask)
         self._heads(mixed[head:], n * self.bins, self.slots)[:] = out
-        x_1 = _add_product(x, mixed, layer.out)
-        x_2, *rest = layer.mlp(x_1)
+        x_1 = add_product(x, mixed, layer.out)
+        x_2, mean_2, rstd_2, hidden = layer.mlp(x_1)
         if kept is not None:
-            parts = (q, *kv, share, own_q, *own_kv, own_share)
-            kept.append(_Kept(x, mean, rstd, *parts, x_1, *rest))
+            suffix_parts = (q, kv[0], kv[1], share)
+            own_parts = (own_q, own_kv[0], own_kv[1], own_share)
+            up_to = (x, mean, rstd, *suffix_parts, *own_parts)
+            kept.append(_Kept(*up_to, x_1, mean_2, rstd_2, hidden))
         return x_2
 
     def _last(self, layer: FrozenLayer, x: Tensor, n: int, kept: list[_Kept] | None) -> Tensor:
@@ -286,11 +177,12 @@ class PromptTransformer:
         kv = self._with_prefix(own_kv, suffix)
         q = self._scaled(_head_major(q_rows.view(n * self.bins, self.ends, 1, self.heads, -1))[0])
         out, share = self._attend(q, kv, self._end_mask)
-        x_1 = _add_product(self._at_ends(x, n), out.transpose(1, 2).reshape(-1, d), layer.out)
-        x_2, *rest = layer.mlp(x_1)
+        x_1 = add_product(self._at_ends(x, n), out.transpose(1, 2).reshape(-1, d), layer.out)
+        x_2, mean_2, rstd_2, hidden = layer.mlp(x_1)
         if kept is not None:
             none = x.new_empty(0)
-            kept.append(_Kept(x, mean, rstd, q, *kv, share, none, none, none, none, x_1, *rest))
+            up_to = (x, mean, rstd, q, kv[0], kv[1], share, none, none, none, none)
+            kept.append(_Kept(*up_to, x_1, mean_2, rstd_2, hidden))
         return x_2
 
     def _attend(self, q: Tensor, kv: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,8 +311,8 @@ class PromptTransformer:
 
     def _to_context(self, grad: Tensor, n: int) -> Tensor:
         """Key or value gradients (N * B, h, keys, e) of the context, summed over bins."""
-        by_bin = grad[:, :, self.first : self.prefix].unflatten(0, (n, self.bins))
-        return by_bin.sum(1)
+        own = grad[:, :, self.first : self.prefix]
+        return own.reshape(n, self.bins, *own.shape[1:]).sum(1)
 
     def _at_ends(self, rows: Tensor, n: int) -> Tensor:
         """End slots of (R, d): (N * B * E, d)."""
@@ -442,7 +334,7 @@ class PromptTransformer:
             found.append(torch.stack(kv))
             share = (q @ kv[0].transpose(-1, -2) * self._scale + mask).softmax(-1)
             mixed = (share.to(self.dtype) @ kv[1]).transpose(0, 1).reshape(f, d)
-            x = layer.mlp(_add_product(x, mixed, layer.out))[0]
+            x = layer.mlp(add_product(x, mixed, layer.out))[0]
         return found
 
 
@@ -477,7 +369,7 @@ class _Differentiable(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
         fields, flat = len(_Kept._fields), ctx.saved_tensors
         kept = [_Kept(*flat[i : i + fields]) for i in range(0, len(flat), fields)]

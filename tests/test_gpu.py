@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import random_clip
+from conftest import CLASS_NAMES, random_clip
 from fedprompt.clip import FrozenCLIP
 from fedprompt.config import TrainingConfig
+from fedprompt.text_tower import TextTower
 from test_training import build, clients, relative, train
 
 pytestmark = [
@@ -41,3 +42,26 @@ def test_image_features_equal_the_cpu(cuda_clip: FrozenCLIP) -> None:
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     on_cpu = random_clip().encode_images(images)
     assert relative(cuda_clip.encode_images(images), on_cpu) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_text_tower_equals_the_cpu(precision: str) -> None:
+    on_cpu = random_clip()
+    on_gpu = FrozenCLIP(
+        random_clip().model,
+        on_cpu.tokenizer,
+        name="random",
+        weights_hash="0",
+        device="cuda",
+        precision=precision,
+    )
+    values = []
+    for clip in (on_gpu, on_cpu):
+        context = 0.02 * torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0))
+        context = context.to(clip.device).requires_grad_()
+        features = TextTower(clip, CLASS_NAMES, 4)(context)
+        gradient = torch.autograd.grad(features.square().sum(), context)[0]
+        values.append((features.detach().cpu(), gradient.cpu()))
+    limit = 1e-3 if precision == "float32" else 0.1
+    for ours, expected in zip(*values, strict=True):
+        assert relative(ours, expected) < limit
