@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from fedprompt.cli_data import Overrides, data_app
 from fedprompt.errors import UserError
 
 app = typer.Typer(
@@ -34,16 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Changes to the config, e.g. federation.rounds=20 method=promptfl seed=2",
-        metavar="[KEY=VALUE]...",
-    ),
-]
 RunDir = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 Client = Annotated[
     int | None, typer.Option("--client", help="Use this client's personal model, not the global.")
@@ -149,57 +142,6 @@ def list_configs() -> None:
     for group in ("experiment", "method", "strategy", "data", "backbone"):
         table.add_row(group, ", ".join(available(group)))
     _console().print(table)
-
-
-@data_app.command()
-def show(
-    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the plot goes.")] = Path(
-        "partition.png"
-    ),
-) -> None:
-    """Print and plot the partition of an experiment: clients x classes."""
-    from fedprompt.config import compose
-    from fedprompt.data import open_dataset
-    from fedprompt.data.cache import default_cache_dir
-    from fedprompt.data.partition import describe, make_partition
-    from fedprompt.data.show import partition_table
-    from fedprompt.plots import plot_partition
-
-    config = compose(experiment, overrides or [])
-    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
-    description = describe(dataset, make_partition(dataset, config.partition, config.seed))
-    console = _console()
-    console.print(partition_table(dataset.name, description))
-    for bad in dataset.bad_images:
-        console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
-    try:
-        plot_partition(description, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}.") from None
-    console.print(f"wrote {out}", markup=False, highlight=False)
-
-
-@data_app.command()
-def sheet(
-    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
-) -> None:
-    """Draw a contact sheet of a data set: one row per class, images of all domains."""
-    from fedprompt.config import compose
-    from fedprompt.data import open_dataset
-    from fedprompt.data.cache import default_cache_dir
-    from fedprompt.data.show import contact_sheet
-
-    config = compose(experiment, overrides or [])
-    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
-    try:
-        contact_sheet(dataset).save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out}: {error}.") from None
-    _console().print(f"wrote {out}", markup=False, highlight=False)
 
 
 def main() -> None:

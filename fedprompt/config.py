@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import yaml
@@ -53,7 +54,9 @@ class BackboneConfig:
 class DataConfig:
     """Where images and class names come from."""
 
-    source: Literal["aerial_scenes", "folder", "hub"] = option("aerial_scenes", "kind of data set")
+    source: Literal["aerial_scenes", "folder", "hub", "catalogue", "multi"] = option(
+        "aerial_scenes", "kind of data set"
+    )
     title: str = option("aerial_scenes", "name used in tables, plots and the cache")
     templates: list[str] = option(["a photo of a {}."], "zero-shot templates; {} = class name")
     class_names: list[str] = option([], "class names in label order; empty = from the data set")
@@ -62,18 +65,32 @@ class DataConfig:
     )
     on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
     # source: folder
-    root: str | None = option(None, "folder: root/class/*.jpg or root/{train,test}/class/*.jpg")
+    root: str | None = option(
+        None, "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'"
+    )
+    # source: catalogue
+    dataset: str | None = option(None, "catalogue: name of the entry; root null = from the hub")
+    split: Literal["auto", "coop", "official"] = option(
+        "auto", "catalogue: auto = CoOp's split file where it lies beside the images, else official"
+    )
+    validation: Literal["unused", "train"] = option(
+        "unused", "catalogue folders: what to do with the validation images of a split"
+    )
+    # source: multi
+    common_labels: str | None = option(
+        None, "multi: a list of data sets and their common labels; root/<data set> or the hub"
+    )
     # source: hub
     hub_id: str | None = option(None, "Hugging Face data set id, or a local data set folder")
     hub_config: str | None = option(None, "Hugging Face config name")
     hub_revision: str | None = option(None, "Hugging Face revision (pin it for exact reruns)")
-    train_split: str = option("train", "hub split to train on")
+    train_split: str | None = option("train", "hub split to train on; null = a set only for tests")
     test_split: str | None = option(None, "hub split to test on; null = hold out test_fraction")
     image_column: str = option("image", "hub column with images")
     label_column: str = option("label", "hub column with labels")
     domain_column: str | None = option(None, "hub column with the domain of an image")
+    domains: list[str] = option([], "domains to use; empty = all (aerial_scenes: all federated)")
     # source: aerial_scenes
-    domains: list[str] = option([], "aerial_scenes: domains to use; empty = all federated ones")
     images_per_class: int = option(60, "aerial_scenes: images per class and domain", ge=2)
 
     def check(self) -> None:
@@ -82,11 +99,34 @@ class DataConfig:
             raise UserError("source 'folder' needs 'root', e.g. data.root=/path/to/images.")
         if self.source == "hub" and not self.hub_id:
             raise UserError("source 'hub' needs 'hub_id'.")
+        if self.source == "catalogue":
+            self._check_catalogue()
+        if self.source == "multi":
+            self._check_multi()
+        if self.train_split is None and self.test_split is None:
+            raise UserError("'train_split' and 'test_split' are both null; nothing is left.")
         for template in self.templates:
             if template.count("{}") != 1:
                 raise UserError(f"template '{template}' must contain {{}} exactly once.")
         if not self.templates:
             raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
+
+    def _check_catalogue(self) -> None:
+        if self.dataset is None:
+            raise UserError("source 'catalogue' needs 'dataset', a name of 'fedprompt data list'.")
+        entry = _catalogue().entry(self.dataset)
+        if not (self.root or self.hub_id):
+            raise UserError(
+                f"no copy of {self.dataset} on the hub is known; download {entry.download} from "
+                f"{entry.homepage}, unpack it and set data.root to the folder."
+            )
+
+    def _check_multi(self) -> None:
+        from fedprompt.data import multi  # it needs this module
+
+        if self.common_labels is None:
+            raise UserError(f"source 'multi' needs 'common_labels': {', '.join(multi.names())}.")
+        multi.common_labels(self.common_labels)
 
 
 @dataclass(frozen=True)
@@ -94,16 +134,47 @@ class PartitionConfig:
     """How training images are dealt to clients."""
 
     clients: int = option(10, "number of clients K", ge=1)
-    scheme: Literal["iid", "dirichlet", "pathological", "domain"] = option(
-        "dirichlet", "rule that deals images to clients"
+    scheme: Literal[
+        "iid",
+        "dirichlet",
+        "pathological",
+        "shards",
+        "disjoint_classes",
+        "quantity",
+        "power_law",
+        "domain",
+        "domain_dirichlet",
+        "superclass_dirichlet",
+    ] = option("dirichlet", "rule that deals images to clients")
+    alpha: float = option(0.1, "dirichlet, quantity: concentration; small = strongly non-IID", gt=0)
+    alpha_within: float = option(
+        10.0, "superclass_dirichlet: concentration of classes within a superclass", gt=0
     )
-    alpha: float = option(0.1, "dirichlet: concentration; small = strongly non-IID", gt=0)
     classes_per_client: int = option(2, "pathological: classes per client", ge=1)
+    shards_per_client: int = option(2, "shards: runs of class-sorted images per client", ge=1)
+    exponent: float = option(1.0, "power_law: the r-th largest client has r^-exponent", ge=0)
+    domain_clients: Literal["equal", "proportional"] = option(
+        "equal", "domain schemes: clients per domain; proportional = to its training images"
+    )
     shots: int | None = option(None, "few-shot: training images per class and client", ge=1)
     min_images: int = option(2, "fewest images a client may hold", ge=1)
     local_test_fraction: float = option(
         0.25, "share of a client's images kept for its own test", ge=0, lt=1
     )
+    unlabelled_clients: int = option(
+        0, "clients, drawn at random, whose training images have no labels: they never train", ge=0
+    )
+    file: str | None = option(
+        None, "a partition file that takes the place of the scheme and of the keys that shape it"
+    )
+
+    def check(self) -> None:
+        """Somebody must have labels."""
+        if self.unlabelled_clients >= self.clients:
+            raise UserError(
+                f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "
+                "least one must have labels."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +221,9 @@ class EvaluationConfig:
     """What is measured and when; the last round is what is reported."""
 
     every: int = option(1, "evaluate every n rounds, and at the end", ge=1)
+    clients: Literal["all", "participants"] = option(
+        "all", "personal tests: all, or those who trained in the round and all at the end"
+    )
     local_only: bool = option(True, "also train every client alone for as many rounds")
     local_only_tokens: int = option(4, "context tokens of that local-only CoOp", ge=1)
     personal_on_global: bool = option(True, "also test personal models on the server test set")
@@ -182,6 +256,8 @@ class Config:
     grid: GridConfig
     evaluation: EvaluationConfig
     output: OutputConfig
+    protocols: list[str]  # what is measured, see fedprompt/protocols
+    protocol_options: dict[str, Any]  # by protocol, the config dataclass of its own module
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -195,7 +271,9 @@ SECTIONS: dict[str, type[Any]] = {
     "output": OutputConfig,
 }
 GROUPS = ("backbone", "data", "method", "strategy")
-TOP_LEVEL = ("experiment", "seed", "method", "strategy", *SECTIONS)
+TOP_LEVEL = (
+    "experiment", "seed", "method", "strategy", *SECTIONS, "protocols", "protocol_options"
+)  # fmt: skip
 
 
 def configs_dir() -> Path:
@@ -206,8 +284,12 @@ def configs_dir() -> Path:
 
 
 def available(group: str) -> list[str]:
-    """Names of the shipped config files of one group, e.g. `available("experiment")`."""
-    return sorted(p.stem for p in (configs_dir() / group).glob("*.yaml"))
+    """Names that one group may be set to, e.g. `available("experiment")`.
+
+    They are the shipped config files; for `data` also the entries of the catalogue.
+    """
+    files = [p.stem for p in (configs_dir() / group).glob("*.yaml")]
+    return sorted(files + (_catalogue().names() if group == "data" else []))
 
 
 def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -231,6 +313,7 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def validate(raw: Mapping[str, Any]) -> Config:
     """A frozen `Config` from plain nested dicts; raises `UserError` as `compose` does."""
+    from fedprompt import protocols
     from fedprompt.methods import method_class
     from strategies import strategy_class
 
@@ -258,7 +341,21 @@ def validate(raw: Mapping[str, Any]) -> Config:
             f"config: experiment is {experiment!r}; it names the run folder: use letters, digits, "
             "'-', '_', '.'."
         )
-    return Config(experiment=experiment, seed=seed, **parts)
+    parts["protocols"], parts["protocol_options"] = protocols.build_options(
+        raw.get("protocols", protocols.DEFAULT), raw.get("protocol_options")
+    )
+    config = Config(experiment=experiment, seed=seed, **parts)
+    protocols.who_holds_out(protocols.open_protocols(config))
+    return config
+
+
+def data_config(chosen: Any, where: str) -> DataConfig:
+    """The data set that a name, or a mapping as in an experiment file, stands for.
+
+    Raises:
+        UserError: unknown name or wrong keys; `where` is the key's path for the message.
+    """
+    return build(DataConfig, _resolve_group("data", chosen), where)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -269,6 +366,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The config as YAML, complete; what a run folder's `config.yaml` holds."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def _catalogue() -> ModuleType:
+    """The catalogue of data sets; imported late, since the data package needs this module."""
+    from fedprompt.data import catalogue
+
+    return catalogue
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -341,7 +445,7 @@ def _over(old: Any, new: Any) -> Any:
 
 
 def _resolve_group(group: str, value: Any) -> dict[str, Any]:
-    """A group's mapping: a name selects `configs/<group>/<name>.yaml`; `use:` does, then adds."""
+    """A group's mapping: a name selects a shipped file or entry; `use:` does, then adds."""
     if value is None:
         return {}
     extra: dict[str, Any] = {}
@@ -350,6 +454,8 @@ def _resolve_group(group: str, value: Any) -> dict[str, Any]:
         if "use" not in extra:
             return extra
         value = extra.pop("use")
+    if group == "data" and value in _catalogue().names():
+        return _merge(_catalogue().data_keys(value), extra)
     return _merge(_load_yaml(_shipped(group, value)), extra)
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from fake_data import colour, encoded, hub_dataset, truncated, write_image_folder
 from fedprompt.config import DataConfig, configs_dir
-from fedprompt.data import open_dataset, scan
+from fedprompt.data import catalogue, open_dataset, scan
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.errors import UserError
 from fedprompt.options import build
@@ -254,29 +254,47 @@ CARDS = {  # (classes, splits, image column, label column) as the data set cards
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_shipped_configs_open_data_of_their_card(name: str, tmp_path: Path) -> None:
+def test_catalogue_entries_open_data_of_their_card(name: str, tmp_path: Path) -> None:
     classes, splits, image, label = CARDS[name]
-    config = shipped(name)
-    names = list(config["class_names"]) if "class_names" in config else []
-    names = names or [f"some_Thing{c}" for c in range(classes)]
-    data = hub_dataset(list(range(classes)) * 2, names=[n.replace(" ", "") for n in names])
+    names = list(catalogue.entry(name).classes)
+    data = hub_dataset(list(range(classes)) * 2, names=names)
     data = data.rename_columns({k: v for k, v in (("image", image), ("label", label)) if k != v})
     path = saved(tmp_path, **dict.fromkeys(splits, data))
-    dataset = open_dataset(
-        build(DataConfig, {**config, "hub_id": str(path)}, "data"), 1, tmp_path / "cache"
-    )
-    assert len(dataset.class_names) == classes
+    config = build(DataConfig, {**catalogue.data_keys(name), "hub_id": str(path)}, "data")
+    dataset = open_dataset(config, 1, tmp_path / "cache")
+    assert dataset.class_names == tuple(catalogue.entry(name).classes.values())
     tests = np.bincount(dataset.labels_N[dataset.split_N == TEST], minlength=classes)
     assert tests.tolist() == [2 if "test" in splits else 1] * classes
 
 
-def test_shipped_names_are_in_label_order() -> None:
+def test_catalogued_names_are_in_label_order() -> None:
     merced = "agricultural airplane baseballdiamond beach buildings chaparral denseresidential "
     merced += "forest freeway golfcourse harbor intersection mediumresidential mobilehomepark "
     merced += "overpass parkinglot river runway sparseresidential storagetanks tenniscourt"
-    assert [n.replace(" ", "") for n in shipped("ucmerced")["class_names"]] == merced.split()
+    assert list(catalogue.entry("ucmerced").classes) == merced.split()
     eurosat = "annual forest herbaceous highway industrial pasture permanent residential river sea"
-    assert [n.split()[0] for n in shipped("eurosat")["class_names"]] == eurosat.split()
+    names = catalogue.entry("eurosat").classes.values()
+    assert [name.split()[0] for name in names] == eurosat.split()
+
+
+def test_domains_can_be_numbered_and_chosen(tmp_path: Path) -> None:
+    train = hub_dataset([0, 1, 0, 1], names=NAMES[:2], city=[1, 0, 0, 1])
+    train = train.cast_column("city", datasets.ClassLabel(names=["Oslo", "New York"]))
+    path = saved(tmp_path, train=train)
+    dataset = load(path, tmp_path, domain_column="city")
+    assert dataset.domain_names == ("New York", "Oslo")
+    assert dataset.domains_N.tolist() == [0, 1, 1, 0]
+    chosen = load(path, tmp_path, domain_column="city", domains=["oslo"])
+    assert chosen.domain_names == ("Oslo",)
+    assert chosen.open_image(1).getpixel((0, 0)) == colour(0, 2)
+    with pytest.raises(UserError, match=r"no domain 'osla'\. Known: New York, Oslo"):
+        load(path, tmp_path, domain_column="city", domains=["osla"])
+
+
+def test_a_set_for_tests_only(tmp_path: Path) -> None:
+    path = saved(tmp_path, test=hub_dataset([0, 1], names=NAMES[:2]))
+    dataset = load(path, tmp_path, train_split=None, test_split="test")
+    assert dataset.split_N.tolist() == [TEST, TEST]
 
 
 def test_the_image_folder_config_asks_for_its_root(tmp_path: Path) -> None:

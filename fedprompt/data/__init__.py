@@ -28,6 +28,14 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
         from fedprompt.data import folder
 
         return folder.load(config, seed, cache_dir)
+    if config.source == "catalogue":
+        from fedprompt.data import published
+
+        return published.load(config, seed, cache_dir)
+    if config.source == "multi":
+        from fedprompt.data import multi
+
+        return multi.load(config, seed, cache_dir)
     from fedprompt.data import hub
 
     return hub.load(config, seed, cache_dir)

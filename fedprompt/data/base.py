@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 TRAIN, TEST = 0, 1
+VAL = 2  # only in listings: a data set holds training and test images
+HELD = 3  # held out by a protocol: no client trains on it, no usual test holds it
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class ImageDataset:
     `labels_N` indexes `class_names`; `domains_N` indexes `domain_names` (all zero where a data set
     has one domain). `split_N` is `TRAIN` or `TEST` per image: the authors' split where there is
     one, else a seeded stratified hold-out. `fingerprint` changes when any pixel may have changed;
-    it keys the feature cache. `open_image(i)` gives the i-th image in RGB.
+    it keys the feature cache. `open_image(i)` gives the i-th image in RGB. `superclass_names` holds
+    the coarser class of each class where the authors define one, else it is empty.
+
+    `image_names` are the same on every machine, and name the images in partition files: the path
+    below the images' folder, split and row of a table, or what made the image; no two are equal.
+    They are empty in a data set that exists only in memory.
     """
 
     name: str
@@ -39,6 +46,8 @@ class ImageDataset:
     fingerprint: str
     open_image: Callable[[int], Image.Image]
     bad_images: tuple[BadImage, ...] = field(default=())
+    superclass_names: tuple[str, ...] = field(default=())
+    image_names: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         """Number of images."""

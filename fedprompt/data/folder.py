@@ -14,22 +14,23 @@ Rules:
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from fedprompt.config import DataConfig
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
-from fedprompt.data.cache import digest
-from fedprompt.data.images import decode_rgb, hold_out_test, name_key, readable_name
-from fedprompt.data.scan import bad_images, memo_path, scan
+from fedprompt.data.files import (
+    SUFFIXES,
+    ImageFile,
+    files_dataset,
+    images_below,
+    is_image,
+    subfolders,
+)
+from fedprompt.data.images import name_key, readable_name
 from fedprompt.errors import UserError, did_you_mean
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 UNUSED_SPLITS = ("val", "valid", "validation")
 log = logging.getLogger(__name__)
 
@@ -39,23 +40,6 @@ class _File:
     path: str  # relative to root, with forward slashes
     folder: str
     split: int
-
-
-@dataclass(frozen=True)
-class _Opener:
-    """Opens image i; a class, not a closure, so that a data set can be pickled."""
-
-    root: Path
-    paths: tuple[str, ...]
-
-    def __call__(self, index: int) -> Image.Image:
-        path = self.root / self.paths[index]
-        try:
-            return decode_rgb(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data: {path} was readable and no longer is: {error}; start again."
-            ) from None
 
 
 def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
@@ -73,42 +57,31 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
     files, folders, has_test = _list_files(root)
     class_names, label_of = _name_classes(folders, config.class_names, root)
 
-    names = [str(root / file.path) for file in files]
-    keys = [_key(root, file.path) for file in files]
-    memo = memo_path(cache_dir, "folder", str(root.resolve()))
-    verdicts = scan(keys, lambda i: (root / files[i].path).read_bytes(), memo, config.title)
-    bad = bad_images(names, verdicts, config.on_bad_image, config.title)
-    kept = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
-
-    labels_N = np.array([label_of[files[i].folder] for i in kept], dtype=np.int64)
-    split_N = np.array([files[i].split for i in kept], dtype=np.int8)
-    trained = {label_of[files[i].folder] for i in kept if files[i].split == TRAIN}
+    records = [ImageFile(file.path, label_of[file.folder], file.split) for file in files]
+    dataset = files_dataset(
+        config,
+        root,
+        records,
+        class_names,
+        (config.title,),
+        hold_out=not has_test,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+    trained = set(dataset.labels_N[dataset.split_N == TRAIN].tolist())
     for folder in folders:
         if label_of[folder] not in trained:
             raise UserError(
                 f"data: class folder '{folder}' in {root} has no readable training image; add "
                 f"some ({', '.join(SUFFIXES)}) or remove the folder."
             )
-    if not has_test:
-        split_N = hold_out_test(labels_N, config.test_fraction, seed)
-    content = [f"{files[i].path}|{verdicts[i].hash}|{label_of[files[i].folder]}" for i in kept]
-    return ImageDataset(
-        name=config.title,
-        class_names=class_names,
-        labels_N=labels_N,
-        split_N=split_N,
-        domains_N=np.zeros(len(kept), dtype=np.int64),
-        domain_names=(config.title,),
-        fingerprint=digest("folder", *content),
-        open_image=_Opener(root, tuple(files[i].path for i in kept)),
-        bad_images=bad,
-    )
+    return dataset
 
 
 def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
     """(all image files sorted by path, class folders sorted, whether there is a test split)."""
-    top = _folders(root)
-    if "train" in top and _folders(root / "train") and not _images_directly_in(root / "train"):
+    top = subfolders(root)
+    if "train" in top and subfolders(root / "train") and not _images_directly_in(root / "train"):
         unused = [name for name in top if name in UNUSED_SPLITS]
         strange = [name for name in top if name not in ("train", "test", *UNUSED_SPLITS)]
         if strange:
@@ -126,10 +99,10 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
     files = [
         _File(path.relative_to(root).as_posix(), folder, code)
         for split, code in splits.items()
-        for folder in _folders(root / split)
-        for path in _images_below(root / split / folder)
+        for folder in subfolders(root / split)
+        for path in images_below(root / split / folder)
     ]
-    folders = _folders(root / "train") if "train" in splits else top
+    folders = subfolders(root / "train") if "train" in splits else top
     if not folders or not files:
         raise UserError(
             f"data: no images found in {root}; expected {root}/<class>/*.jpg "
@@ -140,7 +113,7 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
             f"data: {root} has one class folder, '{folders[0]}'; at least two are needed."
         )
     if "test" in splits:
-        extra = sorted(set(_folders(root / "test")) - set(folders))
+        extra = sorted(set(subfolders(root / "test")) - set(folders))
         if extra:
             raise UserError(f"data: {root}/test has {_some(extra)}, which train/ has not.")
         if not any(file.split == TEST for file in files):
@@ -176,37 +149,8 @@ def _name_classes(
     return tuple(name.strip() for name in wanted), label_of
 
 
-def _folders(parent: Path) -> list[str]:
-    try:
-        return sorted(p.name for p in parent.iterdir() if _visible(p.name) and p.is_dir())
-    except OSError as error:
-        raise UserError(f"data: cannot list {parent}: {error.strerror}.") from None
-
-
 def _images_directly_in(folder: Path) -> bool:
-    return any(_is_image(path.name) for path in folder.iterdir())
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    for parent, below, names in os.walk(folder):
-        below[:] = [name for name in below if _visible(name)]
-        yield from (Path(parent) / name for name in names if _is_image(name))
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith((".", "__"))
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
-
-
-def _key(root: Path, path: str) -> str:
-    try:
-        status = (root / path).stat()
-    except OSError:  # a dangling link: reading it will give the reason
-        return f"{path}|?"
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}"
+    return any(is_image(path.name) for path in folder.iterdir())
 
 
 def _some(names: Sequence[str]) -> str:

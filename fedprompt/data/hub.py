@@ -2,15 +2,15 @@
 
 `data.hub_id` is a hub id, or a folder: one written by `save_to_disk`, or one that `load_dataset`
 understands (Parquet files, an image folder). `train_split` and `test_split` may join splits with
-`+`, e.g. `train+validation`. Images stay encoded until they are opened, so that a broken one can
-be named by its split and row. Suffix: N images.
+`+`, e.g. `train+validation`; `train_split: null` makes all images test images. Images stay encoded
+until they are opened, so that a broken one can be named by its split and row. Suffix: N images.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,28 @@ class _Opener:
             ) from None
 
 
-def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
+def load(
+    config: DataConfig,
+    seed: int,
+    cache_dir: Path,
+    *,
+    classes: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    spell: Callable[[str], str] = readable_name,
+) -> ImageDataset:
     """The data set `config.hub_id`.
+
+    `classes` maps the labels' own names to class names, in the order in which labels are then
+    numbered; `spell` makes the names readable where it is empty. Rows of the classes in `ignore`
+    are left out.
 
     Raises:
         UserError: unreachable hub, unknown split or column, labels without names, or an
             unreadable image under `on_bad_image: error`.
     """
     splits = _load_splits(config)
-    parts = tuple(_parts(splits, config))
-    class_names, labels = _labels(parts, config)
+    parts = tuple(_parts(splits, config, ignore))
+    class_names, labels = _labels(parts, config, classes or {}, ignore, spell)
     domain_names, domains = _domains(parts, config)
 
     verdicts: list[Verdict] = []
@@ -93,15 +105,18 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
     labels_N = labels[kept]
     split_N = np.array([parts[where[i][0]].code for i in kept], dtype=np.int8)
     if config.test_split is None:
-        split_N = hold_out_test(labels_N, config.test_fraction, seed)
-    present = np.bincount(labels_N[split_N == TRAIN], minlength=len(class_names)) > 0
+        cells_N = labels_N * len(domain_names) + domains[kept]
+        split_N = hold_out_test(cells_N, config.test_fraction, seed)
+    used = split_N == (TEST if config.train_split is None else TRAIN)
+    what = "test" if config.train_split is None else "training"
+    present = np.bincount(labels_N[used], minlength=len(class_names)) > 0
     if present.sum() < 2:
         raise UserError(
-            f"data: {config.hub_id} has training images of {present.sum()} class(es); at least "
+            f"data: {config.hub_id} has {what} images of {present.sum()} class(es); at least "
             "two are needed."
         )
     if not present.all():
-        log.warning("%s: no training image of %s", config.title, class_names[present.argmin()])
+        log.warning("%s: no %s image of %s", config.title, what, class_names[present.argmin()])
     content = [f"{names[i]}|{verdicts[i].hash}|{labels[i]}" for i in kept]
     return ImageDataset(
         name=config.title,
@@ -117,6 +132,7 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
             np.array([where[i][1] for i in kept], dtype=np.int64),
         ),
         bad_images=bad,
+        image_names=tuple(f"{parts[where[i][0]].split}/{where[i][1]}" for i in kept),
     )
 
 
@@ -139,7 +155,7 @@ def _load_splits(config: DataConfig) -> dict[str, Any]:
     except Exception as error:  # anything from a broken Parquet file to a name server
         raise UserError(_load_failure(config, folder, error)) from None
     if isinstance(loaded, datasets.Dataset):
-        return {config.train_split: loaded}
+        return {config.train_split or config.test_split or "train": loaded}
     return dict(loaded)
 
 
@@ -156,8 +172,8 @@ def _load_failure(config: DataConfig, folder: Path, error: Exception) -> str:
     )
 
 
-def _parts(splits: dict[str, Any], config: DataConfig) -> list[_Part]:
-    asked = [("train_split", config.train_split, TRAIN)]
+def _parts(splits: dict[str, Any], config: DataConfig, ignore: Sequence[str]) -> list[_Part]:
+    asked = [("train_split", config.train_split, TRAIN)] if config.train_split is not None else []
     if config.test_split is not None:
         asked.append(("test_split", config.test_split, TEST))
     parts: list[_Part] = []
@@ -170,11 +186,13 @@ def _parts(splits: dict[str, Any], config: DataConfig) -> list[_Part]:
                 )
             if any(part.split == name for part in parts):
                 raise UserError(f"data: split '{name}' is used twice; images would leak.")
-            parts.append(_part(splits[name], name, code, config))
+            parts.append(_part(splits[name], name, code, config, ignore))
     return parts
 
 
-def _part(split: Any, name: str, code: int, config: DataConfig) -> _Part:
+def _part(
+    split: Any, name: str, code: int, config: DataConfig, ignore: Sequence[str] = ()
+) -> _Part:
     columns = {"image_column": config.image_column, "label_column": config.label_column}
     if config.domain_column is not None:
         columns["domain_column"] = config.domain_column
@@ -185,6 +203,7 @@ def _part(split: Any, name: str, code: int, config: DataConfig) -> _Part:
                 f"data: data.{key}: no column '{column}' in split '{name}'; there are: "
                 f"{', '.join(split.features)}.{hint}"
             )
+    split = _wanted_rows(split, config, ignore)
     try:
         images = split.select_columns([config.image_column]).cast_column(
             config.image_column, datasets.Image(decode=False)
@@ -200,7 +219,7 @@ def _part(split: Any, name: str, code: int, config: DataConfig) -> _Part:
         images=images,
         column=config.image_column,
         labels=_values(split, config.label_column),
-        domains=_values(split, config.domain_column) if config.domain_column else [],
+        domains=_names(split, config.domain_column) if config.domain_column else [],
         label_feature=split.features[config.label_column],
     )
 
@@ -210,8 +229,41 @@ def _values(split: Any, column: str) -> list[Any]:
     return values
 
 
+def _names(split: Any, column: str) -> list[Any]:
+    """The values of a column, as the names that it gives them where it does."""
+    values, feature = _values(split, column), split.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        return values
+    return [None if value in (None, -1) else feature.names[value] for value in values]
+
+
+def _wanted_rows(split: Any, config: DataConfig, ignore: Sequence[str]) -> Any:
+    """The rows of the domains `data.domains` and of classes that are not ignored."""
+    wanted = np.ones(len(split), dtype=bool)
+    if ignore:
+        ignored = set(map(name_key, ignore))
+        labels = _names(split, config.label_column)
+        wanted &= np.array([name_key(str(label)) not in ignored for label in labels], dtype=bool)
+    if config.domains and config.domain_column is not None:
+        values = [str(value) for value in _names(split, config.domain_column)]
+        known = sorted(set(values))
+        keys = {name_key(value) for value in known}
+        for name in config.domains:
+            if name_key(name) not in keys:
+                raise UserError(
+                    f"data: data.domains: no domain '{name}'.{did_you_mean(name, known)}"
+                )
+        chosen = set(map(name_key, config.domains))
+        wanted &= np.array([name_key(value) in chosen for value in values], dtype=bool)
+    return split if wanted.all() else split.select(np.flatnonzero(wanted))
+
+
 def _labels(
-    parts: Sequence[_Part], config: DataConfig
+    parts: Sequence[_Part],
+    config: DataConfig,
+    classes: Mapping[str, str],
+    ignore: Sequence[str],
+    spell: Callable[[str], str],
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """(class names in label order, label of every row)."""
     wanted = config.class_names
@@ -231,6 +283,11 @@ def _labels(
             )
     if len(set(map(name_key, wanted))) < len(wanted):
         raise UserError("data: data.class_names lists a class twice.")
+    if classes and isinstance(feature, datasets.ClassLabel):
+        return _matched_labels([str(name) for name in feature.names], values, classes, ignore)
+    if classes and all(isinstance(value, str) for value in values):
+        found = sorted(set(values))
+        return _matched_labels(found, [found.index(v) for v in values], classes, ignore)
     if isinstance(feature, datasets.ClassLabel):
         names = [str(name) for name in feature.names]
         if not wanted and all(name.isdigit() for name in names):
@@ -238,7 +295,7 @@ def _labels(
                 f"data: the labels of '{config.label_column}' are only numbered; give their "
                 "names in data.class_names."
             )
-        chosen = wanted or [readable_name(name) for name in names]
+        chosen = wanted or [spell(name) for name in names]
         if len(chosen) != len(names):
             raise UserError(
                 f"data: data.class_names has {len(chosen)} names, '{config.label_column}' has "
@@ -246,7 +303,7 @@ def _labels(
             )
         return tuple(chosen), np.array(values, dtype=np.int64)
     if all(isinstance(value, str) for value in values):
-        return _string_labels(values, wanted)
+        return _string_labels(values, wanted, spell)
     if all(isinstance(value, int) for value in values):
         if not wanted:
             raise UserError(
@@ -265,12 +322,35 @@ def _labels(
     )
 
 
+def _matched_labels(
+    names: Sequence[str], values: Sequence[int], classes: Mapping[str, str], ignore: Sequence[str]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Class names and labels in the order of `classes`; each of `names` must be among them."""
+    by_key = {name_key(ours): label for label, ours in enumerate(classes.values())}
+    by_key |= {name_key(theirs): label for label, theirs in enumerate(classes)}
+    ignored = set(map(name_key, ignore))
+    new = np.full(len(names), -1, dtype=np.int64)
+    for old, name in enumerate(names):
+        if name_key(name) in by_key:
+            new[old] = by_key[name_key(name)]
+        elif name_key(name) not in ignored:
+            hint = did_you_mean(name, list(classes))
+            raise UserError(
+                f"data: the hub's class '{name}' is not in the catalogue's list.{hint} Another "
+                "data set, or a changed one: compare it with 'fedprompt data show'."
+            )
+    if len(set(new[new >= 0])) < len(classes):
+        absent = min(set(range(len(classes))) - set(new.tolist()))
+        raise UserError(f"data: the hub's copy has no class '{list(classes)[absent]}'.")
+    return tuple(classes.values()), new[np.array(values, dtype=np.int64)]
+
+
 def _string_labels(
-    values: Sequence[str], wanted: Sequence[str]
+    values: Sequence[str], wanted: Sequence[str], spell: Callable[[str], str]
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     found = sorted(set(values))
     if not wanted:
-        names = tuple(readable_name(name) for name in found)
+        names = tuple(spell(name) for name in found)
         label_of = {name: label for label, name in enumerate(found)}
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:

@@ -1,0 +1,232 @@
+"""The `fedprompt data` commands: the catalogue, partitions, contact sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedprompt.errors import UserError, did_you_mean
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to the config, e.g. federation.rounds=20 method=promptfl seed=2",
+        metavar="[KEY=VALUE]...",
+    ),
+]
+Name = Annotated[str, typer.Argument(help="A data set of the catalogue.", metavar="NAME")]
+SplitFrom = Annotated[
+    str, typer.Option("--split", help="auto, coop (CoOp's split file) or official.")
+]
+
+
+@data_app.command("list")
+def list_datasets() -> None:
+    """List the data sets of the catalogue."""
+    from fedprompt.data import catalogue
+
+    table = Table()
+    for heading in ("name", "kind"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("images", "classes"):
+        table.add_column(heading, justify="right")
+    for heading in ("size", "m/pixel", "hub", "licence"):
+        table.add_column(heading)
+    for found in map(catalogue.entry, catalogue.names()):
+        table.add_row(
+            found.name,
+            found.kind,
+            f"{found.images:,}",
+            str(found.num_classes),
+            found.size,
+            found.metres_per_pixel or "-",
+            "-" if found.hub is None else "yes" if found.hub.verified else "not verified",
+            found.licence,
+        )
+    table.caption = "data=NAME loads from the hub, data=NAME data.root=DIR the authors' folder"
+    Console().print(table, markup=False)
+
+
+@data_app.command()
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A data set of the catalogue, a shipped experiment or a YAML file.",
+            metavar="NAME_OR_EXPERIMENT",
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plot goes.")] = Path(
+        "partition.png"
+    ),
+) -> None:
+    """Print a data set's entry, or print and plot an experiment's partition: clients x classes."""
+    from fedprompt.config import available
+    from fedprompt.data import catalogue
+
+    if what in catalogue.names() and what not in available("experiment"):
+        if overrides:
+            raise UserError(f"'{what}' is a data set; changes are for experiments.")
+        _show_entry(what)
+        return
+    if what not in available("experiment") and not what.endswith((".yaml", ".yml")):
+        hint = did_you_mean(what, [*available("experiment"), *catalogue.names()])
+        raise UserError(f"no experiment or data set {what!r}.{hint}")
+    _show_partition(what, overrides or [], out)
+
+
+@data_app.command()
+def check(
+    name: Name,
+    root: Annotated[Path, typer.Option("--root", help="The folder with the authors' copy.")],
+    split: SplitFrom = "auto",
+) -> None:
+    """Compare a folder with the catalogue: classes, counts, missing files. Exit 1: they differ."""
+    from fedprompt.data import catalogue, checking
+
+    found = catalogue.entry(name)
+    finding = checking.check(found, root, _split(split))
+    table = Table("", "stated", "found", "", title=f"{name}: split: {finding.split_source}")
+    for row in finding.rows:
+        stated = "" if row.stated is None else f"{row.stated:,}"
+        verdict = "" if row.stated is None else "ok" if row.ok else "differs"
+        table.add_row(row.what, stated, f"{row.found:,}", verdict)
+    console = Console()
+    console.print(table, markup=False)
+    for problem in finding.problems:
+        console.print(problem, **PLAIN)
+    if not finding.ok:
+        console.print(f"{root} differs from the catalogue's {name}", **PLAIN)
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def prepare(
+    name: Name,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="The folder with the authors' copy.")
+    ] = None,
+    from_hub: Annotated[
+        bool, typer.Option("--hub", help="Load (and so download) the copy on the hub instead.")
+    ] = False,
+    split: SplitFrom = "auto",
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="As output.cache in a config.")
+    ] = None,
+) -> None:
+    """Read every image once: report counts and unreadable images; later starts skip that step."""
+    from fedprompt.config import DataConfig
+    from fedprompt.data import catalogue, open_dataset
+    from fedprompt.data.base import TEST, TRAIN
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.options import build
+
+    if from_hub == (root is not None):
+        raise UserError("give --root DIR for the authors' folder, or --hub for the hub's copy.")
+    keys = catalogue.data_keys(catalogue.entry(name).name)
+    keys |= {"root": None if root is None else str(root), "split": _split(split)}
+    config = build(DataConfig, {**keys, "on_bad_image": "skip"}, "data")
+    dataset = open_dataset(config, 1, default_cache_dir(None if cache is None else str(cache)))
+    console = Console()
+    counts = {code: int((dataset.split_N == code).sum()) for code in (TRAIN, TEST)}
+    console.print(
+        f"{name}: {len(dataset):,} images of {len(dataset.class_names)} classes and "
+        f"{len(dataset.domain_names)} domain(s) can be read: {counts[TRAIN]:,} training, "
+        f"{counts[TEST]:,} test",
+        **PLAIN,
+    )
+    for bad in dataset.bad_images:
+        console.print(f"unreadable: {bad.where}: {bad.reason}", **PLAIN)
+    if dataset.bad_images:
+        console.print(
+            f"{len(dataset.bad_images)} unreadable: mend them, or set data.on_bad_image=skip",
+            **PLAIN,
+        )
+
+
+@data_app.command()
+def partition(
+    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the file goes.")] = Path(
+        "partition.json"
+    ),
+) -> None:
+    """Write an experiment's partition to a file, which partition.file=FILE reads back."""
+    from fedprompt.config import compose
+    from fedprompt.data import open_dataset
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.partition import make_partition
+    from fedprompt.data.partition_file import origin_of, write_partition
+
+    config = compose(experiment, overrides or [])
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    made = make_partition(dataset, config.partition, config.seed)
+    write_partition(out, dataset, made, origin_of(config.partition, config.seed))
+    Console().print(f"wrote {out}", **PLAIN)
+
+
+@data_app.command()
+def sheet(
+    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
+) -> None:
+    """Draw a contact sheet of a data set: one row per class, images of all domains."""
+    from fedprompt.config import compose
+    from fedprompt.data import open_dataset
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.show import contact_sheet
+
+    config = compose(experiment, overrides or [])
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    try:
+        contact_sheet(dataset).save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}.") from None
+    Console().print(f"wrote {out}", markup=False, highlight=False)
+
+
+def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
+    from fedprompt.config import compose
+    from fedprompt.data import open_dataset
+    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.partition import describe, make_partition
+    from fedprompt.data.show import partition_table
+    from fedprompt.plots import plot_partition
+
+    config = compose(experiment, overrides)
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    description = describe(dataset, make_partition(dataset, config.partition, config.seed))
+    console = Console()
+    console.print(partition_table(dataset.name, description))
+    for bad in dataset.bad_images:
+        console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
+    try:
+        plot_partition(description, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}.") from None
+    console.print(f"wrote {out}", markup=False, highlight=False)
+
+
+def _show_entry(name: str) -> None:
+    import yaml
+
+    from fedprompt.data.catalogue import entry, facts
+
+    text = yaml.safe_dump(facts(entry(name)), sort_keys=False, allow_unicode=True, width=100)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True, end="")
+
+
+def _split(name: str) -> str:
+    if name not in ("auto", "coop", "official"):
+        raise UserError(f"--split is {name!r}; it must be auto, coop or official.")
+    return name
