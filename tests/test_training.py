@@ -1,4 +1,4 @@
-"""Cohort training against a naive loop: one client, one batch, one torch optimiser at a time."""
+"""Cohort training against the usual client: one batch, one torch optimiser at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprompt.clip import FrozenCLIP
 from fedprompt.config import TrainingConfig
 from fedprompt.methods import Method, Task, method_class
 from fedprompt.methods.base import Tensors
-from fedprompt.reference import reference_class_features
+from fedprompt.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.rng import generator
 from fedprompt.training import ClientData, LocalResult, learning_rate, train_cohort
 
@@ -60,44 +60,25 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def naive_coop(
-    method: Method, data: ClientData, config: TrainingConfig, server_round: int
-) -> tuple[Tensor, float]:
-    """PromptFL's client as its public code does it: 77 positions, one batch after the other."""
-    tower = method.prompts.tower  # type: ignore[attr-defined]
-    context = method.init_shared(1)["ctx"].clone().requires_grad_()
-    lr = config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / 5))
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            [context], lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW([context], lr=lr, weight_decay=config.weight_decay)
-    total = 0.0
-    for epoch in range(config.local_epochs):
-        order = generator(1, "shuffle", server_round, data.client, epoch).permutation(len(data))
-        for first in range(0, len(data), config.batch_size):
-            rows = torch.from_numpy(order[first : first + config.batch_size])
-            text = F.normalize(reference_class_features(tower, context), dim=-1)
-            logits = method.clip.logit_scale * data.features_ND[rows] @ text.T
-            loss = F.cross_entropy(logits, data.labels_N[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(rows)
-    return context.detach(), total / (len(data) * config.local_epochs)
-
-
 @pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_cohort_equals_the_naive_loop(clip: FrozenCLIP, config: TrainingConfig) -> None:
+def test_cohort_equals_the_reference_client(clip: FrozenCLIP, config: TrainingConfig) -> None:
+    """Against images, 77 positions and one batch after the other, as CoOp's public code trains."""
     config = TrainingConfig(**{**vars(config), "local_epochs": 2})
     method = build(clip, "promptfl", context_tokens=4)
-    data = clients(clip)
-    for result, one in zip(train(method, data, config), data, strict=True):
-        context, loss = naive_coop(method, one, config, 2)
-        assert relative(result.shared["ctx"], context) < 1e-4
+    data, usual = [], []
+    for one in clients(clip):
+        draw = generator(0, "images", one.client)
+        images = torch.from_numpy(draw.standard_normal((len(one), 3, 32, 32))).float()
+        features = F.normalize(clip.encode_images(images), dim=-1)
+        data.append(ClientData(one.client, features, one.labels_N))
+        usual.append(ReferenceClient(one.client, images, one.labels_N, images[:0], images[:0]))
+    start = method.init_shared(1)["ctx"]
+    for result, client in zip(train(method, data, config), usual, strict=True):
+        model = ReferenceCoOp(clip, CLASS_NAMES, start)
+        loss = reference_local_training(model, client, config, seed=1, server_round=2, rounds=5)
+        assert relative(result.shared["ctx"], model.context.detach()) < 1e-4
         assert result.losses["loss"] == pytest.approx(loss, rel=1e-4)
-        assert result.num_examples == len(one)
+        assert result.num_examples == len(client.train_labels)
 
 
 @pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])

@@ -1,0 +1,57 @@
+"""CLIP architectures with seeded random weights: speed and memory do not depend on training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.rng import generator
+from fedprompt.tiny import tiny_model_config
+
+NAMES = ("tiny", "ViT-B-32", "ViT-B-16", "ViT-L-14")
+IMAGE_BATCH = 64
+
+
+def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
+    """The architecture `name`, float32 on the CPU.
+
+    Raises:
+        UserError: not one of `NAMES`.
+    """
+    if name not in NAMES:
+        raise UserError(f"--backbone {name}: not known.{did_you_mean(name, NAMES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = tiny_model_config() if name == "tiny" else open_clip.get_model_config(name)
+        assert config is not None
+        model = open_clip.model.CLIP(**config)
+    tokenizer = open_clip.SimpleTokenizer()
+    return FrozenCLIP(
+        model, tokenizer, name=name, weights_hash=f"seed {seed}", image_batch=IMAGE_BATCH
+    )
+
+
+def save_weights(clip: FrozenCLIP, path: Path) -> None:
+    """A checkpoint that `load_clip` maps into memory."""
+    state = {k: v.contiguous().clone() for k, v in clip.model.state_dict().items()}
+    save_file(state, path)
+
+
+def random_images(clip: FrozenCLIP, count: int, seed: int) -> Tensor:
+    """Preprocessed images (count, 3, H, W) of the model's own size, N(0, 1)."""
+    size = clip.model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    draw = generator(seed, "images").standard_normal((count, 3, height, width), dtype="float32")
+    return torch.from_numpy(draw)
+
+
+def encode_all(clip: FrozenCLIP, images_N3HW: Tensor) -> Tensor:
+    """Image features (N, D) as the feature cache makes them, `image_batch` at once."""
+    parts = images_N3HW.split(clip.image_batch)
+    return torch.cat([clip.encode_images(part) for part in parts])

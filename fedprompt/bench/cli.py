@@ -1,0 +1,197 @@
+# ruff: noqa: E402
+"""The commands of `scripts/bench.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Before torch, Flower and Ray are imported, and only where the user has not decided.
+for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import torch
+
+from fedprompt.bench.backbones import random_clip
+from fedprompt.bench.compare import MismatchError
+from fedprompt.bench.output import Output
+from fedprompt.errors import UserError
+
+app = typer.Typer(
+    help="Our path against the usual one, interleaved, with equal results.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the rows here.", dir_okay=False)
+]
+Backbone = Annotated[str, typer.Option(help="tiny, ViT-B-32, ViT-B-16 or ViT-L-14.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Most repeats of a case.")]
+Classes = Annotated[str, typer.Option(help="Numbers of classes, e.g. 10,45.")]
+Context = Annotated[str, typer.Option(help="Numbers of context tokens, e.g. 4,16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
+Budget = Annotated[float, typer.Option(help="No repeat starts after so many seconds of a case.")]
+
+
+@app.command()
+def step(
+    classes: Classes = "10,45,50,100,345",
+    context: Context = "4,16",
+    batch: BatchSize = 8,
+    backbone: Backbone = "ViT-B-16",
+    repeats: Repeats = 3,
+    budget_s: Budget = 30.0,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """One local training step: text part alone, and whole step; seconds per client."""
+    from fedprompt.bench.step import StepOptions, bench_step
+
+    out = _open("step", threads, json)
+    options = StepOptions(numbers(classes), numbers(context), batch, repeats, budget_s)
+    bench_step(random_clip(backbone), options, out)
+
+
+@app.command("round")
+def round_(
+    clients: Annotated[str, typer.Option(help="Numbers of clients, e.g. 10,100.")] = "10,100",
+    classes: Annotated[int, typer.Option(min=2)] = 100,
+    shots: Annotated[int, typer.Option(min=1, help="Training images per class, in total.")] = 8,
+    tests: Annotated[int, typer.Option(min=1, help="Server's test images per class.")] = 25,
+    rounds: Annotated[int, typer.Option(min=1)] = 50,
+    backbone: Backbone = "ViT-B-16",
+    small: Annotated[
+        str, typer.Option(help="Backbone of the small job that both paths complete; '' = none.")
+    ] = "ViT-B-32",
+    repeats: Repeats = 2,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """A whole experiment, evaluated every round, feature pass included; seconds in total."""
+    from fedprompt.bench.job import SMALL, few_shot_job
+    from fedprompt.bench.round import bench_round
+
+    out = _open("round", threads, json)
+    jobs = [
+        few_shot_job(n, classes=classes, shots=shots, tests=tests, rounds=rounds)
+        for n in numbers(clients)
+    ]
+    bench_round(backbone, jobs, repeats, out, (small, SMALL) if small else None)
+
+
+@app.command()
+def overhead(
+    clients: Annotated[str, typer.Option(help="Participants per round.")] = "100,1000",
+    workers: Annotated[str, typer.Option(help="Ray workers; 0 = inline.")] = "0,1,2",
+    engine_clients: Annotated[
+        int, typer.Option(min=0, help="Clients for which Flower's engine runs too; 0 = none.")
+    ] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first.")] = 5,
+    json: JsonFile = None,
+) -> None:
+    """Trivial training: milliseconds per client and round, inline, on Ray, on Flower's engine."""
+    from fedprompt.bench.overhead import OverheadOptions, bench_overhead
+
+    out = _open("overhead", 0, json)
+    options = OverheadOptions(numbers(clients), numbers(workers, 0), (engine_clients,), rounds)
+    bench_overhead(options, out)
+
+
+@app.command()
+def scale(
+    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "100,1000,10000",
+    participants: Annotated[int, typer.Option(min=1, help="Clients in a round.")] = 100,
+    methods: Annotated[str, typer.Option(help="Methods.")] = "promptfl,fedrsclip",
+    classes: Annotated[int, typer.Option(min=2)] = 10,
+    rounds: Annotated[int, typer.Option(min=3)] = 10,
+    backbone: Backbone = "tiny",
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """Time per participant and peak memory by the number of clients."""
+    from fedprompt.bench.scale import ScaleOptions, bench_scale
+
+    out = _open("scale", threads, json)
+    names = tuple(methods.split(","))
+    bench_scale(ScaleOptions(numbers(clients), names, participants, rounds, classes, backbone), out)
+
+
+@app.command()
+def memory(
+    backbone: Backbone = "ViT-B-16",
+    classes: Annotated[int, typer.Option(min=2)] = 100,
+    context: Annotated[int, typer.Option(min=1, help="Context tokens.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 = none.")] = 2,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """Peak memory of one process and private memory of further Ray workers."""
+    from fedprompt.bench.memory import MemoryOptions, bench_memory
+
+    out = _open("memory", threads, json)
+    bench_memory(MemoryOptions(backbone, classes, context, workers), out)
+
+
+@app.command()
+def limit(
+    classes: Classes = "10,45,100",
+    context: Annotated[int, typer.Option(min=1, help="Context tokens.")] = 4,
+    batch: BatchSize = 8,
+    backbone: Backbone = "ViT-B-16",
+    repeats: Repeats = 10,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the rest goes.")] = False,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """The real step against the bare matrix products of the same shapes; seconds per cohort."""
+    from fedprompt.bench.limit import bench_limit
+
+    out = _open("limit", threads, json)
+    clip, counts = random_clip(backbone), numbers(classes)
+    bench_limit(clip, counts, context, batch, repeats, out, profile=profile)
+
+
+def numbers(text: str, least: int = 1) -> tuple[int, ...]:
+    """`10,45` -> (10, 45).
+
+    Raises:
+        UserError: not whole numbers of at least `least`, separated by commas.
+    """
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < least:
+        raise UserError(
+            f"'{text}': give whole numbers from {least} on with commas between, e.g. 10,45."
+        )
+    return values
+
+
+def main() -> None:
+    """Entry point: wrong input exits with 2, paths that disagree with 1, each with one line."""
+    try:
+        app(standalone_mode=True)
+    except MismatchError as error:
+        sys.stderr.write(f"bench: {error}\n")
+        sys.exit(1)
+    except UserError as error:
+        sys.stderr.write(f"bench: {error}\n")
+        sys.exit(2)
+
+
+def _open(command: str, threads: int, json: Path | None) -> Output:
+    if threads:
+        torch.set_num_threads(threads)
+    return Output(command, json)

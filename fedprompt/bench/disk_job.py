@@ -1,0 +1,61 @@
+"""A small experiment on disk that any process can open: image folder, cache, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fedprompt.bench.workload import Sizes, random_features, settings
+from fedprompt.clip import load_clip
+from fedprompt.config import Config
+from fedprompt.data import open_dataset
+from fedprompt.data.cache import feature_path
+
+PIXELS = 8
+
+
+def write_job(folder: Path, class_names: Sequence[str], sizes: Sizes, **sections: Any) -> Config:
+    """Write the images and their invented features; the config that opens them.
+
+    Every image is one flat colour of 8 x 8 pixels. Clients share the training images evenly and
+    keep as many of their own for tests as `sizes` says. `sections` are merged over the config.
+    """
+    for split, count in (("train", sizes.clients * sizes.own), ("test", sizes.server_test)):
+        for name in class_names:
+            (folder / "images" / split / name).mkdir(parents=True)
+        for number in range(max(count, len(class_names))):
+            name = class_names[number % len(class_names)]
+            _write_image(folder / "images" / split / name / f"{number:06d}.png", number)
+    config = settings(
+        sizes.clients,
+        **{
+            **sections,
+            "data": {"source": "folder", "title": "bench", "root": str(folder / "images")},
+            "partition": {
+                "scheme": "iid",
+                "local_test_fraction": sizes.test / sizes.own,
+                "min_images": 1,
+            },
+            "output": {
+                "report": False,
+                "cache": str(folder / "cache"),
+                "dir": str(folder / "run"),
+            },
+        },
+    )
+    cache = folder / "cache"
+    dataset = open_dataset(config.data, config.seed, cache)
+    clip = load_clip(config.backbone, cache)
+    path = feature_path(clip, dataset, cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, random_features(len(dataset), clip.embed_dim).numpy())
+    return config
+
+
+def _write_image(path: Path, number: int) -> None:
+    colour = (number % 256, number // 256 % 256, number // 65536)
+    Image.new("RGB", (PIXELS, PIXELS), colour).save(path)

@@ -1,0 +1,121 @@
+"""Flower's own simulation engine: `flwr run` in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedprompt.config import Config, to_yaml
+from fedprompt.errors import UserError
+from fedprompt.run_folder import PROMPTS, TIMINGS
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT_S = 900
+
+
+def available() -> bool:
+    """Whether the app can be run: from a checkout, with Flower's command, on Linux."""
+    command = Path(sys.executable).parent / "flwr"
+    return (ROOT / "pyproject.toml").is_file() and command.is_file() and Path("/proc/self").exists()
+
+
+def run_engine(config: Config, folder: Path) -> tuple[list[float], Tensor]:
+    """Run an experiment on Flower's engine, one SuperNode per client.
+
+    Returns:
+        Seconds of training by round (1, 2, ...), and the final shared context.
+
+    Raises:
+        UserError: Flower did not finish the run.
+    """
+    folder.mkdir(parents=True)
+    target = folder / "run"
+    config = replace(config, output=replace(config.output, dir=str(target)))
+    experiment = folder / "experiment.yaml"
+    experiment.write_text(to_yaml(config), encoding="utf-8")
+    federation = (
+        f"num-supernodes={config.partition.clients} client-resources-num-cpus=1 "
+        "client-resources-num-gpus=0"
+    )
+    command = ["flwr", "run", str(ROOT), "--stream", "--federation-config", federation]
+    command += ["-c", f'experiment="{experiment}" overrides=""']
+    with flower_home(folder) as environment:
+        finished = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT_S,
+            check=False,
+        )
+    if not (target / PROMPTS).is_file():
+        said = " ".join((finished.stdout + finished.stderr).split())[-500:]
+        raise UserError(f"Flower's engine did not finish the run: {said}")
+    lines = [json.loads(x) for x in (target / TIMINGS).read_text().splitlines()]
+    seconds = [line["train_s"] for line in lines if line["round"] > 0]
+    return seconds, load_file(target / PROMPTS)["shared/ctx"]
+
+
+@contextmanager
+def flower_home(folder: Path) -> Iterator[dict[str, str]]:
+    """An environment of its own for Flower; its background processes are ended by their ids."""
+    home = str(folder / "flwr")
+    environment = {
+        **os.environ,
+        "FLWR_HOME": home,
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FEDPROMPT_STATE": str(folder / "state"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    try:
+        yield environment
+    finally:
+        for process in _processes_with(f"FLWR_HOME={home}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        _remove(Path(home))
+
+
+def _processes_with(setting: str) -> list[int]:
+    """Other processes that have exactly this environment variable."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if setting.encode() in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+    return found
+
+
+def _remove(folder: Path) -> None:
+    """Processes that have just been ended may still write for a moment."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,122 @@
+"""A whole experiment as a job: its sizes, and how often each path does what.
+
+Suffix: K clients.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedprompt.bench.class_lists import class_names
+from fedprompt.bench.compare import Row
+from fedprompt.bench.workload import LEARNING_RATE, Sizes, make_workspace
+from fedprompt.clip import FrozenCLIP
+from fedprompt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work that is repeated: by which path, what, and on how many images at once."""
+
+    path: str
+    what: str
+    images: int = 0
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.path}: {self.what}" + (f" of {self.images} images" if self.images else "")
+
+
+Counts = dict[Piece, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment; `test_batch` is how many test images the reference encodes at once."""
+
+    classes: int
+    sizes: Sizes
+    rounds: int
+    context: int = 4
+    batch: int = 8
+    test_batch: int = 100
+
+    def workspace(self, clip: FrozenCLIP, features_ND: Tensor | None = None) -> Workspace:
+        """The job's workspace; random features where none are given."""
+        return make_workspace(
+            clip,
+            class_names(self.classes),
+            self.sizes,
+            features_ND,
+            method={"name": "promptfl", "context_tokens": self.context},
+            training={"batch_size": self.batch, "lr": LEARNING_RATE / 10},
+            federation={"rounds": self.rounds},
+        )
+
+    @property
+    def title(self) -> str:
+        """The job in words."""
+        sizes = self.sizes
+        return (
+            f"{self.classes} classes, {sizes.clients} clients x {sizes.train} images, "
+            f"{self.rounds} rounds"
+        )
+
+    def reference_counts(self) -> Counts:
+        """How often the reference does what: copies, steps and test batches by their images."""
+        sizes, counts = self.sizes, Counter[Piece]()
+        counts[Piece("reference", "copy")] = self.rounds * sizes.clients
+        jobs = (
+            ("step", sizes.train, self.batch, self.rounds * sizes.clients),
+            ("test", sizes.test, self.test_batch, (self.rounds + 1) * sizes.clients),
+            ("test", sizes.server_test, self.test_batch, self.rounds + 1),
+        )
+        for kind, images, at_once, times in jobs:
+            full, rest = divmod(images, at_once)
+            counts[Piece("reference", kind, at_once)] += full * times
+            counts[Piece("reference", kind, rest)] += times if rest else 0
+        return {piece: float(times) for piece, times in counts.items() if times}
+
+    def our_counts(self) -> Counts:
+        """How often we do what: images encoded, rounds with evaluation, evaluations alone."""
+        at_once = 2 * self.batch
+        images = self.sizes.images / at_once
+        return {
+            Piece("ours", "encoding", at_once): images,
+            Piece("ours", "round"): float(self.rounds),
+            Piece("ours", "evaluation"): 1.0,
+        }
+
+
+SMALL = Job(classes=10, sizes=Sizes(10, train=8, test=2, server_test=20), rounds=6)
+
+
+def few_shot_job(clients: int, *, classes: int, shots: int, tests: int, rounds: int) -> Job:
+    """`shots` training images per class in total, dealt to the clients.
+
+    The server tests on `tests` images per class; as many again are dealt to the clients for their
+    own tests. Caltech-101, as CoOp splits it, has 2,465 test images in 100 classes.
+    """
+    train, test = max(1, classes * shots // clients), max(1, classes * tests // clients)
+    return Job(classes, Sizes(clients, train, test, classes * tests), rounds)
+
+
+def total(counts: Mapping[Piece, float], each: Mapping[Piece, float]) -> float:
+    """Sum over the pieces of how often times how much."""
+    return sum(times * each[piece] for piece, times in counts.items())
+
+
+def counted(ratio: float, ours_gflop: float, reference_gflop: float) -> Row:
+    """The ratio that operations alone would give, and the share of it that was reached."""
+    possible = reference_gflop / ours_gflop
+    return {
+        "ours_gflop": ours_gflop,
+        "reference_gflop": reference_gflop,
+        "counted_ratio": possible,
+        "share_of_saving": ratio / possible,
+    }

@@ -1,0 +1,199 @@
+"""How close a training step comes to the bare matrix products that it consists of.
+
+The shapes of all matrix products of one real step are recorded; then just these run again, on
+preallocated tensors and in the same order. Operands that lay at one address in the real step share
+a tensor in the replay, so that caches are as warm or cold as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedprompt.bench.backbones import random_images
+from fedprompt.bench.compare import interleave, max_rel_diff, require_equal, row
+from fedprompt.bench.counting import count_gflop
+from fedprompt.bench.output import TIMES, Column, Output
+from fedprompt.bench.step import CHECKED, StepCase
+from fedprompt.clip import FrozenCLIP
+
+aten = torch.ops.aten
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    aten.mm: torch.mm,
+    aten.addmm: torch.addmm,
+    aten.bmm: torch.bmm,
+    aten.baddbmm: torch.baddbmm,
+}
+COLUMNS: tuple[Column, ...] = (
+    ("case", "case", ""),
+    ("real s", "ours_s", ".4g"),
+    ("bare s", "reference_s", ".4g"),
+    ("share of limit", "share_of_limit", ".0%"),
+    ("products", "products", "d"),
+    ("GFLOP", "products_gflop", ".1f"),
+    ("other GFLOP", "other_gflop", ".2f"),
+    ("bare GFLOP/s", "bare_gflop_per_s", ".0f"),
+    *TIMES[5:],
+)
+TOP = 12
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A tensor of the real step: where it lay and how it was laid out."""
+
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Operand:
+        return cls(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def allocate(self) -> Tensor:
+        """A tensor of this layout with values around 0; layouts may repeat elements."""
+        span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return (
+            torch.empty(span, dtype=self.dtype)
+            .normal_(std=0.02)
+            .as_strided(self.shape, self.stride)
+        )
+
+
+@dataclass(frozen=True)
+class Product:
+    """One recorded matrix product: which, its inputs, its output, its keyword arguments."""
+
+    function: Callable[..., Any]
+    inputs: tuple[_Operand, ...]
+    output: _Operand
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every matrix product that runs while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products: list[Product] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        function = PRODUCTS.get(func.overloadpacket)
+        if function is not None:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            options = {k: v for k, v in (kwargs or {}).items() if k in ("alpha", "beta")}
+            self.products.append(
+                Product(
+                    function,
+                    tuple(_Operand.of(t) for t in tensors),
+                    _Operand.of(result),
+                    tuple(options.items()),
+                )
+            )
+        return result
+
+
+def record(call: Callable[[], Any]) -> list[Product]:
+    """The matrix products of one call, its backward passes included."""
+    recorder = Recorder()
+    with recorder:
+        call()
+    return recorder.products
+
+
+class Replay:
+    """The recorded products alone, with every tensor allocated beforehand."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        made: dict[_Operand, Tensor] = {}
+
+        def tensor(operand: _Operand) -> Tensor:
+            if operand not in made:
+                made[operand] = operand.allocate()
+            return made[operand]
+
+        # A product never writes over its own input, though the addresses may have been reused.
+        self._calls = []
+        for p in products:
+            inputs = [tensor(o) for o in p.inputs]
+            out = tensor(p.output) if p.output not in p.inputs else p.output.allocate()
+            self._calls.append((p.function, inputs, {**dict(p.options), "out": out}))
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Run all of them once."""
+        for function, inputs, options in self._calls:
+            function(*inputs, **options)
+
+
+def bench_limit(
+    clip: FrozenCLIP,
+    classes: Sequence[int],
+    context: int,
+    batch: int,
+    repeats: int,
+    out: Output,
+    *,
+    profile: bool = False,
+) -> None:
+    """Measure the real step and its bare products in turn.
+
+    Raises:
+        MismatchError: the real step's loss or gradient is not the reference's.
+    """
+    images_N3HW = random_images(clip, CHECKED * batch, seed=0)
+    for number in classes:
+        out.progress(f"{number} classes")
+        name = f"limit C={number} M={context}"
+        case = StepCase(clip, number, context, batch, images_N3HW)
+
+        def real(case: StepCase = case) -> dict[str, Tensor]:
+            return case.our_step(case.clients)
+
+        first = {n: v[0] for n, v in real().items()}
+        difference = max_rel_diff(first, case.reference_step(0))
+        require_equal(name, difference)
+        products = record(real)
+        replay = Replay(products)
+        replay()
+        measured = interleave(
+            {"real": lambda _: real(), "bare": lambda _: replay()},  # noqa: B023
+            repeats=repeats,
+            warm_up=("real",),
+        )
+        bare_gflop, all_gflop = count_gflop(replay), count_gflop(real)
+        line = row(name, measured["real"], measured["bare"], difference=difference)
+        out.add(
+            line
+            | {
+                "clients": case.clients,
+                "share_of_limit": measured["bare"].best / measured["real"].best,
+                "products": len(products),
+                "products_gflop": bare_gflop,
+                "other_gflop": all_gflop - bare_gflop,
+                "bare_gflop_per_s": bare_gflop / measured["bare"].best,
+            }
+        )
+        if profile:
+            out.note(_profile(real))
+    out.table(COLUMNS)
+
+
+def _profile(call: Callable[[], Any]) -> str:
+    """Operations by their own time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        call()
+    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=TOP))

@@ -1,0 +1,81 @@
+"""What a number was measured on, and how much memory a process takes (Linux; None elsewhere)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROC = Path("/proc")
+GB, MB = 1e9, 1e6
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, versions and memory in GB."""
+    memory = _kilobytes(PROC / "meminfo", "MemTotal")
+    free = free_bytes()
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "memory_gb": None if memory is None else round(memory * 1024 / GB, 1),
+        "free_gb": None if free is None else round(free / GB, 1),
+    }
+
+
+def describe_machine(facts: dict[str, Any]) -> str:
+    """One line for the header."""
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch "
+        f"{facts['torch']}, {facts['free_gb']} of {facts['memory_gb']} GB free"
+    )
+
+
+def free_bytes() -> int | None:
+    """Memory that can be had without swapping."""
+    kilobytes = _kilobytes(PROC / "meminfo", "MemAvailable")
+    return None if kilobytes is None else kilobytes * 1024
+
+
+def peak_mb(process: int | str = "self") -> float | None:
+    """A process's largest resident size since it started or since `reset_peak` (VmHWM)."""
+    kilobytes = _kilobytes(PROC / str(process) / "status", "VmHWM")
+    return None if kilobytes is None else kilobytes * 1024 / MB
+
+
+def reset_peak() -> None:
+    """Give freed memory back to the system and let `peak_mb` start from what is left."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError):
+        (PROC / "self/clear_refs").write_text("5")
+
+
+def private_mb(process: int | str = "self") -> float | None:
+    """Resident memory that a process shares with no other (Private_Clean + Private_Dirty)."""
+    path = PROC / str(process) / "smaps_rollup"
+    parts = [_kilobytes(path, name) for name in ("Private_Clean", "Private_Dirty")]
+    return None if None in parts else sum(p or 0 for p in parts) * 1024 / MB
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+    return None

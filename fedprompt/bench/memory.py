@@ -1,0 +1,166 @@
+"""Memory of one process that runs a whole round, and of every further Ray worker.
+
+Each measurement is a fresh process that opens the same experiment from disk, its weights
+memory-mapped. Resident memory holds the libraries and the mapped weights; private memory is what
+a process shares with no other (smaps_rollup: Private_Clean + Private_Dirty).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from fedprompt.bench.backbones import encode_all, random_clip, random_images, save_weights
+from fedprompt.bench.class_lists import class_names
+from fedprompt.bench.compare import max_rel_diff, require_equal
+from fedprompt.bench.disk_job import write_job
+from fedprompt.bench.isolated import in_fresh_process
+from fedprompt.bench.machine import peak_mb, private_mb
+from fedprompt.bench.output import Column, Output
+from fedprompt.bench.pieces import ReferencePieces, train_ours
+from fedprompt.bench.workload import Sizes, make_workspace
+from fedprompt.clip import load_clip
+from fedprompt.config import Config
+from fedprompt.data import open_dataset
+from fedprompt.grid import open_grid
+from fedprompt.ray_grid import RayGrid
+from fedprompt.server_app import Federation
+from fedprompt.workspace import Workspace
+
+COLUMNS: tuple[Column, ...] = (
+    ("case", "case", ""),
+    ("peak MB", "peak_mb", ".0f"),
+    ("private MB", "private_mb", ".0f"),
+    ("libraries MB", "libraries_mb", ".0f"),
+    ("private", "libraries_private_mb", ".0f"),
+    ("reference peak MB", "reference_peak_mb", ".0f"),
+    ("memory ratio", "memory_ratio", ".1f"),
+    ("ours s", "ours_s", ".3g"),
+    ("reference s", "reference_s", ".3g"),
+    ("max rel. diff", "max_rel_diff", ".1e"),
+)
+IMAGES, CLIENTS = 8, 8
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What `bench memory` measures."""
+
+    backbone: str = "ViT-B-16"
+    classes: int = 100
+    context: int = 4
+    workers: int = 2
+
+
+def bench_memory(options: MemoryOptions, out: Output) -> None:
+    """One process with the inline grid, the reference beside it, then Ray workers.
+
+    Raises:
+        MismatchError: loss or prompts of a client are not the reference's.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedprompt-bench-") as name:
+        config = write_experiment(Path(name), options)
+        out.progress("one process, inline grid, whole round")
+        ours = in_fresh_process(inline_round, config)
+        out.progress("the reference: one client's step")
+        reference = in_fresh_process(reference_step, config)
+        case = f"one process, {options.classes} classes"
+        require_equal(case, reference["max_rel_diff"])
+        out.add({"case": case, **ours, **reference, **_ratios(ours, reference)})
+        if options.workers:
+            out.progress(f"{options.workers} Ray workers")
+            for worker in in_fresh_process(ray_round, config, options.workers):
+                line = {"reference_s": None, "ratio": None, "max_rel_diff": None}
+                out.add({"ours_s": None, **line, **worker})
+    out.table(COLUMNS)
+    out.note(
+        "Peak: VmHWM of a fresh process, mapped weights and libraries included. Seconds: of one "
+        "client's training in the round."
+    )
+
+
+def write_experiment(folder: Path, options: MemoryOptions) -> Config:
+    """The experiment, with random weights in a file where the backbone is not the embedded one."""
+    backbone: dict[str, Any] = {"model": options.backbone, "device": "cpu"}
+    if options.backbone != "tiny":
+        backbone["checkpoint"] = str(folder / "weights.safetensors")
+        save_weights(random_clip(options.backbone), folder / "weights.safetensors")
+    return write_job(
+        folder,
+        class_names(options.classes),
+        Sizes(CLIENTS, IMAGES, 2, 2 * options.classes),
+        backbone=backbone,
+        method={"name": "promptfl", "context_tokens": options.context},
+        federation={"rounds": 2},
+    )
+
+
+def _ratios(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    peak, usual = ours["peak_mb"], reference["reference_peak_mb"]
+    return {
+        "ratio": reference["reference_s"] / ours["ours_s"],
+        "memory_ratio": usual / peak if peak and usual else None,
+    }
+
+
+def inline_round(config: Config) -> dict[str, Any]:
+    """A whole round with evaluation in this process."""
+    libraries = {"libraries_mb": peak_mb(), "libraries_private_mb": private_mb()}
+    workspace = Workspace.open(config, progress=False)
+    federation = Federation(workspace, open_grid(config, workspace))
+    federation.join()
+    began = perf_counter()
+    federation.train_round(1)
+    seconds = perf_counter() - began
+    federation.evaluate(1)
+    return {
+        "ours_s": seconds / CLIENTS,
+        "peak_mb": peak_mb(),
+        "private_mb": private_mb(),
+        **libraries,
+    }
+
+
+def reference_step(config: Config) -> dict[str, Any]:
+    """One client as public code trains it: a copy of the model, one step of 8 images."""
+    clip = load_clip(config.backbone, Path(config.output.cache or ""))
+    names = open_dataset(config.data, config.seed, Path(config.output.cache or "")).class_names
+    images_N3HW = random_images(clip, IMAGES, seed=0)
+    method = {"name": "promptfl", "context_tokens": config.method.context_tokens}
+    features_ND = encode_all(clip, images_N3HW)
+    workspace = make_workspace(clip, names, Sizes(1, IMAGES), features_ND, method=method)
+    reference = ReferencePieces(workspace, images_N3HW)
+    began = perf_counter()
+    server = reference.model
+    reference.model = copy.deepcopy(server)
+    trained = reference.train(IMAGES)
+    seconds = perf_counter() - began
+    peak = peak_mb()
+    difference = max_rel_diff(train_ours(workspace, IMAGES), trained)
+    return {"reference_s": seconds, "reference_peak_mb": peak, "max_rel_diff": difference}
+
+
+def ray_round(config: Config, workers: int) -> list[dict[str, Any]]:
+    """A round on Ray; memory of every worker after it."""
+    config = replace(config, grid=replace(config.grid, kind="ray", workers=workers))
+    grid = open_grid(config, Workspace.open(config, progress=False))
+    assert isinstance(grid, RayGrid)
+    try:
+        federation = Federation(grid.workspace, grid)
+        federation.join()
+        federation.train_round(1)
+        federation.evaluate(1)
+        return [
+            {
+                "case": f"Ray worker {number + 1} of {workers}",
+                "peak_mb": peak_mb(process),
+                "private_mb": private_mb(process),
+            }
+            for number, process in enumerate(grid.pids())
+        ]
+    finally:
+        grid.close()

@@ -1,0 +1,145 @@
+"""What a client and round costs beside the training: sampling, messages, grid, aggregation.
+
+The embedded tiny CLIP, two classes, two images and one step per client. Nothing is subtracted; the
+seconds of the training alone, of the same cohorts in this process, stand beside the whole.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from fedprompt.bench.compare import Measured, max_rel_diff, require_equal, row
+from fedprompt.bench.disk_job import write_job
+from fedprompt.bench.flower_engine import available, run_engine
+from fedprompt.bench.machine import peak_mb, reset_peak
+from fedprompt.bench.output import Column, Output
+from fedprompt.bench.workload import Sizes
+from fedprompt.cohorts import group
+from fedprompt.config import Config
+from fedprompt.grid import CohortGrid, open_grid
+from fedprompt.server_app import Federation
+from fedprompt.training import train_cohort
+from fedprompt.workspace import Workspace
+
+CLASSES = ("forest", "river")
+IMAGES = 2
+COLUMNS: tuple[Column, ...] = (
+    ("case", "case", ""),
+    ("ours ms", "ours_ms", ".3f"),
+    ("of it training ms", "training_ms", ".3f"),
+    ("Flower ms", "reference_ms", ".1f"),
+    ("ratio", "ratio", ".1f"),
+    ("max rel. diff", "max_rel_diff", ".1e"),
+    ("MB", "peak_mb", ".0f"),
+)
+
+
+@dataclass(frozen=True)
+class OverheadOptions:
+    """What `bench overhead` measures; `workers` 0 is the inline grid."""
+
+    clients: Sequence[int] = (100, 1000)
+    workers: Sequence[int] = (0, 1, 2)
+    engine_clients: Sequence[int] = (100,)
+    rounds: int = 5
+
+
+def bench_overhead(options: OverheadOptions, out: Output) -> None:
+    """Measure every grid; the results of all of them must agree.
+
+    Raises:
+        MismatchError: a grid's final prompts are not those of the inline grid.
+    """
+    for clients in options.clients:
+        with tempfile.TemporaryDirectory(prefix="fedprompt-bench-") as name:
+            _bench(Path(name), clients, options, out)
+    out.table(COLUMNS)
+
+
+def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) -> None:
+    config = write_job(
+        folder,
+        CLASSES,
+        Sizes(clients, IMAGES, server_test=2),
+        method={"name": "promptfl", "context_tokens": 4},
+        federation={"rounds": options.rounds + 1},
+        evaluation={"every": options.rounds + 1},
+        grid={"threads": 1},
+    )
+    workspace = Workspace.open(config, progress=False)
+    reference: Measured | None = None
+    expected: Tensor | None = None
+    if clients in options.engine_clients and available():
+        out.progress(f"{clients} clients on Flower's engine (flwr run)")
+        seconds, expected = run_engine(config, folder / "engine")
+        reference = Measured(seconds=[s / clients for s in seconds[1:]])
+    for workers in options.workers:
+        name = f"{'inline' if not workers else f'Ray, {workers} workers'}, {clients} clients"
+        out.progress(name)
+        measured, context, training_s = _rounds(workspace, config, workers, options.rounds)
+        if expected is None:
+            expected, difference = context, None
+        else:
+            difference = max_rel_diff({"ctx": context}, {"ctx": expected})
+            require_equal(name, difference)
+        line = row(name, measured, reference, difference=difference, clients=clients)
+        line |= {"ours_ms": 1e3 * line["ours_s"], "training_ms": 1e3 * training_s}
+        line["reference_ms"] = 1e3 * reference.best if reference else None
+        out.add(line | {"workers": workers})
+
+
+def _rounds(
+    workspace: Workspace, config: Config, workers: int, rounds: int
+) -> tuple[Measured, Tensor, float]:
+    """Seconds per client of each round after the first, final context, seconds of training."""
+    grid_config = replace(config.grid, kind="ray" if workers else "inline", workers=max(1, workers))
+    threads = torch.get_num_threads()
+    chosen = replace(config, grid=grid_config)
+    reset_peak()
+    w = workspace
+    grid = open_grid(chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.features_ND))
+    try:
+        federation = Federation(grid.workspace, grid)
+        federation.join()
+        measured = Measured()
+        for server_round in range(1, rounds + 2):
+            start = perf_counter()
+            federation.train_round(server_round)
+            if server_round > 1:
+                measured.seconds.append((perf_counter() - start) / workspace.num_clients)
+        measured.peak_mb = peak_mb()
+        return measured, federation.shared["ctx"], _training_alone(grid)
+    finally:
+        grid.close()
+        torch.set_num_threads(threads)
+
+
+def _training_alone(grid: CohortGrid) -> float:
+    """Seconds per client of `train_cohort` on the grid's own cohorts, in this process."""
+    workspace, config = grid.workspace, grid.workspace.config
+    start = workspace.method.init_shared(config.seed)
+    clients = range(workspace.num_clients)
+    cohorts = group(workspace, clients, grid.cohort_size(len(clients)))
+    seconds = []
+    for _ in range(3):
+        began = perf_counter()
+        for cohort in cohorts:
+            train_cohort(
+                workspace.method,
+                [start] * len(cohort),
+                [{}] * len(cohort),
+                [workspace.train_data(c) for c in cohort],
+                config.training,
+                seed=config.seed,
+                server_round=1,
+                rounds=config.federation.rounds,
+            )
+        seconds.append(perf_counter() - began)
+    return min(seconds) / len(clients)

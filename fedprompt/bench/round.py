@@ -1,0 +1,154 @@
+"""A whole experiment: feature pass, rounds of training, evaluation after every round.
+
+`complete`: both paths run to the end on a small job, and prompts, losses and scores must agree.
+`extrapolated`: the job would take the reference many hours, so pieces of both paths are measured
+and multiplied by exact counts; the row says so and holds the counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedprompt.bench.backbones import encode_all, random_clip, random_images
+from fedprompt.bench.compare import (
+    MismatchError,
+    Row,
+    interleave,
+    max_rel_diff,
+    require_equal,
+    row,
+)
+from fedprompt.bench.counting import count_gflop
+from fedprompt.bench.job import Job, counted, total
+from fedprompt.bench.output import TIMES, Column, Output
+from fedprompt.bench.pieces import ReferencePieces, extrapolated
+from fedprompt.bench.workload import reference_clients, reference_model
+from fedprompt.clip import FrozenCLIP
+from fedprompt.grid import InlineGrid
+from fedprompt.reference import reference_federation
+from fedprompt.server_app import Federation
+
+COLUMNS: tuple[Column, ...] = (
+    *TIMES[:4],
+    ("max rel. diff", "max_rel_diff", ".1e"),
+    ("counted", "counted_ratio", ".1f"),
+    ("share of saving", "share_of_saving", ".0%"),
+    ("measured", "kind", ""),
+    ("MB", "peak_mb", ".0f"),
+    ("ref. MB", "reference_peak_mb", ".0f"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment leaves: the moved context, numbers of every round, counts of correct."""
+
+    moved_Md: Tensor
+    losses: Tensor
+    correct: list[list[int]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must agree up to rounding."""
+        return {"moved": self.moved_Md, "losses": self.losses}
+
+
+def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
+    """Feature pass, then the rounds on the inline grid as `fedprompt run` does them."""
+    workspace = job.workspace(clip, encode_all(clip, images_N3HW))
+    grid = InlineGrid(workspace)
+    federation = Federation(workspace, grid)
+    start = federation.shared["ctx"]
+    federation.join()
+    losses, correct = [], []
+    for server_round in range(job.rounds + 1):
+        if server_round > 0:
+            losses.append(federation.train_round(server_round)["train"]["loss"])
+        line = federation.evaluate(server_round)
+        losses.append(line["global"]["loss"])
+        own = [round(a * job.sizes.test) for a in line["personal"]["accuracy"]]
+        correct.append([round(line["global"]["accuracy"] * job.sizes.server_test), *own])
+    grid.close()
+    return Outcome(federation.shared["ctx"] - start, torch.tensor(losses), correct)
+
+
+def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
+    """The same experiment the usual way, from images every time."""
+    workspace = job.workspace(clip)
+    model = reference_model(workspace)
+    start = model.context.detach().clone()
+    test = torch.from_numpy(workspace.partition.server_test)
+    rounds = reference_federation(
+        model,
+        reference_clients(workspace, images_N3HW),
+        (images_N3HW[test], torch.from_numpy(workspace.dataset.labels_N)[test]),
+        workspace.config.training,
+        seed=workspace.config.seed,
+        rounds=job.rounds,
+        test_batch=job.test_batch,
+    )
+    losses, correct = [], []
+    for done in rounds:
+        if done.losses:
+            losses.append(sum(done.losses) / len(done.losses))
+        losses.append(done.global_score.loss_sum / done.global_score.tested)
+        correct.append([s.correct for s in (done.global_score, *done.personal_scores)])
+    return Outcome(model.context.detach() - start, torch.tensor(losses), correct)
+
+
+def complete(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
+    """Both paths from images to final scores.
+
+    Raises:
+        MismatchError: prompts, losses or any score disagree.
+    """
+    name = f"{clip.name}, {job.title}"
+    images_N3HW = random_images(clip, job.sizes.images, seed=0)
+    differences = []
+
+    def check(repeat: int, results: dict[str, Any]) -> None:
+        ours, reference = results["ours"], results["reference"]
+        gap = max_rel_diff(ours.tensors(), reference.tensors())
+        differences.append(gap)
+        require_equal(name, gap)
+        if ours.correct != reference.correct:
+            raise MismatchError(f"{name}: the numbers of correct answers differ.")
+
+    measured = interleave(
+        {
+            "ours": lambda _: run_ours(job, clip, images_N3HW),
+            "reference": lambda _: run_reference(job, clip, images_N3HW),
+        },
+        repeats=repeats,
+        check=check,
+    )
+    line = row(name, measured["ours"], measured["reference"], difference=max(differences))
+    reference = ReferencePieces(job.workspace(clip), images_N3HW)
+    ours_gflop = count_gflop(lambda: run_ours(job, clip, images_N3HW))
+    counts = job.reference_counts()
+    gflop = {p: count_gflop(partial(reference.run, p)) for p in counts}
+    return line | counted(line["ratio"], ours_gflop, total(counts, gflop)) | {"kind": "complete"}
+
+
+def bench_round(
+    backbone: str, jobs: list[Job], repeats: int, out: Output, small: tuple[str, Job] | None
+) -> None:
+    """One complete row for `small` (a backbone and a job), extrapolated rows for `jobs`."""
+    if small is not None:
+        out.progress(f"both paths to the end: {small[0]}, {small[1].title}")
+        out.add(complete(random_clip(small[0]), small[1], repeats))
+    clip = random_clip(backbone)
+    for job in jobs:
+        out.progress(f"pieces of both paths: {backbone}, {job.title}")
+        out.add(extrapolated(clip, job, repeats))
+    out.table(COLUMNS)
+    for line in out.rows:
+        if line["kind"] == "extrapolated":
+            out.note(f"{line['case']}: extrapolated from measured pieces,")
+            for piece in line["pieces"]:
+                seconds, times = piece["seconds"], piece["times"]
+                out.note(f"  {piece['piece']}: {seconds:.4g} s x {times:g}")

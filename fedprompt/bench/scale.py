@@ -1,0 +1,142 @@
+"""Many clients, a hundred of them in every round: what a run costs by its number of clients.
+
+Every size runs in a process of its own, through the same server loop as `fedprompt run`, with
+private tensors and checkpoints on disk and personal tests of the participants. Afterwards one
+participant is trained the usual way, in the same process, where the method is PromptFL.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+
+from fedprompt.bench.backbones import encode_all, random_clip, random_images
+from fedprompt.bench.class_lists import class_names
+from fedprompt.bench.compare import Row, max_rel_diff, require_equal
+from fedprompt.bench.isolated import in_fresh_process
+from fedprompt.bench.job import Piece
+from fedprompt.bench.machine import peak_mb
+from fedprompt.bench.output import Column, Output
+from fedprompt.bench.pieces import ReferencePieces, train_ours
+from fedprompt.bench.workload import Sizes, make_workspace, random_features
+from fedprompt.display import QuietDisplay
+from fedprompt.grid import InlineGrid
+from fedprompt.methods import method_class
+from fedprompt.private_log import PrivateLog
+from fedprompt.run_folder import PRIVATE, TIMINGS, RunFolder
+from fedprompt.server_app import Federation, run_server
+
+COLUMNS: tuple[Column, ...] = (
+    ("case", "case", ""),
+    ("ms per participant", "ours_ms", ".2f"),
+    ("without tests", "training_ms", ".2f"),
+    ("reference ms", "reference_ms", ".1f"),
+    ("ratio", "ratio", ".1f"),
+    ("against fewest clients", "slowdown", ".2f"),
+    ("max rel. diff", "max_rel_diff", ".1e"),
+    ("peak MB", "peak_mb", ".0f"),
+    ("stored MB", "stored_mb", ".1f"),
+)
+TRAIN, TEST = 8, 2
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """What `bench scale` measures."""
+
+    clients: Sequence[int] = (100, 1000, 10_000)
+    methods: Sequence[str] = ("promptfl", "fedrsclip")
+    participants: int = 100
+    rounds: int = 10
+    classes: int = 10
+    backbone: str = "tiny"
+
+
+def bench_scale(options: ScaleOptions, out: Output) -> None:
+    """Measure every size and method.
+
+    Raises:
+        MismatchError: a participant's loss or prompts are not the reference's.
+    """
+    for method in options.methods:
+        method_class(method)  # an unknown name is refused before anything is measured
+        first: Row | None = None
+        for clients in options.clients:
+            name = f"{method}, {clients} clients"
+            out.progress(name)
+            line = in_fresh_process(measure, options, clients, method)
+            if line["max_rel_diff"] is not None:
+                require_equal(name, line["max_rel_diff"])
+            first = first or line
+            slowdown = line["ours_s"] / first["ours_s"]
+            out.add({"case": name, **line, "slowdown": slowdown})
+    out.table(COLUMNS)
+    out.note("Peak: of a fresh process for every size, libraries included.")
+
+
+def measure(options: ScaleOptions, clients: int, method: str) -> Row:
+    """One size in this process; seconds per participant and round, medians without the ends."""
+    clip = random_clip(options.backbone)
+    sizes = Sizes(clients, TRAIN, TEST, 10 * options.classes)
+    images_N3HW = random_images(clip, TRAIN, seed=0)
+    features_ND = random_features(sizes.images, clip.embed_dim)
+    features_ND[:TRAIN] = encode_all(clip, images_N3HW)
+    participants = min(options.participants, clients)
+    with tempfile.TemporaryDirectory(prefix="fedprompt-bench-") as name:
+        workspace = make_workspace(
+            clip,
+            class_names(options.classes),
+            sizes,
+            features_ND,
+            method={"name": method},
+            federation={"rounds": options.rounds, "fraction": participants / clients},
+            evaluation={"clients": "participants"},
+            output={"dir": str(Path(name) / "run")},
+        )
+        folder = RunFolder.create(workspace.config)
+        private = PrivateLog(folder.path / PRIVATE, clients)
+        federation = Federation(workspace, InlineGrid(workspace, private))
+        began = perf_counter()
+        run_server(federation, folder, QuietDisplay(Console(quiet=True)), None, private)
+        total_s = perf_counter() - began
+        lines = [x for x in folder.lines(TIMINGS) if 1 < x["round"] < options.rounds]
+        stored = sum(p.stat().st_size for p in (folder.path / PRIVATE).rglob("*") if p.is_file())
+        folder.close()
+    line: dict[str, Any] = {
+        "ours_s": median(x["train_s"] + x["evaluate_s"] for x in lines) / participants,
+        "reference_s": None,
+        "ratio": None,
+        "max_rel_diff": None,
+        "peak_mb": peak_mb(),
+        "participants": participants,
+        "clients": clients,
+        "total_s": total_s,
+        "stored_mb": stored / 1e6,
+        "training_ms": 1e3 * median(x["train_s"] for x in lines) / participants,
+    }
+    if method == "promptfl":
+        reference = ReferencePieces(workspace, images_N3HW)
+        line["max_rel_diff"] = max_rel_diff(train_ours(workspace, TRAIN), reference.train(TRAIN))
+        line["reference_s"] = min(_usual_participant(reference) for _ in range(3))
+        line["ratio"] = line["reference_s"] / line["ours_s"]
+        line["reference_ms"] = 1e3 * line["reference_s"]
+    return line | {"ours_ms": 1e3 * line["ours_s"]}
+
+
+def _usual_participant(reference: ReferencePieces) -> float:
+    """Seconds of one participant's round: copy the model, train a step, test."""
+    began = perf_counter()
+    for piece in (
+        Piece("reference", "copy"),
+        Piece("reference", "step", TRAIN),
+        Piece("reference", "test", TEST),
+    ):
+        reference.run(piece)
+    return perf_counter() - began

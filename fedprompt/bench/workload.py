@@ -1,0 +1,144 @@
+"""Invented federations with exact sizes: seeded images or features, real class names.
+
+Shape suffixes: K clients, N images, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.config import Config, validate
+from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.partition import Partition
+from fedprompt.reference import ReferenceClient, ReferenceCoOp
+from fedprompt.rng import generator
+from fedprompt.workspace import Workspace
+
+SEED = 1
+LEARNING_RATE = 1.0
+"""Large, so that a step moves a prompt by far more than float32 rounds it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images: `train` and `test` for each of K `clients`, `server_test` for the server.
+
+    Images are numbered client by client, train before test; the server's come last.
+    """
+
+    clients: int
+    train: int
+    test: int = 0
+    server_test: int = 0
+
+    @property
+    def own(self) -> int:
+        """Images of one client."""
+        return self.train + self.test
+
+    @property
+    def images(self) -> int:
+        """All images N."""
+        return self.clients * self.own + self.server_test
+
+
+def settings(clients: int, **sections: Any) -> Config:
+    """A config for benchmarks; `sections` are merged over it."""
+    raw: dict[str, Any] = {
+        "experiment": "bench",
+        "seed": SEED,
+        "backbone": {"model": "tiny", "device": "cpu"},
+        "partition": {"clients": clients},
+        "method": {"name": "promptfl"},
+        "strategy": {"name": "fedavg"},
+        "training": {"lr": LEARNING_RATE, "batch_size": 8, "weight_decay": 0.0},
+        "evaluation": {"local_only": False, "personal_on_global": False},
+        "output": {"report": False},
+    }
+    for key, value in sections.items():
+        raw[key] = {**raw.get(key, {}), **value}
+    return validate(raw)
+
+
+def make_workspace(
+    clip: FrozenCLIP,
+    class_names: Sequence[str],
+    sizes: Sizes,
+    features_ND: Tensor | None = None,
+    **sections: Any,
+) -> Workspace:
+    """A workspace with exactly these images; random features where none are given."""
+    labels_N = make_labels(sizes.images, len(class_names))
+    if features_ND is None:
+        features_ND = random_features(sizes.images, clip.embed_dim)
+    number_N = np.arange(sizes.images, dtype=np.int64)
+    server_test = number_N[sizes.clients * sizes.own :]
+    split_N = np.where(number_N < sizes.clients * sizes.own, TRAIN, TEST).astype(np.int8)
+    dataset = ImageDataset(
+        name="bench",
+        class_names=tuple(class_names),
+        labels_N=labels_N,
+        split_N=split_N,
+        domains_N=np.zeros(sizes.images, dtype=np.int64),
+        domain_names=("bench",),
+        fingerprint="bench",
+        open_image=_no_picture,
+    )
+    own_KN = number_N[: sizes.clients * sizes.own].reshape(sizes.clients, sizes.own)
+    partition = Partition(
+        train_flat=own_KN[:, : sizes.train].ravel(),
+        train_offsets=np.arange(sizes.clients + 1) * sizes.train,
+        test_flat=own_KN[:, sizes.train :].ravel(),
+        test_offsets=np.arange(sizes.clients + 1) * sizes.test,
+        server_test=server_test,
+    )
+    config = settings(sizes.clients, **sections)
+    return Workspace(config, clip, dataset, partition, features_ND.numpy())
+
+
+def make_labels(count: int, classes: int) -> NDArray[np.int64]:
+    """Seeded labels (count,)."""
+    return generator(SEED, "labels").integers(0, classes, count)
+
+
+def random_features(count: int, width: int) -> Tensor:
+    """Seeded image features (count, D), N(0, 1)."""
+    draw = generator(SEED, "features").standard_normal((count, width), dtype=np.float32)
+    return torch.from_numpy(draw)
+
+
+def reference_clients(
+    workspace: Workspace, images_N3HW: Tensor, clients: Sequence[int] | None = None
+) -> list[ReferenceClient]:
+    """The clients of a workspace with their images; `images_N3HW` may hold only the first ones."""
+    chosen = range(workspace.num_clients) if clients is None else clients
+    made = []
+    for client in chosen:
+        train = torch.from_numpy(workspace.partition.train(client))
+        test = torch.from_numpy(workspace.partition.test(client))
+        labels_N = torch.from_numpy(workspace.dataset.labels_N)
+        made.append(
+            ReferenceClient(
+                client, images_N3HW[train], labels_N[train], images_N3HW[test], labels_N[test]
+            )
+        )
+    return made
+
+
+def reference_model(workspace: Workspace) -> ReferenceCoOp:
+    """The usual model with the workspace's starting context."""
+    start = workspace.method.init_shared(workspace.config.seed)["ctx"]
+    return ReferenceCoOp(workspace.clip, workspace.task.class_names, start)
+
+
+def _no_picture(index: int) -> Image.Image:
+    raise NotImplementedError(f"image {index} of a benchmark exists as a tensor or feature only")

@@ -1,0 +1,8 @@
+"""Benchmarks against the usual way of doing it: `python scripts/bench.py --help`."""
+
+from __future__ import annotations
+
+from fedprompt.bench.cli import main
+
+if __name__ == "__main__":
+    main()
