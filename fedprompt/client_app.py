@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -32,9 +31,14 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation import score_personal
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import FileStore
+from fedprompt.threads import use_threads
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
-from strategies.screening import ARRAYS, CONFIG, METRICS
+from strategies.screening import ARRAYS, CONFIG, METRICS, to_record, values_of
+
+
+PROTOCOLS = "protocols"
+"""Key of an evaluate message that asks for what the protocols measure on clients."""
 
 
 def handle(
@@ -58,7 +62,8 @@ def handle(
     if kind == MessageType.TRAIN:
         return _train(workspace, clients, messages, private)
     if kind == MessageType.EVALUATE:
-        return _evaluate(workspace, clients, messages, private), {}
+        answer = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
+        return answer(workspace, clients, messages, private), {}
     return [_describe(workspace, c, m) for c, m in zip(clients, messages, strict=True)], {}
 
 
@@ -81,10 +86,10 @@ def _train(
     )
     replies = []
     for message, result in zip(messages, results, strict=True):
-        arrays = {n: Array(t.numpy()) for n, t in result.shared.items()}
+        arrays = to_record({n: t.numpy() for n, t in result.shared.items()})
         losses = {n if n == "loss" else f"loss-{n}": v for n, v in result.losses.items()}
         metrics = MetricRecord({"num-examples": result.num_examples, **losses})
-        content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: metrics})
+        content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         replies.append(Message(content, reply_to=message))
     return replies, {r.client: r.private for r in results if r.private}
 
@@ -113,6 +118,27 @@ def _evaluate(
     return replies
 
 
+def _measure(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    private: Mapping[int, Tensors],
+) -> list[Message]:
+    """What the protocols ask of clients at the end, as `<protocol>.<name>`."""
+    shared = [_read_shared(workspace, m) for m in messages]
+    own = [private.get(c) or workspace.start_private(c) for c in clients]
+    rows: list[dict[str, int | float]] = [{} for _ in clients]
+    for protocol in workspace.protocols:
+        if protocol.asks_clients:
+            numbers = protocol.measure_clients(workspace, clients, shared, own)
+            for row, given in zip(rows, numbers, strict=True):
+                row.update({f"{protocol.name}.{n}": v for n, v in given.items()})
+    return [
+        Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=m)
+        for row, m in zip(rows, messages, strict=True)
+    ]
+
+
 def _describe(workspace: Workspace, client: int, message: Message) -> Message:
     """Which client this node is, and how many images it trains and tests on."""
     metrics = MetricRecord(
@@ -127,11 +153,15 @@ def _describe(workspace: Workspace, client: int, message: Message) -> Message:
 
 def server_round(message: Message) -> int:
     """The round a message belongs to."""
-    settings = message.content[CONFIG]
-    assert isinstance(settings, ConfigRecord)
-    value = settings["server-round"]
+    value = _settings(message)["server-round"]
     assert isinstance(value, int)
     return value
+
+
+def _settings(message: Message) -> ConfigRecord:
+    settings = message.content[CONFIG]
+    assert isinstance(settings, ConfigRecord)
+    return settings
 
 
 def _read_shared(workspace: Workspace, message: Message) -> Tensors:
@@ -146,13 +176,13 @@ def _read_shared(workspace: Workspace, message: Message) -> Tensors:
         )
     shared = {}
     for name, shape in expected.items():
-        array = record[name].numpy()
+        array = values_of(record[name])
         if array.shape != shape or array.dtype != np.float32:
             raise UserError(
                 f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
                 f"{shape}. Server and client must run the same experiment."
             )
-        shared[name] = torch.from_numpy(array.copy())
+        shared[name] = torch.from_numpy(array)
     return shared
 
 
@@ -219,6 +249,5 @@ def state_folder(context: Context) -> Path:
 def _workspace(experiment: str, overrides: str) -> Workspace:
     """This process's workspace; a warm worker process opens it once."""
     config = compose(experiment, shlex.split(overrides))
-    if config.grid.threads:
-        torch.set_num_threads(config.grid.threads)
+    use_threads(config.grid)
     return Workspace.open(config, progress=False)

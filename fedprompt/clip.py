@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,12 @@ def _download(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
 
 
 def _tokenizer(model: str) -> Callable[..., Tensor]:
+    text_cfg = open_clip.get_model_config(model)["text_cfg"]
+    own = text_cfg.get("hf_tokenizer_name") or text_cfg.get("tokenizer_kwargs")
+    if not own and "siglip" not in model.lower():
+        # CLIP's own tokenizer: the one that open_clip holds already (24 MB), not a second one.
+        length = text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        return partial(open_clip.tokenize, context_length=length)
     try:
         tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(model)
     except Exception as error:  # transformers' and the hub's errors have no common parent
@@ -233,7 +239,7 @@ def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
     _assign(model, tiny_state_dict())
     return FrozenCLIP(
         model,
-        open_clip.SimpleTokenizer(),
+        open_clip.tokenize,
         name="tiny",
         # `tiny_state_dict` has just held the file to this hash.
         weights_hash=tiny_card()["sha256"],
@@ -418,4 +424,4 @@ def shape_only_clip(name: str) -> FrozenCLIP:
     cfg["vision_cfg"] |= {"layers": 1, "image_size": 2 * cfg["vision_cfg"]["patch_size"]}
     cfg["text_cfg"] |= {"layers": 1}
     model = _empty_model(name, cfg, meta=False)
-    return FrozenCLIP(model, open_clip.get_tokenizer(name), name=name, weights_hash="random")
+    return FrozenCLIP(model, _tokenizer(name), name=name, weights_hash="random")

@@ -13,59 +13,46 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-import uuid
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import torch
-from flwr.app import Error, Message, MessageType, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedprompt.client_app import handle
-from fedprompt.config import Config, to_dict, validate
+from fedprompt.cohorts import choose_size, free_memory, group
+from fedprompt.config import Config
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import MemoryStore
+from fedprompt.threads import thread_count, use_threads
+from fedprompt.wire import Parcel, failure, from_wire, node_of, to_parcels, to_wire
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.grid")
 
 SERVER_NODE = 1
-FIRST_NODE = 1_000_000
-CLIENT_FAILED = 2
-"""Flower's error code for a ClientApp that raised."""
-CPU_TOKENS, GPU_TOKENS = 1024, 65536
-"""Text tokens per call that fill the processor; measured on 2 CPU cores, assumed on a GPU."""
+
+Handler = Callable[
+    [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
+    tuple[list[Message], dict[int, Tensors]],
+]
+"""What answers a cohort's messages; `client_app.handle` does."""
 
 
-def node_of(client: int) -> int:
-    """The node id of a client on our grids."""
-    return FIRST_NODE + client
+class PrivateStore(Protocol):
+    """Where a grid keeps its clients' private tensors."""
 
+    def get(self, client: int) -> Tensors | None:
+        """A client's tensors, or None before it has trained."""
 
-def client_of(node: int) -> int:
-    """The client that a node id of our grids stands for."""
-    return node - FIRST_NODE
-
-
-def to_wire(message: Message) -> bytes:
-    """A message as Flower's own protobuf bytes."""
-    content: bytes = message_to_proto(message).SerializeToString()
-    return content
-
-
-def from_wire(content: bytes) -> Message:
-    """The message that `to_wire` wrote; data only, nothing is executed."""
-    return message_from_proto(ProtoMessage.FromString(content))
+    def put(self, client: int, tensors: Tensors) -> None:
+        """Keep a client's tensors."""
 
 
 @dataclass
@@ -77,19 +64,32 @@ class Traffic:
 
 
 class CohortGrid(Grid):
-    """Common part of our grids: bytes, cohorts, private tensors."""
+    """Common part of our grids: bytes, cohorts, private tensors.
 
-    def __init__(self, workspace: Workspace) -> None:
+    Args:
+        workspace: what this process holds.
+        private: the clients' private tensors; a new `MemoryStore` without one.
+        answer: what a client does with a message; an importable function.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        private: PrivateStore | None = None,
+        *,
+        answer: Handler = handle,
+    ) -> None:
         self.workspace = workspace
-        self.private = MemoryStore()
+        self.private: PrivateStore = MemoryStore() if private is None else private
+        self.answer = answer
         self.traffic = Traffic()
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
-        if workspace.config.grid.threads:
-            # For the server's own scores as well: their last bits depend on it.
-            torch.set_num_threads(workspace.config.grid.threads)
-        # Flower's Message takes the sender's identity from here.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
+        self._free_bytes = free_memory(workspace.clip.device)
+        self._told: set[int] = set()
+        # For the server's own scores as well: their last bits depend on it.
+        use_threads(workspace.config.grid)
+        become_server()
 
     def use(self, workspace: Workspace) -> None:
         """Go on with another method on the same data; all private tensors start anew."""
@@ -146,231 +146,121 @@ class CohortGrid(Grid):
         left out, as on Flower's own grid.
         """
         sent = list(messages)
-        wires = []
-        for message in sent:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-            wires.append((client_of(message.metadata.dst_node_id), to_wire(message)))
-        self.traffic = Traffic(down=sum(len(w) for _, w in wires))
+        self.traffic = Traffic()
+        if not sent:
+            return []
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        size = self.cohort_size(len(wires))
-        cohorts = [wires[i : i + size] for i in range(0, len(wires), size)]
-        replies = [r for cohort in self._run_cohorts(cohorts, deadline) for r in cohort]
-        self.traffic.up = sum(len(r) for r in replies)
-        return [from_wire(r) for r in replies]
+        kind = sent[0].metadata.message_type
+        parcels = to_parcels(sent)
+        clients = [p.client for p in parcels]
+        places = group(self.workspace, clients, self.cohort_size(len(parcels)))
+        cohorts = [[parcels[i] for i in cohort] for cohort in places]
+        answered = self._run_cohorts(kind, cohorts, deadline)
+        replies = {
+            place: reply
+            for index, cohort in answered.items()
+            for place, reply in zip(places[index], cohort, strict=True)
+        }
+        self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
+        return [from_wire(replies[place]) for place in sorted(replies)]
+
+    @property
+    def workers(self) -> int:
+        """Processes that share the clients of an exchange."""
+        return 1
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each of these processes."""
+        return thread_count(self.workspace.config.grid)
 
     def cohort_size(self, clients: int) -> int:
-        """Clients per call: as configured, else as many as fill the processor."""
-        if self.workspace.config.grid.cohort_size:
-            return self.workspace.config.grid.cohort_size
-        return _auto_cohort(self.workspace, clients)
+        """Clients per call: as configured, else as many as fill the processor and fit in memory."""
+        size, wanted = (
+            choose_size(self.workspace, clients, self.workers, free, self.threads)
+            for free in (self._free_bytes, math.inf)
+        )
+        if size < wanted and size not in self._told:
+            self._told.add(size)
+            log.warning(
+                "cohorts of %d clients instead of %d, to fit %.1f GB of free memory per process; "
+                "grid.cohort_size=%d gives the same last bits on other machines",
+                size,
+                wanted,
+                self._free_bytes / 1e9,
+                size,
+            )
+        return size
+
+    def known(self, cohort: Sequence[Parcel]) -> dict[int, Tensors]:
+        """Private tensors of those clients of a cohort that have trained before."""
+        return {p.client: t for p in cohort if (t := self.private.get(p.client))}
+
+    def keep(self, changed: Mapping[int, Tensors]) -> None:
+        """Take back private tensors that training has changed."""
+        for client, tensors in changed.items():
+            self.private.put(client, tensors)
 
     @abstractmethod
     def _run_cohorts(
-        self, cohorts: Sequence[Sequence[tuple[int, bytes]]], deadline: float
-    ) -> list[list[bytes]]:
-        """Replies of every cohort, in order; an unfinished cohort gives none."""
+        self, kind: str, cohorts: Sequence[Sequence[Parcel]], deadline: float
+    ) -> dict[int, list[bytes]]:
+        """Replies of every cohort by its position; one that has not started by then has none."""
 
 
 class InlineGrid(CohortGrid):
     """All clients in this process, one cohort after the other."""
 
     def _run_cohorts(
-        self, cohorts: Sequence[Sequence[tuple[int, bytes]]], deadline: float
-    ) -> list[list[bytes]]:
-        done = []
-        for cohort in cohorts:
+        self, kind: str, cohorts: Sequence[Sequence[Parcel]], deadline: float
+    ) -> dict[int, list[bytes]]:
+        done = {}
+        for index, cohort in enumerate(cohorts):
             if time.monotonic() > deadline:
                 break
-            known = {c: p for c, _ in cohort if (p := self.private.get(c))}
-            replies, changed = run_cohort(self.workspace, cohort, known)
-            for client, tensors in changed.items():
-                self.private.put(client, tensors)
-            done.append(replies)
+            done[index], changed = run_cohort(
+                self.workspace, cohort, self.known(cohort), self.answer
+            )
+            self.keep(changed)
         return done
 
 
 def run_cohort(
-    workspace: Workspace, cohort: Sequence[tuple[int, bytes]], private: dict[int, Tensors]
+    workspace: Workspace,
+    cohort: Sequence[Parcel],
+    private: Mapping[int, Tensors],
+    answer: Handler = handle,
 ) -> tuple[list[bytes], dict[int, Tensors]]:
-    """`handle` on bytes; a client that raises gets an error reply and takes no other along."""
-    messages = [from_wire(content) for _, content in cohort]
-    clients = [client for client, _ in cohort]
+    """`answer` on bytes; a client that raises gets an error reply and takes no other along."""
+    messages = [parcel.open() for parcel in cohort]
+    clients = [parcel.client for parcel in cohort]
     try:
-        replies, changed = handle(workspace, clients, messages, private)
+        replies, changed = answer(workspace, clients, messages, private)
     except Exception as error:
         if len(cohort) > 1:
-            parts = [run_cohort(workspace, [one], private) for one in cohort]
+            parts = [run_cohort(workspace, [one], private, answer) for one in cohort]
             merged = {c: t for _, changed in parts for c, t in changed.items()}
             return [r for replies, _ in parts for r in replies], merged
         log.debug("client %d failed", clients[0], exc_info=True)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return [to_wire(Message(Error(CLIENT_FAILED, reason), reply_to=messages[0]))], {}
+        return [failure(messages[0], reason)], {}
     return [to_wire(r) for r in replies], changed
 
 
-class RayGrid(CohortGrid):
-    """Cohorts spread over persistent Ray actors that each hold the frozen CLIP.
-
-    The grid owns its actors: a dead one is replaced and its cohort tried again (results do not
-    depend on it: every draw is keyed, private tensors are handed in), and one that exceeds
-    `grid.cohort_timeout_s` is killed and its clients are left out of the round.
-    """
-
-    def __init__(self, workspace: Workspace) -> None:
-        super().__init__(workspace)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # An actor without GPUs would otherwise be made to see none; this silences Ray's notice.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
-        self._ray = ray
-        config = workspace.config.grid
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            self._init_ray(config)
-        remote = ray.remote(_Worker).options(
-            num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker
-        )
-        self._new_worker = remote.remote
-        self._config = to_dict(workspace.config)
-        self._workers: list[Any] = []
-        try:
-            self._workers = [self._spawn() for _ in range(config.workers)]
-            ray.get([w.ready.remote() for w in self._workers], timeout=config.cohort_timeout_s)
-        except Exception as error:
-            self.close()
-            reason = " ".join(str(error).split())[-300:]
-            raise UserError(f"grid: Ray workers did not start: {reason}") from None
-
-    def _init_ray(self, config: Any) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if config.ray_address:
-            options["address"] = config.ray_address
-        else:
-            cpus = math.ceil(config.workers * config.cpus_per_worker)
-            options |= {"num_cpus": cpus, "include_dashboard": False}
-            if config.gpus_per_worker > 0 and not torch.cuda.is_available():
-                raise UserError("grid.gpus_per_worker is set, but PyTorch sees no GPU.")
-        try:
-            self._ray.init(**options)
-        except Exception as error:
-            where = config.ray_address or "this machine"
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"grid: cannot start or join Ray on {where}: {reason}") from None
-
-    def use(self, workspace: Workspace) -> None:
-        """Go on with another method; workers keep their CLIP and features."""
-        super().use(workspace)
-        self._config = to_dict(workspace.config)
-        self._ray.get([w.use.remote(self._config) for w in self._workers])
-
-    def cohort_size(self, clients: int) -> int:
-        """As configured, else small enough that no worker idles."""
-        configured = self.workspace.config.grid.cohort_size
-        if configured:
-            return configured
-        share = math.ceil(clients / self.workspace.config.grid.workers)
-        return max(1, min(share, _auto_cohort(self.workspace, clients)))
-
-    def close(self) -> None:
-        """Stop the actors, and Ray where this grid has started it."""
-        for worker in self._workers:
-            self._ray.kill(worker)
-        self._workers = []
-        if self._started_ray and self._ray.is_initialized():
-            self._ray.shutdown()
-
-    def _spawn(self) -> Any:
-        return self._new_worker(self._config)
-
-    def _run_cohorts(
-        self, cohorts: Sequence[Sequence[tuple[int, bytes]]], deadline: float
-    ) -> list[list[bytes]]:
-        ray, config = self._ray, self.workspace.config.grid
-        done: dict[int, list[bytes]] = {}
-        waiting = deque((i, 0) for i in range(len(cohorts)))
-        free = list(range(len(self._workers)))
-        running: dict[Any, tuple[int, int, int, float]] = {}
-        while waiting or running:
-            while waiting and free and time.monotonic() < deadline:
-                index, attempt = waiting.popleft()
-                slot = free.pop()
-                known = {c: p for c, _ in cohorts[index] if (p := self.private.get(c))}
-                ref = self._workers[slot].run.remote(list(cohorts[index]), known)
-                limit = min(deadline, time.monotonic() + config.cohort_timeout_s)
-                running[ref] = (index, attempt, slot, limit)
-            if not running:
-                break
-            next_limit = min(limit for *_, limit in running.values())
-            pause = min(max(0.0, next_limit - time.monotonic()), 60.0)
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=pause)
-            for ref in finished:
-                index, attempt, slot, _ = running.pop(ref)
-                try:
-                    replies, changed = ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    self._workers[slot] = self._replace(self._workers[slot])
-                    if attempt < config.retries:
-                        log.warning("a worker died; its cohort is tried again: %s", _brief(error))
-                        waiting.append((index, attempt + 1))
-                    else:
-                        log.error("a cohort was lost %d times: %s", attempt + 1, _brief(error))
-                        done[index] = self._failures(cohorts[index], "its worker died")
-                    free.append(slot)
-                    continue
-                for client, tensors in changed.items():
-                    self.private.put(client, tensors)
-                done[index] = replies
-                free.append(slot)
-            now = time.monotonic()
-            for ref, (index, _, slot, limit) in list(running.items()):
-                if now >= limit:
-                    del running[ref]
-                    log.error("clients %s exceeded the time limit", [c for c, _ in cohorts[index]])
-                    self._workers[slot] = self._replace(self._workers[slot])
-                    done[index] = self._failures(cohorts[index], "time limit exceeded")
-                    free.append(slot)
-        return [done[i] for i in sorted(done)]
-
-    def _replace(self, worker: Any) -> Any:
-        self._ray.kill(worker)
-        return self._spawn()
-
-    @staticmethod
-    def _failures(cohort: Sequence[tuple[int, bytes]], reason: str) -> list[bytes]:
-        return [
-            to_wire(Message(Error(CLIENT_FAILED, reason), reply_to=from_wire(content)))
-            for _, content in cohort
-        ]
+def become_server() -> None:
+    """Give this process the identity that Flower's Message takes its sender from."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
 
 
-class _Worker:
-    """A Ray actor: one process, one CLIP, any number of cohorts."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._workspace = Workspace.open(validate(config), progress=False)
-        grid = self._workspace.config.grid
-        torch.set_num_threads(grid.threads or max(1, int(grid.cpus_per_worker)))
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
-
-    def ready(self) -> int:
-        """The worker's process id, once everything is loaded."""
-        return os.getpid()
-
-    def use(self, config: dict[str, Any]) -> None:
-        """Change the method."""
-        self._workspace = self._workspace.with_method(validate(config).method)
-
-    def run(
-        self, cohort: list[tuple[int, bytes]], private: dict[int, Tensors]
-    ) -> tuple[list[bytes], dict[int, Tensors]]:
-        """Train or test one cohort."""
-        return run_cohort(self._workspace, cohort, private)
-
-
-def open_grid(config: Config, workspace: Workspace) -> CohortGrid:
+def open_grid(
+    config: Config, workspace: Workspace, private: PrivateStore | None = None
+) -> CohortGrid:
     """The grid that `config.grid.kind` names."""
-    return RayGrid(workspace) if config.grid.kind == "ray" else InlineGrid(workspace)
+    if config.grid.kind == "ray":
+        from fedprompt.ray_grid import RayGrid
+
+        return RayGrid(workspace, private)
+    return InlineGrid(workspace, private)
 
 
 def describe_nodes(grid: Grid, timeout: float) -> dict[int, int]:
@@ -397,15 +287,3 @@ def describe_nodes(grid: Grid, timeout: float) -> dict[int, int]:
             )
         node_of_client[client] = node
     return node_of_client
-
-
-def _auto_cohort(workspace: Workspace, clients: int) -> int:
-    """As many clients as fill the processor with text tokens; results hardly depend on it."""
-    names = workspace.task.class_names
-    tokens_per_client = len(names) * 5 + 8
-    budget = GPU_TOKENS if workspace.clip.device.type == "cuda" else CPU_TOKENS
-    return max(1, min(clients, budget // tokens_per_client))
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

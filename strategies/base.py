@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,7 +53,7 @@ class SharedPromptStrategy(Strategy):
         config: the strategy's own config.
         shapes: expected shape of every shared tensor; all are float32.
         seed: keys the draw of participants with the round.
-        fraction: share of the known clients that trains in a round (at least one).
+        fraction: share of the trainable clients that trains in a round (at least one).
         min_replies: fewest valid replies for a round to change the shared tensors.
     """
 
@@ -74,7 +74,7 @@ class SharedPromptStrategy(Strategy):
         self.seed = seed
         self.fraction = fraction
         self.min_replies = min_replies
-        self.node_of_client: dict[int, int] = {}
+        self.set_nodes({})
         self.shared: Arrays = {}
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
@@ -90,18 +90,37 @@ class SharedPromptStrategy(Strategy):
     def load_state(self, state: Arrays) -> None:
         """Take back what `state` gave."""
 
-    def set_nodes(self, node_of_client: Mapping[int, int]) -> None:
-        """Tell which Flower node holds which client; call again when nodes join or leave."""
+    def set_nodes(
+        self, node_of_client: Mapping[int, int], trainable: Collection[int] | None = None
+    ) -> None:
+        """Tell which Flower node holds which client; call again when nodes join or leave.
+
+        Only `trainable` clients (None: all) are asked to train.
+        """
         self.node_of_client = dict(sorted(node_of_client.items()))
+        self.client_of_node = {node: client for client, node in self.node_of_client.items()}
+        self._clients = np.array(list(self.node_of_client), dtype=np.int64)
+        able = self._clients if trainable is None else np.array(sorted(trainable), dtype=np.int64)
+        self._trainable = self._clients[np.isin(self._clients, able)]
+
+    @property
+    def clients(self) -> list[int]:
+        """Ids of all known clients, ascending."""
+        return [int(c) for c in self._clients]
+
+    @property
+    def participants(self) -> list[int]:
+        """Ids of the clients whose training counted in the last round, ascending."""
+        return [c for c in self.sampled if c not in self.rejected]
 
     def sample(self, server_round: int) -> list[int]:
         """Sorted ids of the clients that train in a round; depends on seed and round only."""
-        clients = sorted(self.node_of_client)
-        count = max(1, round(self.fraction * len(clients)))
-        if count >= len(clients):
-            return clients
+        known = len(self._trainable)
+        count = max(1, round(self.fraction * known))
+        if count >= known:
+            return [int(c) for c in self._trainable]
         draw = generator(self.seed, "sample", server_round)
-        return sorted(int(c) for c in draw.choice(clients, size=count, replace=False))
+        return sorted(int(c) for c in draw.choice(self._trainable, size=count, replace=False))
 
     # Flower's hooks
 
@@ -114,11 +133,16 @@ class SharedPromptStrategy(Strategy):
         return self._messages(self.sampled, MessageType.TRAIN, server_round, arrays, config)
 
     def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,
+        clients: Sequence[int] | None = None,
     ) -> Iterable[Message]:
-        """One evaluate message per known client, sampled or not."""
-        clients = sorted(self.node_of_client)
-        return self._messages(clients, MessageType.EVALUATE, server_round, arrays, config)
+        """One evaluate message per client in `clients`, else per known client, sampled or not."""
+        asked = self.clients if clients is None else clients
+        return self._messages(asked, MessageType.EVALUATE, server_round, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -173,7 +197,7 @@ class SharedPromptStrategy(Strategy):
 
     def _messages(
         self,
-        clients: list[int],
+        clients: Sequence[int],
         message_type: str,
         server_round: int,
         arrays: ArrayRecord,
@@ -193,11 +217,10 @@ class SharedPromptStrategy(Strategy):
 
     def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
         """Valid updates sorted by client id, with their losses; the rest goes to `rejected`."""
-        client_of_node = {node: client for client, node in self.node_of_client.items()}
         by_client: dict[int, list[Message]] = {}
         lost: list[str] = []
         for reply in replies:
-            client = client_of_node.get(reply.metadata.src_node_id)
+            client = self.client_of_node.get(reply.metadata.src_node_id)
             if client is not None:
                 by_client.setdefault(client, []).append(reply)
             elif reply.has_error():
@@ -205,24 +228,22 @@ class SharedPromptStrategy(Strategy):
                 lost.append(why(reply))
             else:
                 log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
-        accepted = []
+        accepted, asked = [], set(self.sampled)
         self.rejected = {}
         for client, own in sorted(by_client.items()):
-            reason = self._fault(client, own)
+            reason = self._fault(own) if client in asked else "was not asked to train"
             if reason is None:
                 accepted.append(read_update(client, own[0]))
             else:
                 self.rejected[client] = reason
-        for client in sorted(set(self.sampled) - set(by_client)):
+        for client in sorted(asked - set(by_client)):
             self.rejected[client] = lost.pop(0) if lost else "no reply"
         for client, reason in sorted(self.rejected.items()):
             log.warning("client %d: reply dropped: %s", client, reason)
         return [u for u, _ in accepted], [m for _, m in accepted]
 
-    def _fault(self, client: int, replies: list[Message]) -> str | None:
-        """Why a client's reply must not count, or None."""
-        if client not in self.sampled:
-            return "was not asked to train"
+    def _fault(self, replies: list[Message]) -> str | None:
+        """Why the reply of a client that was asked must not count, or None."""
         if len(replies) > 1:
             # Which of them counts would depend on the order in which they came.
             return f"replied {len(replies)} times"
@@ -233,9 +254,8 @@ class SharedPromptStrategy(Strategy):
     ) -> dict[int, dict[str, int | float]]:
         """Checked metrics by client; all rows have the names that most replies have."""
         rows: dict[int, dict[str, int | float]] = {}
-        client_of_node = {node: client for client, node in self.node_of_client.items()}
         for reply in replies:
-            client = client_of_node.get(reply.metadata.src_node_id)
+            client = self.client_of_node.get(reply.metadata.src_node_id)
             if client is None or reply.has_error():
                 log.warning("round %d: a client could not evaluate: %s", server_round, why(reply))
                 continue

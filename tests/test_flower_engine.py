@@ -21,6 +21,8 @@ from conftest import small_config
 from fedprompt.config import Config, to_yaml
 from fedprompt.display import QuietDisplay
 from fedprompt.experiment import run
+from fedprompt.private_log import PrivateLog
+from fedprompt.run_folder import CHECKPOINT, PRIVATE, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = 3
@@ -100,9 +102,15 @@ def test_flwr_run_equals_inline(tmp_path: Path, flower_home: dict[str, str]) -> 
             assert a[part] == b[part], (a["round"], part)
     # Private prompts stay with the clients: files on their side, none in the server's folder.
     assert [k for k in theirs if not k.startswith("shared/")] == []
+    assert not (engine / PRIVATE).exists()
+    checkpoint = read_checkpoint(inline / CHECKPOINT)
+    private = PrivateLog(inline / PRIVATE, CLIENTS)
+    private.read(checkpoint.server_round, checkpoint.private)
     kept = sorted((tmp_path / "state").rglob("*.safetensors"))
     assert {p.parent.name for p in kept} == {f"client-{k:05d}" for k in range(CLIENTS)}
     assert all(p.stat().st_mode & 0o777 == 0o600 for p in kept)
     for k in range(CLIENTS):
         last = max(p for p in kept if p.parent.name == f"client-{k:05d}")
-        assert torch.equal(load_file(last)["ctx"], ours["private/tensor/ctx"][k])
+        own = private.get(k)
+        assert own is not None
+        assert torch.equal(load_file(last)["ctx"], own["ctx"])

@@ -16,22 +16,16 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 import fedprompt.grid as grid_module
+import fedprompt.ray_grid as ray_grid_module
 from conftest import small_config
 from fedprompt.client_app import handle
 from fedprompt.config import Config
 from fedprompt.errors import UserError
-from fedprompt.grid import (
-    InlineGrid,
-    RayGrid,
-    client_of,
-    describe_nodes,
-    from_wire,
-    node_of,
-    open_grid,
-    to_wire,
-)
+from fedprompt.grid import InlineGrid, describe_nodes, open_grid
 from fedprompt.methods.base import Tensors
+from fedprompt.ray_grid import RayGrid
 from fedprompt.server_app import Federation
+from fedprompt.wire import client_of, from_wire, node_of, to_wire
 from fedprompt.workspace import Workspace
 
 MakeWorkspace = Callable[..., Workspace]
@@ -125,15 +119,14 @@ def test_traffic_is_counted_on_the_bytes(make_workspace: MakeWorkspace) -> None:
 
 
 def test_a_client_that_fails_takes_no_other_along(
-    make_workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+    make_workspace: MakeWorkspace,
 ) -> None:
     def faulty(workspace: Any, clients: Sequence[int], *rest: Any) -> Any:
         if 2 in clients and rest[0][0].metadata.message_type == MessageType.TRAIN:
             raise RuntimeError("disk\nfull")
         return handle(workspace, clients, *rest)
 
-    monkeypatch.setattr(grid_module, "handle", faulty)
-    grid = InlineGrid(make_workspace())
+    grid = InlineGrid(make_workspace(), answer=faulty)
     federation = Federation(grid.workspace, grid)
     federation.join()
     line = federation.train_round(1)
@@ -166,13 +159,18 @@ def test_messages_are_copied_as_a_network_would(make_workspace: MakeWorkspace) -
     assert torch.equal(federation.shared["ctx"], before)
 
 
+def queries(clients: Sequence[int]) -> list[Message]:
+    """One message per client that asks who it is."""
+    return [
+        Message(RecordDict(), dst_node_id=node_of(c), message_type=MessageType.QUERY)
+        for c in clients
+    ]
+
+
 def test_push_and_pull(make_workspace: MakeWorkspace) -> None:
     grid = InlineGrid(make_workspace())
-    queries = [
-        Message(RecordDict(), dst_node_id=n, message_type=MessageType.QUERY)
-        for n in grid.get_node_ids()
-    ]
-    ids = list(grid.push_messages(queries))
+    assert list(grid.get_node_ids()) == [node_of(c) for c in range(4)]
+    ids = list(grid.push_messages(queries(range(4))))
     replies = list(grid.pull_messages(ids))
     assert [client_of(r.metadata.src_node_id) for r in replies] == [0, 1, 2, 3]
     assert list(grid.pull_messages(ids)) == []
@@ -235,10 +233,10 @@ def _wires(
     seen: list[tuple[int, bytes]] = []
     run_cohort = grid_module.run_cohort
 
-    def recording(workspace: Any, cohort: Any, private: Any) -> Any:
-        replies, changed = run_cohort(workspace, cohort, private)
+    def recording(workspace: Any, cohort: Any, private: Any, answer: Any) -> Any:
+        replies, changed = run_cohort(workspace, cohort, private, answer)
         if from_wire(replies[0]).metadata.message_type == MessageType.TRAIN:
-            seen.extend((c, r) for (c, _), r in zip(cohort, replies, strict=True))
+            seen.extend((p.client, r) for p, r in zip(cohort, replies, strict=True))
         return replies, changed
 
     monkeypatch.setattr(grid_module, "run_cohort", recording)
@@ -297,9 +295,8 @@ def test_a_planted_leak_is_caught(
                 plant(reply, changed[client])
         return replies, changed
 
-    monkeypatch.setattr(grid_module, "handle", leaking)
     workspace = make_workspace()
-    grid = InlineGrid(workspace)
+    grid = InlineGrid(workspace, answer=leaking)
     shapes = {n: tuple(t.shape) for n, t in workspace.method.init_shared(1).items()}
     for client, wire in _wires(grid, monkeypatch, rounds=1):
         private = grid.private.get(client)
@@ -360,7 +357,12 @@ def ray_grid(workspace: Workspace) -> Iterator[RayGrid]:
 
 
 def _fresh(grid: RayGrid, workspace: Workspace) -> RayGrid:
+    """No private tensors yet, and all workers up."""
     grid.use(workspace)
+    deadline = time.monotonic() + 60
+    while not all(slot.free for slot in grid._slots):
+        assert time.monotonic() < deadline
+        describe_nodes(grid, 60)
     return grid
 
 
@@ -375,11 +377,11 @@ def test_ray_takes_another_method_without_a_restart(
 ) -> None:
     from fedprompt.methods import method_class
 
-    pids = ray.get([w.ready.remote() for w in ray_grid._workers])
+    pids = ray_grid.pids()
     other = workspace.with_method(method_class("coop_local").Config(context_tokens=4))
     inline = federate(InlineGrid(other), 2)
     assert_same(federate(_fresh(ray_grid, other), 2), inline, rtol=0)
-    assert ray.get([w.ready.remote() for w in ray_grid._workers]) == pids
+    assert ray_grid.pids() == pids
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
@@ -387,10 +389,10 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 ) -> None:
     inline = federate(InlineGrid(workspace), 2)
     grid = _fresh(ray_grid, workspace)
-    victim = ray.get(grid._workers[0].ready.remote())
+    victim = grid.pids()[0]
     os.kill(victim, signal.SIGKILL)
     assert_same(federate(grid, 2), inline, rtol=0)
-    assert victim not in ray.get([w.ready.remote() for w in grid._workers])
+    assert victim not in grid.pids()
 
 
 def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: Workspace) -> None:
@@ -398,8 +400,7 @@ def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: 
     grid = _fresh(ray_grid, workspace)
     federation = Federation(workspace, grid)
     federation.join()
-    stopped = ray.get(grid._workers[1].ready.remote())
-    os.kill(stopped, signal.SIGSTOP)
+    os.kill(grid.pids()[0], signal.SIGSTOP)
     messages = list(federation.strategy.configure_train(1, federation.arrays, _no_config(), grid))
     start = time.monotonic()
     replies = list(grid.send_and_receive(messages, timeout=5))
@@ -414,11 +415,9 @@ def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: 
 def test_joining_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     config = scenes(grid={"ray_address": "127.0.0.1:1"})
 
-    class NoRay:
-        def init(self, **_: Any) -> None:
-            raise ConnectionError("could not\nconnect")
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("could not\nconnect")
 
-    grid = object.__new__(RayGrid)
-    grid._ray = NoRay()
-    with pytest.raises(UserError, match=r"cannot start or join Ray on 127.0.0.1:1"):
-        grid._init_ray(config.grid)
+    monkeypatch.setattr(ray_grid_module.ray, "init", refuse)
+    with pytest.raises(UserError, match=r"cannot start or join Ray on 127.0.0.1:1: could not conn"):
+        ray_grid_module.start_ray(config.grid)

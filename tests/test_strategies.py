@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from fedprompt.grid import from_wire, to_wire
+from fedprompt.wire import from_wire, to_wire
 from strategies import all_strategies, strategy_class
 from strategies.base import SharedPromptStrategy
 from strategies.fedavg import FedAvg, FedAvgConfig
