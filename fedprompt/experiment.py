@@ -16,11 +16,18 @@ from safetensors.torch import save
 from fedprompt.config import Config
 from fedprompt.display import Display
 from fedprompt.errors import UserError
-from fedprompt.evaluation import personal_statistics, score_global, score_personal
+from fedprompt.evaluation import score_global, score_personal
 from fedprompt.grid import CohortGrid, open_grid
 from fedprompt.methods import method_class
-from fedprompt.run_folder import METRICS, PROMPTS, REPORT, SUMMARY, RunFolder
-from fedprompt.server_app import Federation, run_reference, run_server
+from fedprompt.private_log import PrivateLog
+from fedprompt.run_folder import METRICS, PRIVATE, PROMPTS, REPORT, SUMMARY, RunFolder
+from fedprompt.server_app import (
+    CLIENTS_AT_ONCE,
+    Federation,
+    personal_part,
+    run_reference,
+    run_server,
+)
 from fedprompt.workspace import Workspace
 
 
@@ -50,23 +57,15 @@ def _run(config: Config, folder: RunFolder, display: Display) -> Path:
         workspace = Workspace.open(config)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
-        grid = open_grid(config, workspace)
+        private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
+        grid = open_grid(config, workspace, private)
         federation = Federation(workspace, grid)
-        line, totals = run_server(federation, folder, display, checkpoint)
-        private = grid.private.pack()
+        line, totals = run_server(federation, folder, display, checkpoint, private)
         local_only = None
-        if config.evaluation.local_only and config.method.name != "coop_local":
+        wanted = config.evaluation.local_only and "personalised" in config.protocols
+        if wanted and config.method.name != "coop_local":
             local_only = _local_only(workspace, grid, folder, display)
-        finish(
-            federation,
-            folder,
-            display,
-            line,
-            totals,
-            started,
-            local_only=local_only,
-            private=private,
-        )
+        finish(federation, folder, display, line, totals, started, local_only=local_only)
     except UserError:
         folder.discard_unstarted()
         raise
@@ -101,20 +100,18 @@ def finish(
     started: float,
     *,
     local_only: dict[str, Any] | None,
-    private: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write prompts, the summary that says the run is complete, then plots and report."""
-    config, workspace = federation.config, federation.workspace
+    config, workspace, method = federation.config, federation.workspace, federation.method
+    rounds = config.federation.rounds if method.trainable else 0
     tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
-    tensors |= {f"private/{n}": t for n, t in (private or {}).items()}
     folder.write(PROMPTS, save(tensors, metadata={"method": config.method.name}))
-    method = federation.method
     summary = {
         "experiment": config.experiment,
         "method": config.method.name,
         "strategy": config.strategy.name,
         "seed": config.seed,
-        "rounds": config.federation.rounds if method.trainable else 0,
+        "rounds": rounds,
         "clients": config.partition.clients,
         "classes": len(workspace.task.class_names),
         "backbone": config.backbone.model,
@@ -131,9 +128,13 @@ def finish(
         "bytes_down": totals["bytes_down"],
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
-        "wall_s": round(time.monotonic() - started, 3),
-        "environment": environment(workspace),
     }
+    display.phase("measuring what the protocols ask for")
+    recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
+    if parts := federation.measure_protocols(recorded, summary):
+        summary["protocols"] = parts
+    summary["wall_s"] = round(time.monotonic() - started, 3)
+    summary["environment"] = environment(workspace)
     folder.write_json(SUMMARY, summary)
     if config.output.report:
         display.phase("drawing the report")
@@ -148,13 +149,14 @@ def _zero_shot(workspace: Workspace) -> dict[str, Any]:
         zero = workspace.with_method(method_class("zero_shot").Config())
     score = score_global(zero.method, {}, *zero.server_test())
     assert score is not None
-    clients = range(zero.num_clients)
-    own, _ = score_personal(zero.method, [{}], [{}], [zero.test_data(c) for c in clients])
-    personal = personal_statistics([s.accuracy for s in own])
-    return {
-        "accuracy": score.accuracy,
-        "personal": None if personal is None else personal.to_json(),
-    }
+    clients, accuracy = [], []
+    for first in range(0, zero.num_clients, CLIENTS_AT_ONCE):
+        some = range(first, min(first + CLIENTS_AT_ONCE, zero.num_clients))
+        own, _ = score_personal(zero.method, [{}], [{}], [zero.test_data(c) for c in some])
+        tested = [(c, s.accuracy) for c, s in zip(some, own, strict=True) if s.accuracy is not None]
+        clients += [c for c, _ in tested]
+        accuracy += [a for _, a in tested]
+    return {"accuracy": score.accuracy, "personal": personal_part(clients, accuracy)}
 
 
 def environment(workspace: Workspace | None = None) -> dict[str, Any]:

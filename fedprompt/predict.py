@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save
-from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP, load_clip
 from fedprompt.config import compose
@@ -19,9 +18,17 @@ from fedprompt.data.cache import default_cache_dir
 from fedprompt.data.images import decode_rgb
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
-from fedprompt.methods import Method, Task, method_class
-from fedprompt.private_store import MemoryStore
-from fedprompt.run_folder import CONFIG, PARTITION, PROMPTS, read_tensors
+from fedprompt.methods import Method, Task, Tensors, method_class
+from fedprompt.private_log import PrivateLog
+from fedprompt.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    PARTITION,
+    PRIVATE,
+    PROMPTS,
+    read_checkpoint,
+    read_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Classifier:
         """Load a run.
 
         Raises:
-            UserError: no finished run there, no such client, no global model.
+            UserError: no finished run there, no such client, no global model, or private
+                prompts that are not in the run folder.
         """
         if not (run_dir / CONFIG).is_file():
             raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
@@ -54,20 +62,19 @@ class Classifier:
         self.task = Task(tuple(names), tuple(config.data.templates))
         self.method: Method = method_class(config.method.name)(config.method, self.clip, self.task)
         tensors, _ = read_tensors(run_dir / PROMPTS)
-        shared = _group(tensors, "shared/")
-        if client is None:
-            if not self.method.has_global:
-                raise UserError(
-                    f"method '{self.method.name}' has no global model; choose one with --client."
-                )
-            private = None
-        else:
-            store = MemoryStore()
-            store.unpack(_group(tensors, "private/"))
+        shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}
+        if client is not None:
             if not 0 <= client < config.partition.clients:
                 raise UserError(f"no client {client}; the run has {config.partition.clients}.")
-            own = store.get(client) or self.method.init_private(config.seed, client)
+            start = self.method.init_private(config.seed, client)
+            own = _trained(run_dir, client, config.partition.clients) or start if start else {}
             private = {n: t[None].to(self.clip.device) for n, t in own.items()}
+        elif self.method.has_global:
+            private = None
+        else:
+            raise UserError(
+                f"method '{self.method.name}' has no global model; choose one with --client."
+            )
         with torch.no_grad():
             self.encoded = self.method.encode(
                 {n: t[None].to(self.clip.device) for n, t in shared.items()}, private
@@ -117,8 +124,17 @@ class Classifier:
             raise UserError(f"cannot write {path}: {error.strerror}.") from None
 
 
-def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
+    """A client's private tensors at the end of the run, or None where it never trained."""
+    checkpoint = read_checkpoint(run_dir / CHECKPOINT)
+    if not checkpoint.private:
+        raise UserError(
+            f"the private prompts of client {client} are on its own node, not in this run folder; "
+            "without --client the global model is used."
+        )
+    states = PrivateLog(run_dir / PRIVATE, clients)
+    states.read(checkpoint.server_round, checkpoint.private)
+    return states.get(client)
 
 
 def _open(path: Path) -> Image.Image:

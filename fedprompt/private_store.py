@@ -1,14 +1,14 @@
-"""Where private tensors live: in memory during a simulation, in files on a node.
+"""Where private tensors live: in memory (a baseline that is not resumed), in files on a node.
 
-They are never part of a message. Flower's `context.state` is not used: it is lost when a SuperNode
-restarts, and large states are slow there.
+private_log.py is the store of a simulation that can be resumed. Private tensors are never part of a
+message. Flower's `context.state` is not used: it is lost when a SuperNode restarts, and large
+states are slow there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class MemoryStore:
             self._kept[client] = tensors
 
     def pack(self) -> Tensors:
-        """Everything as few tensors with a leading client axis, for a checkpoint."""
+        """Everything as few tensors with a leading client axis: `clients` and `tensor/<name>`."""
         if not self._kept:
             return {}
         clients = sorted(self._kept)
@@ -44,15 +44,6 @@ class MemoryStore:
         for name in self._kept[clients[0]]:
             packed[f"tensor/{name}"] = torch.stack([self._kept[c][name] for c in clients])
         return packed
-
-    def unpack(self, packed: Mapping[str, torch.Tensor]) -> None:
-        """Take back what `pack` gave."""
-        self._kept = {}
-        if not packed:
-            return
-        names = [n.removeprefix("tensor/") for n in packed if n.startswith("tensor/")]
-        for row, client in enumerate(packed["clients"].tolist()):
-            self._kept[client] = {n: packed[f"tensor/{n}"][row].clone() for n in names}
 
 
 class FileStore:

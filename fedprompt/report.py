@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
+from fedprompt.data.partition import dense
 from fedprompt.display import (
     MISSING,
     ResultRow,
@@ -27,8 +27,9 @@ from fedprompt.display import (
     result_rows,
 )
 from fedprompt.installed import asset
+from fedprompt.plot_clients import MANY
 from fedprompt.plots import draw_all
-from fedprompt.run_data import RunData, load_run
+from fedprompt.run_data import RunData, accuracy_of, load_run
 
 TEMPLATE = "report.html.j2"
 CAPTIONS = {
@@ -107,22 +108,30 @@ def summary_of(run: RunData) -> dict[str, Any]:
 
 
 def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
-    """Every client's images, classes and accuracies, in the order of their ids."""
-    personal = (run.last("personal") or {}).get("accuracy") or []
-    zero_shot = ((summary.get("zero_shot") or {}).get("personal") or {}).get("accuracy") or []
+    """Images, classes and accuracies of the clients, in the order of their ids.
+
+    Of more than `MANY` clients, the `MANY` with the lowest accuracy, lowest first.
+    """
+    personal = accuracy_of(run.last("personal"))
+    zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
     partition = run.partition or {}
-    train_KC = np.asarray(partition.get("train_counts") or np.zeros((0, 0)), dtype=np.int64)
-    test_KC = np.asarray(partition.get("test_counts") or np.zeros((0, 0)), dtype=np.int64)
+    classes = len(partition.get("class_names") or [])
+    train_KC = dense(partition.get("train_counts") or [], classes)
+    test_KC = dense(partition.get("test_counts") or [], classes)
+    clients = range(max(len(train_KC), max(personal, default=-1) + 1))
+    shown = list(clients)
+    if len(clients) > MANY:
+        shown = sorted(personal, key=lambda k: (personal[k], k))[:MANY]
     return [
         ClientRow(
             client=k,
             train_images=int(train_KC[k].sum()) if k < len(train_KC) else None,
             test_images=int(test_KC[k].sum()) if k < len(test_KC) else None,
             classes_held=int((train_KC[k] > 0).sum()) if k < len(train_KC) else None,
-            accuracy=personal[k] if k < len(personal) else None,
-            zero_shot=zero_shot[k] if k < len(zero_shot) else None,
+            accuracy=personal.get(k),
+            zero_shot=zero_shot.get(k),
         )
-        for k in range(max(len(personal), len(train_KC)))
+        for k in shown
     ]
 
 
@@ -151,6 +160,7 @@ def _content(run: RunData) -> dict[str, Any]:
             ),
         ],
         "clients": client_rows(run, summary),
+        "clients_title": _clients_title(run),
         "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
         # The config may name the run's own folder, which is never written over.
@@ -158,6 +168,11 @@ def _content(run: RunData) -> dict[str, Any]:
             ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
         ),
     }
+
+
+def _clients_title(run: RunData) -> str:
+    many = len((run.partition or {}).get("train_counts") or []) > MANY
+    return f"The {MANY} clients with the lowest accuracy" if many else "Clients"
 
 
 def _title(summary: Mapping[str, Any], folder: str) -> str:

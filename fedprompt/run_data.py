@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
 
 
@@ -122,7 +122,7 @@ _NUMBERS = {
     "train": ("loss",),
     "clients": ("rejected",),
     "global": ("accuracy", "loss"),
-    "personal": ("mean", "std", "worst", "p10", "accuracy"),
+    "personal": ("mean", "std", "worst", "p10", "clients", "accuracy"),
     "personal_on_global": ("mean", "std"),
 }
 
@@ -157,6 +157,10 @@ def _check_parts(holder: Mapping[str, Any], parts: Iterable[str], where: str) ->
         if not isinstance(value, dict):
             raise UserError(f"{where} is damaged: '{part}' must be an object or null.")
         _check_numbers(value, _NUMBERS[part], f"{where}, {part}")
+        if part == "personal" and not _is_paired(value):
+            raise UserError(
+                f"{where} is damaged: 'personal' needs as many 'clients' as 'accuracy' values."
+            )
 
 
 def _check_numbers(holder: Mapping[str, Any], names: Sequence[str], where: str) -> None:
@@ -167,6 +171,17 @@ def _check_numbers(holder: Mapping[str, Any], names: Sequence[str], where: str) 
                 raise UserError(f"{where} is damaged: '{name}' is {entry!r}, not a number.")
 
 
+def _is_paired(personal: Mapping[str, Any]) -> bool:
+    clients, accuracy = personal.get("clients") or [], personal.get("accuracy") or []
+    both = isinstance(clients, list) and isinstance(accuracy, list)
+    return (
+        both
+        and len(clients) == len(accuracy)
+        and all(map(_is_whole, clients))
+        and (None not in accuracy)
+    )
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -174,13 +189,20 @@ def _is_whole(value: object) -> bool:
 def check_partition(partition: Mapping[str, Any], path: Path) -> None:
     """Refuse a partition description without its counts, before anything is drawn from it."""
     try:
-        counts_KC = np.asarray(partition["train_counts"], dtype=np.int64)
-        fits = counts_KC.ndim == 2 and counts_KC.shape[1] == len(partition["class_names"])
+        train_KC = dense(partition["train_counts"], len(partition["class_names"]))
+        fits = True
         if partition.get("test_counts") is not None:
-            fits &= np.asarray(partition["test_counts"], dtype=np.int64).shape == counts_KC.shape
-    except (KeyError, TypeError, ValueError):
+            fits = dense(partition["test_counts"], train_KC.shape[1]).shape == train_KC.shape
+    except (KeyError, TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise UserError(
-            f"{path} is damaged: it needs 'class_names' (C) and 'train_counts' (clients x C)."
+            f"{path} is damaged: it needs 'class_names' (C) and 'train_counts', a row per client "
+            "of classes and counts in turn."
         )
+
+
+def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
+    """Accuracy by client id of a `personal` entry; empty where nothing was measured."""
+    clients, accuracy = (part or {}).get("clients") or [], (part or {}).get("accuracy") or []
+    return dict(zip(clients, accuracy, strict=True))

@@ -4,8 +4,9 @@ config.yaml            complete; reproduces the run
 partition.json         clients x classes and domains
 metrics.jsonl          one line per round; bitwise the same after a resume
 timings.jsonl          seconds per round; not the same after a resume
-checkpoint.safetensors round, shared, private and strategy tensors; replaced atomically
-prompts.safetensors    final shared (and, in a simulation, private) prompts
+checkpoint.safetensors round, shared and strategy tensors; replaced atomically
+private/               in a simulation, the clients' private tensors (private_log.py)
+prompts.safetensors    final shared prompts
 summary.json, plots/, report.html
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 
 CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", "summary.json"
-REPORT = "report.html"
+REPORT, PRIVATE = "report.html", "private"
 METRICS, TIMINGS, PARTITION, CONFIG = (
     "metrics.jsonl",
     "timings.jsonl",
@@ -39,13 +41,16 @@ METRICS, TIMINGS, PARTITION, CONFIG = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state behind `server_round`, from which a run goes on bit for bit."""
+    """The state behind `server_round`, from which a run goes on bit for bit.
+
+    `private` is the seal of the private tensors that lie beside it, "" where there are none.
+    """
 
     server_round: int
     shared: dict[str, Tensor]
-    private: dict[str, Tensor]
     strategy: dict[str, Tensor]
     totals: dict[str, int]
+    private: str = ""
 
 
 class RunFolder:
@@ -122,8 +127,11 @@ class RunFolder:
             ) from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Replace one JSON file atomically; NaN is refused."""
-        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        """Replace one JSON file atomically, a list of numbers to a line; NaN is refused."""
+        text = json.dumps(value, indent=2, allow_nan=False)
+        # No quote within the brackets, so no text is touched.
+        text = re.sub(r'\[\n[^\]\["{}]+\]', lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
+        self.write(name, f"{text}\n".encode())
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to a `.jsonl` file and sync it."""
@@ -167,18 +175,18 @@ class RunFolder:
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint; it is either the old one or the new one, never half of it."""
-        groups = {
-            "shared": checkpoint.shared,
-            "private": checkpoint.private,
-            "strategy": checkpoint.strategy,
-        }
+        groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
         # Clones, since the format refuses tensors of one memory, and a strategy may keep such.
         tensors = {
             f"{group}/{name}": tensor.detach().contiguous().clone()
             for group, named in groups.items()
             for name, tensor in named.items()
         }
-        header = {"round": str(checkpoint.server_round), "totals": json.dumps(checkpoint.totals)}
+        header = {
+            "round": str(checkpoint.server_round),
+            "totals": json.dumps(checkpoint.totals),
+            "private": checkpoint.private,
+        }
         self.write(CHECKPOINT, save(tensors, metadata=header))
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -188,19 +196,31 @@ class RunFolder:
             UserError: the file is damaged.
         """
         path = self.path / CHECKPOINT
-        if not path.is_file():
-            return None
-        try:
-            tensors, header = read_tensors(path)
-            groups: dict[str, dict[str, Tensor]] = {"shared": {}, "private": {}, "strategy": {}}
-            for key, tensor in tensors.items():
-                group, _, name = key.partition("/")
-                groups[group][name] = tensor
-            return Checkpoint(int(header["round"]), totals=json.loads(header["totals"]), **groups)
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"checkpoint {path} is not one of ours ({error}); remove it to start the run anew."
-            ) from None
+        return read_checkpoint(path) if path.is_file() else None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What `save_checkpoint` wrote.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        tensors, header = read_tensors(path)
+        groups: dict[str, dict[str, Tensor]] = {"shared": {}, "strategy": {}}
+        for key, tensor in tensors.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
+        return Checkpoint(
+            int(header["round"]),
+            totals=json.loads(header["totals"]),
+            private=header["private"],
+            **groups,
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is not one of ours ({error}); remove it to start the run anew."
+        ) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

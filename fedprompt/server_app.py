@@ -10,7 +10,9 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,19 +20,27 @@ import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from fedprompt.client_app import PROTOCOLS
 from fedprompt.config import Config, compose
 from fedprompt.display import Display, make_display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
-from fedprompt.grid import CohortGrid, Traffic, describe_nodes, to_wire
+from fedprompt.grid import CohortGrid, Traffic, describe_nodes
 from fedprompt.methods.base import Tensors
+from fedprompt.private_log import PrivateLog
+from fedprompt.protocols import Finished
 from fedprompt.run_folder import CONFIG, METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
+from fedprompt.threads import use_threads
 from fedprompt.training import learning_rate
+from fedprompt.wire import client_of, to_wire
 from fedprompt.workspace import Workspace
 from strategies import strategy_class
 from strategies.screening import Arrays, to_arrays, to_record
 
 log = logging.getLogger("fedprompt.server")
+
+CLIENTS_AT_ONCE = 1000
+"""Clients tested in one exchange: bounds the messages in memory when everyone is tested."""
 
 
 class Federation:
@@ -50,6 +60,7 @@ class Federation:
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.rejected = 0
+        self.protocol_rows: dict[int, dict[str, Any]] = {}
 
     @property
     def shared(self) -> Tensors:
@@ -71,11 +82,15 @@ class Federation:
                     "start the others or set partition.clients."
                 )
             time.sleep(0.1)
-        mapping = describe_nodes(self.grid, federation.timeout_s)
+        if isinstance(self.grid, CohortGrid):
+            mapping = {client_of(node): node for node in nodes}  # known without asking
+        else:
+            mapping = describe_nodes(self.grid, federation.timeout_s)
         missing = sorted(set(range(wanted)) - set(mapping))
         if missing:
-            raise UserError(f"no node answers for clients {missing}.")
-        self.strategy.set_nodes(mapping)
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            raise UserError(f"no node answers for clients {missing[:10]}{more}.")
+        self.strategy.set_nodes(mapping, self.workspace.partition.trainable)
 
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round of training and aggregation; the training part of its metrics line."""
@@ -97,34 +112,86 @@ class Federation:
             "bytes_down": traffic.down,
         }
 
-    def evaluate(self, server_round: int) -> dict[str, Any]:
-        """Global and personal scores; the evaluation part of a metrics line."""
-        score = score_global(self.method, self.shared, *self.workspace.server_test())
+    def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
+        """Global and personal scores, the latter of `clients` (None: all); part of a line."""
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
+        wanted, score = self.config.protocols, None
+        if "global" in wanted:
+            score = score_global(self.method, self.shared, *self.workspace.server_test())
         if score is not None and score.tested:
             line["global"] = {
                 "accuracy": score.accuracy,
                 "loss": score.loss_sum / score.tested,
             }
-        messages = list(
-            self.strategy.configure_evaluate(server_round, self.arrays, ConfigRecord(), self.grid)
-        )
-        replies, _ = self._exchange(messages)
-        rows = self.strategy.aggregate_evaluate(server_round, replies)
-        if rows is None:
-            return line
-        table: dict[str, Any] = dict(rows)
-        line["personal"] = self._statistics(table, "correct", "num-examples")
-        if "common-tested" in table:
-            line["personal_on_global"] = self._statistics(table, "common-correct", "common-tested")
+        if "personalised" in wanted:
+            asked = self.strategy.clients if clients is None else clients
+            tables = list(self._tables(server_round, asked))
+            line["personal"] = _personal(tables, "correct", "num-examples")
+            line["personal_on_global"] = _personal(tables, "common-correct", "common-tested")
         return line
 
-    def _statistics(self, table: dict[str, Any], correct: str, tested: str) -> Any:
-        accuracy: list[float | None] = [None] * self.config.partition.clients
-        for client, c, n in zip(table["client-ids"], table[correct], table[tested], strict=True):
-            accuracy[client] = c / n if n else None
-        statistics = personal_statistics(accuracy)
-        return None if statistics is None else statistics.to_json()
+    def open_protocols(self) -> None:
+        """Let the protocols get what they need, so that nothing is missing at the end.
+
+        Raises:
+            UserError: something cannot be had.
+        """
+        for protocol in self.workspace.protocols:
+            protocol.open(self.workspace)
+
+    def measure_round(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """What the protocols add to the line of an evaluated round."""
+        parts = {
+            protocol.name: protocol.measure_round(self.workspace, self.shared, line)
+            for protocol in self.workspace.protocols
+        }
+        kept = {name: part for name, part in parts.items() if part is not None}
+        return {"protocols": kept} if kept else {}
+
+    def ask_clients(self, server_round: int) -> None:
+        """Have all clients measure their models for the protocols; while the grid holds these."""
+        if not any(p.asks_clients for p in self.workspace.protocols):
+            return
+        for table in self._tables(server_round, self.strategy.clients, {PROTOCOLS: True}):
+            names = [n for n in table if n != "client-ids"]
+            for place, client in enumerate(table["client-ids"]):
+                self.protocol_rows[client] = {n: table[n][place] for n in names}
+
+    def measure_protocols(
+        self, rounds: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Results of the protocols that have some of their own, by name."""
+        parts = {}
+        for protocol in self.workspace.protocols:
+            own = f"{protocol.name}."
+            clients = {
+                client: {n.removeprefix(own): v for n, v in row.items() if n.startswith(own)}
+                for client, row in sorted(self.protocol_rows.items())
+            }
+            part = protocol.measure(Finished(self.workspace, self.shared, clients, rounds, summary))
+            if part is not None:
+                parts[protocol.name] = _finite(part)
+        return parts
+
+    def _tables(
+        self,
+        server_round: int,
+        clients: Sequence[int],
+        settings: Mapping[str, bool] = MappingProxyType({}),
+    ) -> Iterable[Mapping[str, Any]]:
+        """Checked metrics of the clients' personal models, a bounded number of them at a time."""
+        for first in range(0, len(clients), CLIENTS_AT_ONCE):
+            messages = self.strategy.configure_evaluate(
+                server_round,
+                self.arrays,
+                ConfigRecord({**settings}),
+                self.grid,
+                clients=clients[first : first + CLIENTS_AT_ONCE],
+            )
+            replies, _ = self._exchange(list(messages))
+            table = self.strategy.aggregate_evaluate(server_round, replies)
+            if table is not None:
+                yield dict(table)
 
     def _exchange(self, messages: list[Message]) -> tuple[list[Message], Traffic]:
         replies = list(
@@ -135,10 +202,9 @@ class Federation:
         return replies, Traffic(_size(messages), _size(replies))
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
-        """Everything that a resumed run needs."""
-        private = self.grid.private.pack() if isinstance(self.grid, CohortGrid) else {}
+        """Everything that a resumed run needs, but for private tensors."""
         state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
-        return Checkpoint(server_round, self.shared, private, state, totals)
+        return Checkpoint(server_round, self.shared, state, totals)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.
@@ -156,22 +222,32 @@ class Federation:
         state: Arrays = {n: t.numpy() for n, t in checkpoint.strategy.items()}
         self.strategy.load_state(state)
         self.rejected = checkpoint.totals["rejected"]
-        if isinstance(self.grid, CohortGrid):
-            self.grid.private.unpack(checkpoint.private)
 
 
 def run_server(
-    federation: Federation, folder: RunFolder, display: Display, checkpoint: Checkpoint | None
+    federation: Federation,
+    folder: RunFolder,
+    display: Display,
+    checkpoint: Checkpoint | None,
+    private: PrivateLog | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """All rounds after `checkpoint` (or from the start); returns the last line and byte totals."""
+    """All rounds after `checkpoint` (or from the start); returns the last line and byte totals.
+
+    `private` is the grid's store in a simulation; on real nodes private tensors stay there.
+    """
     config = federation.config
     rounds = config.federation.rounds if federation.method.trainable else 0
+    federation.open_protocols()
     federation.join()
     totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
     first = 0
     if checkpoint is not None:
         federation.restore(checkpoint)
         totals, first = dict(checkpoint.totals), checkpoint.server_round + 1
+    if private is not None and checkpoint is not None:
+        private.restore(checkpoint.server_round, checkpoint.private)
+    elif private is not None:
+        private.clear()
     folder.rewind(first - 1)
     folder.write_json(PARTITION, federation.workspace.describe())
     recorded = folder.lines(METRICS)
@@ -184,25 +260,36 @@ def run_server(
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
     for server_round in range(first, rounds + 1):
-        line, seconds = _one_round(federation, server_round, rounds)
+        line, seconds = _one_round(federation, server_round, rounds, protocols=True)
         totals["bytes_up"] += line["bytes_up"]
         totals["bytes_down"] += line["bytes_down"]
         totals["rejected"] = federation.rejected
         folder.append(METRICS, line)
         folder.append(TIMINGS, {"round": server_round, **seconds})
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
-            folder.save_checkpoint(federation.checkpoint(server_round, totals))
+            _save(federation.checkpoint(server_round, totals), folder, private)
         done = server_round - first + 1
         eta = (time.monotonic() - began) / done * (rounds - server_round)
         display.round(
             line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
             eta,
         )
+    federation.ask_clients(rounds)
     return line, totals
 
 
+def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None) -> None:
+    """Private tensors first, then what refers to them, then what nothing refers to any more."""
+    if private is None:
+        folder.save_checkpoint(checkpoint)
+        return
+    seal = private.save(checkpoint.server_round)
+    folder.save_checkpoint(replace(checkpoint, private=seal))
+    private.settle()
+
+
 def _one_round(
-    federation: Federation, server_round: int, rounds: int
+    federation: Federation, server_round: int, rounds: int, *, protocols: bool = False
 ) -> tuple[dict[str, Any], dict[str, float]]:
     start = time.monotonic()
     line: dict[str, Any] = {
@@ -218,8 +305,13 @@ def _one_round(
         line |= federation.train_round(server_round)
     trained = time.monotonic()
     line |= {"global": None, "personal": None, "personal_on_global": None}
-    if server_round % federation.config.evaluation.every == 0 or server_round == rounds:
-        line |= federation.evaluate(server_round)
+    settings = federation.config.evaluation
+    if server_round % settings.every == 0 or server_round == rounds:
+        everyone = settings.clients == "all" or server_round == rounds
+        participants = federation.strategy.participants if server_round > 0 else []
+        line |= federation.evaluate(server_round, None if everyone else participants)
+        if protocols:
+            line |= federation.measure_round(line)
     seconds = {"train_s": trained - start, "evaluate_s": time.monotonic() - trained}
     return _finite(line), seconds
 
@@ -238,6 +330,29 @@ def run_reference(
         last = {k: line[k] for k in kept}
         record(last)
     return last
+
+
+def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str, Any] | None:
+    """Statistics over clients, with the ids of the tested ones and their accuracies in order."""
+    statistics = personal_statistics(list(accuracy))
+    if statistics is None:
+        return None
+    return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
+
+
+def _personal(
+    tables: Iterable[Mapping[str, Any]], correct: str, tested: str
+) -> dict[str, Any] | None:
+    rows = [
+        (client, hits / images)
+        for table in tables
+        if tested in table
+        for client, hits, images in zip(
+            table["client-ids"], table[correct], table[tested], strict=True
+        )
+        if images
+    ]
+    return personal_part([client for client, _ in rows], [share for _, share in rows])
 
 
 def _finite(value: Any) -> Any:
@@ -271,8 +386,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.create(config)
     try:
         display = make_display()
-        if config.grid.threads:
-            torch.set_num_threads(config.grid.threads)
+        use_threads(config.grid)
         workspace = Workspace.open(config, progress=False)
         federation = Federation(workspace, grid)
         started = time.monotonic()

@@ -22,7 +22,7 @@ def images(n: int, dim: int, *purpose: str | int) -> tuple[torch.Tensor, torch.T
 
 
 def test_statistics_by_hand() -> None:
-    known = personal_statistics([0.5, None, 1.0, 0.0, 0.7])
+    known = personal_statistics([0.5, 1.0, 0.0, 0.7])
     assert known is not None
     assert known.mean == pytest.approx(0.55)
     assert known.std == pytest.approx(np.std([0.5, 1.0, 0.0, 0.7]))
@@ -30,7 +30,7 @@ def test_statistics_by_hand() -> None:
     # Sorted 0, .5, .7, 1: the 10th percentile lies 0.3 of the way from the first to the second.
     assert known.p10 == pytest.approx(0.15)
     assert known.clients_tested == 4
-    assert personal_statistics([None, None]) is None
+    assert personal_statistics([]) is None
 
 
 def test_personal_scores_equal_one_model_at_a_time(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fake_data import flat_dataset
 from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TRAIN, ImageDataset
-from fedprompt.data.partition import Partition, describe, make_partition
+from fedprompt.data.partition import Partition, dense, describe, make_partition, sparse
 from fedprompt.errors import UserError
 from fedprompt.rng import derive_seed, generator
 
@@ -214,7 +214,7 @@ def test_pathological_gives_each_client_exactly_its_classes(clients: int, each: 
 def test_domain_clients_hold_one_domain_in_turn() -> None:
     dataset = balanced(3, 40, domains=3)
     config = PartitionConfig(scheme="domain", clients=7)
-    domain_KD = np.array(describe(dataset, make_partition(dataset, config, 1))["domain_counts"])
+    domain_KD = dense(describe(dataset, make_partition(dataset, config, 1))["domain_counts"], 3)
     assert ((domain_KD > 0) == (np.arange(7)[:, None] % 3 == np.arange(3))).all()
     assert domain_KD.sum(1).tolist() == [10, 15, 15, 10, 15, 15, 10]
 
@@ -248,11 +248,24 @@ def test_describe_is_json_and_counts_right() -> None:
     assert json.loads(json.dumps(described)) == {
         "class_names": ["class 0", "class 1"],
         "domain_names": ["domain 0", "domain 1"],
-        "train_counts": [[1, 1], [1, 1]],
-        "test_counts": [[0, 0], [0, 0]],
-        "domain_counts": [[2, 0], [0, 2]],
+        "train_counts": [[0, 1, 1, 1], [0, 1, 1, 1]],
+        "test_counts": [[], []],
+        "domain_counts": [[0, 2], [1, 2]],
         "server_test_counts": [1, 1],
     }
+
+
+@pytest.mark.parametrize(
+    "counts", [[[0, 3], [2, 0], [0, 0]], [[0, 0]], [[1, 2], [3, 4]]], ids=["gaps", "none", "full"]
+)
+def test_sparse_rows_come_back_dense(counts: list[list[int]]) -> None:
+    rows = sparse(np.array(counts))
+    assert [len(row) for row in rows] == [2 * sum(c > 0 for c in row) for row in counts]
+    assert dense(rows, 2).tolist() == counts
+    assert dense([], 2).shape == (0, 2)
+    for wrong in ([[0]], [[2, 1]], [[-1, 1]]):
+        with pytest.raises(ValueError, match="pairs"):
+            dense(wrong, 2)
 
 
 def test_indices_are_ascending_and_cannot_be_changed() -> None:

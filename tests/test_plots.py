@@ -10,33 +10,35 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from omegaconf import OmegaConf
 from PIL import Image
 
+from fedprompt.data.partition import dense, sparse
 from fedprompt.errors import UserError
+from fedprompt.plot_clients import MANY, figure_clients, figure_partition
 from fedprompt.plots import (
     draw_all,
     figure_accuracy,
-    figure_clients,
     figure_loss,
-    figure_partition,
     plot_partition,
     spread_labels,
 )
 from fedprompt.rng import generator
-from fedprompt.run_data import load_run
+from fedprompt.run_data import accuracy_of, load_run
 
 
-def personal(accuracy: list[float | None]) -> dict[str, Any]:
+def personal(accuracy: dict[int, float]) -> dict[str, Any]:
     """The `personal` entry of a metrics line for these clients."""
-    tested = np.array([value for value in accuracy if value is not None])
+    tested = np.array(list(accuracy.values()))
     return {
         "mean": float(tested.mean()),
         "std": float(tested.std()),
         "worst": float(tested.min()),
         "p10": float(np.percentile(tested, 10)),
         "clients_tested": len(tested),
-        "accuracy": accuracy,
+        "clients": list(accuracy),
+        "accuracy": list(accuracy.values()),
     }
 
 
@@ -64,9 +66,9 @@ def write_run(
     partition = {
         "class_names": names or [f"class {c}" for c in range(classes)],
         "domain_names": [f"domain {d}" for d in range(domains)],
-        "train_counts": train_KC.tolist(),
-        "test_counts": test_KC.tolist(),
-        "domain_counts": domain_KD.tolist(),
+        "train_counts": sparse(train_KC),
+        "test_counts": sparse(test_KC),
+        "domain_counts": sparse(domain_KD),
         "server_test_counts": [25] * classes,
     }
     offset_K = draw.normal(0, 0.09, size=clients)
@@ -74,7 +76,7 @@ def write_run(
     def clients_at(level: float) -> dict[str, Any]:
         noise_K = draw.normal(0, 0.01, size=clients)
         accuracy_K = np.clip(level + offset_K + noise_K, 0, 1).round(4)
-        return personal([None if k in untested else float(accuracy_K[k]) for k in range(clients)])
+        return personal({k: float(accuracy_K[k]) for k in range(clients) if k not in untested})
 
     zero_shot = {"accuracy": 0.412, "personal": clients_at(0.43)}
     lines: list[dict[str, Any]] = []
@@ -164,7 +166,8 @@ def curves(figure: Figure | None) -> dict[str, tuple[list[float], list[float]]]:
 
 def bars(figure: Figure | None, panel: int) -> list[float]:
     assert figure is not None
-    return [patch.get_height() for patch in figure.axes[panel].patches]
+    patches = figure.axes[panel].patches
+    return [patch.get_height() for patch in patches if isinstance(patch, Rectangle)]
 
 
 def rewrite(path: Path, change: Any) -> None:
@@ -232,8 +235,9 @@ def test_client_figure_shows_each_client_and_marks_the_untested(tmp_path: Path) 
     figure = figure_clients(run)
     assert run.partition is not None
     last = run.rounds[-1]["personal"]
-    assert bars(figure, 0) == [last["accuracy"][k] for k in (0, 1, 3)]
-    assert bars(figure, 1) == [sum(row) for row in run.partition["test_counts"]]
+    assert last["clients"] == [0, 1, 3]
+    assert bars(figure, 0) == last["accuracy"]
+    assert bars(figure, 1) == dense(run.partition["test_counts"], 4).sum(axis=1).tolist()
     drawn = curves(figure)
     assert drawn["Not tested"][0] == [2]
     assert drawn["Zero-shot"][0] == [0, 1, 3]
@@ -241,9 +245,45 @@ def test_client_figure_shows_each_client_and_marks_the_untested(tmp_path: Path) 
     assert set(drawn[mean][1]) == {last["mean"]}
 
 
+def test_many_clients_are_drawn_as_a_distribution(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", clients=MANY + 100, untested=(7,)))
+    figure = figure_clients(run)
+    assert run.partition is not None
+    last = accuracy_of(run.rounds[-1]["personal"])
+    assert 7 not in last
+    assert bars(figure, 0) == np.histogram(list(last.values()), np.linspace(0, 1, 21))[0].tolist()
+    assert sum(bars(figure, 1)) == MANY + 100
+    drawn = figure_partition(run.partition)
+    train_KC = dense(run.partition["train_counts"], 4)
+    assert sum(bars(drawn, 0)) == sum(bars(drawn, 1)) == MANY + 100
+    widths = [patch.get_width() for patch in drawn.axes[2].patches]
+    assert widths == (train_KC > 0).sum(axis=0).tolist()
+    names = [tick.get_text() for tick in drawn.axes[2].get_yticklabels()]
+    assert names == run.partition["class_names"]
+
+
+def test_a_round_that_tests_everyone_is_no_point_of_the_participants_curve(
+    tmp_path: Path,
+) -> None:
+    folder = write_run(tmp_path / "run", rounds=3)
+    config = OmegaConf.load(folder / "config.yaml")
+    config.evaluation = {"clients": "participants"}
+    OmegaConf.save(config, folder / "config.yaml")
+    rewrite(folder / "metrics.jsonl", lambda x: x if x["round"] else x | {"personal": None})
+    run = load_run(folder)
+    drawn = curves(figure_accuracy(run))
+    means = [(line["personal"] or {}).get("mean") for line in run.rounds]
+    assert drawn["Personalised, participants"] == ([1, 2], means[1:3])
+    assert drawn["Personalised, all"] == ([3], means[3:])
+    assert drawn["Local-only, all"][0] == [3]
+    assert drawn["Global"][0] == [0, 1, 2, 3]
+    assert "Personalised" not in drawn
+
+
 def test_partition_figure_holds_every_count() -> None:
     counts = [[5, 0, 1], [0, 40, 0]]
-    figure = figure_partition({"class_names": ["a", "b", "c"], "train_counts": counts})
+    rows = sparse(np.array(counts))
+    figure = figure_partition({"class_names": ["a", "b", "c"], "train_counts": rows})
     top, heat = figure.axes[:2]
     assert np.ma.filled(heat.images[0].get_array(), 0).tolist() == np.transpose(counts).tolist()
     assert [text.get_text() for text in heat.texts] == ["5", "1", "40"]
@@ -255,13 +295,13 @@ def test_partition_totals_are_stacked_by_domain_only_when_the_counts_agree() -> 
     description = {
         "class_names": ["a", "b"],
         "domain_names": ["city", "coast"],
-        "train_counts": [[3, 1], [0, 6]],
-        "test_counts": [[1, 0], [0, 2]],
+        "train_counts": [[0, 3, 1, 1], [1, 6]],
+        "test_counts": [[0, 1], [1, 2]],
     }
-    stacked = figure_partition(description | {"domain_counts": [[5, 0], [2, 6]]})
+    stacked = figure_partition(description | {"domain_counts": [[0, 5], [0, 2, 1, 6]]})
     assert bars(stacked, 0) == [5, 2, 0, 6]
     assert stacked.axes[0].get_ylabel() == "Train + test"
-    plain = figure_partition(description | {"domain_counts": [[9, 0], [2, 4]]})
+    plain = figure_partition(description | {"domain_counts": [[0, 9], [0, 2, 1, 4]]})
     assert bars(plain, 0) == [4, 6]
 
 
@@ -272,7 +312,7 @@ def test_partition_names_as_many_classes_as_fit_a_line_each(
     clients: int, classes: int, named: int
 ) -> None:
     names = [f"class {c}" for c in range(classes)]
-    counts = np.ones((clients, classes), dtype=int).tolist()
+    counts = sparse(np.ones((clients, classes), dtype=np.int64))
     figure = figure_partition({"class_names": names, "train_counts": counts})
     figure.draw_without_rendering()
     labels = figure.axes[1].get_yticklabels()
@@ -285,7 +325,7 @@ def test_partition_names_as_many_classes_as_fit_a_line_each(
 def test_class_names_are_drawn_literally(tmp_path: Path) -> None:
     names = ["$\\frac{$", "a_b^c", "<script>", "x" * 60]
     path = tmp_path / "new folder" / "partition.png"
-    plot_partition({"class_names": names, "train_counts": [[1, 2, 3, 4]]}, path)
+    plot_partition({"class_names": names, "train_counts": [[0, 1, 1, 2, 2, 3, 3, 4]]}, path)
     with Image.open(path) as image:
         assert image.width == 840
 
@@ -363,11 +403,28 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
             '{"kind": "round", "round": 0, "personal": {"accuracy": [0.5, "x"]}}\n',
             "line 1, personal is damaged: 'accuracy' is 'x', not a number",
         ),
+        (
+            "metrics.jsonl",
+            '{"kind": "round", "round": 0, "personal": {"clients": [1], "accuracy": [0, 1]}}\n',
+            "line 1 is damaged: 'personal' needs as many 'clients' as 'accuracy'",
+        ),
+        (
+            "summary.json",
+            '{"personal": {"clients": [1.5], "accuracy": [1]}}',
+            "'personal' needs as many 'clients'",
+        ),
         ("metrics.jsonl", "", "holds no round yet"),
         ("timings.jsonl", '{"round": 0, "train_s": 1}\noops\n', "line 2, column 1 is damaged"),
         ("timings.jsonl", '{"train_s": "long"}\n', "line 1 is damaged: 'train_s' is 'long'"),
         ("partition.json", "{\n  oops\n}", "line 2, column 3 is damaged"),
         ("partition.json", '{"class_names": ["a"], "train_counts": [[1, 2]]}', "'class_names'"),
+        ("partition.json", '{"class_names": ["a"], "train_counts": [[-1, 2]]}', "'class_names'"),
+        ("partition.json", '{"class_names": ["a"], "train_counts": 3}', "'class_names'"),
+        (
+            "partition.json",
+            '{"class_names": ["a"], "train_counts": [[0, 2]], "test_counts": []}',
+            "'class_names'",
+        ),
         ("partition.json", '{"class_names": ["a"], "train_counts": [[1], []]}', "'class_names'"),
         ("summary.json", '{"global": {', r"line 1, column \d+ is damaged"),
         ("summary.json", '{"local_only": {"personal": {"mean": "x"}}}', "local_only, personal is"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
 from fedprompt.experiment import run
 from fedprompt.predict import Classifier
+from fedprompt.run_folder import RunFolder
 from fedprompt.tiny import tiny_model_config, tiny_state_dict
 
 
@@ -79,6 +81,31 @@ def test_personal_and_global_models_differ(run_dir: Path, images: list[Path]) ->
     everyone, own = (Classifier(run_dir, c).predict(images, top) for c in (None, 1))
     assert everyone[0].probabilities != own[0].probabilities
     assert sum(own[0].probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_prompts_are_read_from_the_run_folder_alone(
+    run_dir: Path, images: list[Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "moved" / "run")
+    expected = [p.probabilities for p in Classifier(run_dir, 2).predict(images)]
+    assert [p.probabilities for p in Classifier(copy, 2).predict(images)] == expected
+    assert not [n for n in load_file(copy / "prompts.safetensors") if not n.startswith("shared/")]
+    (private,) = (copy / "private").iterdir()
+    private.unlink()
+    with pytest.raises(UserError, match="missing or were changed"):
+        Classifier(copy, 2)
+    Classifier(copy)
+
+
+def test_private_prompts_of_real_nodes_are_not_invented(run_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    folder, _ = RunFolder.resume(copy)
+    checkpoint = folder.load_checkpoint()
+    assert checkpoint is not None
+    folder.save_checkpoint(replace(checkpoint, private=""))
+    folder.close()
+    with pytest.raises(UserError, match="client 2 are on its own node"):
+        Classifier(copy, 2)
 
 
 def test_unusable_runs_and_images(run_dir: Path, tmp_path: Path) -> None:

@@ -41,35 +41,18 @@ def test_memory_store_keeps_by_client() -> None:
     assert store.get(1) is None
 
 
-def test_pack_and_unpack_are_bitwise() -> None:
+def test_pack_is_bitwise() -> None:
     store = MemoryStore()
-    store.put(7, {"ctx": AWKWARD, "theta": torch.tensor(0.3)})
-    store.put(2, {"ctx": -AWKWARD, "theta": torch.tensor(0.7)})
+    kept = {7: {"ctx": AWKWARD, "theta": torch.tensor(0.3)}}
+    kept[2] = {"ctx": -AWKWARD, "theta": torch.tensor(0.7)}
+    for client, tensors in kept.items():
+        store.put(client, tensors)
     packed = store.pack()
     assert packed["clients"].tolist() == [2, 7]
     assert packed["tensor/ctx"].shape == (2, 2, 2)
-    other = MemoryStore()
-    other.put(5, prompts(1.0))
-    other.unpack(packed)
-    assert other.get(5) is None, "what was there before is gone"
-    for client in (2, 7):
-        before, after = store.get(client), other.get(client)
-        assert before is not None
-        assert after is not None
-        assert set(after) == {"ctx", "theta"}
-        assert all(bits(before[n]) == bits(after[n]) for n in before)
-        assert after["theta"].shape == ()
-
-
-def test_unpacked_tensors_do_not_hang_on_the_packed_ones() -> None:
-    store = MemoryStore()
-    store.put(0, prompts(1.0))
-    packed = store.pack()
-    store.unpack(packed)
-    packed["tensor/ctx"].zero_()
-    kept = store.get(0)
-    assert kept is not None
-    assert kept["ctx"].sum() == 6.0
+    for row, client in enumerate((2, 7)):
+        for name, tensor in kept[client].items():
+            assert bits(packed[f"tensor/{name}"][row]) == bits(tensor)
 
 
 def test_nothing_private_packs_to_nothing() -> None:
@@ -77,9 +60,6 @@ def test_nothing_private_packs_to_nothing() -> None:
     store.put(0, {})
     assert store.get(0) is None
     assert store.pack() == {}
-    store.put(0, prompts(1.0))
-    store.unpack({})
-    assert store.get(0) is None
 
 
 # In files

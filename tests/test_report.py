@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
+from fedprompt.plot_clients import MANY
 from fedprompt.report import client_rows, summary_of, write_report
-from fedprompt.run_data import load_run
+from fedprompt.run_data import accuracy_of, load_run
 from test_plots import rewrite, write_run
 
 
@@ -107,15 +109,26 @@ def test_client_table_holds_counts_and_accuracies(tmp_path: Path) -> None:
     run = load_run(folder)
     assert run.partition is not None
     assert run.summary is not None
-    own = run.rounds[-1]["personal"]["accuracy"]
-    before = run.summary["zero_shot"]["personal"]["accuracy"]
+    own = accuracy_of(run.rounds[-1]["personal"])
+    before = accuracy_of(run.summary["zero_shot"]["personal"])
     expected = []
     for k in range(3):
-        train, test = run.partition["train_counts"][k], run.partition["test_counts"][k]
+        train, test = (dense(run.partition[part], 4)[k] for part in ("train_counts", "test_counts"))
         held = sum(count > 0 for count in train)
         accuracy = ["-", "-"] if k == 1 else [pct(own[k]), pct(before[k])]
         expected.append([str(k), str(sum(train)), str(sum(test)), str(held), *accuracy])
     assert report(folder).tables["clients"][1:] == expected
+
+
+def test_of_many_clients_the_lowest_are_listed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", clients=MANY + 50)
+    accuracy = accuracy_of(load_run(folder).last("personal"))
+    page = report(folder)
+    rows = page.tables["clients"][1:]
+    assert len(rows) == MANY
+    lowest = sorted(accuracy, key=lambda k: (accuracy[k], k))[:MANY]
+    assert [int(row[0]) for row in rows] == lowest
+    assert f"The {MANY} clients with the lowest accuracy" in page.text
 
 
 def test_the_file_needs_nothing_else(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import pytest
 from conftest import small_config
 from fedprompt.config import Config, to_yaml
 from fedprompt.display import QuietDisplay
+from fedprompt.errors import UserError
 from fedprompt.experiment import resume, run
-from fedprompt.run_folder import RunFolder
+from fedprompt.private_log import PrivateLog
+from fedprompt.run_folder import CHECKPOINT, PRIVATE, RunFolder, read_checkpoint
 
 Condition = Callable[[Path], bool]
 SECTIONS = {
@@ -70,7 +72,18 @@ def assert_same_results(folder: Path, unbroken: Path) -> None:
     for summary in (ours, theirs):
         del summary["wall_s"], summary["environment"]
     assert ours == theirs
-    assert not list(folder.glob(".*.tmp"))
+    assert private_states(folder) == private_states(unbroken)
+    assert not [*folder.glob(".*.tmp"), *folder.glob("private/.*.tmp")]
+
+
+def private_states(folder: Path) -> dict[int, dict[str, bytes]]:
+    """Every client's private tensors as a run's last checkpoint has them."""
+    checkpoint = read_checkpoint(folder / CHECKPOINT)
+    log = PrivateLog(folder / PRIVATE, 4)
+    log.read(checkpoint.server_round, checkpoint.private)
+    states = {c: log.get(c) or {} for c in range(4)}
+    assert all(states.values()), "in twelve rounds everyone has trained"
+    return {c: {n: t.numpy().tobytes() for n, t in s.items()} for c, s in states.items()}
 
 
 MOMENTS = {
@@ -95,6 +108,68 @@ def test_kill_and_resume(tmp_path: Path, unbroken: Path, moment: str) -> None:
     assert not (folder / "summary.json").exists()
     resume(folder, QuietDisplay())
     assert_same_results(folder, unbroken)
+
+
+# Kills itself before the n-th call of a function whose last argument's name matches a pattern.
+KILLER = """
+import os, re, signal, sys
+from pathlib import Path
+owner, name, pattern, count = sys.argv[1:5]
+owner = {"os": os, "Path": Path}[owner]
+call, calls = getattr(owner, name), []
+
+def dying(*arguments, **options):
+    calls.extend(re.findall(pattern, str([a for a in arguments if a is not None][-1])))
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(*arguments, **options)
+
+setattr(owner, name, dying)
+sys.argv = ["fedprompt", "run", *sys.argv[5:], "--quiet"]
+from fedprompt.cli import main
+main()
+"""
+STEPS = {
+    "private file half written": ("os", "replace", r"private/round-000005", 1),
+    "private file written, checkpoint not": ("os", "replace", r"/checkpoint\.safetensors", 6),
+    "checkpoint written, nothing cleaned yet": ("Path", "unlink", r"private/round-\d+\.saf", 1),
+    "in the middle of cleaning": ("Path", "unlink", r"private/round-\d+\.saf", 3),
+}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("private file half written", marks=pytest.mark.slow),
+        "private file written, checkpoint not",
+        pytest.param("checkpoint written, nothing cleaned yet", marks=pytest.mark.slow),
+        pytest.param("in the middle of cleaning", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_between_private_tensors_and_checkpoint(
+    tmp_path: Path, unbroken: Path, step: str
+) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "experiment.yaml").write_text(to_yaml(config_for(folder)))
+    arguments = [*map(str, STEPS[step]), str(tmp_path / "experiment.yaml")]
+    killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (folder / "summary.json").exists()
+    assert (folder / CHECKPOINT).exists()
+    resume(folder, QuietDisplay())
+    assert_same_results(folder, unbroken)
+    files = {p.name: p.read_bytes() for p in (folder / PRIVATE).iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (unbroken / PRIVATE).iterdir()}
+
+
+def test_a_run_whose_private_files_are_gone_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _run_until(config_for(folder), 4)
+    newest = max((folder / PRIVATE).iterdir())
+    newest.unlink()
+    with pytest.raises(UserError, match="files are missing or were changed") as caught:
+        resume(folder, QuietDisplay())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
@@ -153,8 +228,6 @@ def test_a_finished_run_is_left_as_it_is(unbroken: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    from fedprompt.errors import UserError
-
     folder = RunFolder.create(config_for(tmp_path / "run"))
     with pytest.raises(UserError, match="in use"):
         resume(tmp_path / "run", QuietDisplay())

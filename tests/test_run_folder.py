@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(
         elif name == "append":
             folder.append(METRICS, {"round": 0})
         else:
-            folder.save_checkpoint(Checkpoint(0, {}, {}, {}, {}))
+            folder.save_checkpoint(Checkpoint(0, {}, {}, {}))
     assert folder.load_checkpoint() is None
     assert not list(folder.path.glob("*.tmp"))
 
@@ -208,6 +208,19 @@ def test_write_json_replaces(folder: RunFolder) -> None:
     assert json.loads((folder.path / "summary.json").read_text()) == {"b": 0.1}
 
 
+def test_a_list_of_numbers_is_one_line_of_json(folder: RunFolder) -> None:
+    value = {
+        "rows": [[1, 2], [], [3]],
+        "names": ["a [\n1]", "[0,\n 1]", '"'],
+        "nested": {"x": [0.5, None], "y": [{"z": [True]}]},
+    }
+    folder.write_json("summary.json", value)
+    text = (folder.path / "summary.json").read_text()
+    assert json.loads(text) == value
+    assert "    [1, 2],\n    [],\n    [3]\n" in text
+    assert '"x": [0.5, null]' in text
+
+
 def test_rewind_drops_what_came_after(folder: RunFolder) -> None:
     for server_round in range(4):
         folder.append(METRICS, {"kind": "round", "round": server_round, "x": 0.1 * server_round})
@@ -244,7 +257,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder) -> None:
     checkpoint = Checkpoint(
         server_round=12,
         shared={"ctx": AWKWARD, "deep/0": torch.arange(6.0).view(2, 3).T},
-        private={"clients": torch.tensor([0, 3]), "tensor/ctx": AWKWARD.expand(2, 2, 2)},
+        private="0123456789abcdef",
         strategy={"momentum": torch.tensor([0.1], dtype=torch.float64)},
         totals={"bytes_up": 2**60, "rejected": 1},
     )
@@ -252,7 +265,8 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder) -> None:
     loaded = folder.load_checkpoint()
     assert loaded is not None
     assert (loaded.server_round, loaded.totals) == (12, checkpoint.totals)
-    for group in ("shared", "private", "strategy"):
+    assert loaded.private == checkpoint.private
+    for group in ("shared", "strategy"):
         saved, read = getattr(checkpoint, group), getattr(loaded, group)
         assert set(read) == set(saved)
         for name, tensor in saved.items():
@@ -262,14 +276,14 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder: RunFolder) -> None:
 
 
 def test_an_empty_checkpoint_comes_back_empty(folder: RunFolder) -> None:
-    empty = Checkpoint(0, {}, {}, {}, {})
+    empty = Checkpoint(0, {}, {}, {})
     folder.save_checkpoint(empty)
     assert folder.load_checkpoint() == empty
 
 
 def test_groups_may_hold_one_memory(folder: RunFolder) -> None:
     # A server optimiser may keep the last shared tensors themselves as its state.
-    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {}, {"last": AWKWARD}, {}))
+    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {"last": AWKWARD}, {}))
     loaded = folder.load_checkpoint()
     assert loaded is not None
     assert torch.equal(loaded.strategy["last"], AWKWARD)
@@ -278,7 +292,7 @@ def test_groups_may_hold_one_memory(folder: RunFolder) -> None:
 def test_a_crash_while_saving_keeps_the_last_checkpoint(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {}, {}, {}))
+    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {}, {}))
 
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
@@ -286,22 +300,23 @@ def test_a_crash_while_saving_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            folder.save_checkpoint(Checkpoint(2, {"ctx": AWKWARD + 1}, {}, {}, {}))
+            folder.save_checkpoint(Checkpoint(2, {"ctx": AWKWARD + 1}, {}, {}))
     loaded = folder.load_checkpoint()
     assert loaded is not None
     assert loaded.server_round == 1
 
 
 def test_a_loaded_checkpoint_outlives_its_file(folder: RunFolder) -> None:
-    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {}, {}, {}))
+    folder.save_checkpoint(Checkpoint(1, {"ctx": AWKWARD}, {}, {}))
     loaded = folder.load_checkpoint()
-    folder.save_checkpoint(Checkpoint(2, {"ctx": AWKWARD + 1}, {}, {}, {}))
+    folder.save_checkpoint(Checkpoint(2, {"ctx": AWKWARD + 1}, {}, {}))
     assert loaded is not None
     assert torch.equal(loaded.shared["ctx"], AWKWARD)
 
 
 WHOLE = save(
-    {"shared/ctx": torch.zeros(2, 2)}, metadata={"round": "1", "totals": json.dumps({"up": 1})}
+    {"shared/ctx": torch.zeros(2, 2)},
+    metadata={"round": "1", "totals": json.dumps({"up": 1}), "private": ""},
 )
 
 
@@ -314,10 +329,21 @@ WHOLE = save(
         (WHOLE[:40], "damaged"),
         (save({"shared/ctx": torch.zeros(1)}), "not one of ours"),
         (save({"ctx": torch.zeros(1)}, metadata={"round": "1", "totals": "{}"}), "not one of ours"),
-        (save({}, metadata={"round": "one", "totals": "{}"}), "not one of ours"),
-        (save({}, metadata={"round": "1", "totals": "{"}), "not one of ours"),
+        (save({}, metadata={"round": "one", "totals": "{}", "private": ""}), "not one of ours"),
+        (save({}, metadata={"round": "1", "totals": "{", "private": ""}), "not one of ours"),
+        (save({}, metadata={"round": "1", "totals": "{}"}), "not one of ours"),
     ],
-    ids=["empty", "garbage", "short", "shorter", "no header", "no group", "round", "totals"],
+    ids=[
+        "empty",
+        "garbage",
+        "short",
+        "shorter",
+        "no header",
+        "no group",
+        "round",
+        "totals",
+        "seal",
+    ],  # fmt: skip
 )
 def test_a_damaged_checkpoint_is_one_line(folder: RunFolder, content: bytes, match: str) -> None:
     (folder.path / CHECKPOINT).write_bytes(content)

@@ -2,16 +2,12 @@
 
 Clients share out the TRAIN images only; the TEST images stay with the server. Each client's own
 images are split into local train and local test, class by class, so local test follows local
-train and never overlaps it.
+train and never overlaps it. The rules are in `schemes`; a partition file (`partition_file`) takes
+their place where one is named, and then says itself what the server tests on.
 
-The rules are our own NumPy code rather than flwr-datasets' partitioners (0.6.1), for reasons read
-in their source: `IidPartitioner` cuts the data set in its stored order, without a shuffle;
-`DirichletPartitioner` does likewise within a class, and gives up after 11 draws, which many
-clients do not survive (alpha 0.1, 21,600 images, 10 classes, at least 2 images each: of 20 seeds
-none fails with 100 clients, 12 with 200, all with 500); `PathologicalPartitioner` may draw classes
-for nobody, and leaves them out. Importing them takes seconds, which a deployed client would pay
-with every message. On the same shuffled images and with the same seed our Dirichlet deal is
-theirs, image by image (tested).
+Every image has one holder, so no image can be in two places. A client may be unlabelled: its
+training images are there without their labels. It never trains, nor does a client without
+training images, but it is tested like any other; a client without test images is not tested.
 
 Suffixes: N images, T training images, K clients, C classes, D domains, G (client, class) groups.
 """
@@ -19,7 +15,10 @@ Suffixes: N images, T training images, K clients, C classes, D domains, G (clien
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,12 @@ from numpy.typing import NDArray
 
 from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.schemes import Images, Indices, deal
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
 
-Indices = NDArray[np.int64]
-DIRICHLET_DRAWS = 11  # as many as flwr-datasets tries
+SERVER, NOBODY = -1, -2
+"""Holders of an image that are no clients."""
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,11 @@ class Partition:
     """Image indices per client, compact: client k owns `flat[offsets[k]:offsets[k + 1]]`.
 
     Indices point into the `ImageDataset` the partition was made from, ascending per client.
-    `server_test` holds all TEST images.
+    `server_test` holds the server's test images. The training images of the clients in
+    `unlabelled` have no labels to train on.
+
+    Raises:
+        ValueError: an image is held twice.
     """
 
     train_flat: Indices
@@ -48,11 +52,44 @@ class Partition:
     test_flat: Indices
     test_offsets: Indices
     server_test: Indices
+    unlabelled: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        held = np.concatenate((self.train_flat, self.test_flat, self.server_test))
+        if len(np.unique(held)) < len(held):
+            raise ValueError("an image is held twice")
+
+    @classmethod
+    def of_holders(
+        cls,
+        holder_N: Indices,
+        is_test_N: NDArray[np.bool_],
+        clients: int,
+        unlabelled: frozenset[int] = frozenset(),
+    ) -> Partition:
+        """The partition that gives each image to one holder: a client, `SERVER` or `NOBODY`.
+
+        `is_test_N` tells a client's test images from its training images.
+        """
+        arrays = (
+            *_group(holder_N, ~is_test_N, clients),
+            *_group(holder_N, is_test_N, clients),
+            np.flatnonzero(holder_N == SERVER).astype(np.int64),
+        )
+        for array in arrays:
+            array.flags.writeable = False
+        return cls(*arrays, unlabelled=unlabelled)
 
     @property
     def num_clients(self) -> int:
         """Number of clients K."""
         return len(self.train_offsets) - 1
+
+    @property
+    def trainable(self) -> list[int]:
+        """Clients with labelled training images, ascending: those that can train."""
+        holding = np.flatnonzero(np.diff(self.train_offsets))
+        return [int(k) for k in holding if int(k) not in self.unlabelled]
 
     def train(self, client: int) -> Indices:
         """Images that client trains on."""
@@ -75,20 +112,43 @@ def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) ->
     """The partition that `config` and `seed` describe; the same on every machine.
 
     Raises:
-        UserError: the scheme cannot be met with these images; the message has the numbers.
+        UserError: the scheme cannot be met with these images, or the partition file does not fit
+            them; the message has the numbers.
     """
+    if config.file is None:
+        partition = _deal(dataset, config, seed)
+    else:
+        from fedprompt.data.partition_file import read_partition  # it needs `Partition`
+
+        partition = read_partition(Path(config.file).expanduser(), dataset, config.clients)
+    idle = sorted(set(range(partition.num_clients)) - set(partition.trainable))
+    if len(idle) == partition.num_clients:
+        raise UserError("partition: no client has labelled training images.")
+    if idle:
+        shown = ", ".join(map(str, idle[:10])) + (", ..." if len(idle) > 10 else "")
+        log.warning(
+            "partition: %d of %d clients have no labelled training images and never train: %s",
+            len(idle),
+            partition.num_clients,
+            shown,
+        )
+    return partition
+
+
+def _deal(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
     train_T = np.flatnonzero(dataset.split_N == TRAIN).astype(np.int64)
     labels_T = dataset.labels_N[train_T]
     _check_enough(len(train_T), config)
     order_T = generator(seed, "partition", "order").permutation(len(train_T))
-    if config.scheme == "iid":
-        owner_T = _deal(order_T, np.arange(config.clients), len(train_T))
-    elif config.scheme == "dirichlet":
-        owner_T = _dirichlet(labels_T, order_T, config, seed)
-    elif config.scheme == "pathological":
-        owner_T = _pathological(labels_T, order_T, dataset.class_names, config, seed)
-    else:
-        owner_T = _by_domain(dataset.domains_N[train_T], order_T, dataset.domain_names, config)
+    images = Images(
+        labels_T[order_T],
+        dataset.domains_N[train_T][order_T],
+        dataset.class_names,
+        dataset.domain_names,
+        dataset.superclass_names,
+    )
+    owner_T = np.empty(len(train_T), dtype=np.int64)
+    owner_T[order_T] = deal(images, config, seed)
     sizes_K = np.bincount(owner_T, minlength=config.clients)
     if sizes_K.min() < config.min_images:
         client = int(sizes_K.argmin())
@@ -98,20 +158,23 @@ def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) ->
             f"lower it or partition.clients ({config.clients})."
         )
     train_mask, test_mask = _split_locally(owner_T, labels_T, config, seed)
-    train_flat, train_offsets = _group(train_T, owner_T, train_mask, config.clients)
-    test_flat, test_offsets = _group(train_T, owner_T, test_mask, config.clients)
-    server_test = np.flatnonzero(dataset.split_N == TEST).astype(np.int64)
-    arrays = (train_flat, train_offsets, test_flat, test_offsets, server_test)
-    for array in arrays:
-        array.flags.writeable = False
-    return Partition(*arrays)
+    holder_N = np.where(dataset.split_N == TEST, SERVER, NOBODY).astype(np.int64)
+    holder_N[train_T] = np.where(train_mask | test_mask, owner_T, NOBODY)
+    is_test_N = np.zeros(len(dataset), dtype=bool)
+    is_test_N[train_T] = test_mask
+    draw = generator(seed, "partition", "unlabelled").permutation(config.clients)
+    unlabelled = frozenset(int(k) for k in draw[: config.unlabelled_clients])
+    return Partition.of_holders(holder_N, is_test_N, config.clients, unlabelled)
 
 
 def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
     """The partition as counts, ready for JSON: what a run folder's `partition.json` holds.
 
-    `train_counts` and `test_counts` are K x C, `domain_counts` is K x D over a client's local
-    train and test images together, `server_test_counts` has one number per class.
+    `train_counts` and `test_counts` have a row per client, of classes and their counts in turn:
+    `[3, 12, 7, 1]` = 12 images of class 3 and 1 of class 7; `dense` makes a K x C array of them.
+    `domain_counts` likewise, over a client's local train and test images together;
+    `server_test_counts` has one number per class. The labels that `unlabelled_clients` cannot
+    train on are counted with the others.
     """
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
     domain_KD = _counts(
@@ -121,11 +184,36 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
     return {
         "class_names": list(dataset.class_names),
         "domain_names": list(dataset.domain_names),
-        "train_counts": partition.train_counts(dataset.labels_N, num_classes).tolist(),
-        "test_counts": partition.test_counts(dataset.labels_N, num_classes).tolist(),
-        "domain_counts": domain_KD.tolist(),
+        "train_counts": sparse(partition.train_counts(dataset.labels_N, num_classes)),
+        "test_counts": sparse(partition.test_counts(dataset.labels_N, num_classes)),
+        "domain_counts": sparse(domain_KD),
         "server_test_counts": server_C.tolist(),
+        "unlabelled_clients": sorted(partition.unlabelled),
     }
+
+
+def sparse(counts_KC: Indices) -> list[list[int]]:
+    """One row per client: columns with a count and that count, in turn."""
+    client_G, column_G = np.nonzero(counts_KC)
+    pairs_G2 = np.stack((column_G, counts_KC[client_G, column_G]), axis=1)
+    ends = np.cumsum(np.bincount(client_G, minlength=len(counts_KC))[:-1])
+    return [pairs.ravel().tolist() for pairs in np.split(pairs_G2, ends)]
+
+
+def dense(rows: Sequence[Sequence[int]], width: int) -> Indices:
+    """Counts (K, width) from the rows that `sparse` gives.
+
+    Raises:
+        ValueError: these are not such rows, or have columns beyond `width`.
+    """
+    lengths_K = np.array([len(row) for row in rows], dtype=np.int64)
+    flat = np.array(list(chain.from_iterable(rows)), dtype=np.int64)
+    column_G, count_G = flat[0::2], flat[1::2]
+    if (lengths_K % 2).any() or (len(flat) and not 0 <= column_G.min() <= column_G.max() < width):
+        raise ValueError(f"rows are not pairs of a column below {width} and a count")
+    counts_KC = np.zeros((len(rows), width), dtype=np.int64)
+    counts_KC[np.repeat(np.arange(len(rows)), lengths_K // 2), column_G] = count_G
+    return counts_KC
 
 
 def _check_enough(images: int, config: PartitionConfig) -> None:
@@ -140,126 +228,6 @@ def _check_enough(images: int, config: PartitionConfig) -> None:
             f"need {config.clients * config.min_images} training images, there are {images}; "
             "lower partition.clients or partition.min_images."
         )
-
-
-def _deal(members: Indices, owners: Indices, total: int) -> Indices:
-    """Owner of each of `total` images: `members` cut into equal runs (within 1) for `owners`."""
-    owner_T = np.full(total, -1, dtype=np.int64)
-    owner_T[members] = owners[np.arange(len(members)) * len(owners) // len(members)]
-    return owner_T
-
-
-def _dirichlet(labels_T: Indices, order_T: Indices, config: PartitionConfig, seed: int) -> Indices:
-    """Per class, shares over clients ~ Dir(alpha) (Hsu et al., 2019, arXiv 1909.06335).
-
-    A draw that leaves a client short of `min_images` is repeated. After `DIRICHLET_DRAWS` of them
-    the last one is kept and short clients are topped up from the largest ones, with a warning:
-    otherwise many clients at a small alpha could never be had.
-    """
-    rng = generator(seed, "partition", "dirichlet")
-    members_C = [order_T[labels_T[order_T] == label] for label in np.unique(labels_T)]
-    owner_T = np.empty(len(labels_T), dtype=np.int64)
-    for _ in range(DIRICHLET_DRAWS):
-        for members in members_C:
-            shares_K = rng.dirichlet(np.full(config.clients, config.alpha))
-            if not np.isfinite(shares_K).all():
-                raise UserError(f"partition: no shares can be drawn at alpha {config.alpha}.")
-            cuts = (np.cumsum(shares_K)[:-1] * len(members)).astype(np.int64)
-            bounds = np.concatenate(([0], np.minimum(cuts, len(members)), [len(members)]))
-            owner_T[members] = np.repeat(np.arange(config.clients), np.diff(bounds))
-        if np.bincount(owner_T, minlength=config.clients).min() >= config.min_images:
-            return owner_T
-    return _top_up(owner_T, order_T, config)
-
-
-def _top_up(owner_T: Indices, order_T: Indices, config: PartitionConfig) -> Indices:
-    """Give every client `min_images` by moving random images from whoever then holds most."""
-    sizes_K = np.bincount(owner_T, minlength=config.clients)
-    grouped = order_T[np.argsort(owner_T[order_T], kind="stable")]
-    starts_K = np.cumsum(sizes_K) - sizes_K
-    short = np.repeat(np.arange(config.clients), np.maximum(config.min_images - sizes_K, 0))
-    for client in short:
-        donor = sizes_K.argmax()
-        sizes_K[donor] -= 1
-        owner_T[grouped[starts_K[donor] + sizes_K[donor]]] = client
-        sizes_K[client] += 1
-    log.warning(
-        "partition: %d of %d clients were short of %d images after %d Dirichlet draws at alpha "
-        "%g; %d images were moved to them from the largest clients",
-        len(np.unique(short)),
-        config.clients,
-        config.min_images,
-        DIRICHLET_DRAWS,
-        config.alpha,
-        len(short),
-    )
-    return owner_T
-
-
-def _pathological(
-    labels_T: Indices,
-    order_T: Indices,
-    class_names: tuple[str, ...],
-    config: PartitionConfig,
-    seed: int,
-) -> Indices:
-    """Each client holds exactly `classes_per_client` classes (McMahan et al., 2017).
-
-    Clients in turn take the classes with the fewest owners so far, ties at random: every class
-    finds owners, and their numbers differ by one at most. A class is dealt evenly to its owners.
-    """
-    num_classes, each = len(class_names), config.classes_per_client
-    if each > num_classes:
-        raise UserError(
-            f"partition: classes_per_client is {each}, the data set has {num_classes} classes."
-        )
-    if config.clients * each < num_classes:
-        raise UserError(
-            f"partition: {config.clients} clients with {each} classes each cannot hold all "
-            f"{num_classes} classes; raise partition.clients or partition.classes_per_client."
-        )
-    rng = generator(seed, "partition", "pathological")
-    owned_KC = np.zeros((config.clients, num_classes), dtype=bool)
-    owners_C = np.zeros(num_classes, dtype=np.int64)
-    for client in range(config.clients):
-        chosen = np.lexsort((rng.random(num_classes), owners_C))[:each]
-        owned_KC[client, chosen] = True
-        owners_C[chosen] += 1
-    owner_T = np.empty(len(labels_T), dtype=np.int64)
-    for label, name in enumerate(class_names):
-        members = order_T[labels_T[order_T] == label]
-        owners = np.flatnonzero(owned_KC[:, label])
-        if len(members) < len(owners):
-            raise UserError(
-                f"partition: class '{name}' has {len(members)} training images for "
-                f"{len(owners)} clients; lower partition.clients or partition.classes_per_client."
-            )
-        owner_T[members] = _deal(members, owners, len(labels_T))[members]
-    return owner_T
-
-
-def _by_domain(
-    domains_T: Indices, order_T: Indices, domain_names: tuple[str, ...], config: PartitionConfig
-) -> Indices:
-    """Client k holds images of domain k mod D, dealt evenly at random among its clients."""
-    num_domains = len(domain_names)
-    if num_domains < 2:
-        raise UserError(
-            "partition: scheme 'domain' needs a data set with two or more domains; this one has "
-            "one. Use partition.scheme=iid."
-        )
-    if config.clients < num_domains:
-        raise UserError(
-            f"partition: {config.clients} clients cannot cover {num_domains} domains; "
-            "raise partition.clients or use fewer domains."
-        )
-    owner_T = np.empty(len(domains_T), dtype=np.int64)
-    for domain in range(num_domains):
-        members = order_T[domains_T[order_T] == domain]
-        if len(members):
-            owners = np.arange(domain, config.clients, num_domains)
-            owner_T[members] = _deal(members, owners, len(domains_T))[members]
-    return owner_T
 
 
 def _split_locally(
@@ -299,13 +267,12 @@ def _split_locally(
     return train_mask, test_mask
 
 
-def _group(
-    train_T: Indices, owner_T: Indices, mask_T: NDArray[np.bool_], clients: int
-) -> tuple[Indices, Indices]:
-    chosen = np.flatnonzero(mask_T)
-    chosen = chosen[np.argsort(owner_T[chosen], kind="stable")]
-    sizes_K = np.bincount(owner_T[chosen], minlength=clients)
-    return train_T[chosen], np.concatenate(([0], np.cumsum(sizes_K))).astype(np.int64)
+def _group(holder_N: Indices, mask_N: NDArray[np.bool_], clients: int) -> tuple[Indices, Indices]:
+    """(flat, offsets) of the images in the mask that clients hold."""
+    chosen = np.flatnonzero(mask_N & (holder_N >= 0)).astype(np.int64)
+    chosen = chosen[np.argsort(holder_N[chosen], kind="stable")]
+    sizes_K = np.bincount(holder_N[chosen], minlength=clients)
+    return chosen, np.concatenate(([0], np.cumsum(sizes_K))).astype(np.int64)
 
 
 def _counts(flat: Indices, offsets: Indices, values_N: Indices, num_values: int) -> Indices:

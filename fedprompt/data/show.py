@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from rich.table import Table
 
 from fedprompt.data.base import ImageDataset
+from fedprompt.data.partition import dense
 
 CLIENTS_SHOWN = 30
 TILE, COLUMNS, LABEL = 96, 8, 150
@@ -18,9 +19,9 @@ TILE, COLUMNS, LABEL = 96, 8, 150
 def partition_table(name: str, description: Mapping[str, Any]) -> Table:
     """One row per client: training and test images, classes held, the largest class."""
     classes = description["class_names"]
-    train_KC = np.array(description["train_counts"])
-    test_KC = np.array(description["test_counts"])
-    domain_KD = np.array(description["domain_counts"])
+    train_KC = dense(description["train_counts"], len(classes))
+    test_KC = dense(description["test_counts"], len(classes))
+    domain_KD = dense(description["domain_counts"], len(description["domain_names"]))
     several_domains = domain_KD.shape[1] > 1
     table = Table(title=f"{name}: {len(train_KC)} clients, {len(classes)} classes")
     for heading in ("client", "train", "test", "classes"):

@@ -1,0 +1,237 @@
+"""Private tensors of a simulation's clients on disk: one file per checkpoint, in the run folder.
+
+private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): the states put since the
+                                   checkpoint before, and older ones that were moved here
+
+Work, memory and bytes follow the clients that take part, not all of them. What is put stays in
+memory until the next checkpoint writes it. A client's state is its row in the newest file that
+holds it, found through two integers per client; nothing else is kept in memory.
+
+A checkpoint of the run is made in three steps: `save` writes the new file and returns a seal; the
+caller makes the seal durable with its own state; `settle` removes the files that this checkpoint
+no longer needs. A crash at any moment leaves the old checkpoint with all its files, or the new one
+with all of its.
+
+Cleaning is part of `save`. A file of which half the rows or more are dead (their clients have a
+newer state) may have its live rows moved to the new file, never more rows than were put: every row
+moved is paid for by a dead row that goes, so at most twice the rows that training makes are ever
+written, and dead rows cannot pile up.
+
+Suffixes: K clients of the run, R rows of a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+from fedprompt.methods.base import Tensors
+
+CLIENTS, TENSOR = "clients", "tensor/"
+
+
+class PrivateLog:
+    """Private tensors of clients 0 .. K - 1, by client id; empty until `restore` or `read`."""
+
+    def __init__(self, folder: Path, clients: int) -> None:
+        self.folder = folder
+        self._forget(clients)
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients K; their ids are 0 .. K - 1."""
+        return len(self._file_K)
+
+    def _forget(self, clients: int) -> None:
+        self._file_K = np.full(clients, -1, dtype=np.int64)
+        self._row_K = np.zeros(clients, dtype=np.int64)
+        self._rows: dict[int, int] = {}
+        self._live: dict[int, int] = {}
+        self._pending: dict[int, Tensors] = {}
+
+    def get(self, client: int) -> Tensors | None:
+        """A client's tensors, or None before it has trained.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        if client in self._pending:
+            return self._pending[client]
+        file, row = int(self._file_K[client]), int(self._row_K[client])
+        if file < 0:
+            return None
+        with self._reading(file) as reader:
+            return _row(reader, row)
+
+    def put(self, client: int, tensors: Tensors) -> None:
+        """Keep a client's tensors: in memory now, on disk with the next `save`."""
+        if tensors:
+            self._pending[client] = tensors
+
+    @property
+    def seal(self) -> str:
+        """What the files in use are, in 16 hex digits: a checkpoint keeps it, `restore` checks."""
+        files = [(f, self._rows[f], live) for f, live in sorted(self._live.items()) if live]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+    def save(self, server_round: int) -> str:
+        """Make all that was put durable; returns the seal. Rounds rise from call to call.
+
+        Raises:
+            UserError: full disk, or no right to write.
+        """
+        if self._pending:
+            states = {**self._moved(), **self._pending}
+            clients = sorted(states)
+            tensors = {CLIENTS: torch.tensor(clients, dtype=torch.int64)}
+            for name in states[clients[0]]:
+                tensors[f"{TENSOR}{name}"] = torch.stack([states[c][name] for c in clients])
+            self._write(server_round, save(tensors))
+            self._point(server_round, np.array(clients))
+            self._pending = {}
+        return self.seal
+
+    def settle(self) -> None:
+        """Remove files without a live row; call it when the checkpoint of `save` is durable."""
+        for file in [f for f, live in self._live.items() if not live]:
+            # One that cannot be removed does no harm: no row of it is ever read again.
+            with contextlib.suppress(OSError):
+                self._path(file).unlink()
+            del self._live[file], self._rows[file]
+
+    def read(self, server_round: int, seal: str) -> None:
+        """Take the states as the checkpoint of that round has them; changes nothing on disk.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        self._forget(self.num_clients)
+        for file in [f for f in self._files() if f <= server_round]:
+            self._point(file, self._clients_of(file))
+        if self.seal != seal:
+            raise UserError(
+                f"{self.folder} does not hold the private states of the checkpoint of round "
+                f"{server_round}: files are missing or were changed. {self._anew}"
+            )
+
+    def restore(self, server_round: int, seal: str) -> None:
+        """Go back to a checkpoint: as `read`, and what is not part of it is removed.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        self.read(server_round, seal)
+        self.settle()
+        self._remove([f for f in self._files() if f > server_round])
+
+    def clear(self) -> None:
+        """Start without any state; removes what an earlier start left."""
+        self._forget(self.num_clients)
+        self._remove(self._files())
+
+    # Files
+
+    def _moved(self) -> dict[int, Tensors]:
+        """Live rows of the files that this checkpoint cleans, by client."""
+        newer = Counter(int(self._file_K[c]) for c in self._pending)
+        left = {f: live - newer[f] for f, live in self._live.items()}
+        room, moved = len(self._pending), {}
+        for file in sorted(left, key=lambda f: (left[f], f)):
+            if not 0 < left[file] <= min(room, self._rows[file] - left[file]):
+                continue
+            room -= left[file]
+            with self._reading(file) as reader:
+                for row, client in enumerate(reader.get_tensor(CLIENTS).tolist()):
+                    if self._file_K[client] == file and client not in self._pending:
+                        moved[client] = _row(reader, row)
+        return moved
+
+    def _point(self, file: int, clients_R: NDArray[np.int64]) -> None:
+        """The newest states of these clients are the rows of `file`."""
+        before, counts = np.unique(self._file_K[clients_R], return_counts=True)
+        for older, count in zip(before.tolist(), counts.tolist(), strict=True):
+            if older >= 0:
+                self._live[older] -= count
+        self._file_K[clients_R] = file
+        self._row_K[clients_R] = np.arange(len(clients_R))
+        self._rows[file] = self._live[file] = len(clients_R)
+
+    def _clients_of(self, file: int) -> NDArray[np.int64]:
+        """Client ids of a file's rows, checked."""
+        with self._reading(file) as reader:
+            clients_R: NDArray[np.int64] = reader.get_tensor(CLIENTS).numpy()
+            rows = {
+                reader.get_slice(n).get_shape()[0]
+                for n in reader.keys()  # noqa: SIM118
+            }
+            fits = clients_R.dtype == np.int64 and clients_R.ndim == 1
+            if not fits or rows != {len(np.unique(clients_R))}:
+                raise ValueError("its rows do not fit its clients")
+            if len(clients_R) and not 0 <= clients_R.min() <= clients_R.max() < self.num_clients:
+                raise ValueError(f"it holds clients beyond the run's {self.num_clients}")
+        return clients_R
+
+    @contextlib.contextmanager
+    def _reading(self, file: int) -> Iterator[Any]:
+        path = self._path(file)
+        try:
+            with safe_open(path, framework="pt") as reader:
+                yield reader
+        except FileNotFoundError:
+            raise UserError(f"private states {path} are missing. {self._anew}") from None
+        except (SafetensorError, OSError, ValueError, IndexError) as error:
+            raise UserError(f"private states {path} are damaged ({error}). {self._anew}") from None
+
+    def _write(self, file: int, content: bytes) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True, mode=0o700)
+            write_bytes(self._path(file), content, mode=0o600)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path(file)}: {error.strerror}; the run can go on from its "
+                f"checkpoint with 'fedprompt run --resume {self.folder.parent}'."
+            ) from None
+
+    def _remove(self, files: list[int]) -> None:
+        strays = self.folder.glob(".round-*.tmp")
+        try:
+            for path in (*(self._path(f) for f in files), *strays):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot remove old files in {self.folder}: {error.strerror}."
+            ) from None
+
+    def _files(self) -> list[int]:
+        """Rounds of the files that lie in the folder, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in self.folder.iterdir())
+        return sorted(int(m.group(1)) for m in matches if m)
+
+    def _path(self, file: int) -> Path:
+        return self.folder / f"round-{file:06d}.safetensors"
+
+    @property
+    def _anew(self) -> str:
+        config = self.folder.parent / "config.yaml"
+        return f"Start the run anew with 'fedprompt run {config} output.dir=...'."
+
+
+def _row(reader: Any, row: int) -> Tensors:
+    """One client's tensors, copied out of an open file."""
+    names = [n for n in reader.keys() if n != CLIENTS]  # noqa: SIM118
+    return {n.removeprefix(TENSOR): reader.get_slice(n)[row : row + 1][0] for n in names}
