@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# Before torch, Flower and Ray are imported, and only where the user has not decided: idle threads
-# sleep instead of spinning (on a busy machine spinning costs several times the work itself), no
-# telemetry, no update check.
-for _name, _value in {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
+from fedprompt.environment import set_defaults
+
+set_defaults()
 
 from rich.console import Console
 from rich.logging import RichHandler

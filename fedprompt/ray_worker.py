@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedprompt.environment import set_defaults
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -43,8 +45,7 @@ class Worker:
     """The actor. It is created in no time; `open` then loads CLIP, features and data."""
 
     def __init__(self) -> None:
-        # Read by OpenMP when PyTorch loads it: threads that wait must not take another's core.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        set_defaults()
         self._workspace: Workspace
 
     def placed(self) -> bool:

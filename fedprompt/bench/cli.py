@@ -1,23 +1,16 @@
-# ruff: noqa: E402
 """The commands of `scripts/bench.py`."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# Before torch, Flower and Ray are imported, and only where the user has not decided.
-for _name, _value in {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}.items():
-    os.environ.setdefault(_name, _value)
+from fedprompt.environment import set_defaults
+
+set_defaults()
 
 import torch
 

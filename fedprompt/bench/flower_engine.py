@@ -16,12 +16,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from fedprompt.config import Config, to_yaml
+from fedprompt.environment import DEFAULTS
 from fedprompt.errors import UserError
-from fedprompt.run_folder import PROMPTS, TIMINGS
+from fedprompt.run_folder import SUMMARY, TIMINGS
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 900
@@ -33,17 +31,17 @@ def available() -> bool:
     return (ROOT / "pyproject.toml").is_file() and command.is_file() and Path("/proc/self").exists()
 
 
-def run_engine(config: Config, folder: Path) -> tuple[list[float], Tensor]:
-    """Run an experiment on Flower's engine, one SuperNode per client.
+def run_engine(config: Config, folder: Path) -> Path:
+    """Run an experiment on Flower's engine, one SuperNode per client; returns the run folder.
 
-    Returns:
-        Seconds of training by round (1, 2, ...), and the final shared context.
+    `folder` gets the run folder (unless `output.dir` names another), and in `state` the clients'
+    private prompts. All of Flower's processes are ended.
 
     Raises:
         UserError: Flower did not finish the run.
     """
-    folder.mkdir(parents=True)
-    target = folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = Path(config.output.dir or folder / "run")
     config = replace(config, output=replace(config.output, dir=str(target)))
     experiment = folder / "experiment.yaml"
     experiment.write_text(to_yaml(config), encoding="utf-8")
@@ -53,7 +51,7 @@ def run_engine(config: Config, folder: Path) -> tuple[list[float], Tensor]:
     )
     command = ["flwr", "run", str(ROOT), "--stream", "--federation-config", federation]
     command += ["-c", f'experiment="{experiment}" overrides=""']
-    with flower_home(folder) as environment:
+    with _flower_home(folder) as environment:
         finished = subprocess.run(
             command,
             env=environment,
@@ -62,27 +60,29 @@ def run_engine(config: Config, folder: Path) -> tuple[list[float], Tensor]:
             timeout=TIME_LIMIT_S,
             check=False,
         )
-    if not (target / PROMPTS).is_file():
+    if not (target / SUMMARY).is_file():
         said = " ".join((finished.stdout + finished.stderr).split())[-500:]
         raise UserError(f"Flower's engine did not finish the run: {said}")
-    lines = [json.loads(x) for x in (target / TIMINGS).read_text().splitlines()]
-    seconds = [line["train_s"] for line in lines if line["round"] > 0]
-    return seconds, load_file(target / PROMPTS)["shared/ctx"]
+    return target
+
+
+def training_seconds(run: Path) -> list[float]:
+    """Seconds of training by round (1, 2, ...) of a run."""
+    lines = [json.loads(x) for x in (run / TIMINGS).read_text().splitlines()]
+    return [line["train_s"] for line in lines if line["round"] > 0]
 
 
 @contextmanager
-def flower_home(folder: Path) -> Iterator[dict[str, str]]:
+def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
     """An environment of its own for Flower; its background processes are ended by their ids."""
     home = str(folder / "flwr")
     environment = {
+        **DEFAULTS,
         **os.environ,
         "FLWR_HOME": home,
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "FEDPROMPT_STATE": str(folder / "state"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

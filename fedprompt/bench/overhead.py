@@ -13,17 +13,19 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedprompt.bench.compare import Measured, max_rel_diff, require_equal, row
 from fedprompt.bench.disk_job import write_job
-from fedprompt.bench.flower_engine import available, run_engine
+from fedprompt.bench.flower_engine import available, run_engine, training_seconds
 from fedprompt.bench.machine import peak_mb, reset_peak
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.workload import Sizes
 from fedprompt.cohorts import group
 from fedprompt.config import Config
 from fedprompt.grid import CohortGrid, open_grid
+from fedprompt.run_folder import PROMPTS
 from fedprompt.server_app import Federation
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
@@ -78,8 +80,9 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
     expected: Tensor | None = None
     if clients in options.engine_clients and available():
         out.progress(f"{clients} clients on Flower's engine (flwr run)")
-        seconds, expected = run_engine(config, folder / "engine")
-        reference = Measured(seconds=[s / clients for s in seconds[1:]])
+        run = run_engine(config, folder / "engine")
+        expected = load_file(run / PROMPTS)["shared/ctx"]
+        reference = Measured(seconds=[s / clients for s in training_seconds(run)[1:]])
     for workers in options.workers:
         name = f"{'inline' if not workers else f'Ray, {workers} workers'}, {clients} clients"
         out.progress(name)
