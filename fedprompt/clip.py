@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.timm_model import TimmModel
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -96,6 +97,11 @@ class FrozenCLIP:
         self.text = _text_parts(model)
         self.positions_encoded = 0
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
+
+    @property
+    def needs_timm(self) -> bool:
+        """Whether the image tower is one of timm's."""
+        return isinstance(self.model.visual, TimmModel)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

@@ -169,7 +169,10 @@ class RayGrid(CohortGrid):
 
     def _spawn(self, number: int, failed_starts: int = 0) -> _Slot:
         actor = self._new_actor()
-        steps = [actor.placed.remote(), actor.open.remote(self._config)]
+        steps = [
+            actor.placed.remote(),
+            actor.open.remote(self._config, self.workspace.clip.needs_timm),
+        ]
         return _Slot(number, actor, steps, time.monotonic(), failed_starts)
 
     def _await_start(self) -> None:

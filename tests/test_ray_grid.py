@@ -97,8 +97,8 @@ def on_fake_ray(
         workspace: Workspace, trouble: Callable[[str, int], Exception | None] = lambda *_: None
     ) -> tuple[RayGrid, FakeRay]:
         class LocalWorker(Worker):
-            def open(self, config: Any) -> Place:
-                del config
+            def open(self, config: Any, needs_timm: bool) -> Place:
+                del config, needs_timm
                 self._workspace = workspace
                 return Place(1, "here", 1e9)
 
