@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedprompt.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from fedprompt.config import Config
+    from fedprompt.data.base import ImageDataset
+    from fedprompt.data.partition import Partition
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
@@ -162,14 +167,10 @@ def partition(
 ) -> None:
     """Write an experiment's partition to a file, which partition.file=FILE reads back."""
     from fedprompt.config import compose
-    from fedprompt.data import open_dataset
-    from fedprompt.data.cache import default_cache_dir
-    from fedprompt.data.partition import make_partition
     from fedprompt.data.partition_file import origin_of, write_partition
 
     config = compose(experiment, overrides or [])
-    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
-    made = make_partition(dataset, config.partition, config.seed)
+    dataset, made = _dealt(config)
     write_partition(out, dataset, made, origin_of(config.partition, config.seed))
     Console().print(f"wrote {out}", **PLAIN)
 
@@ -195,17 +196,27 @@ def sheet(
     Console().print(f"wrote {out}", markup=False, highlight=False)
 
 
-def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
-    from fedprompt.config import compose
+def _dealt(config: Config) -> tuple[ImageDataset, Partition]:
+    """The data set, without what a protocol holds out, and its partition, as in a run."""
     from fedprompt.data import open_dataset
     from fedprompt.data.cache import default_cache_dir
-    from fedprompt.data.partition import describe, make_partition
+    from fedprompt.data.partition import make_partition
+    from fedprompt.protocols import hold_out
+
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    dataset, _ = hold_out(config, dataset)
+    return dataset, make_partition(dataset, config.partition, config.seed)
+
+
+def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
+    from fedprompt.config import compose
+    from fedprompt.data.partition import describe
     from fedprompt.data.show import partition_table
     from fedprompt.plots import plot_partition
 
     config = compose(experiment, overrides)
-    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
-    description = describe(dataset, make_partition(dataset, config.partition, config.seed))
+    dataset, made = _dealt(config)
+    description = describe(dataset, made)
     console = Console()
     console.print(partition_table(dataset.name, description))
     for bad in dataset.bad_images:

@@ -36,7 +36,6 @@ from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 from strategies.screening import ARRAYS, CONFIG, METRICS, to_record, values_of
 
-
 PROTOCOLS = "protocols"
 """Key of an evaluate message that asks for what the protocols measure on clients."""
 

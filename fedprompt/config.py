@@ -63,6 +63,11 @@ class DataConfig:
     test_fraction: float = option(
         0.25, "server test share where the data set has no official test split", gt=0, lt=1
     )
+    views: int = option(
+        1, "views per training image: the plain one and views - 1 random crops, perhaps mirrored",
+        ge=1, le=64,
+    )  # fmt: skip
+    crop_scale: float = option(0.08, "views: smallest share of an image in a crop", gt=0, le=1)
     on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
     # source: folder
     root: str | None = option(

@@ -118,6 +118,31 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def protocol_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """One table per protocol that has results of its own.
+
+    Raises:
+        UserError: these results are damaged.
+    """
+    # Imported here: protocols format their cells with this module.
+    from fedprompt.protocols import result_tables
+
+    shown = []
+    for found in result_tables(summary, "the run's summary"):
+        first, *others = found.columns
+        table = Table(
+            Column(_plain(first), overflow="fold"),
+            *(Column(_plain(name), justify="right", overflow="fold") for name in others),
+            title=_plain(found.title),
+            caption=_plain(found.note),
+            **_LOOK,
+        )
+        for row in found.rows:
+            table.add_row(*map(_plain, row))
+        shown.append(table)
+    return shown
+
+
 def compare_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     """One row per run; settings that all runs share stand in the caption instead of a column."""
     keys = [
@@ -251,6 +276,8 @@ def _print_summary(
     console: Console, summary: Mapping[str, Any], run_dir: Path | str | None
 ) -> None:
     console.print(summary_table(summary))
+    for table in protocol_tables(summary):
+        console.print(table)
     if run_dir is not None:
         # Not in the table's caption: there it would be broken over lines and hard to copy.
         console.print(_plain(f"run folder: {run_dir}"), soft_wrap=True)

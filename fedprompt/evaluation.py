@@ -6,7 +6,7 @@ Shape suffixes: K clients, B images, D joint embedding, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Personal:
     """Accuracy over clients with test images (fractions). `std` is the population's (divide by n).
 
     `worst` is the lowest client, `p10` the 10th percentile (linear interpolation), `accuracy` the
-    list by client, None where a client has no test images.
+    list that all of these are made from, in the order given.
     """
 
     mean: float
@@ -49,16 +49,16 @@ class Personal:
     worst: float
     p10: float
     clients_tested: int
-    accuracy: list[float | None]
+    accuracy: list[float]
 
     def to_json(self) -> dict[str, object]:
         """Plain values for a metrics line."""
         return asdict(self)
 
 
-def personal_statistics(accuracy: Sequence[float | None]) -> Personal | None:
-    """Statistics over the clients that have test images; None when none has."""
-    known = np.array([a for a in accuracy if a is not None], dtype=np.float64)
+def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
+    """Statistics over clients that have test images, each counted once; None without any."""
+    known = np.array(accuracy, dtype=np.float64)
     if known.size == 0:
         return None
     return Personal(
@@ -78,9 +78,49 @@ def score_global(
     """The shared prompts alone on a test set; None for methods without a global model."""
     if not method.has_global:
         return None
+    return _score(method, encode_global(method, shared), features_ND, labels_N)[0]
+
+
+@torch.no_grad()
+def encode_global(method: Method, shared: Tensors) -> Tensors:
+    """The encoded model of the shared prompts alone, client axis 1; the method has a global one."""
     device = method.clip.device
-    encoded = method.encode({n: v[None].to(device) for n, v in shared.items()}, None)
-    return _score(method, encoded, features_ND, labels_N)[0]
+    return method.encode({n: v[None].to(device) for n, v in shared.items()}, None)
+
+
+@torch.no_grad()
+def encode_personal(
+    method: Method, shared: Sequence[Tensors], private: Sequence[Tensors]
+) -> Tensors:
+    """The encoded models of K clients; client axis 1 where all of them have the same model.
+
+    Shared prompts that are the same for all clients are encoded once for all.
+    """
+    device, models = method.clip.device, list(shared)
+    if all(_equal(other, models[0]) for other in models[1:]):
+        models = models[:1]
+    return method.encode(stack(models, device), stack(list(private), device))
+
+
+def model_of(encoded: Tensors, client: int) -> Tensors:
+    """One of K encoded models, client axis 1; what all clients have in common stays as it is."""
+    return {n: v if v.shape[0] == 1 else v[client : client + 1] for n, v in encoded.items()}
+
+
+@torch.no_grad()
+def score_models(
+    method: Method, encoded: Tensors, clients: int, features_ND: Tensor, labels_N: Tensor
+) -> list[Score]:
+    """Scores of the encoded models of `clients` clients on one common test set."""
+    scores = _score(method, encoded, features_ND, labels_N)
+    return scores if len(scores) == clients else scores * clients
+
+
+@torch.no_grad()
+def logits_of(method: Method, encoded: Tensors, features_ND: Tensor) -> Iterator[Tensor]:
+    """Logits (B, C) of one encoded model, float32 on the CPU, a bounded number of images a time."""
+    for features_BD in features_ND.split(IMAGES_AT_ONCE):
+        yield method.logits(encoded, features_BD[None].to(method.clip.device))[0].float().cpu()
 
 
 @torch.no_grad()
@@ -104,16 +144,9 @@ def score_personal(
         Scores by client on their own images, and on the common ones (None without them). Prompts
         are encoded once, and shared ones that are the same for all clients once for all.
     """
-    device = method.clip.device
-    models = list(shared)
-    if all(_equal(other, models[0]) for other in models[1:]):
-        models = models[:1]
-    encoded = method.encode(stack(models, device), stack(list(private), device))
+    encoded = encode_personal(method, shared, private)
     own = _score_each(method, encoded, tests)
-    if common is None:
-        return own, None
-    everyone = _score(method, encoded, *common)
-    return own, everyone if len(everyone) == len(tests) else everyone * len(tests)
+    return own, None if common is None else score_models(method, encoded, len(tests), *common)
 
 
 def _equal(a: Tensors, b: Tensors) -> bool:

@@ -129,7 +129,6 @@ def finish(
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
     }
-    display.phase("measuring what the protocols ask for")
     recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
     if parts := federation.measure_protocols(recorded, summary):
         summary["protocols"] = parts

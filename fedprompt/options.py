@@ -28,6 +28,8 @@ _WORDS: dict[Any, str] = {
     bool: "true or false",
     str: "text",
     list[str]: "a list of texts",
+    list[float]: "a list of numbers",
+    list[Any]: "a list",
     NoneType: "null",
 }
 

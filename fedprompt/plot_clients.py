@@ -168,7 +168,9 @@ def figure_partition(description: Mapping[str, Any]) -> Figure:
         interpolation="nearest" if max(classes, clients) < pixels else "auto",
     )
     _name_classes(heat, names)
-    heat.set_xlabel("Client", fontsize=10.5, color=INK)
+    hidden = len(description.get("unlabelled_clients") or ())
+    label = f"Client ({hidden} without labels, hatched)" if hidden else "Client"
+    heat.set_xlabel(label, fontsize=10.5, color=INK)
     heat.xaxis.set_major_locator(MaxNLocator(nbins=11, integer=True, min_n_ticks=1))
     heat.tick_params(length=0, labelcolor=INK)
     for spine in heat.spines.values():
@@ -244,6 +246,8 @@ def _draw_totals(axes: Axes, counts_KC: NDArray[np.int64], description: Mapping[
         label = domains[d] if stacked else "images"
         axes.bar(range(len(totals_K)), column, 0.8, bottom=base, color=color, label=label)
         base = base + column
+    hidden = list(description.get("unlabelled_clients") or ())
+    axes.bar(hidden, base[hidden], 0.8, facecolor="none", edgecolor="white", hatch="////", lw=0)
     if stacked:
         legend_above(axes)
     axes.set_ylabel("Train + test" if stacked else "Images", fontsize=9.5, color=INK)

@@ -19,9 +19,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedprompt.display import percent
 from fedprompt.plot_clients import figure_clients, figure_partition
 from fedprompt.plot_style import DPI, INK, LOCAL_ONLY, OWN_TESTS, SERVER_TEST, new_figure, style
+from fedprompt.protocols import measured, read
 from fedprompt.run_data import RunData, check_partition, load_run
 
 Lines = Sequence[Mapping[str, Any]]
+
+PROTOCOL = "protocol_"
+"""What the files of protocols' figures begin with."""
 
 
 def draw_all(run_dir: Path) -> list[Path]:
@@ -33,14 +37,20 @@ def draw_all(run_dir: Path) -> list[Path]:
         "loss_per_round.png": figure_loss(run),
         "partition.png": figure_partition(run.partition) if run.partition else None,
     }
+    source = str(run_dir / "summary.json")
+    for protocol, part in measured(run.summary or {}):
+        figure = read(protocol, source, protocol.figure, part, run)
+        figures[f"{PROTOCOL}{protocol.name}.png"] = figure
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
+    for stale in folder.glob(f"{PROTOCOL}*.png"):
+        stale.unlink()
     drawn = []
     for name, figure in figures.items():
         # A figure of an earlier state of the run must not stay beside the new ones.
         (folder / name).unlink(missing_ok=True)
         if figure is not None:
-            _save(figure, folder / name)
+            save(figure, folder / name)
             drawn.append(folder / name)
     return drawn
 
@@ -49,10 +59,11 @@ def plot_partition(description: Mapping[str, Any], path: Path) -> None:
     """Draw the class counts of every client (`partition.json`'s content) into a PNG file."""
     check_partition(description, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure_partition(description), path)
+    save(figure_partition(description), path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file."""
     # No software tag: the file then depends on the data only.
     figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
 

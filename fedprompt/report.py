@@ -28,7 +28,8 @@ from fedprompt.display import (
 )
 from fedprompt.installed import asset
 from fedprompt.plot_clients import MANY
-from fedprompt.plots import draw_all
+from fedprompt.plots import PROTOCOL, draw_all
+from fedprompt.protocols import protocol_class, result_tables
 from fedprompt.run_data import RunData, accuracy_of, load_run
 
 TEMPLATE = "report.html.j2"
@@ -69,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = load_run(run_dir)
     figures = [
-        Figure(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes()).decode())
+        Figure(path.stem, _caption(path.stem), base64.b64encode(path.read_bytes()).decode())
         for path in draw_all(run_dir)
     ]
     environment = jinja2.Environment(
@@ -84,6 +85,12 @@ def write_report(run_dir: Path) -> Path:
     html = environment.get_template(TEMPLATE).render(**_content(run), figures=figures)
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def _caption(stem: str) -> str:
+    if stem in CAPTIONS:
+        return CAPTIONS[stem]
+    return protocol_class(stem.removeprefix(PROTOCOL)).caption
 
 
 def summary_of(run: RunData) -> dict[str, Any]:
@@ -159,6 +166,7 @@ def _content(run: RunData) -> dict[str, Any]:
                 [percent_spread(row.on_global_mean, row.on_global_std) for row in rows],
             ),
         ],
+        "protocols": result_tables(summary, str(source)),
         "clients": client_rows(run, summary),
         "clients_title": _clients_title(run),
         "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),

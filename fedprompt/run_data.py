@@ -193,6 +193,8 @@ def check_partition(partition: Mapping[str, Any], path: Path) -> None:
         fits = True
         if partition.get("test_counts") is not None:
             fits = dense(partition["test_counts"], train_KC.shape[1]).shape == train_KC.shape
+        hidden = partition.get("unlabelled_clients") or []
+        fits = fits and set(hidden) <= set(range(len(train_KC)))
     except (KeyError, TypeError, ValueError, OverflowError):
         fits = False
     if not fits:

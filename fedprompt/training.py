@@ -25,11 +25,16 @@ from fedprompt.rng import generator
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's local training images: L2-normalised features (n, D) and labels (n,)."""
+    """A client's local training images: L2-normalised features and labels (n,).
+
+    `features_ND` is (n, D), or (views x n, D) where each image has several views: view v of image i
+    is row v n + i, and training draws one of them per image and epoch.
+    """
 
     client: int
     features_ND: Tensor
     labels_N: Tensor
+    views: int = 1
 
     def __len__(self) -> int:
         """Number of images n."""
@@ -90,7 +95,7 @@ def train_cohort(
     device = method.clip.device
     schedule = _batches([data[k] for k in order], config, seed, server_round)
     features_ND = torch.cat([data[k].features_ND for k in order]).to(device)
-    labels_N = torch.cat([data[k].labels_N for k in order]).to(device)
+    labels_N = torch.cat([data[k].labels_N.repeat(data[k].views) for k in order]).to(device)
     index_SKB, mask_SKB = schedule.index_SKB.to(device), schedule.mask_SKB.to(device)
     values = {
         **{("shared", n): v for n, v in stack([shared[k] for k in order], device).items()},
@@ -173,12 +178,15 @@ def _batches(
         for epoch in range(config.local_epochs):
             draw = generator(seed, "shuffle", server_round, client.client, epoch)
             shuffled = draw.permutation(n) + offset
+            if client.views > 1:
+                views = generator(seed, "view", server_round, client.client, epoch)
+                shuffled += n * views.integers(client.views, size=n)
             for begin in range(0, n, config.batch_size):
                 part = shuffled[begin : begin + config.batch_size]
                 index[step, k, : len(part)] = part
                 mask[step, k, : len(part)] = True
                 step += 1
-        offset += n
+        offset += n * client.views
     segments, first = [], 0
     for stop in sorted(set(steps_K)):
         segments.append((first, stop, sum(s >= stop for s in steps_K)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,10 +17,13 @@ from fedprompt.clip import FrozenCLIP, load_clip
 from fedprompt.config import Config
 from fedprompt.data import open_dataset
 from fedprompt.data.base import ImageDataset
-from fedprompt.data.cache import cached_features, default_cache_dir
+from fedprompt.data.cache import augmented, cached, cached_features, default_cache_dir
+from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe, make_partition
+from fedprompt.errors import UserError
 from fedprompt.methods import Method, Task, Tensors, method_class
 from fedprompt.methods.base import stack
+from fedprompt.protocols import Protocol, hold_out, open_protocols
 from fedprompt.training import ClientData
 
 KEPT_BYTES = 64
@@ -36,14 +40,19 @@ class Workspace:
         dataset: ImageDataset,
         partition: Partition,
         features_ND: NDArray[np.float32],
+        held_out: HeldOut | None = None,
+        crops_VND: Sequence[NDArray[np.float32]] = (),
     ) -> None:
         self.config = config
         self.clip = clip
         self.dataset = dataset
         self.partition = partition
         self.features_ND = features_ND
+        self.held_out = held_out
+        self.crops_VND = crops_VND
         self.task = Task(dataset.class_names, tuple(config.data.templates))
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
+        self._methods = {self.task: self.method}
         self._server_test: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -56,15 +65,43 @@ class Workspace:
         cache_dir = default_cache_dir(config.output.cache)
         # Cheap checks first: a partition that cannot be met is refused before images are encoded.
         dataset = open_dataset(config.data, config.seed, cache_dir)
+        dataset, held_out = hold_out(config, dataset)
         partition = make_partition(dataset, config.partition, config.seed)
         clip = load_clip(config.backbone, cache_dir)
         features_ND = cached_features(clip, dataset, cache_dir, progress=progress)
-        return cls(config, clip, dataset, partition, features_ND)
+        crops_VND = [
+            cached(
+                clip, dataset, cache_dir, augmented(clip, dataset, v, config.data.crop_scale),
+                progress=progress,
+            )
+            for v in range(1, config.data.views)
+        ]  # fmt: skip
+        return cls(config, clip, dataset, partition, features_ND, held_out, crops_VND)
 
     def with_method(self, method_config: Any) -> Workspace:
         """The same data and backbone under another method."""
         config = replace(self.config, method=method_config)
-        return Workspace(config, self.clip, self.dataset, self.partition, self.features_ND)
+        return Workspace(
+            config,
+            self.clip,
+            self.dataset,
+            self.partition,
+            self.features_ND,
+            self.held_out,
+            self.crops_VND,
+        )
+
+    def method_for(self, task: Task) -> Method:
+        """This experiment's method for another class list; takes the same tensors."""
+        if task not in self._methods:
+            settings = self.config.method
+            self._methods[task] = method_class(settings.name)(settings, self.clip, task)
+        return self._methods[task]
+
+    @cached_property
+    def protocols(self) -> list[Protocol]:
+        """What is measured besides the usual; each keeps what it has opened."""
+        return open_protocols(self.config)
 
     @property
     def num_clients(self) -> int:
@@ -96,8 +133,19 @@ class Workspace:
         return self.tokens_per_client * len(parts.blocks) * parts.width * KEPT_BYTES
 
     def train_data(self, client: int) -> ClientData:
-        """A client's local training images."""
-        return ClientData(client, *self._rows(self.partition.train(client)))
+        """A client's local training images and labels.
+
+        Raises:
+            UserError: it has no labelled images; the server does not ask such clients to train.
+        """
+        train = self.partition.train(client)
+        if client in self.partition.unlabelled or not len(train):
+            raise UserError(f"client {client} has no labelled training images and cannot train.")
+        features_ND, labels_N = self._rows(train)
+        if not self.crops_VND:
+            return ClientData(client, features_ND, labels_N)
+        views = [features_ND, *(_normalised(crop_ND, train) for crop_ND in self.crops_VND)]
+        return ClientData(client, torch.cat(views), labels_N, views=len(views))
 
     def test_data(self, client: int) -> tuple[Tensor, Tensor]:
         """A client's local test images: features (n, D), labels (n,); n may be 0."""
@@ -109,6 +157,12 @@ class Workspace:
             self._server_test = self._rows(self.partition.server_test)
         return self._server_test
 
+    def held_out_test(self) -> tuple[Tensor, Tensor]:
+        """The images that a protocol holds out: features (n, D), labels (n,) of its class list."""
+        assert self.held_out is not None
+        features, _ = self._rows(self.held_out.index_N)
+        return features, torch.from_numpy(self.held_out.labels_N)
+
     def start_private(self, client: int) -> Tensors:
         """A client's private tensors before it has ever trained."""
         return self.method.init_private(self.config.seed, client)
@@ -118,5 +172,10 @@ class Workspace:
         return describe(self.dataset, self.partition)
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        features = torch.from_numpy(np.asarray(self.features_ND[index], dtype=np.float32))
-        return F.normalize(features, dim=-1), torch.from_numpy(self.dataset.labels_N[index])
+        labels_N = torch.from_numpy(self.dataset.labels_N[index])
+        return _normalised(self.features_ND, index), labels_N
+
+
+def _normalised(features_ND: NDArray[np.float32], index: NDArray[np.int64]) -> Tensor:
+    """L2-normalised features of some images, (len(index), D)."""
+    return F.normalize(torch.from_numpy(np.asarray(features_ND[index], dtype=np.float32)), dim=-1)

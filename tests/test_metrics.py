@@ -81,7 +81,9 @@ def test_calibration_by_hand() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.35, 0.4, 0.99, 1.0]), st.booleans()), min_size=4)
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.2, 0.35, 0.4, 0.99, 1.0]), st.booleans()), min_size=4
+    )
 )
 def test_calibration_agrees_with_scikit_learn(images: list[tuple[float, bool]]) -> None:
     confidence = np.array([c for c, _ in images])

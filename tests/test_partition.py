@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,20 +13,34 @@ from hypothesis import strategies as st
 from fake_data import flat_dataset
 from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TRAIN, ImageDataset
-from fedprompt.data.partition import Partition, dense, describe, make_partition, sparse
+from fedprompt.data.partition import (
+    NOBODY,
+    SERVER,
+    Partition,
+    dense,
+    describe,
+    make_partition,
+    sparse,
+)
+from fedprompt.data.schemes import SCHEMES
 from fedprompt.errors import UserError
 from fedprompt.rng import derive_seed, generator
-
-SCHEMES = ("iid", "dirichlet", "pathological", "domain")
 
 
 def balanced(classes: int, per_class: int, domains: int = 2, test_every: int = 4) -> ImageDataset:
     labels = np.repeat(np.arange(classes), per_class)
-    return flat_dataset(
+    dataset = flat_dataset(
         labels.tolist(),
         domains=(np.arange(len(labels)) % domains).tolist(),
         test=range(0, len(labels), test_every),
     )
+    return with_superclasses(dataset)
+
+
+def with_superclasses(dataset: ImageDataset) -> ImageDataset:
+    """Classes 0 and 2, 4, ... under one superclass, the others under another."""
+    groups = tuple(("even", "odd")[label % 2] for label in range(len(dataset.class_names)))
+    return replace(dataset, superclass_names=groups)
 
 
 def owners(dataset: ImageDataset, partition: Partition) -> np.ndarray:
@@ -51,17 +66,22 @@ def settings_of(draw: Any) -> tuple[ImageDataset, PartitionConfig, int]:
         test=rng.choice(len(labels), len(labels) // 5, replace=False).tolist(),
     )
     config = PartitionConfig(
-        scheme=draw(st.sampled_from(SCHEMES)),
-        clients=draw(st.integers(3, 6)),
+        scheme=(scheme := draw(st.sampled_from(list(SCHEMES)))),
+        clients=draw(st.integers(1 if scheme == "disjoint_classes" else 3, classes))
+        if scheme == "disjoint_classes"
+        else draw(st.integers(3, 6)),
         alpha=draw(st.sampled_from([1e-3, 0.1, 1.0, 100.0])),
         classes_per_client=2,
+        shards_per_client=draw(st.integers(1, 3)),
+        exponent=draw(st.sampled_from([0.0, 1.0, 3.0])),
+        domain_clients=draw(st.sampled_from(["equal", "proportional"])),
         min_images=draw(st.integers(1, 2)),
         local_test_fraction=draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9])),
     )
-    return dataset, config, draw(st.integers(0, 2**31))
+    return with_superclasses(dataset), config, draw(st.integers(0, 2**31))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(settings_of())
 def test_every_training_image_has_exactly_one_client(
     case: tuple[ImageDataset, PartitionConfig, int],
@@ -79,7 +99,7 @@ def test_every_training_image_has_exactly_one_client(
     assert (again.test_flat == partition.test_flat).all()
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(settings_of())
 def test_local_test_follows_local_train(case: tuple[ImageDataset, PartitionConfig, int]) -> None:
     dataset, config, seed = case
@@ -97,7 +117,7 @@ def test_local_test_follows_local_train(case: tuple[ImageDataset, PartitionConfi
     assert (test_KC.sum(1) == np.minimum(wanted_K, giving_KC.sum(1))).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_another_seed_gives_another_partition(scheme: str) -> None:
     dataset = balanced(4, 30)
     config = PartitionConfig(scheme=scheme, clients=4, alpha=1.0)
@@ -252,6 +272,7 @@ def test_describe_is_json_and_counts_right() -> None:
         "test_counts": [[], []],
         "domain_counts": [[0, 2], [1, 2]],
         "server_test_counts": [1, 1],
+        "unlabelled_clients": [],
     }
 
 
@@ -266,6 +287,29 @@ def test_sparse_rows_come_back_dense(counts: list[list[int]]) -> None:
     for wrong in ([[0]], [[2, 1]], [[-1, 1]]):
         with pytest.raises(ValueError, match="pairs"):
             dense(wrong, 2)
+
+
+def test_every_scheme_of_the_config_is_there_and_no_other() -> None:
+    assert get_args(get_type_hints(PartitionConfig)["scheme"]) == tuple(SCHEMES)
+
+
+def test_an_image_has_one_holder() -> None:
+    holders = np.array([0, 1, SERVER, NOBODY, 0, 1])
+    is_test = np.array([False, True, True, False, True, False])
+    partition = Partition.of_holders(holders, is_test, 2)
+    assert [partition.train(k).tolist() for k in range(2)] == [[0], [5]]
+    assert [partition.test(k).tolist() for k in range(2)] == [[4], [1]]
+    assert partition.server_test.tolist() == [2]
+    one, two = np.array([0, 1]), np.array([0, 1, 2])
+    for train, test, server in (
+        ([3, 3], [4, 5], [6]),
+        ([3, 4], [4, 5], [6]),
+        ([3, 4], [5, 6], [4]),
+    ):
+        with pytest.raises(ValueError, match="held twice"):
+            Partition(np.array(train), two, np.array(test), two, np.array(server))
+    with pytest.raises(ValueError, match="held twice"):
+        Partition(np.array([3]), one, np.array([4]), one, np.array([5, 5]))
 
 
 def test_indices_are_ascending_and_cannot_be_changed() -> None:

@@ -7,7 +7,8 @@ Layout, all under the cache folder (`output.cache`, else $FEDPROMPT_CACHE, else
     scan/<data set>.json                   which files were already read and hashed
 
 `<key>` hashes the backbone, its preprocessing, the view and the data set's pixels, so a file is
-never out of date, only unused. Patch features and augmented views are further `view` names.
+never out of date, only unused. An `Encoding` says what a file holds: the features of the plain
+view, of one augmented view, or local features of some of the images.
 Suffixes: N images, D embedding dimensions, B images in a batch.
 """
 
@@ -19,9 +20,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -34,8 +36,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedprompt.data.base import ImageDataset
+from fedprompt.data.images import random_view
 from fedprompt.errors import UserError
 from fedprompt.files import replacing
+from fedprompt.rng import generator
 
 ADVICE = "set output.cache or $FEDPROMPT_CACHE to a folder with room that you may write to"
 DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -68,6 +72,50 @@ class ImageEncoder(Protocol):
         """Un-normalised features (B, D), float32, on the CPU."""
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What a cache file holds of every image.
+
+    `view` names it and keys the file, with whatever it depends on; `load` makes image i an input
+    (3, H, W); `encode` makes B inputs B float rows of `shape` on the CPU; `dtype` is how they are
+    kept.
+    """
+
+    view: str
+    shape: tuple[int, ...]
+    load: Callable[[int], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    dtype: str = "<f4"
+
+
+def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
+    """The usual features (D,) of the whole image."""
+
+    def load(index: int) -> torch.Tensor:
+        return clip.preprocess(dataset.open_image(index))
+
+    return Encoding("center", (clip.embed_dim,), load, clip.encode_images)
+
+
+def augmented(clip: ImageEncoder, dataset: ImageDataset, view: int, min_scale: float) -> Encoding:
+    """The features (D,) of one random crop, perhaps mirrored, per image; view 0 is the plain one.
+
+    What is cropped depends on view, image and `min_scale` only, not on an experiment's seed, so
+    that all runs share the files. The crop has the size that `preprocess` would give it, which then
+    leaves it to be normalised like any other image.
+    """
+    if view == 0:
+        return plain(clip, dataset)
+    height, width = clip.preprocess(Image.new("RGB", (64, 64))).shape[-2:]
+
+    def load(index: int) -> torch.Tensor:
+        draw = generator(0, "view", view, index)
+        image = dataset.open_image(index)
+        return clip.preprocess(random_view(image, (width, height), draw, min_scale))
+
+    return Encoding(f"crop{min_scale:g}-{view}", (clip.embed_dim,), load, clip.encode_images)
+
+
 def default_cache_dir(configured: str | None = None) -> Path:
     """The cache folder: `output.cache`, else $FEDPROMPT_CACHE, else ~/.cache/fedprompt."""
     chosen = configured or os.environ.get("FEDPROMPT_CACHE") or "~/.cache/fedprompt"
@@ -97,19 +145,37 @@ def cached_features(
     Raises:
         UserError: the cache folder cannot be written, or the features are not finite.
     """
-    path = feature_path(clip, dataset, cache_dir)
-    shape = (len(dataset), clip.embed_dim)
-    features_ND = _read(path, shape)
-    if features_ND is not None:
-        return features_ND
+    return cached(clip, dataset, cache_dir, plain(clip, dataset), progress=progress)
+
+
+def cached(
+    clip: ImageEncoder,
+    dataset: ImageDataset,
+    cache_dir: Path,
+    encoding: Encoding,
+    *,
+    index_R: NDArray[np.int64] | None = None,
+    progress: bool = True,
+) -> NDArray[Any]:
+    """What `encoding` makes of the images `index_R` (None: of all), in that order; as above."""
+    view, rows = encoding.view, range(len(dataset))
+    if index_R is not None:
+        view = f"{view}-of-{digest(index_R.astype('<i8').tobytes().hex())[:16]}"
+        rows = index_R.tolist()
+    path = feature_path(clip, dataset, cache_dir, view)
+    expected = (len(rows), *encoding.shape), np.dtype(encoding.dtype)
+    found = _read(path, *expected)
+    if found is not None:
+        return found
     with locked(path):
-        features_ND = _read(path, shape, report=True)  # another process may have been faster
-        if features_ND is None:
-            write_atomic(path, lambda file: _encode_all(clip, dataset, file, progress))
-            features_ND = _read(path, shape)
-    if features_ND is None:
+        found = _read(path, *expected, report=True)  # another process may have been faster
+        if found is None:
+            job = _Job(clip, dataset, encoding, rows, progress)
+            write_atomic(path, job.write)
+            found = _read(path, *expected)
+    if found is None:
         raise UserError(f"feature cache: {path} does not read back as written; {ADVICE}.")
-    return features_ND
+    return found
 
 
 def digest(*parts: str) -> str:
@@ -180,13 +246,11 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 
 def _read(
-    path: Path, shape: tuple[int, int], *, report: bool = False
-) -> NDArray[np.float32] | None:
-    """The cached features, or None where there is no complete file of this shape."""
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, report: bool = False
+) -> NDArray[Any] | None:
+    """The cached rows, or None where there is no complete file of this shape and type."""
     try:
-        array: np.memmap[Any, np.dtype[np.float32]] = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )
+        array: np.memmap[Any, np.dtype[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
@@ -194,63 +258,72 @@ def _read(
             log.warning("feature cache: %s is damaged (%s); computing it again", path, error)
         return None
     complete = array.offset + array.nbytes == path.stat().st_size
-    if array.shape != shape or array.dtype != np.float32 or not complete:
+    if array.shape != shape or array.dtype != dtype or not complete:
         if report:
             log.warning(
-                "feature cache: %s holds %s %s, not float32 %s; computing it again",
+                "feature cache: %s holds %s %s, not %s %s; computing it again",
                 path,
                 array.dtype,
                 array.shape,
+                dtype,
                 shape,
             )
         return None
     return array
 
 
-def _encode_all(clip: ImageEncoder, dataset: ImageDataset, file: BinaryIO, progress: bool) -> None:
-    """Write all features as .npy, batch by batch.
+@dataclass(frozen=True)
+class _Job:
+    """One cache file to be computed."""
 
-    Through the file, not through a writable memory map: on a full disk a map ends the process
-    with SIGBUS where a write raises.
-    """
-    total, start = len(dataset), time.monotonic()
-    header = {"descr": "<f4", "fortran_order": False, "shape": (total, clip.embed_dim)}
-    np.lib.format.write_array_header_1_0(file, header)
-    _announce(f"encoding {total} images of {dataset.name}, once: features are cached", progress)
-    with progress_bar(f"encoding {dataset.name}", total, progress) as advance:
-        for first, images_BCHW in _batches(clip, dataset):
-            features = clip.encode_images(images_BCHW).numpy()
-            rows = np.ascontiguousarray(features, dtype="<f4")
-            if rows.shape != (len(images_BCHW), clip.embed_dim):
-                raise ValueError(f"encode_images gave {rows.shape} for {len(images_BCHW)} images")
-            if not np.isfinite(rows).all():
-                raise UserError(
-                    f"features of images {first} to {first + len(rows) - 1} are not finite; check "
-                    "the weights (backbone.checkpoint) or use backbone.precision=float32."
-                )
-            file.write(rows.tobytes())
-            advance(len(rows))
-    _announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", progress)
+    clip: ImageEncoder
+    dataset: ImageDataset
+    encoding: Encoding
+    rows: Sequence[int]
+    progress: bool
 
+    def write(self, file: BinaryIO) -> None:
+        """Write all rows as .npy, batch by batch.
 
-def _batches(clip: ImageEncoder, dataset: ImageDataset) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first index, images (B, 3, H, W)), decoded by threads two batches ahead of the encoder."""
+        Through the file, not through a writable memory map: on a full disk a map ends the process
+        with SIGBUS where a write raises.
+        """
+        total, start, shape = len(self.rows), time.monotonic(), self.encoding.shape
+        header = {"descr": self.encoding.dtype, "fortran_order": False, "shape": (total, *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        what = "" if self.encoding.view == "center" else f" ({self.encoding.view})"
+        name = f"{self.dataset.name}{what}"
+        _announce(f"encoding {total} images of {name}, once: features are cached", self.progress)
+        with progress_bar(f"encoding {name}", total, self.progress) as advance:
+            for first, images_BCHW in self._batches():
+                features = self.encoding.encode(images_BCHW).numpy()
+                rows = np.ascontiguousarray(features, dtype=self.encoding.dtype)
+                if rows.shape != (len(images_BCHW), *shape):
+                    raise ValueError(f"encoding gave {rows.shape} for {len(images_BCHW)} images")
+                if not np.isfinite(rows).all():
+                    raise UserError(
+                        f"features of images {first} to {first + len(rows) - 1} are not finite; "
+                        "check the weights (backbone.checkpoint) or use "
+                        "backbone.precision=float32."
+                    )
+                file.write(rows.tobytes())
+                advance(len(rows))
+        _announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", self.progress)
 
-    def load(index: int) -> torch.Tensor:
-        return clip.preprocess(dataset.open_image(index))
-
-    starts = range(0, len(dataset), clip.image_batch)
-    pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
-    ahead: deque[tuple[int, list[Future[torch.Tensor]]]] = deque()
-    try:
-        for first in starts:
-            last = min(first + clip.image_batch, len(dataset))
-            ahead.append((first, [pool.submit(load, i) for i in range(first, last)]))
-            if len(ahead) > 2:
+    def _batches(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, images (B, 3, H, W)), decoded by threads two batches ahead of the encoder."""
+        starts = range(0, len(self.rows), self.clip.image_batch)
+        pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
+        ahead: deque[tuple[int, list[Future[torch.Tensor]]]] = deque()
+        try:
+            for first in starts:
+                batch = self.rows[first : first + self.clip.image_batch]
+                ahead.append((first, [pool.submit(self.encoding.load, i) for i in batch]))
+                if len(ahead) > 2:
+                    ready, futures = ahead.popleft()
+                    yield ready, torch.stack([future.result() for future in futures])
+            while ahead:
                 ready, futures = ahead.popleft()
                 yield ready, torch.stack([future.result() for future in futures])
-        while ahead:
-            ready, futures = ahead.popleft()
-            yield ready, torch.stack([future.result() for future in futures])
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)

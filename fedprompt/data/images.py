@@ -50,6 +50,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def random_view(
+    image: Image.Image, size: tuple[int, int], draw: np.random.Generator, min_scale: float
+) -> Image.Image:
+    """A random part of an image, resized to `size` (width, height) and mirrored in half the cases.
+
+    The usual augmentation of prompt learning (CoOp): a share of the area in [min_scale, 1] and an
+    aspect ratio in [3/4, 4/3], log-uniform; where ten draws do not fit into the image, all of it
+    that has an allowed ratio. Bicubic, with the area's own pixels only.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * draw.uniform(min_scale, 1.0)
+        ratio = float(np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3))))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(draw.integers(width - w + 1)), int(draw.integers(height - h + 1))
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    box = (left, top, left + w, top + h)
+    view = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else view
+
+
 def readable_name(name: str) -> str:
     """A class name to read: 'DenseResidential' and 'dense_residential' -> 'dense residential'."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)

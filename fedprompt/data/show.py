@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.table import Table
 
@@ -17,35 +18,51 @@ TILE, COLUMNS, LABEL = 96, 8, 150
 
 
 def partition_table(name: str, description: Mapping[str, Any]) -> Table:
-    """One row per client: training and test images, classes held, the largest class."""
+    """One row per client: training and test images, classes held, the largest class.
+
+    Domains and missing labels are told where the data set and the partition have them.
+    """
     classes = description["class_names"]
     train_KC = dense(description["train_counts"], len(classes))
     test_KC = dense(description["test_counts"], len(classes))
     domain_KD = dense(description["domain_counts"], len(description["domain_names"]))
     several_domains = domain_KD.shape[1] > 1
+    unlabelled = set(description.get("unlabelled_clients", ()))
     table = Table(title=f"{name}: {len(train_KC)} clients, {len(classes)} classes")
     for heading in ("client", "train", "test", "classes"):
         table.add_column(heading, justify="right")
     table.add_column("largest class")
     if several_domains:
-        table.add_column("domains", justify="right")
+        table.add_column("domains")
+    if unlabelled:
+        table.add_column("labels")
     for k, row_C in enumerate(train_KC[:CLIENTS_SHOWN]):
         largest = int(row_C.argmax())
-        share = 100 * row_C[largest] / max(row_C.sum(), 1)
+        share = f"{classes[largest]} ({100 * row_C[largest] / max(row_C.sum(), 1):.0f} %)"
         cells = [
             str(k),
             str(row_C.sum()),
             str(test_KC[k].sum()),
             str((row_C > 0).sum()),
-            f"{classes[largest]} ({share:.0f} %)",
+            share if row_C.any() else "-",
         ]
-        table.add_row(*cells, *([str((domain_KD[k] > 0).sum())] if several_domains else []))
+        if several_domains:
+            cells.append(_domains(domain_KD[k], description["domain_names"]))
+        if unlabelled:
+            cells.append("none" if k in unlabelled else "all")
+        table.add_row(*cells)
     hidden = len(train_KC) - CLIENTS_SHOWN
     server = sum(description["server_test_counts"])
     table.caption = (f"and {hidden} more clients; " if hidden > 0 else "") + (
         f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
     )
     return table
+
+
+def _domains(row_D: NDArray[np.int64], names: Sequence[str]) -> str:
+    """The name of a single domain, else how many there are."""
+    held = np.flatnonzero(row_D)
+    return names[held[0]] if len(held) == 1 else str(len(held))
 
 
 def contact_sheet(dataset: ImageDataset) -> Image.Image:

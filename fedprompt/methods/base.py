@@ -54,6 +54,9 @@ class Method(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"features"})
     """What a client must supply: `features` (cached), `patches` or `images`."""
     trainable: ClassVar[bool] = True
+    transfers_to_new_classes: ClassVar[bool] = True
+    """Whether the tensors mean something for other class names too; false where a tensor belongs to
+    a class (class-specific contexts, caches of class features)."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         self.config = config

@@ -119,6 +119,9 @@ def load(config: DataConfig, seed: int) -> ImageDataset:
         domain_names=domains,
         fingerprint=_fingerprint(names, domains, per_class),
         open_image=_Opener(names, domains, per_class),
+        image_names=tuple(
+            f"{domain}/{name}/{i}" for domain in domains for name in names for i in range(per_class)
+        ),
     )
 
 

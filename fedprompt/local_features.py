@@ -1,0 +1,89 @@
+"""Features of image patches in CLIP's joint space, from a tower that was trained for whole images.
+
+Source: Extract Free Dense Labels from CLIP (Zhou et al., ECCV 2022, arXiv 2112.01071); so also in
+GL-MCM (Miyai et al., IJCV 2025, arXiv 2304.04521). In the last attention each position looks at
+itself only: its own value goes through the output projection, and on as the class token's would.
+
+Suffixes: B images, P patches, W tower width, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from fedprompt.clip import FrozenCLIP
+
+LocalEncoder = Callable[[Tensor], Tensor]
+
+
+def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
+    """A function from images (B, 3, H, W) to local features (B, P, D), and P.
+
+    Features are L2-normalised, float32, on the CPU. None where the backbone's image tower is
+    neither open_clip's plain vision transformer nor its ResNet.
+    """
+    visual: Any = clip.model.visual
+    if isinstance(visual, VisionTransformer) and _is_plain(visual):
+        tower, patches = _from_transformer, visual.positional_embedding.shape[0] - 1
+    elif isinstance(visual, ModifiedResNet):
+        tower, patches = _from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
+    else:
+        return None
+
+    @torch.no_grad()
+    def encode(images_B3HW: Tensor) -> Tensor:
+        with clip.autocast():
+            local_BPD = tower(visual, images_B3HW.to(clip.device))
+        return F.normalize(local_BPD.float(), dim=-1).cpu()
+
+    return encode, patches
+
+
+def _is_plain(visual: VisionTransformer) -> bool:
+    last = visual.transformer.resblocks[-1]
+    return (
+        type(last) is ResidualAttentionBlock
+        and isinstance(last.attn, nn.MultiheadAttention)
+        and last.attn.in_proj_weight is not None
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.final_ln_after_pool
+        and visual.proj is not None
+    )
+
+
+def _from_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
+    x = visual._embeds(images_B3HW)
+    *blocks, last = visual.transformer.resblocks
+    batch_first = visual.transformer.batch_first
+    x = x if batch_first else x.transpose(0, 1)
+    for block in blocks:
+        x = block(x)
+    x_BPW = x if batch_first else x.transpose(0, 1)
+    width = x_BPW.shape[-1]
+    bias = last.attn.in_proj_bias
+    value_BPW = F.linear(
+        last.ln_1(x_BPW),
+        last.attn.in_proj_weight[2 * width :],
+        None if bias is None else bias[2 * width :],
+    )
+    x_BPW = x_BPW + last.ls_1(last.attn.out_proj(value_BPW))
+    x_BPW = x_BPW + last.ls_2(last.mlp(last.ln_2(x_BPW)))
+    local_BPD: Tensor = visual.ln_post(x_BPW)[:, 1:] @ visual.proj
+    return local_BPD
+
+
+def _from_resnet(visual: ModifiedResNet, images_B3HW: Tensor) -> Tensor:
+    x = visual.stem(images_B3HW)
+    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = layer(x)
+    pool = visual.attnpool
+    local_BPD: Tensor = pool.c_proj(pool.v_proj(x.flatten(2).transpose(1, 2)))
+    return local_BPD
