@@ -28,6 +28,7 @@ def config_for(folder: Path) -> Config:
         federation={"rounds": 2},
         grid={"threads": 1, "cohort_size": 1},
         output={"report": True},
+        protocols=["global", "personalised", "base_to_new", "calibration"],
     )
     return replace(config, output=replace(config.output, dir=str(folder)))
 
@@ -47,6 +48,9 @@ def test_flwr_run_equals_inline(tmp_path: Path) -> None:
     for a, b in zip(*lines, strict=True):
         for part in ("lr", "train", "clients", "global", "personal", "personal_on_global"):
             assert a[part] == b[part], (a["round"], part)
+    ends = [json.loads((f / "summary.json").read_text())["protocols"] for f in (inline, engine)]
+    assert ends[0] == ends[1]
+    assert [row["model"] for row in ends[0]["base_to_new"]["rows"]][-1] == "personal"
     # Private prompts stay with the clients: files on their side, none in the server's folder.
     assert [k for k in theirs if not k.startswith("shared/")] == []
     assert not (engine / PRIVATE).exists()

@@ -78,8 +78,8 @@ class Fairness(Reported):
         beside = part["to_local_only"]
         if beside is not None:
             note += (
-                f" Personal minus local-only accuracy: mean {100 * beside['mean']:+.1f}, lowest "
-                f"{100 * beside['lowest']:+.1f} points; {beside['worse']} of {beside['clients']} "
+                f" Personal minus local-only accuracy: mean {_points(beside['mean'])}, lowest "
+                f"{_points(beside['lowest'])} points; {beside['worse']} of {beside['clients']} "
                 "clients would be better off alone."
             )
         return Table(cls.title, columns, rows, note)
@@ -106,6 +106,11 @@ class Fairness(Reported):
         axes.set_ylabel("Clients at or below", fontsize=10, color=INK)
         legend_above(axes)
         return figure
+
+
+def _points(difference: float) -> str:
+    """A difference of fractions in points; never "-0.0"."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def spread(accuracy: Mapping[int, float], lowest_share: float) -> dict[str, Any]:
