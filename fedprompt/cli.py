@@ -127,12 +127,14 @@ def methods() -> None:
 
 @app.command("list")
 def list_configs() -> None:
-    """List the shipped configs by group."""
+    """List what is shipped, by group."""
     from fedprompt.config import available
+    from fedprompt.protocols import all_protocols
 
     table = Table("group", "names")
     for group in ("experiment", "method", "strategy", "data", "backbone"):
         table.add_row(group, ", ".join(available(group)))
+    table.add_row("protocol", ", ".join(all_protocols()))
     _console().print(table)
 
 

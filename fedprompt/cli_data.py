@@ -12,9 +12,9 @@ from rich.table import Table
 from fedprompt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from fedprompt.config import Config
     from fedprompt.data.base import ImageDataset
     from fedprompt.data.partition import Partition
+    from fedprompt.schema import Config
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
@@ -128,11 +128,11 @@ def prepare(
     ] = None,
 ) -> None:
     """Read every image once: report counts and unreadable images; later starts skip that step."""
-    from fedprompt.config import DataConfig
     from fedprompt.data import catalogue, open_dataset
     from fedprompt.data.base import TEST, TRAIN
     from fedprompt.data.cache import default_cache_dir
     from fedprompt.options import build
+    from fedprompt.schema import DataConfig
 
     if from_hub == (root is not None):
         raise UserError("give --root DIR for the authors' folder, or --hub for the hub's copy.")

@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import replacing, write_bytes
 from fedprompt.frozen_layer import FrozenLayer
+from fedprompt.schema import BackboneConfig
 from fedprompt.tiny import tiny_card, tiny_model_config, tiny_state_dict
 
 

@@ -15,255 +15,27 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.options import build, option
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Which CLIP, where it runs and how precisely."""
-
-    model: str = option("tiny", "open_clip model name, or 'tiny' for the embedded one")
-    pretrained: str | None = option(None, "open_clip pretrained tag, e.g. 'openai'")
-    checkpoint: str | None = option(
-        None, "local weights (.safetensors or .pt); beside a tag, whose settings then hold"
-    )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
-    precision: Literal["float32", "bf16"] = option("float32", "bf16 = autocast to bfloat16")
-    image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
-
-    def check(self) -> None:
-        """Refuse a model without weights."""
-        if self.model != "tiny" and not (self.pretrained or self.checkpoint):
-            raise UserError(
-                f"'{self.model}' needs weights: set backbone.pretrained (a tag) or "
-                "backbone.checkpoint (a local file)."
-            )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images and class names come from."""
-
-    source: Literal["aerial_scenes", "folder", "hub", "catalogue", "multi"] = option(
-        "aerial_scenes", "kind of data set"
-    )
-    title: str = option("aerial_scenes", "name used in tables, plots and the cache")
-    templates: list[str] = option(["a photo of a {}."], "zero-shot templates; {} = class name")
-    class_names: list[str] = option([], "class names in label order; empty = from the data set")
-    test_fraction: float = option(
-        0.25, "server test share where the data set has no official test split", gt=0, lt=1
-    )
-    views: int = option(
-        1, "views per training image: the plain one and views - 1 random crops, perhaps mirrored",
-        ge=1, le=64,
-    )  # fmt: skip
-    crop_scale: float = option(0.08, "views: smallest share of an image in a crop", gt=0, le=1)
-    on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
-    # source: folder
-    root: str | None = option(
-        None, "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'"
-    )
-    # source: catalogue
-    dataset: str | None = option(None, "catalogue: name of the entry; root null = from the hub")
-    split: Literal["auto", "coop", "official"] = option(
-        "auto", "catalogue: auto = CoOp's split file where it lies beside the images, else official"
-    )
-    validation: Literal["unused", "train"] = option(
-        "unused", "catalogue folders: what to do with the validation images of a split"
-    )
-    # source: multi
-    common_labels: str | None = option(
-        None, "multi: a list of data sets and their common labels; root/<data set> or the hub"
-    )
-    # source: hub
-    hub_id: str | None = option(None, "Hugging Face data set id, or a local data set folder")
-    hub_config: str | None = option(None, "Hugging Face config name")
-    hub_revision: str | None = option(None, "Hugging Face revision (pin it for exact reruns)")
-    train_split: str | None = option("train", "hub split to train on; null = a set only for tests")
-    test_split: str | None = option(None, "hub split to test on; null = hold out test_fraction")
-    image_column: str = option("image", "hub column with images")
-    label_column: str = option("label", "hub column with labels")
-    domain_column: str | None = option(None, "hub column with the domain of an image")
-    domains: list[str] = option([], "domains to use; empty = all (aerial_scenes: all federated)")
-    # source: aerial_scenes
-    images_per_class: int = option(60, "aerial_scenes: images per class and domain", ge=2)
-
-    def check(self) -> None:
-        """Each source needs its own keys."""
-        if self.source == "folder" and not self.root:
-            raise UserError("source 'folder' needs 'root', e.g. data.root=/path/to/images.")
-        if self.source == "hub" and not self.hub_id:
-            raise UserError("source 'hub' needs 'hub_id'.")
-        if self.source == "catalogue":
-            self._check_catalogue()
-        if self.source == "multi":
-            self._check_multi()
-        if self.train_split is None and self.test_split is None:
-            raise UserError("'train_split' and 'test_split' are both null; nothing is left.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise UserError(f"template '{template}' must contain {{}} exactly once.")
-        if not self.templates:
-            raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
-
-    def _check_catalogue(self) -> None:
-        if self.dataset is None:
-            raise UserError("source 'catalogue' needs 'dataset', a name of 'fedprompt data list'.")
-        entry = _catalogue().entry(self.dataset)
-        if not (self.root or self.hub_id):
-            raise UserError(
-                f"no copy of {self.dataset} on the hub is known; download {entry.download} from "
-                f"{entry.homepage}, unpack it and set data.root to the folder."
-            )
-
-    def _check_multi(self) -> None:
-        from fedprompt.data import multi  # it needs this module
-
-        if self.common_labels is None:
-            raise UserError(f"source 'multi' needs 'common_labels': {', '.join(multi.names())}.")
-        multi.common_labels(self.common_labels)
-
-
-@dataclass(frozen=True)
-class PartitionConfig:
-    """How training images are dealt to clients."""
-
-    clients: int = option(10, "number of clients K", ge=1)
-    scheme: Literal[
-        "iid",
-        "dirichlet",
-        "pathological",
-        "shards",
-        "disjoint_classes",
-        "quantity",
-        "power_law",
-        "domain",
-        "domain_dirichlet",
-        "superclass_dirichlet",
-    ] = option("dirichlet", "rule that deals images to clients")
-    alpha: float = option(0.1, "dirichlet, quantity: concentration; small = strongly non-IID", gt=0)
-    alpha_within: float = option(
-        10.0, "superclass_dirichlet: concentration of classes within a superclass", gt=0
-    )
-    classes_per_client: int = option(2, "pathological: classes per client", ge=1)
-    shards_per_client: int = option(2, "shards: runs of class-sorted images per client", ge=1)
-    exponent: float = option(1.0, "power_law: the r-th largest client has r^-exponent", ge=0)
-    domain_clients: Literal["equal", "proportional"] = option(
-        "equal", "domain schemes: clients per domain; proportional = to its training images"
-    )
-    shots: int | None = option(None, "few-shot: training images per class and client", ge=1)
-    min_images: int = option(2, "fewest images a client may hold", ge=1)
-    local_test_fraction: float = option(
-        0.25, "share of a client's images kept for its own test", ge=0, lt=1
-    )
-    unlabelled_clients: int = option(
-        0, "clients, drawn at random, whose training images have no labels: they never train", ge=0
-    )
-    file: str | None = option(
-        None, "a partition file that takes the place of the scheme and of the keys that shape it"
-    )
-
-    def check(self) -> None:
-        """Somebody must have labels."""
-        if self.unlabelled_clients >= self.clients:
-            raise UserError(
-                f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "
-                "least one must have labels."
-            )
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Local training on a client."""
-
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "local optimiser")
-    lr: float = option(0.002, "learning rate in round 1", gt=0)
-    momentum: float = option(0.9, "SGD momentum", ge=0, lt=1)
-    weight_decay: float = option(5e-4, "weight decay", ge=0)
-    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate over rounds")
-    local_epochs: int = option(1, "passes over the local images per round", ge=1)
-    batch_size: int = option(32, "images per step", ge=1)
-
-
-@dataclass(frozen=True)
-class FederationConfig:
-    """Rounds and participation."""
-
-    rounds: int = option(10, "communication rounds", ge=0)
-    fraction: float = option(1.0, "share of clients that train in a round", gt=0, le=1)
-    min_replies: int = option(1, "fewest valid replies for a round to count", ge=1)
-    timeout_s: float = option(3600.0, "longest wait for replies, seconds", gt=0)
-    node_wait_s: float = option(300.0, "longest wait for nodes to join, seconds", gt=0)
-
-
-@dataclass(frozen=True)
-class GridConfig:
-    """Where client messages run in a simulation."""
-
-    kind: Literal["inline", "ray"] = option("inline", "inline = this process; ray = Ray actors")
-    cohort_size: int = option(0, "clients trained in one call; 0 = chosen from the sizes", ge=0)
-    threads: int = option(0, "CPU threads per process; 0 = all (inline) or cpus_per_worker", ge=0)
-    workers: int = option(2, "ray: number of actors", ge=1)
-    cpus_per_worker: float = option(1.0, "ray: CPUs of one actor", gt=0)
-    gpus_per_worker: float = option(0.0, "ray: GPUs of one actor; fractions share a GPU", ge=0)
-    ray_address: str | None = option(None, "ray: cluster to join, e.g. 'auto' or 'host:6379'")
-    cohort_timeout_s: float = option(1800.0, "ray: time limit of one cohort, seconds", gt=0)
-    retries: int = option(2, "ray: tries after a worker died", ge=0)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured and when; the last round is what is reported."""
-
-    every: int = option(1, "evaluate every n rounds, and at the end", ge=1)
-    clients: Literal["all", "participants"] = option(
-        "all", "personal tests: all, or those who trained in the round and all at the end"
-    )
-    local_only: bool = option(True, "also train every client alone for as many rounds")
-    local_only_tokens: int = option(4, "context tokens of that local-only CoOp", ge=1)
-    personal_on_global: bool = option(True, "also test personal models on the server test set")
-
-
-@dataclass(frozen=True)
-class OutputConfig:
-    """Where results go."""
-
-    root: str = option("runs", "folder that holds run folders")
-    dir: str | None = option(None, "run folder; null = root/<experiment>-<method>-seed<seed>")
-    checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
-    cache: str | None = option(None, "feature cache; null = $FEDPROMPT_CACHE or ~/.cache/fedprompt")
-    report: bool = option(True, "draw plots and write report.html at the end")
-
-
-@dataclass(frozen=True)
-class Config:
-    """One experiment, complete and frozen."""
-
-    experiment: str
-    seed: int
-    backbone: BackboneConfig
-    data: DataConfig
-    partition: PartitionConfig
-    method: Any  # the config dataclass that the method's own file defines
-    strategy: Any  # likewise, the strategy's
-    training: TrainingConfig
-    federation: FederationConfig
-    grid: GridConfig
-    evaluation: EvaluationConfig
-    output: OutputConfig
-    protocols: list[str]  # what is measured, see fedprompt/protocols
-    protocol_options: dict[str, Any]  # by protocol, the config dataclass of its own module
-
+from fedprompt.options import build
+from fedprompt.schema import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FederationConfig,
+    GridConfig,
+    OutputConfig,
+    PartitionConfig,
+    TrainingConfig,
+)
 
 SECTIONS: dict[str, type[Any]] = {
     "backbone": BackboneConfig,
@@ -374,7 +146,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _catalogue() -> ModuleType:
-    """The catalogue of data sets; imported late, since the data package needs this module."""
+    """The catalogue of data sets; imported late, since most commands do without it."""
     from fedprompt.data import catalogue
 
     return catalogue

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from fedprompt.config import Config
 from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import score_global, score_personal
@@ -21,6 +20,7 @@ from fedprompt.grid import CohortGrid, open_grid
 from fedprompt.methods import method_class
 from fedprompt.private_log import PrivateLog
 from fedprompt.run_folder import METRICS, PRIVATE, PROMPTS, REPORT, SUMMARY, RunFolder
+from fedprompt.schema import Config
 from fedprompt.server_app import (
     CLIENTS_AT_ONCE,
     Federation,

@@ -26,10 +26,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedprompt.client_app import handle
 from fedprompt.cohorts import choose_size, free_memory, group
-from fedprompt.config import Config
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import MemoryStore
+from fedprompt.schema import Config
 from fedprompt.threads import thread_count, use_threads
 from fedprompt.wire import Parcel, failure, from_wire, node_of, to_parcels, to_wire
 from fedprompt.workspace import Workspace

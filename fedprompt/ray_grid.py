@@ -22,11 +22,12 @@ import torch
 
 from fedprompt.client_app import handle
 from fedprompt.cohorts import work
-from fedprompt.config import GridConfig, to_dict
+from fedprompt.config import to_dict
 from fedprompt.errors import UserError
 from fedprompt.grid import CohortGrid, Handler, PrivateStore
 from fedprompt.ray_worker import Answer, Place, Worker, pack, unpack
 from fedprompt.schedule import Costs, next_start, remaining
+from fedprompt.schema import GridConfig
 from fedprompt.threads import thread_count
 from fedprompt.wire import Parcel, failure
 from fedprompt.workspace import Workspace

@@ -23,9 +23,9 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import TrainingConfig
 from fedprompt.evaluation import Score
 from fedprompt.rng import generator
+from fedprompt.schema import TrainingConfig
 from fedprompt.text_tower import TextTower, _project
 
 

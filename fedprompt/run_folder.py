@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedprompt.config import Config, compose, to_yaml
+from fedprompt.config import compose, to_yaml
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
+from fedprompt.schema import Config
 
 CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", "summary.json"
 REPORT, PRIVATE = "report.html", "private"

@@ -6,6 +6,7 @@ from a checkpoint, which Flower's own `Strategy.start` cannot.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shlex
@@ -21,7 +22,7 @@ from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedprompt.client_app import PROTOCOLS
-from fedprompt.config import Config, compose
+from fedprompt.config import compose
 from fedprompt.display import Display, make_display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
@@ -30,6 +31,7 @@ from fedprompt.methods.base import Tensors
 from fedprompt.private_log import PrivateLog
 from fedprompt.protocols import Finished
 from fedprompt.run_folder import CONFIG, METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
+from fedprompt.schema import Config
 from fedprompt.threads import use_threads
 from fedprompt.training import learning_rate
 from fedprompt.wire import client_of, to_wire
@@ -241,7 +243,9 @@ def run_server(
     federation.join()
     totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
     first = 0
+    described = federation.workspace.describe()
     if checkpoint is not None:
+        _check_partition(folder, described)
         federation.restore(checkpoint)
         totals, first = dict(checkpoint.totals), checkpoint.server_round + 1
     if private is not None and checkpoint is not None:
@@ -249,7 +253,7 @@ def run_server(
     elif private is not None:
         private.clear()
     folder.rewind(first - 1)
-    folder.write_json(PARTITION, federation.workspace.describe())
+    folder.write_json(PARTITION, described)
     recorded = folder.lines(METRICS)
     if len(recorded) != first:
         raise UserError(
@@ -276,6 +280,16 @@ def run_server(
         )
     federation.ask_clients(rounds)
     return line, totals
+
+
+def _check_partition(folder: RunFolder, described: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data than the run began with."""
+    path = folder.path / PARTITION
+    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(described)):
+        raise UserError(
+            f"the data set or its partition is not what {path} says it was when the run began; "
+            "restore it, or start a new run with 'fedprompt run ... output.dir=...'."
+        )
 
 
 def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None) -> None:

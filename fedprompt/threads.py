@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedprompt.config import GridConfig
+from fedprompt.schema import GridConfig
 
 
 def thread_count(config: GridConfig, *, worker: bool = False) -> int:

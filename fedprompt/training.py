@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedprompt.config import TrainingConfig
 from fedprompt.methods.base import Batch, Method, Tensors, stack
 from fedprompt.rng import generator
+from fedprompt.schema import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP, load_clip
-from fedprompt.config import Config
 from fedprompt.data import open_dataset
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import augmented, cached, cached_features, default_cache_dir
@@ -24,6 +23,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods import Method, Task, Tensors, method_class
 from fedprompt.methods.base import stack
 from fedprompt.protocols import Protocol, hold_out, open_protocols
+from fedprompt.schema import Config
 from fedprompt.training import ClientData
 
 KEPT_BYTES = 64

@@ -21,11 +21,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fedprompt.config import Config, compose
+from fedprompt.config import compose
 from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
 from fedprompt.experiment import resume, run
 from fedprompt.run_folder import CONFIG, SUMMARY
+from fedprompt.schema import Config
 
 SILENT = QuietDisplay(Console(quiet=True))
 COLUMNS = {

@@ -30,10 +30,11 @@ from open_clip.model import CLIP
 from PIL import Image
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import Config, validate
+from fedprompt.config import validate
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import make_partition
 from fedprompt.rng import generator
+from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
 
 CLASS_NAMES = ("river", "dense residential", "harbor", "ground track field", "beach", "runway")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedprompt.config import DataConfig
 from fedprompt.data import aerial_scenes as scenes
 from fedprompt.data.aerial_scenes.captions import all_facts, caption, colours, image_facts
 from fedprompt.data.aerial_scenes.domains import DOMAINS
 from fedprompt.data.base import TEST, TRAIN
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
+from fedprompt.schema import DataConfig
 
 ALL = scenes.CLASSES + scenes.EXTRA_CLASSES
 

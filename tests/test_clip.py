@@ -22,8 +22,8 @@ from torch import Tensor
 
 from conftest import RANDOM_CLIP
 from fedprompt.clip import FrozenCLIP, load_clip
-from fedprompt.config import BackboneConfig
 from fedprompt.errors import UserError
+from fedprompt.schema import BackboneConfig
 
 VISION: dict[str, Any] = dict(RANDOM_CLIP["vision_cfg"])  # type: ignore[call-overload]
 TEXT: dict[str, Any] = {**RANDOM_CLIP["text_cfg"], "layers": 2}  # type: ignore[dict-item]
@@ -304,7 +304,7 @@ import sys
 from pathlib import Path
 import open_clip, torch
 from fedprompt.clip import load_clip
-from fedprompt.config import BackboneConfig
+from fedprompt.schema import BackboneConfig
 open_clip.add_model_config(Path(sys.argv[1]))
 config = BackboneConfig(model="small-vit", checkpoint=sys.argv[2], device="cpu")
 clip = load_clip(config, Path(sys.argv[3]))

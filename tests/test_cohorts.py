@@ -13,8 +13,8 @@ import torch
 from flwr.app import MessageType
 
 from fedprompt.cohorts import CPU_TOKENS, choose_size, free_memory, group, work
-from fedprompt.config import GridConfig
 from fedprompt.grid import InlineGrid
+from fedprompt.schema import GridConfig
 from fedprompt.threads import thread_count, use_threads
 from fedprompt.workspace import Workspace
 

@@ -13,8 +13,6 @@ from omegaconf import OmegaConf
 from fedprompt.config import (
     GROUPS,
     SECTIONS,
-    Config,
-    DataConfig,
     available,
     compose,
     configs_dir,
@@ -26,6 +24,7 @@ from fedprompt.data import catalogue
 from fedprompt.errors import UserError
 from fedprompt.methods import all_methods, method_class
 from fedprompt.options import build, option
+from fedprompt.schema import Config, DataConfig
 from strategies import all_strategies, strategy_class
 
 BASE = "backbone: tiny\nmethod: fedrsclip\nstrategy: fedavg\n"

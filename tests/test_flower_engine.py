@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from conftest import small_config
 from fedprompt.bench.flower_engine import available, run_engine
-from fedprompt.config import Config
 from fedprompt.display import QuietDisplay
 from fedprompt.experiment import run
 from fedprompt.private_log import PrivateLog
 from fedprompt.run_folder import CHECKPOINT, PRIVATE, read_checkpoint
+from fedprompt.schema import Config
 
 CLIENTS = 3
 

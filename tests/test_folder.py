@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from fake_data import colour, encoded, truncated, write_image_folder
-from fedprompt.config import DataConfig
 from fedprompt.data import open_dataset, scan
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
 from fedprompt.errors import UserError
+from fedprompt.schema import DataConfig
 
 
 def load(root: Path, seed: int = 1, **config: Any) -> ImageDataset:

@@ -7,7 +7,7 @@ import torch
 
 from conftest import CLASS_NAMES, random_clip
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import TrainingConfig
+from fedprompt.schema import TrainingConfig
 from fedprompt.text_tower import TextTower
 from test_training import build, clients, relative, train
 

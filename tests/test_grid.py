@@ -19,11 +19,11 @@ import fedprompt.grid as grid_module
 import fedprompt.ray_grid as ray_grid_module
 from conftest import small_config
 from fedprompt.client_app import handle
-from fedprompt.config import Config
 from fedprompt.errors import UserError
 from fedprompt.grid import InlineGrid, describe_nodes, open_grid
 from fedprompt.methods.base import Tensors
 from fedprompt.ray_grid import RayGrid
+from fedprompt.schema import Config
 from fedprompt.server_app import Federation
 from fedprompt.wire import client_of, from_wire, node_of, to_wire
 from fedprompt.workspace import Workspace

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import fake_dataset
-from fedprompt.config import PartitionConfig
 from fedprompt.data.base import HELD, TEST, TRAIN
 from fedprompt.data.held_out import hold_out_classes, hold_out_domain
 from fedprompt.data.partition import make_partition
+from fedprompt.schema import PartitionConfig
 
 DATASET = replace(fake_dataset(), superclass_names=("a", "b", "c", "a", "b", "c"))
 

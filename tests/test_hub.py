@@ -18,11 +18,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from fake_data import colour, encoded, hub_dataset, truncated, write_image_folder
-from fedprompt.config import DataConfig, configs_dir
+from fedprompt.config import configs_dir
 from fedprompt.data import catalogue, open_dataset, scan
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.errors import UserError
 from fedprompt.options import build
+from fedprompt.schema import DataConfig
 
 NAMES = ("AnnualCrop", "forest", "SeaLake")
 LABELS = [0, 1, 2, 0, 1, 2, 0, 0]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_data import flat_dataset
-from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TRAIN, ImageDataset
 from fedprompt.data.partition import (
     NOBODY,
@@ -25,6 +24,7 @@ from fedprompt.data.partition import (
 from fedprompt.data.schemes import SCHEMES
 from fedprompt.errors import UserError
 from fedprompt.rng import derive_seed, generator
+from fedprompt.schema import PartitionConfig
 
 
 def balanced(classes: int, per_class: int, domains: int = 2, test_every: int = 4) -> ImageDataset:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedprompt.config import Config, available, compose, configs_dir, validate
+from fedprompt.config import available, compose, configs_dir, validate
 from fedprompt.data import catalogue, multi, open_dataset, published
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.catalogue import Entry, entry
@@ -20,6 +20,7 @@ from fedprompt.data.partition import dense, describe, make_partition
 from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
 from fedprompt.experiment import run
+from fedprompt.schema import Config
 from published_copies import FEWER, make
 
 BENCHMARKS = {

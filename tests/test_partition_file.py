@@ -19,12 +19,13 @@ from test_cli import QUICK, fedprompt
 from test_partition import settings_of
 
 from fake_data import flat_dataset, hub_dataset, write_image_folder
-from fedprompt.config import PartitionConfig, compose, validate
+from fedprompt.config import compose, validate
 from fedprompt.data import catalogue, open_dataset
 from fedprompt.data.base import HELD, TEST, ImageDataset
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition_file import fingerprint, origin_of, read_partition, write_partition
 from fedprompt.errors import UserError
+from fedprompt.schema import PartitionConfig
 from published_copies import make
 
 Change = Callable[[dict[str, Any]], Any]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fake_data import flat_dataset
-from fedprompt.config import PartitionConfig
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.partition import Partition, dense, describe, make_partition
 from fedprompt.data.schemes import _apportion, _draw
 from fedprompt.errors import UserError
+from fedprompt.schema import PartitionConfig
 
 
 def deal(dataset: ImageDataset, seed: int = 1, **keys: Any) -> Partition:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from conftest import small_config
-from fedprompt.config import PartitionConfig, compose
+from fedprompt.config import compose
 from fedprompt.data import open_dataset
 from fedprompt.data.partition import make_partition
 from fedprompt.data.partition_file import write_partition
@@ -24,6 +24,7 @@ from fedprompt.experiment import run
 from fedprompt.grid import InlineGrid
 from fedprompt.plot_clients import figure_partition
 from fedprompt.run_data import check_partition
+from fedprompt.schema import PartitionConfig
 from fedprompt.server_app import Federation
 from fedprompt.workspace import Workspace
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conftest import small_config
-from fedprompt.config import Config, compose, to_dict, validate
+from fedprompt.config import compose, to_dict, validate
 from fedprompt.display import QuietDisplay, protocol_tables
 from fedprompt.errors import UserError
 from fedprompt.experiment import draw_report, resume, run
@@ -37,6 +37,7 @@ from fedprompt.protocols.communication import curve, reached
 from fedprompt.protocols.fairness import gap, spread
 from fedprompt.run_data import load_run
 from fedprompt.run_folder import PRIVATE, read_checkpoint
+from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
 
 TARGETS = [

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from conftest import CLASS_NAMES
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import TrainingConfig
 from fedprompt.reference import (
     ReferenceClient,
     ReferenceCoOp,
@@ -22,6 +21,7 @@ from fedprompt.reference import (
     reference_federation,
     reference_local_training,
 )
+from fedprompt.schema import TrainingConfig
 from fedprompt.text_tower import TextTower, context_init
 
 SGD = TrainingConfig(optimizer="sgd", lr=0.05, batch_size=4)

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from conftest import small_config
-from fedprompt.config import Config, to_yaml
+from fedprompt.config import to_yaml
 from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
 from fedprompt.experiment import resume, run
 from fedprompt.private_log import PrivateLog
 from fedprompt.run_folder import CHECKPOINT, PRIVATE, RunFolder, read_checkpoint
+from fedprompt.schema import Config
 
 Condition = Callable[[Path], bool]
 SECTIONS = {
@@ -232,3 +233,17 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in use"):
         resume(tmp_path / "run", QuietDisplay())
     folder.close()
+
+
+def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _run_until(config_for(folder), 4)
+    path = folder / "partition.json"
+    other = json.loads(path.read_text())
+    other["train_counts"] = other["train_counts"][::-1]
+    path.write_text(json.dumps(other))
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(UserError, match="is not what .*partition.json says it was") as caught:
+        resume(folder, QuietDisplay())
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before

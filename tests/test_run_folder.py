@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from conftest import small_config
-from fedprompt.config import Config, compose
+from fedprompt.config import compose
 from fedprompt.errors import UserError
 from fedprompt.run_folder import (
     CHECKPOINT,
@@ -26,6 +26,7 @@ from fedprompt.run_folder import (
     RunFolder,
     read_tensors,
 )
+from fedprompt.schema import Config
 
 
 def under(root: Path, **sections: Any) -> Config:
@@ -343,7 +344,7 @@ WHOLE = save(
         "round",
         "totals",
         "seal",
-    ],  # fmt: skip
+    ],
 )
 def test_a_damaged_checkpoint_is_one_line(folder: RunFolder, content: bytes, match: str) -> None:
     (folder.path / CHECKPOINT).write_bytes(content)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from conftest import CLASS_NAMES
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import TrainingConfig
 from fedprompt.methods import Method, Task, method_class
 from fedprompt.methods.base import Tensors
 from fedprompt.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.rng import generator
+from fedprompt.schema import TrainingConfig
 from fedprompt.training import ClientData, LocalResult, learning_rate, train_cohort
 
 SIZES = (5, 40, 17, 1, 40, 32)

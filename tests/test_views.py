@@ -17,13 +17,13 @@ from PIL import Image
 from conftest import small_config
 from fake_data import FakeClip, flat_dataset
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import Config
 from fedprompt.data.cache import augmented, cached, cached_features, plain
 from fedprompt.data.images import random_view
 from fedprompt.display import QuietDisplay
 from fedprompt.experiment import run
 from fedprompt.methods import Task, method_class
 from fedprompt.rng import generator
+from fedprompt.schema import Config
 from fedprompt.training import ClientData, _batches, train_cohort
 from fedprompt.workspace import Workspace
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fedprompt.bench.workload import Sizes, random_features, settings
 from fedprompt.clip import load_clip
-from fedprompt.config import Config
 from fedprompt.data import open_dataset
 from fedprompt.data.cache import feature_path
+from fedprompt.schema import Config
 
 PIXELS = 8
 

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fedprompt.config import Config, to_yaml
+from fedprompt.config import to_yaml
 from fedprompt.environment import DEFAULTS
 from fedprompt.errors import UserError
 from fedprompt.run_folder import SUMMARY, TIMINGS
+from fedprompt.schema import Config
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 900

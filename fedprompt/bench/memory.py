@@ -24,10 +24,10 @@ from fedprompt.bench.output import Column, Output
 from fedprompt.bench.pieces import ReferencePieces, train_ours
 from fedprompt.bench.workload import Sizes, make_workspace
 from fedprompt.clip import load_clip
-from fedprompt.config import Config
 from fedprompt.data import open_dataset
 from fedprompt.grid import open_grid
 from fedprompt.ray_grid import RayGrid
+from fedprompt.schema import Config
 from fedprompt.server_app import Federation
 from fedprompt.workspace import Workspace
 

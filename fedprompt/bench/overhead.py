@@ -23,9 +23,9 @@ from fedprompt.bench.machine import peak_mb, reset_peak
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.workload import Sizes
 from fedprompt.cohorts import group
-from fedprompt.config import Config
 from fedprompt.grid import CohortGrid, open_grid
 from fedprompt.run_folder import PROMPTS
+from fedprompt.schema import Config
 from fedprompt.server_app import Federation
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.config import Config, validate
+from fedprompt.config import validate
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import Partition
 from fedprompt.reference import ReferenceClient, ReferenceCoOp
 from fedprompt.rng import generator
+from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
 
 SEED = 1

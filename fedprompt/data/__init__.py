@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprompt.config import DataConfig
 from fedprompt.data.base import ImageDataset
+from fedprompt.schema import DataConfig
 
 
 def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -> ImageDataset:

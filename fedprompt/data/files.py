@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedprompt.config import DataConfig
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import digest
 from fedprompt.data.images import decode_rgb, hold_out_test
 from fedprompt.data.scan import bad_images, memo_path, scan
 from fedprompt.errors import UserError
+from fedprompt.schema import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedprompt.config import DataConfig
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.files import (
     SUFFIXES,
@@ -30,6 +29,7 @@ from fedprompt.data.files import (
 )
 from fedprompt.data.images import name_key, readable_name
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.schema import DataConfig
 
 UNUSED_SPLITS = ("val", "valid", "validation")
 log = logging.getLogger(__name__)

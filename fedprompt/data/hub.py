@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedprompt.config import DataConfig
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.cache import digest
 from fedprompt.data.images import decode_rgb, hold_out_test, name_key, readable_name
 from fedprompt.data.scan import Verdict, bad_images, memo_path, scan
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.schema import DataConfig
 
 log = logging.getLogger(__name__)
 

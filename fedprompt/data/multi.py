@@ -18,12 +18,12 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedprompt.config import DataConfig
 from fedprompt.data import catalogue, published
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import digest
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.options import build
+from fedprompt.schema import DataConfig
 
 HERE = Path(__file__).parent / "common_labels"
 

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedprompt.config import DataConfig, data_config
+from fedprompt.config import data_config
 from fedprompt.data import open_dataset
 from fedprompt.data.base import TEST, ImageDataset
 from fedprompt.data.cache import ImageEncoder, cached_features
 from fedprompt.errors import UserError
 from fedprompt.options import build
+from fedprompt.schema import DataConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.config import PartitionConfig
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.schemes import Images, Indices, deal
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
+from fedprompt.schema import PartitionConfig
 
 SERVER, NOBODY = -1, -2
 """Holders of an image that are no clients."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from fedprompt.config import PartitionConfig
 from fedprompt.data.base import HELD, TEST, ImageDataset
 from fedprompt.data.partition import NOBODY, SERVER, Partition, log
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
+from fedprompt.schema import PartitionConfig
 
 FORMAT, VERSION = "fedprompt partition", 1
 KEYS = {"format", "version", "dataset", "origin", "server_test", "clients"}

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fedprompt.config import DataConfig
 from fedprompt.data import cifar, coop_split
 from fedprompt.data.base import TRAIN, VAL, ImageDataset
 from fedprompt.data.catalogue import Entry, entry
@@ -23,6 +22,7 @@ from fedprompt.data.files import ImageFile, files_dataset
 from fedprompt.data.images import name_key, readable_name
 from fedprompt.data.layouts import Copy, Listing, capitals, read_layout
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.schema import DataConfig
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.config import PartitionConfig
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
+from fedprompt.schema import PartitionConfig
 
 Indices = NDArray[np.int64]
 Shares = NDArray[np.float64]

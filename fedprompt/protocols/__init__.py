@@ -17,8 +17,8 @@ from fedprompt.protocols.base import Finished, Protocol, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedprompt.config import Config
     from fedprompt.run_data import RunData
+    from fedprompt.schema import Config
 
 __all__ = [
     "DEFAULT",

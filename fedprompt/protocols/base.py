@@ -21,8 +21,8 @@ from fedprompt.methods.base import Tensors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedprompt.config import Config
     from fedprompt.run_data import RunData
+    from fedprompt.schema import Config
     from fedprompt.workspace import Workspace
 
 Part = Mapping[str, Any]

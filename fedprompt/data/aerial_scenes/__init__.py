@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from fedprompt.config import DataConfig
 from fedprompt.data.aerial_scenes.canvas import Canvas
 from fedprompt.data.aerial_scenes.domains import (
     DOMAINS,
@@ -39,6 +38,7 @@ from fedprompt.data.aerial_scenes.scenes import (
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.rng import generator
+from fedprompt.schema import DataConfig
 
 __all__ = [
     "CLASSES",
