@@ -243,7 +243,7 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
     other["train_counts"] = other["train_counts"][::-1]
     path.write_text(json.dumps(other))
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    with pytest.raises(UserError, match="is not what .*partition.json says it was") as caught:
+    with pytest.raises(UserError, match=r"is not what .*partition\.json says it was") as caught:
         resume(folder, QuietDisplay())
     assert "\n" not in str(caught.value)
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
