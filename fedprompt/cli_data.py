@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +15,7 @@ from fedprompt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from fedprompt.data.base import ImageDataset
+    from fedprompt.data.catalogue import Entry
     from fedprompt.data.partition import Partition
     from fedprompt.schema import Config
 
@@ -37,26 +40,34 @@ def list_datasets() -> None:
     """List the data sets of the catalogue."""
     from fedprompt.data import catalogue
 
-    table = Table()
-    for heading in ("name", "kind"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("images", "classes"):
-        table.add_column(heading, justify="right")
-    for heading in ("size", "m/pixel", "hub", "licence"):
-        table.add_column(heading)
-    for found in map(catalogue.entry, catalogue.names()):
-        table.add_row(
-            found.name,
-            found.kind,
-            f"{found.images:,}",
-            str(found.num_classes),
-            found.size,
-            found.metres_per_pixel or "-",
-            "-" if found.hub is None else "yes" if found.hub.verified else "not verified",
-            found.licence,
-        )
-    table.caption = "data=NAME loads from the hub, data=NAME data.root=DIR the authors' folder"
-    Console().print(table, markup=False)
+    console = Console()
+    entries = [catalogue.entry(name) for name in catalogue.names()]
+    for kind in sorted({entry.kind for entry in entries}, reverse=True):
+        console.print(_entries(kind, [e for e in entries if e.kind == kind], console.width))
+    console.print(
+        "hub: yes, or ? where the copy could not be checked. data=NAME loads from the hub,\n"
+        "data=NAME data.root=DIR the authors' folder; 'fedprompt data show NAME' says more.",
+        **PLAIN,
+    )
+
+
+def _entries(kind: str, entries: Sequence[Entry], width: int) -> Table:
+    """Data sets of one kind, a line each; their licences where the terminal has room."""
+    with_licence = width >= 110
+    table = Table(title=kind, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, justify in (("name", "left"), ("images", "right"), ("classes", "right")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("size", no_wrap=True, max_width=24)
+    table.add_column("m/pixel", no_wrap=True)
+    table.add_column("hub", no_wrap=True)
+    if with_licence:
+        table.add_column("licence", no_wrap=True, max_width=width - 80)
+    for entry in entries:
+        hub = "-" if entry.hub is None else "yes" if entry.hub.verified else "?"
+        cells = [entry.name, f"{entry.images:,}", str(entry.num_classes), entry.size]
+        cells += [entry.metres_per_pixel or "-", hub, *([entry.licence] if with_licence else [])]
+        table.add_row(*cells)
+    return table
 
 
 @data_app.command()

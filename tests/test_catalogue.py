@@ -653,8 +653,14 @@ def run(
 
 
 def test_list_and_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(monkeypatch, capsys, "list")
     assert status == 0
+    assert "…" not in out.split("natural")[0], "all is readable on 80 columns"
+    assert "licence" not in out
+    monkeypatch.setenv("COLUMNS", "130")
+    status, out, _ = run(monkeypatch, capsys, "list")
+    assert "CC BY 4.0 (Mendeley Data)" in out
     assert all(name in out for name in NAMES)
     assert "27,000" in out
     status, out, _ = run(monkeypatch, capsys, "show", "whu_rs19")
