@@ -642,10 +642,13 @@ def test_hub_domains_and_test_only_sets(tmp_path: Path) -> None:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: object,
+    width: int = 200,
 ) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["fedprompt", "data", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     out, err = capsys.readouterr()
@@ -653,12 +656,10 @@ def run(
 
 
 def test_list_and_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    status, out, _ = run(monkeypatch, capsys, "list")
+    status, out, _ = run(monkeypatch, capsys, "list", width=80)
     assert status == 0
     assert "…" not in out.split("natural")[0], "all is readable on 80 columns"
     assert "licence" not in out
-    monkeypatch.setenv("COLUMNS", "130")
     status, out, _ = run(monkeypatch, capsys, "list")
     assert "CC BY 4.0 (Mendeley Data)" in out
     assert all(name in out for name in NAMES)
