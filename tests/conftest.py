@@ -31,11 +31,13 @@ from PIL import Image
 
 from fedprompt.clip import FrozenCLIP
 from fedprompt.config import validate
+from fedprompt.data import catalogue, published
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import make_partition
 from fedprompt.rng import generator
 from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
+from published_copies import FEWER
 
 CLASS_NAMES = ("river", "dense residential", "harbor", "ground track field", "beach", "runway")
 RANDOM_CLIP = {
@@ -148,3 +150,14 @@ def run_config(tmp_path: Path) -> Callable[..., Config]:
         return replace(config, output=replace(config.output, dir=str(tmp_path / "run")))
 
     return make
+
+
+@pytest.fixture
+def few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Miniature copies of the largest published sets have a few of their classes."""
+
+    def fewer(name: str) -> catalogue.Entry:
+        found = catalogue.entry(name)
+        return replace(found, num_classes=FEWER.get(name, found.num_classes))
+
+    monkeypatch.setattr(published, "entry", fewer)

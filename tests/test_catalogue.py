@@ -20,7 +20,7 @@ from fedprompt import cli
 from fedprompt.config import available, compose, configs_dir, to_yaml, validate
 from fedprompt.data import catalogue, checking, open_dataset, published
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
-from fedprompt.data.catalogue import Entry, entry
+from fedprompt.data.catalogue import entry
 from fedprompt.errors import UserError
 from published_copies import FEWER, MAKERS, SYNSETS, Made, make, split_json
 
@@ -58,16 +58,7 @@ ISSUE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miniature copies of the largest sets have a few of their classes."""
-
-    def fewer(name: str) -> Entry:
-        return dataclasses.replace(
-            entry(name), num_classes=FEWER.get(name, entry(name).num_classes)
-        )
-
-    monkeypatch.setattr(published, "entry", fewer)
+pytestmark = pytest.mark.usefixtures("few_classes")
 
 
 def load(name: str, root: Path, **keys: Any) -> ImageDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -13,15 +12,15 @@ import pytest
 import yaml
 
 from fedprompt.config import available, compose, configs_dir, validate
-from fedprompt.data import catalogue, multi, open_dataset, published
+from fedprompt.data import catalogue, multi, open_dataset
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
-from fedprompt.data.catalogue import Entry, entry
+from fedprompt.data.catalogue import entry
 from fedprompt.data.partition import dense, describe, make_partition
 from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
 from fedprompt.experiment import run
 from fedprompt.schema import Config
-from published_copies import FEWER, make
+from published_copies import make
 
 BENCHMARKS = {
     "fed_optimal": "optimal31",
@@ -35,16 +34,7 @@ SWEEPS = ["fed_optimal", "fed_ucmerced", "fed_nwpu"]
 FEDRS = multi.common_labels("fedrs")
 
 
-@pytest.fixture(autouse=True)
-def _few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miniature copies of the largest sets have a few of their classes."""
-
-    def fewer(name: str) -> Entry:
-        return dataclasses.replace(
-            entry(name), num_classes=FEWER.get(name, entry(name).num_classes)
-        )
-
-    monkeypatch.setattr(published, "entry", fewer)
+pytestmark = pytest.mark.usefixtures("few_classes")
 
 
 def short(root: Path, out: Path) -> list[str]:
