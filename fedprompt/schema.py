@@ -22,7 +22,7 @@ class BackboneConfig:
         None, "local weights (.safetensors or .pt); beside a tag, whose settings then hold"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
-    precision: Literal["float32", "bf16"] = option("float32", "bf16 = autocast to bfloat16")
+    precision: Literal["float32", "bf16"] = option("float32", "bf16 = matrix products in bfloat16")
     image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
 
     def check(self) -> None:
