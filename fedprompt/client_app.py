@@ -34,7 +34,7 @@ from fedprompt.private_store import FileStore
 from fedprompt.threads import use_threads
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
-from strategies.screening import ARRAYS, CONFIG, METRICS, to_record, values_of
+from strategies.screening import ARRAYS, CONFIG, METRICS, RECEIVED, to_record, values_of
 
 PROTOCOLS = "protocols"
 """Key of an evaluate message that asks for what the protocols measure on clients."""
@@ -75,7 +75,7 @@ def _train(
     config = workspace.config
     results = train_cohort(
         workspace.method,
-        [_read_shared(workspace, m) for m in messages],
+        [_received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
         [workspace.train_data(c) for c in clients],
         config.training,
@@ -102,7 +102,7 @@ def _evaluate(
     common = workspace.config.evaluation.personal_on_global
     own, everyone = score_personal(
         workspace.method,
-        [_read_shared(workspace, m) for m in messages],
+        [_received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
         [workspace.test_data(c) for c in clients],
         workspace.server_test() if common else None,
@@ -124,7 +124,7 @@ def _measure(
     private: Mapping[int, Tensors],
 ) -> list[Message]:
     """What the protocols ask of clients at the end, as `<protocol>.<name>`."""
-    shared = [_read_shared(workspace, m) for m in messages]
+    shared = [_received(workspace, m) for m in messages]
     own = [private.get(c) or workspace.start_private(c) for c in clients]
     rows: list[dict[str, int | float]] = [{} for _ in clients]
     for protocol in workspace.protocols:
@@ -163,17 +163,28 @@ def _settings(message: Message) -> ConfigRecord:
     return settings
 
 
-def _read_shared(workspace: Workspace, message: Message) -> Tensors:
-    """The shared tensors of a message, checked against what the method declares."""
-    record = message.content[ARRAYS]
-    expected = workspace.shared_shapes
+def _received(workspace: Workspace, message: Message) -> Tensors:
+    """The shared tensors of a message and what came beside them, as the method declares them."""
+    shared = _read(workspace, message, ARRAYS, workspace.shared_shapes)
+    if workspace.received_shapes:
+        shared |= _read(workspace, message, RECEIVED, workspace.received_shapes)
+    return shared
+
+
+def _read(
+    workspace: Workspace,
+    message: Message,
+    record_name: str,
+    expected: Mapping[str, tuple[int, ...]],
+) -> Tensors:
+    record = message.content.get(record_name)
     if not isinstance(record, ArrayRecord) or set(record) != set(expected):
+        found = sorted(record) if isinstance(record, ArrayRecord) else "nothing"
         raise UserError(
-            f"the server sent tensors {sorted(record)}, but method "
-            f"'{workspace.method.name}' shares {sorted(expected)}; server and client must run the "
-            "same experiment."
+            f"the server sent {found} as {record_name}, but method '{workspace.method.name}' "
+            f"expects {sorted(expected)}; server and client must run the same experiment."
         )
-    shared = {}
+    tensors = {}
     for name, shape in expected.items():
         array = values_of(record[name])
         if array.shape != shape or array.dtype != np.float32:
@@ -181,8 +192,8 @@ def _read_shared(workspace: Workspace, message: Message) -> Tensors:
                 f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
                 f"{shape}. Server and client must run the same experiment."
             )
-        shared[name] = torch.from_numpy(array)
-    return shared
+        tensors[name] = torch.from_numpy(array)
+    return tensors
 
 
 # Flower's ClientApp: one client per node

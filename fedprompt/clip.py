@@ -66,6 +66,7 @@ class FrozenCLIP:
         fingerprint: changes when image features may change (weights, architecture, precision).
         preprocess: PIL image -> (3, H, W) float32, the model's own evaluation transform.
         preprocess_fingerprint: changes when `preprocess` does.
+        mean_std: (2, 3), what `preprocess` normalises its pixels with at the end.
         logit_scale: exp(logit_scale), about 100 for OpenAI's models.
         positions_encoded: running count of text positions that text towers have sent through it.
     """
@@ -88,9 +89,11 @@ class FrozenCLIP:
         self.precision = precision
         self.image_batch = image_batch
         preprocess_cfg = open_clip.model.get_model_preprocess_cfg(model)
+        complete = open_clip.transform.PreprocessCfg(**preprocess_cfg)
         self.preprocess: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(
-            open_clip.transform.PreprocessCfg(**preprocess_cfg), is_train=False
+            complete, is_train=False
         )
+        self.mean_std = torch.tensor([complete.mean, complete.std], dtype=torch.float32)
         self.preprocess_fingerprint = _digest(json.dumps(preprocess_cfg, sort_keys=True))
         self.fingerprint = _digest(f"{name}|{weights_hash}|{precision}")
         self.logit_scale = float(model.logit_scale.exp())

@@ -88,6 +88,21 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate(raw)
 
 
+def parse(text: str) -> Config:
+    """The config that `to_yaml` wrote; data only, no file is read.
+
+    Raises:
+        UserError: not such a text, or what `validate` refuses.
+    """
+    try:
+        raw = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"config: this is not valid YAML: {_one_line(error)}.") from None
+    if not isinstance(raw, dict):
+        raise UserError("config: it must hold 'key: value' lines.")
+    return validate({str(key): value for key, value in raw.items()})
+
+
 def validate(raw: Mapping[str, Any]) -> Config:
     """A frozen `Config` from plain nested dicts; raises `UserError` as `compose` does."""
     from fedprompt import protocols
@@ -102,13 +117,18 @@ def validate(raw: Mapping[str, Any]) -> Config:
     for name, schema in SECTIONS.items():
         parts[name] = build(schema, _mapping(name, raw.get(name)), name)
     method = dict(_mapping("method", raw.get("method")))
+    cls = method_class(str(method.get("name", "fedrsclip")))
+    parts["method"] = build(cls.Config, method, "method")
     strategy = dict(_mapping("strategy", raw.get("strategy")))
-    parts["method"] = build(
-        method_class(str(method.get("name", "fedrsclip"))).Config, method, "method"
-    )
-    parts["strategy"] = build(
-        strategy_class(str(strategy.get("name", "fedavg"))).Config, strategy, "strategy"
-    )
+    if strategy.get("name", "auto") == "auto":
+        strategy = {**strategy, **cls.server_rule(parts["method"])}
+    rule = str(strategy["name"])
+    parts["strategy"] = build(strategy_class(rule).Config, strategy, "strategy")
+    if cls.works_with is not None and rule not in cls.works_with:
+        raise UserError(
+            f"config: method '{cls.name}' cannot do without strategy "
+            f"{' or '.join(sorted(cls.works_with))}; leave strategy out, or set strategy=auto."
+        )
     seed = raw.get("seed", 1)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
@@ -123,7 +143,22 @@ def validate(raw: Mapping[str, Any]) -> Config:
     )
     config = Config(experiment=experiment, seed=seed, **parts)
     protocols.who_holds_out(protocols.open_protocols(config))
+    _check_client_folders(config)
     return config
+
+
+def _check_client_folders(config: Config) -> None:
+    """Folders decide who holds what: there is one for each client, and no partition file."""
+    if config.data.source != "client_folders":
+        return
+    folders, clients = len(config.data.folders), config.partition.clients
+    if folders not in (0, clients):
+        raise UserError(
+            f"config: data.folders has {folders} folders for partition.clients={clients}; give "
+            "one for each client, or none where they are on the nodes."
+        )
+    if config.partition.file is not None:
+        raise UserError("config: data.source=client_folders leaves nothing for partition.file.")
 
 
 def data_config(chosen: Any, where: str) -> DataConfig:

@@ -30,7 +30,7 @@ def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
     neither open_clip's plain vision transformer nor its ResNet.
     """
     visual: Any = clip.model.visual
-    if isinstance(visual, VisionTransformer) and _is_plain(visual):
+    if isinstance(visual, VisionTransformer) and is_plain(visual):
         tower, patches = _from_transformer, visual.positional_embedding.shape[0] - 1
     elif isinstance(visual, ModifiedResNet):
         tower, patches = _from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
@@ -46,7 +46,8 @@ def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
     return encode, patches
 
 
-def _is_plain(visual: VisionTransformer) -> bool:
+def is_plain(visual: VisionTransformer) -> bool:
+    """Whether a tower reads its class token, through ln_post and a projection, in plain blocks."""
     last = visual.transformer.resblocks[-1]
     return (
         type(last) is ResidualAttentionBlock

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save
 
 from fedprompt.clip import FrozenCLIP, load_clip
 from fedprompt.config import compose
 from fedprompt.data.cache import default_cache_dir
+from fedprompt.data.columns import encode_inputs
 from fedprompt.data.images import decode_rgb
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
@@ -87,11 +87,10 @@ class Classifier:
         Raises:
             UserError: a path that is no readable image.
         """
-        features_BD = self.clip.encode_images(
-            torch.stack([self.clip.preprocess(_open(p)) for p in paths])
-        )
-        features_1BD = F.normalize(features_BD, dim=-1)[None].to(self.clip.device)
-        probabilities_BC = self.method.logits(self.encoded, features_1BD)[0].softmax(-1)
+        images_B3HW = torch.stack([self.clip.preprocess(_open(p)) for p in paths])
+        inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
+        inputs_1B = inputs_B.of_one().on(self.clip.device)
+        probabilities_BC = self.method.logits(self.encoded, inputs_1B)[0].softmax(-1)
         best = probabilities_BC.topk(min(top, len(self.task.class_names)), dim=-1)
         return [
             Prediction(p, tuple(self.task.class_names[i] for i in ids), tuple(values))

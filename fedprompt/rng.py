@@ -26,3 +26,8 @@ def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -
     """Float32 tensor of `shape` drawn from N(0, std^2) for one purpose, on the CPU."""
     draw = generator(seed, *purpose).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draw * np.float32(std))
+
+
+def uniform(shape: tuple[int, ...], seed: int, *purpose: str | int) -> torch.Tensor:
+    """Float32 tensor of `shape` drawn from U[0, 1) for one purpose, on the CPU."""
+    return torch.from_numpy(generator(seed, *purpose).random(shape, dtype=np.float32))

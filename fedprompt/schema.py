@@ -38,9 +38,9 @@ class BackboneConfig:
 class DataConfig:
     """Where images and class names come from."""
 
-    source: Literal["aerial_scenes", "folder", "hub", "catalogue", "multi"] = option(
-        "aerial_scenes", "kind of data set"
-    )
+    source: Literal[
+        "aerial_scenes", "folder", "client_folders", "hub", "catalogue", "multi"
+    ] = option("aerial_scenes", "kind of data set")
     title: str = option("aerial_scenes", "name used in tables, plots and the cache")
     templates: list[str] = option(["a photo of a {}."], "zero-shot templates; {} = class name")
     class_names: list[str] = option([], "class names in label order; empty = from the data set")
@@ -55,7 +55,13 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
     # source: folder
     root: str | None = option(
-        None, "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'"
+        None,
+        "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'; "
+        "client_folders: the server's test images, root/class/*.jpg",
+    )
+    # source: client_folders
+    folders: list[str] = option(
+        [], "client_folders: folder/class/*.jpg of every client; empty = each on its own node"
     )
     # source: catalogue
     dataset: str | None = option(None, "catalogue: name of the entry; root null = from the hub")
@@ -86,6 +92,8 @@ class DataConfig:
         """Each source needs its own keys."""
         if self.source == "folder" and not self.root:
             raise UserError("source 'folder' needs 'root', e.g. data.root=/path/to/images.")
+        if self.source == "client_folders":
+            self._check_client_folders()
         if self.source == "hub" and not self.hub_id:
             raise UserError("source 'hub' needs 'hub_id'.")
         if self.source == "catalogue":
@@ -99,6 +107,14 @@ class DataConfig:
                 raise UserError(f"template '{template}' must contain {{}} exactly once.")
         if not self.templates:
             raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
+
+    def _check_client_folders(self) -> None:
+        if len(self.class_names) < 2:
+            raise UserError("source 'client_folders' needs 'class_names', at least two.")
+        from fedprompt.data.images import name_key  # late: the data package needs this module
+
+        if len(set(map(name_key, self.class_names))) < len(self.class_names):
+            raise UserError("'class_names' lists a class twice.")
 
     def _check_catalogue(self) -> None:
         if self.dataset is None:
@@ -172,13 +188,20 @@ class PartitionConfig:
 class TrainingConfig:
     """Local training on a client."""
 
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "local optimiser")
+    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "local optimiser")
     lr: float = option(0.002, "learning rate in round 1", gt=0)
     momentum: float = option(0.9, "SGD momentum", ge=0, lt=1)
+    betas: list[float] = option([0.9, 0.999], "adam, adamw: decay of both moments")
+    eps: float = option(1e-8, "adam, adamw: added to the denominator", gt=0)
     weight_decay: float = option(5e-4, "weight decay", ge=0)
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate over rounds")
     local_epochs: int = option(1, "passes over the local images per round", ge=1)
     batch_size: int = option(32, "images per step", ge=1)
+
+    def check(self) -> None:
+        """Adam's two decays."""
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"'betas' is {self.betas}; it takes two numbers in [0, 1).")
 
 
 @dataclass(frozen=True)

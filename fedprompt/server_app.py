@@ -59,6 +59,7 @@ class Federation:
             seed=config.seed,
             fraction=config.federation.fraction,
             min_replies=config.federation.min_replies,
+            received={n: t.numpy() for n, t in self.method.init_received(config.seed).items()},
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.rejected = 0
@@ -66,8 +67,9 @@ class Federation:
 
     @property
     def shared(self) -> Tensors:
-        """The shared tensors as they stand."""
-        return {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
+        """The shared tensors that are evaluated and kept at the end."""
+        served = self.strategy.served(to_arrays(self.arrays))
+        return {n: torch.from_numpy(a.copy()) for n, a in served.items()}
 
     def join(self) -> None:
         """Wait for the nodes and learn which client each one is.
@@ -185,7 +187,7 @@ class Federation:
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
             messages = self.strategy.configure_evaluate(
                 server_round,
-                self.arrays,
+                to_record(self.strategy.served(to_arrays(self.arrays))),
                 ConfigRecord({**settings}),
                 self.grid,
                 clients=clients[first : first + CLIENTS_AT_ONCE],
@@ -206,7 +208,8 @@ class Federation:
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
         """Everything that a resumed run needs, but for private tensors."""
         state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
-        return Checkpoint(server_round, self.shared, state, totals)
+        shared = {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
+        return Checkpoint(server_round, shared, state, totals)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint.

@@ -15,8 +15,8 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from fedprompt.packing import pack
 from fedprompt.prompt_transformer import PromptTransformer
 
 ClassPosition = Literal["end", "middle", "front"]
+Adapt = Callable[[int, Any, Tensor], Tensor | None]
+"""Layer, its block and its input (N, classes, positions, d) -> what its output gains, or None.
+An axis N of 1 in the input may come out longer."""
 PLACEHOLDER = "X"
 
 
@@ -82,13 +85,17 @@ class TextTower:
             return self.transformer.rows
         return self.token_ids_CL.numel()
 
-    def __call__(self, context: Tensor, deep: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, context: Tensor, deep: Tensor | None = None, *, adapt: Adapt | None = None
+    ) -> Tensor:
         """Class features (..., C, D), not normalised.
 
         Args:
             context: (..., M, d), or (..., C, M, d) when `class_specific`.
             deep: optional (..., J, M, d); entry j replaces the context positions at the input of
                 layer j + 1 (deep text prompts as in MaPLe; Khattak et al., CVPR 2023).
+            adapt: adds to the output of blocks, on the plain path. It may give a context of one
+                client (1, M, d) several: then the features are (K, C, D).
         """
         tail = 3 if self.class_specific else 2
         lead = context.shape[:-tail]
@@ -99,6 +106,8 @@ class TextTower:
                 f"{deep_N.shape[1]} deep prompts were given, but {self.clip.name}'s text tower has "
                 f"room for {len(self.clip.text.blocks) - 1} after its first layer."
             )
+        if adapt is not None:
+            return self._adapted(context_N, deep_N, adapt)
         self.clip.positions_encoded += context_N.shape[0] * self.positions
         if self.fast:
             features_NCD = self._fast(context_N, deep_N)
@@ -135,19 +144,32 @@ class TextTower:
         hidden_NCd = self.transformer(context_NMd.float() + positions_Md, deep_NJMd)
         return _project(parts, parts.ln_final(hidden_NCd))
 
-    # The plain path: any class position, class-specific contexts, towers that are not causal
+    # The plain path: any class position, class-specific contexts, adapters, towers not causal
 
-    def _plain(self, context_N: Tensor, deep_NJMd: Tensor | None) -> Tensor:
+    def _adapted(self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt) -> Tensor:
+        with self.clip.autocast():
+            features_KCD = self._plain(context_N, deep_NJMd, adapt)
+        self.clip.positions_encoded += features_KCD.shape[0] * self.token_ids_CL.numel()
+        return features_KCD.float()
+
+    def _plain(
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None = None
+    ) -> Tensor:
         features: list[Tensor] = [torch.empty(0)] * len(self.class_names)
         for end in self.end_C.unique().tolist():
             classes = torch.nonzero(self.end_C == end).flatten()
-            block_NGD = self._plain_group(context_N, deep_NJMd, classes, int(end))
+            block_NGD = self._plain_group(context_N, deep_NJMd, classes, int(end), adapt)
             for i, c in enumerate(classes.tolist()):
                 features[c] = block_NGD[:, i]
         return torch.stack(features, dim=1)
 
     def _plain_group(
-        self, context_N: Tensor, deep_NJMd: Tensor | None, classes: Tensor, end: int
+        self,
+        context_N: Tensor,
+        deep_NJMd: Tensor | None,
+        classes: Tensor,
+        end: int,
+        adapt: Adapt | None,
     ) -> Tensor:
         """All positions up to the last one that matters, for classes that end at the same one."""
         parts = self.clip.text
@@ -161,7 +183,11 @@ class TextTower:
             if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
                 deep = deep_NJMd[:, i - 1, None].expand(n, g, -1, -1).to(x)
                 x = _place(x.unflatten(0, (n, g)), slots_GM, deep).flatten(0, 1)
+            added = None if adapt is None else adapt(i, block, x.unflatten(0, (n, g)))
             x = block(x, attn_mask=mask)
+            if added is not None:
+                n = added.shape[0]
+                x = (x.unflatten(0, (-1, g)) + added).flatten(0, 1)
         if parts.pools_at_end:
             pooled = x[:, end]
         else:

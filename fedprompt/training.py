@@ -5,40 +5,24 @@ of their losses is each client's own gradient, and an elementwise optimiser (SGD
 AdamW) updates all of them as it would one. Unequal clients: batches are padded and masked, and a
 client that has made its last step leaves the cohort with its optimiser state.
 
-Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, D joint embedding.
+Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, C classes; A the
+clients that are still training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedprompt.methods.base import Batch, Method, Tensors, stack
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Batch, ClientData, Method, Tensors, Visit, stack
 from fedprompt.rng import generator
 from fedprompt.schema import TrainingConfig
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """A client's local training images: L2-normalised features and labels (n,).
-
-    `features_ND` is (n, D), or (views x n, D) where each image has several views: view v of image i
-    is row v n + i, and training draws one of them per image and epoch.
-    """
-
-    client: int
-    features_ND: Tensor
-    labels_N: Tensor
-    views: int = 1
-
-    def __len__(self) -> int:
-        """Number of images n."""
-        return len(self.labels_N)
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
 
 def train_cohort(
     method: Method,
-    shared: Sequence[Tensors],
+    received: Sequence[Tensors],
     private: Sequence[Tensors],
     data: Sequence[ClientData],
     config: TrainingConfig,
@@ -80,7 +64,8 @@ def train_cohort(
 
     Args:
         method: supplies the loss.
-        shared: per client, the shared tensors received (no client axis).
+        received: per client, the shared tensors as the server sent them, and what else it sent
+            (no client axis).
         private: per client, its private tensors (no client axis).
         data: per client, its images; at least one each.
         config: optimiser, batch size, epochs, schedule.
@@ -93,62 +78,103 @@ def train_cohort(
     """
     order = sorted(range(len(data)), key=lambda k: -_steps(len(data[k]), config))
     device = method.clip.device
-    schedule = _batches([data[k] for k in order], config, seed, server_round)
-    features_ND = torch.cat([data[k].features_ND for k in order]).to(device)
-    labels_N = torch.cat([data[k].labels_N.repeat(data[k].views) for k in order]).to(device)
-    index_SKB, mask_SKB = schedule.index_SKB.to(device), schedule.mask_SKB.to(device)
-    values = {
-        **{("shared", n): v for n, v in stack([shared[k] for k in order], device).items()},
-        **{("private", n): v for n, v in stack([private[k] for k in order], device).items()},
-    }
-    final = {name: value.clone() for name, value in values.items()}
-    lr = learning_rate(config, server_round, rounds)
+    ordered = [data[k] for k in order]
+    schedule = _batches(ordered, config, seed, server_round)
+    inputs_N = Inputs.cat([d.inputs for d in ordered])
+    if inputs_N.pixels is None:  # pixels are many: they move batch by batch
+        inputs_N = inputs_N.on(device)
+    labels_N = torch.cat([d.labels_N.repeat(d.views) for d in ordered]).to(device)
+    received_K = stack([received[k] for k in order], device)
+    visit = Visit(
+        clients=tuple(d.client for d in ordered),
+        seed=seed,
+        server_round=server_round,
+        rounds=rounds,
+        lr=learning_rate(config, server_round, rounds),
+        received=received_K,
+        steps_K=torch.tensor([_steps(len(d), config) for d in ordered], device=device),
+        class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
+    )
+    extra = method.init_received(seed).keys()
+    shared_K, private_K = method.start_round(
+        {n: v for n, v in received_K.items() if n not in extra},
+        stack([private[k] for k in order], device),
+        visit,
+    )
+    names = _named(shared_K, private_K)
+    trained = {n: v for n, v in names.items() if n not in method.frozen}
+    fixed = {n: v for n, v in names.items() if n in method.frozen}
+    fixed |= {f"shared.{n}": received_K[n] for n in extra}
+    final = {n: v.clone() for n, v in trained.items()}
     totals: dict[str, Tensor] = {}
     state: list[dict[str, Tensor]] | None = None
     for first, stop, active in schedule.segments:
         # Clients are sorted by their number of steps, so those still training come first.
-        leaves = {n: v[:active].clone().requires_grad_() for n, v in values.items()}
-        optimizer = _optimizer(config, list(leaves.values()), lr)
-        _restore(optimizer, state, active)
+        leaves = {n: v[:active].clone().requires_grad_() for n, v in trained.items()}
+        present = visit.first(active)
+        shared_A, private_A = _containers(leaves | {n: v[:active] for n, v in fixed.items()})
+        optimizer = _optimizer(config, leaves, visit.lr, method.lr_scale)
+        _restore(optimizer, list(leaves.values()), state, active)
         for step in range(first, stop):
-            index_KB, mask_KB = index_SKB[step, :active], mask_SKB[step, :active]
-            batch = Batch(features_ND[index_KB], labels_N[index_KB], mask_KB)
-            shared_K = {n: v for (kind, n), v in leaves.items() if kind == "shared"}
-            private_K = {n: v for (kind, n), v in leaves.items() if kind == "private"}
-            encoded = method.encode(shared_K, private_K)
-            terms = method.terms(shared_K, private_K, encoded, batch)
-            loss_K = torch.stack(list(terms.values())).sum(0)
-            optimizer.zero_grad(set_to_none=True)
-            loss_K.sum().backward()
+            index_KB = schedule.index_SKB[step, :active]
+            mask_KB = schedule.mask_SKB[step, :active].to(device)
+            inputs_KB = inputs_N[index_KB].on(device)
+            batch = Batch(inputs_KB, labels_N[index_KB], mask_KB, present, step)
+            encoded = method.encode(shared_A, private_A)
+            terms = method.terms(shared_A, private_A, encoded, batch)
+            found = method.gradients(terms, leaves, batch)
+            for name, leaf in leaves.items():
+                leaf.grad = found[name]
             optimizer.step()
+            loss_K = torch.stack(list(terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
             for term, term_K in (*terms.items(), ("loss", loss_K)):
                 total_K = totals.setdefault(term, loss_K.new_zeros(len(data)))
                 total_K[:active] += term_K.detach() * images_K
-        values = {n: v.detach() for n, v in leaves.items()}
-        for name, value in values.items():
+        trained = {n: v.detach() for n, v in leaves.items()}
+        for name, value in trained.items():
             final[name][:active] = value
         state = [dict(optimizer.state[p]) for p in leaves.values()]
+    own = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
+    shared_K, private_K = method.end_round(*_containers(final | own), visit)
+    shared_K = {n: v.cpu() for n, v in shared_K.items()}
+    private_K = {n: v.cpu() for n, v in private_K.items()}
+    totals = {n: v.cpu() for n, v in totals.items()}
     place = {k: row for row, k in enumerate(order)}
-    cpu_final = {n: v.cpu() for n, v in final.items()}
-    cpu_totals = {n: v.cpu() for n, v in totals.items()}
     results = []
     for k, client in enumerate(data):
         row, seen = place[k], len(client) * config.local_epochs
         results.append(
             LocalResult(
                 client=client.client,
-                shared={
-                    n: v[row].clone() for (kind, n), v in cpu_final.items() if kind == "shared"
-                },
-                private={
-                    n: v[row].clone() for (kind, n), v in cpu_final.items() if kind == "private"
-                },
+                shared={n: v[row].clone() for n, v in shared_K.items()},
+                private={n: v[row].clone() for n, v in private_K.items()},
                 num_examples=len(client),
-                losses={n: float(v[row]) / seen for n, v in cpu_totals.items()},
+                losses={n: float(v[row]) / seen for n, v in totals.items()},
             )
         )
     return results
+
+
+def _named(shared: Tensors, private: Tensors) -> Tensors:
+    """Both containers in one, by names that say which."""
+    return {f"shared.{n}": v for n, v in shared.items()} | {
+        f"private.{n}": v for n, v in private.items()
+    }
+
+
+def _containers(named: Tensors) -> tuple[Tensors, Tensors]:
+    """The shared and the private container of `_named` tensors."""
+    shared, private = (
+        {n.removeprefix(f"{kind}."): v for n, v in named.items() if n.startswith(f"{kind}.")}
+        for kind in ("shared", "private")
+    )
+    return shared, private
+
+
+def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
+    """Training images per client and class (K, C)."""
+    return torch.stack([torch.bincount(d.labels_N, minlength=classes) for d in data])
 
 
 @dataclass(frozen=True)
@@ -194,21 +220,33 @@ def _batches(
     return _Schedule(torch.from_numpy(index), torch.from_numpy(mask), tuple(segments))
 
 
-def _optimizer(config: TrainingConfig, leaves: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(leaves, lr=lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        leaves, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+def _optimizer(
+    config: TrainingConfig, leaves: Tensors, lr: float, lr_scale: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [leaf], "lr": lr * lr_scale.get(name, 1.0)} for name, leaf in leaves.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    first, second = config.betas
+    return adam(
+        groups, lr=lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay
     )
 
 
 def _restore(
-    optimizer: torch.optim.Optimizer, state: list[dict[str, Tensor]] | None, active: int
+    optimizer: torch.optim.Optimizer,
+    leaves: Sequence[Tensor],
+    state: list[dict[str, Tensor]] | None,
+    active: int,
 ) -> None:
     """Hand on the optimiser state of the clients that go on; counters are the same for all."""
     if state is None:
         return
-    for leaf, kept in zip(optimizer.param_groups[0]["params"], state, strict=True):
+    for leaf, kept in zip(leaves, state, strict=True):
         optimizer.state[leaf] = {
             n: v[:active].clone() if torch.is_tensor(v) and v.dim() > 0 else v
             for n, v in kept.items()

@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP, load_clip
 from fedprompt.data import open_dataset
 from fedprompt.data.base import ImageDataset
-from fedprompt.data.cache import augmented, cached, cached_features, default_cache_dir
+from fedprompt.data.cache import default_cache_dir
+from fedprompt.data.columns import Columns, open_columns
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe, make_partition
 from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Task, Tensors, method_class
-from fedprompt.methods.base import stack
+from fedprompt.methods.base import ClientData, stack
 from fedprompt.protocols import Protocol, hold_out, open_protocols
 from fedprompt.schema import Config
-from fedprompt.training import ClientData
 
 KEPT_BYTES = 64
 """Bytes kept per text position, layer and unit of width: about 14 float32 numbers, rounded up."""
@@ -39,21 +39,19 @@ class Workspace:
         clip: FrozenCLIP,
         dataset: ImageDataset,
         partition: Partition,
-        features_ND: NDArray[np.float32],
+        views: Sequence[Columns],
         held_out: HeldOut | None = None,
-        crops_VND: Sequence[NDArray[np.float32]] = (),
     ) -> None:
         self.config = config
         self.clip = clip
         self.dataset = dataset
         self.partition = partition
-        self.features_ND = features_ND
+        self.views = tuple(views)
         self.held_out = held_out
-        self.crops_VND = crops_VND
         self.task = Task(dataset.class_names, tuple(config.data.templates))
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         self._methods = {self.task: self.method}
-        self._server_test: tuple[Tensor, Tensor] | None = None
+        self._server_test: tuple[Inputs, Tensor] | None = None
 
     @classmethod
     def open(cls, config: Config, *, progress: bool = True) -> Workspace:
@@ -68,15 +66,20 @@ class Workspace:
         dataset, held_out = hold_out(config, dataset)
         partition = make_partition(dataset, config.partition, config.seed)
         clip = load_clip(config.backbone, cache_dir)
-        features_ND = cached_features(clip, dataset, cache_dir, progress=progress)
-        crops_VND = [
-            cached(
-                clip, dataset, cache_dir, augmented(clip, dataset, v, config.data.crop_scale),
+        workspace = cls(config, clip, dataset, partition, (), held_out)
+        workspace.views = tuple(
+            open_columns(
+                clip,
+                dataset,
+                cache_dir,
+                workspace.method.needs,
+                view=view,
+                crop_scale=config.data.crop_scale,
                 progress=progress,
             )
-            for v in range(1, config.data.views)
-        ]  # fmt: skip
-        return cls(config, clip, dataset, partition, features_ND, held_out, crops_VND)
+            for view in range(config.data.views)
+        )
+        return workspace
 
     def with_method(self, method_config: Any) -> Workspace:
         """The same data and backbone under another method."""
@@ -86,9 +89,8 @@ class Workspace:
             self.clip,
             self.dataset,
             self.partition,
-            self.features_ND,
+            self.views,
             self.held_out,
-            self.crops_VND,
         )
 
     def method_for(self, task: Task) -> Method:
@@ -115,16 +117,26 @@ class Workspace:
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     @cached_property
+    def received_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that clients receive besides; all are float32."""
+        start = self.method.init_received(self.config.seed)
+        return {name: tuple(tensor.shape) for name, tensor in start.items()}
+
+    @cached_property
     def tokens_per_client(self) -> int:
-        """Text positions that the method sends through the tower for one client and step."""
-        shared = self.method.init_shared(self.config.seed)
-        private = self.start_private(0)
+        """Positions that the method sends through both towers for one client and step."""
+        seed, device = self.config.seed, self.clip.device
+        received = self.method.init_shared(seed) | self.method.init_received(seed)
+        private = self.method.init_private(seed, 0)
         before = self.clip.positions_encoded
         with torch.no_grad():
-            self.method.encode(
-                stack([shared], self.clip.device), stack([private], self.clip.device)
-            )
-        return self.clip.positions_encoded - before
+            encoded = self.method.encode(stack([received], device), stack([private], device))
+            once = self.clip.positions_encoded - before
+            if self.views and len(self.dataset):
+                one = self.views[0].rows(np.zeros(1, dtype=np.int64))
+                self.method.logits(encoded, one.of_one().on(device))
+        per_image = self.clip.positions_encoded - before - once
+        return once + per_image * self.config.training.batch_size
 
     @property
     def step_bytes_per_client(self) -> int:
@@ -141,41 +153,40 @@ class Workspace:
         train = self.partition.train(client)
         if client in self.partition.unlabelled or not len(train):
             raise UserError(f"client {client} has no labelled training images and cannot train.")
-        features_ND, labels_N = self._rows(train)
-        if not self.crops_VND:
-            return ClientData(client, features_ND, labels_N)
-        views = [features_ND, *(_normalised(crop_ND, train) for crop_ND in self.crops_VND)]
-        return ClientData(client, torch.cat(views), labels_N, views=len(views))
+        inputs = Inputs.cat([view.rows(train) for view in self.views])
+        return ClientData(client, inputs, self._labels(train), views=len(self.views))
 
-    def test_data(self, client: int) -> tuple[Tensor, Tensor]:
-        """A client's local test images: features (n, D), labels (n,); n may be 0."""
+    def test_data(self, client: int) -> tuple[Inputs, Tensor]:
+        """A client's local test images and labels (n,); n may be 0."""
         return self._rows(self.partition.test(client))
 
-    def server_test(self) -> tuple[Tensor, Tensor]:
-        """The server's test images: features (n, D), labels (n,)."""
+    def server_test(self) -> tuple[Inputs, Tensor]:
+        """The server's test images and labels (n,)."""
         if self._server_test is None:
             self._server_test = self._rows(self.partition.server_test)
         return self._server_test
 
-    def held_out_test(self) -> tuple[Tensor, Tensor]:
-        """The images that a protocol holds out: features (n, D), labels (n,) of its class list."""
+    def held_out_test(self) -> tuple[Inputs, Tensor]:
+        """The images that a protocol holds out, and labels (n,) of its class list."""
         assert self.held_out is not None
-        features, _ = self._rows(self.held_out.index_N)
-        return features, torch.from_numpy(self.held_out.labels_N)
+        inputs = self.views[0].rows(self.held_out.index_N)
+        return inputs, torch.from_numpy(self.held_out.labels_N)
 
     def start_private(self, client: int) -> Tensors:
         """A client's private tensors before it has ever trained."""
-        return self.method.init_private(self.config.seed, client)
+        start = self.method.init_private(self.config.seed, client)
+        fills = type(self.method).fill_private is not Method.fill_private
+        labelled = client not in self.partition.unlabelled and len(self.partition.train(client))
+        if not (fills and labelled):
+            return start
+        return self.method.fill_private(start, self.train_data(client), self.config.seed)
 
     def describe(self) -> dict[str, Any]:
         """Counts of clients x classes and domains, for `partition.json` and its plot."""
         return describe(self.dataset, self.partition)
 
-    def _rows(self, index: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        labels_N = torch.from_numpy(self.dataset.labels_N[index])
-        return _normalised(self.features_ND, index), labels_N
+    def _rows(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+        return self.views[0].rows(index), self._labels(index)
 
-
-def _normalised(features_ND: NDArray[np.float32], index: NDArray[np.int64]) -> Tensor:
-    """L2-normalised features of some images, (len(index), D)."""
-    return F.normalize(torch.from_numpy(np.asarray(features_ND[index], dtype=np.float32)), dim=-1)
+    def _labels(self, index: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(self.dataset.labels_N[index])

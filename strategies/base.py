@@ -25,6 +25,7 @@ from fedprompt.rng import generator
 from strategies.screening import (
     ARRAYS,
     CONFIG,
+    RECEIVED,
     Arrays,
     Update,
     evaluation_row,
@@ -55,6 +56,7 @@ class SharedPromptStrategy(Strategy):
         seed: keys the draw of participants with the round.
         fraction: share of the trainable clients that trains in a round (at least one).
         min_replies: fewest valid replies for a round to change the shared tensors.
+        received: starting values of what clients are sent besides, where the method asks for it.
     """
 
     name: ClassVar[str]
@@ -68,8 +70,10 @@ class SharedPromptStrategy(Strategy):
         seed: int,
         fraction: float = 1.0,
         min_replies: int = 1,
+        received: Arrays | None = None,
     ) -> None:
         self.config = config
+        self.received = dict(received or {})
         self.shapes = dict(shapes)
         self.seed = seed
         self.fraction = fraction
@@ -82,6 +86,14 @@ class SharedPromptStrategy(Strategy):
     @abstractmethod
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """New shared tensors from the last ones and at least one update, sorted by client id."""
+
+    def for_client(self, server_round: int, client: int) -> Arrays:
+        """What `client` alone is sent besides the shared tensors: the method's starting values."""
+        return self.received
+
+    def served(self, shared: Arrays) -> Arrays:
+        """What is evaluated and kept at the end, made of the shared tensors of a round."""
+        return shared
 
     def state(self) -> Arrays:
         """Server-side tensors beyond the shared ones (momenta, ...) that a resumed run needs."""
@@ -207,13 +219,18 @@ class SharedPromptStrategy(Strategy):
         content = RecordDict({ARRAYS: arrays, CONFIG: settings})
         return [
             Message(
-                content=content,
+                content=self._content(content, server_round, c),
                 dst_node_id=self.node_of_client[c],
                 message_type=message_type,
                 group_id=str(server_round),
             )
             for c in clients
         ]
+
+    def _content(self, common: RecordDict, server_round: int, client: int) -> RecordDict:
+        """What all clients are sent, with what this one is sent besides."""
+        own = self.for_client(server_round, client)
+        return RecordDict({**common, RECEIVED: to_record(own)}) if own else common
 
     def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
         """Valid updates sorted by client id, with their losses; the rest goes to `rejected`."""

@@ -9,17 +9,24 @@ result does not depend on who answers first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from fedprompt.options import option
 from strategies.base import SharedPromptStrategy, StrategyConfig
 from strategies.screening import Arrays, Update
 
 
 @dataclass(frozen=True)
 class FedAvgConfig(StrategyConfig):
-    """No hyper-parameters of its own."""
+    """How much each client counts."""
+
+    weights: Literal["samples", "uniform"] = option(
+        "samples", "clients count by their training images, or all the same"
+    )
 
 
 class FedAvg(SharedPromptStrategy):
@@ -30,11 +37,18 @@ class FedAvg(SharedPromptStrategy):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """The weighted mean, float32."""
-        total = float(sum(u.num_examples for u in updates))
-        mean: Arrays = {}
-        for name, last in shared.items():
-            sums = np.zeros(last.shape, dtype=np.float64)
-            for update in updates:
-                sums += update.arrays[name].astype(np.float64) * (update.num_examples / total)
-            mean[name] = sums.astype(np.float32)
-        return mean
+        by_samples = self.config.weights == "samples"
+        weights = [u.num_examples if by_samples else 1 for u in updates]
+        return weighted_mean(shared, updates, weights)
+
+
+def weighted_mean(shared: Arrays, updates: Sequence[Update], weights: Sequence[float]) -> Arrays:
+    """Means of the updates' tensors in float64, in the order given; float32. Weights sum to > 0."""
+    total = float(sum(weights))
+    mean: Arrays = {}
+    for name, last in shared.items():
+        sums = np.zeros(last.shape, dtype=np.float64)
+        for update, weight in zip(updates, weights, strict=True):
+            sums += update.arrays[name].astype(np.float64) * (weight / total)
+        mean[name] = sums.astype(np.float32)
+    return mean

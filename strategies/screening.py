@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
-ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"
-"""Names of the records in our messages."""
+ARRAYS, METRICS, CONFIG, RECEIVED = "arrays", "metrics", "config", "received"
+"""Names of the records in our messages; `received` is what one client alone is sent."""
 MAX_EXAMPLES = 10**9
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""

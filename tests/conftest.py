@@ -33,7 +33,10 @@ from fedprompt.clip import FrozenCLIP
 from fedprompt.config import validate
 from fedprompt.data import catalogue, published
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.columns import Columns
 from fedprompt.data.partition import make_partition
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Batch, Tensors, Visit
 from fedprompt.rng import generator
 from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
@@ -70,6 +73,33 @@ def random_clip(**changes: Any) -> FrozenCLIP:
         torch.manual_seed(0)
         model = CLIP(**cfg)
     return FrozenCLIP(model, open_clip.SimpleTokenizer(), name="random", weights_hash="seed 0")
+
+
+def batch_of(
+    inputs: Inputs | torch.Tensor,
+    labels_KB: torch.Tensor,
+    mask_KB: torch.Tensor | None = None,
+    *,
+    received: Tensors | None = None,
+    server_round: int = 1,
+    step: int = 0,
+    first: int = 0,
+) -> Batch:
+    """A step of clients `first`, `first` + 1, ... in their visit to a round; lr 0.01, seed 1."""
+    inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
+    clients = labels_KB.shape[0]
+    visit = Visit(
+        clients=tuple(range(first, first + clients)),
+        seed=1,
+        server_round=server_round,
+        rounds=10,
+        lr=0.01,
+        received=received or {},
+        steps_K=torch.full((clients,), 5),
+        class_counts_KC=torch.stack([torch.bincount(y, minlength=6) for y in labels_KB]),
+    )
+    mask_KB = torch.ones_like(labels_KB, dtype=torch.bool) if mask_KB is None else mask_KB
+    return Batch(inputs, labels_KB, mask_KB, visit, step)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +166,7 @@ def make_workspace(clip: FrozenCLIP) -> Callable[..., Workspace]:
     def make(**sections: Any) -> Workspace:
         config = small_config(**sections)
         partition = make_partition(dataset, config.partition, config.seed)
-        return Workspace(config, clip, dataset, partition, features_ND)
+        return Workspace(config, clip, dataset, partition, [Columns(features_ND)])
 
     return make
 

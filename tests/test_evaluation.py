@@ -11,14 +11,15 @@ import fedprompt.evaluation as evaluation
 from conftest import CLASS_NAMES
 from fedprompt.clip import FrozenCLIP
 from fedprompt.evaluation import personal_statistics, score_global, score_personal
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Task, method_class
 from fedprompt.rng import generator
 
 
-def images(n: int, dim: int, *purpose: str | int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(n: int, dim: int, *purpose: str | int) -> tuple[Inputs, torch.Tensor]:
     draw = generator(0, "images", *purpose)
     features = torch.from_numpy(draw.standard_normal((n, dim))).float()
-    return F.normalize(features, dim=-1), torch.from_numpy(draw.integers(0, 6, n))
+    return Inputs(F.normalize(features, dim=-1)), torch.from_numpy(draw.integers(0, 6, n))
 
 
 def test_statistics_by_hand() -> None:
@@ -42,15 +43,15 @@ def test_personal_scores_equal_one_model_at_a_time(
     private = [method.init_private(1, k) for k in range(3)]
     tests = [images(n, clip.embed_dim, n) for n in (7, 0, 12)]
     common = images(50, clip.embed_dim, "common")
-    monkeypatch.setattr(evaluation, "IMAGES_AT_ONCE", 30)  # several pieces, an uneven last one
+    monkeypatch.setattr(cls, "images_at_once", 30)  # several pieces, an uneven last one
     own, everyone = score_personal(method, [shared] * 3, private, tests, common)
     assert everyone is not None
-    for k, (features, labels) in enumerate(tests):
+    for k, (inputs, labels) in enumerate(tests):
         encoded = method.encode(
             {n: t[None] for n, t in shared.items()}, {n: t[None] for n, t in private[k].items()}
         )
-        for score, (x, y) in ((own[k], (features, labels)), (everyone[k], common)):
-            logits = method.logits(encoded, x[None])[0]
+        for score, (x, y) in ((own[k], (inputs, labels)), (everyone[k], common)):
+            logits = method.logits(encoded, x.of_one())[0]
             assert score.tested == len(y)
             assert score.correct == int((logits.argmax(-1) == y).sum())
             expected = float(F.cross_entropy(logits, y, reduction="sum"))
@@ -69,7 +70,7 @@ def test_clients_of_all_sizes_equal_one_at_a_time(
     shared = [method.init_shared(1 if same else k) for k in range(len(sizes))]
     private = [method.init_private(1, k) for k in range(len(sizes))]
     tests = [images(n, clip.embed_dim, k) for k, n in enumerate(sizes)]
-    monkeypatch.setattr(evaluation, "IMAGES_AT_ONCE", 24)
+    monkeypatch.setattr(cls, "images_at_once", 24)
     before = clip.positions_encoded
     own, _ = score_personal(method, shared, private, tests)
     encoded = clip.positions_encoded - before
@@ -83,7 +84,7 @@ def test_clients_of_all_sizes_equal_one_at_a_time(
 
 
 def test_groups_of_similar_sizes() -> None:
-    groups = evaluation._similar_sizes([3, 40, 0, 5, 11, 9, 1])
+    groups = evaluation._similar_sizes([3, 40, 0, 5, 11, 9, 1], 4096)
     assert groups == [[1], [4, 5], [3, 0], [6]]
 
 
@@ -92,10 +93,10 @@ def test_global_score_uses_shared_prompts_only(clip: FrozenCLIP) -> None:
     method = cls(cls.Config(), clip, Task(CLASS_NAMES))
     plain = method_class("promptfl")
     same = plain(plain.Config(context_tokens=4), clip, Task(CLASS_NAMES))
-    features, labels = images(60, clip.embed_dim)
+    inputs, labels = images(60, clip.embed_dim)
     shared = method.init_shared(1)
-    assert score_global(method, shared, features, labels) == score_global(
-        same, shared, features, labels
+    assert score_global(method, shared, inputs, labels) == score_global(
+        same, shared, inputs, labels
     )
 
 
@@ -103,14 +104,14 @@ def test_zero_shot_agrees_with_plain_open_clip(clip: FrozenCLIP) -> None:
     cls = method_class("zero_shot")
     templates = ("a photo of a {}.", "an aerial photo of {}.")
     method = cls(cls.Config(), clip, Task(CLASS_NAMES, templates))
-    features, labels = images(60, clip.embed_dim)
+    inputs, labels = images(60, clip.embed_dim)
     text = [
         F.normalize(clip.encode_text_raw([t.format(c) for c in CLASS_NAMES]), dim=-1)
         for t in templates
     ]
     classes = F.normalize((text[0] + text[1]) / 2, dim=-1)
-    expected = int(((features @ classes.T).argmax(-1) == labels).sum())
-    score = score_global(method, {}, features, labels)
+    expected = int(((inputs.features @ classes.T).argmax(-1) == labels).sum())
+    score = score_global(method, {}, inputs, labels)
     assert score is not None
     assert score.correct == expected
 

@@ -60,7 +60,7 @@ def batch(clip: FrozenCLIP, clients: int = K) -> Batch:
     labels = torch.from_numpy(draw.integers(0, 3, (clients, B)))  # classes repeat in a batch
     mask = torch.ones(clients, B, dtype=torch.bool)
     mask[1, 4:] = False
-    return Batch(F.normalize(features, dim=-1), labels, mask)
+    return batch_of(F.normalize(features, dim=-1), labels, mask)
 
 
 def prompts(method: Method, clients: int = K) -> tuple[Tensors, Tensors]:
@@ -89,7 +89,7 @@ class TestContract:
         method, data = build_method(clip, name, **options), batch(clip)
         shared, private = prompts(method)
         encoded = method.encode(shared, private)
-        logits = method.logits(encoded, data.features_KBD)
+        logits = method.logits(encoded, data.inputs)
         assert logits.shape == (K, B, len(CLASS_NAMES))
         terms = method.terms(shared, private, encoded, data)
         for value in terms.values():
@@ -124,8 +124,8 @@ class TestContract:
         gradients = _gradients(together, leaves)
         for k in range(K):
             s, p = rows(shared, k), rows(private, k)
-            one = Batch(
-                data.features_KBD[k : k + 1], data.labels_KB[k : k + 1], data.mask_KB[k : k + 1]
+            one = batch_of(
+                data.inputs.features[k : k + 1], data.labels_KB[k : k + 1], data.mask_KB[k : k + 1]
             )
             alone = method.terms(s, p, method.encode(s, p), one)
             for term, value in alone.items():
@@ -144,8 +144,10 @@ class TestContract:
         method, data = build_method(clip, name, **options), batch(clip)
         shared, private = prompts(method)
         s, p = rows(shared, 1), rows(private, 1)
-        padded = Batch(data.features_KBD[1:2], data.labels_KB[1:2], data.mask_KB[1:2])
-        cut = Batch(data.features_KBD[1:2, :4], data.labels_KB[1:2, :4], data.mask_KB[1:2, :4])
+        padded = batch_of(data.inputs.features[1:2], data.labels_KB[1:2], data.mask_KB[1:2])
+        cut = batch_of(
+            data.inputs.features[1:2, :4], data.labels_KB[1:2, :4], data.mask_KB[1:2, :4]
+        )
         with_padding = method.terms(s, p, method.encode(s, p), padded)
         without = method.terms(s, p, method.encode(s, p), cut)
         for term, value in without.items():
@@ -158,8 +160,8 @@ class TestContract:
         if not method.has_global:
             return
         encoded = method.encode({n: t[None] for n, t in method.init_shared(1).items()}, None)
-        features = batch(clip).features_KBD[:1]
-        assert method.logits(encoded, features).shape == (1, B, len(CLASS_NAMES))
+        inputs = batch(clip).inputs[:1]
+        assert method.logits(encoded, inputs).shape == (1, B, len(CLASS_NAMES))
 
     def test_starts_are_seeded(self, clip: FrozenCLIP, name: str, options: dict[str, Any]) -> None:
         method = build_method(clip, name, **options)
@@ -192,10 +194,10 @@ def test_promptfl_is_coop(clip: FrozenCLIP) -> None:
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     encoded = method.encode(shared, {})
     text = clip.encode_text_raw([f"a photo of a {c}." for c in CLASS_NAMES])
-    expected = clip.model.logit_scale.exp() * data.features_KBD[0] @ F.normalize(text, dim=-1).T
-    ours = method.logits(encoded, data.features_KBD[:1])[0]
+    expected = clip.model.logit_scale.exp() * data.inputs.features[0] @ F.normalize(text, dim=-1).T
+    ours = method.logits(encoded, data.inputs[:1])[0]
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
-    one = Batch(data.features_KBD[:1], data.labels_KB[:1], data.mask_KB[:1])
+    one = batch_of(data.inputs.features[:1], data.labels_KB[:1], data.mask_KB[:1])
     loss = F.cross_entropy(expected, data.labels_KB[0])
     terms = method.terms(shared, {}, encoded, one)
     assert terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
@@ -249,8 +251,8 @@ def test_dpa_forms_by_hand(clip: FrozenCLIP) -> None:
         kl = 0.0
         real = int(data.mask_KB[k].sum())
         for i in range(real):
-            q_s = (clip.logit_scale * data.features_KBD[k, i] @ t_s[k].T).softmax(-1)
-            q_p = (clip.logit_scale * data.features_KBD[k, i] @ t_p[k].T).softmax(-1)
+            q_s = (clip.logit_scale * data.inputs.features[k, i] @ t_s[k].T).softmax(-1)
+            q_p = (clip.logit_scale * data.inputs.features[k, i] @ t_p[k].T).softmax(-1)
             kl += float((q_s * (q_s / q_p).log()).sum()) / real
         assert dpa("kl")[k].item() == pytest.approx(kl, rel=1e-3)
         nce = 0.0
@@ -298,7 +300,7 @@ def test_cmfa_forms_by_hand(clip: FrozenCLIP, branch: str) -> None:
 
     for k in range(K):
         n = int(data.mask_KB[k].sum())
-        v, y = data.features_KBD[k, :n], data.labels_KB[k, :n].tolist()
+        v, y = data.inputs.features[k, :n], data.labels_KB[k, :n].tolist()
         cosine = nce = 0.0
         for classes in chosen:
             t = classes[k][torch.tensor(y)]

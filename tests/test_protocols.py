@@ -21,6 +21,7 @@ from fedprompt.config import compose, to_dict, validate
 from fedprompt.display import QuietDisplay, protocol_tables
 from fedprompt.errors import UserError
 from fedprompt.experiment import draw_report, resume, run
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Task, method_class
 from fedprompt.metrics import harmonic_mean
 from fedprompt.private_log import PrivateLog
@@ -237,7 +238,7 @@ def logits(
     private = None if own is None else {n: t[None] for n, t in own.items()}
     with torch.no_grad():
         encoded = method.encode({n: t[None] for n, t in shared.items()}, private)
-        return method.logits(encoded, features[None])[0]
+        return method.logits(encoded, Inputs(features[None]))[0]
 
 
 def test_base_to_new_by_a_second_way(runs: Callable[..., Path]) -> None:
@@ -411,7 +412,7 @@ def test_cross_data_set_uses_the_targets_own_names(runs: Callable[..., Path]) ->
     # Of four images per class the last one is the test image.
     index = [int(np.flatnonzero(oasis.dataset.labels_N == label)[3]) for label in labels]
     pictures = Workspace(
-        workspace.config, workspace.clip, oasis.dataset, oasis.partition, oasis.features_ND
+        workspace.config, workspace.clip, oasis.dataset, oasis.partition, oasis.views
     )
     found = logits(pictures, names, shared, None, index).argmax(-1)
     assert rows[2]["global"] == pytest.approx((found == torch.arange(3)).double().mean())

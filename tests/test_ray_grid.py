@@ -16,6 +16,7 @@ from test_grid import assert_same, federate
 
 import fedprompt.ray_grid as ray_grid_module
 from conftest import fake_dataset, small_config
+from fedprompt.data.columns import Columns
 from fedprompt.data.partition import make_partition
 from fedprompt.errors import UserError
 from fedprompt.grid import InlineGrid
@@ -130,7 +131,7 @@ def test_neither_features_nor_weights_are_sent(clip: Any, on_fake_ray: Any) -> N
     features = np.ones((len(dataset), clip.embed_dim), np.float32)
     assert features.nbytes > 25e6
     partition = make_partition(dataset, config.partition, 1)
-    grid, fake = on_fake_ray(Workspace(config, clip, dataset, partition, features))
+    grid, fake = on_fake_ray(Workspace(config, clip, dataset, partition, [Columns(features)]))
     federate(grid, 2)
     grid.use(grid.workspace)
     assert len(fake.sent) > 10

@@ -18,6 +18,7 @@ from flwr.app import Message
 
 from conftest import fake_dataset, random_clip, small_config
 from fedprompt import files, private_log, run_folder
+from fedprompt.data.columns import Columns
 from fedprompt.data.partition import make_partition
 from fedprompt.display import QuietDisplay
 from fedprompt.experiment import _zero_shot
@@ -52,7 +53,7 @@ def make_workspace() -> MakeWorkspace:
             } | evaluation,
         )  # fmt: skip
         partition = make_partition(dataset, config.partition, config.seed)
-        return Workspace(config, clip, dataset, partition, features_ND)
+        return Workspace(config, clip, dataset, partition, [Columns(features_ND)])
 
     return make
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from conftest import CLASS_NAMES
 from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Task, method_class
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import ClientData, Tensors
 from fedprompt.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.rng import generator
 from fedprompt.schema import TrainingConfig
-from fedprompt.training import ClientData, LocalResult, learning_rate, train_cohort
+from fedprompt.training import LocalResult, learning_rate, train_cohort
 
 SIZES = (5, 40, 17, 1, 40, 32)
 TASK = Task(CLASS_NAMES)
@@ -31,7 +32,7 @@ def clients(clip: FrozenCLIP, sizes: Sequence[int] = SIZES) -> list[ClientData]:
         draw = generator(0, "client", k)
         features = torch.from_numpy(draw.standard_normal((n, clip.embed_dim))).float()
         labels = torch.from_numpy(draw.integers(0, len(CLASS_NAMES), n))
-        data.append(ClientData(k, F.normalize(features, dim=-1), labels))
+        data.append(ClientData(k, Inputs(F.normalize(features, dim=-1)), labels))
     return data
 
 
@@ -70,7 +71,7 @@ def test_cohort_equals_the_reference_client(clip: FrozenCLIP, config: TrainingCo
         draw = generator(0, "images", one.client)
         images = torch.from_numpy(draw.standard_normal((len(one), 3, 32, 32))).float()
         features = F.normalize(clip.encode_images(images), dim=-1)
-        data.append(ClientData(one.client, features, one.labels_N))
+        data.append(ClientData(one.client, Inputs(features), one.labels_N))
         usual.append(ReferenceClient(one.client, images, one.labels_N, images[:0], images[:0]))
     start = method.init_shared(1)["ctx"]
     for result, client in zip(train(method, data, config), usual, strict=True):

@@ -21,10 +21,12 @@ from fedprompt.data.cache import augmented, cached, cached_features, plain
 from fedprompt.data.images import random_view
 from fedprompt.display import QuietDisplay
 from fedprompt.experiment import run
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Task, method_class
+from fedprompt.methods.base import ClientData
 from fedprompt.rng import generator
 from fedprompt.schema import Config
-from fedprompt.training import ClientData, _batches, train_cohort
+from fedprompt.training import _batches, train_cohort
 from fedprompt.workspace import Workspace
 
 # Red grows from left to right, green from top to bottom: a view tells where it was cut.
@@ -113,7 +115,7 @@ def client(number: int, n: int, views: int, dim: int = 32) -> ClientData:
     draw = generator(0, "views", number)
     features = torch.from_numpy(draw.standard_normal((views * n, dim))).float()
     labels = torch.from_numpy(draw.integers(0, 3, n))
-    return ClientData(number, F.normalize(features, dim=-1), labels, views)
+    return ClientData(number, Inputs(F.normalize(features, dim=-1)), labels, views)
 
 
 def test_every_image_once_per_epoch_in_a_drawn_view() -> None:
@@ -141,7 +143,7 @@ def test_views_that_are_all_alike_train_as_one_does(clip: FrozenCLIP) -> None:
     cls = method_class("promptfl")
     method = cls(cls.Config(context_tokens=2), clip, Task(("a", "b", "c")))
     one = [client(k, n, 1, clip.embed_dim) for k, n in ((0, 5), (1, 9))]
-    many = [ClientData(d.client, d.features_ND.repeat(4, 1), d.labels_N, views=4) for d in one]
+    many = [ClientData(d.client, Inputs.cat([d.inputs] * 4), d.labels_N, views=4) for d in one]
     config = small_config(training={"local_epochs": 2, "batch_size": 4}).training
 
     def train(data: list[ClientData]) -> list[Any]:
@@ -167,11 +169,11 @@ def test_a_run_with_views_trains_on_them_and_tests_on_plain_images(
         workspace = Workspace.open(config, progress=False)
         found = workspace.train_data(0)
         n = len(workspace.partition.train(0))
-        assert (len(found), found.views, len(found.features_ND)) == (n, views, views * n)
-        expected, _ = workspace._rows(workspace.partition.train(0))
-        assert torch.equal(found.features_ND[:n], expected), "view 0 is the plain one"
+        assert (len(found), found.views, len(found.inputs.features)) == (n, views, views * n)
+        expected = workspace.views[0].rows(workspace.partition.train(0)).features
+        assert torch.equal(found.inputs.features[:n], expected), "view 0 is the plain one"
         if views > 1:
-            assert not torch.isclose(found.features_ND[n : 2 * n], expected).all(1).any()
+            assert not torch.isclose(found.inputs.features[n : 2 * n], expected).all(1).any()
         folder = run(config, QuietDisplay())
         text = (folder / "metrics.jsonl").read_text()
         lines[views] = [json.loads(line) for line in text.splitlines()]

@@ -107,7 +107,7 @@ def _rounds(
     chosen = replace(config, grid=grid_config)
     reset_peak()
     w = workspace
-    grid = open_grid(chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.features_ND))
+    grid = open_grid(chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.views))
     try:
         federation = Federation(grid.workspace, grid)
         federation.join()

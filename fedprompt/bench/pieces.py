@@ -16,9 +16,10 @@ from fedprompt.bench.job import Counts, Job, Piece, counted, total
 from fedprompt.bench.workload import random_features, reference_model
 from fedprompt.clip import FrozenCLIP
 from fedprompt.grid import InlineGrid
+from fedprompt.methods.base import ClientData
 from fedprompt.reference import ReferenceClient, reference_evaluate, reference_local_training
 from fedprompt.server_app import Federation
-from fedprompt.training import ClientData, train_cohort
+from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 
 
@@ -69,7 +70,7 @@ def train_ours(workspace: Workspace, images: int) -> dict[str, Tensor]:
         workspace.method,
         [start],
         [{}],
-        [ClientData(0, data.features_ND[:images], data.labels_N[:images])],
+        [ClientData(0, data.inputs[:images], data.labels_N[:images])],
         config.training,
         seed=config.seed,
         server_round=1,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedprompt.clip import FrozenCLIP
 from fedprompt.config import validate
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.columns import Columns
 from fedprompt.data.partition import Partition
 from fedprompt.reference import ReferenceClient, ReferenceCoOp
 from fedprompt.rng import generator
@@ -103,7 +104,7 @@ def make_workspace(
         server_test=server_test,
     )
     config = settings(sizes.clients, **sections)
-    return Workspace(config, clip, dataset, partition, features_ND.numpy())
+    return Workspace(config, clip, dataset, partition, [Columns(features_ND.numpy())])
 
 
 def make_labels(count: int, classes: int) -> NDArray[np.int64]:

@@ -28,6 +28,10 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
         from fedprompt.data import folder
 
         return folder.load(config, seed, cache_dir)
+    if config.source == "client_folders":
+        from fedprompt.data import client_folders
+
+        return client_folders.load(config, seed, cache_dir)
     if config.source == "catalogue":
         from fedprompt.data import published
 

@@ -35,6 +35,10 @@ class ImageDataset:
     `image_names` are the same on every machine, and name the images in partition files: the path
     below the images' folder, split and row of a table, or what made the image; no two are equal.
     They are empty in a data set that exists only in memory.
+
+    `owners_N` is the client that holds each image, -1 for the server, where the data themselves say
+    so. `parts` are the data sets that this one is made of, in the order of its rows; the cache then
+    keeps each of them by itself.
     """
 
     name: str
@@ -48,6 +52,8 @@ class ImageDataset:
     bad_images: tuple[BadImage, ...] = field(default=())
     superclass_names: tuple[str, ...] = field(default=())
     image_names: tuple[str, ...] = field(default=(), repr=False)
+    owners_N: NDArray[np.int64] | None = None
+    parts: tuple[ImageDataset, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         """Number of images."""

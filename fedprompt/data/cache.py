@@ -7,8 +7,8 @@ Layout, all under the cache folder (`output.cache`, else $FEDPROMPT_CACHE, else
     scan/<data set>.json                   which files were already read and hashed
 
 `<key>` hashes the backbone, its preprocessing, the view and the data set's pixels, so a file is
-never out of date, only unused. An `Encoding` says what a file holds: the features of the plain
-view, of one augmented view, or local features of some of the images.
+never out of date, only unused. An `Encoding` says what a file holds: features of the plain view or
+of an augmented one, of its patches, its pixels, or local features of some of the images.
 Suffixes: N images, D embedding dimensions, B images in a batch.
 """
 
@@ -77,8 +77,8 @@ class Encoding:
     """What a cache file holds of every image.
 
     `view` names it and keys the file, with whatever it depends on; `load` makes image i an input
-    (3, H, W); `encode` makes B inputs B float rows of `shape` on the CPU; `dtype` is how they are
-    kept.
+    (3, H, W); `encode` makes B inputs B rows of `shape` on the CPU; `dtype` is how they are kept;
+    `of_weights` says that the rows depend on the backbone's weights, not on its preprocessing alone.
     """
 
     view: str
@@ -86,6 +86,7 @@ class Encoding:
     load: Callable[[int], torch.Tensor]
     encode: Callable[[torch.Tensor], torch.Tensor]
     dtype: str = "<f4"
+    of_weights: bool = True
 
 
 def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
@@ -128,10 +129,16 @@ def content_dir(cache_dir: Path, dataset: ImageDataset) -> Path:
 
 
 def feature_path(
-    clip: ImageEncoder, dataset: ImageDataset, cache_dir: Path, view: str = "center"
+    clip: ImageEncoder,
+    dataset: ImageDataset,
+    cache_dir: Path,
+    view: str = "center",
+    *,
+    of_weights: bool = True,
 ) -> Path:
     """The file with this backbone's features of one `view` of the images."""
-    key = digest(clip.fingerprint, clip.preprocess_fingerprint, view, dataset.fingerprint)
+    weights = clip.fingerprint if of_weights else ""
+    key = digest(weights, clip.preprocess_fingerprint, view, dataset.fingerprint)
     return content_dir(cache_dir, dataset) / f"{view}-{key}.npy"
 
 
@@ -162,7 +169,7 @@ def cached(
     if index_R is not None:
         view = f"{view}-of-{digest(index_R.astype('<i8').tobytes().hex())[:16]}"
         rows = index_R.tolist()
-    path = feature_path(clip, dataset, cache_dir, view)
+    path = feature_path(clip, dataset, cache_dir, view, of_weights=encoding.of_weights)
     expected = (len(rows), *encoding.shape), np.dtype(encoding.dtype)
     found = _read(path, *expected)
     if found is not None:

@@ -8,7 +8,7 @@ catalogue; without it they come from the hub. Suffix: N images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 
 from fedprompt.data import catalogue, published
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import digest
+from fedprompt.data.joined import opener_of
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.options import build
 from fedprompt.schema import DataConfig
@@ -34,19 +34,6 @@ class CommonLabels:
 
     sources: tuple[str, ...]
     classes: Mapping[str, Mapping[str, tuple[str, ...]]]
-
-
-@dataclass(frozen=True)
-class _Opener:
-    """Opens image i of the data set it is from; a class, so that a data set can be pickled."""
-
-    openers: tuple[Callable[[int], Image.Image], ...]
-    source_N: NDArray[np.int64]
-    row_N: NDArray[np.int64]
-
-    def __call__(self, index: int) -> Image.Image:
-        opener = self.openers[int(self.source_N[index])]
-        return opener(int(self.row_N[index]))
 
 
 def names() -> list[str]:
@@ -93,17 +80,16 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
     parts = [published.load(_one(config, name), seed, cache_dir) for name in sources]
     chosen = [_chosen(part, common, name) for part, name in zip(parts, sources, strict=True)]
     rows = [np.flatnonzero(labels >= 0) for labels in chosen]
-    source_N = np.repeat(np.arange(len(parts)), [len(kept) for kept in rows])
-    row_N = np.concatenate(rows)
+    opener = opener_of(parts, rows)
     return ImageDataset(
         name=config.title,
         class_names=class_names,
         labels_N=np.concatenate([c[kept] for c, kept in zip(chosen, rows, strict=True)]),
         split_N=np.concatenate([p.split_N[kept] for p, kept in zip(parts, rows, strict=True)]),
-        domains_N=source_N.astype(np.int64),
+        domains_N=opener.source_N,
         domain_names=tuple(sources),
         fingerprint=digest("multi", *common.classes, *(part.fingerprint for part in parts)),
-        open_image=_Opener(tuple(part.open_image for part in parts), source_N, row_N),
+        open_image=opener,
         bad_images=tuple(bad for part in parts for bad in part.bad_images),
         image_names=tuple(
             f"{name}/{part.image_names[row]}"

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedprompt.clip import FrozenCLIP
 from fedprompt.config import data_config
 from fedprompt.data import open_dataset
 from fedprompt.data.base import TEST, ImageDataset
-from fedprompt.data.cache import ImageEncoder, cached_features
+from fedprompt.data.columns import open_columns
 from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
 from fedprompt.options import build
 from fedprompt.schema import DataConfig
 
 
 @dataclass(frozen=True, eq=False)
 class OtherData:
-    """A data set's test images: indices, L2-normalised features (n, D) and labels (n,)."""
+    """A data set's test images: indices, inputs and labels (n,)."""
 
     dataset: ImageDataset
     templates: tuple[str, ...]
     index_N: NDArray[np.int64]
-    features_ND: Tensor
+    inputs_N: Inputs
     labels_N: Tensor
 
     @property
@@ -58,26 +59,34 @@ def complete(chosen: Any, where: str) -> list[dict[str, Any]]:
 
 
 def open_others(
-    sections: Sequence[Mapping[str, Any]], seed: int, clip: ImageEncoder, cache_dir: Path
+    sections: Sequence[Mapping[str, Any]],
+    seed: int,
+    clip: FrozenCLIP,
+    cache_dir: Path,
+    needs: Collection[str],
 ) -> list[OtherData]:
     """Open data sets that `complete` has described; images that no cache holds are encoded.
+
+    `needs` is what the method under test needs of an image.
 
     Raises:
         UserError: a data set cannot be had, or has no test images.
     """
-    return [_open(build(DataConfig, dict(s), "data"), seed, clip, cache_dir) for s in sections]
+    configs = [build(DataConfig, dict(section), "data") for section in sections]
+    return [_open(config, seed, clip, cache_dir, needs) for config in configs]
 
 
-def _open(config: DataConfig, seed: int, clip: ImageEncoder, cache_dir: Path) -> OtherData:
+def _open(
+    config: DataConfig, seed: int, clip: FrozenCLIP, cache_dir: Path, needs: Collection[str]
+) -> OtherData:
     dataset = open_dataset(config, seed, cache_dir)
     index_N = np.flatnonzero(dataset.split_N == TEST)
     if not len(index_N):
         raise UserError(f"data set '{dataset.name}' has no test images.")
-    rows = np.asarray(cached_features(clip, dataset, cache_dir)[index_N], dtype=np.float32)
     return OtherData(
         dataset,
         tuple(config.templates),
         index_N,
-        F.normalize(torch.from_numpy(rows), dim=-1),
+        open_columns(clip, dataset, cache_dir, needs).rows(index_N),
         torch.from_numpy(dataset.labels_N[index_N]),
     )

@@ -115,6 +115,8 @@ def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) ->
         UserError: the scheme cannot be met with these images, or the partition file does not fit
             them; the message has the numbers.
     """
+    if dataset.owners_N is not None:
+        return _as_owned(dataset, dataset.owners_N, config, seed)
     if config.file is None:
         partition = _deal(dataset, config, seed)
     else:
@@ -157,14 +159,43 @@ def _deal(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partitio
             f"{len(train_T)} training images, partition.min_images asks for {config.min_images}; "
             f"lower it or partition.clients ({config.clients})."
         )
-    train_mask, test_mask = _split_locally(owner_T, labels_T, config, seed)
+    rng = generator(seed, "partition", "local-split")
+    train_mask, test_mask = _split_locally(owner_T, labels_T, config, rng)
     holder_N = np.where(dataset.split_N == TEST, SERVER, NOBODY).astype(np.int64)
     holder_N[train_T] = np.where(train_mask | test_mask, owner_T, NOBODY)
     is_test_N = np.zeros(len(dataset), dtype=bool)
     is_test_N[train_T] = test_mask
+    return Partition.of_holders(holder_N, is_test_N, config.clients, _unlabelled(config, seed))
+
+
+def _as_owned(
+    dataset: ImageDataset, owners_N: Indices, config: PartitionConfig, seed: int
+) -> Partition:
+    """The data say who holds what; each client's images are split by themselves.
+
+    A client's split is thus the same on a node that has no other client's images. Clients without
+    images here are elsewhere.
+    """
+    holder_N = np.where(dataset.split_N == TEST, SERVER, NOBODY).astype(np.int64)
+    is_test_N = np.zeros(len(dataset), dtype=bool)
+    for client in range(config.clients):
+        own = np.flatnonzero((owners_N == client) & (dataset.split_N == TRAIN))
+        if 0 < len(own) < config.min_images:
+            raise UserError(
+                f"partition: client {client} holds {len(own)} images, partition.min_images asks "
+                f"for {config.min_images}."
+            )
+        if len(own):
+            rng = generator(seed, "partition", "local-split", client)
+            train, test = _split_locally(owners_N[own], dataset.labels_N[own], config, rng)
+            holder_N[own] = np.where(train | test, client, NOBODY)
+            is_test_N[own] = test
+    return Partition.of_holders(holder_N, is_test_N, config.clients, _unlabelled(config, seed))
+
+
+def _unlabelled(config: PartitionConfig, seed: int) -> frozenset[int]:
     draw = generator(seed, "partition", "unlabelled").permutation(config.clients)
-    unlabelled = frozenset(int(k) for k in draw[: config.unlabelled_clients])
-    return Partition.of_holders(holder_N, is_test_N, config.clients, unlabelled)
+    return frozenset(int(k) for k in draw[: config.unlabelled_clients])
 
 
 def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
@@ -231,7 +262,7 @@ def _check_enough(images: int, config: PartitionConfig) -> None:
 
 
 def _split_locally(
-    owner_T: Indices, labels_T: Indices, config: PartitionConfig, seed: int
+    owner_T: Indices, labels_T: Indices, config: PartitionConfig, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Masks of local train and local test images.
 
@@ -239,7 +270,6 @@ def _split_locally(
     then made up from the classes with the largest remainders, one image each (ties at random). A
     class always keeps one image in train, so classes of one image are never tested locally.
     """
-    rng = generator(seed, "partition", "local-split")
     num_labels, fraction = int(labels_T.max()) + 1, config.local_test_fraction
     key_T = owner_T * num_labels + labels_T
     by_group_T = np.lexsort((rng.permutation(len(key_T)), key_T))

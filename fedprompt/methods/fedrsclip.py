@@ -18,6 +18,16 @@ How prompts compose (`composition`), S shared and P private, g the text tower, t
     sum         t = t(S + P)                             (FedPGP's form, arXiv 2405.09771)
 The global model is t(S) alone. `prompts` selects shared, private or both for ablations.
 
+The constraint is said to align "text and image prompts". Both readings can be run:
+    visual: none     no image prompts; CMFA aligns text with the frozen image features (default)
+    visual: shared | private | both
+                     learned tokens after the image's patches, S' aggregated and P' kept; v = v/|v|
+                     is then the feature of the image under them, in prediction and in CMFA
+With `both` they compose as the text prompts do: v = (1 - theta) v(S') + theta v(P') from two passes
+(where each text branch meets its own v in DPA's `kl` and in CMFA), v([S'][P']) or v(S' + P'); DPA
+is then the mean of its text and its image part. With one kind there is one v. The global model has
+v(S'), or the frozen features where no image prompts are shared.
+
 The default weights were chosen on the embedded scenes with seeds of their own (11 and 12), between
 personal accuracy, which falls with them, and global accuracy, which rises with them.
 """
@@ -28,10 +38,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fedprompt.alignment import (
+    divergence,
+    image_text_contrast,
+    image_text_distance,
+    pair_contrast,
+    pair_distance,
+)
 from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import split_layers
 from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
 from fedprompt.methods.base import (
     Batch,
     Method,
@@ -40,9 +60,10 @@ from fedprompt.methods.base import (
     Tensors,
     cosine_logits,
     cross_entropy,
-    masked_mean,
 )
 from fedprompt.options import option
+from fedprompt.rng import normal
+from fedprompt.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,9 @@ class FedRSCLIPConfig:
     cmfa_weight: float = option(0.25, "weight of CMFA (lambda_2)", ge=0)
     cmfa_branch: Literal["both", "shared", "private"] = option("both", "prompts CMFA acts on")
     cmfa_temperature: float | None = option(None, "null = CLIP's own, 1 / exp(logit_scale)", gt=0)
+    visual: Literal["none", "shared", "private", "both"] = option("none", "which image prompts")
+    visual_tokens: int = option(4, "image tokens of each kind, per layer", ge=1)
+    visual_depth: int = option(1, "image layers with prompts, the first counts", ge=1)
     context_init: str | None = option(None, "words that both prompts start from")
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
@@ -79,10 +103,15 @@ class FedRSCLIPConfig:
                 raise UserError("composition 'sum' needs shared_tokens equal to private_tokens.")
             if self.dpa == "mse":
                 raise UserError("dpa 'mse' needs shared_tokens equal to private_tokens.")
+        if self.prompts == "private" and self.visual in ("shared", "both"):
+            raise UserError("prompts=private shares no text prompt: set visual=none or private.")
 
 
 class FedRSCLIP(Method):
-    """Dual prompts: `ctx` of the shared container is aggregated, `ctx` of the private one stays."""
+    """Dual prompts: `ctx` of the shared container is aggregated, `ctx` of the private one stays.
+
+    So with `visual` (J, M, w), J layers of M image tokens, where the config asks for it.
+    """
 
     name = "fedrsclip"
     source = "arXiv 2501.02461 (reconstructed from the abstract)"
@@ -102,26 +131,42 @@ class FedRSCLIP(Method):
         if config.composition == "concat":
             tokens = config.shared_tokens + config.private_tokens
             self.joint_prompts = PromptSource(clip, task, tokens)
+        if config.visual != "none":
+            self.vision = VisionTower(clip)
+            self.needs = frozenset({"features", "pixels"})
+            self.images_at_once = 256
 
     def init_shared(self, seed: int) -> Tensors:
-        """`ctx` (shared_tokens, d)."""
+        """`ctx` (shared_tokens, d), and `visual`."""
         if self.cfg.prompts == "private":
             return {}
-        return {"ctx": self.shared_prompts.start(seed, "init", "shared")}
+        start = {"ctx": self.shared_prompts.start(seed, "init", "shared")}
+        if self.cfg.visual in ("shared", "both"):
+            start["visual"] = self._visual_start(seed, "shared")
+        return start
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """`ctx` (private_tokens, d), drawn anew for every client; zero where it is a residual."""
-        if self.cfg.prompts == "shared":
-            return {}
-        start = self.private_prompts.start(seed, "init", "private", client)
-        is_residual = self.cfg.composition == "sum" and self.cfg.prompts == "both"
-        return {"ctx": torch.zeros_like(start) if is_residual else start}
+        """`ctx` (private_tokens, d) and `visual`, drawn anew for every client; 0 as a residual."""
+        start = {}
+        if self.cfg.prompts != "shared":
+            start["ctx"] = self.private_prompts.start(seed, "init", "private", client)
+            if self.cfg.prompts == "both" and self.cfg.composition == "sum":
+                start["ctx"] = torch.zeros_like(start["ctx"])
+        if self.cfg.visual in ("private", "both"):
+            start["visual"] = self._visual_start(seed, "private", client)
+            if self.cfg.visual == "both" and self.cfg.composition == "sum":
+                start["visual"] = torch.zeros_like(start["visual"])
+        return start
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Normalised class features: `classes` to predict with, `shared` and `private` to align.
 
-        Each (K, C, D). A branch that neither prediction nor a constraint needs is left out.
+        Each (K, C, D). A branch that neither prediction nor a constraint needs is left out. Image
+        prompts (K, J, M, w): `visual` for one pass, or `visual_shared` and `visual_private`.
         """
+        return self._encode_text(shared, private) | self._compose_visual(shared, private)
+
+    def _encode_text(self, shared: Tensors, private: Tensors | None) -> Tensors:
         if private is None or self.cfg.prompts == "shared":
             classes = self.shared_prompts.classes(shared["ctx"])
             return {"classes": classes, "shared": classes}
@@ -144,21 +189,28 @@ class FedRSCLIP(Method):
         s_KCD, p_KCD = self._branches(s, p)
         return {"classes": joint, "shared": s_KCD, "private": p_KCD}
 
-    def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the composed prompts."""
-        return cosine_logits(self.clip, features_KBD, encoded["classes"])
+        images_KBD = self._images(encoded, inputs)["images"]
+        return cosine_logits(self.clip, images_KBD, encoded["classes"])
 
     def terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, `dpa` and `cmfa`, each (K,) and already weighted."""
-        terms = {"ce": cross_entropy(self.logits(encoded, batch.features_KBD), batch)}
+        images = self._images(encoded, batch.inputs)
+        logits_KBC = cosine_logits(self.clip, images["images"], encoded["classes"])
+        terms = {"ce": cross_entropy(logits_KBC, batch)}
         if self.cfg.dpa != "none" and self.cfg.dpa_weight > 0:
-            dpa_K = self._dpa(shared["ctx"], private["ctx"], encoded, batch)
-            terms["dpa"] = self.cfg.dpa_weight * dpa_K
+            terms["dpa"] = self.cfg.dpa_weight * self._dpa(shared, private, encoded, images, batch)
         if self.cfg.cmfa != "none" and self.cfg.cmfa_weight > 0:
-            terms["cmfa"] = self.cfg.cmfa_weight * self._cmfa(encoded, batch)
+            terms["cmfa"] = self.cfg.cmfa_weight * self._cmfa(encoded, images, batch)
         return terms
+
+    def class_embeddings(self, encoded: Tensors) -> Tensor | None:
+        """None where images are encoded anew under prompts."""
+        prompted = any(name.startswith("visual") for name in encoded)
+        return None if prompted else super().class_embeddings(encoded)
 
     def _branches(self, s_KMd: Tensor, p_KMd: Tensor) -> tuple[Tensor, Tensor]:
         """Class features of both prompts, in one pass where their lengths allow."""
@@ -170,73 +222,92 @@ class FedRSCLIP(Method):
     def _needs_branches(self) -> bool:
         return self.cfg.dpa not in ("none", "mse") or self.cfg.cmfa != "none"
 
-    def _dpa(self, s_KMd: Tensor, p_KMd: Tensor, encoded: Tensors, batch: Batch) -> Tensor:
+    def _visual_start(self, seed: int, *purpose: str | int) -> Tensor:
+        depth = min(self.cfg.visual_depth, self.vision.layers)
+        shape = (depth, self.cfg.visual_tokens, self.vision.width)
+        return normal(shape, self.cfg.init_std, seed, "init", *purpose, "visual")
+
+    def _compose_visual(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        s, p = shared.get("visual"), (private or {}).get("visual")
+        if s is None or p is None:
+            one = p if s is None else s
+            return {} if one is None else {"visual": one}
+        if self.cfg.composition == "two_branch":
+            return {"visual_shared": s, "visual_private": p}
+        if self.cfg.composition == "sum":
+            return {"visual": s + p}
+        return {"visual": torch.cat([s.expand(len(p), -1, -1, -1), p], dim=-2)}
+
+    def _images(self, encoded: Tensors, inputs: Inputs) -> Tensors:
+        """Image features (K, B, D): `images` to predict with; after two passes also each."""
+
+        def prompted(name: str) -> Tensor:
+            assert inputs.pixels is not None
+            prompts, deep = split_layers(encoded[name])
+            return F.normalize(self.vision(inputs.pixels, prompts, deep), dim=-1)
+
+        if "visual_shared" in encoded:
+            s_KBD, p_KBD = prompted("visual_shared"), prompted("visual_private")
+            mixed = (1 - self.cfg.theta) * s_KBD + self.cfg.theta * p_KBD
+            return {"images": mixed, "shared": s_KBD, "private": p_KBD}
+        return {"images": prompted("visual") if "visual" in encoded else inputs.features}
+
+    def _dpa(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, images: Tensors, batch: Batch
+    ) -> Tensor:
         """Dual Prompt Alignment (K,), reconstructed; 0 where both prompts agree.
 
-        cosine       1 - mean_c cos(t_c(S), t_c(P))
-        mse          mean over tokens and dimensions of (S - P)^2 (P itself where it is a residual)
+        cosine       1 - mean_c cos(t_c(S), t_c(P)); for images 1 - mean_i cos(v_i(S'), v_i(P'))
+        mse          mean over tokens and dimensions of (S - P)^2 (P itself where it is a residual);
+                     likewise of the image prompts
         kl           mean over images of KL(p(.|x, S) || p(.|x, P))
-        contrastive  symmetric InfoNCE over classes, positives (t_c(S), t_c(P))
+        contrastive  symmetric InfoNCE over classes, positives (t_c(S), t_c(P)); for images over the
+                     batch, positives (v_i(S'), v_i(P'))
         """
-        stop = self.cfg.dpa_stop_gradient
         if self.cfg.dpa == "mse":
-            if self.cfg.composition == "sum":
-                return p_KMd.square().mean(dim=(-1, -2))
-            return ((s_KMd.detach() if stop else s_KMd) - p_KMd).square().mean(dim=(-1, -2))
-        s_KCD = encoded["shared"].detach() if stop else encoded["shared"]
-        p_KCD = encoded["private"]
-        if self.cfg.dpa == "cosine":
-            return 1 - (s_KCD * p_KCD).sum(-1).mean(-1)
+            both = [n for n in ("ctx", "visual") if n in shared and n in private]
+            return _mean([self._prompt_distance(shared[n], private[n]) for n in both])
         if self.cfg.dpa == "kl":
-            log_s = cosine_logits(self.clip, batch.features_KBD, s_KCD).log_softmax(-1)
-            log_p = cosine_logits(self.clip, batch.features_KBD, p_KCD).log_softmax(-1)
-            kl_KB = (log_s.exp() * (log_s - log_p)).sum(-1)
-            return masked_mean(kl_KB, batch.mask_KB)
-        similarity_KCC = s_KCD @ p_KCD.transpose(-1, -2) / self.cfg.dpa_temperature
-        there = similarity_KCC.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean(-1)
-        back = similarity_KCC.log_softmax(-2).diagonal(dim1=-2, dim2=-1).mean(-1)
-        return -(there + back) / 2
+            s_KBC, p_KBC = (
+                cosine_logits(self.clip, images.get(b, images["images"]), encoded[b])
+                for b in ("shared", "private")
+            )
+            return divergence(self._fixed(s_KBC), p_KBC, batch.mask_KB)
+        pairs: list[tuple[Tensor, Tensor, Tensor | None]]
+        pairs = [(self._fixed(encoded["shared"]), encoded["private"], None)]
+        if "shared" in images:
+            pairs.append((self._fixed(images["shared"]), images["private"], batch.mask_KB))
+        if self.cfg.dpa == "cosine":
+            return _mean([pair_distance(*pair) for pair in pairs])
+        return _mean([pair_contrast(*pair, self.cfg.dpa_temperature) for pair in pairs])
 
-    def _cmfa(self, encoded: Tensors, batch: Batch) -> Tensor:
+    def _prompt_distance(self, s: Tensor, p: Tensor) -> Tensor:
+        """Mean squared difference of prompts (K, ..., M, d); of residuals to nothing: (K,)."""
+        difference = p if self.cfg.composition == "sum" else self._fixed(s) - p
+        return difference.square().flatten(1).mean(-1)
+
+    def _fixed(self, shared_side: Tensor) -> Tensor:
+        return shared_side.detach() if self.cfg.dpa_stop_gradient else shared_side
+
+    def _cmfa(self, encoded: Tensors, images: Tensors, batch: Batch) -> Tensor:
         """Cross-Modal Feature Alignment (K,), reconstructed; the mean over the chosen branches.
 
         cosine       1 - mean_i cos(v_i, t_{y_i})
-        contrastive  symmetric InfoNCE over the batch's image-text pairs, where all pairs of one
-                     class are positives of each other (a plain diagonal would push images away
-                     from their own class's text whenever a class repeats in the batch)
+        contrastive  symmetric InfoNCE over the batch, all pairs of one class positives
         """
         wanted = (
             ("shared", "private") if self.cfg.cmfa_branch == "both" else (self.cfg.cmfa_branch,)
         )
-        present = [encoded[b] for b in wanted if b in encoded]
-        form = self._cmfa_cosine if self.cfg.cmfa == "cosine" else self._cmfa_contrastive
-        losses = [form(classes_KCD, batch) for classes_KCD in present]
-        return torch.stack(losses).mean(0)
-
-    def _cmfa_cosine(self, classes_KCD: Tensor, batch: Batch) -> Tensor:
-        own_KBD = _class_of_each_image(classes_KCD, batch)
-        return 1 - masked_mean((batch.features_KBD * own_KBD).sum(-1), batch.mask_KB)
-
-    def _cmfa_contrastive(self, classes_KCD: Tensor, batch: Batch) -> Tensor:
-        temperature = self.cfg.cmfa_temperature or 1 / self.clip.logit_scale
-        texts_KBD = _class_of_each_image(classes_KCD, batch)
-        logits_KBB = batch.features_KBD @ texts_KBD.transpose(-1, -2) / temperature
-        real_KBB = batch.mask_KB[:, :, None] & batch.mask_KB[:, None, :]
-        same_KBB = (batch.labels_KB[:, :, None] == batch.labels_KB[:, None, :]) & real_KBB
-        image_to_text = _multi_positive(logits_KBB, same_KBB, batch.mask_KB)
-        text_to_image = _multi_positive(logits_KBB.transpose(-1, -2), same_KBB, batch.mask_KB)
-        return (image_to_text + text_to_image) / 2
+        losses = []
+        for branch in (b for b in wanted if b in encoded):
+            images_KBD = images.get(branch, images["images"])
+            if self.cfg.cmfa == "cosine":
+                losses.append(image_text_distance(images_KBD, encoded[branch], batch))
+            else:
+                temperature = self.cfg.cmfa_temperature or 1 / self.clip.logit_scale
+                losses.append(image_text_contrast(images_KBD, encoded[branch], batch, temperature))
+        return _mean(losses)
 
 
-def _class_of_each_image(classes_KCD: Tensor, batch: Batch) -> Tensor:
-    """Class features of each image's own class: (K, B, D)."""
-    index = batch.labels_KB[..., None].expand(-1, -1, classes_KCD.shape[-1])
-    return classes_KCD.gather(1, index)
-
-
-def _multi_positive(logits_KBB: Tensor, same_KBB: Tensor, mask_KB: Tensor) -> Tensor:
-    """Mean over anchors of the mean over positives of -log softmax (SupCon's outer form): (K,)."""
-    blocked = logits_KBB.masked_fill(~mask_KB[:, None, :], float("-inf"))
-    log_p = blocked.log_softmax(-1).masked_fill(~same_KBB, 0.0)
-    positives_KB = same_KBB.sum(-1).clamp(min=1)
-    return masked_mean(-log_p.sum(-1) / positives_KB, mask_KB)
+def _mean(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).mean(0)

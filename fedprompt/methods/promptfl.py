@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, PromptSource, Task, Tensors, cosine_logits
 from fedprompt.options import option
 
@@ -63,6 +64,6 @@ class PromptFL(Method):
         """Class features (K, C, D) of the contexts (K, M, d)."""
         return {"classes": self.prompts.classes(shared["ctx"])}
 
-    def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C)."""
-        return cosine_logits(self.clip, features_KBD, encoded["classes"])
+        return cosine_logits(self.clip, inputs.features, encoded["classes"])

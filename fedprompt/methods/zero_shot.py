@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
 from fedprompt.options import option
 
@@ -46,6 +47,6 @@ class ZeroShot(Method):
         """The fixed class features, the same for every client: (1, C, D)."""
         return {"classes": self.classes_1CD}
 
-    def logits(self, encoded: Tensors, features_KBD: Tensor) -> Tensor:
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C)."""
-        return cosine_logits(self.clip, features_KBD, encoded["classes"])
+        return cosine_logits(self.clip, inputs.features, encoded["classes"])

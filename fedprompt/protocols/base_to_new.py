@@ -26,6 +26,7 @@ from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.display import percent, percent_spread
 from fedprompt.errors import UserError
 from fedprompt.evaluation import encode_global, encode_personal, score_global, score_models
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Task, Tensors, method_class
 from fedprompt.metrics import harmonic_mean
 from fedprompt.options import option
@@ -59,7 +60,7 @@ class _Test:
 
     name: str
     task: Task
-    features_ND: Tensor
+    inputs_N: Inputs
     labels_N: Tensor
 
 
@@ -103,7 +104,7 @@ class BaseToNew(Reported):
         if not workspace.method.transfers_to_new_classes:
             return None
         new = _tests(workspace, self.options)[1]
-        score = score_global(workspace.method_for(new.task), shared, new.features_ND, new.labels_N)
+        score = score_global(workspace.method_for(new.task), shared, new.inputs_N, new.labels_N)
         return None if score is None else {"new": score.accuracy}
 
     def measure_clients(
@@ -120,7 +121,7 @@ class BaseToNew(Reported):
                 continue
             method = workspace.method_for(test.task)
             encoded = encode_personal(method, shared, private)
-            scores = score_models(method, encoded, len(clients), test.features_ND, test.labels_N)
+            scores = score_models(method, encoded, len(clients), test.inputs_N, test.labels_N)
             for row, score in zip(rows, scores, strict=True):
                 assert score.accuracy is not None
                 row[test.name] = score.accuracy
@@ -206,23 +207,23 @@ def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
     """Base and new with their own names, then both with all names where that is asked for."""
     held, task = workspace.held_out, workspace.task
     assert held is not None
-    base_features, base_labels = workspace.server_test()
-    new_features, new_labels = workspace.held_out_test()
+    base_inputs, base_labels = workspace.server_test()
+    new_inputs, new_labels = workspace.held_out_test()
     tests = [
-        _Test("base", task, base_features, base_labels),
-        _Test("new", Task(held.class_names, task.templates), new_features, new_labels),
+        _Test("base", task, base_inputs, base_labels),
+        _Test("new", Task(held.class_names, task.templates), new_inputs, new_labels),
     ]
     if options.all_classes:
         every = Task((*task.class_names, *held.class_names), task.templates)
         shifted = new_labels + len(task.class_names)
-        tests.append(_Test("base_of_all", every, base_features, base_labels))
-        tests.append(_Test("new_of_all", every, new_features, shifted))
+        tests.append(_Test("base_of_all", every, base_inputs, base_labels))
+        tests.append(_Test("new_of_all", every, new_inputs, shifted))
     return tests
 
 
 def _accuracy(method: Method, shared: Tensors, test: _Test) -> float | None:
     encoded = encode_global(method, shared)
-    return score_models(method, encoded, 1, test.features_ND, test.labels_N)[0].accuracy
+    return score_models(method, encoded, 1, test.inputs_N, test.labels_N)[0].accuracy
 
 
 def _row(

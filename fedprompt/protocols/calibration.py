@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedprompt.display import percent
 from fedprompt.evaluation import encode_global, encode_personal, logits_of, model_of
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Tensors, method_class
 from fedprompt.metrics import Reliability
 from fedprompt.options import option
@@ -78,11 +79,11 @@ class Calibration(Reported):
         return {"bins": bins, "models": {name: _part(found) for name, found in models.items()}}
 
     def _reliability(
-        self, method: Method, encoded: Tensors, features_ND: Tensor, labels_N: Tensor
+        self, method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor
     ) -> Reliability:
         total = Reliability.of([], [], self.options.bins)
         first = 0
-        for logits_BC in logits_of(method, encoded, features_ND):
+        for logits_BC in logits_of(method, encoded, inputs_N):
             confidence_B, predicted_B = logits_BC.double().softmax(-1).max(-1)
             correct_B = predicted_B == labels_N[first : first + len(logits_BC)]
             total += Reliability.of(

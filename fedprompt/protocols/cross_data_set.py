@@ -75,28 +75,32 @@ class CrossDataSet(Reported):
         """Open the data sets and encode their images, if no cache holds them."""
         cache_dir = default_cache_dir(self.config.output.cache)
         self._others = open_others(
-            self.options.targets, self.config.seed, workspace.clip, cache_dir
+            self.options.targets,
+            self.config.seed,
+            workspace.clip,
+            cache_dir,
+            workspace.method.needs,
         )
 
     def measure(self, run: Finished) -> dict[str, Any]:
         """Zero-shot and global accuracy on every target, and on the source for comparison."""
         workspace = run.workspace
         source_names = set(map(name_key, workspace.task.class_names))
-        features, labels = workspace.server_test()
-        cases = [(workspace.config.data.title, workspace.task, features, labels, True)]
+        inputs, labels = workspace.server_test()
+        cases = [(workspace.config.data.title, workspace.task, inputs, labels, True)]
         cases += [
-            (o.name, Task(o.dataset.class_names, o.templates), o.features_ND, o.labels_N, False)
+            (o.name, Task(o.dataset.class_names, o.templates), o.inputs_N, o.labels_N, False)
             for o in self._others
         ]
         zero_shot = method_class("zero_shot")
         method = workspace.method
         rows = []
-        for name, task, features_ND, labels_N, is_source in cases:
+        for name, task, inputs_N, labels_N, is_source in cases:
             reference = zero_shot(zero_shot.Config(), workspace.clip, task)
-            before = score_global(reference, {}, features_ND, labels_N)
+            before = score_global(reference, {}, inputs_N, labels_N)
             after = None
             if is_source or method.transfers_to_new_classes:
-                after = score_global(workspace.method_for(task), run.shared, features_ND, labels_N)
+                after = score_global(workspace.method_for(task), run.shared, inputs_N, labels_N)
             assert before is not None
             rows.append(
                 {

@@ -111,15 +111,15 @@ class LeaveOneDomainOut(Reported):
         if workspace.method.has_global:
             models["global"] = (workspace.method, encode_global(workspace.method, run.shared))
         domains_N = workspace.dataset.domains_N[workspace.partition.server_test]
-        features, labels = workspace.server_test()
+        inputs, labels = workspace.server_test()
         rows: list[dict[str, Any]] = []
         for model, (method, encoded) in models.items():
             by_domain: dict[str, float | None] = {}
             for d, name in enumerate(workspace.dataset.domain_names):
                 rows_N = np.flatnonzero(domains_N == d)
-                score = score_models(method, encoded, 1, features[rows_N], labels[rows_N])[0]
+                score = score_models(method, encoded, 1, inputs[rows_N], labels[rows_N])[0]
                 by_domain[name] = score.accuracy
-            seen = score_models(method, encoded, 1, features, labels)[0]
+            seen = score_models(method, encoded, 1, inputs, labels)[0]
             unseen = score_models(method, encoded, 1, *workspace.held_out_test())[0]
             rows.append(
                 {

@@ -32,6 +32,7 @@ from fedprompt.data.other import OtherData, complete, open_others
 from fedprompt.display import percent
 from fedprompt.errors import UserError
 from fedprompt.evaluation import encode_global, logits_of
+from fedprompt.inputs import Inputs
 from fedprompt.local_features import local_encoder
 from fedprompt.methods import Method, Tensors, method_class
 from fedprompt.metrics import Floats, auroc, average_precision, fpr_at_tpr
@@ -65,7 +66,7 @@ class _Images:
     """Images of one kind: features (n, D), and where to find them for local features."""
 
     name: str
-    features_ND: Tensor
+    inputs_N: Inputs
     dataset: ImageDataset
     index_N: NDArray[np.int64]
 
@@ -114,7 +115,9 @@ class Ood(Reported):
     def open(self, workspace: Workspace) -> None:
         """Open the other data sets, and encode what no cache holds, patches included."""
         cache_dir = default_cache_dir(self.config.output.cache)
-        self._others = open_others(self.options.out, self.config.seed, workspace.clip, cache_dir)
+        self._others = open_others(
+            self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method.needs
+        )
         if self._why_not_local(workspace) is None:
             for images in self._images(workspace):
                 self._local_features(workspace, images)
@@ -197,9 +200,9 @@ class Ood(Reported):
         if not self.options.out:
             held = workspace.held_out
             assert held is not None
-            features_ND, _ = workspace.held_out_test()
-            kinds.append(_Images("held-out classes", features_ND, dataset, held.index_N))
-        kinds += [_Images(o.name, o.features_ND, o.dataset, o.index_N) for o in self._others]
+            inputs_N, _ = workspace.held_out_test()
+            kinds.append(_Images("held-out classes", inputs_N, dataset, held.index_N))
+        kinds += [_Images(o.name, o.inputs_N, o.dataset, o.index_N) for o in self._others]
         return kinds
 
     def _why_not_local(self, workspace: Workspace) -> str | None:
@@ -229,7 +232,7 @@ class Ood(Reported):
         """MCM, and GL-MCM where that is possible, of every image."""
         at = self.options.temperature * workspace.clip.logit_scale
         whole_N = np.concatenate(
-            [_highest(x, at).numpy() for x in logits_of(method, encoded, images.features_ND)]
+            [_highest(x, at).numpy() for x in logits_of(method, encoded, images.inputs_N)]
         )
         if not local:
             return {"MCM": whole_N}
@@ -238,7 +241,7 @@ class Ood(Reported):
         for first in range(0, len(local_NPD), 64):
             some = torch.from_numpy(local_NPD[first : first + 64].astype(np.float32))
             flat = torch.cat(
-                [_highest(x, at) for x in logits_of(method, encoded, some.flatten(0, 1))]
+                [_highest(x, at) for x in logits_of(method, encoded, Inputs(some.flatten(0, 1)))]
             )
             parts.append(flat.view(some.shape[:2]).amax(-1).numpy())
         return {

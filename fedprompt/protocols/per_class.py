@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedprompt.display import percent
 from fedprompt.evaluation import encode_global, encode_personal, logits_of, model_of
+from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Tensors, method_class
 from fedprompt.metrics import Ints, confusion
 from fedprompt.protocols.base import Finished, Numbers, Part, Reported, Table
@@ -161,11 +162,11 @@ class PerClass(Reported):
         return figure
 
 
-def _confusion(method: Method, encoded: Tensors, features_ND: Tensor, labels_N: Tensor) -> Ints:
+def _confusion(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> Ints:
     classes = len(method.task.class_names)
     total = np.zeros((classes, classes), dtype=np.int64)
     first = 0
-    for logits_BC in logits_of(method, encoded, features_ND):
+    for logits_BC in logits_of(method, encoded, inputs_N):
         labels_B = labels_N[first : first + len(logits_BC)]
         total += confusion(labels_B.numpy(), logits_BC.argmax(-1).numpy(), classes)
         first += len(logits_BC)

@@ -1,0 +1,81 @@
+"""Images as methods see them: always CLIP's frozen features, and what else a method needs.
+
+Shape suffixes: N images of a set, K clients, B images of a batch, D joint embedding, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Some images, by what is known of them; leading axes (N,) for a set, (K, B) for a batch.
+
+    Attributes:
+        features: (..., D), L2-normalised features of the frozen image tower.
+        patches: (..., P, D), L2-normalised features of the image's patches, or None.
+        pixels: (..., 3, H, W) as the image tower takes them, or bytes before they are normalised
+            (as they are kept; `on` turns them into floats), or None.
+        mean_std: (2, 3), how bytes are normalised; given with them.
+    """
+
+    features: Tensor
+    patches: Tensor | None = None
+    pixels: Tensor | None = None
+    mean_std: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Length of the first axis."""
+        return self.features.shape[0]
+
+    def __getitem__(self, index: Any) -> Inputs:
+        """Every part at `index` of the leading axes."""
+        return self._each(lambda part: part[index])
+
+    def of_one(self) -> Inputs:
+        """A set (N, ...) as the batch (1, N, ...) of one client."""
+        return self._each(lambda part: part[None])
+
+    def on(self, device: torch.device) -> Inputs:
+        """Every part on `device`, pixels as normalised floats."""
+        moved = self._each(lambda part: part.to(device))
+        if moved.pixels is None or moved.pixels.dtype != torch.uint8:
+            return moved
+        assert self.mean_std is not None
+        mean, std = self.mean_std.to(device)[:, :, None, None]
+        pixels = (moved.pixels.float() / 255).sub_(mean).div_(std)
+        return Inputs(moved.features, moved.patches, pixels)
+
+    @staticmethod
+    def cat(parts: Sequence[Inputs]) -> Inputs:
+        """Sets one after the other."""
+        return _join(parts, torch.cat)
+
+    @staticmethod
+    def padded(parts: Sequence[Inputs]) -> Inputs:
+        """Sets of K clients as (K, longest, ...), zeros behind the shorter ones."""
+        return _join(parts, lambda tensors: pad_sequence(tensors, batch_first=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(
+            change(self.features),
+            None if self.patches is None else change(self.patches),
+            None if self.pixels is None else change(self.pixels),
+            self.mean_std,
+        )
+
+
+def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inputs:
+    def one(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else how(tensors)
+
+    features = how([part.features for part in parts])
+    return Inputs(features, one("patches"), one("pixels"), parts[0].mean_std)
