@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format table clean
+.PHONY: demo test test-slow lint format table methods-table clean
 
 demo: $(VENV)/.installed  ## run the quickstart experiment
 	$(BIN)/fedprompt run quickstart
@@ -25,6 +25,9 @@ lint: $(VENV)/.installed  ## lint, format and type checks
 format: $(VENV)/.installed  ## fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+methods-table: $(VENV)/.installed  ## every method on the embedded data, three seeds
+	$(BIN)/python scripts/run_table.py configs/sweep/all_methods.yaml
 
 table: $(VENV)/.installed  ## the table of the README
 	$(BIN)/python scripts/run_table.py configs/sweep/readme_table.yaml

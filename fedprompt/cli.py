@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from fedprompt.cli_data import Overrides, data_app
+from fedprompt.cli_deploy import deploy_app
 from fedprompt.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(deploy_app, name="deploy")
 
 RunDir = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 Client = Annotated[
@@ -118,11 +120,16 @@ def export(
 
 
 @app.command()
-def methods() -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
+) -> None:
     """List the methods: what they share, what they keep, what a client uploads per round."""
-    from fedprompt.method_table import method_table
+    from fedprompt.method_table import method_table, methods_markdown
 
-    _console().print(method_table())
+    if markdown:
+        sys.stdout.write(methods_markdown())
+    else:
+        _console().print(method_table())
 
 
 @app.command("list")

@@ -29,6 +29,7 @@ from flwr.clientapp import ClientApp
 from fedprompt.config import compose
 from fedprompt.errors import UserError
 from fedprompt.evaluation import score_personal
+from fedprompt.local_privacy import protected
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import FileStore
 from fedprompt.threads import use_threads
@@ -85,9 +86,17 @@ def _train(
     )
     replies = []
     for message, result in zip(messages, results, strict=True):
-        arrays = to_record({n: t.numpy() for n, t in result.shared.items()})
-        losses = {n if n == "loss" else f"loss-{n}": v for n, v in result.losses.items()}
-        metrics = MetricRecord({"num-examples": result.num_examples, **losses})
+        shared, losses = result.shared, result.losses
+        examples = result.num_examples
+        if config.privacy.noise:
+            last, now = _received(workspace, message), server_round(message)
+            shared = protected(
+                last, shared, config.privacy, server_round=now, client=result.client
+            )
+            examples, losses = 1, {}
+        arrays = to_record({n: t.numpy() for n, t in shared.items()})
+        named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
+        metrics = MetricRecord({"num-examples": examples, **named})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         replies.append(Message(content, reply_to=message))
     return replies, {r.client: r.private for r in results if r.private}

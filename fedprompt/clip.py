@@ -427,10 +427,13 @@ def _file_hash(path: Path, cache_dir: Path) -> str:
 
 
 def shape_only_clip(name: str) -> FrozenCLIP:
-    """A one-layer model with the widths of `name` and random weights: for shapes, not features."""
+    """A model of the sizes of `name`, its layers one and the same, random: for shapes alone."""
     cfg = open_clip.get_model_config(name)
     assert cfg is not None
+    layers = cfg["vision_cfg"]["layers"], cfg["text_cfg"]["layers"]
     cfg["vision_cfg"] |= {"layers": 1, "image_size": 2 * cfg["vision_cfg"]["patch_size"]}
     cfg["text_cfg"] |= {"layers": 1}
     model = _empty_model(name, cfg, meta=False)
+    for tower, count in zip((model.visual, getattr(model, "text", model)), layers, strict=True):
+        tower.transformer.resblocks = nn.ModuleList([*tower.transformer.resblocks] * count)
     return FrozenCLIP(model, _tokenizer(name), name=name, weights_hash="random")

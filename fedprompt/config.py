@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.options import build
 from fedprompt.schema import (
+    AttackConfig,
     BackboneConfig,
     Config,
     DataConfig,
@@ -34,6 +35,7 @@ from fedprompt.schema import (
     GridConfig,
     OutputConfig,
     PartitionConfig,
+    PrivacyConfig,
     TrainingConfig,
 )
 
@@ -45,6 +47,8 @@ SECTIONS: dict[str, type[Any]] = {
     "federation": FederationConfig,
     "grid": GridConfig,
     "evaluation": EvaluationConfig,
+    "attack": AttackConfig,
+    "privacy": PrivacyConfig,
     "output": OutputConfig,
 }
 GROUPS = ("backbone", "data", "method", "strategy")

@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedprompt import attacks
 from fedprompt.client_app import handle
 from fedprompt.cohorts import choose_size, free_memory, group
 from fedprompt.errors import UserError
@@ -256,11 +257,12 @@ def open_grid(
     config: Config, workspace: Workspace, private: PrivateStore | None = None
 ) -> CohortGrid:
     """The grid that `config.grid.kind` names."""
+    answer = handle if config.attack.kind == "none" else attacks.handle
     if config.grid.kind == "ray":
         from fedprompt.ray_grid import RayGrid
 
-        return RayGrid(workspace, private)
-    return InlineGrid(workspace, private)
+        return RayGrid(workspace, private, answer=answer)
+    return InlineGrid(workspace, private, answer=answer)
 
 
 def describe_nodes(grid: Grid, timeout: float) -> dict[int, int]:

@@ -6,30 +6,78 @@ from rich.table import Table
 from torch import Tensor
 
 from fedprompt.clip import shape_only_clip
-from fedprompt.methods import Task, all_methods
+from fedprompt.methods import Method, Task, all_methods
+from fedprompt.protocols import all_protocols
 
+PAGE = """# Methods
 
-def _numbers(tensors: dict[str, Tensor]) -> str:
-    if not tensors:
-        return "-"
-    return ", ".join(f"{n} {'x'.join(str(s) for s in t.shape)}" for n, t in tensors.items())
+What each method shares with the server, what stays on the client, how many numbers a client uploads per round, what it needs of an image, the server rule of its paper (`strategy: auto`) and the protocols that say something about it. Sizes at ViT-B/16 with the defaults; tensors that grow with the classes are shown for two. Each is one file in `fedprompt/methods/`, whose docstring cites the paper and says how we differ.
+
+Generated: `fedprompt methods --markdown > docs/methods.md`
+"""  # noqa: E501
+COLUMNS = ("method", "shared", "private", "upload", "needs", "server", "protocols", "source")
 
 
 def method_table() -> Table:
-    """One row per method: shared and private tensors, numbers uploaded, needs, source."""
-    clip = shape_only_clip("ViT-B-16")
-    table = Table(title="Methods (sizes at ViT-B/16, defaults)", title_justify="left")
-    for heading in ("method", "shared", "private", "upload per round", "needs", "source"):
-        table.add_column(heading, justify="right" if heading.startswith("upload") else "left")
-    for name, cls in all_methods().items():
-        method = cls(cls.Config(), clip, Task(("a class", "another class")))
-        upload = method.uploaded_numbers()
-        table.add_row(
-            name,
-            _numbers(method.init_shared(0)),
-            _numbers(method.init_private(0, 0)),
-            f"{upload:,}" if upload else "0",
-            ", ".join(sorted(cls.needs)),
-            cls.source,
-        )
+    """One row per method: its tensors, numbers uploaded per round, needs, server rule, protocols.
+
+    Sizes are those of the defaults. Private tensors that grow with the classes are shown for two.
+    """
+    table = Table(
+        title="Methods (sizes at ViT-B/16, defaults)", title_justify="left", show_lines=True
+    )
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right" if heading == "upload" else "left")
+    for row in method_rows():
+        table.add_row(*row)
     return table
+
+
+def method_rows() -> list[tuple[str, ...]]:
+    """The table's cells."""
+    clip = shape_only_clip("ViT-B-16")
+    rows: list[tuple[str, ...]] = []
+    for name, cls in all_methods().items():
+        config = cls.Config()
+        method = cls(config, clip, Task(("a class", "another class")))
+        rows.append(
+            (
+                name,
+                _numbers(method.init_shared(0)),
+                _numbers(method.init_private(0, 0)),
+                f"{method.uploaded_numbers():,}",
+                ", ".join(sorted(method.needs)),
+                _rule(method),
+                _protocols(method),
+                cls.source,
+            )
+        )
+    return rows
+
+
+def methods_markdown() -> str:
+    """The page of the documentation that holds the table."""
+    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+    body = "".join(f"| {' | '.join(row)} |\n" for row in method_rows())
+    return f"{PAGE}\n{head}{body}"
+
+
+def _numbers(tensors: dict[str, Tensor]) -> str:
+    """Tensors with their shapes; many are counted only."""
+    if not tensors:
+        return "-"
+    if len(tensors) > 3:
+        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers"
+    return ", ".join(f"{n} {'x'.join(str(s) for s in t.shape) or '1'}" for n, t in tensors.items())
+
+
+def _rule(method: Method) -> str:
+    rule = dict(method.server_rule(method.config))
+    name = str(rule.pop("name"))
+    return name + "".join(f", {key}={value}" for key, value in rule.items())
+
+
+def _protocols(method: Method) -> str:
+    """Which protocols say something about it."""
+    missing = [name for name, protocol in all_protocols().items() if not protocol.suits(method)]
+    return "all" if not missing else f"all but {', '.join(missing)}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
@@ -29,6 +30,8 @@ from fedprompt.run_folder import (
     read_checkpoint,
     read_tensors,
 )
+from fedprompt.schema import Config
+from strategies import strategy_class
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Classifier:
             start = self.method.init_private(config.seed, client)
             own = _trained(run_dir, client, config.partition.clients) or start if start else {}
             private = {n: t[None].to(self.clip.device) for n, t in own.items()}
+            shared |= _sent_to(run_dir, config, self.method, client)
         elif self.method.has_global:
             private = None
         else:
@@ -121,6 +125,21 @@ class Classifier:
             write_bytes(path, save(tensors, metadata=header))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}.") from None
+
+
+def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:
+    """What the server would send to this client and not to all, after the last round."""
+    checkpoint = read_checkpoint(run_dir / CHECKPOINT)
+    strategy = strategy_class(config.strategy.name)(
+        config.strategy,
+        shapes={n: tuple(t.shape) for n, t in checkpoint.shared.items()},
+        seed=config.seed,
+        received={n: t.numpy() for n, t in method.init_received(config.seed).items()},
+    )
+    strategy.load_state({n: t.numpy() for n, t in checkpoint.strategy.items()})
+    own = strategy.shared_for(client) or {}
+    sent = own | strategy.for_client(checkpoint.server_round, client)
+    return {n: torch.from_numpy(np.array(a)) for n, a in sent.items()}
 
 
 def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:

@@ -8,16 +8,29 @@ states are slow there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 from fedprompt.methods.base import Tensors
+
+
+CHECKSUM = "sha256"
+
+
+def checksum(tensors: Tensors) -> str:
+    """SHA-256 of names, types, shapes and bytes of some tensors."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 class MemoryStore:
@@ -49,7 +62,7 @@ class MemoryStore:
 class FileStore:
     """One client's private tensors on its own node: a file per round, the last two are kept.
 
-    Files are written atomically with mode 0600. A round that is repeated after a crash finds what
+    Files are written atomically with mode 0600 and hold the SHA-256 of their tensors. A round that is repeated after a crash finds what
     the round before it left, so nothing is trained twice.
     """
 
@@ -69,12 +82,17 @@ class FileStore:
             return None
         path = self._path(max(rounds))
         try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt") as reader:
+                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+                stored = (reader.metadata() or {}).get(CHECKSUM)
+            if stored != checksum(tensors):
+                raise ValueError("its checksum does not match")
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"private state {path} cannot be read ({' '.join(str(error).split())}); "
                 "remove it to go on from the round before."
             ) from None
+        return tensors
 
     def put(self, server_round: int, tensors: Tensors) -> None:
         """Keep the tensors of one round and of the one before it.
@@ -86,7 +104,8 @@ class FileStore:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_bytes(self._path(server_round), save(tensors), mode=0o600)
+            content = save(tensors, metadata={CHECKSUM: checksum(tensors)})
+            write_bytes(self._path(server_round), content, mode=0o600)
         except OSError as error:
             raise UserError(
                 f"cannot write private state to {self.folder}: {error.strerror}; set the node's "

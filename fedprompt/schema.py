@@ -212,6 +212,9 @@ class FederationConfig:
     fraction: float = option(1.0, "share of clients that train in a round", gt=0, le=1)
     min_replies: int = option(1, "fewest valid replies for a round to count", ge=1)
     timeout_s: float = option(3600.0, "longest wait for replies, seconds", gt=0)
+    min_nodes: int = option(
+        0, "deployment: fewest nodes to begin with when node_wait_s is over; 0 = all", ge=0
+    )
     node_wait_s: float = option(300.0, "longest wait for nodes to join, seconds", gt=0)
 
 
@@ -244,6 +247,41 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AttackConfig:
+    """Malicious or broken clients of a simulation."""
+
+    kind: Literal[
+        "none",
+        "sign_flip",
+        "scaling",
+        "label_flip",
+        "random_noise",
+        "many_examples",
+        "nan",
+        "inf",
+        "wrong_name",
+        "wrong_shape",
+        "wrong_type",
+        "giant",
+        "crash",
+    ] = option("none", "what attackers send, see fedprompt/attacks.py")
+    share: float = option(0.3, "share of the clients that attack, drawn from the seed", ge=0, le=1)
+    scale: float = option(1.0, "size of an attack, in sizes of an honest change", gt=0)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Noise that clients add to what they send; strategy dp_fedavg adds noise on the server."""
+
+    noise: float = option(0.0, "noise multiplier z: standard deviation over clip; 0 = off", ge=0)
+    clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
+    delta: float = option(1e-5, "delta that epsilon is given for", gt=0, lt=1)
+    noise_seed: int | None = option(
+        None, "fixes the noise, which is then no secret; null = from the operating system"
+    )
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where results go."""
 
@@ -269,6 +307,8 @@ class Config:
     federation: FederationConfig
     grid: GridConfig
     evaluation: EvaluationConfig
+    attack: AttackConfig
+    privacy: PrivacyConfig
     output: OutputConfig
     protocols: list[str]  # what is measured, see fedprompt/protocols
     protocol_options: dict[str, Any]  # by protocol, the config dataclass of its own module

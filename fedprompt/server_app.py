@@ -27,6 +27,7 @@ from fedprompt.display import Display, make_display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
 from fedprompt.grid import CohortGrid, Traffic, describe_nodes
+from fedprompt.local_privacy import local_epsilon
 from fedprompt.methods.base import Tensors
 from fedprompt.private_log import PrivateLog
 from fedprompt.protocols import Finished
@@ -60,9 +61,12 @@ class Federation:
             fraction=config.federation.fraction,
             min_replies=config.federation.min_replies,
             received={n: t.numpy() for n, t in self.method.init_received(config.seed).items()},
+            rounds=config.federation.rounds,
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.rejected = 0
+        if config.privacy.noise:
+            local_epsilon(config.privacy, 0)  # refuses at once where the accountant is missing
         self.protocol_rows: dict[int, dict[str, Any]] = {}
 
     @property
@@ -96,6 +100,10 @@ class Federation:
             raise UserError(f"no node answers for clients {missing[:10]}{more}.")
         self.strategy.set_nodes(mapping, self.workspace.partition.trainable)
 
+    def describe(self) -> dict[str, Any]:
+        """Who holds how many images of which class, for `partition.json`."""
+        return self.workspace.describe()
+
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round of training and aggregation; the training part of its metrics line."""
         messages = list(
@@ -114,7 +122,17 @@ class Federation:
             "clients": {k: metrics[k] for k in ("sampled", "accepted", "rejected")},
             "bytes_up": traffic.up,
             "bytes_down": traffic.down,
+            **self._remarks(server_round),
         }
+
+    def _remarks(self, server_round: int) -> dict[str, Any]:
+        """What a line has only where there is something: the rule's numbers, dropped clients."""
+        dropped = {str(client): why for client, why in self.strategy.rejected.items()}
+        parts = {"strategy": self.strategy.measured(), "dropped": dropped}
+        if self.config.privacy.noise:
+            cost = local_epsilon(self.config.privacy, server_round)
+            parts["privacy"] = {"epsilon": cost, "delta": self.config.privacy.delta}
+        return {name: part for name, part in parts.items() if part}
 
     def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
         """Global and personal scores, the latter of `clients` (None: all); part of a line."""
@@ -246,7 +264,7 @@ def run_server(
     federation.join()
     totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
     first = 0
-    described = federation.workspace.describe()
+    described = federation.describe()
     if checkpoint is not None:
         _check_partition(folder, described)
         federation.restore(checkpoint)

@@ -15,6 +15,7 @@ slots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ class TextTower:
         """
         tail = 3 if self.class_specific else 2
         lead = context.shape[:-tail]
-        context_N = context.reshape(-1, *context.shape[-tail:])
+        context_N = context.reshape(math.prod(lead), *context.shape[-tail:])
         deep_N = None if deep is None else deep.reshape(context_N.shape[0], *deep.shape[-3:])
         if deep_N is not None and deep_N.shape[1] >= len(self.clip.text.blocks):
             raise UserError(

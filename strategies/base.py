@@ -31,6 +31,7 @@ from strategies.screening import (
     evaluation_row,
     read_update,
     reply_fault,
+    shown,
     to_arrays,
     to_record,
     why,
@@ -45,6 +46,9 @@ class StrategyConfig:
 
     name: str = option("fedavg", "strategy name")
     max_norm: float = option(1e4, "L2 norm above which a reply's tensors are refused", gt=0)
+    max_examples_ratio: float = option(
+        1000.0, "times the median number of images above which a reply is refused", ge=1
+    )
 
 
 class SharedPromptStrategy(Strategy):
@@ -57,6 +61,7 @@ class SharedPromptStrategy(Strategy):
         fraction: share of the trainable clients that trains in a round (at least one).
         min_replies: fewest valid replies for a round to change the shared tensors.
         received: starting values of what clients are sent besides, where the method asks for it.
+        rounds: rounds of the whole run.
     """
 
     name: ClassVar[str]
@@ -71,9 +76,11 @@ class SharedPromptStrategy(Strategy):
         fraction: float = 1.0,
         min_replies: int = 1,
         received: Arrays | None = None,
+        rounds: int = 1,
     ) -> None:
         self.config = config
         self.received = dict(received or {})
+        self.rounds = rounds
         self.shapes = dict(shapes)
         self.seed = seed
         self.fraction = fraction
@@ -90,6 +97,14 @@ class SharedPromptStrategy(Strategy):
     def for_client(self, server_round: int, client: int) -> Arrays:
         """What `client` alone is sent besides the shared tensors: the method's starting values."""
         return self.received
+
+    def shared_for(self, client: int) -> Arrays | None:
+        """What `client` is sent in place of the common shared tensors, or None."""
+        return None
+
+    def measured(self) -> dict[str, Any]:
+        """What this rule adds to the metrics line of a round that it has aggregated; plain JSON."""
+        return {}
 
     def served(self, shared: Arrays) -> Arrays:
         """What is evaluated and kept at the end, made of the shared tensors of a round."""
@@ -229,7 +244,9 @@ class SharedPromptStrategy(Strategy):
 
     def _content(self, common: RecordDict, server_round: int, client: int) -> RecordDict:
         """What all clients are sent, with what this one is sent besides."""
-        own = self.for_client(server_round, client)
+        other, own = self.shared_for(client), self.for_client(server_round, client)
+        if other is not None:
+            common = RecordDict({**common, ARRAYS: to_record(other)})
         return RecordDict({**common, RECEIVED: to_record(own)}) if own else common
 
     def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
@@ -252,12 +269,30 @@ class SharedPromptStrategy(Strategy):
             if reason is None:
                 accepted.append(read_update(client, own[0]))
             else:
-                self.rejected[client] = reason
+                self.rejected[client] = shown(reason)
+        accepted = self._without_boasts(accepted)
         for client in sorted(asked - set(by_client)):
-            self.rejected[client] = lost.pop(0) if lost else "no reply"
+            self.rejected[client] = shown(lost.pop(0)) if lost else "no reply"
         for client, reason in sorted(self.rejected.items()):
             log.warning("client %d: reply dropped: %s", client, reason)
         return [u for u, _ in accepted], [m for _, m in accepted]
+
+    def _without_boasts(
+        self, accepted: list[tuple[Update, dict[str, float]]]
+    ) -> list[tuple[Update, dict[str, float]]]:
+        """The updates but for those that claim many times as many images as the others."""
+        images = sorted(u.num_examples for u, _ in accepted)
+        if not images:
+            return accepted
+        # The lower median: of two clients, one cannot raise it.
+        limit = self.config.max_examples_ratio * images[(len(images) - 1) // 2]
+        for update, _ in accepted:
+            if update.num_examples > limit:
+                self.rejected[update.client] = (
+                    f"num-examples is {update.num_examples}, above "
+                    f"max_examples_ratio={self.config.max_examples_ratio:g} times the median"
+                )
+        return [pair for pair in accepted if pair[0].client not in self.rejected]
 
     def _fault(self, replies: list[Message]) -> str | None:
         """Why the reply of a client that was asked must not count, or None."""

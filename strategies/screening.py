@@ -21,6 +21,9 @@ Arrays = dict[str, NDArray[Any]]
 ARRAYS, METRICS, CONFIG, RECEIVED = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `received` is what one client alone is sent."""
 MAX_EXAMPLES = 10**9
+MAX_METRICS = 100
+LONGEST_REASON = 300
+"""Characters of a reason that are shown: some of them are a peer's."""
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""
 HEADER_BYTES = 4096
@@ -101,6 +104,8 @@ def reply_fault(
         reason = _array_fault(record[name], tuple(shape), max_norm)
         if reason:
             return f"'{name}' {reason}"
+    if len(metrics) > MAX_METRICS or any(isinstance(v, list) for v in metrics.values()):
+        return f"{len(metrics)} metrics; at most {MAX_METRICS} numbers are read"
     examples = metrics.get("num-examples")
     if isinstance(examples, bool) or not isinstance(examples, int):
         return f"num-examples is {examples!r}, not a whole number"
@@ -155,6 +160,12 @@ def read_update(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
     }
     arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
     return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]
+
+
+def shown(reason: str) -> str:
+    """A reason on one line, without control characters, cut where it is long."""
+    clean = "".join(c if c.isprintable() else "?" for c in reason)
+    return clean if len(clean) <= LONGEST_REASON else clean[: LONGEST_REASON - 3] + "..."
 
 
 def why(reply: Message) -> str:

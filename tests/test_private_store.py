@@ -191,3 +191,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         store.put(1, prompts(1.0))
     assert "state-dir" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_changed_byte_is_one_line(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.put(1, prompts(1.0))
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    write_bytes(path, bytes(content))
+    assert set(load_file(path)) == {"ctx"}, "the format itself does not notice"
+    with pytest.raises(UserError, match="checksum does not match"):
+        store.latest(2)

@@ -155,6 +155,29 @@ def limit(
     bench_limit(clip, counts, context, batch, repeats, out, profile=profile)
 
 
+@app.command()
+def vision(
+    prompts: Annotated[
+        str, typer.Option(help="Tokens x layers with prompts, e.g. 4x1,8x12.")
+    ] = "4x1,4x9,8x12",
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 1,
+    batch: BatchSize = 8,
+    patches: Annotated[bool, typer.Option("--patches", help="Patch features too.")] = False,
+    backbone: Backbone = "ViT-B-16",
+    repeats: Repeats = 3,
+    budget_s: Budget = 30.0,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """Image tower under visual prompts, forward and backward; seconds per step."""
+    from fedprompt.bench.vision import VisionOptions, bench_vision, prompt_shapes
+
+    out = _open("vision", threads, json)
+    shapes = prompt_shapes(prompts)
+    options = VisionOptions(shapes, clients, batch, patches, repeats, budget_s)
+    bench_vision(random_clip(backbone), options, out)
+
+
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
     """`10,45` -> (10, 45).
 

@@ -5,7 +5,7 @@ Suffixes: N images, D joint embedding, P patches, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,14 @@ def open_columns(
     Raises:
         UserError: the backbone has no patches, or the cache cannot be written.
     """
+    if dataset.owners_N is not None and index_R is None:
+        parts = [
+            open_columns(
+                clip, part, cache_dir, needs, view=view, crop_scale=crop_scale, progress=progress
+            )
+            for part in dataset.parts
+        ]
+        return _stacked(parts, clip.embed_dim)
     plain = augmented(clip, dataset, view, crop_scale)
 
     def column(encoding: Encoding) -> NDArray[Any]:
@@ -86,6 +94,40 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
     features = F.normalize(clip.encode_images(images_B3HW), dim=-1)
     patches = _dense(clip)[0](images_B3HW) if "patches" in needs else None
     return Inputs(features, patches, images_B3HW if "pixels" in needs else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Columns of several data sets as one, read where they lie; indexed by row numbers."""
+
+    parts: tuple[NDArray[Any], ...]
+    starts: NDArray[np.int64]
+
+    def __getitem__(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        of_part = np.searchsorted(self.starts, index, side="right") - 1
+        first = self.parts[0]
+        rows = np.empty((len(index), *first.shape[1:]), dtype=first.dtype)
+        for k, part in enumerate(self.parts):
+            chosen = of_part == k
+            rows[chosen] = part[index[chosen] - self.starts[k]]
+        return rows
+
+
+def _stacked(parts: Sequence[Columns], embed_dim: int) -> Columns:
+    """The columns of all parts, one after the other; none of them is copied."""
+    if not parts:
+        return Columns(np.zeros((0, embed_dim), dtype=np.float32))
+
+    def stack(name: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        if columns[0] is None:
+            return None
+        ends = np.cumsum([len(column) for column in columns])
+        return _Stack(tuple(columns), np.concatenate(([0], ends[:-1])))
+
+    return Columns(
+        stack("features_ND"), stack("patches_NPD"), stack("pixels_N3HW"), parts[0].mean_std
+    )
 
 
 def _patches(clip: FrozenCLIP, view: Encoding) -> Encoding:

@@ -159,7 +159,7 @@ class Method(ABC):
     a class (class-specific contexts, caches of class features)."""
     no_transfer_reason: str = "its tensors belong to the classes that it was trained on"
     """Why not, where they do not."""
-    images_at_once: ClassVar[int] = 4096
+    images_at_once: int = 4096
     """Images whose logits are computed at once in evaluation."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.alignment import (
@@ -49,7 +48,6 @@ from fedprompt.alignment import (
     pair_distance,
 )
 from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import split_layers
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import (
@@ -243,8 +241,7 @@ class FedRSCLIP(Method):
 
         def prompted(name: str) -> Tensor:
             assert inputs.pixels is not None
-            prompts, deep = split_layers(encoded[name])
-            return F.normalize(self.vision(inputs.pixels, prompts, deep), dim=-1)
+            return self.vision.features(inputs.pixels, encoded[name])
 
         if "visual_shared" in encoded:
             s_KBD, p_KBD = prompted("visual_shared"), prompted("visual_private")

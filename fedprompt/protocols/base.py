@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.held_out import HeldOut
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Method, Tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,10 +73,21 @@ class Protocol(ABC):
     """Protocols of which one must run beside this one, since it reads their results."""
     asks_clients: ClassVar[bool] = False
     """Whether `measure_clients` gives anything."""
+    needs_global: ClassVar[bool] = False
+    """Whether it says nothing without a model of the shared tensors alone."""
+    needs_new_names: ClassVar[bool] = False
+    """Whether it says nothing where the tensors mean nothing for other class names."""
 
     def __init__(self, options: Any, config: Config) -> None:
         self.options = options
         self.config = config
+
+    @classmethod
+    def suits(cls, method: Method) -> bool:
+        """Whether it says something about this method."""
+        if cls.needs_global and not method.has_global:
+            return False
+        return method.transfers_to_new_classes or not cls.needs_new_names
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

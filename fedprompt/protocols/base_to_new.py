@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from fedprompt.run_data import RunData
     from fedprompt.workspace import Workspace
 
-NO_TRANSFER = "its tensors belong to the base classes and mean nothing for other names"
 NO_GLOBAL = "the method has no global model"
 
 
@@ -72,6 +71,7 @@ class BaseToNew(Reported):
     caption = "Accuracy on classes that clients hold (base) and on classes that none holds (new)."
     Options = BaseToNewOptions
     asks_clients = True
+    needs_new_names = True
     options: BaseToNewOptions
 
     @property
@@ -136,7 +136,7 @@ class BaseToNew(Reported):
         rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
         method = workspace.method
         possible = [t for t in tests if t.task == workspace.task or method.transfers_to_new_classes]
-        why = None if method.transfers_to_new_classes else NO_TRANSFER
+        why = None if method.transfers_to_new_classes else method.no_transfer_reason
         if method.has_global:
             found = {
                 t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible

@@ -60,6 +60,8 @@ class CrossDataSet(Reported):
 
     name = "cross_data_set"
     title = "Cross-data-set transfer"
+    needs_global = True
+    needs_new_names = True
     caption = "Accuracy on data sets that no client has seen, with their own class names."
     Options = CrossDataSetOptions
     options: CrossDataSetOptions

@@ -76,6 +76,7 @@ class Ood(Reported):
 
     name = "ood"
     title = "Out-of-distribution detection"
+    needs_global = True
     caption = "MCM score of known images and of images whose class the model has no name for."
     Options = OodOptions
     options: OodOptions

@@ -23,6 +23,7 @@ class Global(Protocol):
 
     name = "global"
     title = "Global model"
+    needs_global = True
     Options = NoOptions
 
 

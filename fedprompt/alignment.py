@@ -1,0 +1,78 @@
+"""Terms that pull features together; FedRSCLIP's constraints are made of them.
+
+Features are L2-normalised. Shape suffixes: K clients, N rows (classes or images), B images of a
+batch, C classes, D joint embedding. A mask is false on padding; None counts all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedprompt.methods.base import Batch, masked_mean
+
+
+def pair_distance(a_KND: Tensor, b_KND: Tensor, mask_KN: Tensor | None) -> Tensor:
+    """1 - mean_n cos(a_n, b_n): (K,)."""
+    cosine_KN = (a_KND * b_KND).sum(-1)
+    return 1 - (cosine_KN.mean(-1) if mask_KN is None else masked_mean(cosine_KN, mask_KN))
+
+
+def pair_contrast(
+    a_KND: Tensor, b_KND: Tensor, mask_KN: Tensor | None, temperature: float
+) -> Tensor:
+    """Symmetric InfoNCE with positives (a_n, b_n), every other row a negative: (K,)."""
+    similarity_KNN = a_KND @ b_KND.transpose(-1, -2) / temperature
+    if mask_KN is None:
+        there = similarity_KNN.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean(-1)
+        back = similarity_KNN.log_softmax(-2).diagonal(dim1=-2, dim2=-1).mean(-1)
+        return -(there + back) / 2
+    own_NN = torch.eye(mask_KN.shape[-1], dtype=torch.bool, device=mask_KN.device)
+    return _both_ways(similarity_KNN, own_NN, mask_KN)
+
+
+def divergence(logits_s_KBC: Tensor, logits_p_KBC: Tensor, mask_KB: Tensor) -> Tensor:
+    """Mean over images of KL(softmax s || softmax p): (K,)."""
+    log_s, log_p = logits_s_KBC.log_softmax(-1), logits_p_KBC.log_softmax(-1)
+    return masked_mean((log_s.exp() * (log_s - log_p)).sum(-1), mask_KB)
+
+
+def image_text_distance(images_KBD: Tensor, classes_KCD: Tensor, batch: Batch) -> Tensor:
+    """1 - mean cosine of each image and its own class's text: (K,)."""
+    return pair_distance(images_KBD, _class_of_each_image(classes_KCD, batch), batch.mask_KB)
+
+
+def image_text_contrast(
+    images_KBD: Tensor, classes_KCD: Tensor, batch: Batch, temperature: float
+) -> Tensor:
+    """Symmetric InfoNCE over a batch's image-text pairs: (K,).
+
+    All pairs of one class are positives of each other; a plain diagonal would push images away from
+    their own class's text whenever a class repeats in the batch.
+    """
+    texts_KBD = _class_of_each_image(classes_KCD, batch)
+    logits_KBB = images_KBD @ texts_KBD.transpose(-1, -2) / temperature
+    same_KBB = batch.labels_KB[:, :, None] == batch.labels_KB[:, None, :]
+    return _both_ways(logits_KBB, same_KBB, batch.mask_KB)
+
+
+def _class_of_each_image(classes_KCD: Tensor, batch: Batch) -> Tensor:
+    """Class features of each image's own class: (K, B, D)."""
+    index = batch.labels_KB[..., None].expand(-1, -1, classes_KCD.shape[-1])
+    return classes_KCD.gather(1, index)
+
+
+def _both_ways(logits_KNN: Tensor, positive: Tensor, mask_KN: Tensor) -> Tensor:
+    """Mean of the losses of rows and of columns; `positive` is (N, N) or (K, N, N): (K,)."""
+    positive_KNN = positive & mask_KN[:, :, None] & mask_KN[:, None, :]
+    there = _multi_positive(logits_KNN, positive_KNN, mask_KN)
+    back = _multi_positive(logits_KNN.transpose(-1, -2), positive_KNN, mask_KN)
+    return (there + back) / 2
+
+
+def _multi_positive(logits_KNN: Tensor, positive_KNN: Tensor, mask_KN: Tensor) -> Tensor:
+    """Mean over anchors of the mean over positives of -log softmax (SupCon's outer form): (K,)."""
+    blocked = logits_KNN.masked_fill(~mask_KN[:, None, :], float("-inf"))
+    log_p = blocked.log_softmax(-1).masked_fill(~positive_KNN, 0.0)
+    positives_KN = positive_KNN.sum(-1).clamp(min=1)
+    return masked_mean(-log_p.sum(-1) / positives_KN, mask_KN)

@@ -1,0 +1,1 @@
+"""A real federation: one server and N nodes, over TLS and with authenticated nodes."""

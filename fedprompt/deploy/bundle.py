@@ -1,0 +1,61 @@
+"""The Flower app that is handed to the SuperLink: it only names the installed package.
+
+Flower sends an app's code from the server to the nodes. Ours holds none to speak of: what a node
+runs is the `fedprompt` that its own operator has installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedprompt import __version__
+
+PACKAGE = "fedprompt_deployment"
+PROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedprompt-deployment"
+version = "{version}"
+description = "Names the fedprompt that is installed on each machine."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["{package}"]
+
+[tool.flwr.app]
+publisher = "fedprompt"
+
+[tool.flwr.app.components]
+serverapp = "{package}.server:app"
+clientapp = "{package}.client:app"
+
+[tool.flwr.app.config]
+config = ""
+run = ""
+resume = ""
+nodes = ""
+"""
+
+
+def write_bundle(folder: Path) -> Path:
+    """Write the app's folder for `flwr run`."""
+    package = folder / PACKAGE
+    package.mkdir(parents=True, exist_ok=True)
+    (folder / "pyproject.toml").write_text(PROJECT.format(version=__version__, package=PACKAGE))
+    (package / "__init__.py").write_text('"""See fedprompt.deploy."""\n')
+    for side in ("client", "server"):
+        code = f'"""See fedprompt.deploy.{side}."""\n\nfrom fedprompt.deploy.{side} import app\n'
+        (package / f"{side}.py").write_text(f'{code}\n__all__ = ["app"]\n')
+    return folder
+
+
+def write_run_config(path: Path, settings: Mapping[str, str]) -> None:
+    """Flower's `--run-config` file; JSON's strings are TOML's."""
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

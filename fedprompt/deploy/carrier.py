@@ -1,0 +1,82 @@
+"""A message to a node's worker and the reply back, over a Unix socket of the node's own.
+
+Both directions are data: a length and a JSON header, a length and Flower's protobuf bytes. Loads no
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Error, Message
+
+from fedprompt.wire import CLIENT_FAILED, from_wire, to_wire
+
+LENGTH = struct.Struct(">Q")
+MAX_BYTES = 1 << 32
+
+
+class WorkerAway(Exception):
+    """Nobody listens on the worker's socket."""
+
+
+def carry(
+    path: str,
+    message: Message,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any],
+    run_id: int,
+) -> Message:
+    """The worker's reply; an error reply where it dies over the message.
+
+    Raises:
+        WorkerAway: it is not there.
+    """
+    header = {"node_config": dict(node_config), "run_config": dict(run_config), "run_id": run_id}
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            line.connect(path)
+        except OSError as error:
+            raise WorkerAway(error.strerror or str(error)) from None
+        try:
+            send(line, json.dumps(header).encode())
+            send(line, to_wire(message))
+            reply = from_wire(receive(line))
+        except (OSError, EOFError) as error:
+            reason = f"the node's worker ended over this message ({type(error).__name__})"
+            return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+    if reply.has_error():
+        return Message(reply.error, reply_to=message)
+    return Message(reply.content, reply_to=message)
+
+
+def send(line: socket.socket, content: bytes) -> None:
+    """Write one block."""
+    line.sendall(LENGTH.pack(len(content)) + content)
+
+
+def receive(line: socket.socket) -> bytes:
+    """Read one block.
+
+    Raises:
+        EOFError: the other side has ended.
+    """
+    (size,) = LENGTH.unpack(_exactly(line, LENGTH.size))
+    if size > MAX_BYTES:
+        raise EOFError(f"a block of {size} bytes")
+    return _exactly(line, size)
+
+
+def _exactly(line: socket.socket, size: int) -> bytes:
+    parts, left = [], size
+    while left:
+        part = line.recv(min(left, 1 << 20))
+        if not part:
+            raise EOFError("closed")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,153 @@
+"""Certificates of the server and keys of the nodes.
+
+The federation has a certificate authority of its own: its certificate is all that a node needs to
+know the server by, and its key is needed again only to make another server certificate. A node is
+known by a key pair (P-384, OpenSSH format, as Flower reads them); the server holds the public half.
+Private keys have mode 0600 and are written unencrypted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+
+CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
+CERTIFICATE, KEY = "server.crt", "server.key"
+NODE_KEY, NODE_PUBLIC = "node.key", "node.pub"
+SKEW = datetime.timedelta(hours=1)
+"""Certificates are valid from an hour ago: clocks of two machines differ."""
+
+
+def write_authority(folder: Path, days: int) -> None:
+    """A new certificate authority: `ca.crt` and `ca.key`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedprompt federation")])
+    public = key.public_key()
+    certificate = (
+        _dated(x509.CertificateBuilder(), days)
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(public)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    _write(folder / CA_KEY, _pem(key), mode=0o600)
+    _write(folder / CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM))
+
+
+def write_server_certificate(
+    authority: Path, folder: Path, hosts: Sequence[str], days: int
+) -> None:
+    """A certificate for `hosts` (names or addresses), signed by the authority in another folder.
+
+    Writes `server.crt`, `server.key` and a copy of `ca.crt`.
+
+    Raises:
+        UserError: the authority is not there or damaged.
+    """
+    issuer, issuer_key = _authority(authority)
+    key = ec.generate_private_key(ec.SECP256R1())
+    public, ca_public = key.public_key(), issuer_key.public_key()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    certificate = (
+        _dated(x509.CertificateBuilder(), days)
+        .subject_name(name)
+        .issuer_name(issuer.subject)
+        .public_key(public)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(names, critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_public), critical=False
+        )
+        .sign(issuer_key, hashes.SHA256())
+    )
+    _write(folder / KEY, _pem(key), mode=0o600)
+    _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM))
+    _write(folder / CA_CERTIFICATE, issuer.public_bytes(Encoding.PEM))
+
+
+def write_node_key(folder: Path) -> None:
+    """A new key pair for one node: `node.key` stays with it, `node.pub` is for the server."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    _write(folder / NODE_KEY, private, mode=0o600)
+    _write(folder / NODE_PUBLIC, public + b"\n")
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    try:
+        certificate = x509.load_pem_x509_certificate((folder / CA_CERTIFICATE).read_bytes())
+        key = load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"cannot read the certificate authority in {folder}: {reason}.") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{folder / CA_KEY} is not an elliptic-curve key; it is not ours.")
+    return certificate, key
+
+
+def _dated(builder: x509.CertificateBuilder, days: int) -> x509.CertificateBuilder:
+    start = datetime.datetime.now(datetime.UTC) - SKEW
+    return (
+        builder.serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + SKEW + datetime.timedelta(days=days))
+    )
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        write_bytes(path, content, mode=mode)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None

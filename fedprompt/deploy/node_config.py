@@ -1,0 +1,139 @@
+"""What a node decides for itself, by Flower's `--node-config`, and how it changes an experiment.
+
+An experiment comes from the server. Which folder is read, where private prompts and caches lie and
+what computes is the node's own business: an experiment's paths are never followed on a node that
+lends a folder.
+
+    partition-id   number of this node's client, 0 .. K - 1
+    data           its image folder, folder/class/*.jpg
+    state-dir      folder for private prompts; else $FEDPROMPT_STATE, ~/.local/state/fedprompt
+    cache-dir      feature cache; else $FEDPROMPT_CACHE, ~/.cache/fedprompt
+    device         auto, cpu or cuda
+    threads        CPU threads; else as the experiment says
+    checkpoint     local file with the backbone's weights
+    worker         socket of the node's warm process
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.schema import Config
+
+KEYS = {
+    "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker"
+}  # fmt: skip
+FLOWERS_OWN = {"num-partitions"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's own settings."""
+
+    client: int
+    data: str | None = None
+    state_dir: str | None = None
+    cache_dir: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    checkpoint: str | None = None
+
+
+def read_node(node_config: Mapping[str, Any]) -> Node:
+    """The settings in a `--node-config`.
+
+    Raises:
+        UserError: unknown key, or a value that cannot be.
+    """
+    for key in sorted(set(node_config) - KEYS - FLOWERS_OWN):
+        raise UserError(f"--node-config: unknown key '{key}'.{did_you_mean(key, sorted(KEYS))}")
+    client = node_config.get("partition-id")
+    if isinstance(client, bool) or not isinstance(client, int) or client < 0:
+        raise UserError(
+            f"--node-config: partition-id is {client!r}; it must be this node's number, 0 or more."
+        )
+    threads = node_config.get("threads")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise UserError(f"--node-config: threads is {threads!r}; it must be a whole number.")
+    device = node_config.get("device")
+    if device is not None and device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--node-config: device is {device!r}; it must be auto, cpu or cuda.")
+
+    def path(key: str) -> str | None:
+        value = node_config.get(key)
+        return None if value in (None, "") else str(Path(str(value)).expanduser())
+
+    return Node(
+        client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
+        path("checkpoint"),
+    )  # fmt: skip
+
+
+def on_node(config: Config, node: Node) -> Config:
+    """The experiment as this node runs it: its own folder is its only data.
+
+    Raises:
+        UserError: the experiment has no such client, or does not ask for the folder that this node
+            lends.
+    """
+    clients = config.partition.clients
+    if not 0 <= node.client < clients:
+        raise UserError(
+            f"this node is client {node.client}, but the experiment has {clients} clients "
+            f"(0 to {clients - 1}); set partition.clients to the number of nodes."
+        )
+    data = config.data
+    if data.source == "client_folders":
+        if node.data is None:
+            raise UserError(
+                "--node-config names no 'data' folder, and the experiment has "
+                "data.source=client_folders."
+            )
+        data = replace(data, folders=_only(node.client, node.data, clients), root=None)
+    elif node.data is not None:
+        raise UserError(
+            f"this node lends one image folder, and the experiment asks for data.source="
+            f"{data.source}; only client_folders is answered."
+        )
+    backbone = config.backbone
+    if node.device is not None:
+        backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
+    if node.checkpoint is not None:
+        backbone = replace(backbone, checkpoint=node.checkpoint)
+    grid = config.grid
+    if node.threads is not None:
+        grid = replace(grid, threads=node.threads)
+    output = replace(config.output, cache=node.cache_dir)
+    return replace(config, data=data, backbone=backbone, grid=grid, output=output)
+
+
+def on_server(config: Config) -> Config:
+    """The experiment as the server runs it: of the images it has its own test folder at most."""
+    if config.data.source != "client_folders":
+        return config
+    data = replace(config.data, folders=[""] * config.partition.clients)
+    return replace(config, data=data)
+
+
+def state_folder(node: Node, run: str, run_id: int) -> Path:
+    """This node's folder for the private tensors of one run, named by the server or by Flower.
+
+    Raises:
+        UserError: the server's name is no plain name.
+    """
+    name = run or f"run-{run_id}"
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name, flags=re.ASCII):
+        raise UserError(f"the server calls the run {name[:120]!r}, which names no folder.")
+    base = node.state_dir or os.environ.get("FEDPROMPT_STATE")
+    root = Path(base) if base else Path.home() / ".local" / "state" / "fedprompt"
+    return root.expanduser() / name
+
+
+def _only(client: int, folder: str, clients: int) -> list[str]:
+    return [folder if k == client else "" for k in range(clients)]

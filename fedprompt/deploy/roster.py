@@ -1,0 +1,132 @@
+"""Which node holds which client: who has joined, left, come late, or cannot take part.
+
+Nodes are known to Flower by random ids; what client they are they say themselves. Where the
+server's operator has registered the nodes' keys by client, `keyed` says which id may be which.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedprompt.data.partition import sparse
+from fedprompt.deploy.description import Description, from_reply
+
+log = logging.getLogger("fedprompt.server")
+
+
+class Roster:
+    """The nodes of one run.
+
+    Args:
+        grid: how to reach them.
+        clients: number of clients K.
+        class_names: the experiment's classes.
+        keyed: client of every node id that the operator has registered; empty = not known.
+    """
+
+    def __init__(
+        self, grid: Grid, clients: int, class_names: Sequence[str], keyed: Mapping[int, int]
+    ) -> None:
+        self.grid = grid
+        self.clients = clients
+        self.class_names = tuple(class_names)
+        self.keyed = dict(keyed)
+        self.node_of_client: dict[int, int] = {}
+        self.descriptions: dict[int, Description] = {}
+        self.faults: dict[int, str] = {}
+        self._asked: set[int] = set()
+        self._pending: dict[str, int] = {}
+
+    @property
+    def missing(self) -> list[int]:
+        """Clients without a node."""
+        return sorted(set(range(self.clients)) - set(self.node_of_client))
+
+    @property
+    def trainable(self) -> list[int]:
+        """Clients that are there and have labelled training images."""
+        return sorted(c for c in self.node_of_client if self.descriptions[c].trains)
+
+    def update(self) -> bool:
+        """Look who is there now; whether clients have joined or left since the last look.
+
+        Nodes that are new are asked who they are. Nobody is waited for: an answer counts whenever
+        it comes, so a node that first has to encode its images joins when it is ready.
+        """
+        before = dict(self.node_of_client)
+        present = set(self.grid.get_node_ids())
+        self._forget(present)
+        new = sorted(present - self._asked)
+        if new:
+            queries = [
+                Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+                for node in new
+            ]
+            self._asked |= set(new)
+            ids = self.grid.push_messages(queries)
+            self._pending |= {i: node for i, node in zip(ids, new, strict=True) if i}
+        if self._pending:
+            replies = list(self.grid.pull_messages(list(self._pending)))
+            found = {self._pending.pop(r.metadata.reply_to_message_id): r for r in replies}
+            for node, reply in sorted(found.items()):
+                self._enter(node, from_reply(reply, len(self.class_names), self.clients))
+        return self.node_of_client != before
+
+    def described(self, recorded: Mapping[str, Any] | None) -> dict[str, list[list[int]]]:
+        """Rows of `partition.json`: of clients that have never been there, as `recorded`."""
+        rows: dict[str, list[list[int]]] = {}
+        for name in ("train_counts", "test_counts", "domain_counts"):
+            old = (recorded or {}).get(name) or [[] for _ in range(self.clients)]
+            rows[name] = [list(row) for row in old]
+        for client, found in self.descriptions.items():
+            rows["train_counts"][client] = _sparse(found.train_C)
+            rows["test_counts"][client] = _sparse(found.test_C)
+            rows["domain_counts"][client] = [client, sum(found.train_C) + sum(found.test_C)]
+        return rows
+
+    def _forget(self, present: set[int]) -> None:
+        """Drop nodes that are no longer connected; they are asked again when they come back."""
+        gone = {c: n for c, n in self.node_of_client.items() if n not in present}
+        for client, node in sorted(gone.items()):
+            log.warning("client %d has left (node %d)", client, node)
+            del self.node_of_client[client]
+        self.faults = {n: f for n, f in self.faults.items() if n in present}
+        self._pending = {i: n for i, n in self._pending.items() if n in present}
+        self._asked &= present
+
+    def _enter(self, node: int, found: Description | str) -> None:
+        if isinstance(found, str):
+            self._refuse(node, found)
+            return
+        client, known = found.client, self.keyed.get(node)
+        if self.keyed and known != client:
+            whose = "no client's" if known is None else f"client {known}'s"
+            self._refuse(node, f"it says that it is client {client}, but its key is {whose}")
+        elif client in self.node_of_client:
+            self._refuse(node, f"it says that it is client {client}, as another node does")
+        else:
+            self.node_of_client[client] = node
+            self.descriptions[client] = found
+            trained, tested = sum(found.train_C), sum(found.test_C)
+            log.info(
+                "client %d has joined (node %d): %d training and %d test images",
+                client, node, trained, tested,
+            )  # fmt: skip
+            for note in found.notes(self.class_names):
+                log.warning("client %d: %s", client, note)
+
+    def _refuse(self, node: int, fault: str) -> None:
+        self.faults[node] = fault
+        client = self.keyed.get(node)
+        who = f"node {node}" if client is None else f"client {client} (node {node})"
+        log.warning("%s does not take part: %s", who, fault)
+
+
+def _sparse(counts_C: Sequence[int]) -> list[int]:
+    return sparse(np.array([counts_C], dtype=np.int64))[0]

@@ -1,0 +1,100 @@
+"""CoCoOp: a small net shifts the context by what it sees in the image.
+
+Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
+2203.05557), section 3.2: v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU,
+Linear(D / 16, d) on the L2-normalised image feature; every image has class features of its own.
+Checked against the authors' `trainers/cocoop.py`.
+
+How we differ: images do not go through the text tower one by one, but many at once (one prompt per
+image), as many as `POSITIONS_AT_ONCE` allows; beyond that, training keeps the contexts alone and
+computes the tower again for the gradient, so memory does not grow with the batch. Values and
+gradients are the same. N images still cost N x C text sequences: the paper trains with
+`training.batch_size=1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fedprompt.batched_linear import linear, linear_start
+from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Method, PromptSource, Task, Tensors
+from fedprompt.options import option
+
+POSITIONS_AT_ONCE = 8192
+"""Text positions that go through the tower at once; about 2 GB of ViT-B's activations."""
+
+
+@dataclass(frozen=True)
+class CoCoOpConfig:
+    """Defaults: the paper's 4 context tokens "a photo of a" and 16-fold bottleneck."""
+
+    name: str = option("cocoop", "method name")
+    context_tokens: int = option(4, "context tokens M", ge=1)
+    context_init: str | None = option("a photo of a", "words to start from; null = random")
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    bottleneck: int = option(16, "the Meta-Net's hidden layer is D / bottleneck wide", ge=1)
+
+
+class CoCoOp(Method):
+    """Context and Meta-Net are shared; nothing is private."""
+
+    name = "cocoop"
+    source = "Zhou et al., CVPR 2022"
+    Config = CoCoOpConfig
+    images_at_once = 256
+
+    def __init__(self, config: CoCoOpConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.prompts = PromptSource(
+            clip,
+            task,
+            config.context_tokens,
+            init_text=config.context_init,
+            init_std=config.init_std,
+        )
+        self.hidden = max(1, clip.embed_dim // config.bottleneck)
+        self.prompts_at_once = max(1, POSITIONS_AT_ONCE // self.prompts.tower.positions)
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (M, d), and `linear1`, `linear2` of the Meta-Net as torch.nn.Linear starts."""
+        embed, width = self.clip.embed_dim, self.clip.text.width
+        return {
+            "ctx": self.prompts.start(seed, "init", "shared"),
+            **linear_start("linear1", self.hidden, embed, seed, "init", "shared"),
+            **linear_start("linear2", width, self.hidden, seed, "init", "shared"),
+        }
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """Nothing is private."""
+        return {}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """The shared tensors: nothing else is the same for all images."""
+        return dict(shared)
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C), each image with its own class features."""
+        features_KBD = inputs.features
+        hidden = F.relu(linear(features_KBD, encoded["linear1.weight"], encoded["linear1.bias"]))
+        shift_KBd = linear(hidden, encoded["linear2.weight"], encoded["linear2.bias"])
+        context_KBMd = encoded["ctx"][:, None] + shift_KBd[:, :, None]
+        classes_KBCD = self._classes(context_KBMd.flatten(0, 1)).unflatten(0, shift_KBd.shape[:2])
+        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", features_KBD, classes_KBCD)
+
+    def _classes(self, context_NMd: Tensor) -> Tensor:
+        """Class features (N, C, D) of one context per image, a bounded number at a time."""
+        parts = context_NMd.split(self.prompts_at_once)
+        if len(parts) == 1:
+            return self.prompts.classes(context_NMd)
+        if not torch.is_grad_enabled():
+            return torch.cat([self.prompts.classes(part) for part in parts])
+        return torch.cat(
+            [checkpoint(self.prompts.classes, part, use_reentrant=False) for part in parts]
+        )

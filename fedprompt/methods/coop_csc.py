@@ -1,0 +1,93 @@
+"""CoOp with class-specific contexts in a federation: every class has a context of its own.
+
+Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, arXiv 2109.01134),
+class-specific context (CSC): `[SOS][v_1^c .. v_M^c][class c].`, cosine logits times
+exp(logit_scale), cross-entropy.
+
+How we differ: CoOp is not federated. A client's gradient only pushes a class that it has no image
+of away from its images, so a plain average would wear such classes down. The strategy `per_class`
+averages each class's context over the clients that hold the class. For that a client uploads
+`class_shares` (C,), the share of each class among its training images: a frozen shared tensor that
+`end_round` fills and that the server sends back as zeros. THIS TELLS THE SERVER THE CLIENT'S LABEL
+HISTOGRAM, which no other method of this family does.
+
+Where `context_init` is given, every class starts from the same words; CoOp's code then drops the
+class-specific contexts without a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
+from fedprompt.options import option
+from fedprompt.rng import normal
+from fedprompt.text_tower import TextTower, context_init
+
+
+@dataclass(frozen=True)
+class CoOpCSCConfig:
+    """Defaults: CoOp's 16 context tokens per class, N(0, 0.02^2)."""
+
+    name: str = option("coop_csc", "method name")
+    context_tokens: int = option(16, "context tokens M of each class", ge=1)
+    context_init: str | None = option(None, "words that every class starts from")
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
+
+
+class CoOpCSC(Method):
+    """A context per class; nothing private but what `class_shares` tells."""
+
+    name = "coop_csc"
+    source = "Zhou et al., IJCV 2022"
+    Config = CoOpCSCConfig
+    strategy = MappingProxyType({"name": "per_class"})
+    frozen = frozenset({"shared.class_shares"})
+    transfers_to_new_classes = False
+    no_transfer_reason = "a context belongs to the class that it was trained for"
+
+    def __init__(self, config: CoOpCSCConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        self.tower = TextTower(
+            clip,
+            task.class_names,
+            config.context_tokens,
+            position=config.class_position,
+            class_specific=True,
+        )
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (C, M, d) and `class_shares` (C,), zeros until a client has trained."""
+        classes, tokens = len(self.task.class_names), self.cfg.context_tokens
+        shape = (classes, tokens, self.clip.text.width)
+        draw = normal(shape, self.cfg.init_std, seed, "init", "shared")
+        starts = [context_init(self.clip, self.cfg.context_init, tokens, d) for d in draw]
+        return {"ctx": torch.stack(starts), "class_shares": torch.zeros(classes)}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """Nothing is private."""
+        return {}
+
+    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+        """Adds each class's share of the client's training images."""
+        counts_KC = visit.class_counts_KC.float()
+        shares_KC = counts_KC / counts_KC.sum(-1, keepdim=True)
+        return {**shared, "class_shares": shares_KC}, private
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """Class features (K, C, D) of the contexts (K, C, M, d)."""
+        return {"classes": F.normalize(self.tower(shared["ctx"]), dim=-1)}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C)."""
+        return cosine_logits(self.clip, inputs.features, encoded["classes"])

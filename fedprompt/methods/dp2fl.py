@@ -1,0 +1,169 @@
+"""DP2FL: a shared task prompt for text, and a private map from it to an image prompt.
+
+Source: DP2FL: Dual Prompt Personalized Federated Learning in Foundation Models (Chang, Shi, Zhao,
+Chen, Ma, Scientific Reports 15:28026, 2025, arXiv 2504.16357). No public code was found, and of the
+paper only the abstract and a summary of the method were readable to us. They say:
+
+    text input [T, P_t], image input [I, P_i], P_i = F(P_t; P_d)
+
+P_t is the global task prompt. P_d, the data prompt, is what the map F is made of; a client makes
+its own from those of "positive" clients and of "retained negative" ones, whose loss on its data is
+below alpha times its own; a global model serves new data and new clients. alpha 1.2, beta 0.2,
+MaPLe's code base, learning rate 0.035, 5 local epochs, batch 4, 10 clients, 10 rounds.
+
+RECONSTRUCTED, and config keys where a number is involved: F is MaPLe's linear layer, at the input
+only; before a round a client sets, with l_j the loss of peer j's P_d on a few of its own training
+images under the received P_t, and l its own P_d's,
+
+    P_d <- (1 - beta) P_d + beta * sum_j w_j P_d^j,     w_j ~ 1 / l_j for peers with l_j < alpha * l
+
+and trains P_t and P_d together. P_d starts from the average of all clients' where it has none yet;
+that average, with P_t, is also the global model. The strategy `nearest_peers` sends the data
+prompts of the E nearest clients (all, where there are no more).
+
+MISSING: the paper's server weighs clients' P_t by losses of every client on every other client's
+validation set; here they are weighed by training images. Its validation images are held out of
+training; here they are training images, kept as private tensors.
+
+PRIVACY: other clients see a client's P_d as it trained it, and a client is sent E of them in every
+exchange (394,000 numbers each on ViT-B/16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt import own_copy
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import ClientData, Task, Tensors, Visit, masked_mean
+from fedprompt.methods.maple import MaPLe, MaPLeConfig
+from fedprompt.options import option
+from fedprompt.rng import generator
+
+FACTORS = ("weight", "bias")
+"""Names of P_d's tensors."""
+
+
+@dataclass(frozen=True)
+class DP2FLConfig(MaPLeConfig):
+    """alpha and beta of the paper; the rest is our reading of it."""
+
+    name: str = option("dp2fl", "method name")
+    sharing: Literal["text", "factors", "materialised"] = option("factors", "always 'factors'")
+    depth: int = option(1, "layers with prompts; 1 = at the input only", ge=1)
+    peers: int = option(9, "other clients whose data prompts a client is sent", ge=1)
+    alpha: float = option(1.2, "peers count whose loss is below alpha times the own one", gt=0)
+    beta: float = option(0.2, "share of the peers in a data prompt", ge=0, le=1)
+    validation_images: int = option(4, "own images that peers' prompts are judged on", ge=1)
+
+    def check(self) -> None:
+        """P_t and P_d are both uploaded."""
+        if self.sharing != "factors":
+            raise UserError("'sharing' must be 'factors': peers are sent each other's P_d.")
+
+
+class DP2FL(MaPLe):
+    """MaPLe, whose factors are averaged for newcomers and kept by those who have their own."""
+
+    name = "dp2fl"
+    source = "Chang et al., Sci. Rep. 2025 (reconstructed)"
+    Config = DP2FLConfig
+    strategy = MappingProxyType({"name": "nearest_peers"})
+    works_with = frozenset({"nearest_peers"})
+    frozen = own_copy.names(FACTORS) | {f"private.val.{n}" for n in ("pixels", "labels", "mask")}
+    images_at_once: ClassVar[int] = 256
+
+    def __init__(self, config: DP2FLConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """The own P_d, and `val.pixels` (V, 3, H, W), `val.labels` and `val.mask` (V,)."""
+        factors = {n: self.init_shared(seed)[n] for n in FACTORS}
+        count, (height, width) = self.cfg.validation_images, self.vision.visual.image_size
+        return own_copy.start(factors) | {
+            "val.pixels": torch.zeros(count, 3, height, width),
+            "val.labels": torch.zeros(count),
+            "val.mask": torch.zeros(count),
+        }
+
+    def init_received(self, seed: int) -> Tensors:
+        """`peers.weight`, `peers.bias` (E, ...) and `peers.known` (E,)."""
+        shared, peers = self.init_shared(seed), self.cfg.peers
+        rows = {f"peers.{n}": torch.zeros(peers, *shared[n].shape) for n in FACTORS}
+        return {**rows, "peers.known": torch.zeros(peers)}
+
+    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+        """Keep a few of the client's own images to judge peers on."""
+        draw = generator(seed, "validation images", data.client)
+        count = min(self.cfg.validation_images, len(data))
+        rows = torch.from_numpy(draw.permutation(len(data))[:count])
+        pixels = data.plain()[rows].on(torch.device("cpu")).pixels
+        assert pixels is not None
+        filled = {n: t.clone() for n, t in private.items()}
+        filled["val.pixels"][:count] = pixels
+        filled["val.labels"][:count] = data.labels_N[rows].float()
+        filled["val.mask"][:count] = 1
+        return filled
+
+    def start_round(
+        self, shared: Tensors, private: Tensors, visit: Visit
+    ) -> tuple[Tensors, Tensors]:
+        """P_d from the own one and its peers', or from the average where there is no own one."""
+        current = own_copy.model(shared, private)
+        weights_KE = self.peer_weights(current, private, visit)
+        mixed = dict(shared)
+        for n in FACTORS:
+            peers_KE = visit.received[f"peers.{n}"]
+            mean = torch.einsum("ke,ke...->k...", weights_KE, peers_KE)
+            some_K = weights_KE.sum(-1) > 0
+            blend = (1 - self.cfg.beta) * current[n] + self.cfg.beta * mean
+            mixed[n] = own_copy.where(some_K, blend, current[n])
+        return mixed, own_copy.for_training(private)
+
+    @torch.no_grad()
+    def peer_weights(self, current: Tensors, private: Tensors, visit: Visit) -> Tensor:
+        """How much each peer counts (K, E); rows sum to 1, or to 0 where no peer is let in."""
+        own_K = self._judge(current, private)
+        peers = {n: visit.received[f"peers.{n}"] for n in FACTORS}
+        losses_KE = torch.stack(
+            [
+                self._judge(current | {n: t[:, e] for n, t in peers.items()}, private)
+                for e in range(self.cfg.peers)
+            ],
+            dim=1,
+        )
+        able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[own_copy.VALID] > 0)
+        let_in = (visit.received["peers.known"] > 0) & able_K1
+        let_in = let_in & (losses_KE < self.cfg.alpha * own_K[:, None])
+        inverse_KE = torch.where(let_in, 1 / losses_KE.clamp(min=1e-8), 0.0)
+        return inverse_KE / inverse_KE.sum(-1, keepdim=True).clamp(min=1e-30)
+
+    def _judge(self, model: Tensors, private: Tensors) -> Tensor:
+        """Mean cross-entropy (K,) of a model on the client's validation images."""
+        pixels_KV = private["val.pixels"]
+        inputs = Inputs(
+            pixels_KV.new_zeros(*pixels_KV.shape[:2], self.clip.embed_dim), None, pixels_KV
+        )
+        logits_KVC = self.logits(super().encode(model, None), inputs)
+        labels_KV = private["val.labels"].long()
+        loss = F.cross_entropy(logits_KVC.flatten(0, 1), labels_KV.flatten(), reduction="none")
+        mask_KV = private["val.mask"]
+        loss_KV = loss.view_as(mask_KV)
+        return masked_mean(loss_KV, torch.where(mask_KV.sum(-1, keepdim=True) > 0, mask_KV, 1.0))
+
+    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+        """P_t and P_d are uploaded; P_d is kept."""
+        return shared, own_copy.after_training(private, shared)
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes` (K, C, D) and `visual` (K, 1, M, w), by the client's own P_d if it has one."""
+        return super().encode(shared if private is None else own_copy.model(shared, private), None)

@@ -1,0 +1,34 @@
+"""FedCoCoOp: CoCoOp in a federation, as FedTPG's paper compares with it.
+
+Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
+arXiv 2310.06123) for the federation; CoCoOp (Zhou et al., CVPR 2022) for the method. Context and
+Meta-Net are averaged, every client counting the same.
+
+Inferred: FedTPG's public code holds no CoCoOp. The random start of 4 tokens and the uniform average
+are those of its other baselines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class FedCoCoOpConfig(CoCoOpConfig):
+    """Defaults: 4 context tokens that start at random."""
+
+    name: str = option("fedcocoop", "method name")
+    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
+
+
+class FedCoCoOp(CoCoOp):
+    """CoCoOp with a uniform average."""
+
+    name = "fedcocoop"
+    source = "Qiu et al., ICLR 2024 (baseline)"
+    Config = FedCoCoOpConfig
+    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})

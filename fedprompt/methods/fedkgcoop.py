@@ -1,0 +1,36 @@
+"""FedKgCoOp: KgCoOp in a federation, as FedTPG's paper compares with it.
+
+Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
+arXiv 2310.06123) for the federation and its settings; KgCoOp (Yao et al., CVPR 2023) for the
+method. Checked against the authors' `model/custom_coop.py` and `federated/server.py`: 4 tokens
+N(0, 0.02^2), weight 8, every client counts the same in the average.
+
+How we differ: there, a client's classes are those of its own data; here all clients know all class
+names, as in every other method. The public `CoOpCLIP` cannot run as it stands: it calls
+`encode_text` with an argument that it does not take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class FedKgCoOpConfig(KgCoOpConfig):
+    """Defaults: 4 context tokens that start at random, weight 8."""
+
+    name: str = option("fedkgcoop", "method name")
+    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
+
+
+class FedKgCoOp(KgCoOp):
+    """KgCoOp with a uniform average."""
+
+    name = "fedkgcoop"
+    source = "Qiu et al., ICLR 2024 (baseline)"
+    Config = FedKgCoOpConfig
+    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})

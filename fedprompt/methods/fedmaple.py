@@ -1,0 +1,37 @@
+"""FedMaPLe: MaPLe with all its factors averaged, the multi-modal baseline of FedTPG's paper.
+
+Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
+arXiv 2310.06123) compares with it; the prompts are MaPLe's (Khattak et al., CVPR 2023).
+
+FedTPG's public code (boschresearch/FedTPG) has no MaPLe in it, so its settings are not known to us:
+MaPLe's own are the defaults, with FedTPG's server rule, the mean of all replies with equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from fedprompt.methods.maple import MaPLe, MaPLeConfig
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class FedMaPLeConfig(MaPLeConfig):
+    """MaPLe's hyper-parameters, all factors shared."""
+
+    name: str = option("fedmaple", "method name")
+    sharing: Literal["text", "factors", "materialised"] = option("factors", "what is averaged")
+
+
+class FedMaPLe(MaPLe):
+    """Text prompts and projections are shared; nothing is private."""
+
+    name = "fedmaple"
+    source = "Qiu et al., ICLR 2024"
+    Config = FedMaPLeConfig
+    strategy: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"name": "fedavg", "weights": "uniform"}
+    )

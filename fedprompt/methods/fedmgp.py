@@ -1,0 +1,214 @@
+"""FedMGP: groups of paired text and visual prompts, of which a sampled few are averaged.
+
+Source: FedMGP: Personalized Federated Learning with Multi-Group Text-Visual Prompts (Bo et al.,
+NeurIPS 2025, arXiv 2511.00480); public code https://github.com/weihao-bo/FedMGP. Each client has G
+groups of a text prompt P_g and a visual prompt V_g; with f_g, t_gc the normalised features:
+
+    z_g = s * f_g . t_gc        L = mean_g CE(z_g) + weight * diversity        predict mean_g z_g
+
+Diversity is the mean over text and image features of the mean over pairs of groups (and over
+classes or images) of their cosine, or of minus their L1 (per number) or L2 distance.
+
+At the end of a round a client samples S groups without replacement, text and visual on their own,
+with probabilities softmax(max_r cos(group, global group r) / temperature); in the first round
+uniformly. The r-th sampled one is uploaded as r-th global group, 5,120 numbers on ViT-B/16, and
+averaged with equal weights; the average then stands in the sampled one's place, is part of the
+client's model and is trained on. The other groups stay. The global model is the S global groups.
+Of the start words the first tokens are learned, the others stay in the text (MaPLe's convention).
+
+How we differ: the public loss takes the absolute value of a negative diversity term, and its cosine
+form is 1 - cos, so in every form minimising it pulls groups together; ours pushes them apart, as
+the paper says. The released config's loss is `diversity=l1 diversity_weight=-1`. A client that
+comes in late starts with the global groups in its first S places; in the public code it starts
+from the initial values. Text and visual choices share their random numbers, as there.
+
+Shape suffixes: K clients, G groups, S sampled groups, M tokens, B images, C classes, D joint
+embedding, w width of a tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import split_words
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import (
+    Batch,
+    Method,
+    PromptSource,
+    Task,
+    Tensors,
+    Visit,
+    cosine_logits,
+    cross_entropy,
+    masked_mean,
+)
+from fedprompt.options import option
+from fedprompt.rng import normal
+from fedprompt.vision_tower import VisionTower
+
+KINDS = ("text", "visual")
+
+
+@dataclass(frozen=True)
+class FedMGPConfig:
+    """Defaults: the public config, but for the form of diversity (the paper's)."""
+
+    name: str = option("fedmgp", "method name")
+    groups: int = option(5, "groups G", ge=1)
+    uploaded_groups: int = option(2, "groups S that are sampled and averaged", ge=1)
+    text_tokens: int = option(2, "tokens of a text prompt", ge=1)
+    visual_tokens: int = option(2, "tokens of a visual prompt", ge=1)
+    context_init: str | None = option("a photo of a", "start words; those after the tokens stay")
+    word_noise: float = option(0.01, "standard deviation added to start words, by group", ge=0)
+    init_std: float = option(0.02, "standard deviation of random starts", gt=0)
+    temperature: float = option(1.0, "temperature of the sampling", gt=0)
+    diversity: Literal["cosine", "l1", "l2"] = option("cosine", "what makes groups differ")
+    diversity_weight: float = option(1.0, "its weight; negative pulls groups together")
+
+    def check(self) -> None:
+        """One cannot upload more groups than there are."""
+        if self.uploaded_groups > self.groups:
+            raise UserError(f"'uploaded_groups' is {self.uploaded_groups} of {self.groups} groups.")
+
+
+class FedMGP(Method):
+    """`text` and `visual`: all groups private, the sampled ones shared."""
+
+    name = "fedmgp"
+    source = "Bo et al., NeurIPS 2025"
+    Config = FedMGPConfig
+    needs = frozenset({"features", "pixels"})
+    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
+    frozen = frozenset({"private.slots.text", "private.slots.visual"})
+    images_at_once: ClassVar[int] = 256
+
+    def __init__(self, config: FedMGPConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        self.vision = VisionTower(clip)
+        words, rest = config.context_init, ""
+        if words:
+            words, rest = split_words(clip, words, config.text_tokens)
+        names = tuple(f"{rest} {name}".strip() for name in task.class_names)
+        self.prompts = PromptSource(
+            clip, Task(names), config.text_tokens, init_text=words, init_std=config.init_std
+        )
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`text` (S, M, w) and `visual` (S, M, w): the first S groups."""
+        return {n: t[: self.cfg.uploaded_groups].clone() for n, t in self._start(seed).items()}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """`text` and `visual` (G, M, w), the same for all, and `slots.` (S,) of the shared ones."""
+        slots = torch.arange(float(self.cfg.uploaded_groups))
+        return self._start(seed) | {f"slots.{kind}": slots.clone() for kind in KINDS}
+
+    def _start(self, seed: int) -> Tensors:
+        texts, visuals = [], []
+        for g in range(self.cfg.groups):
+            text = self.prompts.start(seed, "init", "text", g)
+            if self.prompts.init_text:
+                text = text + normal(
+                    tuple(text.shape), self.cfg.word_noise, seed, "init", "words", g
+                )
+            texts.append(text)
+            shape = (self.cfg.visual_tokens, self.vision.width)
+            visuals.append(normal(shape, self.cfg.init_std, seed, "init", "visual", g))
+        return {"text": torch.stack(texts), "visual": torch.stack(visuals)}
+
+    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+        """Sample groups; upload these, keep all."""
+        kept, sent = dict(private), {}
+        for kind in KINDS:
+            groups_KGMw = _placed(kind, shared, private)
+            slots_KS = self._sample(groups_KGMw, visit.received[kind], visit)
+            sent[kind] = groups_KGMw.gather(1, _index(slots_KS, groups_KGMw))
+            kept |= {kind: groups_KGMw, f"slots.{kind}": slots_KS.to(groups_KGMw)}
+        return shared | sent, kept
+
+    def _sample(self, groups_KGMw: Tensor, global_KSMw: Tensor, visit: Visit) -> Tensor:
+        """Groups in the order in which they are drawn (K, S), by adding Gumbel noise."""
+        scores_KG = self.similarities(groups_KGMw, global_KSMw) / self.cfg.temperature
+        if visit.server_round == 1:
+            scores_KG = torch.zeros_like(scores_KG)
+        draw_KG = visit.uniform((self.cfg.groups,), "groups").clamp(min=1e-20)
+        keys_KG = scores_KG - (-draw_KG.log()).log()
+        return keys_KG.topk(self.cfg.uploaded_groups, dim=-1).indices
+
+    @staticmethod
+    def similarities(groups_KGMw: Tensor, global_KSMw: Tensor) -> Tensor:
+        """Cosine (K, G) of each group with the global group that is most like it."""
+        own, others = (F.normalize(t.flatten(2), dim=-1) for t in (groups_KGMw, global_KSMw))
+        return (own @ others.transpose(-1, -2)).amax(-1)
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`texts` (K, G, C, D) and `visual` (K, G, M, w); the global model's G is S."""
+        groups = (
+            {kind: shared[kind] for kind in KINDS}
+            if private is None
+            else {kind: _placed(kind, shared, private) for kind in KINDS}
+        )
+        return {"texts": self.prompts.classes(groups["text"]), "visual": groups["visual"]}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """The mean of the groups' logits (K, B, C)."""
+        return torch.stack(self._of_groups(encoded, inputs)[0]).mean(0)
+
+    def terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        """`ce`, the mean over groups, and `diversity`, each (K,) and weighted."""
+        logits, images = self._of_groups(encoded, batch.inputs)
+        terms = {"ce": torch.stack([cross_entropy(z_KBC, batch) for z_KBC in logits]).mean(0)}
+        if self.cfg.groups > 1 and self.cfg.diversity_weight != 0:
+            texts_K = _pairwise(self.cfg.diversity, list(encoded["texts"].unbind(1))).mean(-1)
+            images_K = masked_mean(_pairwise(self.cfg.diversity, images), batch.mask_KB)
+            terms["diversity"] = self.cfg.diversity_weight * (texts_K + images_K) / 2
+        return terms
+
+    def _of_groups(self, encoded: Tensors, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Each group's logits (K, B, C) and normalised image features (K, B, D)."""
+        assert inputs.pixels is not None
+        logits, images = [], []
+        for text_KCD, visual_KMw in zip(
+            encoded["texts"].unbind(1), encoded["visual"].unbind(1), strict=True
+        ):
+            image_KBD = F.normalize(self.vision(inputs.pixels, visual_KMw), dim=-1)
+            images.append(image_KBD)
+            logits.append(cosine_logits(self.clip, image_KBD, text_KCD))
+        return logits, images
+
+
+def _placed(kind: str, shared: Tensors, private: Tensors) -> Tensor:
+    """A client's groups (K, G, M, w), the shared ones in their slots."""
+    groups_KGMw, slots_KS = private[kind], private[f"slots.{kind}"].long()
+    index = _index(slots_KS, groups_KGMw)
+    return groups_KGMw.scatter(1, index, shared[kind].expand(index.shape))
+
+
+def _index(slots_KS: Tensor, groups_KGMw: Tensor) -> Tensor:
+    """`slots` as an index (K, S, M, w) into the groups."""
+    return slots_KS[:, :, None, None].expand(-1, -1, *groups_KGMw.shape[2:])
+
+
+def _pairwise(form: str, groups: list[Tensor]) -> Tensor:
+    """How alike groups of normalised features (K, N, D) are: mean over pairs, (K, N)."""
+    pairs = []
+    for a, b in combinations(groups, 2):
+        if form == "cosine":
+            pairs.append((a * b).sum(-1))
+        elif form == "l1":
+            pairs.append(-(a - b).abs().mean(-1))
+        else:
+            pairs.append(-((a - b).square().sum(-1) + 1e-8).sqrt())
+    return torch.stack(pairs).mean(0)

@@ -1,0 +1,162 @@
+"""FedPHA: a global prompt of one length, local prompts of each client's own length.
+
+Source: FedPHA: Federated Prompt Learning for Heterogeneous Client Adaptation (Fang et al., ICML
+2025; code CYFang6/FedPHA, trainers GL_SVDMSE and GL_SVDMSE_HE). G (M, d) is averaged; L (m_k, d)
+stays. G = U S V^T; V_2 are the right singular vectors without the first floor(M (1 - ratio)), and
+L' = L V_2 V_2^T. With t the L2-normalised class features of a prompt,
+
+    loss = CE(t(L)) + CE(t(G)) + pull_weight * mean over classes and D of (t(L) - t(L'))^2
+           + push_weight * mean over classes of max(0, alpha - |t_c(L) - t_c(G)|)
+
+Predictions are the local prompt's; the global model is the global prompt alone. Gradients flow
+through everything, the singular vectors too, as in the public code, which detaches nothing.
+
+Only M singular vectors exist in the code's thin decomposition, so V_2 V_2^T also removes what lies
+outside the span of G, most of L. `projection: row_space` is that, the default; `complement` keeps
+it and removes the first vectors only, as the code's name for it, null space, suggests.
+
+Defaults are those of the public code: M = 16, ratio 0.8, alpha 1, weights 1. `local_tokens` is
+dealt to clients in turn: client k has local_tokens[k modulo its length] tokens. `ctx` is padded to
+the longest with zeros, which nothing moves; `length` says how many rows are real.
+
+How we differ: where lengths are unequal, the public code takes the end-of-text positions of the
+longest prompt for all of them, and so reads a shorter prompt's feature that many positions too far
+behind; we read each at its own. All clients start from the first rows of one draw, as in GL_SVDMSE
+(GL_SVDMSE_HE draws each client's). A start from words fails in the code and is not offered. The
+code decomposes G in float32, we G G^T = U S^2 U^T in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import (
+    Batch,
+    Method,
+    PromptSource,
+    Task,
+    Tensors,
+    cosine_logits,
+    cross_entropy,
+)
+from fedprompt.options import option
+
+Projection = Literal["row_space", "complement"]
+
+
+@dataclass(frozen=True)
+class FedPHAConfig:
+    """Defaults: the public code's."""
+
+    name: str = option("fedpha", "method name")
+    shared_tokens: int = option(16, "context tokens M of the global prompt", ge=1)
+    local_tokens: list[int] = option([16], "tokens of local prompts, dealt to clients in turn")
+    ratio: float = option(0.8, "share of singular vectors kept in the projection", gt=0, le=1)
+    projection: Projection = option("row_space", "what is kept besides: nothing, or the rest")
+    alpha: float = option(1.0, "push: distance beyond which prompts are let alone", ge=0)
+    pull_weight: float = option(1.0, "weight of the pull to the projected prompt", ge=0)
+    push_weight: float = option(1.0, "weight of the push from the global prompt", ge=0)
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+
+    def check(self) -> None:
+        """Refuse lengths that are none."""
+        if not self.local_tokens or min(self.local_tokens) < 1:
+            raise UserError("local_tokens must be a list of whole numbers of at least 1.")
+
+
+class FedPHA(Method):
+    """`ctx` of the shared container is averaged; the private `ctx` has `length` real rows."""
+
+    name = "fedpha"
+    source = "Fang et al., ICML 2025"
+    Config = FedPHAConfig
+    frozen = frozenset({"private.length"})
+
+    def __init__(self, config: FedPHAConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        self.sources = {
+            tokens: PromptSource(clip, task, tokens, init_std=config.init_std)
+            for tokens in {config.shared_tokens, *config.local_tokens}
+        }
+        self.shared_prompts = self.sources[config.shared_tokens]
+        self.longest = self.sources[max(config.local_tokens)]
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (M, d), the global prompt."""
+        return {"ctx": self.shared_prompts.start(seed, "init", "shared")}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """`ctx` (longest, d), zeros behind the client's own `length` () rows."""
+        length = self.cfg.local_tokens[client % len(self.cfg.local_tokens)]
+        ctx = self.longest.start(seed, "init", "private")
+        ctx[length:] = 0
+        return {"ctx": ctx, "length": torch.tensor(float(length))}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes` (K, C, D): of the local prompts, or of the global one without private."""
+        if private is None:
+            return {"classes": self.shared_prompts.classes(shared["ctx"])}
+        return {"classes": self._local_classes(private["ctx"], private["length"])}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C)."""
+        return cosine_logits(self.clip, inputs.features, encoded["classes"])
+
+    def terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        """`ce`, `ce_global`, `pull` and `push`, each (K,) and already weighted."""
+        cfg, local_KCD = self.cfg, encoded["classes"]
+        terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
+        global_KCD = self.shared_prompts.classes(shared["ctx"])
+        logits_KBC = cosine_logits(self.clip, batch.inputs.features, global_KCD)
+        terms["ce_global"] = cross_entropy(logits_KBC, batch)
+        if cfg.pull_weight > 0:
+            projected = project(private["ctx"], shared["ctx"], cfg.ratio, cfg.projection)
+            projected_KCD = self._local_classes(projected, private["length"])
+            pull_K = (local_KCD - projected_KCD).square().mean((-1, -2))
+            terms["pull"] = cfg.pull_weight * pull_K
+        if cfg.push_weight > 0:
+            distance_KC = torch.linalg.vector_norm(local_KCD - global_KCD, dim=-1)
+            terms["push"] = cfg.push_weight * F.relu(cfg.alpha - distance_KC).mean(-1)
+        return terms
+
+    def _local_classes(self, ctx_KLd: Tensor, length_K: Tensor) -> Tensor:
+        """Class features (K, C, D) of prompts of unequal lengths, equal ones in one pass."""
+        lengths = [int(n) for n in length_K.tolist()]
+        order: list[int] = []
+        features: list[Tensor] = []
+        for length in sorted(set(lengths)):
+            rows = [k for k, n in enumerate(lengths) if n == length]
+            features.append(self.sources[length].classes(ctx_KLd[rows, :length]))
+            order += rows
+        place = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(features)[place]
+
+
+def project(local_KLd: Tensor, global_KMd: Tensor, ratio: float, onto: Projection) -> Tensor:
+    """L V_2 V_2^T, V_2 the right singular vectors of G without the first floor(M (1 - ratio)).
+
+    `complement` adds what lies outside the span of G's rows. With G G^T = U S^2 U^T, the right
+    singular vectors are G^T U / S. Rows of zeros stay zero.
+    """
+    g_KMd, l_KLd = global_KMd.double(), local_KLd.double()
+    cut = int(global_KMd.shape[-2] * (1 - ratio))
+    square_KM, u_KMM = torch.linalg.eigh(g_KMd @ g_KMd.transpose(-1, -2))  # ascending
+    kept = square_KM.shape[-1] - cut
+    chosen = slice(kept, None) if onto == "complement" else slice(0, kept)
+    square_KM = torch.maximum(square_KM, 1e-12 * square_KM[:, -1:].detach())
+    scale = square_KM[:, None, chosen].rsqrt()
+    v_KdR = g_KMd.transpose(-1, -2) @ u_KMM[..., chosen] * scale
+    part_KLd = l_KLd @ v_KdR @ v_KdR.transpose(-1, -2)
+    projected_KLd: Tensor = l_KLd - part_KLd if onto == "complement" else part_KLd
+    return projected_KLd.to(local_KLd)

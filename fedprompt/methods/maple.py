@@ -1,0 +1,158 @@
+"""MaPLe: deep text prompts, and visual prompts that are linear functions of them.
+
+Source: MaPLe: Multi-modal Prompt Learning (Khattak et al., CVPR 2023, arXiv 2210.03117). P_j, M
+tokens each, are learned at the inputs of the first J text layers; the image tower gets F_j(P_j) =
+P_j W_j^T + b_j after its patches at the same depths; cosine logits, cross-entropy. Checked against
+the authors' code (muzairkhattak/multimodal-prompt-learning): P_0 starts from words, the other
+prompts from N(0, 0.02^2), F_0 and one F for all deeper layers as torch's linear layers start.
+
+`sharing` says what the clients average (the paper has one machine and no federation):
+
+    text          P (9,216 numbers on ViT-B/16); each client keeps its F. The global model has no
+                  visual prompts: P with CLIP's own image features.
+    factors       P and F (3,555,072 numbers); nothing is private.
+    materialised  P and V_j = F_j(P_j) (23,040 numbers); each client keeps its F.
+
+mean(F_k) mean(P_k) is not mean(F_k P_k): `factors` averages the former, `materialised` the latter.
+After a `materialised` round a client's own F does not give the average V at the average P, so it
+trains on with a constant offset that does: within a round its visual prompts are
+
+    V + F_k(P) - A_k,    A_k = F_k(P) at the start of the round,
+
+which start at the average V and have MaPLe's gradients to P and to F_k; their last value is
+uploaded. The first round's offset is zero. In evaluation everyone's visual prompts are V itself.
+
+How we differ: float32 where the code rounds prompts to half precision; J is at most the number of
+layers of either tower; the width of the visual prompts is the tower's, not a fixed 768.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedprompt.batched_linear import linear_start
+from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import DeepText
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
+from fedprompt.options import option
+from fedprompt.vision_tower import VisionTower
+
+
+@dataclass(frozen=True)
+class MaPLeConfig:
+    """Defaults: the authors' M = 2 tokens in J = 9 layers, from "a photo of a"."""
+
+    name: str = option("maple", "method name")
+    sharing: Literal["text", "factors", "materialised"] = option("text", "what is averaged")
+    context_tokens: int = option(2, "tokens M of every prompt", ge=1)
+    depth: int = option(9, "layers J with prompts, the first counts; at most the tower's", ge=1)
+    context_init: str | None = option("a photo of a", "start words; those after M tokens stay")
+    init_std: float = option(0.02, "standard deviation of the random starts", gt=0)
+
+
+class MaPLe(Method):
+    """`text` (J, M, d); `weight` (J, w, d) and `bias` (J, w) of F; `visual` (J, M, w)."""
+
+    name = "maple"
+    source = "Khattak et al., CVPR 2023"
+    Config = MaPLeConfig
+    needs = frozenset({"features", "pixels"})
+    images_at_once: ClassVar[int] = 256
+
+    def __init__(self, config: MaPLeConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.sharing = config.sharing
+        if self.sharing == "materialised":
+            self.frozen = frozenset({"shared.visual", "private.anchor", "private.training"})
+        self.vision = VisionTower(clip)
+        depth = min(config.depth, self.vision.layers)
+        self.text = DeepText(
+            clip, task, config.context_tokens, depth, config.context_init, config.init_std
+        )
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`text`; with `factors` also `weight` and `bias`, with `materialised` also `visual`."""
+        text = {"text": self.text.start(seed, "init", "shared")}
+        if self.sharing == "text":
+            return text
+        factors = self._start_factors(seed)
+        if self.sharing == "factors":
+            return text | factors
+        return text | {"visual": _visual(text, factors)}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """`weight`, `bias`: the same draw for all clients; nothing with `factors`.
+
+        With `materialised` also `anchor`, A_k, and `training`, 1 within a round and 0 outside.
+        """
+        if self.sharing == "factors":
+            return {}
+        factors = self._start_factors(seed)
+        if self.sharing == "text":
+            return factors
+        tokens = self.config.context_tokens
+        anchor = torch.zeros(self.text.depth, tokens, self.vision.width)
+        return factors | {"anchor": anchor, "training": torch.zeros(1)}
+
+    def start_round(
+        self, shared: Tensors, private: Tensors, visit: Visit
+    ) -> tuple[Tensors, Tensors]:
+        """`materialised`: note A_k, so that training starts from the received visual prompts."""
+        if self.sharing != "materialised":
+            return shared, private
+        training = torch.ones_like(private["training"])
+        return shared, private | {"anchor": _visual(shared, private), "training": training}
+
+    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+        """`materialised`: upload the visual prompts that training has led to."""
+        if self.sharing != "materialised":
+            return shared, private
+        visual = self._materialised(shared, private)
+        training = torch.zeros_like(private["training"])
+        return shared | {"visual": visual}, private | {"training": training}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes` (K, C, D) and, where there are any, `visual` (K, J, M, w)."""
+        encoded = {"classes": self.text.classes(shared["text"])}
+        if self.sharing == "factors":
+            return encoded | {"visual": _visual(shared, shared)}
+        if self.sharing == "materialised":
+            return encoded | {"visual": self._materialised(shared, private)}
+        return encoded if private is None else encoded | {"visual": _visual(shared, private)}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C) of the prompted image and text features."""
+        images_KBD = inputs.features
+        if "visual" in encoded:
+            assert inputs.pixels is not None
+            images_KBD = self.vision.features(inputs.pixels, encoded["visual"])
+        return cosine_logits(self.clip, images_KBD, encoded["classes"])
+
+    def class_embeddings(self, encoded: Tensors) -> Tensor | None:
+        """None where images are encoded anew under prompts."""
+        return None if "visual" in encoded else super().class_embeddings(encoded)
+
+    def _start_factors(self, seed: int) -> Tensors:
+        """F of all layers; one draw for the first, one for all deeper ones, as the authors copy."""
+        inputs, outputs, key = self.clip.text.width, self.vision.width, ("init", "projection")
+        layers = [linear_start("F_0", outputs, inputs, seed, *key)]
+        layers += [linear_start("F_deep", outputs, inputs, seed, *key)] * (self.text.depth - 1)
+        weights, biases = zip(*(layer.values() for layer in layers), strict=True)
+        return {"weight": torch.stack(weights), "bias": torch.stack(biases)}
+
+    def _materialised(self, shared: Tensors, private: Tensors | None) -> Tensor:
+        """V outside a round, V + F_k(P) - A_k within one: (K, J, M, w)."""
+        if private is None:
+            return shared["visual"]
+        moved = _visual(shared, private) - private["anchor"]
+        return shared["visual"] + private["training"][..., None, None] * moved
+
+
+def _visual(text: Tensors, factors: Tensors) -> Tensor:
+    """F_j(P_j) for all layers: (..., J, M, w)."""
+    return text["text"] @ factors["weight"].transpose(-1, -2) + factors["bias"][..., None, :]

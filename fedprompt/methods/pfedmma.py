@@ -1,0 +1,160 @@
+"""pFedMMA: adapters in the top layers of both towers, with one projection that both share.
+
+Sources: pFedMMA: Personalized Federated Fine-Tuning with Multi-Modal Adapter for Vision-Language
+Models (Ghiasvand et al., ICLR 2026, arXiv 2507.05394); the adapter is MMA's (Yang et al., CVPR
+2024). In each of the top L layers f of a tower, with LN the layer's own first norm,
+
+    A(z) = W_u relu(W_s relu(W_d LN(z) + b_d) + b_s) + b_u,    f(z) <- f(z) + alpha A(z).
+
+W_s (r x r) is the same for image and text and is what the server averages; W_d and W_u belong to a
+tower and stay with the client. Frozen text "a photo of a {}.", cosine logits, cross-entropy.
+
+Checked against the public code (trainers/pFedMMA.py and federated_main.py of sajjad-ucsb/pFedMMA;
+the towers' hook, clip/model.py, is stored only in ZjjConan/Multi-Modal-Adapter): biases everywhere,
+a ReLU after W_s too, He's normal start by the number of outputs with zero biases, the same for all
+clients, average by the number of images. `gradient_scale: mma` is that code's backward pass, which
+the papers do not mention: the adapters' own gradients are those of alpha = 1 (1/alpha times the
+true ones), and what flows on to lower layers is the true one; `exact` is the plain gradient.
+
+How we differ: the public code counts layers from below, 5 to 12 in both towers; we count the top 8,
+which is the same in ViT-B but not in ViT-L/14's 24 image layers. In evaluation the public model
+keeps the text features of the first client that it evaluates for all clients and rounds, and the
+best round is reported; ours encodes each client's own. Clients that are not sampled train nothing.
+There is no global model: without W_d and W_u the shared projection has no meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.batched_linear import linear
+from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.options import option
+from fedprompt.rng import normal
+from fedprompt.text_tower import TextTower
+from fedprompt.vision_tower import Adapt, VisionTower
+
+
+@dataclass(frozen=True)
+class PFedMMAConfig:
+    """Defaults: the authors' code (layers 5 to 12 of ViT-B, r = 32, alpha = 0.001)."""
+
+    name: str = option("pfedmma", "method name")
+    layers: int = option(8, "top layers L of both towers with adapters, at most the tower's", ge=1)
+    rank: int = option(32, "width r of the bottleneck", ge=1)
+    scale: float = option(0.001, "alpha, the weight of an adapter's output", gt=0)
+    words: str = option("a photo of a", "frozen words before a class name")
+    gradient_scale: Literal["mma", "exact"] = option("mma", "gradients of the adapters")
+
+
+class PFedMMA(Method):
+    """Shared: `weight` (L, r, r), `bias` (L, r) of W_s. Private: both towers' W_d and W_u.
+
+    Private names are `text.down.weight` (L, r, d), `text.down.bias`, `text.up.weight` (L, d, r),
+    `text.up.bias`, and the same with `visual`.
+    """
+
+    name = "pfedmma"
+    source = "Ghiasvand et al., ICLR 2026"
+    Config = PFedMMAConfig
+    needs = frozenset({"features", "pixels"})
+    images_at_once: ClassVar[int] = 256
+
+    def __init__(self, config: PFedMMAConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.vision = VisionTower(clip)
+        self.text = TextTower(clip, [f"{config.words} {c}".strip() for c in task.class_names], 0)
+        self.depth = {"text": len(clip.text.blocks), "visual": self.vision.layers}
+        self.layers = min(config.layers, *self.depth.values())
+        self.width = {"text": clip.text.width, "visual": self.vision.width}
+
+    @property
+    def has_global(self) -> bool:
+        """The shared projections alone are no model."""
+        return False
+
+    def init_shared(self, seed: int) -> Tensors:
+        """W_s of all layers."""
+        rank = self.config.rank
+        return self._start("", (rank, rank), seed, "shared")
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """W_d and W_u of both towers: the same draw for all clients."""
+        rank = self.config.rank
+        start: Tensors = {}
+        for tower, width in self.width.items():
+            start |= self._start(f"{tower}.down.", (rank, width), seed, tower, "down")
+            start |= self._start(f"{tower}.up.", (width, rank), seed, tower, "up")
+        return start
+
+    def _start(
+        self, name: str, shape: tuple[int, int], seed: int, *purpose: str
+    ) -> dict[str, Tensor]:
+        """He's normal start by the number of outputs, and zero biases."""
+        std = math.sqrt(2 / shape[0])
+        weight = normal((self.layers, *shape), std, seed, "init", *purpose)
+        return {f"{name}weight": weight, f"{name}bias": torch.zeros(self.layers, shape[0])}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes` (K, C, D), and all that the image adapters need."""
+        assert private is not None, "pfedmma has no global model"
+        adapters = {**shared, **private}
+        nothing_1Md = torch.zeros(1, 0, self.clip.text.width, device=self.clip.device)
+        classes_KCD = self.text(nothing_1Md, adapt=self._adapt("text", adapters))
+        kept = {n: t for n, t in adapters.items() if not n.startswith("text.")}
+        return {"classes": F.normalize(classes_KCD, dim=-1), **kept}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C) of the adapted image and text features."""
+        assert inputs.pixels is not None
+        images_KBD = self.vision(inputs.pixels, adapt=self._adapt("visual", encoded))
+        return cosine_logits(self.clip, F.normalize(images_KBD, dim=-1), encoded["classes"])
+
+    def class_embeddings(self, encoded: Tensors) -> Tensor | None:
+        """None: images are encoded anew with adapters."""
+        return None
+
+    def _adapt(self, tower: str, adapters: Tensors) -> Adapt:
+        """alpha A(z) for the top layers of a tower."""
+        first, alpha = self.depth[tower] - self.layers, self.config.scale
+        factor = alpha if self.config.gradient_scale == "mma" else 1.0
+
+        def project(name: str, j: int, x_K: Tensor) -> Tensor:
+            weight_KLoi, bias_KLo = adapters[f"{name}weight"], adapters[f"{name}bias"]
+            return linear(x_K, weight_KLoi[:, j], bias_KLo[:, j])
+
+        def adapt(layer: int, block: Any, z_K: Tensor) -> Tensor | None:
+            j = layer - first
+            if j < 0:
+                return None
+            y_K = block.ln_1(_scaled_gradient(z_K, factor))
+            y_K = project(f"{tower}.down.", j, y_K).relu()
+            y_K = project("", j, y_K).relu()
+            return _scaled_gradient(alpha * project(f"{tower}.up.", j, y_K), 1 / factor)
+
+        return adapt
+
+
+def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient is multiplied by `factor` on its way back."""
+    out: Tensor = _ScaledGradient.apply(x, factor)
+    return out
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

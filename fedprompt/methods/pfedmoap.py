@@ -1,0 +1,222 @@
+"""pFedMoAP: other clients' prompts as frozen experts, mixed by a private attention gate.
+
+Source: Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models
+(Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP,
+read where later projects carry it on. With the client's own prompt P, the prompts of its E nearest
+peers, v the image feature, t class features and r(.) every (D / d)-th of D numbers:
+
+    q = W_q r(v)     k_e, u_e = W_k r(t_e), W_v r(t_e)     e = own, peer 1 .. peer E
+    m_c = W_o [softmax_e(scaling * q_h . k_ech) u_ech]_h     heads h, class c
+    logits_c = s * (lambda * v . t_c(P) + r(v) . m_c)        loss: cross-entropy
+
+Shared: the prompt, averaged, and shown to peers by the strategy `nearest_peers`. Private: the gate.
+A client's first visit trains its prompt alone; the gate joins in from the second one on. A client
+predicts with the prompt that its own training left, not with the average.
+
+PRIVACY: other clients see a client's prompt as it trained it, which no averaging has blurred, and
+secure aggregation is impossible. Each client is sent E more prompts in every exchange.
+
+How we differ: every client's gate starts from the same draw and is its own from then on; in the
+public loop a gate that was not kept yet goes on from whichever client trained before, and a client
+that is new in a later round still holds that client's experts. Predictions use experts as they
+stand after the round. Dropout is off: the public attention is given 0.1 and never applies it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from fedprompt import own_copy
+from fedprompt.batched_linear import linear, linear_start
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import (
+    Batch,
+    Method,
+    PromptSource,
+    Task,
+    Tensors,
+    Visit,
+    cosine_logits,
+    cross_entropy,
+)
+from fedprompt.options import option
+
+PARTS = ("q", "k", "v", "o")
+"""The gate's projections, W_q, W_k, W_v, W_o."""
+
+
+@dataclass(frozen=True)
+class PFedMoAPConfig:
+    """Defaults of the public code."""
+
+    name: str = option("pfedmoap", "method name")
+    context_tokens: int = option(16, "context tokens M", ge=1)
+    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    experts: int = option(10, "experts, the client's own among them", ge=2)
+    lam: float = option(0.5, "weight lambda of the own prompt's logits", ge=0)
+    gate_heads: int = option(8, "heads of the gate", ge=1)
+    gate_width: int = option(128, "numbers d of a feature that the gate sees; at most all", ge=1)
+    scaling: float = option(10.0, "factor of the gate's attention scores", gt=0)
+    gate_lr_scale: float = option(5.0, "learning rate of the gate, times training.lr", gt=0)
+    dropout: float = option(0.0, "dropout of attention weights in training", ge=0, lt=1)
+
+
+class PFedMoAP(Method):
+    """A shared prompt, frozen experts that the server sends, and a private gate."""
+
+    name = "pfedmoap"
+    source = "Luo et al., ICLR 2025"
+    Config = PFedMoAPConfig
+    strategy = MappingProxyType({"name": "nearest_peers"})
+    works_with = frozenset({"nearest_peers"})
+    images_at_once = 512
+
+    def __init__(self, config: PFedMoAPConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        self.prompts = PromptSource(
+            clip,
+            task,
+            config.context_tokens,
+            init_text=config.context_init,
+            init_std=config.init_std,
+        )
+        self.width = min(config.gate_width, clip.embed_dim)
+        self.stride = clip.embed_dim // self.width
+        if clip.embed_dim % self.width or self.width % config.gate_heads:
+            raise UserError(
+                f"pfedmoap: gate_width {self.width} must divide {clip.name}'s {clip.embed_dim} "
+                f"features and be a multiple of gate_heads {config.gate_heads}."
+            )
+        self.frozen = own_copy.names(["ctx"]) | {"private.visits"}
+        self.lr_scale = {
+            f"private.gate.{part}.{kind}": config.gate_lr_scale
+            for part in PARTS
+            for kind in ("weight", "bias")
+        }
+        self._encoded: tuple[Tensor, Tensor] | None = None
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (M, d)."""
+        return {"ctx": self.prompts.start(seed, "init", "shared")}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """`gate.q|k|v|o.weight|bias`, the same start for all; `visits` (1,); the own copy."""
+        gate: Tensors = {}
+        for part in PARTS:
+            gate |= linear_start(f"gate.{part}", self.width, self.width, seed, "init", "private")
+        return gate | {"visits": torch.zeros(1)} | own_copy.start(self.init_shared(seed))
+
+    def init_received(self, seed: int) -> Tensors:
+        """`peers.ctx` (E, M, d) and `peers.known` (E,)."""
+        peers = self.cfg.experts - 1
+        shape = (peers, self.cfg.context_tokens, self.clip.text.width)
+        return {"peers.ctx": torch.zeros(shape), "peers.known": torch.zeros(peers)}
+
+    def start_round(
+        self, shared: Tensors, private: Tensors, visit: Visit
+    ) -> tuple[Tensors, Tensors]:
+        """Training starts from the average; the visit is counted."""
+        return shared, own_copy.for_training(private) | {"visits": private["visits"] + 1}
+
+    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+        """The trained prompt is uploaded, and kept to predict with."""
+        return shared, own_copy.after_training(private, shared)
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes` (K, C, D), and where any client's gate is in use, what it works on.
+
+        `experts` (K, C, E + 1, d), the own one first, `known` (K, E + 1), `gated` (K, 1), gates.
+        """
+        if private is None:
+            return {"classes": self.prompts.classes(shared["ctx"])}
+        classes_KCD = self.prompts.classes(own_copy.model(shared, private)["ctx"])
+        known_KE = shared["peers.known"].expand(len(private["visits"]), -1)
+        gated_K1 = (private["visits"] > 1) & (known_KE > 0).any(-1, keepdim=True)
+        if not gated_K1.any():
+            return {"classes": classes_KCD}
+        peers_KECd = self._experts(shared["peers.ctx"]).expand(len(known_KE), -1, -1, -1)
+        own_K1Cd = classes_KCD[:, None, :, :: self.stride]
+        own_K1Cd = own_K1Cd.expand(len(known_KE), -1, -1, -1)
+        return {
+            "classes": classes_KCD,
+            "experts": torch.cat([own_K1Cd, peers_KECd], dim=1).transpose(1, 2),
+            "known": torch.cat([torch.ones_like(known_KE[:, :1]), known_KE], dim=1),
+            "gated": gated_K1,
+            **{n: t for n, t in private.items() if n.startswith("gate.")},
+        }
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Logits (K, B, C) of the own prompt, with the mixture's where the gate is in use."""
+        return self._logits(encoded, inputs, None)
+
+    def terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Cross-entropy, under dropout of attention weights where it is on."""
+        keep = None
+        if self.cfg.dropout > 0 and "experts" in encoded:
+            classes, experts = encoded["experts"].shape[1:3]
+            shape = (batch.labels_KB.shape[1], classes, self.cfg.gate_heads, experts)
+            draw = batch.uniform(shape, "gate dropout")
+            keep = (draw >= self.cfg.dropout) / (1 - self.cfg.dropout)
+        return {"ce": cross_entropy(self._logits(encoded, batch.inputs, keep), batch)}
+
+    def class_embeddings(self, encoded: Tensors) -> Tensor | None:
+        """The own prompt's class features (C, D); None where the gate has a say."""
+        return None if "experts" in encoded else encoded["classes"][0]
+
+    def _logits(self, encoded: Tensors, inputs: Inputs, keep: Tensor | None) -> Tensor:
+        own_KBC = cosine_logits(self.clip, inputs.features, encoded["classes"])
+        if "experts" not in encoded:
+            return own_KBC
+        mixture_KBC = self.clip.logit_scale * self._mixture(encoded, inputs.features, keep)
+        both_KBC = self.cfg.lam * own_KBC + mixture_KBC
+        return torch.where(encoded["gated"][..., None], both_KBC, own_KBC)
+
+    def _mixture(self, encoded: Tensors, features_KBD: Tensor, keep: Tensor | None) -> Tensor:
+        """Products (K, B, C) of images with the mixed class features.
+
+        r(v) . (W_o x + b) is computed as (W_o^T r(v)) . x + r(v) . b, so no mixed feature of an
+        image and class is ever laid out.
+        """
+        image_KBd = features_KBD[..., :: self.stride]
+        heads = (self.cfg.gate_heads, -1)
+        q_KBhe = self._project(encoded, "q", image_KBd).unflatten(-1, heads)
+        k_KCEhe = self._project(encoded, "k", encoded["experts"]).unflatten(-1, heads)
+        v_KCEhe = self._project(encoded, "v", encoded["experts"]).unflatten(-1, heads)
+        back_KBhe = (image_KBd @ encoded["gate.o.weight"]).unflatten(-1, heads)
+        scores = self.cfg.scaling * torch.einsum("kbhe,kcnhe->kbchn", q_KBhe, k_KCEhe)
+        unknown = (encoded["known"] == 0)[:, None, None, None]
+        weights = scores.masked_fill(unknown, float("-inf")).softmax(-1)
+        if keep is not None:
+            weights = weights * keep
+        values = torch.einsum("kbhe,kcnhe->kbchn", back_KBhe, v_KCEhe)
+        bias_KB = (image_KBd * encoded["gate.o.bias"][:, None]).sum(-1)
+        return (weights * values).sum((-1, -2)) + bias_KB[..., None]
+
+    @staticmethod
+    def _project(encoded: Tensors, part: str, x: Tensor) -> Tensor:
+        return linear(x, encoded[f"gate.{part}.weight"], encoded[f"gate.{part}.bias"])
+
+    @torch.no_grad()
+    def _experts(self, peers_KEMd: Tensor) -> Tensor:
+        """The gate's view of the peers' class features (K, E, C, d).
+
+        The last result is reused while the peers are the same: all steps of a round.
+        """
+        if self._encoded is None or not _same(self._encoded[0], peers_KEMd):
+            features = self.prompts.classes(peers_KEMd)[..., :: self.stride]
+            self._encoded = (peers_KEMd.clone(), features.contiguous())
+        return self._encoded[1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and torch.equal(a, b)

@@ -1,0 +1,165 @@
+"""ProDA: many contexts, whose class features are taken as a Gaussian distribution.
+
+Source: Prompt Distribution Learning (Lu et al., CVPR 2022, arXiv 2205.03340). P contexts give each
+class P feature vectors t_c^p, of mean m_c and spread a_c^p = t_c^p - m_c. The expected loss over
+Gaussian class features is bounded by a cross-entropy with larger logits,
+
+    z_ic = s <v_i, m_c> + (s^2 / 2) sum_d v_id^2 (1 / (P + 1)) sum_p (a_yd^p - a_cd^p)^2,
+
+y the label of image i, s = exp(logit_scale); covariances between dimensions d are dropped. A second
+term keeps contexts apart: the mean |cosine| between their text features without any class name,
+`[SOS][context].`, times `orthogonality`. Prediction uses s <v, m_c> over all P, m_c as it is (not
+normalised again).
+
+RECONSTRUCTED: the authors announced their code, but what their repository holds is a README. The
+formulae are those of three public ports, which agree to the letter (one is FLIP's,
+`flcore/models/clip/ProDA.py`); so are 32 contexts of 16 tokens, a quarter with the class name in
+front, a quarter with it in the middle, the rest with it at the end. A step takes the next 4 of a
+random order of the 32, and the orthogonality of all of them. The weight is 0.1 in one port and 1 in
+FLIP's.
+
+How we differ: all clients of a round take the contexts in the same order, drawn anew each round, so
+that the server averages contexts that all of them have trained. FLIP's port builds no prompt with
+the name in front or in the middle, and another one leaves the orthogonality out of its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import (
+    Batch,
+    Method,
+    PromptSource,
+    Task,
+    Tensors,
+    cosine_logits,
+    cross_entropy,
+)
+from fedprompt.options import option
+from fedprompt.rng import generator
+from fedprompt.text_tower import TextTower
+
+
+@dataclass(frozen=True)
+class ProDAConfig:
+    """Defaults: 32 contexts of 16 tokens, 4 of them per step."""
+
+    name: str = option("proda", "method name")
+    contexts: int = option(32, "contexts P", ge=1)
+    contexts_per_step: int = option(4, "contexts that a step trains", ge=1)
+    context_tokens: int = option(16, "tokens M of each context", ge=1)
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    orthogonality: float = option(0.1, "weight of the contexts' orthogonality", ge=0)
+
+    def check(self) -> None:
+        """A round of steps takes every context once."""
+        if self.contexts % self.contexts_per_step:
+            raise UserError(
+                f"'contexts' is {self.contexts}; it must be a multiple of contexts_per_step, "
+                f"{self.contexts_per_step}."
+            )
+
+
+class ProDA(Method):
+    """P shared contexts; nothing private."""
+
+    name = "proda"
+    source = "Lu et al., CVPR 2022 (reconstructed)"
+    Config = ProDAConfig
+
+    def __init__(self, config: ProDAConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        tokens, quarter = config.context_tokens, config.contexts // 4
+        self.prompts = {
+            position: PromptSource(clip, task, tokens, position=position, init_std=config.init_std)
+            for position in ("end", "middle", "front")
+        }
+        at_the_end = config.contexts - 2 * quarter
+        self.positions = ["front"] * quarter + ["middle"] * quarter + ["end"] * at_the_end
+        self.nameless = TextTower(clip, [""], tokens)
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (P, M, d)."""
+        starts = [
+            self.prompts[position].start(seed, "init", "shared", p)
+            for p, position in enumerate(self.positions)
+        ]
+        return {"ctx": torch.stack(starts)}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """Nothing is private."""
+        return {}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """The mean class features (K, C, D) over all contexts.
+
+        Where contexts are being trained, `terms` needs a few of them only: then they go on as they
+        are, and `logits` computes the means if it is asked.
+        """
+        context_KPMd = shared["ctx"]
+        return {"ctx": context_KPMd} if context_KPMd.requires_grad else self._means(context_KPMd)
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Logits (K, B, C) of the mean class features."""
+        means = encoded if "classes" in encoded else self._means(encoded["ctx"])
+        return cosine_logits(self.clip, inputs.features, means["classes"])
+
+    def terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        """The bound's cross-entropy `ce` for this step's contexts, and `orthogonality` of all."""
+        features_KPCD = self._features(shared["ctx"], self.chosen(batch))
+        terms = {"ce": cross_entropy(self._bound(features_KPCD, batch), batch)}
+        count = self.cfg.contexts
+        if count > 1:
+            nameless_KPD = F.normalize(self.nameless(shared["ctx"])[..., 0, :], dim=-1)
+            cosine_KPP = nameless_KPD @ nameless_KPD.transpose(-1, -2)
+            others = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
+            terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, others].abs().mean(-1)
+        return terms
+
+    def chosen(self, batch: Batch) -> list[int]:
+        """The contexts that this step trains: the next ones of the round's random order."""
+        size = self.cfg.contexts_per_step
+        turn, part = divmod(batch.step, self.cfg.contexts // size)
+        draw = generator(batch.visit.seed, "contexts", batch.visit.server_round, turn)
+        order: list[int] = draw.permutation(self.cfg.contexts).tolist()
+        return order[part * size : (part + 1) * size]
+
+    def _means(self, context_KPMd: Tensor) -> Tensors:
+        features_KPCD = self._features(context_KPMd, range(self.cfg.contexts))
+        return {"classes": features_KPCD.mean(1)}
+
+    def _features(self, context_KPMd: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Class features (K, len(chosen), C, D) of some contexts, by class position."""
+        features = []
+        for position, prompts in self.prompts.items():
+            own = [p for p in chosen if self.positions[p] == position]
+            if own:
+                features.append(prompts.classes(context_KPMd[:, own]))
+        return torch.cat(features, dim=1)
+
+    def _bound(self, features_KPCD: Tensor, batch: Batch) -> Tensor:
+        """The enlarged logits (K, B, C) whose cross-entropy bounds the expected loss."""
+        scale, count = self.clip.logit_scale, features_KPCD.shape[1]
+        images_KBD = batch.inputs.features
+        mean_KCD = features_KPCD.mean(1)
+        spread_KPCD = features_KPCD - mean_KCD[:, None]
+        squares_KBD = images_KBD.square()
+        variance_KBC = squares_KBD @ spread_KPCD.square().sum(1).transpose(-1, -2)
+        label_KPBD = batch.labels_KB[:, None, :, None].expand(-1, count, -1, images_KBD.shape[-1])
+        own_KPBD = spread_KPCD.gather(2, label_KPBD) * squares_KBD[:, None]
+        shared_KBC = (own_KPBD @ spread_KPCD.transpose(-1, -2)).sum(1)
+        own_KB1 = variance_KBC.gather(-1, batch.labels_KB[..., None])
+        between_KBC = (own_KB1 + variance_KBC - 2 * shared_KBC) / (count + 1)
+        return cosine_logits(self.clip, images_KBD, mean_KCD) + scale**2 / 2 * between_KBC

@@ -1,0 +1,77 @@
+"""PromptFolio: a portfolio of a global and a local prompt, mixed in feature space.
+
+Source: Federated Learning from Vision-Language Foundation Models: Theoretical Analysis and Method
+(Pan et al., NeurIPS 2024, arXiv 2409.19610; code PanBikang/PromptFolio). With t the L2-normalised
+class features of a prompt,
+
+    t_c = (1 - theta) t_c(global) + theta t_c(local),      logits exp(logit_scale) v . t_c,
+
+the mix is not normalised again; loss CE. The server averages the global prompt only. The global
+model is the global prompt alone (theta = 0), which the paper does not evaluate.
+
+Defaults are those of the public code: theta 0.4 (`frac_p`), 8 tokens. Clients start from the same
+local prompt, as there. How we differ: the code keeps both prompts in one tensor and slices it; here
+they are in two containers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import Method, PromptSource, Task, Tensors, cosine_logits
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class PromptFolioConfig:
+    """Defaults: the public code's."""
+
+    name: str = option("promptfolio", "method name")
+    context_tokens: int = option(8, "context tokens M of each prompt", ge=1)
+    theta: float = option(0.4, "share of the local prompt's features", ge=0, le=1)
+    context_init: str | None = option(None, "words that both prompts start from")
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+
+
+class PromptFolio(Method):
+    """One shared and one private context, mixed with fixed weights."""
+
+    name = "promptfolio"
+    source = "Pan et al., NeurIPS 2024"
+    Config = PromptFolioConfig
+
+    def __init__(self, config: PromptFolioConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.theta = config.theta
+        self.prompts = PromptSource(
+            clip,
+            task,
+            config.context_tokens,
+            init_text=config.context_init,
+            init_std=config.init_std,
+        )
+
+    def init_shared(self, seed: int) -> Tensors:
+        """`ctx` (M, d), the global prompt."""
+        return {"ctx": self.prompts.start(seed, "init", "shared")}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """`ctx` (M, d), the local prompt; all clients start from the same one."""
+        return {"ctx": self.prompts.start(seed, "init", "private")}
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """`classes`: mixed class features (K, C, D); the global prompt's own without private."""
+        if private is None:
+            return {"classes": self.prompts.classes(shared["ctx"])}
+        both = self.prompts.classes(torch.cat([shared["ctx"], private["ctx"]]))
+        clients = len(shared["ctx"])
+        return {"classes": (1 - self.theta) * both[:clients] + self.theta * both[clients:]}
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """Cosine logits (K, B, C), up to the norm of the mix."""
+        return cosine_logits(self.clip, inputs.features, encoded["classes"])

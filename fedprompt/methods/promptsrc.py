@@ -1,0 +1,127 @@
+"""PromptSRC: deep prompts in both towers that stay close to the frozen CLIP.
+
+Source: Self-regulating Prompts: Foundational Model Adaptation without Forgetting (Khattak et al.,
+ICCV 2023, arXiv 2307.06948). M text and M visual tokens of their own in the first J layers of
+either tower. With t, v the prompted class and image features, z their logits, and t0, v0, z0 those
+of the frozen CLIP, all features L2-normalised:
+
+    L = CE(z) + 25 mean|t - t0| + 10 mean|v - v0| + KL(softmax z0 || softmax z) / C
+
+t0 is the normalised mean over 60 templates of features that are not normalised. Means run over
+classes or images and over dimensions. Checked against the authors' code
+(muzairkhattak/PromptSRC), whose KL is summed and divided by the number of logits: `kl_norm: numel`,
+the mean over images divided by the number of classes C; `batchmean` does not divide by C, so that
+the weight does not depend on the length of the class list.
+
+The paper's third part, the average of all epochs' prompts with Gaussian weights, belongs on the
+server: `strategies/gaussian.py`, which `strategy: auto` picks.
+
+How we differ: nothing is private, all prompts are averaged over clients (the paper has one
+machine). v0 are the cached features of the same view of an image. Float32 where the code rounds
+prompts and t0 to half precision; J is at most the number of layers of each tower.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import token_count
+from fedprompt.methods.base import (
+    Batch,
+    PromptSource,
+    Task,
+    Tensors,
+    cosine_logits,
+    cross_entropy,
+    masked_mean,
+)
+from fedprompt.methods.ivlp import IVLP, IVLPConfig
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class PromptSRCConfig(IVLPConfig):
+    """Defaults: the authors' base-to-new setting, 4 + 4 tokens in 9 layers."""
+
+    name: str = option("promptsrc", "method name")
+    text_tokens: int = option(4, "text tokens per layer", ge=1)
+    visual_tokens: int = option(4, "visual tokens per layer", ge=1)
+    text_depth: int = option(9, "text layers with prompts, the first counts", ge=1)
+    visual_depth: int = option(9, "image layers with prompts, the first counts", ge=1)
+    text_weight: float = option(25.0, "weight of the text features' distance", ge=0)
+    image_weight: float = option(10.0, "weight of the image features' distance", ge=0)
+    logits_weight: float = option(1.0, "weight of the KL divergence", ge=0)
+    kl_norm: Literal["numel", "batchmean"] = option("numel", "KL per logit, or per image")
+
+
+class PromptSRC(IVLP):
+    """IVLP's prompts `text` and `visual`, with three more terms."""
+
+    name = "promptsrc"
+    source = "Khattak et al., ICCV 2023"
+    Config = PromptSRCConfig
+    strategy: ClassVar[Mapping[str, Any]] = MappingProxyType({"name": "gaussian"})
+
+    def terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        """`ce`, `text`, `image` and `logits`, each (K,) and already weighted."""
+        classes_KCD, frozen_KBD = encoded["classes"], batch.inputs.features
+        assert batch.inputs.pixels is not None
+        images_KBD = self.vision.features(batch.inputs.pixels, encoded["visual"])
+        logits_KBC = cosine_logits(self.clip, images_KBD, classes_KCD)
+        frozen_KBC = cosine_logits(self.clip, frozen_KBD, self.frozen_classes)
+        image_KB = (images_KBD - frozen_KBD).abs().mean(-1)
+        log_p, log_q = logits_KBC.log_softmax(-1), frozen_KBC.log_softmax(-1)
+        kl_KB = (log_q.exp() * (log_q - log_p)).sum(-1)
+        if self.config.kl_norm == "numel":
+            kl_KB = kl_KB / logits_KBC.shape[-1]
+        text_K = (classes_KCD - self.frozen_classes).abs().mean(dim=(-1, -2))
+        return {
+            "ce": cross_entropy(logits_KBC, batch),
+            "text": self.config.text_weight * text_K,
+            "image": self.config.image_weight * masked_mean(image_KB, batch.mask_KB),
+            "logits": self.config.logits_weight * masked_mean(kl_KB, batch.mask_KB),
+        }
+
+    @cached_property
+    def frozen_classes(self) -> Tensor:
+        """t0 (C, D): class features of the frozen CLIP, over all templates."""
+        return template_mean(self.clip, self.task.class_names, imagenet_templates())
+
+
+@cache
+def imagenet_templates() -> tuple[str, ...]:
+    """The 60 templates of the authors' code."""
+    path = resources.files("fedprompt") / "assets" / "imagenet_templates.json"
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["templates"])
+
+
+@torch.no_grad()
+def template_mean(
+    clip: FrozenCLIP, class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> Tensor:
+    """Class features (C, D): the mean over templates of un-normalised features, L2-normalised.
+
+    A template's words before its `{}` are a context that all classes share, so the text tower
+    evaluates them once. Every template has such words and ends in a full stop.
+    """
+    features = []
+    for template in templates:
+        before, after = template.removesuffix(".").split("{}")
+        tokens = token_count(clip, before)
+        names = Task(tuple(name + after for name in class_names))
+        context = PromptSource(clip, names, tokens, init_text=before.strip())
+        features.append(context.tower(context.start(0).to(clip.device)))
+    return F.normalize(torch.stack(features).mean(0), dim=-1)

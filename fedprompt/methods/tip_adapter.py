@@ -1,0 +1,97 @@
+"""Tip-Adapter on every client: CLIP's own logits and the votes of a private memory.
+
+Source: Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification (Zhang et al., ECCV
+2022, arXiv 2111.03930; public code: gaopengcuhk/Tip-Adapter):
+
+    logits_c = exp(logit_scale) v . t_c + alpha sum_s exp(-beta (1 - v . k_cs))
+
+t_c are the data set's templates, k_cs features of the client's training images
+(`feature_memory.py`). Nothing is trained; with `fine_tune` (Tip-Adapter-F) the keys are, by
+cross-entropy, and are not normalised again.
+
+How we differ: the paper is not federated. The memory is made of raw images, so NOTHING is shared:
+clients do not learn from each other, and the global model is zero-shot CLIP. It says what a client
+reaches without a federation, as `coop_local` does for prompts. Defaults of alpha and beta are the
+public code's for ImageNet (its other data sets start from alpha 2); it then searches both on
+validation images, and keeps the epoch with the best TEST accuracy for Tip-Adapter-F: we do
+neither. It multiplies cosines by 100, which is exp(logit_scale) of OpenAI's models; we take the
+backbone's own. Its 10 augmented epochs for the keys are our cached views (data.views).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.feature_adapter import template_classes
+from fedprompt.feature_memory import empty_memory, fill_memory, recall
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, cosine_logits
+from fedprompt.options import option
+
+
+@dataclass(frozen=True)
+class TipAdapterConfig:
+    """Defaults: the public code's for ImageNet, 16 shots."""
+
+    name: str = option("tip_adapter", "method name")
+    fine_tune: bool = option(False, "train the keys (Tip-Adapter-F)")
+    shots: int = option(16, "images of each class that a client remembers, at most", ge=1)
+    alpha: float = option(1.17, "weight of the memory", ge=0)
+    beta: float = option(1.0, "sharpness of the memory", gt=0)
+
+
+class TipAdapter(Method):
+    """`keys` (C, S, D) and `filled` (C, S) are private; nothing is shared."""
+
+    name = "tip_adapter"
+    source = "Zhang et al., ECCV 2022"
+    Config = TipAdapterConfig
+    transfers_to_new_classes = False
+    no_transfer_reason = "its memory holds images of the classes that a client has"
+    images_at_once = 1024
+
+    def __init__(self, config: TipAdapterConfig, clip: FrozenCLIP, task: Task) -> None:
+        super().__init__(config, clip, task)
+        self.cfg = config
+        self.trainable = config.fine_tune
+        self.frozen = frozenset(
+            {"private.filled"} | (set() if self.trainable else {"private.keys"})
+        )
+        self.classes_1CD = template_classes(clip, task.class_names, task.templates, None)
+
+    @property
+    def has_global(self) -> bool:
+        """True: zero-shot CLIP, which no client changes."""
+        return True
+
+    def init_shared(self, seed: int) -> Tensors:
+        """Nothing is shared."""
+        return {}
+
+    def init_private(self, seed: int, client: int) -> Tensors:
+        """An empty memory."""
+        return empty_memory(len(self.task.class_names), self.cfg.shots, self.clip.embed_dim)
+
+    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+        """The memory of the client's own images."""
+        return fill_memory(private, data, seed)
+
+    def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """The fixed class features (1, C, D), and the memory as it is."""
+        return {"classes": self.classes_1CD} | (private or {})
+
+    def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """CLIP's logits plus the memory's votes, (K, B, C)."""
+        v_KBD = inputs.features
+        logits_KBC = cosine_logits(self.clip, v_KBD, encoded["classes"])
+        if "keys" not in encoded:
+            return logits_KBC
+        votes_KBC = recall(v_KBD, encoded["keys"], encoded["filled"], self.cfg.beta)
+        return logits_KBC + self.cfg.alpha * votes_KBC
+
+    def class_embeddings(self, encoded: Tensors) -> Tensor | None:
+        """CLIP's class features (C, D) without a memory; None with one."""
+        return None if "keys" in encoded else super().class_embeddings(encoded)

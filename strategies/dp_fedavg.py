@@ -1,0 +1,148 @@
+"""DP-FedAvg: client-level differential privacy by clipping and Gaussian noise on the server.
+
+Source: Learning Differentially Private Recurrent Language Models (McMahan et al., ICLR 2018, arXiv
+1710.06963): w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m, the norm over all
+shared tensors together (flat clipping). Clients count alike, and m is the number of clients asked,
+not of those that answered, so that one client changes the sum by at most S (add or remove one).
+
+Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for the rounds
+in which it was asked; `epsilon` is that of the client asked most often. No amplification by sampling
+is claimed: who takes part follows from the run's seed, which clients know.
+
+What is covered: the shared tensors, against everybody but the server. Not covered: losses and
+evaluations that clients report, which the server keeps in its run folder, and personal models.
+
+The noise comes from a secret key that is drawn from the operating system and lies in the checkpoint
+(keep that secret as well); noise from the run's seed could be subtracted by anybody who knows the
+config. It is also keyed by the very sum it hides: a round that is run again gives the same bits when
+the replies are the same, and fresh noise when they are not. `noise_seed` fixes the key, for tests.
+Floating-point attacks on the noise (Mironov, CCS 2012) are not defended against.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
+from numpy.typing import NDArray
+
+from fedprompt.errors import UserError
+from fedprompt.options import option
+from strategies.base import SharedPromptStrategy, StrategyConfig
+from strategies.screening import Arrays, Update
+from strategies.vectors import Rows, changes, clipped, moved, norms
+
+KEY, ASKED = "key", "asked"
+"""Names in the state: the noise's secret key, and (client, rounds asked) pairs."""
+
+
+@dataclass(frozen=True)
+class DPFedAvgConfig(StrategyConfig):
+    """Flat clipping and noise; `noise` 0 only clips and gives no privacy."""
+
+    name: str = option("dp_fedavg", "strategy name")
+    clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
+    noise: float = option(1.0, "noise multiplier z: standard deviation over S", ge=0)
+    delta: float = option(1e-5, "delta that epsilon is given for", gt=0, lt=1)
+    max_epsilon: float | None = option(
+        None, "budget: a round that would exceed it leaves the prompts as they are", gt=0
+    )
+    noise_seed: int | None = option(
+        None, "fixes the noise, which is then no secret; null = from the operating system"
+    )
+
+
+class DPFedAvg(SharedPromptStrategy):
+    """The mean of clipped changes plus noise, and the epsilon that it has cost.
+
+    Raises:
+        UserError: noise is asked for, but its accountant is not installed.
+    """
+
+    name = "dp_fedavg"
+    Config = DPFedAvgConfig
+    config: DPFedAvgConfig
+
+    def __init__(self, config: Any, **others: Any) -> None:
+        super().__init__(config, **others)
+        seed = self.config.noise_seed
+        key = secrets.token_bytes(32) if seed is None else hashlib.sha256(b"%d" % seed).digest()
+        self._key = np.frombuffer(key, np.uint8).copy()
+        self._asked: dict[int, int] = {}
+        self._clipped: float | None = None
+        self.epsilon: float | None = epsilon(self.config.noise, 0, self.config.delta)
+
+    def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
+        """One noisy step; none where it would exceed the budget."""
+        config = self.config
+        asked = self._asked | {c: self._asked.get(c, 0) + 1 for c in self.sampled}
+        spent = epsilon(config.noise, max(asked.values(), default=0), config.delta)
+        if config.max_epsilon is not None and (spent is None or spent > config.max_epsilon):
+            return shared
+        self._asked, self.epsilon = asked, spent
+        rows_UP = changes(shared, updates)
+        self._clipped = float((norms(rows_UP) > config.clip).mean())
+        sum_P = clipped(rows_UP, config.clip).sum(axis=0)
+        noise_P = config.noise * config.clip * self._normal(server_round, sum_P)
+        return moved(shared, (sum_P + noise_P) / len(self.sampled))
+
+    def measured(self) -> dict[str, Any]:
+        """Epsilon so far (null without noise), its delta, and the share of clipped changes."""
+        return {
+            "epsilon": self.epsilon,
+            "delta": self.config.delta,
+            "releases": max(self._asked.values(), default=0),
+            "clipped_share": self._clipped,
+        }
+
+    def state(self) -> Arrays:
+        """The key of the noise and how often each client was asked."""
+        pairs = np.array(sorted(self._asked.items()), dtype=np.int64).reshape(-1, 2)
+        return {KEY: self._key, ASKED: pairs}
+
+    def load_state(self, state: Arrays) -> None:
+        """Take back what `state` gave."""
+        self._key = state[KEY].copy()
+        self._asked = {int(client): int(rounds) for client, rounds in state[ASKED]}
+        most = max(self._asked.values(), default=0)
+        self.epsilon = epsilon(self.config.noise, most, self.config.delta)
+
+    def _normal(self, server_round: int, sum_P: Rows) -> NDArray[np.float64]:
+        """Standard normal numbers (P,) keyed by the secret, the round and the sum itself."""
+        parts = (self._key.tobytes(), server_round.to_bytes(8, "little"), sum_P.tobytes())
+        digest = hashlib.sha256(b"".join(parts)).digest()
+        draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+        return draw.standard_normal(len(sum_P))
+
+
+def epsilon(noise: float, releases: int, delta: float) -> float | None:
+    """Epsilon of `releases` Gaussian releases with noise multiplier `noise`; None = infinite.
+
+    Raises:
+        UserError: the accountant is not installed.
+    """
+    if noise == 0:
+        return None
+    try:
+        from flwr.serverapp import RdpAccountant
+
+        accountant = RdpAccountant(
+            PrivacyConfig(
+                target_delta=delta,
+                population_size=1,
+                neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
+                sampling_method=SamplingMethod.NO_AMPLIFICATION,
+            )
+        )
+    except ImportError:
+        raise UserError(
+            "differential privacy needs its accountant: pip install 'fedprompt[dp]'."
+        ) from None
+    if releases:
+        event = GaussianPrivacyEvent(noise, sample_size=1, population_size=1)
+        accountant.compose(event, releases)
+    return accountant.get_epsilon(delta) if releases else 0.0

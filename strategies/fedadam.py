@@ -1,0 +1,31 @@
+"""FedAdam: Adam on the server.
+
+Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2:
+v <- beta_2 v + (1 - beta_2) Delta^2. The rest, and how we differ, is in `fedopt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprompt.options import option
+from strategies.fedopt import FedOpt, FedOptConfig
+from strategies.vectors import Rows
+
+
+@dataclass(frozen=True)
+class FedAdamConfig(FedOptConfig):
+    """As `FedOptConfig`."""
+
+    name: str = option("fedadam", "strategy name")
+
+
+class FedAdam(FedOpt):
+    """The squared change decays towards the last one by a fixed share."""
+
+    name = "fedadam"
+    Config = FedAdamConfig
+
+    def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
+        """`beta_2 v + (1 - beta_2) Delta^2`."""
+        return self.config.beta_2 * last_P + (1 - self.config.beta_2) * square_P

@@ -1,0 +1,32 @@
+"""Multi-Krum: the mean of the updates that lie closest to most others.
+
+Source: Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent (Blanchard et al.,
+NeurIPS 2017), section 4. The scores, and how we differ, are in `krum`. The paper leaves open how
+many updates are kept; here n - f of n, where f clients are expected to attack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprompt.options import option
+from strategies.krum import Krum, KrumConfig
+from strategies.vectors import count_of
+
+
+@dataclass(frozen=True)
+class MultiKrumConfig(KrumConfig):
+    """As `KrumConfig`; `attackers` is also the share of updates that are left out."""
+
+    name: str = option("multi_krum", "strategy name")
+
+
+class MultiKrum(Krum):
+    """Mean of the n - f updates with the lowest scores; clients count alike."""
+
+    name = "multi_krum"
+    Config = MultiKrumConfig
+
+    def kept(self, clients: int) -> int:
+        """All but the expected attackers."""
+        return clients - count_of(self.config.attackers, clients)

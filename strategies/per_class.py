@@ -1,0 +1,86 @@
+"""Per-class masked averaging: each class's row is averaged over the clients that hold the class.
+
+For methods whose shared tensors have one row per class (CoOp's class-specific contexts; Zhou et
+al., IJCV 2022). With n_{k,c} images of class c on client k,
+
+    row_c <- sum_k n_{k,c} row_{k,c} / sum_k n_{k,c}        and stays where nobody has the class.
+
+The rule is ours: the paper is not federated. n_{k,c} is the client's `class_shares` times its
+number of training images; the server keeps neither and sends zeros back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedprompt.errors import UserError
+from fedprompt.options import option
+from strategies.base import SharedPromptStrategy, StrategyConfig
+from strategies.screening import Arrays, Update
+
+SHARES = "class_shares"
+"""The shared tensor (C,) that says how a client's training images spread over classes."""
+
+
+@dataclass(frozen=True)
+class PerClassConfig(StrategyConfig):
+    """No hyper-parameters of its own."""
+
+    name: str = option("per_class", "strategy name")
+
+
+class PerClass(SharedPromptStrategy):
+    """`row_c <- sum_k n_{k,c} row_{k,c} / sum_k n_{k,c}` for every class c.
+
+    Raises:
+        UserError: the method uploads no class shares, or a tensor without a row per class.
+    """
+
+    name = "per_class"
+    Config = PerClassConfig
+
+    def __init__(self, config: Any, *, shapes: Mapping[str, tuple[int, ...]], **rest: Any) -> None:
+        if shapes and SHARES not in shapes:
+            raise UserError(
+                f"strategy per_class needs a method that shares '{SHARES}', e.g. coop_csc; this "
+                f"one shares {', '.join(sorted(shapes))}."
+            )
+        for name, shape in sorted(shapes.items()):
+            if shape[:1] != shapes[SHARES]:
+                raise UserError(
+                    f"strategy per_class needs one row per class; '{name}' is {tuple(shape)}, but "
+                    f"there are {shapes[SHARES][0]} classes."
+                )
+        super().__init__(config, shapes=shapes, **rest)
+
+    def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
+        """The masked mean of every class's rows, float32; zeros for the class shares."""
+        if not shared:
+            return {}
+        counts_UC = np.stack([class_counts(u) for u in updates])
+        total_C = counts_UC.sum(0)
+        held_C = total_C > 0
+        mean: Arrays = {}
+        for name, last in shared.items():
+            if name == SHARES:
+                mean[name] = np.zeros_like(last)
+                continue
+            weight_UC = counts_UC / np.where(held_C, total_C, 1)
+            rows = np.zeros(last.shape, dtype=np.float64)
+            for update, weight_C in zip(updates, weight_UC, strict=True):
+                rows += update.arrays[name] * weight_C.reshape(-1, *(1,) * (last.ndim - 1))
+            mean[name] = last.copy()
+            mean[name][held_C] = rows[held_C].astype(np.float32)
+        return mean
+
+
+def class_counts(update: Update) -> NDArray[np.float64]:
+    """Training images per class (C,) as a client reports them; never more than it has images."""
+    shares_C = np.clip(update.arrays[SHARES].astype(np.float64), 0, 1)
+    counts_C: NDArray[np.float64] = np.rint(shares_C * update.num_examples)
+    return counts_C

@@ -1,0 +1,76 @@
+"""A round's updates as rows of one matrix, in float64: U updates, P numbers of all shared tensors.
+
+Rows keep the order of client ids and columns that of the shared tensors, so that no result depends
+on who answers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.screening import Arrays, Update
+
+Rows = NDArray[np.float64]
+
+
+def flat(shared: Arrays, arrays: Arrays) -> Rows:
+    """The tensors of `arrays` one after the other, in the order of `shared`: (P,)."""
+    parts = [np.asarray(arrays[name], dtype=np.float64).ravel() for name in shared]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def changes(shared: Arrays, updates: Sequence[Update]) -> Rows:
+    """What every client would add to the shared tensors: (U, P)."""
+    return np.stack([flat(shared, u.arrays) for u in updates]) - flat(shared, shared)
+
+
+def sample_shares(updates: Sequence[Update]) -> Rows:
+    """Every client's share of the round's training images: (U,), sum 1."""
+    images = np.array([u.num_examples for u in updates], dtype=np.float64)
+    return np.asarray(images / images.sum())
+
+
+def combined(weights_U: Rows, rows_UP: Rows) -> Rows:
+    """The weighted sum of rows: (P,); NumPy's own sum, whose order of additions is fixed."""
+    return np.asarray((weights_U[:, None] * rows_UP).sum(axis=0))
+
+
+def unflat(shared: Arrays, numbers_P: Rows) -> Arrays:
+    """Named float64 tensors shaped as `shared`, the reverse of `flat`."""
+    tensors, first = {}, 0
+    for name, last in shared.items():
+        tensors[name] = numbers_P[first : first + last.size].reshape(last.shape)
+        first += last.size
+    return tensors
+
+
+def moved(shared: Arrays, step_P: Rows) -> Arrays:
+    """The shared tensors after a step, float32."""
+    after = unflat(shared, flat(shared, shared) + step_P)
+    return {name: values.astype(np.float32) for name, values in after.items()}
+
+
+def norms(rows_UP: Rows) -> Rows:
+    """L2 norm of every row: (U,)."""
+    return np.asarray(np.sqrt((rows_UP**2).sum(axis=1)))
+
+
+def units(rows_UP: Rows) -> Rows:
+    """Rows scaled to L2 norm 1; a row of zeros stays."""
+    length_U = norms(rows_UP)
+    return rows_UP / np.where(length_U > 0, length_U, 1.0)[:, None]
+
+
+def clipped(rows_UP: Rows, bound: float) -> Rows:
+    """Rows scaled down to L2 norm `bound` where they are longer; a row's direction stays."""
+    length_U = norms(rows_UP)
+    scale_U = np.minimum(1.0, bound / np.where(length_U > 0, length_U, 1.0))
+    return rows_UP * scale_U[:, None]
+
+
+def count_of(share: float, clients: int) -> int:
+    """How many of `clients` a share of them is, rounded down: 0.3 of 10 is 3, floats or not."""
+    return int(share * clients + 1e-9)

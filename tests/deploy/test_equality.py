@@ -1,0 +1,70 @@
+"""`fedprompt deploy local` ends in the bits of the simulation on the same folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from federations import config_for, needs_processes, private_of, simulate, write_clients
+from fedprompt.config import to_yaml
+from fedprompt.deploy.processes import processes_with
+from fedprompt.run_folder import PRIVATE
+
+
+@pytest.mark.slow
+@needs_processes
+def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run", evaluation={"every": 1})
+    (tmp_path / "experiment.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "fedprompt", "deploy", "local"]
+    command += [str(tmp_path / "experiment.yaml"), "--folder", str(tmp_path / "f")]
+    mark = {"FEDPROMPT_TEST": str(tmp_path)}
+    finished = subprocess.run(
+        command, env={**os.environ, **mark}, capture_output=True, text=True, timeout=280
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "global" in finished.stdout
+    assert processes_with(f"FEDPROMPT_TEST={tmp_path}") == []
+
+    run, twin = tmp_path / "run", simulate(config, tmp_path / "twin")
+    ours, theirs = (
+        [json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (run, twin)
+    )
+    assert len(ours) == len(theirs) == 4
+    for a, b in zip(ours, theirs, strict=True):
+        for part in ("lr", "train", "clients", "global", "personal", "personal_on_global"):
+            assert a[part] == b[part], (a["round"], part)
+    shared = load_file(run / "prompts.safetensors")
+    checkpoint = load_file(twin / "checkpoint.safetensors")
+    for name, tensor in shared.items():
+        assert tensor.numpy().tobytes() == checkpoint[name].numpy().tobytes(), name
+    partitions = [json.loads((p / "partition.json").read_text()) for p in (run, twin)]
+    assert partitions[0] == partitions[1]
+    assert sum(map(len, partitions[0]["train_counts"])) > 0
+
+    # Private prompts: on the nodes, as the simulation has them, and nowhere else.
+    assert not (run / PRIVATE).exists()
+    for client, expected in enumerate(private_of(twin, 3)):
+        files = sorted((tmp_path / "f" / f"node-{client}" / "state").rglob("*.safetensors"))
+        assert [p.name for p in files] == [
+            "round-000002.safetensors",
+            "round-000003.safetensors",
+        ]
+        assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o600}
+        kept = {n: t.numpy().tobytes() for n, t in load_file(files[-1]).items()}
+        assert kept == expected
+        needle = next(iter(expected.values()))[:64]
+        elsewhere = [p for p in run.rglob("*") if p.is_file() and needle in p.read_bytes()]
+        elsewhere += [
+            p for p in (tmp_path / "f" / "server").rglob("*")
+            if p.is_file() and needle in p.read_bytes()
+        ]  # fmt: skip
+        assert elsewhere == []

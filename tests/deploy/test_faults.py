@@ -1,0 +1,281 @@
+"""What can go wrong with real nodes goes wrong here, and nothing is lost but what is named.
+
+Processes are killed by their ids, disks are full, lines are cut. Each run is compared, bit for bit,
+with a simulation in which exactly those updates are missing that the run's own log names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from federations import (
+    Running,
+    config_for,
+    dropped,
+    federation,
+    needs_processes,
+    private_of,
+    shared_of,
+    simulate,
+    write_clients,
+)
+from fedprompt.deploy.processes import descendants, end
+from fedprompt.schema import Config
+from proxies import Proxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
+
+
+def assert_nothing_else_is_lost(
+    running: Running, config: Config, twin: Path, private: bool = True
+) -> set[tuple[int, int]]:
+    """The run's tensors are those of a simulation without the updates that it names."""
+    lines = running.lines()
+    assert [line["round"] for line in lines] == list(range(config.federation.rounds + 1))
+    absent = dropped(lines)
+    for server_round, missing in re.findall(
+        r"round (\d+): without clients \[(.*)\]", running.log()
+    ):
+        absent |= {(int(c), int(server_round)) for c in missing.split(",")}
+    path = simulate(config, twin, absent)
+    assert shared_of(running.path) == shared_of(path)
+    if private:
+        expected = private_of(path, config.partition.clients)
+        for client in range(config.partition.clients):
+            assert running.private(client) == expected[client], client
+    return absent
+
+
+def server_app(running: Running) -> int:
+    """The id of the running server app."""
+    for child in descendants(running.local.processes.running["superexec"].pid):
+        with contextlib.suppress(OSError):
+            if b"flwr-serverapp" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+    raise AssertionError("no server app")
+
+
+def test_a_node_killed_in_a_round_comes_back(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(
+        tmp_path / "images", tmp_path / "run", rounds=5,
+        federation={"timeout_s": 75, "min_replies": 2},
+    )  # fmt: skip
+    with federation(tmp_path, config, range(3)) as running:
+        running.begin()
+        running.wait_until_training(1, 2)
+        running.kill_node(1)
+        running.wait_for_round(2)
+        assert "client 1: reply dropped" in running.log()
+        assert (1, 2) in dropped(running.lines())
+
+        def back() -> bool:
+            processes = running.local.processes
+            node = processes.running.get("node-1")
+            if node is None or node.poll() is not None:  # Flower refuses it for most of a minute
+                if "worker-1" in processes.running:
+                    processes.kill("worker-1")
+                running.start_node(1)
+            return running.path.joinpath("summary.json").is_file()
+
+        running.wait_for(back, "the end of the run")
+        absent = assert_nothing_else_is_lost(running, config, tmp_path / "twin", private=False)
+        assert {client for client, _ in absent} == {1}
+        assert running.lines()[-1]["clients"]["accepted"] >= 2
+
+
+def test_a_node_that_joins_late(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(
+        tmp_path / "images", tmp_path / "run", rounds=6,
+        federation={"node_wait_s": 45, "min_nodes": 2},
+    )  # fmt: skip
+    with federation(tmp_path, config, [0, 1]) as running:
+        running.begin()
+        running.wait_for(lambda: "starting without clients [2]" in running.log(), "the start")
+        running.start_node(2)
+        running.wait_for_end()
+        absent = assert_nothing_else_is_lost(running, config, tmp_path / "twin")
+        assert absent
+        assert {client for client, _ in absent} == {2}
+        assert running.lines()[-1]["clients"] == {"sampled": 3, "accepted": 3, "rejected": 0}
+
+
+def test_a_node_that_does_not_answer_and_then_is_slow(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(
+        tmp_path / "images", tmp_path / "run", rounds=4,
+        method={"name": "promptfl"}, federation={"timeout_s": 45},
+    )  # fmt: skip
+    with federation(tmp_path, config, range(3)) as running:
+        running.begin()
+        running.wait_until_training(2, 2)
+        worker = running.local.processes.running["worker-2"].pid
+        os.kill(worker, signal.SIGSTOP)
+        running.wait_for_round(2)
+        assert "client 2: reply dropped: no reply" in running.log()
+        os.kill(worker, signal.SIGCONT)  # its answer to round 2 comes late and does not count
+        running.wait_for_end()
+        absent = assert_nothing_else_is_lost(running, config, tmp_path / "twin", private=False)
+        assert (2, 2) in absent
+        assert {client for client, _ in absent} == {2}
+        assert (2, 4) not in absent
+
+
+def test_a_short_network_cut_loses_nothing(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run", federation={"timeout_s": 240})
+    with federation(tmp_path, config, [0, 1]) as running, Proxy(running.local.site.port) as proxy:
+        running.start_node(2, server=f"127.0.0.1:{proxy.port}")
+        running.begin()
+        running.wait_until_training(2, 2)
+        proxy.cut()
+        time.sleep(15)
+        proxy.mend()
+        running.wait_for_end()
+        assert proxy.cuts > 0
+        assert assert_nothing_else_is_lost(running, config, tmp_path / "twin") == set()
+
+
+def test_the_superlink_is_killed_and_started_again(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run", federation={"timeout_s": 240})
+    with federation(tmp_path, config, range(3)) as running:
+        running.begin()
+        running.wait_until_training(0, 2)
+        running.local.processes.kill("superlink")
+        time.sleep(3)
+        running.local.start_superlink()
+        running.wait_for_end()
+        assert assert_nothing_else_is_lost(running, config, tmp_path / "twin") == set()
+
+
+def test_the_server_app_and_then_everything_is_killed_and_resumed(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run", rounds=4)
+    with federation(tmp_path, config, range(3)) as running:
+        running.begin()
+        running.wait_until_training(0, 2)
+        end(server_app(running), signal.SIGKILL)
+        running.go_on()
+        running.wait_for_round(2)
+        for child in running.local.processes.alive():
+            end(child, signal.SIGKILL)
+    assert not (running.path / "summary.json").exists()
+    with federation(tmp_path, config, range(3)) as running:
+        running.go_on()
+        running.wait_for_end()
+        assert "going on after round" in running.log()
+        assert assert_nothing_else_is_lost(running, config, tmp_path / "twin") == set()
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+if any("flwr-serverapp" in part for part in sys.orig_argv) and not os.path.exists({flag!r}):
+    written, write_bytes = [], Path.write_bytes
+    def dying(self, content):
+        if self.name.startswith(".checkpoint.safetensors."):
+            written.append(self)
+            if len(written) == 3:
+                write_bytes(self, content[: len(content) // 2])
+                open({flag!r}, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return write_bytes(self, content)
+    Path.write_bytes = dying
+"""
+
+
+def test_a_checkpoint_half_written_when_the_server_app_dies(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run")
+    flag = tmp_path / "died"
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "sitecustomize.py").write_text(DYING.format(flag=str(flag)))
+    with federation(
+        tmp_path, config, range(3), {"PYTHONPATH": str(tmp_path / "python")}
+    ) as running:
+        running.begin()
+        running.wait_for(flag.exists, "the server app's death")
+        (half,) = running.path.glob(".checkpoint.safetensors.*.tmp")
+        assert 0 < half.stat().st_size < (running.path / "checkpoint.safetensors").stat().st_size
+        running.go_on()
+        running.wait_for_end()
+        assert not half.exists()
+        assert assert_nothing_else_is_lost(running, config, tmp_path / "twin") == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no mount command: {error}")
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    for _ in range(20):
+        if not subprocess.run(["umount", str(folder)], capture_output=True, check=False).returncode:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"{folder} is still mounted")
+
+
+def fill(disk: Path) -> Path:
+    """Take all that is left of a disk."""
+    path = disk / "filler"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(b"x" * 4096)
+    return path
+
+
+def test_a_full_disk_on_a_node(tmp_path: Path, small_disk: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", tmp_path / "run", rounds=4)
+    with federation(tmp_path, config, [0, 1]) as running:
+        running.start_node(2, **{"state-dir": str(small_disk)})
+        running.begin()
+        running.wait_until_training(0, 2)
+        filler = fill(small_disk)
+        running.wait_for(lambda: dropped(running.lines()), "an update that is dropped")
+        filler.unlink()
+        running.wait_for_end()
+        line = next(x for x in running.log().splitlines() if "client 2: reply dropped" in x)
+        assert "cannot write private state" in line
+        assert "No space left on device" in line
+        assert str(small_disk) not in line, "a node's folders are its own business"
+        assert "this node cannot take part" in running.local.processes.log("worker-2").read_text()
+        absent = assert_nothing_else_is_lost(running, config, tmp_path / "twin", private=False)
+        assert absent
+        assert {client for client, _ in absent} == {2}
+        assert (2, 4) not in absent
+
+
+def test_a_full_disk_on_the_server(tmp_path: Path, small_disk: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = config_for(tmp_path / "images", small_disk / "run")
+    with federation(tmp_path, config, range(3)) as running:
+        running.begin()
+        running.wait_until_training(0, 2)
+        filler = fill(small_disk)
+        running.wait_for(
+            lambda: running.local.status(running.run_id).startswith("finished"), "its failure"
+        )
+        filler.unlink()
+        running.go_on()
+        running.wait_for_end()
+        assert assert_nothing_else_is_lost(running, config, tmp_path / "twin") == set()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_prompted import close, images_of, plain_images, plain_text
+from text_twin import build_method
+from torch import Tensor
+from wrapper_twin import config, train
+
+from conftest import batch_of
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.config import validate
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods.base import ClientData, Tensors, stack
+
+PEERS, N = 3, 2
+OPTIONS: dict[str, Any] = {"peers": PEERS, "validation_images": 3, "alpha": 1.3, "beta": 0.4}
+
+
+def data_of(clip: FrozenCLIP) -> list[ClientData]:
+    """Two clients, one of them with fewer images than are kept to judge peers on."""
+    inputs = images_of(clip, N, 5)
+    labels = torch.tensor([[0, 1, 5, 1, 2], [2, 4, 2, 0, 3]])
+    return [ClientData(0, inputs[0], labels[0]), ClientData(1, inputs[1][:2], labels[1][:2])]
+
+
+def filled(method: Any, clip: FrozenCLIP) -> list[Tensors]:
+    return [method.fill_private(method.init_private(1, d.client), d, 1) for d in data_of(clip)]
+
+
+def twin_loss(
+    clip: FrozenCLIP, task: Tensor, weight: Tensor, bias: Tensor, private: Tensors
+) -> Tensor:
+    """Loss of P_t and one P_d on the images that a client judges with; loops, all positions."""
+    real = private["val.mask"] > 0
+    visual = torch.stack([weight @ token + bias for token in task])
+    texts = plain_text(clip, "a photo of a", [task])
+    images = plain_images(clip, private["val.pixels"][real], [visual])
+    return F.cross_entropy(clip.logit_scale * images @ texts.T, private["val.labels"][real].long())
+
+
+def test_the_map_of_the_task_prompt_is_the_image_prompt(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "dp2fl", **OPTIONS)
+    data = data_of(clip)[0]
+    shared = {n: t[None].requires_grad_() for n, t in method.init_shared(1).items()}
+    private = stack(filled(method, clip)[:1])
+    batch = batch_of(data.inputs.of_one(), data.labels_N[None])
+    encoded = method.encode(shared, private)
+    terms = method.terms(shared, private, encoded, batch)
+    leaves = {f"shared.{n}": t for n, t in shared.items()}
+    ours = method.gradients(terms, leaves, batch)
+    task, weight, bias = shared["text"][0, 0], shared["weight"][0, 0], shared["bias"][0, 0]
+    assert data.inputs.pixels is not None
+    images = plain_images(clip, data.inputs.pixels, [task @ weight.T + bias])
+    logits = clip.logit_scale * images @ plain_text(clip, "a photo of a", [task]).T
+    close(method.logits(encoded, batch.inputs)[0], logits)
+    loss = F.cross_entropy(logits, data.labels_N)
+    torch.testing.assert_close(terms["ce"][0], loss, rtol=1e-4, atol=0)
+    for found, other in zip(
+        ours.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True
+    ):
+        assert found is not None
+        close(found, other)
+
+
+def test_a_few_own_images_are_kept_and_padded(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "dp2fl", **OPTIONS)
+    for private, data in zip(filled(method, clip), data_of(clip), strict=True):
+        count = min(3, len(data))
+        assert private["val.mask"].tolist() == [1.0] * count + [0.0] * (3 - count)
+        assert data.inputs.pixels is not None
+        for kept, label in zip(private["val.pixels"][:count], private["val.labels"], strict=False):
+            same = [i for i, p in enumerate(data.inputs.pixels) if torch.equal(p, kept)]
+            assert len(same) == 1
+            assert data.labels_N[same[0]] == label
+
+
+def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "dp2fl", **OPTIONS)
+    start = method.init_shared(1)
+    noise = torch.Generator().manual_seed(2)
+
+    def other(t: Tensor, by: float) -> Tensor:
+        return t + by * torch.randn(t.shape, generator=noise)
+
+    private = filled(method, clip)
+    for k, p in enumerate(private):
+        private[k] = p | {
+            "own.weight": other(start["weight"], 0.1),
+            "own.bias": other(start["bias"], 0.1),
+            "own.valid": torch.ones(1),
+        }
+    peers = [{n: other(start[n], 0.6) for n in ("weight", "bias")} for _ in range(N * PEERS)]
+    sent = stack(
+        [
+            {
+                "peers.weight": torch.stack([p["weight"] for p in peers[k * PEERS :][:PEERS]]),
+                "peers.bias": torch.stack([p["bias"] for p in peers[k * PEERS :][:PEERS]]),
+                "peers.known": torch.tensor([1.0, 1.0, float(k)]),
+            }
+            for k in range(N)
+        ]
+    )
+    shared = stack([start] * N)
+    labels = torch.zeros(N, 1, dtype=torch.long)
+    visit = batch_of(torch.zeros(N, 1, 4), labels, received=shared | sent).visit
+    mixed, kept = method.start_round(shared, stack(private), visit)
+    assert not kept["own.valid"].any()
+    verdicts = []
+    for k in range(N):
+        own = (private[k]["own.weight"], private[k]["own.bias"])
+        limit = 1.3 * float(twin_loss(clip, start["text"][0], own[0][0], own[1][0], private[k]))
+        weights = {}
+        for e in range(PEERS):
+            w, b = sent["peers.weight"][k, e], sent["peers.bias"][k, e]
+            loss = float(twin_loss(clip, start["text"][0], w[0], b[0], private[k]))
+            let_in = bool(sent["peers.known"][k, e]) and loss < limit
+            verdicts.append(let_in)
+            if let_in:
+                weights[e] = 1 / loss
+        total = sum(weights.values())
+        for n, mine in zip(("weight", "bias"), own, strict=True):
+            expected = mine
+            if weights:
+                mean = sum(v / total * sent[f"peers.{n}"][k, e] for e, v in weights.items())
+                expected = 0.6 * mine + 0.4 * mean
+            torch.testing.assert_close(mixed[n][k], expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(mixed["text"][k], start["text"])
+    assert True in verdicts
+    assert False in verdicts
+
+
+def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "dp2fl", **OPTIONS)
+    data, private = data_of(clip), filled(method, clip)
+    received = method.init_shared(1) | method.init_received(1)
+    results = train(method, [received] * N, private, data, config(lr=0.01), 1)
+    average = {n: torch.stack([r.shared[n] for r in results]).mean(0) for n in results[0].shared}
+    assert set(average) == {"text", "weight", "bias"}
+    shared = stack([average | method.init_received(1)])
+    inputs = Inputs(data[0].inputs.features[None], None, data[0].inputs.pixels[None])  # type: ignore[index]
+    mine = method.logits(method.encode(shared, stack([results[0].private])), inputs)
+    trained = {**average, "weight": results[0].shared["weight"], "bias": results[0].shared["bias"]}
+    general = method.logits(method.encode(stack([trained]), None), inputs)
+    torch.testing.assert_close(mine, general)
+    newcomer = method.logits(method.encode(shared, stack([private[0]])), inputs)
+    common = method.logits(method.encode(stack([average]), None), inputs)
+    torch.testing.assert_close(newcomer, common)
+    assert not torch.allclose(mine, newcomer, atol=1e-4)
+
+
+def test_sizes_and_rule() -> None:
+    method = build_method(shape_only_clip("ViT-B-16"), "dp2fl")
+    assert method.uploaded_numbers() == 2 * 512 + 768 * 512 + 768
+    made = validate({"method": {"name": "dp2fl"}})
+    assert made.strategy.name == "nearest_peers"
+    with pytest.raises(UserError, match="must be 'factors'"):
+        validate({"method": {"name": "dp2fl", "sharing": "text"}})
+    with pytest.raises(UserError, match="nearest_peers"):
+        validate({"method": {"name": "dp2fl"}, "strategy": {"name": "fedavg"}})

@@ -1,0 +1,135 @@
+"""FedDDA: the sentence over 77 positions, and the gated adapters as torch modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_twins import assert_close, draw, images, leaves, make, text_pass
+from torch import Tensor
+
+from conftest import CLASS_NAMES, batch_of
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods import Task, Tensors, feddda
+
+K, B, M = 2, 5, 4
+LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
+
+
+def sentences(clip: FrozenCLIP, ours_Md: Tensor, own_Md: Tensor) -> Tensor:
+    """Features of `[SOS][G] {class} with a style of [P].[EOS]`, class by class."""
+    features = []
+    for name in CLASS_NAMES:
+        words = clip.tokenizer([f"{name} with a style of"])[0]
+        length = int(words.argmax()) - 1
+        full = clip.tokenizer([f"{'X ' * M}{name} with a style of {'X ' * M}".strip() + "."])
+        embedded = clip.model.token_embedding(full)[0]
+        parts = [
+            embedded[:1],
+            ours_Md,
+            embedded[1 + M : 1 + M + length],
+            own_Md,
+            embedded[1 + 2 * M + length :],
+        ]
+        features.append(text_pass(clip, torch.cat(parts)[None], full)[0])
+    return torch.stack(features)
+
+
+def twin(clip: FrozenCLIP, shared: Tensors, private: Tensors, raw_BD: Tensor) -> Tensor:
+    """Logits of one client from un-normalised features."""
+
+    def adapter(own: Tensors) -> Tensor:
+        hidden = (raw_BD @ own["adapter.down.weight"].T).relu()
+        return (hidden @ own["adapter.up.weight"].T).relu()
+
+    gate = (raw_BD @ private["gate.weight"].T).softmax(dim=1)
+    mixed = gate[:, 0:1] * raw_BD + gate[:, 1:2] * adapter(private) + gate[:, 2:3] * adapter(shared)
+    mixed = mixed / mixed.norm(dim=-1, keepdim=True)
+    text = sentences(clip, shared["ctx"], private["ctx"])
+    return clip.model.logit_scale.exp() * mixed @ text.t()
+
+
+def one(tensors: Tensors, k: int) -> Tensors:
+    return {n: t[k].detach().requires_grad_() for n, t in tensors.items()}
+
+
+def test_logits_loss_and_gradients(clip: FrozenCLIP) -> None:
+    method = make(clip, "feddda", context_tokens=M)
+    shared, private = leaves(method, K, spread=0.2)
+    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    encoded = method.encode(shared, private)
+    logits = method.logits(encoded, batch.inputs)
+    terms = method.terms(shared, private, encoded, batch)
+    named = {f"shared.{n}": t for n, t in shared.items()}
+    named |= {f"private.{n}": t for n, t in private.items()}
+    found = method.gradients(terms, named, batch)
+    for k in range(K):
+        s, p = one(shared, k), one(private, k)
+        expected = twin(clip, s, p, batch.inputs.features[k])
+        assert_close(logits[k], expected)
+        loss = F.cross_entropy(expected, LABELS[k])
+        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        gradients = torch.autograd.grad(loss, [*s.values(), *p.values()])
+        for name, theirs in zip(named, gradients, strict=True):
+            ours = found[name]
+            assert ours is not None
+            assert_close(ours[k], theirs)
+
+
+def test_lengths_of_features_reach_the_gate(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The public code gates by un-normalised features, and softmax is not free of scale."""
+    method = make(clip, "feddda", context_tokens=M)
+    shared, private = leaves(method, 1, spread=0.2)
+    raw = 5 * draw(1, B, clip.embed_dim)
+    monkeypatch.setattr(
+        feddda, "raw_features", lambda inputs: inputs.features * raw.norm(dim=-1, keepdim=True)
+    )
+    inputs = Inputs(F.normalize(raw, dim=-1))
+    ours = method.logits(method.encode(shared, private), inputs)[0]
+    assert_close(ours, twin(clip, one(shared, 0), one(private, 0), raw[0]))
+
+
+def test_the_private_context_stands_behind_the_name(clip: FrozenCLIP) -> None:
+    """Swapped contexts are another sentence; words between them count."""
+    method = make(clip, "feddda", context_tokens=M)
+    shared, private = leaves(method, 1, spread=0.2)
+    classes = method.encode(shared, private)["classes"]
+    swapped = method.encode({**shared, "ctx": private["ctx"]}, {**private, "ctx": shared["ctx"]})
+    assert not torch.allclose(classes, swapped["classes"], atol=1e-3)
+    bare = make(clip, "feddda", context_tokens=M, style="")
+    assert not torch.allclose(classes, bare.encode(shared, private)["classes"], atol=1e-3)
+
+
+def test_shares_and_keeps_what_the_paper_does() -> None:
+    method = make(shape_only_clip("ViT-B-16"), "feddda")
+    assert method.uploaded_numbers() == 16 * 512 + 131_072 == 139_264
+    private = method.init_private(1, 0)
+    assert {n: tuple(t.shape) for n, t in private.items()} == {
+        "ctx": (16, 512),
+        "adapter.down.weight": (128, 512),
+        "adapter.up.weight": (512, 128),
+        "gate.weight": (3, 512),
+    }
+    assert not torch.equal(private["ctx"], method.init_shared(1)["ctx"])
+    assert all(torch.equal(t, method.init_private(1, 5)[n]) for n, t in private.items())
+    assert not method.has_global
+
+
+def test_one_shared_prompt_for_several_clients(clip: FrozenCLIP) -> None:
+    method = make(clip, "feddda", context_tokens=M)
+    shared, private = leaves(method, K, spread=0.2)
+    both = {n: t[:1].expand_as(t) for n, t in shared.items()}
+    inputs = Inputs(images(1, B, clip.embed_dim))
+    few = method.logits(method.encode({n: t[:1] for n, t in shared.items()}, private), inputs)
+    assert_close(few, method.logits(method.encode(both, private), inputs))
+    assert few.shape == (K, B, len(CLASS_NAMES))
+
+
+def test_a_name_too_long_for_both_contexts_is_refused(clip: FrozenCLIP) -> None:
+    long = Task(("river", "very " * 50 + "long river"))
+    with pytest.raises(UserError, match="text positions"):
+        make(clip, "feddda", long)

@@ -1,0 +1,98 @@
+"""FedOTP against an independent twin: plain text pass, one image and class at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prompt_twins import (
+    K,
+    assert_clients_alone_agree,
+    batch,
+    close,
+    gradients,
+    leaves,
+    loss_of,
+    one_client,
+    row,
+    tensors,
+)
+from test_plot import twin_logits
+from text_twin import build_method
+
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"eps": 0.01},
+    {"transport": "balanced", "threshold": 1e-2},
+    {"gamma": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, options: dict[str, Any]) -> None:
+    method = build_method(clip, "fedotp", context_tokens=2, **options)
+    shared, private = tensors(method)
+    k, data = 1, one_client(batch(clip, patches=True), 1)
+    s, p = row(shared, k), row(private, k)
+    pair = [t["ctx"].detach()[k].clone().requires_grad_() for t in (shared, private)]
+    expected = twin_logits(
+        clip,
+        pair,
+        data.inputs.patches[0],
+        eps=options.get("eps", 0.1),
+        threshold=options.get("threshold", 1e-3),
+        gamma=None if "transport" in options else options.get("gamma", 0.8),
+    )
+    close(method.logits(method.encode(s, p), data.inputs)[0], expected)
+    loss = F.cross_entropy(expected, data.labels_KB[0])
+    terms = loss_of(method, s, p, data)
+    assert terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
+    for ours, theirs in zip(
+        gradients(terms, leaves(s, p)), torch.autograd.grad(loss, pair), strict=True
+    ):
+        close(ours[0], theirs)
+
+
+def test_global_model_is_the_shared_prompt_under_the_same_transport(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "fedotp", context_tokens=2)
+    shared = row(tensors(method)[0], 0)
+    data = one_client(batch(clip, patches=True), 0)
+    expected = twin_logits(
+        clip, [shared["ctx"][0]], data.inputs.patches[0], threshold=1e-3, gamma=0.8
+    )
+    close(method.logits(method.encode(shared, None), data.inputs)[0], expected)
+
+
+def test_clients_and_padding_do_not_touch_each_other(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "fedotp", context_tokens=2)
+    assert_clients_alone_agree(method, *tensors(method), batch(clip, patches=True))
+
+
+def test_one_shared_prompt_serves_all_clients_in_evaluation(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "fedotp", context_tokens=2)
+    shared, private = tensors(method)
+    once = {"ctx": shared["ctx"][:1]}
+    each = {"ctx": shared["ctx"][:1].expand(K, -1, -1)}
+    close(method.encode(once, private)["prompts"], method.encode(each, private)["prompts"], 1e-6)
+
+
+def test_containers_and_upload() -> None:
+    method = build_method(shape_only_clip("ViT-B-16"), "fedotp", context_tokens=4)
+    assert method.uploaded_numbers() == 4 * 512 == 2048
+    shared, private = method.init_shared(0)["ctx"], method.init_private(0, 0)["ctx"]
+    assert shared.shape == private.shape == (4, 512)
+    assert not torch.equal(shared, private)
+    assert torch.equal(private, method.init_private(0, 7)["ctx"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"gamma": 1.2}, {"gamma": 0.0}, {"transport": "cot"}, {"max_iterations": 0}]
+)
+def test_meaningless_choices_are_refused(clip: FrozenCLIP, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        build_method(clip, "fedotp", **options)

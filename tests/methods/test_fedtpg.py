@@ -1,0 +1,151 @@
+"""FedTPG: the generator against torch's own modules, and what it depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from text_twin import (
+    CLASS_NAMES,
+    K,
+    assert_close,
+    build_method,
+    class_features,
+    gradients,
+    images_of,
+    moved,
+    some_batch,
+)
+from torch import Tensor, nn
+
+from conftest import random_clip
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.methods import Task, Tensors
+
+
+class Twin(nn.Module):
+    """Pre-norm cross-attention without residual, then a GEGLU layer with one."""
+
+    def __init__(self, own: Tensors, heads: int) -> None:
+        super().__init__()
+        (tokens, d), names = own["queries"].shape, own["k.weight"].shape[1]
+        self.queries = nn.Parameter(torch.empty(tokens, d))
+        self.norm_queries, self.norm_names = nn.LayerNorm(d), nn.LayerNorm(names)
+        self.attention = nn.MultiheadAttention(d, heads, kdim=names, vdim=names, batch_first=True)
+        self.norm_up = nn.LayerNorm(d)
+        self.up, self.down = nn.Linear(d, 8 * d), nn.Linear(4 * d, d)
+        self.fill(own)
+
+    def fill(self, own: Tensors) -> None:
+        given = {n: t for n, t in own.items() if n.split(".")[0] not in ("q", "k", "v", "out")}
+        if self.attention.in_proj_weight is not None:
+            weights = [own[f"{n}.weight"] for n in "qkv"]
+            given["attention.in_proj_weight"] = torch.cat(weights)
+        else:
+            given |= {f"attention.{n}_proj_weight": own[f"{n}.weight"] for n in "qkv"}
+        given["attention.in_proj_bias"] = torch.cat([own[f"{n}.bias"] for n in "qkv"])
+        given["attention.out_proj.weight"] = own["out.weight"]
+        given["attention.out_proj.bias"] = own["out.bias"]
+        self.load_state_dict(given, strict=True)
+
+    def forward(self, names: Tensor) -> Tensor:
+        key = self.norm_names(names)[None]
+        x, _ = self.attention(self.norm_queries(self.queries)[None], key, key)
+        value, gate = self.up(self.norm_up(x)).chunk(2, dim=-1)
+        return (x + self.down(value * F.gelu(gate)))[0]
+
+    def gradients(self) -> Tensors:
+        """Gradients by our names."""
+        found = {n: p.grad for n, p in self.named_parameters() if "attention" not in n}
+        attention = self.attention
+        if attention.in_proj_weight is not None:
+            weights = attention.in_proj_weight.grad.chunk(3)
+            found |= dict(zip(("q.weight", "k.weight", "v.weight"), weights, strict=True))
+        else:
+            found |= {f"{n}.weight": getattr(attention, f"{n}_proj_weight").grad for n in "qkv"}
+        biases = attention.in_proj_bias.grad.chunk(3)
+        found |= dict(zip(("q.bias", "k.bias", "v.bias"), biases, strict=True))
+        return found | {
+            "out.weight": attention.out_proj.weight.grad,
+            "out.bias": attention.out_proj.bias.grad,
+        }
+
+
+def name_features(clip: FrozenCLIP) -> Tensor:
+    """Normalised features (C, D) of the bare class names."""
+    model: Any = clip.model
+    with torch.no_grad():
+        return F.normalize(model.encode_text(clip.tokenizer(list(CLASS_NAMES))), dim=-1)
+
+
+@pytest.mark.parametrize("embed_dim", [32, 64], ids=["embedding narrower than text", "as wide"])
+def test_twin(embed_dim: int) -> None:
+    clip = random_clip(embed_dim=embed_dim)
+    method: Any = build_method(clip, "fedtpg")
+    shared, batch = moved(method, scale=0.1), some_batch(clip)
+    encoded = method.encode(shared, {})
+    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    ours, contexts = gradients(method, shared, batch), method.context(shared)
+    assert ours.keys() == shared.keys()
+    for k in range(K):
+        twin = Twin({n: t[k].detach() for n, t in shared.items()}, heads=4)
+        context = twin(name_features(clip))
+        assert_close(contexts[k], context, "context")
+        images, labels = images_of(batch, k)
+        expected = clip.model.logit_scale.exp() * images @ class_features(clip, context).T
+        assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
+        loss = F.cross_entropy(expected, labels)
+        assert_close(terms["ce"][k], loss, "loss")
+        clip.model.requires_grad_(False)
+        loss.backward()
+        for name, theirs in twin.gradients().items():
+            if name == "k.bias":  # the same for all keys: the softmax does not see it
+                assert ours[name][k].abs().max() < 1e-5 * ours["v.bias"][k].abs().max()
+            else:
+                assert_close(ours[name][k], theirs, name)
+
+
+def test_numbers_on_vit_b16() -> None:
+    """The public generator's own count; FedMGP's 4,208.1 thousand is 4 x 512 more."""
+    method = build_method(shape_only_clip("ViT-B-16"), "fedtpg")
+    assert method.uploaded_numbers() == 4_206_080
+    assert round((4_206_080 + 4 * 512) / 1000, 1) == 4208.1
+    assert dict(method.strategy) == {"name": "fedavg", "weights": "uniform"}
+
+
+def test_the_context_follows_the_class_names(clip: FrozenCLIP) -> None:
+    """Other names, another context; another order of the names, the same one."""
+
+    def context(*names: str) -> Tensor:
+        method: Any = build_method(clip, "fedtpg", Task(names))
+        return method.context({n: t[None] for n, t in method.init_shared(1).items()})
+
+    first = context(*CLASS_NAMES)
+    assert_close(context(*reversed(CLASS_NAMES)), first)
+    assert (context("airport", "bridge", "forest") - first).abs().max() > 1e-3 * first.abs().max()
+
+
+def test_names_are_read_without_underscores(clip: FrozenCLIP) -> None:
+    spaced: Any = build_method(clip, "fedtpg", Task(("dense residential", "beach")))
+    scored: Any = build_method(clip, "fedtpg", Task(("dense_residential", "beach")))
+    assert torch.equal(spaced.names_CD, scored.names_CD)
+
+
+def test_it_starts_as_torch_does(clip: FrozenCLIP) -> None:
+    method = build_method(clip, "fedtpg")
+    start, d = method.init_shared(1), clip.text.width
+    assert start["queries"].std() == pytest.approx(0.02, rel=0.2)
+    for name in ("q.bias", "k.bias", "v.bias", "out.bias", "norm_up.bias"):
+        assert not start[name].any()
+    bound = (6 / (3 * d + d)) ** 0.5
+    assert float(start["q.weight"].abs().max()) == pytest.approx(bound, rel=0.01)
+    assert float(start["up.weight"].abs().max()) == pytest.approx(d**-0.5, rel=0.01)
+    assert not torch.equal(start["q.weight"], method.init_shared(2)["q.weight"])
+
+
+def test_heads_must_divide_the_width(clip: FrozenCLIP) -> None:
+    with pytest.raises(UserError, match="heads is 5"):
+        build_method(clip, "fedtpg", heads=5)

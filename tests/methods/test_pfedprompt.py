@@ -1,0 +1,84 @@
+"""pFedPrompt: CoOp's prompt over 77 positions, and the memory by loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_twins import assert_close, images, leaves, make, prompted
+from torch import Tensor
+
+from conftest import CLASS_NAMES, batch_of
+from fedprompt.clip import FrozenCLIP
+from fedprompt.inputs import Inputs
+from fedprompt.methods import Method, Tensors
+from fedprompt.methods.base import ClientData, stack
+
+K, B, N = 2, 5, 9
+LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
+TRAIN_LABELS = [0, 0, 1, 2, 2, 2, 5, 5, 0]
+
+
+def data(clip: FrozenCLIP, k: int) -> ClientData:
+    features = images(1, N, clip.embed_dim, seed=10 + k)[0]
+    return ClientData(k, Inputs(features), torch.tensor(TRAIN_LABELS))
+
+
+def memories(method: Method, clip: FrozenCLIP) -> Tensors:
+    return stack(
+        [method.fill_private(method.init_private(1, k), data(clip, k), seed=1) for k in range(K)]
+    )
+
+
+def twin(clip: FrozenCLIP, ctx: Tensor, k: int, features_BD: Tensor, alpha: float) -> Tensor:
+    votes = torch.zeros(len(features_BD), len(CLASS_NAMES))
+    for b, v in enumerate(features_BD):
+        for key, label in zip(data(clip, k).inputs.features, TRAIN_LABELS, strict=True):
+            votes[b, label] += math.exp(-1.0 * (1 - float(v @ key)))
+    scale = clip.model.logit_scale.exp()
+    return scale * features_BD @ prompted(clip, ctx).T + alpha * votes
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
+    method = make(clip, "pfedprompt", context_tokens=4, alpha=2.0, memory_in_training=in_training)
+    shared, _ = leaves(method, K)
+    private = memories(method, clip)
+    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    encoded = method.encode(shared, private)
+    logits = method.logits(encoded, batch.inputs)
+    terms = method.terms(shared, private, encoded, batch)
+    ours = method.gradients(terms, {"shared.ctx": shared["ctx"]}, batch)["shared.ctx"]
+    assert ours is not None
+    for k in range(K):
+        ctx = shared["ctx"][k].detach().requires_grad_()
+        features = batch.inputs.features[k]
+        assert_close(logits[k], twin(clip, ctx, k, features, alpha=2.0))
+        trained = twin(clip, ctx, k, features, alpha=2.0 if in_training else 0.0)
+        loss = F.cross_entropy(trained, LABELS[k])
+        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert_close(ours[k], torch.autograd.grad(loss, ctx)[0])
+
+
+def test_the_prompt_alone_is_shared(clip: FrozenCLIP) -> None:
+    method, promptfl = make(clip, "pfedprompt"), make(clip, "promptfl")
+    assert method.uploaded_numbers() == promptfl.uploaded_numbers()
+    assert method.frozen == {f"private.{n}" for n in method.init_private(1, 0)}
+    shared = {n: t[None] for n, t in method.init_shared(1).items()}
+    assert torch.equal(shared["ctx"][0], promptfl.init_shared(1)["ctx"])
+    inputs = Inputs(images(1, B, clip.embed_dim))
+    encoded = method.encode(shared, None)
+    assert torch.equal(method.logits(encoded, inputs), promptfl.logits(encoded, inputs))
+    assert method.class_embeddings(encoded) is not None
+    personal = method.encode(shared, memories(method, clip))
+    assert method.class_embeddings(personal) is None
+    assert method.logits(personal, inputs).shape == (K, B, len(CLASS_NAMES))
+
+
+def test_it_says_that_it_is_reconstructed() -> None:
+    from fedprompt.methods import pfedprompt
+
+    assert "reconstructed" in pfedprompt.PFedPrompt.source
+    assert "RECONSTRUCTED" in (pfedprompt.__doc__ or "")

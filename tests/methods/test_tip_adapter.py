@@ -1,0 +1,121 @@
+"""Tip-Adapter against its cache written with one-hot values; both variants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from method_twins import assert_close, images, make
+from torch import Tensor
+
+from conftest import CLASS_NAMES, batch_of
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods import Method, Task, Tensors
+from fedprompt.methods.base import ClientData, stack
+from fedprompt.schema import TrainingConfig
+from fedprompt.training import train_cohort
+
+K, B, N = 2, 5, 9
+LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
+TRAIN_LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 5, 5, 0])
+
+
+def clients(clip: FrozenCLIP) -> list[ClientData]:
+    return [
+        ClientData(k, Inputs(images(1, N, clip.embed_dim, seed=10 + k)[0]), TRAIN_LABELS)
+        for k in range(K)
+    ]
+
+
+def filled(method: Method, clip: FrozenCLIP) -> list[Tensors]:
+    return [method.fill_private(method.init_private(1, d.client), d, seed=1) for d in clients(clip)]
+
+
+def twin(
+    clip: FrozenCLIP, keys_ND: Tensor, features_BD: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """The public code's few lines: affinity, exponential, one-hot values."""
+    values = F.one_hot(TRAIN_LABELS, len(CLASS_NAMES)).float()
+    cache = (-(beta - beta * features_BD @ keys_ND.T)).exp() @ values
+    text = clip.encode_text_raw([f"a photo of a {name}." for name in CLASS_NAMES])
+    return clip.model.logit_scale.exp() * features_BD @ F.normalize(text, dim=-1).T + alpha * cache
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_logits_are_clips_and_the_caches(clip: FrozenCLIP, fine_tune: bool) -> None:
+    method = make(clip, "tip_adapter", fine_tune=fine_tune, shots=4, alpha=2.0, beta=3.0)
+    features = images(K, B, clip.embed_dim)
+    ours = method.logits(method.encode({}, stack(filled(method, clip))), Inputs(features))
+    for k, data in enumerate(clients(clip)):
+        assert_close(ours[k], twin(clip, data.inputs.features, features[k], 2.0, 3.0))
+
+
+def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> None:
+    method = make(clip, "tip_adapter", fine_tune=True, shots=4)
+    private = stack(filled(method, clip))
+    keys = private["keys"].requires_grad_()
+    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    terms = method.terms({}, private, method.encode({}, private), batch)
+    ours = method.gradients(terms, {"private.keys": keys}, batch)["private.keys"]
+    assert ours is not None
+    assert not ours[private["filled"] == 0].any()
+    for k, data in enumerate(clients(clip)):
+        own = data.inputs.features.clone().requires_grad_()
+        expected = F.cross_entropy(twin(clip, own, batch.inputs.features[k], 1.17, 1.0), LABELS[k])
+        assert terms["ce"][k].item() == pytest.approx(expected.item(), rel=1e-4)
+        (theirs,) = torch.autograd.grad(expected, own)
+        for c in range(len(CLASS_NAMES)):
+            mine = private["keys"][k, c].detach()
+            for slot in range(int(private["filled"][k, c].sum())):
+                (n,) = [i for i in range(N) if torch.equal(data.inputs.features[i], mine[slot])]
+                assert torch.allclose(
+                    ours[k, c, slot], theirs[n], atol=1e-4 * float(theirs.abs().max())
+                )
+
+
+def test_nothing_is_shared_and_the_global_model_is_zero_shot(clip: FrozenCLIP) -> None:
+    method, zero_shot = make(clip, "tip_adapter"), make(clip, "zero_shot")
+    assert method.init_shared(1) == {}
+    assert method.uploaded_numbers() == 0
+    assert method.has_global
+    inputs = Inputs(images(1, B, clip.embed_dim))
+    encoded = method.encode({}, None)
+    assert torch.equal(method.logits(encoded, inputs), zero_shot.logits(encoded, inputs))
+    assert method.class_embeddings(encoded) is not None
+    assert method.class_embeddings(method.encode({}, stack(filled(method, clip)))) is None
+
+
+def test_an_empty_memory_says_nothing(clip: FrozenCLIP) -> None:
+    method = make(clip, "tip_adapter")
+    inputs = Inputs(images(1, B, clip.embed_dim))
+    empty = method.encode({}, stack([method.init_private(1, 0)]))
+    assert torch.equal(method.logits(empty, inputs), method.logits(method.encode({}, None), inputs))
+
+
+def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) -> None:
+    still = make(clip, "tip_adapter")
+    assert not still.trainable
+    assert still.frozen == {"private.keys", "private.filled"}
+    method = make(clip, "tip_adapter", fine_tune=True, shots=4)
+    assert method.trainable
+    before = filled(method, clip)
+    config = TrainingConfig(optimizer="adamw", lr=0.01, batch_size=4, local_epochs=3)
+    results = train_cohort(
+        method, [{}] * K, before, clients(clip), config, seed=1, server_round=1, rounds=2
+    )
+    for old, result in zip(before, results, strict=True):
+        assert result.shared == {}
+        assert torch.equal(result.private["filled"], old["filled"])
+        moved = (result.private["keys"] != old["keys"]).any(-1)
+        assert torch.equal(moved, old["filled"].bool())
+
+
+def test_new_classes_are_refused_with_a_reason(clip: FrozenCLIP) -> None:
+    method = make(clip, "tip_adapter", Task(CLASS_NAMES[:3]))
+    assert not method.transfers_to_new_classes
+    assert "memory" in method.no_transfer_reason
+    assert method.init_private(1, 0)["keys"].shape == (3, 16, clip.embed_dim)
+    with pytest.raises(UserError, match="beta"):
+        make(clip, "tip_adapter", beta=0.0)
