@@ -26,7 +26,7 @@ from fedprompt.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import PromptSource, Task
 from fedprompt.rng import normal
-from fedprompt.text_tower import _end_of_text, _specials_before
+from fedprompt.text_tower import token_count
 
 
 class DeepText:
@@ -86,8 +86,3 @@ def split_words(clip: FrozenCLIP, words: str, tokens: int) -> tuple[str, str]:
         )
     cut = lengths.index(tokens) + 1
     return " ".join(parts[:cut]), " ".join(parts[cut:])
-
-
-def token_count(clip: FrozenCLIP, text: str) -> int:
-    """How many tokens `text` has, without the special ones."""
-    return int(_end_of_text(clip.text, clip.tokenizer([text]))[0]) - _specials_before(clip)

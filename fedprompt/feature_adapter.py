@@ -41,7 +41,7 @@ def raw_features(inputs: Inputs) -> Tensor:
 
     Where their lengths are not known, they have length 1.
     """
-    norms: Tensor | None = getattr(inputs, "norms", None)
+    norms = inputs.norms
     return inputs.features if norms is None else inputs.features * norms[..., None]
 
 

@@ -24,12 +24,14 @@ class Inputs:
         pixels: (..., 3, H, W) as the image tower takes them, or bytes before they are normalised
             (as they are kept; `on` turns them into floats), or None.
         mean_std: (2, 3), how bytes are normalised; given with them.
+        norms: (...,), lengths of the features before they were L2-normalised; None where unknown.
     """
 
     features: Tensor
     patches: Tensor | None = None
     pixels: Tensor | None = None
     mean_std: Tensor | None = None
+    norms: Tensor | None = None
 
     def __len__(self) -> int:
         """Length of the first axis."""
@@ -51,7 +53,7 @@ class Inputs:
         assert self.mean_std is not None
         mean, std = self.mean_std.to(device)[:, :, None, None]
         pixels = (moved.pixels.float() / 255).sub_(mean).div_(std)
-        return Inputs(moved.features, moved.patches, pixels)
+        return Inputs(moved.features, moved.patches, pixels, norms=moved.norms)
 
     @staticmethod
     def cat(parts: Sequence[Inputs]) -> Inputs:
@@ -69,6 +71,7 @@ class Inputs:
             None if self.patches is None else change(self.patches),
             None if self.pixels is None else change(self.pixels),
             self.mean_std,
+            None if self.norms is None else change(self.norms),
         )
 
 
@@ -78,4 +81,4 @@ def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inp
         return None if tensors[0] is None else how(tensors)
 
     features = how([part.features for part in parts])
-    return Inputs(features, one("patches"), one("pixels"), parts[0].mean_std)
+    return Inputs(features, one("patches"), one("pixels"), parts[0].mean_std, one("norms"))

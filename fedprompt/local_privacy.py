@@ -3,9 +3,10 @@
 Source: the Gaussian mechanism (Dwork and Roth, 2014, theorem A.1) on a client's clipped change, as
 in Geyer, Klein and Nabi (2017, arXiv 1712.07557), but on the client: it sends
     received + Delta min(1, S / |Delta|) + N(0, z^2 S^2 I),
-the norm over all shared tensors together. Any two changes differ by at most 2 S, so one round costs
-as much as a Gaussian release with noise multiplier z / 2, and a client pays for every round in which
-it trains. Such a reply says nothing else: no losses, and one image, so that clients count alike.
+the norm over all shared tensors together. Any two changes differ by at most 2 S, so one round
+costs as much as a Gaussian release with noise multiplier z / 2, and a client pays for every round
+in which it trains. Such a reply says nothing else: no losses, and one image, so that clients count
+alike.
 
 Covered: the shared tensors of a reply, against everybody, the server included. Not covered: the
 accuracy of personal models, which clients still report (`protocols: [global]` turns that off).

@@ -29,6 +29,7 @@ _WORDS: dict[Any, str] = {
     str: "text",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
+    list[int]: "a list of whole numbers",
     list[Any]: "a list",
     NoneType: "null",
 }

@@ -273,6 +273,11 @@ def _end_of_text(parts: TextParts, ids_CL: Tensor) -> Tensor:
     return ids_CL.shape[1] - trailing
 
 
+def token_count(clip: FrozenCLIP, text: str) -> int:
+    """How many tokens `text` has, without the special ones."""
+    return int(_end_of_text(clip.text, clip.tokenizer([text]))[0]) - _specials_before(clip)
+
+
 def _pool_positions(parts: TextParts, ids_CL: Tensor) -> Tensor:
     if parts.pools_at_end:
         return _end_of_text(parts, ids_CL)

@@ -83,7 +83,7 @@ class WrappedMethod(Method):
         self.lr_scale = dict(base.lr_scale)
         self.transfers_to_new_classes = base.transfers_to_new_classes
         self.no_transfer_reason = base.no_transfer_reason
-        self.images_at_once = base.images_at_once  # type: ignore[misc]
+        self.images_at_once = base.images_at_once
         if not self.trained(base.init_shared(0)):
             raise UserError(f"method '{self.name}' needs shared prompts; '{config.base}' has none.")
 

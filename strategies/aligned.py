@@ -1,19 +1,23 @@
-"""Aligned: clients count by how well their change agrees with the consensus, within a trust region.
+"""Aligned: clients count by how well they agree with the consensus, within a trust region.
 
-A rule of ours. The consensus is the coordinate median of the clients' changes scaled to norm 1; the
-agreement a_k is the cosine of client k's change with it, over all shared tensors together. Then
-    w_k  ~  n_k exp(sharpness (a_k - 1)),   step = sum_k w_k Delta_k,
-and the step is shortened to norm `trust x median_k |Delta_k|` where it is longer. Sharpness 0 and
-no trust region are FedAvg; the larger the sharpness, the less those count who pull elsewhere.
+A rule of ours. The consensus of a round is the coordinate median of the clients' changes Delta_k,
+each scaled to norm 1; the agreement a_k is the cosine of Delta_k with it, over all shared tensors
+together. Every client has a score, at first 0:
+    score_k <- min(credit, score_k + a_k)
+    w_k  ~  n_k exp(sharpness min(0, score_k)),     step = sum_k w_k Delta_k,
+and the step is shortened to norm `trust x median_k |Delta_k|` where it is longer. So those who
+agree on the whole count as in FedAvg, whatever a single round says, while who keeps pulling
+elsewhere counts less from round to round. Sharpness 0 and no trust region are FedAvg.
 
 Nearest published rules: FLTrust (Cao et al., NDSS 2021, arXiv 2012.13995) weighs by the cosine with
-an update that the server trains itself, which needs data on the server; Krishna Pillutla et al.'s
-RFA (IEEE TSP 2022, arXiv 1912.13445) re-weighs by the distance to the geometric median.
+an update that the server trains itself, which needs data on the server; FoolsGold (Fung et al.,
+RAID 2020, arXiv 1808.04866) also remembers, and punishes agreement instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +26,17 @@ from strategies.base import SharedPromptStrategy, StrategyConfig
 from strategies.screening import Arrays, Update
 from strategies.vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
 
+CLIENTS, SCORES = "clients", "scores"
+"""Names in the state: ids, ascending, and their scores."""
+
 
 @dataclass(frozen=True)
 class AlignedConfig(StrategyConfig):
     """Sharpness 0 and trust null are FedAvg."""
 
     name: str = option("aligned", "strategy name")
-    sharpness: float = option(5.0, "how much agreement counts; 0 = not at all", ge=0)
+    sharpness: float = option(5.0, "how much disagreement counts; 0 = not at all", ge=0)
+    credit: float = option(3.0, "highest score: what a client may lose before it counts less", ge=0)
     trust: float | None = option(
         1.0, "longest step, in median norms of the clients' changes; null = unlimited", gt=0
     )
@@ -41,15 +49,41 @@ class Aligned(SharedPromptStrategy):
     Config = AlignedConfig
     config: AlignedConfig
 
+    def __init__(self, config: Any, **others: Any) -> None:
+        super().__init__(config, **others)
+        self.scores: dict[int, float] = {}
+
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One step towards those who agree."""
         rows_UP, trust = changes(shared, updates), self.config.trust
-        weights_U = sample_shares(updates)
-        weights_U = weights_U * np.exp(self.config.sharpness * (agreement(rows_UP) - 1))
+        for update, cosine in zip(updates, agreement(rows_UP), strict=True):
+            score = self.scores.get(update.client, 0.0) + float(cosine)
+            self.scores[update.client] = min(self.config.credit, score)
+        lost_U = np.array([min(0.0, self.scores[u.client]) for u in updates])
+        # The largest weight is exp(0): the sum cannot vanish where everybody has lost.
+        factor_U = np.exp(self.config.sharpness * (lost_U - lost_U.max()))
+        weights_U = sample_shares(updates) * factor_U
         step_P = combined(weights_U / weights_U.sum(), rows_UP)
         if trust is not None:
             step_P = clipped(step_P[None], trust * float(np.median(norms(rows_UP))))[0]
         return moved(shared, step_P)
+
+    def measured(self) -> dict[str, Any]:
+        """The clients that count less than in FedAvg, with their scores."""
+        return {"below_zero": {str(c): s for c, s in sorted(self.scores.items()) if s < 0}}
+
+    def state(self) -> Arrays:
+        """Every client's score, once there are some."""
+        if not self.scores:
+            return {}
+        clients = sorted(self.scores)
+        scores = np.array([self.scores[c] for c in clients], dtype=np.float64)
+        return {CLIENTS: np.array(clients, dtype=np.int64), SCORES: scores}
+
+    def load_state(self, state: Arrays) -> None:
+        """Take back what `state` gave."""
+        pairs = zip(state[CLIENTS], state[SCORES], strict=True) if state else ()
+        self.scores = {int(client): float(score) for client, score in pairs}
 
 
 def agreement(rows_UP: Rows) -> Rows:

@@ -209,7 +209,10 @@ class SharedPromptStrategy(Strategy):
         clients = sorted(rows)
         merged: dict[str, Any] = {"client-ids": clients}
         for name in rows[clients[0]]:
-            merged[name] = [rows[c][name] for c in clients]
+            values = [rows[c][name] for c in clients]
+            # A record takes no list of both kinds, and a client may send either.
+            whole = all(isinstance(value, int) for value in values)
+            merged[name] = values if whole else [float(value) for value in values]
         return MetricRecord(merged)
 
     def summary(self) -> None:

@@ -5,17 +5,17 @@ Source: Learning Differentially Private Recurrent Language Models (McMahan et al
 shared tensors together (flat clipping). Clients count alike, and m is the number of clients asked,
 not of those that answered, so that one client changes the sum by at most S (add or remove one).
 
-Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for the rounds
-in which it was asked; `epsilon` is that of the client asked most often. No amplification by sampling
-is claimed: who takes part follows from the run's seed, which clients know.
+Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for every
+round in which it was asked; `epsilon` is that of the client asked most often. No amplification by
+sampling is claimed: who takes part follows from the run's seed, which clients know.
 
 What is covered: the shared tensors, against everybody but the server. Not covered: losses and
 evaluations that clients report, which the server keeps in its run folder, and personal models.
 
 The noise comes from a secret key that is drawn from the operating system and lies in the checkpoint
 (keep that secret as well); noise from the run's seed could be subtracted by anybody who knows the
-config. It is also keyed by the very sum it hides: a round that is run again gives the same bits when
-the replies are the same, and fresh noise when they are not. `noise_seed` fixes the key, for tests.
+config. It is also keyed by the very sum it hides: a round that is run again gives the same bits
+when the replies are the same, and fresh noise when not. `noise_seed` fixes the key, for tests.
 Floating-point attacks on the noise (Mironov, CCS 2012) are not defended against.
 """
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from fedprompt.options import option
 from strategies.krum import Krum, KrumConfig
-from strategies.vectors import count_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,6 @@ class MultiKrum(Krum):
     name = "multi_krum"
     Config = MultiKrumConfig
 
-    def kept(self, clients: int) -> int:
+    def kept(self, clients: int, attackers: int) -> int:
         """All but the expected attackers."""
-        return clients - count_of(self.config.attackers, clients)
+        return clients - attackers

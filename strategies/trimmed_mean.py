@@ -2,10 +2,10 @@
 
 Source: Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates (Yin et al., ICML
 2018, arXiv 1803.01498), definition 2: of n values the floor(beta n) largest and smallest are left
-out; beta is at least the share of attackers. Clients count alike, whatever they say they hold.
+out, beta at least the share of attackers (`attackers` here).
 
 How we differ from Flower's FedTrimmedAvg: its `int(beta * n)` leaves out one value fewer where the
-product falls just below a whole number; sums run in float64.
+product falls just below a whole number; sums run in float64. Mixing, if asked for, is in `robust`.
 """
 
 from __future__ import annotations
@@ -15,29 +15,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
-from strategies.vectors import changes, count_of, moved
+from strategies.robust import RobustConfig, RobustStrategy
+from strategies.vectors import Rows
 
 
 @dataclass(frozen=True)
-class TrimmedMeanConfig(StrategyConfig):
-    """`trim` 0 is the plain mean of clients."""
+class TrimmedMeanConfig(RobustConfig):
+    """`attackers` 0 is the plain mean of clients."""
 
     name: str = option("trimmed_mean", "strategy name")
-    trim: float = option(0.3, "share left out at either end; at least that of attackers",
-                         ge=0, lt=0.5)  # fmt: skip
 
 
-class TrimmedMean(SharedPromptStrategy):
+class TrimmedMean(RobustStrategy):
     """Mean of the middle values of every number of the prompts."""
 
     name = "trimmed_mean"
     Config = TrimmedMeanConfig
-    config: TrimmedMeanConfig
 
-    def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """The trimmed mean of the changes."""
-        cut, clients = count_of(self.config.trim, len(updates)), len(updates)
-        ordered_UP = np.sort(changes(shared, updates), axis=0)
-        return moved(shared, ordered_UP[cut : clients - cut].mean(axis=0))
+    def rule(self, rows_UP: Rows, attackers: int) -> Rows:
+        """The mean without `attackers` values at either end."""
+        ordered_UP = np.sort(rows_UP, axis=0)
+        return np.asarray(ordered_UP[attackers : len(rows_UP) - attackers].mean(axis=0))

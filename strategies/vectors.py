@@ -74,3 +74,11 @@ def clipped(rows_UP: Rows, bound: float) -> Rows:
 def count_of(share: float, clients: int) -> int:
     """How many of `clients` a share of them is, rounded down: 0.3 of 10 is 3, floats or not."""
     return int(share * clients + 1e-9)
+
+
+def distances(rows_UP: Rows) -> Rows:
+    """Squared L2 distances between all rows: (U, U); exactly 0 from a row to itself."""
+    squares_U = (rows_UP**2).sum(axis=1)
+    distance_UU = squares_U[:, None] + squares_U[None, :] - 2 * rows_UP @ rows_UP.T
+    np.fill_diagonal(distance_UU, 0)
+    return np.asarray(np.maximum(distance_UU, 0))

@@ -20,6 +20,7 @@ from strategies.aligned import agreement
 from strategies.base import SharedPromptStrategy
 from strategies.clustered import Clustered, groups
 from strategies.dp_fedavg import DPFedAvg, epsilon
+from strategies.robust import mixed
 from strategies.screening import Arrays, Update
 from strategies.vectors import changes, clipped, count_of, moved
 
@@ -119,11 +120,11 @@ def test_fedyogi_by_hand() -> None:
 
 def test_trimmed_mean_by_hand_and_flowers() -> None:
     rows = [[1.0], [2.0], [3.0], [4.0], [100.0]]
-    assert step(make("trimmed_mean", (1,), trim=0.2), rows).tolist() == [3.0]
-    assert step(make("trimmed_mean", (1,), trim=0.4), rows).tolist() == [3.0]
-    assert step(make("trimmed_mean", (1,), trim=0.0), rows).tolist() == [22.0]
+    assert step(make("trimmed_mean", (1,), attackers=0.2), rows).tolist() == [3.0]
+    assert step(make("trimmed_mean", (1,), attackers=0.4), rows).tolist() == [3.0]
+    assert step(make("trimmed_mean", (1,), attackers=0.0), rows).tolist() == [22.0]
     many = random_rows()
-    ours = step(make("trimmed_mean", (6,), trim=0.3), many)
+    ours = step(make("trimmed_mean", (6,), attackers=0.3), many)
     np.testing.assert_allclose(ours, trim_mean(many.astype(np.float32), 0.3), rtol=1e-5, atol=1e-6)
 
 
@@ -185,6 +186,27 @@ def test_three_of_ten_attackers_do_no_harm(name: str) -> None:
         assert np.abs(step(make("fedavg", (50,)), rows) - 1).max() > 0.29
 
 
+def test_mixing_by_hand() -> None:
+    # Nearest two of three: {0, 1}, {0, 1}, {2, 1}.
+    rows = np.array([[0.0], [1.0], [10.0]])
+    assert mixed(rows, 1).tolist() == [[0.5], [0.5], [5.5]]
+    assert mixed(rows, 0).tolist() == [[11 / 3]] * 3
+    assert step(make("median", (1,), attackers=0.34, mix=True), rows).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("name", ["trimmed_mean", "median", "krum", "multi_krum"])
+def test_mixing_leaves_far_attackers_out_of_very_different_clients(name: str) -> None:
+    draw = np.random.default_rng(3)
+    honest = 0.3 + draw.standard_normal((7, 400))
+    rows = np.concatenate([honest, -5 * honest[:3]])
+    error = [
+        float(np.linalg.norm(step(make(name, (400,), mix=mix), rows) - honest.mean(0)))
+        for mix in (True, False)
+    ]
+    assert error[0] < 1e-4, "what is left is the mean of the honest clients"
+    assert name == "multi_krum" or error[1] > 1.0, "the plain rules do worse here"
+
+
 def test_norm_clipping_by_hand() -> None:
     rows = [[3.0, 4.0], [0.0, 1.0], [0.0, -60.0]]
     expected = [0.6 / 3, (0.8 + 1 - 1) / 3]
@@ -215,12 +237,24 @@ def test_aligned_by_hand() -> None:
     # Consensus (1, 0): the median of (1, 0), (1, 0) and (-1, 0). Agreement 1, 1, -1.
     rows = np.array([[2.0, 0.0], [2.0, 0.0], [-8.0, 0.0]])
     assert agreement(rows).tolist() == [1.0, 1.0, -1.0]
-    small = math.exp(-2 * 0.5)
-    expected = (2 + 2 - 8 * small) / (2 + small)
-    free = make("aligned", (2,), sharpness=0.5, trust=None)
-    np.testing.assert_allclose(step(free, rows), [expected, 0], rtol=1e-6)
+    free = make("aligned", (2,), sharpness=0.5, trust=None, credit=1.5)
+    for lost in (1, 2):
+        small = math.exp(-0.5 * lost)
+        expected = (2 + 2 - 8 * small) / (2 + small)
+        np.testing.assert_allclose(step(free, rows), [expected, 0], rtol=1e-6)
+    assert free.scores == {0: 1.5, 1: 1.5, 2: -2.0}, "credit is limited"
+    assert free.measured() == {"below_zero": {"2": -2.0}}
     near = make("aligned", (2,), sharpness=0.5, trust=0.01)
     np.testing.assert_allclose(step(near, rows), [0.02, 0], rtol=1e-6)
+
+
+def test_aligned_counts_those_who_agree_as_fedavg_does() -> None:
+    draw = np.random.default_rng(1)
+    rows = 1 + 0.5 * draw.standard_normal((10, 30))
+    images = list(range(1, 11))
+    fedavg = step(make("fedavg", (30,)), rows, images=images)
+    after = step(make("aligned", (30,), trust=None), rows, images=images)
+    np.testing.assert_allclose(after, fedavg, rtol=1e-6)
 
 
 # Clustered

@@ -78,7 +78,7 @@ class Encoding:
 
     `view` names it and keys the file, with whatever it depends on; `load` makes image i an input
     (3, H, W); `encode` makes B inputs B rows of `shape` on the CPU; `dtype` is how they are kept;
-    `of_weights` says that the rows depend on the backbone's weights, not on its preprocessing alone.
+    `of_weights` says that rows depend on the backbone's weights, not on its preprocessing alone.
     """
 
     view: str

@@ -43,8 +43,10 @@ class Columns:
         def read(column: NDArray[Any] | None) -> Tensor | None:
             return None if column is None else torch.from_numpy(np.array(column[index]))
 
-        features = F.normalize(_rows(self.features_ND, index), dim=-1)
-        return Inputs(features, read(self.patches_NPD), read(self.pixels_N3HW), self.mean_std)
+        features, norms = _normalised(_rows(self.features_ND, index))
+        return Inputs(
+            features, read(self.patches_NPD), read(self.pixels_N3HW), self.mean_std, norms
+        )
 
 
 def open_columns(
@@ -91,9 +93,14 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
     Raises:
         UserError: the backbone has no patches.
     """
-    features = F.normalize(clip.encode_images(images_B3HW), dim=-1)
+    features, norms = _normalised(clip.encode_images(images_B3HW))
     patches = _dense(clip)[0](images_B3HW) if "patches" in needs else None
-    return Inputs(features, patches, images_B3HW if "pixels" in needs else None)
+    return Inputs(features, patches, images_B3HW if "pixels" in needs else None, norms=norms)
+
+
+def _normalised(features: Tensor) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (..., D), and the lengths that they had (...)."""
+    return F.normalize(features, dim=-1), features.norm(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

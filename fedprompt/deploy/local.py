@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedprompt.schema import Config
 
 START_S = 120.0
 DAYS = 30
+NODE_PAUSE_S = 10.0
 SERVER_PROCESSES = ("superlink", "superexec", "gate")
 
 
@@ -90,6 +91,15 @@ class LocalFederation:
         self.processes.start(f"worker-{client}", site.worker())
         command = site.supernode(settings, free_port())
         self.processes.start(f"node-{client}", command, site.environment)
+
+    def keep_up(self, say: Callable[[str], None]) -> None:
+        """Start nodes again that have ended: one that crashed is refused for most of a minute.
+
+        Raises:
+            UserError: a process of the server has ended.
+        """
+        self.processes.check(SERVER_PROCESSES)
+        self.processes.revive(NODE_PAUSE_S, say)
 
     def submit(self, settings: Mapping[str, str]) -> int:
         """Hand over a run; returns Flower's id of it."""
@@ -159,6 +169,6 @@ def _run(
             path,
             display,
             status=lambda: federation.status(run_id),
-            check=lambda: federation.processes.check(SERVER_PROCESSES),
+            check=lambda: federation.keep_up(display.message),
         )
     return submit.conclude(path, display, f"fedprompt deploy local --resume {path}")

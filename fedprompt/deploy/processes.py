@@ -40,6 +40,7 @@ class Processes:
         self.mark = uuid.uuid4().hex
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, tuple[list[str], dict[str, str]]] = {}
+        self._ended: dict[str, float] = {}
         self.environment = {
             **DEFAULTS,
             **os.environ,
@@ -108,17 +109,24 @@ class Processes:
                 raise UserError(f"{what} took more than {timeout:g} s; see {self.logs}.")
             time.sleep(0.1)
 
+    def revive(self, pause: float, say: Callable[[str], None]) -> None:
+        """Start again what has ended by itself, `pause` seconds after that was seen."""
+        now = time.monotonic()
+        for name, process in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            if name not in self._ended:
+                self._ended[name] = now
+                said = tail(self.log(name), 3)
+                say(f"{name} has ended with status {process.returncode}: {said}")
+            elif now - self._ended[name] > pause:
+                del self._ended[name]
+                self.start(name, *self._commands[name])
+
     def supervise(self, pause: float, say: Callable[[str], None]) -> None:
-        """Start again, after `pause` seconds, whatever has ended; returns only by an exception."""
+        """Start again whatever ends; returns only by an exception."""
         while True:
-            for name, process in list(self.running.items()):
-                if process.poll() is not None:
-                    say(
-                        f"{name} has ended with status {process.returncode}; starting it again in "
-                        f"{pause:g} s. {self.log(name)}: {tail(self.log(name), 3)}"
-                    )
-                    time.sleep(pause)
-                    self.start(name, *self._commands[name])
+            self.revive(pause, say)
             time.sleep(0.5)
 
     def kill(self, name: str) -> None:

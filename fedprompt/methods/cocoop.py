@@ -1,7 +1,7 @@
 """CoCoOp: a small net shifts the context by what it sees in the image.
 
 Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
-2203.05557), section 3.2: v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU,
+2203.05557): v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU,
 Linear(D / 16, d) on the L2-normalised image feature; every image has class features of its own.
 Checked against the authors' `trainers/cocoop.py`.
 
@@ -28,7 +28,7 @@ from fedprompt.methods.base import Method, PromptSource, Task, Tensors
 from fedprompt.options import option
 
 POSITIONS_AT_ONCE = 8192
-"""Text positions that go through the tower at once; about 2 GB of ViT-B's activations."""
+"""Text positions that go through the tower at once: they bound the memory of activations."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class DP2FL(MaPLe):
     strategy = MappingProxyType({"name": "nearest_peers"})
     works_with = frozenset({"nearest_peers"})
     frozen = own_copy.names(FACTORS) | {f"private.val.{n}" for n in ("pixels", "labels", "mask")}
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: DP2FLConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

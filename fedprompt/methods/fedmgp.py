@@ -31,7 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class FedMGP(Method):
     needs = frozenset({"features", "pixels"})
     strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
     frozen = frozenset({"private.slots.text", "private.slots.visual"})
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: FedMGPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

@@ -17,7 +17,6 @@ layers of each tower, and start words that do not split after M tokens are refus
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -50,7 +49,7 @@ class IVLP(Method):
     source = "Khattak et al., ICCV 2023 (its baseline)"
     Config = IVLPConfig
     needs = frozenset({"features", "pixels"})
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: IVLPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

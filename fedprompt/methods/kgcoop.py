@@ -5,9 +5,8 @@ Source: Visual-Language Prompt Tuning with Knowledge-guided Context Optimization
 
     L = CE + lambda * (1 - (1/C) sum_c cos(t_c, t0_c)),    lambda = 8,
 
-t_c the features of the learned prompts, t0_c those of the data set's template. The paper writes the
-term as a mean squared distance, which is twice this; the authors' code
-(`KgCoOp/trainers/kgcoop.py`, which ours is checked against) uses the cosine form.
+t_c the features of the learned prompts, t0_c those of the data set's template. Checked against the
+authors' `KgCoOp/trainers/kgcoop.py`.
 
 How we differ: where a data set has several templates, t0 is their normalised mean. The AMP branch
 of the public code leaves the term out and cannot run (it passes logits and term together as

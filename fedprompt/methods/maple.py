@@ -29,7 +29,7 @@ layers of either tower; the width of the visual prompts is the tower's, not a fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class MaPLe(Method):
     source = "Khattak et al., CVPR 2023"
     Config = MaPLeConfig
     needs = frozenset({"features", "pixels"})
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: MaPLeConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class PFedMMA(Method):
     source = "Ghiasvand et al., ICLR 2026"
     Config = PFedMMAConfig
     needs = frozenset({"features", "pixels"})
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: PFedMMAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

@@ -53,7 +53,7 @@ class PLOT(Method):
     source = "Chen et al., ICLR 2023"
     Config: ClassVar[type[Any]] = PLOTConfig
     needs = frozenset({"features", "patches"})
-    images_at_once: ClassVar[int] = 128
+    images_at_once = 128
     """Costs and plans of 100 classes, 4 prompts and 196 patches take 314 kB each per image."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:

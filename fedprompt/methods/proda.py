@@ -6,10 +6,10 @@ Gaussian class features is bounded by a cross-entropy with larger logits,
 
     z_ic = s <v_i, m_c> + (s^2 / 2) sum_d v_id^2 (1 / (P + 1)) sum_p (a_yd^p - a_cd^p)^2,
 
-y the label of image i, s = exp(logit_scale); covariances between dimensions d are dropped. A second
-term keeps contexts apart: the mean |cosine| between their text features without any class name,
-`[SOS][context].`, times `orthogonality`. Prediction uses s <v, m_c> over all P, m_c as it is (not
-normalised again).
+y the label of image i, s = exp(logit_scale), P in training the contexts of the step alone;
+covariances between dimensions d are dropped. A second term keeps contexts apart: the mean |cosine|
+between their text features without any class name, `[SOS][context].`, times `orthogonality`.
+Prediction uses s <v, m_c> over all P, m_c as it is (not normalised again).
 
 RECONSTRUCTED: the authors announced their code, but what their repository holds is a README. The
 formulae are those of three public ports, which agree to the letter (one is FLIP's,
@@ -19,8 +19,8 @@ random order of the 32, and the orthogonality of all of them. The weight is 0.1 
 FLIP's.
 
 How we differ: all clients of a round take the contexts in the same order, drawn anew each round, so
-that the server averages contexts that all of them have trained. FLIP's port builds no prompt with
-the name in front or in the middle, and another one leaves the orthogonality out of its loss.
+that clients with as many steps have trained the same ones. FLIP's port builds no prompt with the
+name in front or in the middle, and another one leaves the orthogonality out of its loss.
 """
 
 from __future__ import annotations

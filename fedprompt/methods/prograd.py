@@ -38,7 +38,7 @@ from fedprompt.methods.base import (
 )
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 from fedprompt.options import option
-from fedprompt.text_tower import _end_of_text, _specials_before, context_init
+from fedprompt.text_tower import context_init, token_count
 
 TINY = 1e-30
 """Keeps a vanishing L_KL gradient from dividing by zero; far below any that is not."""
@@ -123,6 +123,4 @@ def _projected(g: Tensor, h: Tensor, part: float) -> Tensor:
 
 def _embedded(clip: FrozenCLIP, words: str) -> Tensor:
     """Token embeddings (n, d) of the n tokens of `words`."""
-    ids = clip.tokenizer([words])
-    count = int(_end_of_text(clip.text, ids)[0]) - _specials_before(clip)
-    return context_init(clip, words, count, torch.empty(0))
+    return context_init(clip, words, token_count(clip, words), torch.empty(0))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class VPT(Method):
     source = "Jia et al., ECCV 2022"
     Config = VPTConfig
     needs = frozenset({"features", "pixels"})
-    images_at_once: ClassVar[int] = 256
+    images_at_once = 256
 
     def __init__(self, config: VPTConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

@@ -51,7 +51,7 @@ ATTACKS = {
 class PrivacyAuditOptions:
     """How much work the attacker puts in."""
 
-    candidates: int = option(256, "image: features whose updates the attacker imagines", ge=2)
+    candidates: int = option(128, "image: features whose updates the attacker imagines", ge=2)
     images: int = option(3, "image: clients whose first training image is attacked", ge=0)
 
 

@@ -112,6 +112,7 @@ class Running:
         """Wait until something holds; the run's and the processes' last words if it never does."""
         deadline = time.monotonic() + WAIT_S
         while not reached():
+            self.local.processes.revive(5, print)
             if time.monotonic() > deadline:
                 pytest.fail(f"{what} never came; the server's log:\n{self.log()}\n{self.words()}")
             time.sleep(0.1)

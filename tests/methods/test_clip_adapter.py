@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, draw, images, leaves, make
 from torch import Tensor, nn
 
 from conftest import CLASS_NAMES, batch_of
 from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
+from method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

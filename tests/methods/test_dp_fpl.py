@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, draw, images, leaves, make, prompted
 from torch import Tensor
 
 from conftest import batch_of
@@ -18,6 +17,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods import Batch, Tensors
 from fedprompt.methods.dp_fpl import DPFPL, clipped, factorise
 from fedprompt.rng import generator
+from method_twins import assert_close, draw, images, leaves, make, prompted
 
 K, B, M, R = 2, 5, 6, 3
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, draw, images, leaves, make
 from torch import Tensor, nn
 
 from conftest import CLASS_NAMES, batch_of
@@ -15,6 +14,7 @@ from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods import Tensors, fedclip
+from method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 6
 LABELS = torch.tensor([[0, 1, 1, 5, 2, 0], [3, 3, 4, 0, 1, 2]])  # classes repeat in a batch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, draw, images, leaves, make, text_pass
 from torch import Tensor
 
 from conftest import CLASS_NAMES, batch_of
@@ -13,6 +12,7 @@ from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods import Task, Tensors, feddda
+from method_twins import assert_close, draw, images, leaves, make, text_pass
 
 K, B, M = 2, 5, 4
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

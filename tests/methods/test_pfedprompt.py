@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, images, leaves, make, prompted
 from torch import Tensor
 
 from conftest import CLASS_NAMES, batch_of
@@ -15,6 +14,7 @@ from fedprompt.clip import FrozenCLIP
 from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Tensors
 from fedprompt.methods.base import ClientData, stack
+from method_twins import assert_close, images, leaves, make, prompted
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import assert_close, images, make
 from torch import Tensor
 
 from conftest import CLASS_NAMES, batch_of
@@ -16,6 +15,7 @@ from fedprompt.methods import Method, Task, Tensors
 from fedprompt.methods.base import ClientData, stack
 from fedprompt.schema import TrainingConfig
 from fedprompt.training import train_cohort
+from method_twins import assert_close, images, make
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

@@ -1,0 +1,99 @@
+"""What a node decides for itself, and what an experiment cannot make it do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.common.config import parse_config_args
+
+from conftest import small_config
+from fedprompt.deploy.node_config import Node, on_node, on_server, read_node, state_folder
+from fedprompt.deploy.site import as_node_config
+from fedprompt.errors import UserError
+from fedprompt.schema import Config
+
+
+def folders_config(**data: Any) -> Config:
+    whole = {"source": "client_folders", "class_names": ["a", "b"], "root": "/server/tests"}
+    return small_config(data=whole | data, partition={"clients": 3})
+
+
+def test_settings_are_read(tmp_path: Path) -> None:
+    given = {"partition-id": 2, "data": str(tmp_path), "device": "cpu", "threads": 3}
+    given |= {"state-dir": "~/s", "cache-dir": "/c", "checkpoint": "/w.pt", "num-partitions": 4}
+    node = read_node(given)
+    home = str(Path.home() / "s")
+    assert node == Node(2, str(tmp_path), home, "/c", "cpu", 3, "/w.pt")
+    assert read_node({"partition-id": 0}) == Node(0)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "partition-id is None"),
+        ({"partition-id": -1}, "partition-id is -1"),
+        ({"partition-id": "0"}, "partition-id is '0'"),
+        ({"partition-id": True}, "partition-id is True"),
+        ({"partition-id": 0, "dat": "x"}, "unknown key 'dat'. Did you mean 'data'?"),
+        ({"partition-id": 0, "device": "tpu"}, "it must be auto, cpu or cuda"),
+        ({"partition-id": 0, "threads": "two"}, "threads is 'two'"),
+    ],
+)
+def test_settings_that_cannot_be(given: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_node(given)
+    assert line in str(caught.value)
+
+
+def test_a_nodes_own_folder_is_its_only_data() -> None:
+    config = folders_config(folders=["/a", "/b", "/c"])
+    there = on_node(config, Node(1, "/mine", cache_dir="/cache", device="cpu", threads=2))
+    assert there.data.folders == ["", "/mine", ""]
+    assert there.data.root is None
+    assert (there.output.cache, there.backbone.device, there.grid.threads) == ("/cache", "cpu", 2)
+    server = on_server(config)
+    assert server.data.folders == ["", "", ""]
+    assert server.data.root == "/server/tests"
+
+
+def test_no_path_of_the_experiment_is_followed() -> None:
+    config = small_config(
+        data={"source": "folder", "root": "/home/secret"}, partition={"clients": 2},
+        output={"cache": "/etc"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="only client_folders is answered"):
+        on_node(config, Node(0, "/mine"))
+    assert on_node(folders_config(), Node(0, "/mine")).output.cache is None
+
+
+@pytest.mark.parametrize(
+    ("node", "line"),
+    [
+        (Node(3, "/mine"), r"client 3, but the experiment has 3 clients \(0 to 2\)"),
+        (Node(0), "names no 'data' folder"),
+    ],
+)
+def test_an_experiment_that_does_not_fit_the_node(node: Node, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        on_node(folders_config(), node)
+
+
+def test_private_prompts_lie_below_the_nodes_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert state_folder(Node(0, state_dir="/s"), "abc", 7) == Path("/s/abc")
+    assert state_folder(Node(0, state_dir="/s"), "", 7) == Path("/s/run-7")
+    monkeypatch.setenv("FEDPROMPT_STATE", "/env")
+    assert state_folder(Node(0), "abc", 7) == Path("/env/abc")
+    for name in ("../up", "a/b", ".hidden", "a" * 200, "a\n", "ä" + os.sep):
+        with pytest.raises(UserError, match="names no folder"):
+            state_folder(Node(0, state_dir="/s"), name, 7)
+
+
+def test_flower_reads_node_settings_as_they_were() -> None:
+    settings = {"partition-id": 3, "data": "/a folder/with = signs", "threads": 2, "device": "cpu"}
+    assert parse_config_args([as_node_config(settings)]) == settings
+    for odd in ("it's", 'a"b', "two\nlines"):
+        with pytest.raises(UserError, match="no quotes"):
+            as_node_config({"data": odd})
