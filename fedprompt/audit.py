@@ -167,7 +167,8 @@ def decoded(rows_NP: Floats, features_ND: Floats, row_P: Floats, noise: float) -
     mean_P, mean_D = rows_NP.mean(0), features_ND.mean(0)
     centred_NP = rows_NP - mean_P
     gram_NN = centred_NP @ centred_NP.T
-    ridge = max(RIDGE * float(np.trace(gram_NN)) / len(gram_NN), noise**2)
+    # Noise in the row alone acts as N noise^2 on the ridge: as if every pair had been seen with it.
+    ridge = max(RIDGE * float(np.trace(gram_NN)) / len(gram_NN), len(gram_NN) * noise**2)
     weights_ND = np.linalg.solve(gram_NN + ridge * np.eye(len(gram_NN)), features_ND - mean_D)
     return np.asarray(mean_D + (row_P - mean_P) @ centred_NP.T @ weights_ND)
 

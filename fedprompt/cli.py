@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fedprompt.cli_data import Overrides, data_app
 from fedprompt.cli_deploy import deploy_app
+from fedprompt.cli_sweep import compare, sweep
 from fedprompt.errors import UserError
 
 app = typer.Typer(
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(deploy_app, name="deploy")
+app.command()(sweep)
+app.command()(compare)
 
 RunDir = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 Client = Annotated[
@@ -139,7 +142,7 @@ def list_configs() -> None:
     from fedprompt.protocols import all_protocols
 
     table = Table("group", "names")
-    for group in ("experiment", "method", "strategy", "data", "backbone"):
+    for group in ("experiment", "sweep", "method", "strategy", "data", "backbone"):
         table.add_row(group, ", ".join(available(group)))
     table.add_row("protocol", ", ".join(all_protocols()))
     _console().print(table)

@@ -1,38 +1,29 @@
 """Flower messages <-> local training and evaluation, for one client or for a cohort of them.
 
 `handle` is the whole client. A simulation's grid gives it a list of messages; Flower's ClientApp
-below gives it one. A reply carries the method's shared tensors and metrics; private tensors are
-returned beside the replies and kept by the caller on the client's side.
+(fedprompt/deploy) gives it one. A reply carries the method's shared tensors and metrics; private
+tensors are returned beside the replies and kept by the caller on the client's side.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
-    Context,
     Message,
     MessageType,
     MetricRecord,
     RecordDict,
 )
-from flwr.clientapp import ClientApp
 
-from fedprompt.config import compose
 from fedprompt.errors import UserError
 from fedprompt.evaluation import score_personal
 from fedprompt.local_privacy import protected
 from fedprompt.methods.base import Tensors
-from fedprompt.private_store import FileStore
-from fedprompt.threads import use_threads
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 from strategies.screening import ARRAYS, CONFIG, METRICS, RECEIVED, to_record, values_of
@@ -90,9 +81,7 @@ def _train(
         examples = result.num_examples
         if config.privacy.noise:
             last, now = _received(workspace, message), server_round(message)
-            shared = protected(
-                last, shared, config.privacy, server_round=now, client=result.client
-            )
+            shared = protected(last, shared, config.privacy, server_round=now, client=result.client)
             examples, losses = 1, {}
         arrays = to_record({n: t.numpy() for n, t in shared.items()})
         named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
@@ -203,70 +192,3 @@ def _read(
             )
         tensors[name] = torch.from_numpy(array)
     return tensors
-
-
-# Flower's ClientApp: one client per node
-
-
-app = ClientApp()
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Local training on this node's client."""
-    return _answer(message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Test this node's personal model."""
-    return _answer(message, context)
-
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    return _answer(message, context)
-
-
-def _answer(message: Message, context: Context) -> Message:
-    workspace = _workspace(
-        str(context.run_config["experiment"]), str(context.run_config["overrides"])
-    )
-    client = int(context.node_config["partition-id"])
-    if not 0 <= client < workspace.num_clients:
-        raise UserError(
-            f"this node is partition {client}, but the experiment has {workspace.num_clients} "
-            "clients; set partition.clients to the number of nodes."
-        )
-    store = FileStore(state_folder(context) / f"client-{client:05d}")
-    private: dict[int, Tensors] = {}
-    kind = message.metadata.message_type
-    if kind in (MessageType.TRAIN, MessageType.EVALUATE):
-        # Training in round r builds on r - 1; an evaluation of round r sees what r has trained.
-        limit = server_round(message) + (kind == MessageType.EVALUATE)
-        kept = store.latest(limit)
-        if kept:
-            private[client] = kept
-    replies, changed = handle(workspace, [client], [message], private)
-    for tensors in changed.values():
-        store.put(server_round(message), tensors)
-    return replies[0]
-
-
-def state_folder(context: Context) -> Path:
-    """This node's folder for private tensors of one run.
-
-    The node's `state-dir`, else $FEDPROMPT_STATE, else ~/.local/state/fedprompt.
-    """
-    base = context.node_config.get("state-dir") or os.environ.get("FEDPROMPT_STATE")
-    root = Path(str(base)) if base else Path.home() / ".local" / "state" / "fedprompt"
-    return root.expanduser() / f"run-{context.run_id}"
-
-
-@lru_cache(maxsize=1)
-def _workspace(experiment: str, overrides: str) -> Workspace:
-    """This process's workspace; a warm worker process opens it once."""
-    config = compose(experiment, shlex.split(overrides))
-    use_threads(config.grid)
-    return Workspace.open(config, progress=False)

@@ -128,10 +128,11 @@ def validate(raw: Mapping[str, Any]) -> Config:
         strategy = {**strategy, **cls.server_rule(parts["method"])}
     rule = str(strategy["name"])
     parts["strategy"] = build(strategy_class(rule).Config, strategy, "strategy")
-    if cls.works_with is not None and rule not in cls.works_with:
+    possible = cls.possible_rules(parts["method"])
+    if possible is not None and rule not in possible:
         raise UserError(
             f"config: method '{cls.name}' cannot do without strategy "
-            f"{' or '.join(sorted(cls.works_with))}; leave strategy out, or set strategy=auto."
+            f"{' or '.join(sorted(possible))}; leave strategy out, or set strategy=auto."
         )
     seed = raw.get("seed", 1)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

@@ -17,7 +17,9 @@ from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import score_global, score_personal
 from fedprompt.grid import CohortGrid, open_grid
+from fedprompt.loggers import Loggers, check_installed
 from fedprompt.methods import method_class
+from fedprompt.opened import Opened
 from fedprompt.private_log import PrivateLog
 from fedprompt.run_folder import METRICS, PRIVATE, PROMPTS, REPORT, SUMMARY, RunFolder
 from fedprompt.schema import Config
@@ -31,12 +33,13 @@ from fedprompt.server_app import (
 from fedprompt.workspace import Workspace
 
 
-def run(config: Config, display: Display) -> Path:
-    """A new run; returns its folder."""
-    return _run(config, RunFolder.create(config), display)
+def run(config: Config, display: Display, opened: Opened | None = None) -> Path:
+    """A new run; returns its folder. `opened` keeps what later runs of this process share."""
+    check_installed(config.output.loggers)
+    return _run(config, RunFolder.create(config), display, opened)
 
 
-def resume(path: Path, display: Display) -> Path:
+def resume(path: Path, display: Display, opened: Opened | None = None) -> Path:
     """Go on with a run that was interrupted; a finished one is left as it is."""
     folder, config = RunFolder.resume(path)
     if (path / SUMMARY).is_file():
@@ -45,39 +48,58 @@ def resume(path: Path, display: Display) -> Path:
         display.finish(json.loads((path / SUMMARY).read_text()), path)
         folder.close()
         return path
-    return _run(config, folder, display)
+    return _run(config, folder, display, opened)
 
 
-def _run(config: Config, folder: RunFolder, display: Display) -> Path:
+def _run(config: Config, folder: RunFolder, display: Display, opened: Opened | None) -> Path:
     started = time.monotonic()
     grid: CohortGrid | None = None
+    loggers = Loggers(config, folder.path)
     try:
+        _refuse_absent_folders(config)
+        loggers.open()
         checkpoint = folder.load_checkpoint()
         display.phase("opening data and backbone")
-        workspace = Workspace.open(config)
+        workspace = Workspace.open(config, opened=opened)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
         private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
         grid = open_grid(config, workspace, private)
         federation = Federation(workspace, grid)
-        line, totals = run_server(federation, folder, display, checkpoint, private)
+        line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         local_only = None
         wanted = config.evaluation.local_only and "personalised" in config.protocols
         if wanted and config.method.name != "coop_local":
-            local_only = _local_only(workspace, grid, folder, display)
-        finish(federation, folder, display, line, totals, started, local_only=local_only)
+            local_only = _local_only(workspace, grid, folder, display, loggers)
+        finish(federation, folder, display, line, totals, started, loggers, local_only=local_only)
     except UserError:
+        loggers.close()
         folder.discard_unstarted()
         raise
     finally:
         if grid is not None:
             grid.close()
+        loggers.close()
         folder.close()
     return folder.path
 
 
+def _refuse_absent_folders(config: Config) -> None:
+    """A run on this machine needs all clients' images."""
+    folders = config.data.folders
+    if config.data.source == "client_folders" and not (folders and all(folders)):
+        raise UserError(
+            "data.folders must name the folder of every client for a run on this machine; on nodes "
+            "with folders of their own, use 'fedprompt deploy run'."
+        )
+
+
 def _local_only(
-    workspace: Workspace, grid: CohortGrid, folder: RunFolder, display: Display
+    workspace: Workspace,
+    grid: CohortGrid,
+    folder: RunFolder,
+    display: Display,
+    loggers: Loggers,
 ) -> dict[str, Any] | None:
     """Every client alone, for as many rounds and with as many tokens as the method uses."""
     display.phase("local-only baseline")
@@ -85,10 +107,13 @@ def _local_only(
     tokens = workspace.config.evaluation.local_only_tokens
     alone = workspace.with_method(reference.Config(context_tokens=tokens))
     grid.use(alone)
-    return run_reference(
-        Federation(alone, grid),
-        lambda line: folder.append(METRICS, {"kind": "local_only", **line}),
-    )
+
+    def record(line: dict[str, Any]) -> None:
+        whole = {"kind": "local_only", **line}
+        folder.append(METRICS, whole)
+        loggers.line(whole)
+
+    return run_reference(Federation(alone, grid), record)
 
 
 def finish(
@@ -98,10 +123,11 @@ def finish(
     line: dict[str, Any],
     totals: dict[str, int],
     started: float,
+    loggers: Loggers,
     *,
     local_only: dict[str, Any] | None,
 ) -> None:
-    """Write prompts, the summary that says the run is complete, then plots and report."""
+    """Write prompts, the summary that says the run is complete, then logs, plots and report."""
     config, workspace, method = federation.config, federation.workspace, federation.method
     rounds = config.federation.rounds if method.trainable else 0
     tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
@@ -135,6 +161,7 @@ def finish(
     summary["wall_s"] = round(time.monotonic() - started, 3)
     summary["environment"] = environment(workspace)
     folder.write_json(SUMMARY, summary)
+    loggers.finish(summary, folder.lines(METRICS))
     if config.output.report:
         display.phase("drawing the report")
         draw_report(folder.path)

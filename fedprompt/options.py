@@ -31,6 +31,7 @@ _WORDS: dict[Any, str] = {
     list[float]: "a list of numbers",
     list[int]: "a list of whole numbers",
     list[Any]: "a list",
+    dict[str, Any]: "keys and values",
     NoneType: "null",
 }
 

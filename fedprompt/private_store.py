@@ -20,7 +20,6 @@ from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 from fedprompt.methods.base import Tensors
 
-
 CHECKSUM = "sha256"
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ METRICS, TIMINGS, PARTITION, CONFIG = (
     "partition.json",
     "config.yaml",
 )
+
+UNSTARTED = {CONFIG, ".lock", "loggers.json", "tensorboard", "wandb"}
+"""What a run's folder may hold before its first round: its config, and logs without a point."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,8 @@ class RunFolder:
 
     def discard_unstarted(self) -> None:
         """Remove the folder of a run that never began, so that a mended retry gets its name."""
-        if {p.name for p in self.path.iterdir()} <= {CONFIG, ".lock"}:
-            (self.path / CONFIG).unlink(missing_ok=True)
-            (self.path / ".lock").unlink(missing_ok=True)
-            self.path.rmdir()
+        if {p.name for p in self.path.iterdir()} <= UNSTARTED:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, content: bytes) -> None:
         """Replace one file atomically.

@@ -290,6 +290,13 @@ class OutputConfig:
     checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
     cache: str | None = option(None, "feature cache; null = $FEDPROMPT_CACHE or ~/.cache/fedprompt")
     report: bool = option(True, "draw plots and write report.html at the end")
+    loggers: list[str] = option([], "trackers to report to: tensorboard, mlflow, wandb")
+
+    def check(self) -> None:
+        """Names of loggers; whether they are installed matters only to who runs."""
+        from fedprompt.loggers import check_names  # late: it needs this module
+
+        check_names(self.loggers)
 
 
 @dataclass(frozen=True)

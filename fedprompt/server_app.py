@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from fedprompt.client_app import PROTOCOLS
-from fedprompt.config import compose
-from fedprompt.display import Display, make_display
+from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
 from fedprompt.grid import CohortGrid, Traffic, describe_nodes
@@ -32,8 +30,6 @@ from fedprompt.methods.base import Tensors
 from fedprompt.private_log import PrivateLog
 from fedprompt.protocols import Finished
 from fedprompt.run_folder import CONFIG, METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
-from fedprompt.schema import Config
-from fedprompt.threads import use_threads
 from fedprompt.training import learning_rate
 from fedprompt.wire import client_of, to_wire
 from fedprompt.workspace import Workspace
@@ -253,10 +249,12 @@ def run_server(
     display: Display,
     checkpoint: Checkpoint | None,
     private: PrivateLog | None = None,
+    log_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """All rounds after `checkpoint` (or from the start); returns the last line and byte totals.
 
     `private` is the grid's store in a simulation; on real nodes private tensors stay there.
+    `log_line` gets every metrics line, those of rounds before `checkpoint` first.
     """
     config = federation.config
     rounds = config.federation.rounds if federation.method.trainable else 0
@@ -281,6 +279,8 @@ def run_server(
             f"{folder.path / METRICS} lacks rounds that the checkpoint has; the run cannot be "
             f"completed. Start it anew with 'fedprompt run {folder.path / CONFIG} output.dir=...'."
         )
+    for line in recorded:
+        log_line(line)
     line = recorded[-1] if recorded else {}
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
@@ -290,6 +290,7 @@ def run_server(
         totals["bytes_down"] += line["bytes_down"]
         totals["rejected"] = federation.rejected
         folder.append(METRICS, line)
+        log_line(line)
         folder.append(TIMINGS, {"round": server_round, **seconds})
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
             _save(federation.checkpoint(server_round, totals), folder, private)
@@ -403,29 +404,3 @@ def _finite(value: Any) -> Any:
 
 def _size(messages: Iterable[Message]) -> int:
     return sum(len(to_wire(m)) for m in messages)
-
-
-# Flower's ServerApp
-
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the experiment on the nodes that Flower connects."""
-    from fedprompt.experiment import finish
-
-    experiment = str(context.run_config["experiment"])
-    config: Config = compose(experiment, shlex.split(str(context.run_config["overrides"])))
-    folder = RunFolder.create(config)
-    try:
-        display = make_display()
-        use_threads(config.grid)
-        workspace = Workspace.open(config, progress=False)
-        federation = Federation(workspace, grid)
-        started = time.monotonic()
-        line, totals = run_server(federation, folder, display, None)
-        finish(federation, folder, display, line, totals, started, local_only=None)
-    finally:
-        folder.close()

@@ -94,6 +94,7 @@ def train_cohort(
         received=received_K,
         steps_K=torch.tensor([_steps(len(d), config) for d in ordered], device=device),
         class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
+        momentum=config.momentum if config.optimizer == "sgd" else 0.0,
     )
     extra = method.init_received(seed).keys()
     shared_K, private_K = method.start_round(

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP, load_clip
-from fedprompt.data import open_dataset
+from fedprompt.clip import FrozenCLIP
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.cache import default_cache_dir
 from fedprompt.data.columns import Columns, open_columns
@@ -23,6 +22,7 @@ from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods import Method, Task, Tensors, method_class
 from fedprompt.methods.base import ClientData, stack
+from fedprompt.opened import Opened
 from fedprompt.protocols import Protocol, hold_out, open_protocols
 from fedprompt.schema import Config
 
@@ -54,18 +54,23 @@ class Workspace:
         self._server_test: tuple[Inputs, Tensor] | None = None
 
     @classmethod
-    def open(cls, config: Config, *, progress: bool = True) -> Workspace:
+    def open(
+        cls, config: Config, *, progress: bool = True, opened: Opened | None = None
+    ) -> Workspace:
         """Load CLIP, open the data set, deal the partition, encode images that no cache holds.
+
+        `opened` keeps backbone and data set for the next workspace of this process.
 
         Raises:
             UserError: weights or data that cannot be had or do not fit the config.
         """
+        opened = opened or Opened()
         cache_dir = default_cache_dir(config.output.cache)
         # Cheap checks first: a partition that cannot be met is refused before images are encoded.
-        dataset = open_dataset(config.data, config.seed, cache_dir)
+        dataset = opened.dataset(config.data, config.seed, cache_dir)
         dataset, held_out = hold_out(config, dataset)
         partition = make_partition(dataset, config.partition, config.seed)
-        clip = load_clip(config.backbone, cache_dir)
+        clip = opened.clip(config.backbone, cache_dir)
         workspace = cls(config, clip, dataset, partition, (), held_out)
         workspace.views = tuple(
             open_columns(

@@ -92,6 +92,13 @@ class WrappedMethod(Method):
         """The base's."""
         return base_class(config.base).server_rule(config.base_config())
 
+    @classmethod
+    def possible_rules(cls, config: Any) -> frozenset[str] | None:
+        """The base's, and among them the wrapper's own."""
+        if cls.works_with is not None:
+            return cls.works_with
+        return base_class(config.base).possible_rules(config.base_config())
+
     def trained(self, shared: Tensors) -> Tensors:
         """The base's shared tensors that are learned: neither received besides, nor frozen."""
         besides = self.base.init_received(0)

@@ -4,10 +4,11 @@ A rule of ours. The consensus of a round is the coordinate median of the clients
 each scaled to norm 1; the agreement a_k is the cosine of Delta_k with it, over all shared tensors
 together. Every client has a score, at first 0:
     score_k <- min(credit, score_k + a_k)
-    w_k  ~  n_k exp(sharpness min(0, score_k)),     step = sum_k w_k Delta_k,
-and the step is shortened to norm `trust x median_k |Delta_k|` where it is longer. So those who
-agree on the whole count as in FedAvg, whatever a single round says, while who keeps pulling
-elsewhere counts less from round to round. Sharpness 0 and no trust region are FedAvg.
+    w_k  ~  n_k exp(sharpness min(0, score_k)),     step = sum_k w_k clip(Delta_k)
+where clip brings every client's prompts back into a ball around the last global ones, of radius
+`trust x median_k |Delta_k|`. So those who agree on the whole count as in FedAvg, whatever a single
+round says, while who keeps pulling elsewhere counts less from round to round. Sharpness 0 and no
+trust region are FedAvg.
 
 Nearest published rules: FLTrust (Cao et al., NDSS 2021, arXiv 2012.13995) weighs by the cosine with
 an update that the server trains itself, which needs data on the server; FoolsGold (Fung et al.,
@@ -35,15 +36,15 @@ class AlignedConfig(StrategyConfig):
     """Sharpness 0 and trust null are FedAvg."""
 
     name: str = option("aligned", "strategy name")
-    sharpness: float = option(5.0, "how much disagreement counts; 0 = not at all", ge=0)
+    sharpness: float = option(10.0, "how much disagreement counts; 0 = not at all", ge=0)
     credit: float = option(3.0, "highest score: what a client may lose before it counts less", ge=0)
     trust: float | None = option(
-        1.0, "longest step, in median norms of the clients' changes; null = unlimited", gt=0
+        1.5, "largest change, in median norms of the round's changes; null = unlimited", gt=0
     )
 
 
 class Aligned(SharedPromptStrategy):
-    """FedAvg whose weights fall with disagreement and whose step is bounded."""
+    """FedAvg whose weights fall with disagreement, of changes that are bounded."""
 
     name = "aligned"
     Config = AlignedConfig
@@ -63,10 +64,9 @@ class Aligned(SharedPromptStrategy):
         # The largest weight is exp(0): the sum cannot vanish where everybody has lost.
         factor_U = np.exp(self.config.sharpness * (lost_U - lost_U.max()))
         weights_U = sample_shares(updates) * factor_U
-        step_P = combined(weights_U / weights_U.sum(), rows_UP)
         if trust is not None:
-            step_P = clipped(step_P[None], trust * float(np.median(norms(rows_UP))))[0]
-        return moved(shared, step_P)
+            rows_UP = clipped(rows_UP, trust * float(np.median(norms(rows_UP))))
+        return moved(shared, combined(weights_U / weights_U.sum(), rows_UP))
 
     def measured(self) -> dict[str, Any]:
         """The clients that count less than in FedAvg, with their scores."""

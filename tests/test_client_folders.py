@@ -18,7 +18,9 @@ from fedprompt.data import client_folders
 from fedprompt.data.base import TEST, TRAIN, ImageDataset
 from fedprompt.data.columns import open_columns
 from fedprompt.data.partition import Partition, make_partition
+from fedprompt.display import QuietDisplay
 from fedprompt.errors import UserError
+from fedprompt.experiment import run
 from fedprompt.schema import Config, DataConfig
 
 CLASSES = ("river", "Sea Ice", "harbor")
@@ -199,3 +201,11 @@ def test_configs_that_cannot_be(changes: dict[str, Any], line: str) -> None:
 def test_folders_may_be_elsewhere() -> None:
     assert validate(raw(data={"folders": []})).data.folders == []
     assert isinstance(validate(raw()).data, DataConfig)
+
+
+def test_a_simulation_needs_all_folders(root: Path, tmp_path: Path) -> None:
+    for folders in ([], ["", str(root / "client-1"), ""]):
+        config = config_for(root, folders=folders)
+        config = replace(config, output=replace(config.output, dir=str(tmp_path / "run")))
+        assert "data.folders must name" in refused(lambda c=config: run(c, QuietDisplay()))
+        assert not (tmp_path / "run" / "config.yaml").exists(), "nothing is left behind"

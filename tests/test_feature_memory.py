@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from method_twins import draw, images
 from torch import Tensor
 
 from fedprompt.feature_memory import empty_memory, fill_memory, recall
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import ClientData
+from method_twins import draw, images
 
 D, C, S = 8, 3, 2
 

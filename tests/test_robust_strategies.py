@@ -244,8 +244,9 @@ def test_aligned_by_hand() -> None:
         np.testing.assert_allclose(step(free, rows), [expected, 0], rtol=1e-6)
     assert free.scores == {0: 1.5, 1: 1.5, 2: -2.0}, "credit is limited"
     assert free.measured() == {"below_zero": {"2": -2.0}}
-    near = make("aligned", (2,), sharpness=0.5, trust=0.01)
-    np.testing.assert_allclose(step(near, rows), [0.02, 0], rtol=1e-6)
+    near = make("aligned", (2,), sharpness=0.5, trust=1.5)
+    small = math.exp(-0.5)
+    np.testing.assert_allclose(step(near, rows), [(4 - 3 * small) / (2 + small), 0], rtol=1e-6)
 
 
 def test_aligned_counts_those_who_agree_as_fedavg_does() -> None:

@@ -7,6 +7,7 @@ server's operator has registered the nodes' keys by client, `keyed` says which i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedprompt.data.partition import sparse
 from fedprompt.deploy.description import Description, from_reply
 
 log = logging.getLogger("fedprompt.server")
+RETRY_S = 60.0
+"""Before a node with a fault is asked again: its folder may have been mended."""
 
 
 class Roster:
@@ -42,6 +45,7 @@ class Roster:
         self.faults: dict[int, str] = {}
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
+        self._refused: dict[int, float] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -56,12 +60,14 @@ class Roster:
     def update(self) -> bool:
         """Look who is there now; whether clients have joined or left since the last look.
 
-        Nodes that are new are asked who they are. Nobody is waited for: an answer counts whenever
-        it comes, so a node that first has to encode its images joins when it is ready.
+        Nodes that are new are asked who they are, those with a fault again after a while. Nobody
+        is waited for: an answer counts whenever it comes, so a node that first has to encode its
+        images joins when it is ready.
         """
         before = dict(self.node_of_client)
         present = set(self.grid.get_node_ids())
         self._forget(present)
+        self._asked -= {n for n, since in self._refused.items() if _now() - since > RETRY_S}
         new = sorted(present - self._asked)
         if new:
             queries = [
@@ -69,6 +75,8 @@ class Roster:
                 for node in new
             ]
             self._asked |= set(new)
+            for node in new:
+                self._refused.pop(node, None)
             ids = self.grid.push_messages(queries)
             self._pending |= {i: node for i, node in zip(ids, new, strict=True) if i}
         if self._pending:
@@ -97,6 +105,7 @@ class Roster:
             log.warning("client %d has left (node %d)", client, node)
             del self.node_of_client[client]
         self.faults = {n: f for n, f in self.faults.items() if n in present}
+        self._refused = {n: since for n, since in self._refused.items() if n in present}
         self._pending = {i: n for i, n in self._pending.items() if n in present}
         self._asked &= present
 
@@ -112,6 +121,7 @@ class Roster:
             self._refuse(node, f"it says that it is client {client}, as another node does")
         else:
             self.node_of_client[client] = node
+            self.faults.pop(node, None)
             self.descriptions[client] = found
             trained, tested = sum(found.train_C), sum(found.test_C)
             log.info(
@@ -122,10 +132,17 @@ class Roster:
                 log.warning("client %d: %s", client, note)
 
     def _refuse(self, node: int, fault: str) -> None:
+        self._refused[node] = _now()
+        if self.faults.get(node) == fault:
+            return  # said already
         self.faults[node] = fault
         client = self.keyed.get(node)
         who = f"node {node}" if client is None else f"client {client} (node {node})"
         log.warning("%s does not take part: %s", who, fault)
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 def _sparse(counts_C: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ from fedprompt.deploy.submit import DEPLOYMENT, LOG
 from fedprompt.display import make_display
 from fedprompt.errors import UserError
 from fedprompt.experiment import finish
+from fedprompt.loggers import Loggers
 from fedprompt.run_folder import SUMMARY, RunFolder
 from fedprompt.schema import Config
 from fedprompt.server_app import run_server
@@ -65,8 +66,9 @@ def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -
         log.info("%s is finished; nothing to do", folder.path)
         return
     started = time.monotonic()
-    display = make_display()
+    display, loggers = make_display(), Loggers(config, folder.path)
     try:
+        loggers.open()
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
         use_threads(config.grid)
@@ -74,10 +76,11 @@ def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -
         federation = NodeFederation(workspace, NodeGrid(grid), folder, keyed)
         if checkpoint is not None:
             log.info("going on after round %d", checkpoint.server_round)
-        line, totals = run_server(federation, folder, display, checkpoint)
+        line, totals = run_server(federation, folder, display, checkpoint, log_line=loggers.line)
         log.info("no local-only baseline: a deployment does not run one")
-        finish(federation, folder, display, line, totals, started, local_only=None)
+        finish(federation, folder, display, line, totals, started, loggers, local_only=None)
     finally:
+        loggers.close()
         display.close()
 
 

@@ -73,6 +73,7 @@ class Visit:
         seed: the run's seed.
         server_round: 1-based round, of `rounds`.
         lr: the round's learning rate, before a tensor's own factor.
+        momentum: SGD's; 0 under other optimisers.
         received: shared tensors, and what else the server sent, as they came: (K, ...).
         steps_K: local steps of each client in this round.
         class_counts_KC: training images per class.
@@ -86,6 +87,7 @@ class Visit:
     received: Tensors
     steps_K: Tensor
     class_counts_KC: Tensor
+    momentum: float = 0.0
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Draws (K, *shape) from N(0, 1), keyed by client, round and purpose."""
@@ -171,6 +173,11 @@ class Method(ABC):
     def server_rule(cls, config: Any) -> Mapping[str, Any]:
         """What `strategy: auto` stands for under this config."""
         return cls.strategy
+
+    @classmethod
+    def possible_rules(cls, config: Any) -> frozenset[str] | None:
+        """`works_with` under this config."""
+        return cls.works_with
 
     @abstractmethod
     def init_shared(self, seed: int) -> Tensors:

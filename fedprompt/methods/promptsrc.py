@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import token_count
 from fedprompt.methods.base import (
     Batch,
     PromptSource,
@@ -48,6 +47,7 @@ from fedprompt.methods.base import (
 )
 from fedprompt.methods.ivlp import IVLP, IVLPConfig
 from fedprompt.options import option
+from fedprompt.text_tower import token_count
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ directions. Private prompts of the base are trained as ever. The server's part i
 How we differ: the theory is for plain SGD. Under momentum m a step moves by more than lr times its
 gradient, and (x - y) / (S lr) is up to 1 / (1 - m) mean gradients. S is therefore replaced by the
 sum of the steps' coefficients, sum_{s=1..S} (1 - m^s) / (1 - m), which is S for m = 0, so c_k
-stays a (weighted) mean of the gradients on the way; `momentum` must be that of training. Weight
+stays a (weighted) mean of the gradients on the way. Weight
 decay counts as part of the gradient. Under Adam c_k is a mean of its normalised steps, for which
 nothing is proved.
 """
@@ -42,7 +42,6 @@ class ScaffoldConfig(WrapperConfig):
     """SCAFFOLD on the client."""
 
     name: str = option("scaffold", "method name")
-    momentum: float = option(0.9, "training.momentum, for the scale of c_k", ge=0, lt=1)
 
 
 class Scaffold(WrappedMethod):
@@ -97,7 +96,7 @@ class Scaffold(WrappedMethod):
 
     def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
         """Option II: the new c_k is kept, its difference to the old one goes up as `control.`."""
-        moves_K = coefficients(visit.steps_K, self.config.momentum)
+        moves_K = coefficients(visit.steps_K, visit.momentum)
         difference, kept = {}, {}
         for n, y in self.trained(shared).items():
             name = self.prefix + n

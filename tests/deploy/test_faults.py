@@ -192,9 +192,9 @@ def test_a_checkpoint_half_written_when_the_server_app_dies(tmp_path: Path) -> N
     flag = tmp_path / "died"
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "sitecustomize.py").write_text(DYING.format(flag=str(flag)))
-    with federation(
-        tmp_path, config, range(3), {"PYTHONPATH": str(tmp_path / "python")}
-    ) as running:
+    path = [str(tmp_path / "python"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    with federation(tmp_path, config, range(3), environment) as running:
         running.begin()
         running.wait_for(flag.exists, "the server app's death")
         (half,) = running.path.glob(".checkpoint.safetensors.*.tmp")

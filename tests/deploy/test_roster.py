@@ -112,6 +112,26 @@ def test_a_fault_is_said_on_the_server_and_the_node_left_out(
     assert found.faults == {22: "it raised"}
 
 
+def test_a_folder_that_is_mended_is_noticed(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, clock = roster(nodes), [100.0]
+    monkeypatch.setattr("fedprompt.deploy.roster._now", lambda: clock[0])
+    nodes.answers = {11: "data: no readable image"}
+    for _ in range(3):
+        found.update()
+    assert len(nodes.sent) == 1, "not asked again at once"
+    clock[0] += 61
+    found.update()
+    assert len(nodes.sent) == 2
+    assert caplog.text.count("no readable image") == 1, "said once"
+    nodes.answers[11] = client(0)
+    clock[0] += 61
+    assert found.update()
+    assert found.node_of_client == {0: 11}
+    assert found.faults == {}
+
+
 def test_classes_that_are_lacking_and_bad_images_are_said(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:

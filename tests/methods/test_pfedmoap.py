@@ -163,6 +163,7 @@ def test_visits_by_hand(clip: FrozenCLIP) -> None:
         for n in ("gate.q.weight", "gate.v.bias", "gate.o.weight"):
             assert not torch.equal(result.private[n], before.private[n])
         assert result.private["visits"].item() == 2
+        assert float((result.shared["ctx"] - received["ctx"]).abs().max()) > 1e-2
     shared = stack([received])
     private = stack([r.private for r in second[:K]])
     images = some_batch(clip).inputs
@@ -208,7 +209,15 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
     assert not torch.allclose(loss(0), loss(1))
     torch.testing.assert_close(loss(0)[1], loss(0, wide=3)[1])
     encoded = method.encode(shared, private)
-    features = some_batch(clip).inputs.features
+    data = some_batch(clip)
+    keep = (data.uniform((5, 6, 4, 4), "gate dropout") >= 0.4) / 0.6
+    logits = method._logits(encoded, data.inputs, keep)
+    for k in range(K):
+        real = data.mask_KB[k]
+        torch.testing.assert_close(
+            loss(0)[k], F.cross_entropy(logits[k][real], data.labels_KB[k][real])
+        )
+    features = data.inputs.features
     plain = method._mixture(encoded, features, None)
     shape = (*features.shape[:2], 6, 4, 4)
     noise = torch.Generator().manual_seed(0)

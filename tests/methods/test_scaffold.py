@@ -40,7 +40,7 @@ def aggregate(strategy: Any, shared: dict[str, Any], results: list[Any]) -> dict
 def test_three_rounds_of_a_federation_by_hand(clip: FrozenCLIP, momentum: float) -> None:
     """c_k is tracked as the (weighted) mean of the gradients themselves, not from the prompts."""
     training = config(momentum=momentum, lr=0.01)
-    method = build_method(clip, "scaffold", options={"context_tokens": 3}, momentum=momentum)
+    method = build_method(clip, "scaffold", options={"context_tokens": 3})
     data = clients(clip)
     shared = method.init_shared(1)
     strategy = server({n: tuple(t.shape) for n, t in shared.items()})
@@ -89,7 +89,7 @@ def test_three_rounds_of_a_federation_by_hand(clip: FrozenCLIP, momentum: float)
 
 
 def test_with_all_clients_c_is_the_mean_of_the_c_k(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "scaffold", options={"context_tokens": 3}, momentum=0.0)
+    method = build_method(clip, "scaffold", options={"context_tokens": 3})
     training, data = config(momentum=0.0), clients(clip)
     shared = method.init_shared(1)
     private = [method.init_private(1, k) for k in range(N)]

@@ -1,0 +1,182 @@
+"""The table of a comparison, and the four forms in which it is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedprompt.compare.load import Row
+from fedprompt.compare.metrics import Metric
+from fedprompt.compare.statistics import LEVEL, Cell, Test, column
+from fedprompt.display import MISSING
+
+TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
+MARK = "*"
+FEWEST_FOR_WILCOXON = 6
+"""With fewer seeds its smallest p, 2^(1 - n), is above 0.05."""
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by name, each with a cell per metric."""
+
+    metrics: tuple[Metric, ...]
+    names: tuple[str, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    note: str
+
+
+def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t") -> Comparison:
+    """Mean, deviation, best row and test of every metric."""
+    columns = [
+        column([m.by_seed(row) for row in rows], higher_is_better=m.higher_is_better, test=test)
+        for m in metrics
+    ]
+    cells = tuple(tuple(col[i] for col in columns) for i in range(len(rows)))
+    note = _note(rows, cells, test)
+    return Comparison(tuple(metrics), tuple(row.name for row in rows), cells, note)
+
+
+def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> str:
+    seeds = {tuple(sorted(row.runs)) for row in rows}
+    if len(seeds) == 1:
+        (one,) = seeds
+        over = f"seeds {', '.join(map(str, one))}" if len(one) > 1 else f"seed {one[0]} only"
+    else:
+        counts = sorted({len(s) for s in seeds})
+        over = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+    note = f"Accuracy in percent; mean ± standard deviation (divide by n) over {over}."
+    if any(cell.best for line in cells for cell in line):
+        note += " Bold: best mean."
+    if any(cell.p is not None for line in cells for cell in line):
+        note += (
+            f" {MARK}: differs from the best, p < {LEVEL:g} in a {TESTS[test]} over common seeds, "
+            "Holm-corrected in each column."
+        )
+    most = max(len(s) for s in seeds)
+    if test == "wilcoxon" and 1 < most < FEWEST_FOR_WILCOXON:
+        note += f" With {most} seeds this test cannot reach p < {LEVEL:g}."
+    return note
+
+
+def number(metric: Metric, value: float) -> str:
+    """One number as it is printed, without a unit."""
+    if metric.kind == "share":
+        return f"{100 * value:.1f}"
+    if metric.kind == "count":
+        return f"{value:,.0f}"
+    if metric.kind == "bytes":
+        return f"{value / 2**20:.2f}"
+    return f"{value:.4g}"
+
+
+def text(metric: Metric, cell: Cell) -> str:
+    """Mean and deviation; the mean alone with one seed, or for a cost that is always the same."""
+    if cell.mean is None or cell.std is None:
+        return MISSING
+    mean = number(metric, cell.mean)
+    alone = len(cell.by_seed) < 2 or (metric.higher_is_better is None and cell.std == 0)
+    return mean if alone else f"{mean} ± {number(metric, cell.std)}"
+
+
+def terminal(table: Comparison) -> Table:
+    """For rich; the best in bold."""
+    shown = Table(
+        Column("", overflow="fold"),
+        *(Column(m.title, justify="right", overflow="fold") for m in table.metrics),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption=Text(table.note),
+        caption_justify="left",
+    )
+    for name, line in zip(table.names, table.cells, strict=True):
+        shown.add_row(
+            Text(name),
+            *(
+                Text(text(m, c) + MARK * c.differs, style="bold" if c.best else "")
+                for m, c in zip(table.metrics, line, strict=True)
+            ),
+        )
+    return shown
+
+
+def markdown(table: Comparison) -> str:
+    """A Markdown table and its note."""
+
+    def cell(metric: Metric, value: Cell) -> str:
+        shown = text(metric, value)
+        return f"**{shown}**" if value.best else shown + "\\" * value.differs + MARK * value.differs
+
+    heads = ["", *(m.title for m in table.metrics)]
+    lines = [heads, ["---"] * len(heads)]
+    for name, line in zip(table.names, table.cells, strict=True):
+        cells = [cell(m, c) for m, c in zip(table.metrics, line, strict=True)]
+        lines.append([name.replace("|", r"\|"), *cells])
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = table.note.replace(f"{MARK}:", "\\" + f"{MARK}:")
+    return f"{body}\n\n{note}\n"
+
+
+def latex(table: Comparison) -> str:
+    """A LaTeX table for the packages booktabs and, for `±`, none; the note is its caption."""
+
+    def cell(metric: Metric, value: Cell) -> str:
+        shown = escape(text(metric, value))
+        shown = rf"\textbf{{{shown}}}" if value.best else shown
+        return shown + rf"$^{{{MARK}}}$" * value.differs
+
+    heads = " & ".join(["", *(escape(m.title) for m in table.metrics)])
+    lines = [
+        " & ".join([escape(name), *(cell(m, c) for m, c in zip(table.metrics, row, strict=True))])
+        for name, row in zip(table.names, table.cells, strict=True)
+    ]
+    body = "\n".join(rf"    {line} \\" for line in lines)
+    return (
+        "% \\usepackage{booktabs}\n"
+        "\\begin{table}\n"
+        "  \\centering\n"
+        f"  \\caption{{{escape(table.note)}}}\n"
+        f"  \\begin{{tabular}}{{l{'r' * len(table.metrics)}}}\n"
+        "    \\toprule\n"
+        f"    {heads.strip()} \\\\\n"
+        "    \\midrule\n"
+        f"{body}\n"
+        "    \\bottomrule\n"
+        "  \\end{tabular}\n"
+        "\\end{table}\n"
+    )
+
+
+def comma_separated(table: Comparison) -> str:
+    """CSV for programs: unrounded mean, std, number of seeds and p of every metric.
+
+    Shares are not in percent here, and bytes are bytes.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    ends = ("mean", "std", "n", "p")
+    writer.writerow(["row", *(f"{m.name} {end}" for m in table.metrics for end in ends)])
+    for name, line in zip(table.names, table.cells, strict=True):
+        cells: list[str] = []
+        for c in line:
+            numbers = (c.mean, c.std, len(c.by_seed), c.p)
+            cells += ["" if n is None else repr(n) for n in numbers]
+        writer.writerow([name, *cells])
+    return out.getvalue()
+
+
+def escape(words: str) -> str:
+    """Text for LaTeX."""
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], words)

@@ -1,0 +1,162 @@
+"""A node's answers, in this process and through its warm worker."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fake_data import truncated
+from federations import CLASSES, config_for, write_clients
+from fedprompt.config import to_yaml
+from fedprompt.deploy import carrier
+from fedprompt.deploy.carrier import WorkerAway, carry
+from fedprompt.deploy.description import Description, from_reply
+from fedprompt.deploy.node import answer
+from fedprompt.deploy.worker import listen, serve_one
+from fedprompt.errors import UserError
+from fedprompt.grid import become_server
+from fedprompt.methods import method_class
+from fedprompt.wire import to_wire
+from fedprompt.workspace import Workspace
+from strategies.screening import to_record
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_clients(tmp_path / "images")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="fp") as folder:
+        yield Path(folder)
+
+
+def settings(images: Path, client: int = 1, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A node's settings, and the run config of an experiment that knows no folder."""
+    config = config_for(images, Path("run"))
+    text = to_yaml(config).replace(str(images), "/not/here")
+    node = {"partition-id": client, "data": str(images / f"client-{client}"), "device": "cpu"}
+    return node | {"state-dir": str(images.parent / "state")} | more, {"config": text, "run": "r"}
+
+
+def message(kind: str, server_round: int = 1, arrays: Any = None) -> Message:
+    become_server()
+    content = RecordDict({"config": ConfigRecord({"server-round": server_round})})
+    if arrays is not None:
+        content["arrays"] = arrays
+    sent = Message(content, dst_node_id=5, message_type=kind)
+    sent.metadata.__dict__["_message_id"] = "m"
+    return sent
+
+
+def start_of(images: Path) -> Any:
+    config = config_for(images, Path("run"))
+    workspace = Workspace.open(config, progress=False)
+    start = method_class("fedrsclip").init_shared(workspace.method, config.seed)
+    return to_record({n: t.numpy() for n, t in start.items()})
+
+
+def test_a_node_says_what_it_has(images: Path) -> None:
+    reply = answer(message(MessageType.QUERY), *settings(images), 7)
+    found = from_reply(reply, len(CLASSES), 3)
+    assert isinstance(found, Description)
+    assert found.client == 1
+    assert [a + b for a, b in zip(found.train_C, found.test_C, strict=True)] == [9, 10, 11, 12]
+
+
+def test_a_folder_that_is_wrong_is_one_line_on_both_sides(
+    images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("fedprompt").handlers.clear()
+    (images / "client-1" / "beach" / "bad.jpg").write_bytes(truncated())
+    reply = answer(message(MessageType.QUERY), *settings(images), 7)
+    said = from_reply(reply, len(CLASSES), 3)
+    assert isinstance(said, str)
+    assert "cannot read <data>/beach/bad.jpg" in said
+    assert str(images) not in said, "where a node's images lie is its own business"
+    here = capfd.readouterr().err
+    assert f"this node cannot take part: data: cannot read {images}/client-1/beach/bad.jpg" in here
+    assert "Traceback" not in here
+    (images / "client-1" / "beach" / "bad.jpg").unlink()
+    (images / "client-1" / "glacier").mkdir()
+    reply = answer(message(MessageType.TRAIN, 1), *settings(images), 7)
+    assert reply.has_error()
+    assert "has a class 'glacier' that is not in data.class_names" in str(reply.error.reason)
+
+
+def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> None:
+    shared = start_of(images)
+    path = short / "worker.sock"
+    with listen(path) as listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+        def serve() -> None:
+            for _ in range(3):
+                line, _ = listener.accept()
+                with line:
+                    serve_one(line)
+
+        threading.Thread(target=serve, daemon=True).start()
+        for kind in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
+            asked = message(kind, 1, shared)
+            own = answer(asked, *settings(images, **{"state-dir": str(short / "own")}), 7)
+            node, run = settings(images, **{"state-dir": str(short / "worker")})
+            theirs = carry(str(path), asked, node, run, 7)
+            assert not own.has_error(), own.error
+            assert own.content == theirs.content
+    kept = [sorted(p.name for p in (short / d).rglob("*.safetensors")) for d in ("own", "worker")]
+    assert kept[0] == kept[1] == ["round-000001.safetensors"]
+
+
+def test_no_worker_and_one_that_dies(short: Path) -> None:
+    asked = message(MessageType.QUERY)
+    with pytest.raises(WorkerAway):
+        carry(str(short / "none.sock"), asked, {}, {}, 7)
+    path = short / "worker.sock"
+    with listen(path) as listener:
+
+        def die() -> None:
+            line, _ = listener.accept()
+            carrier.receive(line)
+            line.close()
+
+        threading.Thread(target=die, daemon=True).start()
+        reply = carry(str(path), asked, {}, {}, 7)
+    assert reply.has_error()
+    assert "the node's worker ended over this message" in str(reply.error.reason)
+
+
+def test_a_message_that_breaks_the_worker_is_an_error_reply(short: Path) -> None:
+    """It goes on with the next one."""
+    asked = message(MessageType.TRAIN)
+    near, far = socket.socketpair()
+    with near, far:
+        carrier.send(near, b'{"node_config": 3, "run_config": {}, "run_id": 7}')
+        carrier.send(near, to_wire(asked))
+        serve_one(far)
+        assert b"TypeError" in carrier.receive(near)
+
+
+def test_a_socket_needs_a_short_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too long"):
+        listen(tmp_path / ("x" * 120))
+
+
+def test_carrying_a_message_loads_no_pytorch() -> None:
+    code = "import sys, fedprompt.deploy.client; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
