@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -118,8 +118,17 @@ class FrozenCLIP:
     @cached_property
     def text_layers(self) -> tuple[FrozenLayer, ...]:
         """The text tower's blocks as plain tensors; only for towers with `plain_blocks`."""
+        return self._as_layers(self.text.blocks)
+
+    @cached_property
+    def image_layers(self) -> tuple[FrozenLayer, ...]:
+        """The image tower's blocks as plain tensors; only for towers that `VisionTower` takes."""
+        visual: Any = self.model.visual
+        return self._as_layers(visual.transformer.resblocks)
+
+    def _as_layers(self, blocks: Iterable[Any]) -> tuple[FrozenLayer, ...]:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        return tuple(FrozenLayer.of(block, dtype) for block in self.text.blocks)
+        return tuple(FrozenLayer.of(block, dtype) for block in blocks)
 
     @torch.no_grad()
     def encode_images(self, images_B3HW: Tensor) -> Tensor:

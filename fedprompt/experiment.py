@@ -145,7 +145,7 @@ def finish(
         "global": line.get("global") or {"accuracy": None, "loss": None},
         "personal": line.get("personal"),
         "personal_on_global": line.get("personal_on_global"),
-        "zero_shot": _zero_shot(workspace),
+        "zero_shot": _zero_shot(workspace) | federation.zero_shot_elsewhere(),
         "local_only": local_only,
         "shared": {n: list(shape) for n, shape in workspace.shared_shapes.items()},
         "private": {n: list(t.shape) for n, t in method.init_private(config.seed, 0).items()},

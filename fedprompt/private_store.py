@@ -61,8 +61,8 @@ class MemoryStore:
 class FileStore:
     """One client's private tensors on its own node: a file per round, the last two are kept.
 
-    Files are written atomically with mode 0600 and hold the SHA-256 of their tensors. A round that is repeated after a crash finds what
-    the round before it left, so nothing is trained twice.
+    Files are written atomically with mode 0600 and hold the SHA-256 of their tensors. A round that
+    is repeated after a crash finds what the round before it left, so nothing is trained twice.
     """
 
     KEPT = 2

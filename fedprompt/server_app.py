@@ -100,6 +100,10 @@ class Federation:
         """Who holds how many images of which class, for `partition.json`."""
         return self.workspace.describe()
 
+    def zero_shot_elsewhere(self) -> dict[str, Any]:
+        """Zero-shot results that only clients can measure; there are none on this machine."""
+        return {}
+
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round of training and aggregation; the training part of its metrics line."""
         messages = list(
@@ -144,8 +148,8 @@ class Federation:
         if "personalised" in wanted:
             asked = self.strategy.clients if clients is None else clients
             tables = list(self._tables(server_round, asked))
-            line["personal"] = _personal(tables, "correct", "num-examples")
-            line["personal_on_global"] = _personal(tables, "common-correct", "common-tested")
+            line["personal"] = personal_scores(tables, "correct", "num-examples")
+            line["personal_on_global"] = personal_scores(tables, "common-correct", "common-tested")
         return line
 
     def open_protocols(self) -> None:
@@ -376,9 +380,10 @@ def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str
     return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
 
 
-def _personal(
+def personal_scores(
     tables: Iterable[Mapping[str, Any]], correct: str, tested: str
 ) -> dict[str, Any] | None:
+    """Accuracy by client from checked evaluations: the metric `correct` over `tested`."""
     rows = [
         (client, hits / images)
         for table in tables

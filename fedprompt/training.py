@@ -106,6 +106,46 @@ def train_cohort(
     trained = {n: v for n, v in names.items() if n not in method.frozen}
     fixed = {n: v for n, v in names.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
+    final, totals = _descend(
+        method, config, schedule, inputs_N, labels_N, visit, trained=trained, fixed=fixed
+    )
+    own = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
+    shared_K, private_K = method.end_round(*_containers(final | own), visit)
+    shared_K = {n: v.cpu() for n, v in shared_K.items()}
+    private_K = {n: v.cpu() for n, v in private_K.items()}
+    totals = {n: v.cpu() for n, v in totals.items()}
+    place = {k: row for row, k in enumerate(order)}
+    results = []
+    for k, client in enumerate(data):
+        row, seen = place[k], len(client) * config.local_epochs
+        results.append(
+            LocalResult(
+                client=client.client,
+                shared={n: v[row].clone() for n, v in shared_K.items()},
+                private={n: v[row].clone() for n, v in private_K.items()},
+                num_examples=len(client),
+                losses={n: float(v[row]) / seen for n, v in totals.items()},
+            )
+        )
+    return results
+
+
+def _descend(
+    method: Method,
+    config: TrainingConfig,
+    schedule: _Schedule,
+    inputs_N: Inputs,
+    labels_N: Tensor,
+    visit: Visit,
+    *,
+    trained: Tensors,
+    fixed: Tensors,
+) -> tuple[Tensors, Tensors]:
+    """All local steps: the `trained` tensors (K, ...) after them, and sums of losses (K,) by term.
+
+    Names say which container a tensor belongs to; `fixed` ones take part and stay as they are.
+    """
+    device = method.clip.device
     final = {n: v.clone() for n, v in trained.items()}
     totals: dict[str, Tensor] = {}
     state: list[dict[str, Tensor]] | None = None
@@ -130,31 +170,13 @@ def train_cohort(
             loss_K = torch.stack(list(terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
             for term, term_K in (*terms.items(), ("loss", loss_K)):
-                total_K = totals.setdefault(term, loss_K.new_zeros(len(data)))
+                total_K = totals.setdefault(term, loss_K.new_zeros(len(visit.clients)))
                 total_K[:active] += term_K.detach() * images_K
         trained = {n: v.detach() for n, v in leaves.items()}
         for name, value in trained.items():
             final[name][:active] = value
         state = [dict(optimizer.state[p]) for p in leaves.values()]
-    own = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
-    shared_K, private_K = method.end_round(*_containers(final | own), visit)
-    shared_K = {n: v.cpu() for n, v in shared_K.items()}
-    private_K = {n: v.cpu() for n, v in private_K.items()}
-    totals = {n: v.cpu() for n, v in totals.items()}
-    place = {k: row for row, k in enumerate(order)}
-    results = []
-    for k, client in enumerate(data):
-        row, seen = place[k], len(client) * config.local_epochs
-        results.append(
-            LocalResult(
-                client=client.client,
-                shared={n: v[row].clone() for n, v in shared_K.items()},
-                private={n: v[row].clone() for n, v in private_K.items()},
-                num_examples=len(client),
-                losses={n: float(v[row]) / seen for n, v in totals.items()},
-            )
-        )
-    return results
+    return final, totals
 
 
 def _named(shared: Tensors, private: Tensors) -> Tensors:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal, overload
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +143,7 @@ class VisionTower:
         self, image: Tensor, prompts: Tensor | None, deep: Tensor | None, patches: bool
     ) -> Tensor:
         """Hidden states (K, B, 1 or 1 + P, w) after the last layer."""
-        transformer = ImageTransformer(_layers(self.clip), self.blocks[0].attn.num_heads)
+        transformer = ImageTransformer(self.clip.image_layers, self.blocks[0].attn.num_heads)
         if prompts is not None:
             # All clients or one, for both kinds.
             clients = max(t.shape[0] for t in (prompts, deep) if t is not None)
@@ -179,15 +178,3 @@ class VisionTower:
 def _per_image(prompts_KMw: Tensor, x_KBTw: Tensor) -> Tensor:
     """(K or 1, M, w) -> (K, B, M, w), each client's prompts for each of its images."""
     return prompts_KMw[:, None].expand(*x_KBTw.shape[:2], -1, -1).to(x_KBTw)
-
-
-_KNOWN: WeakKeyDictionary[FrozenCLIP, tuple[FrozenLayer, ...]] = WeakKeyDictionary()
-
-
-def _layers(clip: FrozenCLIP) -> tuple[FrozenLayer, ...]:
-    """The image tower's blocks as plain tensors, made once per backbone."""
-    if clip not in _KNOWN:
-        dtype = torch.bfloat16 if clip.precision == "bf16" else torch.float32
-        blocks = clip.model.visual.transformer.resblocks
-        _KNOWN[clip] = tuple(FrozenLayer.of(block, dtype) for block in blocks)
-    return _KNOWN[clip]

@@ -1,8 +1,9 @@
 """Aligned: clients count by how well they agree with the consensus, within a trust region.
 
-A rule of ours. The consensus of a round is the coordinate median of the clients' changes Delta_k,
-each scaled to norm 1; the agreement a_k is the cosine of Delta_k with it, over all shared tensors
-together. Every client has a score, at first 0:
+A rule of ours. The consensus of a round is the coordinate median of the clients' changes, each of
+them mixed with those of the majority nearest to it (see `robust`); the agreement a_k is the cosine
+of client k's change Delta_k with it, over all shared tensors together. Every client has a score, at
+first 0:
     score_k <- min(credit, score_k + a_k)
     w_k  ~  n_k exp(sharpness min(0, score_k)),     step = sum_k w_k clip(Delta_k)
 where clip brings every client's prompts back into a ball around the last global ones, of radius
@@ -24,6 +25,7 @@ import numpy as np
 
 from fedprompt.options import option
 from strategies.base import SharedPromptStrategy, StrategyConfig
+from strategies.robust import mixed
 from strategies.screening import Arrays, Update
 from strategies.vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
 
@@ -88,6 +90,6 @@ class Aligned(SharedPromptStrategy):
 
 def agreement(rows_UP: Rows) -> Rows:
     """Cosine of every change with the consensus: (U,); 0 for a change of norm 0."""
-    units_UP = units(rows_UP)
-    consensus_P = units(np.median(units_UP, axis=0)[None])[0]
-    return np.asarray((units_UP * consensus_P).sum(axis=1))
+    mixed_UP = mixed(rows_UP, (len(rows_UP) - 1) // 2)
+    consensus_P = units(np.median(mixed_UP, axis=0)[None])[0]
+    return np.asarray((units(rows_UP) * consensus_P).sum(axis=1))

@@ -178,6 +178,19 @@ def vision(
     bench_vision(random_clip(backbone), options, out)
 
 
+@app.command()
+def sweep(
+    runs: Annotated[int, typer.Option(min=8, help="Runs, a multiple of 8.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1)] = 30,
+    images_per_class: Annotated[int, typer.Option(min=2, help="Per class and domain.")] = 60,
+    json: JsonFile = None,
+) -> None:
+    """A sweep on the embedded data against the same runs one after the other; seconds in all."""
+    from fedprompt.bench.sweep import SweepOptions, bench_sweep
+
+    bench_sweep(SweepOptions(runs, rounds, images_per_class), _open("sweep", 0, json))
+
+
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
     """`10,45` -> (10, 45).
 

@@ -15,6 +15,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedprompt.workspace import Workspace
 from strategies.screening import CONFIG, MAX_EXAMPLES, METRICS, why
 
+ZERO_SHOT = "zero-shot"
+"""Key of an evaluate message that asks for the backbone's own accuracy, without any prompt."""
 LONGEST = 500
 """Characters that are kept of a peer's text."""
 

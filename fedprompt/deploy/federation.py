@@ -8,12 +8,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from flwr.app import ConfigRecord
+
+from fedprompt.deploy.description import ZERO_SHOT
 from fedprompt.deploy.node_grid import POLL_S, NodeGrid
 from fedprompt.deploy.roster import Roster
 from fedprompt.errors import UserError
 from fedprompt.run_folder import PARTITION, RunFolder
-from fedprompt.server_app import Federation
+from fedprompt.server_app import Federation, personal_scores
 from fedprompt.workspace import Workspace
+from strategies.screening import to_record
 
 log = logging.getLogger("fedprompt.server")
 
@@ -75,6 +79,18 @@ class NodeFederation(Federation):
         if self.workspace.dataset.owners_N is None:
             return own  # every node has all data, and so has the server
         return own | self.roster.described(self.recorded)
+
+    def zero_shot_elsewhere(self) -> dict[str, Any]:
+        """Zero-shot accuracy on the nodes' own images, in the form of a simulation's."""
+        if self.workspace.dataset.owners_N is None:
+            return {}
+        rounds = self.config.federation.rounds
+        settings = ConfigRecord({ZERO_SHOT: True})
+        messages = self.strategy.configure_evaluate(rounds, to_record({}), settings, self.grid)
+        replies, _ = self._exchange(list(messages))
+        table = self.strategy.aggregate_evaluate(rounds, replies)
+        tables = [] if table is None else [dict(table)]
+        return {"personal": personal_scores(tables, "correct", "num-examples")}
 
     def _look(self, server_round: int) -> None:
         """Take in who has come and who has left since the last round."""

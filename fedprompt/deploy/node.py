@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import Error, Message, MessageType
+from flwr.app import ConfigRecord, Error, Message, MessageType
 
 from fedprompt.client_app import handle, server_round
 from fedprompt.config import compose, parse
-from fedprompt.deploy.description import describe, fault_reply, to_reply
+from fedprompt.deploy.description import ZERO_SHOT, describe, fault_reply, to_reply
 from fedprompt.deploy.node_config import Node, on_node, read_node, state_folder
 from fedprompt.errors import UserError
+from fedprompt.methods import method_class
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import FileStore
 from fedprompt.threads import use_threads
 from fedprompt.wire import CLIENT_FAILED
 from fedprompt.workspace import Workspace
+from strategies.screening import CONFIG
 
 log = logging.getLogger("fedprompt.node")
 
@@ -66,6 +68,10 @@ def _describe(workspace: Workspace, node: Node, message: Message) -> Message:
 
 def _work(workspace: Workspace, node: Node, message: Message, run: str, run_id: int) -> Message:
     """Train or evaluate with this client's private tensors, and keep what training changed."""
+    settings = message.content.get(CONFIG)
+    if isinstance(settings, ConfigRecord) and settings.get(ZERO_SHOT):
+        plain = workspace.with_method(method_class("zero_shot").Config())
+        return handle(plain, [node.client], [message], {})[0][0]
     store = FileStore(state_folder(node, run, run_id) / f"client-{node.client:05d}")
     trains = message.metadata.message_type == MessageType.TRAIN
     # Training in round r builds on r - 1; an evaluation of round r sees what r has trained.

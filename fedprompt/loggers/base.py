@@ -87,17 +87,19 @@ class SteppedLogger(RunLogger):
             self._seen[name].add(point.server_round)
 
 
-def numbers(holder: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Finite numbers at any depth as `{"global/accuracy": 0.61, ...}`; lists are left out."""
     found: dict[str, float] = {}
-    for key, value in holder.items():
-        if key in NOT_METRICS and not prefix.count("/"):
-            continue
-        if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isfinite(value):
-                found[f"{prefix}{key}"] = float(value)
+
+    def walk(holder: Mapping[str, Any], path: str) -> None:
+        for key, value in holder.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{path}{key}/")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                if math.isfinite(value):
+                    found[f"{path}{key}"] = float(value)
+
+    walk({key: value for key, value in record.items() if key not in NOT_METRICS}, prefix)
     return found
 
 

@@ -33,18 +33,18 @@ class TensorBoard(SteppedLogger):
             held.Reload()
             for tag in held.Tags()["scalars"]:
                 self._seen[tag] = {event.step for event in held.Scalars(tag)}
-        self._writer = SummaryWriter(str(path))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(path))
         if not begun:
             text = "".join(f"    {line}\n" for line in to_yaml(config).splitlines())
-            self._writer.add_text("config", text)  # type: ignore[no-untyped-call]
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_text("config", text)
+            self._writer.flush()
 
     def write(self, metrics: Mapping[str, float], server_round: int) -> None:
         """One scalar per metric."""
         now = time.time()
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, server_round, now)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, server_round, now)
+        self._writer.flush()
 
     def finish(self, summary: Mapping[str, float]) -> None:
         """The summary as scalars at the last round, and a line in the HPARAMS tab."""
@@ -54,10 +54,10 @@ class TensorBoard(SteppedLogger):
         rounds = self._config.federation.rounds
         if not set(final) <= set(self._seen):
             self.add(Point(rounds, rounds, final))
-            for part in hparams(parameters(self._config), final):  # type: ignore[no-untyped-call]
-                self._writer.file_writer.add_summary(part)
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            for part in hparams(parameters(self._config), final):
+                self._writer._get_file_writer().add_summary(part)
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

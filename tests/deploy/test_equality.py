@@ -7,38 +7,51 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from federations import config_for, needs_processes, private_of, simulate, write_clients
+from federations import config_for, needs_processes, private_of, write_clients
 from fedprompt.config import to_yaml
 from fedprompt.deploy.processes import processes_with
+from fedprompt.display import QuietDisplay
+from fedprompt.experiment import run as experiment
 from fedprompt.run_folder import PRIVATE
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_processes
 def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
-    config = config_for(tmp_path / "images", tmp_path / "run", evaluation={"every": 1})
+    config = config_for(tmp_path / "images", tmp_path / "run", rounds=2, evaluation={"every": 1})
     (tmp_path / "experiment.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "fedprompt", "deploy", "local"]
     command += [str(tmp_path / "experiment.yaml"), "--folder", str(tmp_path / "f")]
     mark = {"FEDPROMPT_TEST": str(tmp_path)}
     finished = subprocess.run(
-        command, env={**os.environ, **mark}, capture_output=True, text=True, timeout=280
+        command, env={**os.environ, **mark}, capture_output=True, text=True, timeout=800
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "global" in finished.stdout
     assert processes_with(f"FEDPROMPT_TEST={tmp_path}") == []
 
-    run, twin = tmp_path / "run", simulate(config, tmp_path / "twin")
+    run = tmp_path / "run"
+    twin = experiment(
+        replace(config, output=replace(config.output, dir=str(tmp_path / "twin"))), QuietDisplay()
+    )
+    summaries = [json.loads((p / "summary.json").read_text()) for p in (run, twin)]
+    for summary in summaries:  # what Flower's envelopes weigh differs by a few bytes
+        for key in ("wall_s", "environment", "bytes_up", "bytes_down"):
+            del summary[key]
+    assert summaries[0] == summaries[1]
+    assert summaries[0]["zero_shot"]["personal"]["clients"] == [0, 1, 2]
     ours, theirs = (
         [json.loads(x) for x in (p / "metrics.jsonl").read_text().splitlines()] for p in (run, twin)
     )
-    assert len(ours) == len(theirs) == 4
+    assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
         for part in ("lr", "train", "clients", "global", "personal", "personal_on_global"):
             assert a[part] == b[part], (a["round"], part)
@@ -55,8 +68,8 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     for client, expected in enumerate(private_of(twin, 3)):
         files = sorted((tmp_path / "f" / f"node-{client}" / "state").rglob("*.safetensors"))
         assert [p.name for p in files] == [
+            "round-000001.safetensors",
             "round-000002.safetensors",
-            "round-000003.safetensors",
         ]
         assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o600}
         kept = {n: t.numpy().tobytes() for n, t in load_file(files[-1]).items()}

@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.methods import Tensors
 from text_twin import (
     B,
     K,
@@ -18,12 +24,6 @@ from text_twin import (
     moved,
     some_batch,
 )
-from torch import Tensor
-
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Tensors
 
 
 def twin_logits(clip: FrozenCLIP, own: Tensors, images: Tensor) -> Tensor:

@@ -8,6 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
+from fedprompt.schema import TrainingConfig
+from fedprompt.training import ClientData, train_cohort
+from strategies import strategy_class
+from strategies.screening import Update
 from text_twin import (
     CLASS_NAMES,
     K,
@@ -19,14 +27,6 @@ from text_twin import (
     some_batch,
     text_feature,
 )
-
-from fedprompt.clip import FrozenCLIP
-from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.schema import TrainingConfig
-from fedprompt.training import ClientData, train_cohort
-from strategies import strategy_class
-from strategies.screening import Update
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from text_twin import assert_close, build_method, class_features, some_batch
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 from fedprompt.clip import FrozenCLIP
 from fedprompt.methods.base import stack
+from text_twin import assert_close, build_method, class_features, some_batch
+from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

@@ -5,10 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_prompted import close, images_of, plain_images, plain_text
-from text_twin import build_method
 from torch import Tensor
-from wrapper_twin import config, train
 
 from conftest import batch_of
 from fedprompt.clip import FrozenCLIP, shape_only_clip
@@ -16,6 +13,9 @@ from fedprompt.config import validate
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import ClientData, Tensors, stack
+from plain_prompted import close, images_of, plain_images, plain_text
+from text_twin import build_method
+from wrapper_twin import config, train
 
 PEERS, N = 3, 2
 OPTIONS: dict[str, Any] = {"peers": PEERS, "validation_images": 3, "alpha": 1.004, "beta": 0.4}

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_prompted import close, images_of, moved, plain_images, plain_text
-from text_twin import build_method
 from torch import Tensor
 
 from conftest import batch_of, random_clip
@@ -16,6 +14,8 @@ from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.config import validate
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Tensors
+from plain_prompted import close, images_of, moved, plain_images, plain_text
+from text_twin import build_method
 
 K, B, G, S = 2, 4, 3, 2
 OPTIONS: dict[str, Any] = {"groups": G, "uploaded_groups": S}

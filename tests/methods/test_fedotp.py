@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_plot import twin_logits
+
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
 from prompt_twins import (
     K,
     assert_clients_alone_agree,
@@ -19,11 +23,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from test_plot import twin_logits
 from text_twin import build_method
-
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
 
 OPTIONS: list[dict[str, Any]] = [
     {},

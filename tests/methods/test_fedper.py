@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from text_twin import K, assert_close, build_method, class_features, some_batch
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 from conftest import batch_of
 from fedprompt.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import stack
+from text_twin import K, assert_close, build_method, class_features, some_batch
+from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
+from conftest import CLASS_NAMES
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
 from prompt_twins import (
     K,
     assert_clients_alone_agree,
@@ -21,10 +25,6 @@ from prompt_twins import (
     tensors,
 )
 from text_twin import build_method, class_features
-
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
 
 OPTIONS: dict[str, Any] = {"context_tokens": 3, "bottleneck": 2}
 

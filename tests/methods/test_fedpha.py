@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import CLASS_NAMES
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.methods.fedpha import project
 from prompt_twins import (
     K,
     assert_clients_alone_agree,
@@ -18,12 +24,6 @@ from prompt_twins import (
     tensors,
 )
 from text_twin import build_method, class_features
-from torch import Tensor
-
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
-from fedprompt.methods.fedpha import project
 
 OPTIONS: dict[str, Any] = {"shared_tokens": 4, "local_tokens": [2, 5, 3], "ratio": 0.7}
 

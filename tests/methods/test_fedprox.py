@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from text_twin import B, K, assert_close, build_method, some_batch
-from wrapper_twin import ce_gradient, clients, config, local_sgd, near, train
 
 from conftest import batch_of
 from fedprompt.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Tensors, stack
+from text_twin import B, K, assert_close, build_method, some_batch
+from wrapper_twin import ce_gradient, clients, config, local_sgd, near, train
 
 BASES: list[tuple[str, dict[str, Any]]] = [
     ("promptfl", {"context_tokens": 4}),

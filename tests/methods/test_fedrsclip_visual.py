@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_prompted import close, images_of, moved, plain_images, plain_text
 from torch import Tensor
 
 from conftest import CLASS_NAMES, batch_of, random_clip
@@ -18,6 +17,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods import Batch, Method, Task, Tensors, method_class
 from fedprompt.methods.base import stack
 from fedprompt.options import build
+from plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B, THETA = 2, 5, 0.3
 COMPOSITIONS = ("two_branch", "concat", "sum")

@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import random_clip
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.methods import Task, Tensors
 from text_twin import (
     CLASS_NAMES,
     K,
@@ -18,12 +24,6 @@ from text_twin import (
     moved,
     some_batch,
 )
-from torch import Tensor, nn
-
-from conftest import random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
-from fedprompt.methods import Task, Tensors
 
 
 class Twin(nn.Module):

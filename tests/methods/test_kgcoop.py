@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.methods import Task
 from text_twin import (
     CLASS_NAMES,
     K,
@@ -19,10 +23,6 @@ from text_twin import (
     some_batch,
     template_features,
 )
-
-from fedprompt.clip import FrozenCLIP
-from fedprompt.errors import UserError
-from fedprompt.methods import Task
 
 SATELLITE = "a centered satellite photo of {}."
 

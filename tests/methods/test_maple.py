@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_prompted import close, images_of, moved, plain_images, plain_text
 from torch import Tensor
 
 from conftest import CLASS_NAMES, batch_of, random_clip
@@ -20,6 +19,7 @@ from fedprompt.methods.base import ClientData, stack
 from fedprompt.options import build
 from fedprompt.schema import TrainingConfig
 from fedprompt.training import train_cohort
+from plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 SHARINGS = ("text", "factors", "materialised")

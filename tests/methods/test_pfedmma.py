@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_prompted import close, images_of, moved
 from torch import Tensor, nn
 
 from conftest import CLASS_NAMES, batch_of, random_clip
@@ -19,6 +18,7 @@ from fedprompt.methods.base import ClientData, stack
 from fedprompt.options import build
 from fedprompt.schema import TrainingConfig
 from fedprompt.training import train_cohort
+from plain_prompted import close, images_of, moved
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from text_twin import K, assert_close, build_method, class_features, images_of, some_batch
 from torch import Tensor
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 from conftest import batch_of
 from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Tensors, stack
+from text_twin import K, assert_close, build_method, class_features, images_of, some_batch
+from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 OPTIONS: dict[str, Any] = {
     "context_tokens": 3,

@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_optimal_transport import plain_plan
+from torch import Tensor
+
+from conftest import CLASS_NAMES
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
+from fedprompt.inputs import Inputs
 from prompt_twins import (
     B,
     K,
@@ -20,14 +27,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from test_optimal_transport import plain_plan
 from text_twin import build_method, class_features
-from torch import Tensor
-
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
 
 OPTIONS = {"prompts": 3, "context_tokens": 2}
 

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
 from text_twin import (
     CLASS_NAMES,
     K,
@@ -19,10 +23,6 @@ from text_twin import (
     some_batch,
     text_feature,
 )
-from torch import Tensor
-
-from fedprompt.clip import FrozenCLIP
-from fedprompt.errors import UserError
 
 SMALL = {"contexts": 8, "contexts_per_step": 4, "context_tokens": 4}
 POSITIONS = ["front"] * 2 + ["middle"] * 2 + ["end"] * 4

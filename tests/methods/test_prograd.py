@@ -7,6 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fedprompt.clip import FrozenCLIP
+from fedprompt.errors import UserError
+from fedprompt.methods import Task
+from fedprompt.methods.prograd import _projected
 from text_twin import (
     CLASS_NAMES,
     K,
@@ -19,11 +24,6 @@ from text_twin import (
     some_batch,
     template_features,
 )
-
-from fedprompt.clip import FrozenCLIP
-from fedprompt.errors import UserError
-from fedprompt.methods import Task
-from fedprompt.methods.prograd import _projected
 
 
 @pytest.mark.parametrize(("temperature", "part"), [(1.0, 1.0), (2.0, 0.8)])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
+from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.errors import UserError
 from prompt_twins import (
     K,
     assert_clients_alone_agree,
@@ -18,9 +21,6 @@ from prompt_twins import (
     tensors,
 )
 from text_twin import build_method, class_features
-
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.errors import UserError
 
 
 @pytest.mark.parametrize("theta", [0.4, 0.9])

@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from text_twin import build_method
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 from fedprompt.clip import FrozenCLIP
 from fedprompt.errors import UserError
@@ -14,6 +12,8 @@ from fedprompt.methods.scaffold import coefficients
 from fedprompt.options import build
 from strategies import strategy_class
 from strategies.screening import Update
+from text_twin import build_method
+from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from text_twin import build_method
-from wrapper_twin import SIZES, clients, config, train
 
 from fedprompt.clip import FrozenCLIP
 from fedprompt.config import to_dict, validate
 from fedprompt.errors import UserError
 from fedprompt.methods import method_class
+from text_twin import build_method
+from wrapper_twin import SIZES, clients, config, train
 
 WRAPPERS = ("fedprox", "scaffold", "ditto", "fedper")
 N = len(SIZES)

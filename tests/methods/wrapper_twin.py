@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from text_twin import class_features
 from torch import Tensor
 
 from conftest import CLASS_NAMES
@@ -22,6 +21,7 @@ from fedprompt.methods.base import ClientData
 from fedprompt.rng import generator
 from fedprompt.schema import TrainingConfig
 from fedprompt.training import train_cohort
+from text_twin import class_features
 
 SEED, ROUNDS = 3, 4
 SIZES = (7, 5, 6)
