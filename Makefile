@@ -6,13 +6,13 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format table methods-table clean
+.PHONY: demo test test-slow lint format table methods-table docs docs-pages clean
 
 demo: $(VENV)/.installed  ## run the quickstart experiment
 	$(BIN)/fedprompt run quickstart
 
-test: $(VENV)/.installed  ## the default tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## the default tests, on two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## the long end-to-end tests
 	$(BIN)/python -m pytest -m slow
@@ -27,16 +27,28 @@ format: $(VENV)/.installed  ## fix what the linter can fix
 	$(BIN)/ruff format .
 
 methods-table: $(VENV)/.installed  ## every method on the embedded data, three seeds
-	$(BIN)/python scripts/run_table.py configs/sweep/all_methods.yaml
+	$(BIN)/fedprompt sweep all_methods
+	$(BIN)/fedprompt compare runs/all_methods --format markdown
 
 table: $(VENV)/.installed  ## the table of the README
-	$(BIN)/python scripts/run_table.py configs/sweep/readme_table.yaml
+	$(BIN)/fedprompt sweep readme_table
+	$(BIN)/fedprompt compare runs/readme_table --format markdown
+
+docs: $(VENV)/.docs  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-pages: $(VENV)/.installed  ## the generated pages of docs/ again
+	$(BIN)/python scripts/write_docs.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: needs Python >= 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

@@ -16,10 +16,12 @@ set_defaults()
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from fedprompt.cli_data import Overrides, data_app
 from fedprompt.cli_deploy import deploy_app
 from fedprompt.cli_sweep import compare, sweep
+from fedprompt.completion import complete_experiment
 from fedprompt.errors import UserError
 
 app = typer.Typer(
@@ -44,7 +46,10 @@ Client = Annotated[
 def run(
     experiment: Annotated[
         str | None,
-        typer.Argument(help="A shipped experiment (see 'fedprompt list') or a YAML file."),
+        typer.Argument(
+            help="A shipped experiment (see 'fedprompt list') or a YAML file.",
+            autocompletion=complete_experiment,
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
@@ -80,11 +85,29 @@ def run(
 
 
 @app.command()
-def report(run_dir: RunDir) -> None:
-    """Draw the plots and report.html of a run again; works on unfinished runs too."""
-    from fedprompt.experiment import draw_report
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder, or several, or a sweep's.", metavar="RUN_OR_SWEEP..."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File for several runs [SWEEP/report.html].")
+    ] = None,
+) -> None:
+    """Draw the plots and report.html of a run again, also of an unfinished one; or of a sweep.
 
-    _console().print(f"wrote {draw_report(run_dir)}", markup=False, highlight=False)
+    Several runs, or a sweep's folder, give one report with means over seeds.
+    """
+    from fedprompt.experiment import draw_report
+    from fedprompt.run_folder import METRICS
+    from fedprompt.sweep_report import write_sweep_report
+
+    alone = len(paths) == 1
+    if alone and out is None and ((paths[0] / METRICS).is_file() or not paths[0].is_dir()):
+        path = draw_report(paths[0])
+    else:
+        path = write_sweep_report(paths, out or (paths[0] if alone else Path()) / "report.html")
+    _console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -146,6 +169,32 @@ def list_configs() -> None:
         table.add_row(group, ", ".join(available(group)))
     table.add_row("protocol", ", ".join(all_protocols()))
     _console().print(table)
+
+
+@app.command()
+def doctor(
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="As output.cache in a config.")
+    ] = None,
+) -> None:
+    """Say what this machine has for a run, and what is wrong. Exit status 1: something is."""
+    from fedprompt.doctor import examine
+
+    found = examine(cache)
+    table = Table("", "", "", box=None, show_header=False, padding=(0, 2, 0, 0))
+    groups: set[str] = set()
+    for one in found:
+        if one.value:
+            shown = "" if one.group in groups else one.group
+            table.add_row(shown, one.name, Text(one.value, overflow="fold"))
+            groups.add(one.group)
+    _console().print(table, markup=False, highlight=False)
+    problems = [one.problem for one in found if one.problem]
+    for problem in problems:
+        _console().print(f"PROBLEM {problem}", markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        raise typer.Exit(1)
+    _console().print("no problem found")
 
 
 def main() -> None:

@@ -11,6 +11,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fedprompt.completion import (
+    complete_dataset,
+    complete_experiment,
+    complete_override,
+    complete_shown,
+)
 from fedprompt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,9 +33,19 @@ Overrides = Annotated[
     typer.Argument(
         help="Changes to the config, e.g. federation.rounds=20 method=promptfl seed=2",
         metavar="[KEY=VALUE]...",
+        autocompletion=complete_override,
     ),
 ]
-Name = Annotated[str, typer.Argument(help="A data set of the catalogue.", metavar="NAME")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A data set of the catalogue.", metavar="NAME", autocompletion=complete_dataset
+    ),
+]
+Experiment = Annotated[
+    str,
+    typer.Argument(help="A shipped experiment or a YAML file.", autocompletion=complete_experiment),
+]
 SplitFrom = Annotated[
     str, typer.Option("--split", help="auto, coop (CoOp's split file) or official.")
 ]
@@ -77,6 +93,7 @@ def show(
         typer.Argument(
             help="A data set of the catalogue, a shipped experiment or a YAML file.",
             metavar="NAME_OR_EXPERIMENT",
+            autocompletion=complete_shown,
         ),
     ],
     overrides: Overrides = None,
@@ -170,7 +187,7 @@ def prepare(
 
 @data_app.command()
 def partition(
-    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Where the file goes.")] = Path(
         "partition.json"
@@ -188,7 +205,7 @@ def partition(
 
 @data_app.command()
 def sheet(
-    experiment: Annotated[str, typer.Argument(help="A shipped experiment or a YAML file.")],
+    experiment: Experiment,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedprompt.cli_data import Overrides
+from fedprompt.completion import complete_experiment
 from fedprompt.errors import UserError
 
 deploy_app = typer.Typer(
@@ -24,7 +25,10 @@ ServerDir = Annotated[Path, typer.Argument(help="The server's folder.", metavar=
 @deploy_app.command()
 def local(
     experiment: Annotated[
-        str | None, typer.Argument(help="A shipped experiment or a YAML file.")
+        str | None,
+        typer.Argument(
+            help="A shipped experiment or a YAML file.", autocompletion=complete_experiment
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
@@ -139,7 +143,10 @@ def node(
 def run(
     folder: ServerDir,
     experiment: Annotated[
-        str | None, typer.Argument(help="A shipped experiment or a YAML file.")
+        str | None,
+        typer.Argument(
+            help="A shipped experiment or a YAML file.", autocompletion=complete_experiment
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[

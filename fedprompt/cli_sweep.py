@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fedprompt.cli_data import Overrides
+from fedprompt.completion import complete_protocol, complete_sweep
 
 if TYPE_CHECKING:
     from fedprompt.sweep.plan import PlannedRun, SweepFile
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 def sweep(
     file: Annotated[
-        str, typer.Argument(help="A shipped sweep (see 'fedprompt list') or a YAML file.")
+        str,
+        typer.Argument(
+            help="A shipped sweep (see 'fedprompt list') or a YAML file.",
+            autocompletion=complete_sweep,
+        ),
     ],
     overrides: Overrides = None,
     seeds: Annotated[
@@ -98,7 +103,10 @@ def compare(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="This protocol's own comparison: few_shot, leave_one_domain_out, ..."),
+        typer.Option(
+            help="This protocol's own comparison: few_shot, leave_one_domain_out, ...",
+            autocompletion=complete_protocol,
+        ),
     ] = None,
 ) -> None:
     """Mean and standard deviation over seeds, the best in bold, and what is significant.

@@ -148,11 +148,14 @@ class FrozenCLIP:
     def zero_shot_classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Class features (C, D), L2-normalised: the normalised mean over templates.
 
+        Underscores in names count as spaces, as in learned prompts.
+
         Source: CLIP (Radford et al., ICML 2021), section 3.1.4, prompt ensembling in the
         embedding space.
         """
+        names = [name.replace("_", " ") for name in class_names]
         per_template = [
-            F.normalize(self.encode_text_raw([t.format(c) for c in class_names]), dim=-1)
+            F.normalize(self.encode_text_raw([t.format(name) for name in names]), dim=-1)
             for t in templates
         ]
         return F.normalize(torch.stack(per_template).mean(0), dim=-1)

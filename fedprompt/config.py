@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -287,8 +288,7 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
         raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
     path = key.strip().split(".")
     if path[0] not in TOP_LEVEL:
-        hint = did_you_mean(path[0], TOP_LEVEL)
-        raise UserError(f"config: unknown key {key.strip()!r}.{hint}")
+        raise UserError(f"config: unknown key {key.strip()!r}.{_nearest_key(key.strip())}")
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except Exception as error:  # OmegaConf's and PyYAML's errors have no common public parent
@@ -296,6 +296,18 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
     if parsed["value"] is None and _selects_group(path):
         raise UserError(f"config: {item!r} has no value.")
     return path, parsed["value"]
+
+
+def _nearest_key(key: str) -> str:
+    """A hint; a key that was given without its section gets it."""
+    whole = [
+        f"{name}.{field.name}"
+        for name, schema in SECTIONS.items()
+        for field in dataclasses.fields(schema)
+    ]
+    close = [known for known in whole if known.partition(".")[2] == key]
+    close = close or get_close_matches(key, whole, n=1, cutoff=0.8)
+    return f" Did you mean '{close[0]}'?" if close else did_you_mean(key.split(".")[0], TOP_LEVEL)
 
 
 def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:

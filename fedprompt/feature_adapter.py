@@ -51,7 +51,10 @@ def template_classes(
     templates: tuple[str, ...],
     template: str | None,
 ) -> Tensor:
-    """L2-normalised text features (1, C, D) of `template`, or of the data set's own templates."""
+    """L2-normalised text features (1, C, D) of `template`, or of the data set's own templates.
+
+    Underscores in class names are read as spaces.
+    """
     used = templates if template is None else (template,)
     return clip.zero_shot_classifier(class_names, used)[None]
 

@@ -72,7 +72,8 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
             structured = OmegaConf.merge(structured, {key: value})
         except (OmegaConfBaseException, ValueError, TypeError):
             raise UserError(
-                f"config: {where}.{key} is {value!r}; it must be {_in_words(kinds[key])}."
+                f"config: {where}.{key} is {value!r}; it must be {in_words(kinds[key])}."
+                f"{_nearest(kinds[key], value)}"
             ) from None
     built = OmegaConf.to_object(structured)
     assert isinstance(built, schema)
@@ -99,12 +100,20 @@ def _refuse_placeholders(where: str, value: Any) -> None:
         raise UserError(f"config: {where} is {value!r}; write the value itself.")
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
+    """What a value of this type is, for messages and the documentation: `a number or null`."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if kind in _WORDS:
         return _WORDS[kind]
-    return " or ".join(_in_words(part) for part in get_args(kind)) or str(kind)
+    return " or ".join(in_words(part) for part in get_args(kind)) or str(kind)
+
+
+def _nearest(kind: Any, value: Any) -> str:
+    """A hint where the value is nearly one of a few choices."""
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    hint = did_you_mean(str(value), choices)
+    return hint if hint.startswith(" Did") else ""
 
 
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> None:

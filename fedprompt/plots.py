@@ -5,9 +5,7 @@ plot_clients.py makes the figures per client, plot_style.py holds the colours' m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,14 @@ from fedprompt.display import percent
 from fedprompt.plot_clients import figure_clients, figure_partition
 from fedprompt.plot_style import DPI, INK, LOCAL_ONLY, OWN_TESTS, SERVER_TEST, new_figure, style
 from fedprompt.protocols import measured, read
-from fedprompt.run_data import RunData, check_partition, load_run
+from fedprompt.run_data import (
+    RunData,
+    Series,
+    check_partition,
+    load_run,
+    series_of,
+    split_tests,
+)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -81,16 +86,16 @@ def figure_accuracy(run: RunData) -> Figure | None:
     ends: list[tuple[float, str, str]] = []
 
     def draw(lines: Lines, part: str, key: str, label: str, color: str, width: float) -> None:
-        series = _part(lines, part, key)
+        series = series_of(lines, part, key)
         if series.y:
             _draw_line(axes, series, label, color, width)
             ends.append((series.y[-1], f"{label} {percent(series.y[-1])}", color))
 
-    own, own_end = _split(run, run.rounds)
-    alone, alone_end = _split(run, run.local_only)
+    own, own_end = split_tests(run, run.rounds)
+    alone, alone_end = split_tests(run, run.local_only)
     among = ", participants" if own_end or alone_end else ""
     for lines in (own, own_end):
-        _draw_band(axes, _part(lines, "personal", "mean"), _part(lines, "personal", "std"))
+        _draw_band(axes, series_of(lines, "personal", "mean"), series_of(lines, "personal", "std"))
     draw(run.rounds, "global", "accuracy", "Global", SERVER_TEST, 2.0)
     draw(own, "personal", "mean", f"Personalised{among}", OWN_TESTS, 2.0)
     draw(own, "personal", "worst", f"Worst {'participant' if among else 'client'}", OWN_TESTS, 0.9)
@@ -126,7 +131,7 @@ def figure_loss(run: RunData) -> Figure | None:
         (run.rounds, "global", "Global test", SERVER_TEST),
         (run.local_only, "train", "Local-only training", LOCAL_ONLY),
     ):
-        series = _part(lines, part, "loss")
+        series = series_of(lines, part, "loss")
         if series.y:
             _draw_line(axes, series, label, color, 2.0 if lines is run.rounds else 1.6)
             ends.append((series.y[-1], f"{label} {series.y[-1]:.3f}", color))
@@ -138,28 +143,6 @@ def figure_loss(run: RunData) -> Figure | None:
     return figure
 
 
-def _split(run: RunData, lines: Lines) -> tuple[Lines, Lines]:
-    """Lines whose personal tests are of one kind of clients, and the last one where it differs."""
-    if (run.config.get("evaluation") or {}).get("clients") != "participants":
-        return lines, []
-    last = (run.config.get("federation") or {}).get("rounds")
-    return [x for x in lines if x["round"] != last], [x for x in lines if x["round"] == last]
-
-
-@dataclass(frozen=True)
-class _Series:
-    """Measured points: round numbers and values; rounds without a value are left out."""
-
-    x: list[int]
-    y: list[float]
-
-
-def _part(lines: Lines, part: str, key: str) -> _Series:
-    points = [(line["round"], (line.get(part) or {}).get(key)) for line in lines]
-    kept = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
-    return _Series([r for r, _ in kept], [v for _, v in kept])
-
-
 def _new_figure(title: str) -> tuple[Figure, Axes]:
     figure = new_figure(title, 3.9)
     axes = figure.subplots()
@@ -167,14 +150,14 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw_line(axes: Axes, series: _Series, label: str, color: str, width: float) -> None:
+def _draw_line(axes: Axes, series: Series, label: str, color: str, width: float) -> None:
     # Few points: show where they are. A single point would otherwise be invisible.
     marker = "o" if len(series.x) <= 13 else ""
     size = 5 if len(series.x) == 1 else 2 + width
     axes.plot(series.x, series.y, color=color, lw=width, label=label, marker=marker, ms=size)
 
 
-def _draw_band(axes: Axes, mean: _Series, std: _Series) -> None:
+def _draw_band(axes: Axes, mean: Series, std: Series) -> None:
     """One standard deviation to either side of the mean, where both were measured."""
     std_at = dict(zip(std.x, std.y, strict=True))
     kept = [(r, m, std_at[r]) for r, m in zip(mean.x, mean.y, strict=True) if r in std_at]

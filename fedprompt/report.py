@@ -1,7 +1,6 @@
-"""One run as one HTML file: results, figures, clients, config and how to repeat it.
+"""One run as one HTML file: results, charts, clients, config and how to repeat it.
 
-The file needs nothing else: figures are embedded, there is no script and no link to anywhere.
-Everything that comes from the run is escaped by Jinja2.
+The file needs nothing else: there is no link to anywhere (report_page.py).
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from fedprompt.data.partition import dense
 from fedprompt.display import (
     MISSING,
@@ -26,24 +23,19 @@ from fedprompt.display import (
     percent_spread,
     result_rows,
 )
-from fedprompt.installed import asset
 from fedprompt.plot_clients import MANY
 from fedprompt.plots import PROTOCOL, draw_all
 from fedprompt.protocols import protocol_class, result_tables
+from fedprompt.report_charts import run_charts
+from fedprompt.report_page import count, render
 from fedprompt.run_data import RunData, accuracy_of, load_run
 
 TEMPLATE = "report.html.j2"
-CAPTIONS = {
-    "accuracy_per_round": "Test accuracy after every evaluated round; round 0 is before training.",
-    "client_accuracy": "Last measured accuracy of every client on its own test images.",
-    "loss_per_round": "Mean loss of the clients that trained, and of the global model in tests.",
-    "partition": "How the training images were dealt to the clients.",
-}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure, ready to embed."""
+    """A protocol's figure, ready to embed."""
 
     name: str
     caption: str
@@ -72,24 +64,15 @@ def write_report(run_dir: Path) -> Path:
     figures = [
         Figure(path.stem, _caption(path.stem), base64.b64encode(path.read_bytes()).decode())
         for path in draw_all(run_dir)
+        if path.stem.startswith(PROTOCOL)
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(asset(TEMPLATE).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "count": _count, "unbroken": _unbroken}
+    html = render(TEMPLATE, run_charts(run), {**_content(run), "figures": figures})
     path = run_dir / "report.html"
-    html = environment.get_template(TEMPLATE).render(**_content(run), figures=figures)
     path.write_text(html, encoding="utf-8")
     return path
 
 
 def _caption(stem: str) -> str:
-    if stem in CAPTIONS:
-        return CAPTIONS[stem]
     return protocol_class(stem.removeprefix(PROTOCOL)).caption
 
 
@@ -221,7 +204,7 @@ def _headlines(summary: Mapping[str, Any], rows: list[ResultRow]) -> list[tuple[
             percent_spread(alone.mean, alone.std) if alone else MISSING,
             "trained alone, own tests",
         ),
-        ("Uploaded", _count(uploaded), "numbers per client and round"),
+        ("Uploaded", count(uploaded), "numbers per client and round"),
         (
             "Traffic up",
             MISSING if up is None else human_bytes(up),
@@ -251,12 +234,3 @@ def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, st
 def _named(config: Mapping[str, Any], group: str) -> Any:
     value = config.get(group)
     return value.get("name") if isinstance(value, dict) else value
-
-
-def _unbroken(text: str) -> str:
-    """No-break spaces, so that a narrow cell breaks before `±` and nowhere else."""
-    return text.replace("± ", "±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def _count(number: int | None) -> str:
-    return MISSING if number is None else f"{number:,}"

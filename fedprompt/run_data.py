@@ -6,6 +6,7 @@ Shapes: K clients, C classes, D domains.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,3 +209,28 @@ def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
     """Accuracy by client id of a `personal` entry; empty where nothing was measured."""
     clients, accuracy = (part or {}).get("clients") or [], (part or {}).get("accuracy") or []
     return dict(zip(clients, accuracy, strict=True))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Measured points: round numbers and values; rounds without a value are left out."""
+
+    x: list[int]
+    y: list[float]
+
+
+def series_of(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> Series:
+    """The finite values of `line[part][key]`, by round."""
+    points = [(line["round"], (line.get(part) or {}).get(key)) for line in lines]
+    kept = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
+    return Series([r for r, _ in kept], [v for _, v in kept])
+
+
+def split_tests(
+    run: RunData, lines: Sequence[Mapping[str, Any]]
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+    """Lines whose personal tests are of one kind of clients, and the last one where it differs."""
+    if (run.config.get("evaluation") or {}).get("clients") != "participants":
+        return lines, []
+    last = (run.config.get("federation") or {}).get("rounds")
+    return [x for x in lines if x["round"] != last], [x for x in lines if x["round"] == last]

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+")
     parser.add_argument("--rows", nargs="+", help="some of the table's rows")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     table = load_table(arguments.table)
     shares = arguments.shares or list(OmegaConf.load(arguments.table)["shares"])
     seeds = arguments.seeds or table.seeds

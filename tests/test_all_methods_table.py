@@ -32,17 +32,16 @@ def test_every_method_has_a_row() -> None:
 def test_one_command_runs_all_methods_over_three_seeds(tmp_path: Path) -> None:
     few = ["federation.rounds=2", "evaluation.every=2", "data.images_per_class=8"]
     few += ["partition.shots=4", "partition.clients=4", "grid.threads=1"]
-    command = [sys.executable, str(ROOT / "scripts" / "run_table.py"), str(SWEEP), *few]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    fedprompt = [sys.executable, "-m", "fedprompt"]
+    for command in (
+        [*fedprompt, "sweep", str(SWEEP), *few, "--serial", "--out", str(tmp_path)],
+        [*fedprompt, "compare", str(tmp_path), "--format", "markdown"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    named = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines[1:]}
+    named = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines[2:]}
     assert list(named) == list(rows())
     for name, cells in named.items():
         assert any("±" in cell for cell in cells), f"{name} has no result: {cells}"

@@ -299,13 +299,17 @@ def test_the_config_is_frozen(base: Path) -> None:
 REFUSED_OVERRIDES = {
     # misspelt keys name the nearest
     "training.optimiser=sgd": "unknown key 'training.optimiser'. Did you mean 'optimizer'?",
-    "trainin.lr=1": "unknown key 'trainin.lr'. Did you mean 'training'?",
+    "trainin.lr=1": "unknown key 'trainin.lr'. Did you mean 'training.lr'?",
     "sed=1": "unknown key 'sed'. Did you mean 'seed'?",
+    "rounds=3": "unknown key 'rounds'. Did you mean 'federation.rounds'?",
+    "federatoin.rouns=3": "unknown key 'federatoin.rouns'. Did you mean 'federation.rounds'?",
+    "training.optimizer=sgdd": "training.optimizer is 'sgdd'; it must be one of sgd, adam, adamw. "
+    "Did you mean 'sgd'?",
     "method.tetha=0.5": "unknown key 'method.tetha'. Did you mean 'theta'?",
     "strategy.max_nrm=1": "unknown key 'strategy.max_nrm'. Did you mean 'max_norm'?",
     "backbone.presicion=bf16": "unknown key 'backbone.presicion'. Did you mean 'precision'?",
     "method.context_tokens=4": "unknown key 'method.context_tokens'.",
-    "federation[rounds]=4": "unknown key 'federation[rounds]'. Did you mean 'federation'?",
+    "federation[rounds]=4": "unknown key 'federation[rounds]'. Did you mean 'federation.rounds'?",
     "federation..rounds=4": "unknown key 'federation.'.",
     "a..b=1": "unknown key 'a..b'. Known: ",
     # wrong types

@@ -133,7 +133,9 @@ def test_mlflow_holds_every_point_once_after_a_stop(
     assert found.info.run_name == "run"
     assert found.info.status == "FINISHED"
     points = {
-        name: single([(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)])
+        name: single(
+            [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)]
+        )
         for name in found.data.metrics
     }
     assert_close(without_final(points), expected_points(folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -12,7 +14,9 @@ import pytest
 
 from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
+from fedprompt.installed import asset
 from fedprompt.plot_clients import MANY
+from fedprompt.protocols.communication import Communication
 from fedprompt.report import client_rows, summary_of, write_report
 from fedprompt.run_data import accuracy_of, load_run
 from test_plots import rewrite, write_run
@@ -27,6 +31,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.text = ""
+        self.scripts: list[tuple[list[tuple[str, str | None]], str]] = []
         self._rows: list[list[str]] | None = None
         self._cell = False
         self.feed(html)
@@ -34,19 +39,32 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        if tag == "script":
+            self.scripts.append((attrs, ""))
         if tag == "table":
-            self._rows = self.tables[dict(attrs)["class"] or ""] = []
+            name = (dict(attrs)["class"] or "").removesuffix(" sortable")
+            self._rows = self.tables[name] = []
         elif tag == "tr" and self._rows is not None:
             self._rows.append([])
         elif tag in ("td", "th") and self._rows is not None:
             self._rows[-1].append("")
             self._cell = True
 
+    @property
+    def charts(self) -> dict[str, Any]:
+        """The charts' data by name."""
+        found: dict[str, Any] = json.loads(self.scripts[0][1])
+        return found
+
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th"):
             self._cell = False
 
     def handle_data(self, data: str) -> None:
+        if self.cdata_elem == "script":
+            attributes, before = self.scripts[-1]
+            self.scripts[-1] = attributes, before + data
+            return
         text = data.replace("\N{NO-BREAK SPACE}", " ")
         self.text += text
         if self._cell and self._rows is not None:
@@ -131,16 +149,50 @@ def test_of_many_clients_the_lowest_are_listed(tmp_path: Path) -> None:
     assert f"The {MANY} clients with the lowest accuracy" in page.text
 
 
-def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
-    html = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+def only_our_script_runs(html: str) -> None:
+    """Two scripts: the charts' data, and the page's own, the only one that its policy allows."""
     page = Page(html)
-    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+    (data, content), (own, script) = page.scripts
+    assert data == [("type", "application/json"), ("id", "charts")]
+    assert not {"<", ">", "&"} & set(content)
+    assert own == []
+    assert script == asset("charts.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(v for k, v in page.attributes if k == "content" and "default-src" in str(v))
+    assert policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
+
+
+def needs_nothing_else(html: str, pictures: int = 0) -> None:
+    page = Page(html)
+    only_our_script_runs(html)
+    assert not {"link", "iframe", "object", "a", "embed", "form", "base"} & set(page.tags)
     sources = [value or "" for name, value in page.attributes if name in ("src", "href", "srcset")]
-    assert len(sources) == 4
+    assert len(sources) == pictures
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "url(" not in html
     assert "@import" not in html
     assert "//" not in re.sub(r"base64,[^\"]+", "", html)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    for word in ("fetch", "XMLHttpRequest", "WebSocket", "import(", "eval", "innerHTML"):
+        allowed = 1 if word == "innerHTML" else 0  # of a constant, to learn SVG's namespace
+        assert page.scripts[1][1].count(word) == allowed, word
+
+
+def test_the_file_needs_nothing_else(tmp_path: Path) -> None:
+    needs_nothing_else(write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8"))
+
+
+def test_a_protocol_brings_its_figure_as_a_picture(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    points = [{"round": r, "accuracy": 0.4 + 0.1 * r, "up": 9 * r, "down": 9 * r} for r in range(3)]
+    found = {"points": points, "reached": [{"percent": 90.0, **points[2]}]}
+    edit_summary(folder, protocols={Communication.name: {"curves": {"global": found}}})
+    html = write_report(folder).read_text(encoding="utf-8")
+    needs_nothing_else(html, pictures=1)
+    assert Communication.title in Page(html).text
 
 
 def test_text_of_the_run_is_escaped_everywhere(tmp_path: Path) -> None:
@@ -153,12 +205,46 @@ def test_text_of_the_run_is_escaped_everywhere(tmp_path: Path) -> None:
     )  # fmt: skip
     with (folder / "config.yaml").open("a") as file:
         file.write(f"note: {json.dumps(evil)}\n")
-    page = report(folder)
-    assert "script" not in page.tags
-    assert "b" not in page.tags
-    assert page.tags.count("img") == 4
+    html = write_report(folder).read_text(encoding="utf-8")
+    only_our_script_runs(html)
+    page = Page(html)
+    assert not {"b", "img"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") >= 9
+    assert page.charts["partition"]["rows"] == [evil, "beach"]
+
+
+def test_charts_hold_the_measured_numbers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", clients=3, untested=(1,))
+    run, charts = load_run(folder), report(folder).charts
+    assert run.summary is not None
+    assert set(charts) == {"accuracy_per_round", "client_accuracy", "loss_per_round", "partition"}
+    curves = {one["name"]: one for one in charts["accuracy_per_round"]["series"]}
+    assert curves["Global"]["y"] == [line["global"]["accuracy"] for line in run.rounds]
+    own = curves["Personalised"]
+    assert own["x"] == [0, 1, 2]
+    for line, mean, low, high in zip(run.rounds, own["y"], own["low"], own["high"], strict=True):
+        assert mean == line["personal"]["mean"]
+        assert (low, high) == pytest.approx(
+            (mean - line["personal"]["std"], mean + line["personal"]["std"])
+        )
+    assert curves["Local-only"]["y"] == [line["personal"]["mean"] for line in run.local_only]
+    assert curves["Zero-shot"]["y"] == [run.summary["zero_shot"]["accuracy"]]
+    losses = {one["name"]: one for one in charts["loss_per_round"]["series"]}
+    assert losses["Training"]["x"] == [1, 2]  # round 0 trains nobody
+    accuracy = accuracy_of(run.last("personal"))
+    assert charts["client_accuracy"]["values"] == [accuracy[0], None, accuracy[2]]
+    assert run.partition is not None
+    counts_KC = dense(run.partition["train_counts"], 4)
+    cells = [[count or 0 for count in row] for row in charts["partition"]["cells"]]
+    assert cells == counts_KC.T.tolist()
+
+
+def test_charts_of_many_clients_are_histograms(tmp_path: Path) -> None:
+    charts = report(write_run(tmp_path / "run", clients=MANY + 50)).charts
+    for name in ("client_accuracy", "partition", "classes_held"):
+        assert sum(charts[name]["values"]) == MANY + 50
+        assert len(charts[name]["labels"]) == len(charts[name]["values"]) <= 41
 
 
 def test_an_unfinished_run_reports_what_was_measured_last(tmp_path: Path) -> None:
@@ -191,7 +277,7 @@ def test_a_summary_full_of_nulls_is_reported_with_dashes(tmp_path: Path) -> None
         ["Personal on global test", "-"],
     ]
     assert "None" not in page.text
-    assert "img" not in page.tags
+    assert page.charts == {}
     assert "clients" not in page.tables
     assert client_rows(load_run(folder), {}) == []
 

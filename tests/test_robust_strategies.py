@@ -11,8 +11,6 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from numpy.typing import NDArray
-from test_strategies import _identity, answer, full, send, shared_after  # noqa: F401
-from test_strategies import make as make_plain
 
 from fedprompt.errors import UserError
 from strategies import strategy_class
@@ -23,6 +21,8 @@ from strategies.dp_fedavg import DPFedAvg, epsilon
 from strategies.robust import mixed
 from strategies.screening import Arrays, Update
 from strategies.vectors import changes, clipped, count_of, moved
+from test_strategies import _identity, answer, full, send, shared_after  # noqa: F401
+from test_strategies import make as make_plain
 
 Rows = NDArray[np.float64]
 

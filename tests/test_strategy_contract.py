@@ -12,12 +12,12 @@ import torch
 from flwr.app import Message
 from numpy.typing import NDArray
 from safetensors.torch import load, save
-from test_strategies import NODE, _identity, answer, send  # noqa: F401
 
 from fedprompt.config import available, compose
 from strategies import all_strategies, strategy_class
 from strategies.base import SharedPromptStrategy
 from strategies.screening import Arrays, to_arrays
+from test_strategies import NODE, _identity, answer, send  # noqa: F401
 
 CLIENTS, ROUNDS = 7, 4
 USUAL = {"ctx": (3, 4), "other": (3,)}

@@ -73,12 +73,14 @@ def figure_curves(rows: Sequence[Row], *, over_bytes: bool = False) -> Figure | 
         axes.set_ylabel(title, fontsize=10.5, color=INK)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     if over_bytes:
-        panels[-1].set_xlabel("MiB up and down, all clients", fontsize=10.5, color=INK)
+        panels[-1].set_xlabel(
+            "MiB up and down, all clients (band: ± std over seeds)", fontsize=10.5, color=INK
+        )
         panels[-1].set_xscale("symlog", linthresh=_smallest(shown))
         panels[-1].set_xlim(left=0)
         panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     else:
-        panels[-1].set_xlabel("Round", fontsize=10.5, color=INK)
+        panels[-1].set_xlabel("Round (band: ± std over seeds)", fontsize=10.5, color=INK)
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(figure, rows)
     return figure

@@ -55,6 +55,8 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
     unfinished = twice = 0
     notes = []
     for path in paths:
+        if path.name == PLAN:
+            continue  # of runs/x/*
         found = _named_runs(path)
         if found.left_out:
             notes.append(f"{path}: {found.left_out} runs of other plans are left out.")

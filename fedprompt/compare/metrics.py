@@ -57,7 +57,7 @@ NEW_CLASSES = tuple(
 )
 COSTS = (
     Metric("numbers_up", "numbers up", ("uploaded_numbers_per_client_round",), "count", None),
-    Metric("bytes", "MiB up + down", ("bytes_up", "bytes_down"), "bytes", None),
+    Metric("bytes", "MiB sent", ("bytes_up", "bytes_down"), "bytes", None),
 )
 KNOWN = {metric.name: metric for metric in (*USUAL, *NEW_CLASSES, *COSTS)}
 

@@ -19,6 +19,8 @@ from fedprompt.display import MISSING
 
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
 MARK = "*"
+NAME = 26
+"""Widest first column in a terminal; longer names are folded."""
 FEWEST_FOR_WILCOXON = 6
 """With fewer seeds its smallest p, 2^(1 - n), is above 0.05."""
 _LATEX = {
@@ -51,23 +53,25 @@ def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t
 
 def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> str:
     seeds = {tuple(sorted(row.runs)) for row in rows}
+    counts = sorted({len(s) for s in seeds})
     if len(seeds) == 1:
-        (one,) = seeds
-        over = f"seeds {', '.join(map(str, one))}" if len(one) > 1 else f"seed {one[0]} only"
+        over = f"seeds {', '.join(map(str, min(seeds)))}"
     else:
-        counts = sorted({len(s) for s in seeds})
         over = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
     note = f"Accuracy in percent; mean ± standard deviation (divide by n) over {over}."
+    if counts[-1] == 1:
+        note = f"Accuracy in percent, one seed{f': {min(seeds)[0]}' if len(seeds) == 1 else ''}."
     if any(cell.best for line in cells for cell in line):
         note += " Bold: best mean."
-    if any(cell.p is not None for line in cells for cell in line):
+    tested = [cell for line in cells for cell in line if cell.p is not None]
+    if tested:
+        how = f"p < {LEVEL:g} in a {TESTS[test]} over common seeds, Holm-corrected in each column."
+        marked = any(cell.differs for cell in tested)
         note += (
-            f" {MARK}: differs from the best, p < {LEVEL:g} in a {TESTS[test]} over common seeds, "
-            "Holm-corrected in each column."
+            f" {MARK}: differs from the best, {how}" if marked else f" No row differs with {how}"
         )
-    most = max(len(s) for s in seeds)
-    if test == "wilcoxon" and 1 < most < FEWEST_FOR_WILCOXON:
-        note += f" With {most} seeds this test cannot reach p < {LEVEL:g}."
+    if test == "wilcoxon" and 1 < counts[-1] < FEWEST_FOR_WILCOXON:
+        note += f" With {counts[-1]} seeds this test cannot reach p < {LEVEL:g}."
     return note
 
 
@@ -91,22 +95,40 @@ def text(metric: Metric, cell: Cell) -> str:
     return mean if alone else f"{mean} ± {number(metric, cell.std)}"
 
 
-def terminal(table: Comparison) -> Table:
-    """For rich; the best in bold."""
+def terminal(table: Comparison, width: int = 200) -> Table:
+    """For rich, the best in bold; columns that do not fit into `width` are named below it."""
+    bodies = [
+        [text(m, line[i]) + MARK * line[i].differs for line in table.cells]
+        for i, m in enumerate(table.metrics)
+    ]
+    heads = [m.title.replace(" ", "\n") for m in table.metrics]
+    widths = [
+        max(len(part) for part in (*head.split("\n"), *body))
+        for head, body in zip(heads, bodies, strict=True)
+    ]
+    names = min(NAME, max(map(len, table.names)))
+    fit = len(widths)
+    while fit > 1 and names + sum(w + 2 for w in widths[:fit]) > width:
+        fit -= 1
+    note = table.note
+    if fit < len(heads):
+        left_out = ", ".join(m.title for m in table.metrics[fit:])
+        note += f" Left out for want of room: {left_out}."
     shown = Table(
-        Column("", overflow="fold"),
-        *(Column(m.title, justify="right", overflow="fold") for m in table.metrics),
+        Column("", overflow="fold", width=names),
+        *(Column(head, justify="right", no_wrap=True) for head in heads[:fit]),
         box=SIMPLE_HEAD,
+        padding=(0, 1),
         pad_edge=False,
-        caption=Text(table.note),
+        caption=Text(note),
         caption_justify="left",
     )
-    for name, line in zip(table.names, table.cells, strict=True):
+    for name, line, *cells in zip(table.names, table.cells, *bodies[:fit], strict=True):
         shown.add_row(
             Text(name),
             *(
-                Text(text(m, c) + MARK * c.differs, style="bold" if c.best else "")
-                for m, c in zip(table.metrics, line, strict=True)
+                Text(cell, style="bold" if c.best else "")
+                for cell, c in zip(cells, line, strict=False)
             ),
         )
     return shown

@@ -7,8 +7,10 @@ PyTorch.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,18 +32,18 @@ def carry(
     node_config: Mapping[str, Any],
     run_config: Mapping[str, Any],
     run_id: int,
+    *,
+    patience: float = 60.0,
 ) -> Message:
     """The worker's reply; an error reply where it dies over the message.
+
+    A worker that is just starting is waited for, `patience` seconds at most.
 
     Raises:
         WorkerAway: it is not there.
     """
     header = {"node_config": dict(node_config), "run_config": dict(run_config), "run_id": run_id}
-    with socket.socket(socket.AF_UNIX) as line:
-        try:
-            line.connect(path)
-        except OSError as error:
-            raise WorkerAway(error.strerror or str(error)) from None
+    with _connected(path, time.monotonic() + patience) as line:
         try:
             send(line, json.dumps(header).encode())
             send(line, to_wire(message))
@@ -52,6 +54,21 @@ def carry(
     if reply.has_error():
         return Message(reply.error, reply_to=message)
     return Message(reply.content, reply_to=message)
+
+
+def _connected(path: str, deadline: float) -> socket.socket:
+    while True:
+        line = socket.socket(socket.AF_UNIX)
+        try:
+            if os.lstat(path).st_uid != os.geteuid():
+                raise WorkerAway("it is another user's")
+            line.connect(path)
+            return line
+        except OSError as error:
+            line.close()
+            if time.monotonic() > deadline:
+                raise WorkerAway(error.strerror or str(error)) from None
+        time.sleep(0.2)
 
 
 def send(line: socket.socket, content: bytes) -> None:

@@ -18,6 +18,8 @@ from flwr.supercore.run import Run
 log = logging.getLogger("fedprompt.server")
 
 POLL_S = 1.0
+GRACE_S = 5.0
+"""By which a message outlives its exchange, so that its expiry is not taken for an answer."""
 
 
 class NodeGrid(Grid):
@@ -67,7 +69,7 @@ class NodeGrid(Grid):
             return []
         if timeout is not None:
             for message in sent:
-                message.metadata.ttl = timeout
+                message.metadata.ttl = timeout + GRACE_S
         ids = list(self.push_messages(sent))
         node_of = {
             message_id: message.metadata.dst_node_id

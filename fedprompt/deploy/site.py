@@ -10,10 +10,13 @@ README.md    what to copy where, and the commands
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -36,6 +39,8 @@ from fedprompt.files import write_bytes
 SETTINGS, CONNECTION = "federation.json", "fedprompt"
 GATE_PORT, SUPERLINK_PORT, NODE_PORT = 9092, 8000, 9094
 LOCAL = ("localhost", "127.0.0.1")
+LONGEST_SOCKET = 100
+"""Bytes of a socket's path; Unix allows 107."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,15 @@ class NodeSite:
 
     @property
     def worker_socket(self) -> Path:
-        """Where the node's warm process listens."""
-        return self.folder / "worker.sock"
+        """Where the node's warm process listens: in its folder, if a socket's path may be so long.
+
+        Else below the system's folder for temporary files, in a folder of this user's own.
+        """
+        path = self.folder / "worker.sock"
+        if len(os.fsencode(path)) <= LONGEST_SOCKET:
+            return path
+        name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"fedprompt-{os.getuid()}" / f"{name}.sock"
 
     def worker(self) -> list[str]:
         """The command of the warm process."""

@@ -18,8 +18,6 @@ from fedprompt.grid import become_server
 from fedprompt.wire import CLIENT_FAILED, from_wire, to_wire
 
 log = logging.getLogger("fedprompt.node")
-LONGEST_PATH = 100
-"""Unix allows 107 bytes for a socket's path."""
 
 
 def serve(path: Path) -> None:
@@ -38,11 +36,9 @@ def serve(path: Path) -> None:
 
 def listen(path: Path) -> socket.socket:
     """A socket with mode 0600 at `path`, in place of one that nobody listens on."""
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise UserError(f"{path} is too long for a socket's path; use a shorter folder.")
     listener = socket.socket(socket.AF_UNIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.unlink(missing_ok=True)
         previous = os.umask(0o177)
         try:

@@ -30,9 +30,10 @@ tensors never leave the client in any case.
 
 How we differ: the public code adds U U^T g_U V; to be g's projection on the factors' tangent space
 the sign has to be minus (Yu et al., ICML 2021, arXiv 2106.09352) and nothing divided by 10.
-`local_gradient: projection` does so; the default is the code's. One optimiser serves all clients of
-the public code in turn, so that its momentum mixes them; ours is each client's own. B is the number
-of a step's images, so a partial batch gets more noise; there it is the largest batch's.
+`local_gradient: projection` does so; the default is the code's. In one version of that code a
+single optimiser serves all clients in turn, so that its momentum mixes them; ours is each client's
+own. B is the number of a step's images, so a partial batch gets more noise; there it is the largest
+batch's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ from fedprompt.options import option
 
 @dataclass(frozen=True)
 class DPFPLConfig:
-    """Defaults: the public code's, where noise is off unless asked for; the paper's are 0.1-0.4."""
+    """Defaults: the public code's, but noise is off unless asked for.
+
+    So it is in one version of that code; in another, and in its README, epsilon is 0.4. The paper's
+    are 0.1 to 0.4.
+    """
 
     name: str = option("dp_fpl", "method name")
     context_tokens: int = option(16, "context tokens M", ge=1)

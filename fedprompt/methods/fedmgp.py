@@ -20,7 +20,9 @@ How we differ: the public loss takes the absolute value of a negative diversity 
 form is 1 - cos, so in every form minimising it pulls groups together; ours pushes them apart, as
 the paper says. The released config's loss is `diversity=l1 diversity_weight=-1`. A client that
 comes in late starts with the global groups in its first S places; in the public code it starts
-from the initial values. Text and visual choices share their random numbers, as there.
+from the initial values. One that was left out for some rounds goes on from the newest global
+groups, there from those that it helped to make. Text and visual choices share their random numbers,
+as there.
 
 Shape suffixes: K clients, G groups, S sampled groups, M tokens, B images, C classes, D joint
 embedding, w width of a tower.

@@ -11,7 +11,8 @@ from the patches that suit the prompt best. Neither paper nor code has one.
 
 Defaults are those of the public code, with gamma 0.8 as in both of its scripts (1 on its command
 line). Its CIFAR-100 script has 4 tokens, i.e. 2,048 numbers uploaded on ViT-B; its few-shot script
-has eps 0.01.
+has eps 0.01, where the kernel can leave float32: the code then returns no logits, and agrees with
+ours in float64.
 
 How we differ: the public code keeps both prompts in one tensor and slices it; here they are in two
 containers. Its stopping mean is over the batch, ours over each client's own real images. Its first

@@ -1,9 +1,9 @@
 """FedPHA: a global prompt of one length, local prompts of each client's own length.
 
 Source: FedPHA: Federated Prompt Learning for Heterogeneous Client Adaptation (Fang et al., ICML
-2025; code CYFang6/FedPHA, trainers GL_SVDMSE and GL_SVDMSE_HE). G (M, d) is averaged; L (m_k, d)
-stays. G = U S V^T; V_2 are the right singular vectors without the first floor(M (1 - ratio)), and
-L' = L V_2 V_2^T. With t the L2-normalised class features of a prompt,
+2025; code CYFang6/FedPHA, trainers GL_SVDMSE and GL_SVDMSE_HE, checked in two forks of it). G (M,
+d) is averaged; L (m_k, d) stays. G = U S V^T; V_2 are the right singular vectors without the first
+floor(M (1 - ratio)), and L' = L V_2 V_2^T. With t the L2-normalised class features of a prompt,
 
     loss = CE(t(L)) + CE(t(G)) + pull_weight * mean over classes and D of (t(L) - t(L'))^2
            + push_weight * mean over classes of max(0, alpha - |t_c(L) - t_c(G)|)

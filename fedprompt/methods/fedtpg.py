@@ -78,9 +78,10 @@ class FedTPG(Method):
         """
         d, hidden, key = self.width, self.cfg.expansion * self.width, (seed, "init", "shared")
         start = {"queries": self.prompts.start(*key)}
+        # Xavier's bound; torch's attention has one matrix for all three where widths are equal.
+        outputs = 3 * d if self.clip.embed_dim == d else d
         for name, inputs in (("q", d), ("k", self.clip.embed_dim), ("v", self.clip.embed_dim)):
-            # Xavier's bound of the three as one matrix, which is how torch's attention starts.
-            bound = math.sqrt(6 / (3 * d + inputs))
+            bound = math.sqrt(6 / (outputs + inputs))
             start[f"{name}.weight"] = bound * (2 * uniform((d, inputs), *key, name) - 1)
             start[f"{name}.bias"] = torch.zeros(d)
         start |= linear_start("out", d, d, *key, bias=False) | {"out.bias": torch.zeros(d)}

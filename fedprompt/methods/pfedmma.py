@@ -13,8 +13,8 @@ Checked against the public code (trainers/pFedMMA.py and federated_main.py of sa
 the towers' hook, clip/model.py, is stored only in ZjjConan/Multi-Modal-Adapter): biases everywhere,
 a ReLU after W_s too, He's normal start by the number of outputs with zero biases, the same for all
 clients, average by the number of images. `gradient_scale: mma` is that code's backward pass, which
-the published formula leaves out: the adapters' own gradients are those of alpha = 1 (1/alpha times the
-true ones), and what flows on to lower layers is the true one; `exact` is the plain gradient.
+the published formula leaves out: the adapters' own gradients are those of alpha = 1 (1/alpha times
+the true ones), and what flows on to lower layers is the true one; `exact` is the plain gradient.
 
 How we differ: the public code counts layers from below, 5 to 12 in both towers; we count the top 8,
 which is the same in ViT-B but not in ViT-L/14's 24 image layers. In evaluation the public model

@@ -18,8 +18,10 @@ secure aggregation is impossible. Each client is sent E more prompts in every ex
 
 How we differ: every client's gate starts from the same draw and is its own from then on; in the
 public loop a gate that was not kept yet goes on from whichever client trained before, and a client
-that is new in a later round still holds that client's experts. Predictions use experts as they
-stand after the round. Dropout is off: the public attention is given 0.1 and never applies it.
+that is new in a later round still holds that client's experts. Clients train one after the other
+there and may be shown a prompt of the same round; here all experts are of earlier rounds.
+Predictions use experts as they stand after the round. Dropout is off: the public attention is given
+0.1 and never applies it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ FLIP's.
 
 How we differ: all clients of a round take the contexts in the same order, drawn anew each round, so
 that clients with as many steps have trained the same ones. FLIP's port builds no prompt with the
-name in front or in the middle, and another one leaves the orthogonality out of its loss.
+name in front or in the middle. Another one leaves the orthogonality out of its loss, and does not
+turn the underscores of class names into spaces.
 """
 
 from __future__ import annotations

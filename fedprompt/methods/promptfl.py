@@ -3,11 +3,14 @@
 Sources: PromptFL: Let Federated Participants Cooperatively Learn Prompts Instead of Models (Guo et
 al., IEEE TMC 2023, arXiv 2208.11625); the prompt is CoOp's (Learning to Prompt for Vision-Language
 Models, Zhou et al., IJCV 2022, arXiv 2109.01134): `[SOS][v_1 .. v_M][class].`, cosine logits times
-exp(logit_scale), cross-entropy.
+exp(logit_scale), cross-entropy. Checked against CoOp's `trainers/coop.py` and PromptFL's
+`trainers/promptfl.py`.
 
-How we differ: the public PromptFL code never clears its list of local weights between rounds, so
-its average mixes rounds; we average the replies of the round. Small clients train on their last
-partial batch (CoOp's `drop_last` would train nothing).
+How we differ: the public PromptFL code keeps references to one model's weights, not copies, so what
+it averages is the last client's prompt alone; it never clears that list between rounds, and would
+count all clients the same. We average the replies of the round by their images
+(`strategy.weights=uniform`: all the same). Small clients train on their last partial batch (CoOp's
+`drop_last` would train nothing).
 """
 
 from __future__ import annotations

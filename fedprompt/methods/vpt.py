@@ -64,8 +64,7 @@ class VPT(Method):
         self.vision = VisionTower(clip)
         self.shape = (min(config.depth, self.vision.layers), config.tokens, self.vision.width)
         templates = (config.template,) if config.template else task.templates
-        names = [name.replace("_", " ") for name in task.class_names]
-        self.classes_1CD = clip.zero_shot_classifier(names, templates)[None]
+        self.classes_1CD = clip.zero_shot_classifier(task.class_names, templates)[None]
 
     def init_shared(self, seed: int) -> Tensors:
         """`visual` (J, M, w)."""

@@ -3,8 +3,8 @@
 Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, arXiv 2109.01134),
 which trains on 1, 2, 4, 8 and 16 images per class. There the number is for the whole training set;
 here `partition.shots` is per class and client, as in the federated papers, so that the federation
-holds up to K times as many. One run is one point; configs/sweep/few_shot.yaml runs the curve and
-scripts/compare_runs.py draws it.
+holds up to K times as many. One run is one point; `fedprompt sweep few_shot` runs the curve and
+`fedprompt compare --protocol few_shot` draws it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Sources: Deeper, Broader and Artier Domain Generalization (Li et al., ICCV 2017, arXiv 1710.03077)
 for the protocol; FedCLIP (Lu et al., 2023, arXiv 2302.13485) for its federated form. One run holds
 out one domain; configs/sweep/leave_one_domain_out.yaml holds out each in turn, and
-scripts/compare_runs.py puts the runs into one table.
+`fedprompt compare --protocol leave_one_domain_out` puts the runs into one table.
 
 Seen and unseen accuracies are of the global model, over images; the unseen one also of the clients'
 own models (mean over clients). Nothing is selected on the unseen domain.

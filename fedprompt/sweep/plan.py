@@ -145,17 +145,18 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
         for values in itertools.product(*sweep.grid.values()):
             point = dict(zip(sweep.grid, values, strict=True))
             cell = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+            label = ", ".join(filter(None, (row, describe(point)))) or sweep.name
+            some = [*sweep.common, *changes, *cell, *overrides]
+            shared = _compose(sweep, some, label)
             for seed in sweep.seeds:
-                some = [*sweep.common, *changes, *cell, *overrides, f"seed={seed}"]
-                label = ", ".join(filter(None, (row, describe(point), f"seed {seed}")))
-                config = _compose(sweep, some, label)
+                config = replace(shared, seed=seed)
                 key = settings_hash(config)
                 if key in by_hash:
                     other = by_hash[key]
                     twin = ", ".join(filter(None, (other.row, describe(other.values))))
                     raise UserError(
-                        f"sweep: '{label}' and '{twin}, seed {other.seed}' are the same run; does "
-                        "an override undo what tells them apart?"
+                        f"sweep: '{label}' and '{twin}' are the same runs; does an override undo "
+                        "what tells them apart?"
                     )
                 name = f"{_slug(row, point, config)}-seed{seed}-{key}"
                 folder = str((out / name).absolute())
@@ -233,6 +234,8 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
         config = compose(sweep.experiment, overrides)
     except UserError as error:
         raise UserError(f"sweep: {label}: {error}") from None
+    if any(text.partition("=")[0].strip() == "seed" for text in overrides):
+        raise UserError(f"sweep: {label}: seed is an override; use 'seeds' or --seeds.")
     if config.output.dir is not None:
         raise UserError(
             f"sweep: {label}: output.dir is set, but every run has a folder of its own; use --out."

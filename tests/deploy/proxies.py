@@ -14,13 +14,12 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.target = target
         self.cuts = 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self.listener.getsockname()[1]
-        self._whole = True
+        self.port = 0
+        self._listener = socket.socket()
         self._lines: list[socket.socket] = []
 
     def __enter__(self) -> Proxy:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.mend()
         return self
 
     def __exit__(
@@ -29,34 +28,36 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.listener.close()
         self.cut()
 
     def cut(self) -> None:
-        """Break all connections and take no new one."""
-        self._whole = False
+        """Break all connections; new ones are refused."""
+        _close(self._listener)
         for line in self._lines:
             self.cuts += 1
-            with contextlib.suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-            line.close()
+            _close(line)
         self._lines.clear()
 
     def mend(self) -> None:
-        """Take connections again."""
-        self._whole = True
+        """Take connections, on the same port as before."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near, _ = self.listener.accept()
-                if not self._whole:
-                    near.close()
-                    continue
+                near, _ = listener.accept()
                 far = socket.create_connection(("127.0.0.1", self.target))
                 self._lines += [near, far]
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _close(line: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:

@@ -23,6 +23,7 @@ from fedprompt.deploy import carrier
 from fedprompt.deploy.carrier import WorkerAway, carry
 from fedprompt.deploy.description import Description, from_reply
 from fedprompt.deploy.node import answer
+from fedprompt.deploy.site import NodeSite
 from fedprompt.deploy.worker import listen, serve_one
 from fedprompt.errors import UserError
 from fedprompt.grid import become_server
@@ -125,7 +126,7 @@ def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> 
 def test_no_worker_and_one_that_dies(short: Path) -> None:
     asked = message(MessageType.QUERY)
     with pytest.raises(WorkerAway):
-        carry(str(short / "none.sock"), asked, {}, {}, 7)
+        carry(str(short / "none.sock"), asked, {}, {}, 7, patience=0.5)
     path = short / "worker.sock"
     with listen(path) as listener:
 
@@ -151,9 +152,20 @@ def test_a_message_that_breaks_the_worker_is_an_error_reply(short: Path) -> None
         assert b"TypeError" in carrier.receive(near)
 
 
-def test_a_socket_needs_a_short_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too long"):
-        listen(tmp_path / ("x" * 120))
+def test_a_deep_folder_has_its_socket_elsewhere(tmp_path: Path, short: Path) -> None:
+    assert NodeSite(short, "s:1", 0).worker_socket == short / "worker.sock"
+    deep = [NodeSite(tmp_path / ("x" * 120) / name, "s:1", 0).worker_socket for name in "ab"]
+    assert deep[0] != deep[1]
+    assert all(len(str(path)) < 100 for path in deep)
+    with listen(deep[0]):
+        assert stat.S_IMODE(deep[0].parent.stat().st_mode) == 0o700
+    deep[0].unlink()
+
+
+def test_what_cannot_be_a_socket_is_one_line(short: Path) -> None:
+    (short / "file").write_text("")
+    with pytest.raises(UserError, match="cannot listen on"):
+        listen(short / "file" / "worker.sock")
 
 
 def test_carrying_a_message_loads_no_pytorch() -> None:

@@ -11,6 +11,7 @@ from conftest import CLASS_NAMES, batch_of
 from fedprompt.clip import FrozenCLIP, shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
+from fedprompt.methods import Task
 from method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 5
@@ -80,6 +81,13 @@ def test_the_adapter_is_no_matrix_of_class_embeddings(clip: FrozenCLIP) -> None:
     method = make(clip, "clip_adapter")
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     assert method.class_embeddings(method.encode(shared, None)) is None
+
+
+@pytest.mark.parametrize("name", ["clip_adapter", "fedclip", "tip_adapter"])
+def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP, name: str) -> None:
+    written, read = (Task(("river", c)) for c in ("dense_residential", "dense residential"))
+    ours, theirs = (make(clip, name, task).encode({}, None)["classes"] for task in (written, read))
+    assert torch.equal(ours, theirs)
 
 
 def test_own_template_and_bad_ones(clip: FrozenCLIP) -> None:

@@ -140,10 +140,23 @@ def test_it_starts_as_torch_does(clip: FrozenCLIP) -> None:
     assert start["queries"].std() == pytest.approx(0.02, rel=0.2)
     for name in ("q.bias", "k.bias", "v.bias", "out.bias", "norm_up.bias"):
         assert not start[name].any()
-    bound = (6 / (3 * d + d)) ** 0.5
-    assert float(start["q.weight"].abs().max()) == pytest.approx(bound, rel=0.01)
     assert float(start["up.weight"].abs().max()) == pytest.approx(d**-0.5, rel=0.01)
     assert not torch.equal(start["q.weight"], method.init_shared(2)["q.weight"])
+
+
+@pytest.mark.parametrize("embed_dim", [32, 64])
+def test_the_attention_starts_as_torch_does(embed_dim: int) -> None:
+    """Joint features as wide as the text tower, and not."""
+    clip = random_clip(embed_dim=embed_dim)
+    start = build_method(clip, "fedtpg").init_shared(1)
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(64, 4, kdim=embed_dim, vdim=embed_dim)
+    separate = [theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight]
+    parts = separate if theirs.in_proj_weight is None else theirs.in_proj_weight.chunk(3)
+    for name, part in zip("qkv", parts, strict=True):
+        ours = start[f"{name}.weight"]
+        assert ours.shape == part.shape
+        assert ours.abs().max().item() == pytest.approx(part.abs().max().item(), rel=0.02)
 
 
 def test_heads_must_divide_the_width(clip: FrozenCLIP) -> None:

@@ -78,6 +78,13 @@ def test_several_templates_are_their_normalised_mean(clip: FrozenCLIP) -> None:
     assert_close(method.template_CD, F.normalize(mean, dim=-1))
 
 
+def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP) -> None:
+    """In the template as in the prompt."""
+    names = tuple(name.replace(" ", "_") for name in CLASS_NAMES)
+    method: Any = build_method(clip, "kgcoop", Task(names))
+    assert_close(method.template_CD, template_features(clip))
+
+
 def test_what_fedtpg_changes(clip: FrozenCLIP) -> None:
     """Random starts, and every client counts the same."""
     method = build_method(clip, "fedkgcoop")

@@ -81,6 +81,22 @@ def test_both_cases_occur_above(clip: FrozenCLIP) -> None:
     assert conflicts == {True, False}
 
 
+def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP) -> None:
+    """For the teacher as in the prompt."""
+    names = tuple(name.replace(" ", "_") for name in CLASS_NAMES)
+    method: Any = build_method(clip, "prograd", Task(names))
+    assert_close(method.teacher_CD, template_features(clip))
+
+
+def test_a_template_with_a_comma_is_learned_token_by_token(clip: FrozenCLIP) -> None:
+    """Nine tokens of eight words: all of them end the context, zeros in front."""
+    task = Task(CLASS_NAMES, ("a type of pet, a photo of a {}.",))
+    ctx = build_method(clip, "prograd", task).init_shared(1)["ctx"]
+    words: Any = clip.tokenizer(["a type of pet, a photo of a"])[0, 1:10]
+    assert not ctx[:7].any()
+    assert torch.equal(ctx[7:], clip.text.token_embedding(words).detach())
+
+
 def test_the_start_is_the_templates_words_behind_zeros(clip: FrozenCLIP) -> None:
     task = Task(CLASS_NAMES, ("a centered satellite photo of {}.",))
     ctx = build_method(clip, "prograd", task).init_shared(1)["ctx"]

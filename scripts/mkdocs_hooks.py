@@ -1,0 +1,39 @@
+"""Pages that mkdocs makes as it builds: the commands, and the reference of every module."""
+
+from __future__ import annotations
+
+import pkgutil
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from typer.cli import get_docs_for_click
+
+import fedprompt.methods
+import fedprompt.protocols
+import strategies
+from fedprompt.cli import app
+
+API = {
+    "methods": (fedprompt.methods, "One module per paper; the base class says what a method is."),
+    "strategies": (strategies, "One module per server rule; `base` has what is common to all."),
+    "protocols": (fedprompt.protocols, "One module per evaluation protocol."),
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    files.append(File.generated(config, "commands.md", content=_commands()))
+    for name, (package, text) in API.items():
+        modules = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+        modules.sort(key=lambda module: module != "base")
+        parts = [f"# {name.capitalize()}\n\n{text}\n"]
+        parts += [f"::: {package.__name__}.{module}\n" for module in modules]
+        files.append(File.generated(config, f"api/{name}.md", content="\n".join(parts)))
+    return files
+
+
+def _commands() -> str:
+    command = typer.main.get_command(app)
+    context = typer.Context(command, info_name="fedprompt")
+    return get_docs_for_click(obj=command, ctx=context, name="fedprompt", title="Commands")
