@@ -211,12 +211,15 @@ def _print_plan(
 
 
 def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str]) -> None:
-    """The table of what is finished, then the runs that failed."""
+    """The table of what is finished, its report, then the runs that failed."""
     from fedprompt.compare.command import print_sweep
+    from fedprompt.sweep_report import write_sweep_report
 
     console = Console(highlight=False)
     if len(failures) < len(planned):
         print_sweep(folder, console)
+        page = write_sweep_report([folder], folder / "report.html", failed=[*failures.items()])
+        console.print(f"report: {page}", markup=False, soft_wrap=True)
     for name, reason in failures.items():
         console.print(f"FAILED {name}: {reason}", markup=False, soft_wrap=True)
     console.print(

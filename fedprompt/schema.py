@@ -38,9 +38,9 @@ class BackboneConfig:
 class DataConfig:
     """Where images and class names come from."""
 
-    source: Literal[
-        "aerial_scenes", "folder", "client_folders", "hub", "catalogue", "multi"
-    ] = option("aerial_scenes", "kind of data set")
+    source: Literal["aerial_scenes", "folder", "client_folders", "hub", "catalogue", "multi"] = (
+        option("aerial_scenes", "kind of data set")
+    )
     title: str = option("aerial_scenes", "name used in tables, plots and the cache")
     templates: list[str] = option(["a photo of a {}."], "zero-shot templates; {} = class name")
     class_names: list[str] = option([], "class names in label order; empty = from the data set")

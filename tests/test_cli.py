@@ -166,7 +166,7 @@ def _corrupt(tmp_path: Path) -> str:
 BAD_INPUT = {
     "unknown experiment": (["run", "quikstart"], "Did you mean 'quickstart'?"),
     "misspelt key": (["run", "quickstart", "training.lrr=1"], "Did you mean 'lr'?"),
-    "misspelt group": (["run", "quickstart", "trainig.lr=1"], "Did you mean 'training'?"),
+    "misspelt group": (["run", "quickstart", "trainig.lr=1"], "Did you mean 'training.lr'?"),
     "misspelt method": (["run", "quickstart", "method=fedrsclp"], "Did you mean 'fedrsclip'?"),
     "not key=value": (["run", "quickstart", "fast"], "'fast' is not key=value"),
     "impossible value": (["run", "quickstart", "training.lr=-1"], "must be greater than 0"),

@@ -335,6 +335,7 @@ def test_many_rows_fit_80_columns_and_figures(sweep: Path) -> None:
     Console(file=out, width=80).print(terminal(table, 80))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "Left out for want of room: " in out.getvalue().replace("\n", " ")
+    assert "…" not in out.getvalue()
     assert out.getvalue().count(" ± ") >= 8
     figure = figure_curves(rows * 5)
     assert figure is not None

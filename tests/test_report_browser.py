@@ -13,6 +13,7 @@ from fedprompt.report import write_report
 from fedprompt.run_data import accuracy_of, load_run
 from fedprompt.sweep_report import write_sweep_report
 from test_plots import write_run
+from test_report import edit_summary
 from test_sweep_report import write_sweep
 
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium on this machine")
@@ -30,6 +31,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("reports") / "run", clients=6, classes=5, rounds=4)
+    points = [
+        {"round": r, "accuracy": 0.4 + 0.1 * r, "up": 900 * 2000**r, "down": 0} for r in range(3)
+    ]
+    found = {"points": points, "reached": [{"percent": 90.0 + p["round"], **p} for p in points]}
+    edit_summary(folder, protocols={"communication": {"curves": {"global": found}}})
     return write_report(folder).parent
 
 
@@ -65,6 +71,15 @@ def test_clients_sort_both_ways(browser: Browser, run: Path) -> None:
     assert click_head(browser, "clients", 4) == "ascending"
     assert percents(column(browser, "clients", 4)) == sorted(shown)
     assert browser.complaints == []
+
+
+def test_bytes_sort_by_size(browser: Browser, run: Path) -> None:
+    browser.open(run / "report.html", DESKTOP)
+    shown = ["900 B", "1.7 MiB", "3.4 GiB"]
+    assert click_head(browser, "protocol", 3) == "descending"
+    assert [re.sub(r"\s", " ", text) for text in column(browser, "protocol", 3)] == shown[::-1]
+    click_head(browser, "protocol", 3)
+    assert [re.sub(r"\s", " ", text) for text in column(browser, "protocol", 3)] == shown
 
 
 def test_the_sweeps_table_sorts_by_mean(browser: Browser, sweep: Path) -> None:

@@ -249,6 +249,15 @@ def test_aligned_by_hand() -> None:
     np.testing.assert_allclose(step(near, rows), [(4 - 3 * small) / (2 + small), 0], rtol=1e-6)
 
 
+def test_aligned_remembers_after_a_restart() -> None:
+    rows = np.array([[2.0, 0.0], [2.0, 0.0], [-8.0, 0.0]])
+    strategy, resumed = make("aligned", (2,), trust=None), make("aligned", (2,), trust=None)
+    step(strategy, rows)
+    resumed.load_state(strategy.state())
+    assert resumed.scores == {0: 1.0, 1: 1.0, 2: -1.0}
+    assert (step(resumed, rows) == step(strategy, rows)).all()
+
+
 def test_aligned_counts_those_who_agree_as_fedavg_does() -> None:
     draw = np.random.default_rng(1)
     rows = 1 + 0.5 * draw.standard_normal((10, 30))
@@ -316,6 +325,15 @@ def test_a_late_client_joins_the_nearest_cluster() -> None:
     assert strategy.shared_for(5) is None
     strategy.aggregate(2, shared, updates_of(rows)[4:])
     assert strategy.cluster_of == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0, 5: 1}
+
+
+def test_a_late_client_joins_after_a_restart_as_before() -> None:
+    strategy, resumed = (make("clustered", (8,), 6, common_rounds=0) for _ in range(2))
+    rows, shared = two_kinds(), {"ctx": np.zeros(8, np.float32)}
+    strategy.aggregate(1, shared, updates_of(rows)[:4])
+    resumed.load_state(strategy.state())
+    resumed.aggregate(2, shared, updates_of(rows)[4:])
+    assert resumed.cluster_of == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0, 5: 1}
 
 
 def test_one_cluster_is_fedavg() -> None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fedprompt.bench.cli import app as bench_app
 from fedprompt.cli import app
 from fedprompt.config import available, compose, configs_dir, to_yaml
 from fedprompt.errors import UserError
@@ -382,11 +385,16 @@ def _state(folder: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/summary.json")}
 
 
-def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "fedprompt", *arguments]
     with log.open("ab") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fedprompt", *arguments], stdout=stream, stderr=stream
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
@@ -396,7 +404,6 @@ def test_ray_sweep_survives_kill_9_and_has_the_bits_of_single_runs(tmp_path: Pat
     file = write(tmp_path, common=common)
     out, log = tmp_path / "out", tmp_path / "log.txt"
     arguments = ["sweep", str(file), "--out", str(out), "--jobs", "2"]
-    process = _start(arguments, log)
     deadline = time.monotonic() + 300
     runs = expand(load_sweep(file), out)
 
@@ -405,16 +412,17 @@ def test_ray_sweep_survives_kill_9_and_has_the_bits_of_single_runs(tmp_path: Pat
         begun = [r for r in runs if not progress(r).done and rounds_done(r.folder) > 3]
         return len(_state(out)) >= 3 and bool(begun)
 
-    while not in_the_middle():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(arguments, log) as process:
+        while not in_the_middle():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
     before = _state(out)
     assert len(before) < len(runs)
-    again = _start(arguments, log)
-    assert again.wait(timeout=300) == 0, log.read_text()
+    with started(arguments, log) as again:
+        assert again.wait(timeout=300) == 0, log.read_text()
     after = _state(out)
     assert set(after) == {r.name for r in runs}
     kept = {name for name, written in before.items() if after[name] == written}
@@ -433,24 +441,25 @@ def test_ray_sweep_survives_kill_9_and_has_the_bits_of_single_runs(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_worker_is_replaced_and_its_run_goes_on(tmp_path: Path) -> None:
-    file = write(tmp_path, common=[*TINY, "federation.rounds=40"], grid=None)
+    file = write(tmp_path, common=[*TINY, "federation.rounds=20"], grid=None, seeds=[1])
     out, log = tmp_path / "out", tmp_path / "log.txt"
-    process = _start(["sweep", str(file), "--out", str(out), "--jobs", "2"], log)
-    deadline = time.monotonic() + 300
+    runs = expand(load_sweep(file), out)
+    deadline = time.monotonic() + 400
     killed = 0
-    while process.poll() is None:
-        assert time.monotonic() < deadline, log.read_text()
-        busy = [r for r in expand(load_sweep(file), out) if 3 < rounds_done(r.folder) < 38]
-        if busy and not killed:
-            killed = _holder(busy[0].folder / ".lock")
-            if killed:
-                os.kill(killed, signal.SIGKILL)
-        time.sleep(0.01)
+    with started(["sweep", str(file), "--out", str(out), "--jobs", "2"], log) as process:
+        while process.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            busy = [r for r in runs if 3 < rounds_done(r.folder) < 18]
+            if busy and not killed:
+                killed = _holder(busy[0].folder / ".lock")
+                if killed:
+                    os.kill(killed, signal.SIGKILL)
+            time.sleep(0.01)
     text = log.read_text()
     assert killed
     assert process.returncode == 0, text
     assert "its process died; it goes on from its last checkpoint" in text
-    assert "4 of 4 runs are complete" in text
+    assert "2 of 2 runs are complete" in text
 
 
 def _holder(path: Path) -> int:
@@ -472,3 +481,21 @@ def test_quick_variants_run(name: str, tmp_path: Path) -> None:
     board = Board(runs, 1, Console(quiet=True))
     run_serial(runs, board)
     assert not board.failures
+
+
+def test_bench_wants_whole_tables() -> None:
+    done = CliRunner().invoke(bench_app, ["sweep", "--runs", "9"])
+    assert isinstance(done.exception, UserError)
+    assert "multiple of 8" in str(done.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_bench_compares_a_sweep_with_single_commands(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    arguments = ["--runs", "8", "--rounds", "1", "--images-per-class", "8", "--json", str(rows)]
+    done = CliRunner().invoke(bench_app, ["sweep", *arguments])
+    assert done.exception is None, done.output
+    (row,) = json.loads(rows.read_text())
+    assert row["different"] == 0
+    assert row["ratio"] == row["reference_s"] / row["ours_s"]

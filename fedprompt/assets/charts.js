@@ -4,7 +4,8 @@
   const holder = document.createElement("div");
   holder.innerHTML = "<svg></svg>";
   const SVG = holder.firstChild.namespaceURI;
-  const FONT = 11, CHAR = 6.3;
+  const CHAR = 6.3; /* pixels of a letter in a chart */
+  const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
 
   /* ---------------------------------------------------------------- theme */
   const toggle = document.getElementById("theme");
@@ -31,6 +32,8 @@
   const cellValue = (cell) => {
     const text = cell.dataset.v ?? cell.textContent.trim();
     if (text === "" || text === "-") return null;
+    const bytesOf = /^([0-9.]+)\s(B|KiB|MiB|GiB|TiB)$/.exec(text);
+    if (bytesOf) return Number(bytesOf[1]) * 1024 ** UNITS.indexOf(bytesOf[2]);
     const number = Number.parseFloat(text.replace(/,/g, ""));
     return Number.isNaN(number) ? text : number;
   };
@@ -63,10 +66,9 @@
   /* -------------------------------------------------------------- numbers */
   const short = (value) => Number(value.toPrecision(4)).toLocaleString("en");
   const bytes = (value) => {
-    const units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = 0;
-    while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
-    return `${unit ? Number(value.toFixed(1)) : Math.round(value)} ${units[unit]}`;
+    while (value >= 1024 && unit < UNITS.length - 1) { value /= 1024; unit += 1; }
+    return `${unit ? Number(value.toFixed(1)) : Math.round(value)} ${UNITS[unit]}`;
   };
   const FORMATS = {
     percent: (value) => `${(100 * value).toFixed(1)} %`,

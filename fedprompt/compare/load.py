@@ -20,9 +20,6 @@ from fedprompt.run_data import RunData, load_run
 from fedprompt.run_folder import CONFIG, SUMMARY
 from fedprompt.sweep.plan import PLAN, describe, plain
 
-PLACES = ("seed", "output.dir", "output.root", "output.cache")
-"""What runs of one row may differ in."""
-
 
 @dataclass
 class Row:
@@ -68,7 +65,10 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             flat = flatten(run.config)
             if any(plain(flat.get(key)) != value for key, value in wanted):
                 continue
-            settings = {k: v for k, v in flat.items() if k not in PLACES}
+            # Runs of one row differ in their seed, and in where and how results are kept.
+            settings = {
+                k: v for k, v in flat.items() if k != "seed" and not k.startswith("output.")
+            }
             key = json.dumps([str(path) if name else "", settings], sort_keys=True, default=str)
             row = rows.setdefault(key, Row(name, path.name, settings))
             seed = int(flat.get("seed", 0))

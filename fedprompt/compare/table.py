@@ -108,7 +108,8 @@ def terminal(table: Comparison, width: int = 200) -> Table:
     ]
     names = min(NAME, max(map(len, table.names)))
     fit = len(widths)
-    while fit > 1 and names + sum(w + 2 for w in widths[:fit]) > width:
+    # Between two columns rich puts three spaces, and one at either end.
+    while fit > 1 and 2 + names + sum(w + 3 for w in widths[:fit]) > width:
         fit -= 1
     note = table.note
     if fit < len(heads):

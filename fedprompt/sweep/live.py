@@ -73,6 +73,7 @@ class Board:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(Text(text), soft_wrap=True)
+        self.console.file.flush()
 
     def open(self) -> None:
         """Begin to show."""
@@ -119,7 +120,6 @@ class PlainBoard(Board):
         took = human_time(time.monotonic() - line.since)
         numbers = "  ".join(f"{name} {value}" for name, value in _results(line.summary))
         self.say(f"done   {run.name}  {numbers}  took {took}  ({self.counts()})")
-        self.console.file.flush()
 
 
 class LiveBoard(Board):
