@@ -48,11 +48,11 @@ def understood(words: list[str], command: str) -> None:
     """Parses a command as the program would, and composes its config, but does not run it."""
     node = typer.main.get_command(app)
     path = ""
-    while hasattr(node, "commands") and words:
+    while hasattr(node, "commands") and words and not words[0].startswith("-"):
         assert words[0] in node.commands, f"no such command: {command}"
         node = node.commands[words[0]]
         path = f"{path} {words.pop(0)}".strip()
-    if not words:
+    if not words or hasattr(node, "commands"):
         return
     try:
         context = node.make_context(path, list(words))

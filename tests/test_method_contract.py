@@ -44,9 +44,9 @@ NEW_NAMES = ("pine forest", "oil tank", "airport")
 
 @pytest.fixture(scope="module")
 def clip() -> FrozenCLIP:
-    """Random weights, narrow towers, and the twelve layers that defaults are made for."""
-    vision = {"width": 32, "head_width": 16, "layers": 12, "patch_size": 16}
-    text = {"width": 32, "heads": 2, "layers": 12}
+    """Random weights, narrow towers of four layers; prompts that go deeper stop there."""
+    vision = {"width": 32, "head_width": 16, "layers": 4, "patch_size": 16}
+    text = {"width": 32, "heads": 2, "layers": 4}
     return random_clip(vision_cfg=vision, text_cfg=text)
 
 
