@@ -37,9 +37,9 @@ def sweep(
         bool, typer.Option("--serial", help="One run after the other, in this process.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Most runs at once [as the machine has room for].")
+        int | None, typer.Option(min=1, help="Most runs at once \\[as the machine has room for].")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs [runs/NAME].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs \\[runs/NAME].")] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),

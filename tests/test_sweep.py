@@ -52,9 +52,7 @@ BASE: dict[str, Any] = {
     "rows": {"PromptFL": ["method=promptfl"], "FedRSCLIP [x]": []},
     "grid": {"training.lr": [0.02, 0.1]},
 }
-OTHER_READERS = {"attacks"}
-"""Files of configs/sweep that a script of their own reads."""
-SHIPPED = [name for name in available("sweep") if name not in OTHER_READERS]
+SHIPPED = available("sweep")
 
 
 def write(folder: Path, **changes: Any) -> Path:

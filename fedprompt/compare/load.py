@@ -63,7 +63,7 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
                 continue
             run = load_run(folder)
             flat = flatten(run.config)
-            if any(plain(flat.get(key)) != value for key, value in wanted):
+            if not all(_same(plain(flat.get(key)), value) for key, value in wanted):
                 continue
             # Runs of one row differ in their seed, and in where and how results are kept.
             settings = {
@@ -159,6 +159,14 @@ def _name(rows: Sequence[Row]) -> None:
     for i, row in enumerate(rows):
         if row.name in names[:i]:
             row.name = f"{row.name} ({names[:i].count(row.name) + 1})"
+
+
+def _same(found: str, wanted: str) -> bool:
+    """Whether two plain values agree: as numbers where both are, else letter by letter."""
+    try:
+        return float(found) == float(wanted)
+    except ValueError:
+        return found == wanted
 
 
 def _condition(text: str) -> tuple[str, str]:
