@@ -14,8 +14,8 @@ demo: $(VENV)/.installed  ## run the quickstart experiment
 test: $(VENV)/.installed  ## the default tests, on two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.installed  ## the long end-to-end tests
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.installed  ## the long end-to-end tests, on two processes
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
 
 lint: $(VENV)/.installed  ## lint, format and type checks
 	$(BIN)/ruff check .
