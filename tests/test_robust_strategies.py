@@ -429,6 +429,7 @@ def test_epsilon_counts_the_rounds_in_which_a_client_was_asked() -> None:
 
 
 def test_a_spent_budget_ends_the_training() -> None:
+    pytest.importorskip("dp_accounting", reason="needs the extra 'dp'")
     limit = epsilon(2.0, 2, 1e-5)
     assert limit is not None
     strategy = dp(4, noise=2.0, max_epsilon=limit + 1e-9)
