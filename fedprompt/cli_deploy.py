@@ -19,21 +19,21 @@ deploy_app = typer.Typer(
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+Experiment = Annotated[
+    str | None,
+    typer.Argument(help="A shipped experiment or a YAML file.", autocompletion=complete_experiment),
+]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
+]
 ServerDir = Annotated[Path, typer.Argument(help="The server's folder.", metavar="SERVER")]
 
 
 @deploy_app.command()
 def local(
-    experiment: Annotated[
-        str | None,
-        typer.Argument(
-            help="A shipped experiment or a YAML file.", autocompletion=complete_experiment
-        ),
-    ] = None,
+    experiment: Experiment = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
-    ] = None,
+    resume: Resume = None,
     folder: Annotated[
         Path | None,
         typer.Option("--folder", help="Keys, logs and the nodes' folders [<run folder>-nodes]."),
@@ -142,16 +142,9 @@ def node(
 @deploy_app.command()
 def run(
     folder: ServerDir,
-    experiment: Annotated[
-        str | None,
-        typer.Argument(
-            help="A shipped experiment or a YAML file.", autocompletion=complete_experiment
-        ),
-    ] = None,
+    experiment: Experiment = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
-    ] = None,
+    resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment on the nodes of the server that runs on this machine."""

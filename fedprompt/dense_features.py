@@ -19,7 +19,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.local_features import LocalEncoder, is_plain
+from fedprompt.local_features import LocalEncoder, patch_encoder
 
 
 def dense_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
@@ -28,21 +28,7 @@ def dense_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
     Tokens are L2-normalised, float32, on the CPU. None where the backbone's image tower is neither
     open_clip's plain vision transformer nor its ResNet.
     """
-    visual: Any = clip.model.visual
-    if isinstance(visual, VisionTransformer) and is_plain(visual):
-        tower, patches = _from_transformer, visual.positional_embedding.shape[0] - 1
-    elif isinstance(visual, ModifiedResNet):
-        tower, patches = _from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
-    else:
-        return None
-
-    @torch.no_grad()
-    def encode(images_B3HW: Tensor) -> Tensor:
-        with clip.autocast():
-            tokens_BPD = tower(visual, images_B3HW.to(clip.device))
-        return F.normalize(tokens_BPD.float(), dim=-1).cpu()
-
-    return encode, patches
+    return patch_encoder(clip, _from_transformer, _from_resnet)
 
 
 def _from_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:

@@ -29,19 +29,31 @@ def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
     Features are L2-normalised, float32, on the CPU. None where the backbone's image tower is
     neither open_clip's plain vision transformer nor its ResNet.
     """
+    return patch_encoder(clip, _from_transformer, _from_resnet)
+
+
+def patch_encoder(
+    clip: FrozenCLIP,
+    from_transformer: Callable[[Any, Tensor], Tensor],
+    from_resnet: Callable[[Any, Tensor], Tensor],
+) -> tuple[LocalEncoder, int] | None:
+    """What reads patches (B, P, D) of a tower, as an encoder of images, normalised; and P.
+
+    None where the backbone's image tower is of neither kind.
+    """
     visual: Any = clip.model.visual
     if isinstance(visual, VisionTransformer) and is_plain(visual):
-        tower, patches = _from_transformer, visual.positional_embedding.shape[0] - 1
+        tower, patches = from_transformer, visual.positional_embedding.shape[0] - 1
     elif isinstance(visual, ModifiedResNet):
-        tower, patches = _from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
+        tower, patches = from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
     else:
         return None
 
     @torch.no_grad()
     def encode(images_B3HW: Tensor) -> Tensor:
         with clip.autocast():
-            local_BPD = tower(visual, images_B3HW.to(clip.device))
-        return F.normalize(local_BPD.float(), dim=-1).cpu()
+            patches_BPD = tower(visual, images_B3HW.to(clip.device))
+        return F.normalize(patches_BPD.float(), dim=-1).cpu()
 
     return encode, patches
 
