@@ -18,11 +18,20 @@ from fedprompt.schema import Config
 PIXELS = 8
 
 
-def write_job(folder: Path, class_names: Sequence[str], sizes: Sizes, **sections: Any) -> Config:
+def write_job(
+    folder: Path,
+    class_names: Sequence[str],
+    sizes: Sizes,
+    *,
+    invent_features: bool = True,
+    **sections: Any,
+) -> Config:
     """Write the images and their invented features; the config that opens them.
 
     Every image is one flat colour of 8 x 8 pixels. Clients share the training images evenly and
     keep as many of their own for tests as `sizes` says. `sections` are merged over the config.
+    Without `invent_features` every process that opens the job encodes its images, as it must where
+    a client sees nothing but its own.
     """
     for split, count in (("train", sizes.clients * sizes.own), ("test", sizes.server_test)):
         for name in class_names:
@@ -47,6 +56,8 @@ def write_job(folder: Path, class_names: Sequence[str], sizes: Sizes, **sections
             },
         },
     )
+    if not invent_features:
+        return config
     cache = folder / "cache"
     dataset = open_dataset(config.data, config.seed, cache)
     clip = load_clip(config.backbone, cache)

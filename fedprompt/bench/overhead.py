@@ -70,6 +70,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         folder,
         CLASSES,
         Sizes(clients, IMAGES, server_test=2),
+        invent_features=False,
         method={"name": "promptfl", "context_tokens": 4},
         federation={"rounds": options.rounds + 1},
         evaluation={"every": options.rounds + 1},
