@@ -8,15 +8,18 @@ Sources: MaPLe (Khattak et al., CVPR 2023, arXiv 2210.03117) and PromptSRC (Khat
 - Of the start words the first M tokens are learned. The others stay in the text as frozen words:
   "a photo of a" with M = 2 learns "a photo" and reads "[ctx] of a {class}.".
 
-How we differ: J is at most the tower's number of layers, where the public code would ignore or miss
-the surplus; and words that do not split after M tokens are refused, where it would start at random
-for M > 4 and cut a word in two otherwise.
+How we differ: J is at most the tower's number of layers, and a surplus is logged, where the public
+code would ignore or miss it; and words that do not split after M tokens are refused, where it would
+start at random for M > 4 and cut a word in two otherwise.
 
 Shape suffixes: K clients, J layers with prompts, M tokens, d text width, w image-tower width, C
 classes, D joint embedding.
 """
 
 from __future__ import annotations
+
+import logging
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,8 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import PromptSource, Task
 from fedprompt.rng import normal
 from fedprompt.text_tower import token_count
+
+log = logging.getLogger(__name__)
 
 
 class DeepText:
@@ -47,7 +52,7 @@ class DeepText:
     def __init__(
         self, clip: FrozenCLIP, task: Task, tokens: int, depth: int, words: str | None, std: float
     ) -> None:
-        self.depth = min(depth, len(clip.text.blocks))
+        self.depth = layers_within("text", depth, len(clip.text.blocks))
         self.std = std
         learned, frozen = split_words(clip, words, tokens) if words else (None, "")
         names = tuple(f"{frozen} {name}".strip() for name in task.class_names)
@@ -63,6 +68,19 @@ class DeepText:
         """L2-normalised class features (K, C, D)."""
         first, deep = split_layers(prompts_KJMd)
         return F.normalize(self.source.tower(first, deep), dim=-1)
+
+
+@cache
+def layers_within(tower: str, asked: int, there: int) -> int:
+    """How many of a tower's layers are changed: those asked for, else all; a surplus is logged."""
+    if asked > there:
+        log.warning(
+            "the method asks for %d %s layers and this backbone has %d: all of them are used",
+            asked,
+            tower,
+            there,
+        )
+    return min(asked, there)
 
 
 def split_layers(prompts_KJM_: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -48,6 +48,7 @@ from fedprompt.alignment import (
     pair_distance,
 )
 from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import layers_within
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import (
@@ -221,7 +222,7 @@ class FedRSCLIP(Method):
         return self.cfg.dpa not in ("none", "mse") or self.cfg.cmfa != "none"
 
     def _visual_start(self, seed: int, *purpose: str | int) -> Tensor:
-        depth = min(self.cfg.visual_depth, self.vision.layers)
+        depth = layers_within("image", self.cfg.visual_depth, self.vision.layers)
         shape = (depth, self.cfg.visual_tokens, self.vision.width)
         return normal(shape, self.cfg.init_std, seed, "init", *purpose, "visual")
 

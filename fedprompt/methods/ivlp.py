@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import DeepText
+from fedprompt.deep_prompts import DeepText, layers_within
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
 from fedprompt.options import option
@@ -65,7 +65,7 @@ class IVLP(Method):
 
     def init_shared(self, seed: int) -> Tensors:
         """`text` from words, deeper layers and `visual` from N(0, init_std^2)."""
-        depth = min(self.config.visual_depth, self.vision.layers)
+        depth = layers_within("image", self.config.visual_depth, self.vision.layers)
         shape = (depth, self.config.visual_tokens, self.vision.width)
         visual = normal(shape, self.config.init_std, seed, "init", "shared", "visual")
         return {"text": self.text.start(seed, "init", "shared"), "visual": visual}

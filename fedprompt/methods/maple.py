@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fedprompt.batched_linear import linear_start
 from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import DeepText
+from fedprompt.deep_prompts import DeepText, layers_within
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
 from fedprompt.options import option
@@ -70,7 +70,7 @@ class MaPLe(Method):
         if self.sharing == "materialised":
             self.frozen = frozenset({"shared.visual", "private.anchor", "private.training"})
         self.vision = VisionTower(clip)
-        depth = min(config.depth, self.vision.layers)
+        depth = layers_within("image", config.depth, self.vision.layers)
         self.text = DeepText(
             clip, task, config.context_tokens, depth, config.context_init, config.init_std
         )

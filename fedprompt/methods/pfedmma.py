@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fedprompt.batched_linear import linear
 from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import layers_within
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
 from fedprompt.options import option
@@ -73,7 +74,7 @@ class PFedMMA(Method):
         self.vision = VisionTower(clip)
         self.text = TextTower(clip, [f"{config.words} {c}".strip() for c in task.class_names], 0)
         self.depth = {"text": len(clip.text.blocks), "visual": self.vision.layers}
-        self.layers = min(config.layers, *self.depth.values())
+        self.layers = layers_within("text and image", config.layers, min(self.depth.values()))
         self.width = {"text": clip.text.width, "visual": self.vision.width}
 
     @property

@@ -25,6 +25,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import layers_within
 from fedprompt.errors import UserError
 from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
@@ -62,7 +63,8 @@ class VPT(Method):
     def __init__(self, config: VPTConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.vision = VisionTower(clip)
-        self.shape = (min(config.depth, self.vision.layers), config.tokens, self.vision.width)
+        layers = layers_within("image", config.depth, self.vision.layers)
+        self.shape = (layers, config.tokens, self.vision.width)
         templates = (config.template,) if config.template else task.templates
         self.classes_1CD = clip.zero_shot_classifier(task.class_names, templates)[None]
 

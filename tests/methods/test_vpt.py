@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from conftest import CLASS_NAMES, batch_of, random_clip
 from fedprompt.clip import FrozenCLIP
+from fedprompt.deep_prompts import layers_within
 from fedprompt.errors import UserError
 from fedprompt.methods import Method, Task, method_class
 from fedprompt.options import build
@@ -54,6 +55,18 @@ def test_logits_loss_and_gradients_are_the_plain_ones(deep_clip: FrozenCLIP, dep
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
         assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         close(ours[k], torch.autograd.grad(loss, leaf)[0])
+
+
+def test_layers_that_are_not_there_are_said_once(
+    deep_clip: FrozenCLIP, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers_within.cache_clear()
+    for _ in range(2):
+        make(deep_clip, depth=12)
+        make(deep_clip, depth=4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the method asks for 12 image layers and this backbone has 4: all of them are used"
+    ]
 
 
 def test_both_starts(deep_clip: FrozenCLIP) -> None:
