@@ -15,7 +15,7 @@ set_defaults()
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedprompt.cli_data import Overrides, data_app
@@ -23,6 +23,7 @@ from fedprompt.cli_deploy import deploy_app
 from fedprompt.cli_sweep import compare, sweep
 from fedprompt.completion import complete_experiment
 from fedprompt.errors import UserError
+from fedprompt.narrow import LOOK, fields, fitted
 
 app = typer.Typer(
     help="Federated prompt learning for CLIP. Start with: fedprompt run quickstart",
@@ -120,13 +121,16 @@ def predict(
     """Classify images with the prompts that a run has learned."""
     from fedprompt.predict import Classifier
 
-    table = Table("image", "class", "probability")
+    rows = []
     for prediction in Classifier(run_dir, client).predict(images, top):
         for i, (name, p) in enumerate(
             zip(prediction.classes, prediction.probabilities, strict=True)
         ):
-            table.add_row(str(prediction.image) if i == 0 else "", name, f"{100 * p:.1f} %")
-    _console().print(table)
+            rows.append((str(prediction.image) if i == 0 else "", name, f"{100 * p:.1f} %"))
+    heads = ("image", "class", "probability")
+    first, *others = fields(heads, rows, left=heads[:2], most={"class": 30})
+    console = _console()
+    console.print(fitted(first, others, console.width))
 
 
 @app.command()
@@ -155,7 +159,8 @@ def methods(
     if markdown:
         sys.stdout.write(methods_markdown())
     else:
-        _console().print(method_table())
+        console = _console()
+        console.print(method_table(console.width))
 
 
 @app.command("list")
@@ -164,7 +169,7 @@ def list_configs() -> None:
     from fedprompt.config import available
     from fedprompt.protocols import all_protocols
 
-    table = Table("group", "names")
+    table = Table("", Column("", overflow="fold"), show_header=False, **LOOK)
     for group in ("experiment", "sweep", "method", "strategy", "data", "backbone"):
         table.add_row(group, ", ".join(available(group)))
     table.add_row("protocol", ", ".join(all_protocols()))
@@ -181,7 +186,8 @@ def doctor(
     from fedprompt.doctor import examine
 
     found = examine(cache)
-    table = Table("", "", "", box=None, show_header=False, padding=(0, 2, 0, 0))
+    columns = [Column("", overflow="fold") for _ in range(3)]
+    table = Table(*columns, box=None, show_header=False, padding=(0, 2, 0, 0))
     groups: set[str] = set()
     for one in found:
         if one.value:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group
 
 from fedprompt.completion import (
     complete_dataset,
@@ -18,6 +16,7 @@ from fedprompt.completion import (
     complete_shown,
 )
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.narrow import fields, fitted
 
 if TYPE_CHECKING:
     from fedprompt.data.base import ImageDataset
@@ -67,23 +66,21 @@ def list_datasets() -> None:
     )
 
 
-def _entries(kind: str, entries: Sequence[Entry], width: int) -> Table:
+def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
     """Data sets of one kind, a line each; their licences where the terminal has room."""
-    with_licence = width >= 110
-    table = Table(title=kind, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading, justify in (("name", "left"), ("images", "right"), ("classes", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("size", no_wrap=True, max_width=24)
-    table.add_column("m/pixel", no_wrap=True)
-    table.add_column("hub", no_wrap=True)
-    if with_licence:
-        table.add_column("licence", no_wrap=True, max_width=width - 80)
+    rows = []
     for entry in entries:
         hub = "-" if entry.hub is None else "yes" if entry.hub.verified else "?"
-        cells = [entry.name, f"{entry.images:,}", str(entry.num_classes), entry.size]
-        cells += [entry.metres_per_pixel or "-", hub, *([entry.licence] if with_licence else [])]
-        table.add_row(*cells)
-    return table
+        metres = entry.metres_per_pixel or "-"
+        facts = (f"{entry.images:,}", str(entry.num_classes), hub, entry.size, metres)
+        rows.append((entry.name, *facts, entry.licence))
+    heads = ("name", "images", "classes", "hub", "size", "m/pixel", "licence")
+    most = {"size": 24, "licence": max(20, width - 90)}
+    name, *others = fields(heads, rows, left=heads[3:], most=most)
+    bare = [field.head for field in others if all(cell.plain == "-" for cell in field.cells)]
+    dropped = (*bare, *(() if width >= 110 else ("licence",)))
+    others = [field for field in others if field.head not in dropped]
+    return fitted(name, others, width, title=kind)
 
 
 @data_app.command()
@@ -127,13 +124,15 @@ def check(
 
     found = catalogue.entry(name)
     finding = checking.check(found, root, _split(split))
-    table = Table("", "stated", "found", "", title=f"{name}: split: {finding.split_source}")
+    rows = []
     for row in finding.rows:
         stated = "" if row.stated is None else f"{row.stated:,}"
         verdict = "" if row.stated is None else "ok" if row.ok else "differs"
-        table.add_row(row.what, stated, f"{row.found:,}", verdict)
+        rows.append((row.what, stated, f"{row.found:,}", verdict))
     console = Console()
-    console.print(table, markup=False)
+    what, *others = fields(("", "stated", "found", "verdict"), rows, left=("verdict",))
+    title = f"{name}: split: {finding.split_source}"
+    console.print(fitted(what, others, console.width, title=title))
     for problem in finding.problems:
         console.print(problem, **PLAIN)
     if not finding.ok:
@@ -246,7 +245,7 @@ def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
     dataset, made = _dealt(config)
     description = describe(dataset, made)
     console = Console()
-    console.print(partition_table(dataset.name, description))
+    console.print(partition_table(dataset.name, description, console.width))
     for bad in dataset.bad_images:
         console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -132,6 +133,10 @@ def node(
     site = read_node_site(folder)
     if data is not None and not data.is_dir():
         raise UserError(f"--data: there is no folder {data}.")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"--checkpoint: there is no file {checkpoint}.")
+    if superlink is not None and not re.fullmatch(r".+:\d{1,5}", superlink):
+        raise UserError(f"--server is {superlink!r}; it must be host:port.")
     paths = {"data": data, "checkpoint": checkpoint, "state-dir": state, "cache-dir": cache}
     settings = {k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None}
     given = {**settings, "device": device, "threads": threads}

@@ -55,7 +55,7 @@ def handle(
     if kind == MessageType.EVALUATE:
         answer = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
         return answer(workspace, clients, messages, private), {}
-    return [_describe(workspace, c, m) for c, m in zip(clients, messages, strict=True)], {}
+    raise UserError(f"clients do not answer messages of type '{kind}'.")
 
 
 def _train(
@@ -134,18 +134,6 @@ def _measure(
         Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=m)
         for row, m in zip(rows, messages, strict=True)
     ]
-
-
-def _describe(workspace: Workspace, client: int, message: Message) -> Message:
-    """Which client this node is, and how many images it trains and tests on."""
-    metrics = MetricRecord(
-        {
-            "client-id": client,
-            "num-train": len(workspace.partition.train(client)),
-            "num-test": len(workspace.partition.test(client)),
-        }
-    )
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
 def server_round(message: Message) -> int:

@@ -37,6 +37,7 @@ from fedprompt.schema import (
     OutputConfig,
     PartitionConfig,
     PrivacyConfig,
+    SecureAggregationConfig,
     TrainingConfig,
 )
 
@@ -50,6 +51,7 @@ SECTIONS: dict[str, type[Any]] = {
     "evaluation": EvaluationConfig,
     "attack": AttackConfig,
     "privacy": PrivacyConfig,
+    "secure_aggregation": SecureAggregationConfig,
     "output": OutputConfig,
 }
 GROUPS = ("backbone", "data", "method", "strategy")
@@ -112,6 +114,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
     """A frozen `Config` from plain nested dicts; raises `UserError` as `compose` does."""
     from fedprompt import protocols
     from fedprompt.methods import method_class
+    from fedprompt.secure_aggregation.terms import check_config
     from strategies import strategy_class
 
     for key in raw:
@@ -150,6 +153,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
     config = Config(experiment=experiment, seed=seed, **parts)
     protocols.who_holds_out(protocols.open_protocols(config))
     _check_client_folders(config)
+    check_config(config)
     return config
 
 

@@ -11,17 +11,17 @@ import atexit
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Column, Table
 from rich.text import Text
+
+from fedprompt.narrow import fields, fitted
 
 MISSING = "-"
 
@@ -102,23 +102,23 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
     return rows
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     """The last thing a run prints: its results beside the baselines, and its traffic."""
-    table = Table(
-        Column("", overflow="fold"),
-        *(Column(name, justify="right", overflow="fold") for name in _RESULT_COLUMNS),
-        title=_plain(f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}"),
-        caption=_plain(_traffic(summary)),
-        **_LOOK,
-    )
     rows = result_rows(summary)
-    for row in rows:
-        style = "bold" if row is rows[-1] else ""
-        table.add_row(_plain(row.name), *_result_cells(row), style=style)
-    return table
+    cells = [(row.name, *_result_cells(row)) for row in rows]
+    first, *others = fields(("", *_RESULT_COLUMNS), cells)
+    for field in (first, *others):
+        field.cells[-1].stylize("bold")
+    return fitted(
+        first,
+        others,
+        width,
+        title=f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}",
+        note=_traffic(summary),
+    )
 
 
-def protocol_tables(summary: Mapping[str, Any]) -> list[Table]:
+def protocol_tables(summary: Mapping[str, Any], width: int) -> list[Group]:
     """One table per protocol that has results of its own.
 
     Raises:
@@ -129,60 +129,12 @@ def protocol_tables(summary: Mapping[str, Any]) -> list[Table]:
 
     shown = []
     for found in result_tables(summary, "the run's summary"):
-        first, *others = found.columns
-        table = Table(
-            Column(_plain(first), overflow="fold"),
-            *(Column(_plain(name), justify="right", overflow="fold") for name in others),
-            title=_plain(found.title),
-            caption=_plain(found.note),
-            **_LOOK,
-        )
-        for row in found.rows:
-            table.add_row(*map(_plain, row))
-        shown.append(table)
+        first, *others = fields(found.columns, found.rows)
+        shown.append(fitted(first, others, width, title=found.title, note=found.note))
     return shown
 
 
-def compare_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per run; settings that all runs share stand in the caption instead of a column."""
-    keys = [
-        key
-        for key in ("experiment", "method", "strategy", "backbone", "data", "seed", "rounds")
-        if key == "method" or len({str(s.get(key)) for s in summaries}) > 1
-    ]
-    shared = [
-        f"{key} {summaries[0].get(key)}"
-        for key in ("experiment", "strategy", "backbone", "data", "seed", "rounds")
-        if summaries and key not in keys and summaries[0].get(key) is not None
-    ]
-    table = Table(
-        *(Column(key, overflow="fold") for key in keys),
-        *(Column(name, justify="right", overflow="fold") for name in _RESULT_COLUMNS),
-        Column("numbers\nup", justify="right", overflow="fold"),
-        caption=_plain(
-            (f"All: {', '.join(shared)}.\n" if shared else "")
-            + "numbers up: uploaded per client and round."
-        ),
-        **_LOOK,
-    )
-    for summary in summaries:
-        uploaded = summary.get("uploaded_numbers_per_client_round")
-        table.add_row(
-            *(_plain(str(summary.get(key, MISSING))) for key in keys),
-            *_result_cells(result_rows(summary)[-1]),
-            MISSING if uploaded is None else f"{uploaded:,}",
-        )
-    return table
-
-
 _RESULT_COLUMNS = ("global\naccuracy", "personalised\nmean ± std", "worst\nclient", "10th\npct.")
-# Narrow enough for a phone's terminal, and plain lines when redirected to a file.
-_LOOK: dict[str, Any] = {
-    "box": SIMPLE_HEAD,
-    "pad_edge": False,
-    "title_justify": "left",
-    "caption_justify": "left",
-}
 
 
 def _result_cells(row: ResultRow) -> tuple[str, ...]:
@@ -275,8 +227,8 @@ def _fields(
 def _print_summary(
     console: Console, summary: Mapping[str, Any], run_dir: Path | str | None
 ) -> None:
-    console.print(summary_table(summary))
-    for table in protocol_tables(summary):
+    console.print(summary_table(summary, console.width))
+    for table in protocol_tables(summary, console.width):
         console.print(table)
     if run_dir is not None:
         # Not in the table's caption: there it would be broken over lines and hard to copy.

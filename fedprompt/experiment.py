@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fedprompt.methods import method_class
 from fedprompt.opened import Opened
 from fedprompt.private_log import PrivateLog
 from fedprompt.run_folder import METRICS, PRIVATE, PROMPTS, REPORT, SUMMARY, RunFolder
-from fedprompt.schema import Config
+from fedprompt.schema import Config, SecureAggregationConfig
 from fedprompt.server_app import (
     CLIENTS_AT_ONCE,
     Federation,
@@ -106,6 +107,7 @@ def _local_only(
     reference = method_class("coop_local")
     tokens = workspace.config.evaluation.local_only_tokens
     alone = workspace.with_method(reference.Config(context_tokens=tokens))
+    alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
     grid.use(alone)
 
     def record(line: dict[str, Any]) -> None:

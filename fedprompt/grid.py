@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -31,6 +31,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import MemoryStore
 from fedprompt.schema import Config
+from fedprompt.secure_aggregation import COLLECT, SETUP, SHARE_KEYS, UNMASK, stage_of
 from fedprompt.threads import thread_count, use_threads
 from fedprompt.wire import Parcel, failure, from_wire, node_of, to_parcels, to_wire
 from fedprompt.workspace import Workspace
@@ -38,6 +39,8 @@ from fedprompt.workspace import Workspace
 log = logging.getLogger("fedprompt.grid")
 
 SERVER_NODE = 1
+KEY_STAGES = (SETUP, SHARE_KEYS, UNMASK)
+"""Stages of secure aggregation in which nobody trains."""
 
 Handler = Callable[
     [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
@@ -64,46 +67,15 @@ class Traffic:
     up: int = 0
 
 
-class CohortGrid(Grid):
-    """Common part of our grids: bytes, cohorts, private tensors.
+class CountingGrid(Grid):
+    """Common part of all our grids: one run, and the bytes of the last exchange."""
 
-    Args:
-        workspace: what this process holds.
-        private: the clients' private tensors; a new `MemoryStore` without one.
-        answer: what a client does with a message; an importable function.
-    """
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        private: PrivateStore | None = None,
-        *,
-        answer: Handler = handle,
-    ) -> None:
-        self.workspace = workspace
-        self.private: PrivateStore = MemoryStore() if private is None else private
-        self.answer = answer
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self.traffic = Traffic()
-        self._replies: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
-        self._free_bytes = free_memory(workspace.clip.device)
-        self._told: set[int] = set()
-        # For the server's own scores as well: their last bits depend on it.
-        use_threads(workspace.config.grid)
-        become_server()
-
-    def use(self, workspace: Workspace) -> None:
-        """Go on with another method on the same data; all private tensors start anew."""
-        self.workspace = workspace
-        self.private = MemoryStore()
-
-    def close(self) -> None:
-        """Give back what the grid holds."""
-
-    # Flower's Grid
 
     def set_run(self, run: Run) -> None:
-        """Set the run; simulations have one."""
+        """Set the run."""
         self._run = run
 
     @property
@@ -121,6 +93,46 @@ class CohortGrid(Grid):
     ) -> Message:
         """A message to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class CohortGrid(CountingGrid):
+    """Common part of a simulation's grids: bytes, cohorts, private tensors.
+
+    Args:
+        workspace: what this process holds.
+        private: the clients' private tensors; a new `MemoryStore` without one.
+        answer: what a client does with a message; an importable function.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        private: PrivateStore | None = None,
+        *,
+        answer: Handler = handle,
+    ) -> None:
+        super().__init__(Run.create_empty(run_id=1))
+        self.workspace = workspace
+        self.private: PrivateStore = MemoryStore() if private is None else private
+        self.answer = answer
+        self._replies: dict[str, Message] = {}
+        self._secrets: dict[int, RecordDict] = {}
+        self._free_bytes = free_memory(workspace.clip.device)
+        self._told: set[int] = set()
+        # For the server's own scores as well: their last bits depend on it.
+        use_threads(workspace.config.grid)
+        become_server()
+
+    def use(self, workspace: Workspace) -> None:
+        """Go on with another method on the same data; all private tensors start anew."""
+        self.workspace = workspace
+        self.private = MemoryStore()
+        self._secrets = {}
+
+    def close(self) -> None:
+        """Give back what the grid holds."""
+
+    # Flower's Grid
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of all clients, in the order of client ids."""
@@ -151,19 +163,47 @@ class CohortGrid(Grid):
         if not sent:
             return []
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        kind = sent[0].metadata.message_type
+        kind, stage = sent[0].metadata.message_type, stage_of(sent[0])
         parcels = to_parcels(sent)
+        replies = {} if stage in KEY_STAGES else self._in_cohorts(kind, parcels, deadline)
+        if stage is not None:
+            asked = replies if stage == COLLECT else range(len(parcels))
+            replies = {k: self._secured(parcels[k], replies.get(k)) for k in asked}
+        self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
+        return [from_wire(replies[place]) for place in sorted(replies)]
+
+    def _in_cohorts(
+        self, kind: str, parcels: Sequence[Parcel], deadline: float
+    ) -> dict[int, bytes]:
+        """Replies by the place of their message; one that has not started by then has none."""
         clients = [p.client for p in parcels]
         places = group(self.workspace, clients, self.cohort_size(len(parcels)))
         cohorts = [[parcels[i] for i in cohort] for cohort in places]
         answered = self._run_cohorts(kind, cohorts, deadline)
-        replies = {
+        return {
             place: reply
             for index, cohort in answered.items()
             for place, reply in zip(places[index], cohort, strict=True)
         }
-        self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
-        return [from_wire(replies[place]) for place in sorted(replies)]
+
+    def _secured(self, parcel: Parcel, trained: bytes | None) -> bytes:
+        """A client's reply in one stage of secure aggregation; `trained` is what it masks.
+
+        The clients' keys live here, on their side of the grid, and in no checkpoint: a round that
+        is repeated begins with new ones.
+        """
+        from fedprompt.secure_aggregation.client import answer
+
+        message, state = parcel.open(), self._secrets.setdefault(parcel.client, RecordDict())
+
+        def train() -> Message:
+            assert trained is not None
+            return from_wire(trained)
+
+        try:
+            return to_wire(answer(self.workspace.config, message, state, train))
+        except UserError as error:
+            return failure(message, str(error))
 
     @property
     def workers(self) -> int:
@@ -263,29 +303,3 @@ def open_grid(
 
         return RayGrid(workspace, private, answer=answer)
     return InlineGrid(workspace, private, answer=answer)
-
-
-def describe_nodes(grid: Grid, timeout: float) -> dict[int, int]:
-    """Node id of every client, by asking all nodes which client they are.
-
-    Raises:
-        UserError: two nodes say they are the same client, or a node cannot answer.
-    """
-    queries = [
-        Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
-        for node in grid.get_node_ids()
-    ]
-    node_of_client: dict[int, int] = {}
-    for reply in grid.send_and_receive(queries, timeout=timeout):
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            reason = " ".join((reply.error.reason or "no reason given").split())
-            raise UserError(f"node {node} cannot start: {reason}")
-        client = int(reply.content["metrics"]["client-id"])  # type: ignore[arg-type]
-        if client in node_of_client:
-            raise UserError(
-                f"nodes {node_of_client[client]} and {node} both say they are client {client}; "
-                "give every node its own partition-id."
-            )
-        node_of_client[client] = node
-    return node_of_client

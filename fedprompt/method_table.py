@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from rich.console import Group
 from torch import Tensor
 
 from fedprompt.clip import shape_only_clip
 from fedprompt.methods import Method, Task, all_methods
+from fedprompt.narrow import fields, fitted
 from fedprompt.protocols import all_protocols
 
 PAGE = """# Methods
@@ -18,19 +19,18 @@ Generated: `fedprompt methods --markdown > docs/methods.md`
 COLUMNS = ("method", "shared", "private", "upload", "needs", "server", "protocols", "source")
 
 
-def method_table() -> Table:
+WIDEST = {"shared": 22, "private": 22, "needs": 18, "server": 20, "protocols": 26, "source": 40}
+"""Of a column in a terminal, before its words are folded."""
+
+
+def method_table(width: int) -> Group:
     """One row per method: its tensors, numbers uploaded per round, needs, server rule, protocols.
 
     Sizes are those of the defaults. Private tensors that grow with the classes are shown for two.
     """
-    table = Table(
-        title="Methods (sizes at ViT-B/16, defaults)", title_justify="left", show_lines=True
-    )
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right" if heading == "upload" else "left")
-    for row in method_rows():
-        table.add_row(*row)
-    return table
+    left = [head for head in COLUMNS if head != "upload"]
+    name, *others = fields(COLUMNS, method_rows(), left=left, most=WIDEST)
+    return fitted(name, others, width, title="Methods (sizes at ViT-B/16, defaults)")
 
 
 def method_rows() -> list[tuple[str, ...]]:

@@ -44,9 +44,13 @@ def option(
     ge: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A dataclass field with a help line and optional limits (`gt` and `lt` are exclusive)."""
-    metadata = {"help": help, "gt": gt, "ge": ge, "le": le, "lt": lt}
+    """A dataclass field with a help line and optional limits (`gt` and `lt` are exclusive).
+
+    `path` marks what names a file or folder of this machine: no other machine follows it.
+    """
+    metadata = {"help": help, "gt": gt, "ge": ge, "le": le, "lt": lt, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -19,7 +19,9 @@ class BackboneConfig:
     model: str = option("tiny", "open_clip model name, or 'tiny' for the embedded one")
     pretrained: str | None = option(None, "open_clip pretrained tag, e.g. 'openai'")
     checkpoint: str | None = option(
-        None, "local weights (.safetensors or .pt); beside a tag, whose settings then hold"
+        None,
+        "local weights (.safetensors or .pt); beside a tag, whose settings then hold",
+        path=True,
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
     precision: Literal["float32", "bf16"] = option("float32", "bf16 = matrix products in bfloat16")
@@ -58,10 +60,13 @@ class DataConfig:
         None,
         "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'; "
         "client_folders: the server's test images, root/class/*.jpg",
+        path=True,
     )
     # source: client_folders
     folders: list[str] = option(
-        [], "client_folders: folder/class/*.jpg of every client; empty = each on its own node"
+        [],
+        "client_folders: folder/class/*.jpg of every client; empty = each on its own node",
+        path=True,
     )
     # source: catalogue
     dataset: str | None = option(None, "catalogue: name of the entry; root null = from the hub")
@@ -76,7 +81,9 @@ class DataConfig:
         None, "multi: a list of data sets and their common labels; root/<data set> or the hub"
     )
     # source: hub
-    hub_id: str | None = option(None, "Hugging Face data set id, or a local data set folder")
+    hub_id: str | None = option(
+        None, "Hugging Face data set id, or a local data set folder", path=True
+    )
     hub_config: str | None = option(None, "Hugging Face config name")
     hub_revision: str | None = option(None, "Hugging Face revision (pin it for exact reruns)")
     train_split: str | None = option("train", "hub split to train on; null = a set only for tests")
@@ -172,7 +179,9 @@ class PartitionConfig:
         0, "clients, drawn at random, whose training images have no labels: they never train", ge=0
     )
     file: str | None = option(
-        None, "a partition file that takes the place of the scheme and of the keys that shape it"
+        None,
+        "a partition file that takes the place of the scheme and of the keys that shape it",
+        path=True,
     )
 
     def check(self) -> None:
@@ -282,13 +291,40 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class SecureAggregationConfig:
+    """The server learns the sum of the clients' updates and no single one (SecAgg+)."""
+
+    enabled: bool = option(False, "whether updates are masked")
+    shares: int = option(
+        0, "clients among whom each splits its keys, itself included; 0 = all of the round", ge=0
+    )
+    threshold: float = option(
+        0.6, "part of the shares that recovers a key, and of a client's peers that must stay",
+        gt=0.5, le=1,
+    )  # fmt: skip
+    clip: float = option(
+        1.0, "largest change of a shared number in a round; more is cut off and counted", gt=0
+    )
+    max_weight: int = option(1000, "most training images that a client may hold", ge=1)
+
+    def check(self) -> None:
+        """A client has as many peers on either side of it."""
+        if self.shares and (self.shares < 3 or self.shares % 2 == 0):
+            raise UserError(f"'shares' is {self.shares}; it must be odd and at least 3, or 0.")
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where results go."""
 
-    root: str = option("runs", "folder that holds run folders")
-    dir: str | None = option(None, "run folder; null = root/<experiment>-<method>-seed<seed>")
+    root: str = option("runs", "folder that holds run folders", path=True)
+    dir: str | None = option(
+        None, "run folder; null = root/<experiment>-<method>-seed<seed>", path=True
+    )
     checkpoint_every: int = option(1, "rounds between checkpoints", ge=1)
-    cache: str | None = option(None, "feature cache; null = $FEDPROMPT_CACHE or ~/.cache/fedprompt")
+    cache: str | None = option(
+        None, "feature cache; null = $FEDPROMPT_CACHE or ~/.cache/fedprompt", path=True
+    )
     report: bool = option(True, "draw plots and write report.html at the end")
     loggers: list[str] = option([], "trackers to report to: tensorboard, mlflow, wandb")
 
@@ -316,6 +352,7 @@ class Config:
     evaluation: EvaluationConfig
     attack: AttackConfig
     privacy: PrivacyConfig
+    secure_aggregation: SecureAggregationConfig
     output: OutputConfig
     protocols: list[str]  # what is measured, see fedprompt/protocols
     protocol_options: dict[str, Any]  # by protocol, the config dataclass of its own module

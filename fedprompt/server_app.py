@@ -17,21 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedprompt.client_app import PROTOCOLS
 from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.evaluation import personal_statistics, score_global
-from fedprompt.grid import CohortGrid, Traffic, describe_nodes
+from fedprompt.grid import CountingGrid, Traffic
 from fedprompt.local_privacy import local_epsilon
 from fedprompt.methods.base import Tensors
 from fedprompt.private_log import PrivateLog
 from fedprompt.protocols import Finished
 from fedprompt.run_folder import CONFIG, METRICS, PARTITION, TIMINGS, Checkpoint, RunFolder
+from fedprompt.secure_aggregation import ALIKE, require_flower
 from fedprompt.training import learning_rate
-from fedprompt.wire import client_of, to_wire
+from fedprompt.wire import client_of
 from fedprompt.workspace import Workspace
 from strategies import strategy_class
 from strategies.screening import Arrays, to_arrays, to_record
@@ -45,7 +45,7 @@ CLIENTS_AT_ONCE = 1000
 class Federation:
     """One method's federation: its shared tensors, its strategy, and the grid it talks to."""
 
-    def __init__(self, workspace: Workspace, grid: Grid) -> None:
+    def __init__(self, workspace: Workspace, grid: CountingGrid) -> None:
         config = workspace.config
         self.workspace, self.grid, self.config = workspace, grid, config
         self.method = workspace.method
@@ -63,7 +63,23 @@ class Federation:
         self.rejected = 0
         if config.privacy.noise:
             local_epsilon(config.privacy, 0)  # refuses at once where the accountant is missing
+        if config.secure_aggregation.enabled:
+            require_flower()
+            self._check_weights()
+        self.secure: dict[str, Any] = {}
         self.protocol_rows: dict[int, dict[str, Any]] = {}
+
+    def _check_weights(self) -> None:
+        """Refuse clients that are known to hold more images than a masked weight can say."""
+        partition, most = self.workspace.partition, self.config.secure_aggregation.max_weight
+        if self.config.privacy.noise or not self.strategy.counts_images:
+            return
+        largest = max((len(partition.train(c)) for c in partition.trainable), default=0)
+        if largest > most:
+            raise UserError(
+                f"a client has {largest} training images, more than secure_aggregation.max_weight="
+                f"{most}; raise it."
+            )
 
     @property
     def shared(self) -> Tensors:
@@ -72,29 +88,9 @@ class Federation:
         return {n: torch.from_numpy(a.copy()) for n, a in served.items()}
 
     def join(self) -> None:
-        """Wait for the nodes and learn which client each one is.
-
-        Raises:
-            UserError: not all nodes joined in time.
-        """
-        federation, wanted = self.config.federation, self.config.partition.clients
-        deadline = time.monotonic() + federation.node_wait_s
-        while len(nodes := list(self.grid.get_node_ids())) < wanted:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{len(nodes)} of {wanted} nodes joined within {federation.node_wait_s:g} s; "
-                    "start the others or set partition.clients."
-                )
-            time.sleep(0.1)
-        if isinstance(self.grid, CohortGrid):
-            mapping = {client_of(node): node for node in nodes}  # known without asking
-        else:
-            mapping = describe_nodes(self.grid, federation.timeout_s)
-        missing = sorted(set(range(wanted)) - set(mapping))
-        if missing:
-            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise UserError(f"no node answers for clients {missing[:10]}{more}.")
-        self.strategy.set_nodes(mapping, self.workspace.partition.trainable)
+        """Learn which client each node is; a simulation has one for each, known by its id."""
+        nodes = {client_of(node): node for node in self.grid.get_node_ids()}
+        self.strategy.set_nodes(nodes, self.workspace.partition.trainable)
 
     def describe(self) -> dict[str, Any]:
         """Who holds how many images of which class, for `partition.json`."""
@@ -106,11 +102,18 @@ class Federation:
 
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round of training and aggregation; the training part of its metrics line."""
+        settings = ConfigRecord()
+        if self.config.secure_aggregation.enabled and not self.strategy.counts_images:
+            settings[ALIKE] = True
         messages = list(
-            self.strategy.configure_train(server_round, self.arrays, ConfigRecord(), self.grid)
+            self.strategy.configure_train(server_round, self.arrays, settings, self.grid)
         )
-        replies, traffic = self._exchange(messages)
-        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        self.secure = {}
+        if self.config.secure_aggregation.enabled:
+            arrays, metrics, traffic = self._sum_in_secret(server_round, messages)
+        else:
+            replies, traffic = self._exchange(messages)
+            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         if arrays is not None:
             self.arrays = arrays
         assert metrics is not None
@@ -125,10 +128,53 @@ class Federation:
             **self._remarks(server_round),
         }
 
+    def _sum_in_secret(
+        self, server_round: int, messages: Sequence[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None, Traffic]:
+        """One round of the protocol: as `aggregate_train`, and the bytes of all its exchanges."""
+        from fedprompt.secure_aggregation.server import secure_sum
+        from fedprompt.secure_aggregation.vector import decode, size
+
+        settings, shared, traffic = self.config.secure_aggregation, self.strategy.shared, Traffic()
+
+        def exchange(sent: Sequence[Message]) -> list[Message]:
+            replies, once = self._exchange(list(sent))
+            traffic.down += once.down
+            traffic.up += once.up
+            return replies
+
+        outcome = secure_sum(
+            messages, exchange, settings,
+            numbers=size(shared), enough=self.config.federation.min_replies,
+        )  # fmt: skip
+        client_of_node = self.strategy.client_of_node
+        for node, reason in sorted(outcome.silent.items()):
+            log.warning("client %d did not help to unmask: %s", client_of_node[node], reason)
+        dropped = {client_of_node[node]: reason for node, reason in outcome.dropped.items()}
+        if outcome.total is None:
+            log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
+            self.secure = {"void": outcome.void}
+            return *self.strategy.aggregate_mean(server_round, None, dropped, {}), traffic
+        found = decode(outcome.total, shared, settings.clip)
+        self.secure = {"clipped": found.cut}
+        if found.cut:
+            log.warning(
+                "round %d: the changes of %d of %d clients were larger than "
+                "secure_aggregation.clip=%g and were cut off; raise it",
+                server_round, found.cut, len(outcome.counted), settings.clip,
+            )  # fmt: skip
+        losses = {} if self.config.privacy.noise else {"loss": found.loss}
+        arrays = self.strategy.aggregate_mean(server_round, found.change, dropped, losses)
+        return *arrays, traffic
+
     def _remarks(self, server_round: int) -> dict[str, Any]:
         """What a line has only where there is something: the rule's numbers, dropped clients."""
         dropped = {str(client): why for client, why in self.strategy.rejected.items()}
-        parts = {"strategy": self.strategy.measured(), "dropped": dropped}
+        parts = {
+            "strategy": self.strategy.measured(),
+            "dropped": dropped,
+            "secure": self.secure,
+        }
         if self.config.privacy.noise:
             cost = local_epsilon(self.config.privacy, server_round)
             parts["privacy"] = {"epsilon": cost, "delta": self.config.privacy.delta}
@@ -219,9 +265,7 @@ class Federation:
         replies = list(
             self.grid.send_and_receive(messages, timeout=self.config.federation.timeout_s)
         )
-        if isinstance(self.grid, CohortGrid):
-            return replies, self.grid.traffic
-        return replies, Traffic(_size(messages), _size(replies))
+        return replies, self.grid.traffic
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
         """Everything that a resumed run needs, but for private tensors."""
@@ -405,7 +449,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _size(messages: Iterable[Message]) -> int:
-    return sum(len(to_wire(m)) for m in messages)

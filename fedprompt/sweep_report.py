@@ -65,7 +65,8 @@ def write_sweep_report(
         "markdown": markdown(table),
         "runs": _runs(rows),
         "command": command,
-        "differing": _settings(rows, differing(rows)),
+        "differing": _settings(rows, [k for k in differing(rows) if _values(rows, k) > 1]),
+        "partial": _settings(rows, [k for k in differing(rows) if _values(rows, k) == 1]),
         "common": _common(rows),
         "environment": _environment(rows),
     }
@@ -256,6 +257,11 @@ def _runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _values(rows: Sequence[Row], key: str) -> int:
+    """How many values a setting has among the rows that have it."""
+    return len({repr(row.settings[key]) for row in rows if key in row.settings})
 
 
 def _settings(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, str]]:

@@ -7,9 +7,15 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flwr.app import Error, Message, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto, recorddict_to_proto
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 from flwr.common.serde_utils import metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 FIRST_NODE = 1_000_000
 CLIENT_FAILED = 2
@@ -35,6 +41,17 @@ def to_wire(message: Message) -> bytes:
 def from_wire(content: bytes) -> Message:
     """The message that `to_wire` wrote; data only, nothing is executed."""
     return message_from_proto(ProtoMessage.FromString(content))
+
+
+def records_to_wire(records: RecordDict) -> bytes:
+    """Records alone, without a message around them, as protobuf bytes."""
+    content: bytes = recorddict_to_proto(records).SerializeToString()
+    return content
+
+
+def records_from_wire(content: bytes) -> RecordDict:
+    """The records that `records_to_wire` wrote."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(content))
 
 
 class Parcel(NamedTuple):

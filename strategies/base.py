@@ -66,6 +66,8 @@ class SharedPromptStrategy(Strategy):
 
     name: ClassVar[str]
     Config: ClassVar[type[Any]] = StrategyConfig
+    mean_suffices: ClassVar[bool] = False
+    """Whether `aggregate` needs only the weighted mean of the replies; subclasses say it anew."""
 
     def __init__(
         self,
@@ -93,6 +95,16 @@ class SharedPromptStrategy(Strategy):
     @abstractmethod
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """New shared tensors from the last ones and at least one update, sorted by client id."""
+
+    @classmethod
+    def needs_only_the_mean(cls) -> bool:
+        """Whether one update that is the mean of all does as well as all of them."""
+        return bool(vars(cls).get("mean_suffices", False))
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether clients count by their training images in that mean, or all the same."""
+        return True
 
     def for_client(self, server_round: int, client: int) -> Arrays:
         """What `client` alone is sent besides the shared tensors: the method's starting values."""
@@ -195,9 +207,44 @@ class SharedPromptStrategy(Strategy):
                 self.min_replies,
             )
             return None, MetricRecord(metrics)
+        return self._step(server_round, updates), MetricRecord(metrics)
+
+    def aggregate_mean(
+        self,
+        server_round: int,
+        change: Arrays | None,
+        dropped: Mapping[int, str],
+        losses: Mapping[str, float],
+    ) -> tuple[ArrayRecord | None, MetricRecord]:
+        """As `aggregate_train`, where nothing but the mean change of the clients is known.
+
+        Args:
+            server_round: the round.
+            change: weighted mean change of the shared tensors, or None where there is none.
+            dropped: why a sampled client has no part in it, by client.
+            losses: weighted mean losses.
+        """
+        self.rejected = {client: shown(why) for client, why in sorted(dropped.items())}
+        for client, reason in self.rejected.items():
+            log.warning("client %d: not in the sum: %s", client, reason)
+        metrics = MetricRecord(
+            {
+                "sampled": len(self.sampled),
+                "accepted": len(self.participants),
+                "rejected": len(self.rejected),
+                **losses,
+            }
+        )
+        if change is None:
+            return None, metrics
+        mean = {n: last.astype(np.float64) + change[n] for n, last in self.shared.items()}
+        # It stands for all clients, so it has the weight 1 whatever theirs were.
+        return self._step(server_round, [Update(-1, mean, 1)]), metrics
+
+    def _step(self, server_round: int, updates: list[Update]) -> ArrayRecord:
         new = self.aggregate(server_round, self.shared, updates)
         self.shared = {k: np.asarray(v, dtype=np.float32) for k, v in new.items()}
-        return to_record(self.shared), MetricRecord(metrics)
+        return to_record(self.shared)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

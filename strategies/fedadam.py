@@ -25,6 +25,7 @@ class FedAdam(FedOpt):
 
     name = "fedadam"
     Config = FedAdamConfig
+    mean_suffices = True
 
     def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
         """`beta_2 v + (1 - beta_2) Delta^2`."""

@@ -34,6 +34,12 @@ class FedAvg(SharedPromptStrategy):
 
     name = "fedavg"
     Config = FedAvgConfig
+    mean_suffices = True
+
+    @property
+    def counts_images(self) -> bool:
+        """As configured."""
+        return bool(self.config.weights == "samples")
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """The weighted mean, float32."""

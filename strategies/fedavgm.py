@@ -31,6 +31,7 @@ class FedAvgM(SharedPromptStrategy):
 
     name = "fedavgm"
     Config = FedAvgMConfig
+    mean_suffices = True
     config: FedAvgMConfig
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:

@@ -27,6 +27,7 @@ class FedYogi(FedOpt):
 
     name = "fedyogi"
     Config = FedYogiConfig
+    mean_suffices = True
 
     def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
         """`v - (1 - beta_2) Delta^2 sign(v - Delta^2)`."""

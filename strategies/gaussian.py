@@ -44,6 +44,7 @@ class Gaussian(FedAvg):
 
     name = "gaussian"
     Config = GaussianConfig
+    mean_suffices = True
 
     log_weight = -np.inf
     means: Arrays | None = None

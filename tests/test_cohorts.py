@@ -57,12 +57,13 @@ def test_clients_with_similar_work_come_together(make_workspace: MakeWorkspace) 
 
 
 def test_replies_come_in_the_order_of_the_messages(make_workspace: MakeWorkspace) -> None:
-    from test_grid import queries
+    from test_grid import introduce, queries
 
-    grid = InlineGrid(make_workspace(partition={"clients": 9}, grid={"cohort_size": 2}))
+    workspace = make_workspace(partition={"clients": 9}, grid={"cohort_size": 2})
+    grid = InlineGrid(workspace, answer=introduce)
     asked = [5, 0, 8, 3, 1]
     replies = grid.send_and_receive(queries(asked))
-    assert [r.content["metrics"]["client-id"] for r in replies] == asked
+    assert [r.content["metrics"]["client"] for r in replies] == asked
 
 
 @pytest.mark.parametrize(

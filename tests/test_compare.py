@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
-import statistics
+import shutil
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
+import recompute
 from fedprompt.cli import app
 from fedprompt.compare.figures import (
     client_accuracies,
@@ -32,25 +34,16 @@ from fedprompt.compare.load import load_rows
 from fedprompt.compare.metrics import KNOWN, choose, look_up, metric
 from fedprompt.compare.statistics import column, holm, paired_p
 from fedprompt.compare.table import (
-    comma_separated,
     compare_rows,
     escape,
     latex,
-    markdown,
     terminal,
 )
+from fedprompt.compare.table import text as printed_as
 from fedprompt.errors import UserError
 from fedprompt.sweep.live import Board
 from fedprompt.sweep.plan import expand, load_sweep, write_plan
 from fedprompt.sweep.run import run_serial
-
-PARTS = {
-    "global": ("global", "accuracy"),
-    "personal": ("personal", "mean"),
-    "worst": ("personal", "worst"),
-    "p10": ("personal", "p10"),
-    "personal_on_global": ("personal_on_global", "mean"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,89 +71,167 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def recomputed(folder: Path, row: str) -> dict[str, dict[int, float]]:
-    """Each metric's value by seed of one row, from config.yaml and metrics.jsonl alone."""
-    found: dict[str, dict[int, float]] = {name: {} for name in (*PARTS, "bytes")}
-    for config_file in folder.glob("*/config.yaml"):
-        config = yaml.safe_load(config_file.read_text())
-        method = {"promptfl": "A_b & 50 %", "fedrsclip": "FedRSCLIP"}[config["method"]["name"]]
-        if f"{method}, clients {config['partition']['clients']}" != row:
-            continue
-        text = (config_file.parent / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
-        own = lines[-1]["personal"]["accuracy"]
-        assert math.isclose(statistics.fmean(own), lines[-1]["personal"]["mean"])
-        for name, (part, key) in PARTS.items():
-            found[name][config["seed"]] = lines[-1][part][key]
-        found["bytes"][config["seed"]] = sum(x["bytes_up"] + x["bytes_down"] for x in lines)
-    return found
+@pytest.fixture(scope="module")
+def apart(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sweep, one row of it so much worse that tests must find it.
+
+    Its accuracies are lowered in metrics.jsonl and in summary.json alike.
+    """
+    folder = tmp_path_factory.mktemp("apart") / "out"
+    shutil.copytree(sweep, folder)
+    for seed, run in recompute.rows_of(folder)["FedRSCLIP, clients 2"].items():
+        factor = 0.2 + 0.01 * seed
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((run / "summary.json").read_text())
+        for part in (lines[-1], summary):
+            part["global"]["accuracy"] *= factor
+            for whose in ("personal", "personal_on_global"):
+                for key in ("mean", "std", "worst", "p10"):
+                    part[whose][key] *= factor
+                part[whose]["accuracy"] = [a * factor for a in part[whose]["accuracy"]]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        (run / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+TITLES = {
+    "global": "global", "personal": "personalised", "worst": "worst client", "p10": "10th pct.",
+    "personal_on_global": "personal on global test", "numbers_up": "numbers up",
+    "bytes": "MiB sent",
+}  # fmt: skip
+
+
+COSTS = ("numbers_up", "bytes")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One cell as it must be printed."""
+
+    body: str
+    best: bool
+    starred: bool
+
+
+def expected_cells(folder: Path) -> dict[str, list[Expected]]:
+    """Every row's cells, from tests/recompute.py alone."""
+    table = recompute.table(folder)
+    cells: dict[str, list[Expected]] = {row: [] for row in table}
+    for name in TITLES:
+        by_row = {row: columns[name] for row, columns in table.items()}
+        cost = name in COSTS
+        best, p = ("", {}) if cost else recompute.column(by_row)
+        for row, by_seed in by_row.items():
+            values = list(by_seed.values())
+            middle, spread = recompute.mean(values), recompute.deviation(values)
+            if name == "numbers_up":
+                body = f"{middle:,.0f}"
+            else:
+                scale, digits = (2.0**-20, 2) if name == "bytes" else (100, 1)
+                body = f"{scale * middle:.{digits}f}"
+                if not cost or round(scale * spread, digits):
+                    body += f" ± {scale * spread:.{digits}f}"
+            cells[row].append(Expected(body, row == best, p.get(row, 1) < 0.05))
+    return cells
+
+
+def command(folder: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(app, ["compare", str(folder), *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 class TestAgainstMetrics:
-    """The tables of a real sweep."""
+    """Tables of real sweeps against tests/recompute.py, which shares no code with fedprompt."""
 
-    def table(self, sweep: Path) -> list[dict[str, str]]:
-        rows = load_rows([sweep]).rows
-        text = comma_separated(compare_rows(rows, choose(None, rows)))
-        return list(csv.DictReader(io.StringIO(text)))
+    @pytest.fixture(params=["sweep", "apart"])
+    def folder(self, request: pytest.FixtureRequest) -> Path:
+        found: Path = request.getfixturevalue(request.param)
+        return found
 
-    def test_csv(self, sweep: Path) -> None:
-        lines = self.table(sweep)
-        assert [line["row"] for line in lines] == [
+    def test_the_recomputed_statistics_are_those_of_scipy(self) -> None:
+        a, b = {1: 0.5, 2: 0.7, 3: 0.6, 4: 0.1}, {1: 0.4, 2: 0.65, 3: 0.58, 5: 0.9}
+        for n in (2, 3):
+            x, y = [0.5, 0.7, 0.6][:n], [0.4, 0.65, 0.58][:n]
+            some = {s: v for s, v in b.items() if s <= n}
+            assert recompute.paired_p(a, some) == pytest.approx(stats.ttest_rel(x, y).pvalue)
+        assert recompute.quantile([3, 1, 2], 0.1) == pytest.approx(np.percentile([1, 2, 3], 10))
+
+    def test_csv_has_mean_std_seeds_and_p(self, folder: Path) -> None:
+        lines = list(csv.DictReader(io.StringIO(command(folder, "--format", "csv"))))
+        table = recompute.table(folder)
+        assert [line["row"] for line in lines] == list(table) == [
             "A_b & 50 %, clients 2", "A_b & 50 %, clients 3",
             "FedRSCLIP, clients 2", "FedRSCLIP, clients 3",
         ]  # fmt: skip
-        for line in lines:
-            for name, by_seed in recomputed(sweep, line["row"]).items():
-                values = list(by_seed.values())
+        for name in TITLES:
+            by_row = {row: columns[name] for row, columns in table.items()}
+            p = {} if name in COSTS else recompute.column(by_row)[1]
+            for line in lines:
+                values = list(table[line["row"]][name].values())
                 assert len(values) == int(line[f"{name} n"]) == 3
-                assert float(line[f"{name} mean"]) == pytest.approx(statistics.fmean(values))
+                assert float(line[f"{name} mean"]) == pytest.approx(recompute.mean(values))
                 assert float(line[f"{name} std"]) == pytest.approx(
-                    statistics.pstdev(values), abs=1e-12
+                    recompute.deviation(values), abs=1e-12
                 )
+                if line["row"] in p:
+                    assert float(line[f"{name} p"]) == pytest.approx(p[line["row"]], rel=1e-6)
+                else:
+                    assert line[f"{name} p"] == ""
 
-    def test_p_values(self, sweep: Path) -> None:
-        lines = self.table(sweep)
-        values = {line["row"]: recomputed(sweep, line["row"])["personal"] for line in lines}
-        best = max(values, key=lambda row: statistics.fmean(values[row].values()))
-        raw = {
-            row: stats.ttest_rel([values[best][s] for s in (1, 2, 3)],
-                                 [by_seed[s] for s in (1, 2, 3)]).pvalue
-            for row, by_seed in values.items() if row != best
-        }  # fmt: skip
-        ordered, corrected, highest = sorted(raw, key=lambda r: raw[r]), {}, 0.0
-        for rank, row in enumerate(ordered):
-            highest = max(highest, min(1.0, raw[row] * (3 - rank)))
-            corrected[row] = highest
-        for line in lines:
-            if line["row"] == best:
-                assert line["personal p"] == ""
-            else:
-                assert float(line["personal p"]) == pytest.approx(corrected[line["row"]])
+    def test_markdown(self, folder: Path) -> None:
+        lines = command(folder, "--format", "markdown").splitlines()
+        assert lines[0] == f"|  | {' | '.join(TITLES.values())} |"
+        for line, (row, cells) in zip(lines[2:6], expected_cells(folder).items(), strict=True):
+            shown = [row]
+            for cell in cells:
+                body = f"**{cell.body}**" if cell.best else cell.body
+                shown.append(body + r"\*" * cell.starred)
+            assert line == f"| {' | '.join(shown)} |"
 
-    def test_markdown_and_terminal_print_the_same_cells(self, sweep: Path) -> None:
-        rows = load_rows([sweep]).rows
-        table = compare_rows(rows, choose("personal,global", rows))
+    def test_latex(self, folder: Path) -> None:
+        lines = command(folder, "--format", "latex").splitlines()
+        start = lines.index(r"    \midrule") + 1
+        assert lines[start + 4] == r"    \bottomrule"
+        for line, (row, cells) in zip(
+            lines[start : start + 4], expected_cells(folder).items(), strict=True
+        ):
+            shown = [row.replace("_", r"\_").replace("&", r"\&").replace("%", r"\%")]
+            for cell in cells:
+                body = cell.body.replace("±", r"$\pm$")
+                body = rf"\textbf{{{body}}}" if cell.best else body
+                shown.append(body + "$^{*}$" * cell.starred)
+            assert line == f"    {' & '.join(shown)} \\\\"
+
+    def test_terminal(self, folder: Path) -> None:
+        rows = load_rows([folder]).rows
         out = io.StringIO()
-        Console(file=out, width=100).print(terminal(table))
-        for line in markdown(table).splitlines()[2:6]:
-            name, personal, whole = (c.strip(" *\\") for c in line.strip("|").split("|"))
-            by_metric = recomputed(sweep, name)
-            for cell, key in ((personal, "personal"), (whole, "global")):
-                values = [100 * v for v in by_metric[key].values()]
-                expected = f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f}"
-                assert cell == expected
-                assert expected in out.getvalue()
+        table = terminal(compare_rows(rows, choose(None, rows)), 200)
+        Console(file=out, width=200, force_terminal=True, color_system="standard").print(table)
+        text = out.getvalue().replace("\x1b[0m", "")
+        for row, cells in expected_cells(folder).items():
+            (line,) = (x for x in text.splitlines() if row in x)
+            found = re.findall(r"(\x1b\[1m)? *([\d.,]+(?: ± [\d.]+)?)(\*?)", line.split(row)[1])
+            assert [(bool(b), body, bool(star)) for b, body, star in found] == [
+                (cell.best, cell.body, cell.starred) for cell in cells
+            ]
+
+    def test_the_worse_row_is_starred(self, apart: Path) -> None:
+        cells = expected_cells(apart)
+        assert [c.starred for c in cells["FedRSCLIP, clients 2"]][:2] == [True, True]
+        assert sum(c.best for line in cells.values() for c in line) >= 5
 
     def test_curves(self, sweep: Path) -> None:
-        row = load_rows([sweep]).rows[3]
-        found = curve(row, "personal", "mean")
-        assert found.rounds_R == [0, 2], "evaluation.every=2"
-        by_seed = recomputed(sweep, row.name)
-        assert found.mean_R[-1] == pytest.approx(statistics.fmean(by_seed["personal"].values()))
-        assert found.std_R[-1] == pytest.approx(statistics.pstdev(by_seed["personal"].values()))
-        assert found.bytes_R[-1] == pytest.approx(statistics.fmean(by_seed["bytes"].values()))
-        assert found.bytes_R[0] == 0
+        runs = recompute.rows_of(sweep)
+        for row in load_rows([sweep]).rows:
+            for part, key in (("global", "accuracy"), ("personal", "mean")):
+                expected = recompute.curve(runs[row.name], part, key)
+                found = curve(row, part, key)
+                assert found.rounds_R == list(expected) == [0, 2], "evaluation.every=2"
+                points = zip(found.bytes_R, found.mean_R, found.std_R, strict=True)
+                for point, numbers in zip(points, expected.values(), strict=True):
+                    assert point == pytest.approx(numbers, abs=1e-12)
+                assert found.bytes_R[0] == 0
 
     def test_heat_map(self, sweep: Path) -> None:
         rows = load_rows([sweep]).rows
@@ -169,8 +240,8 @@ class TestAgainstMetrics:
         assert (across, down) == ([2, 3], ["promptfl", "fedrsclip"])
         for y, name in enumerate(("A_b & 50 %", "FedRSCLIP")):
             for x, clients in enumerate((2, 3)):
-                values = recomputed(sweep, f"{name}, clients {clients}")["personal"].values()
-                assert table[y, x] == pytest.approx(statistics.fmean(values))
+                by_seed = recompute.table(sweep)[f"{name}, clients {clients}"]["personal"]
+                assert table[y, x] == pytest.approx(recompute.mean(list(by_seed.values())))
         figure = figure_heat(rows, keys, KNOWN["personal"])
         shown = [t.get_text() for t in figure.axes[0].texts]
         assert shown == [f"{100 * v:.1f}" for v in table.flat]
@@ -180,14 +251,23 @@ class TestAgainstMetrics:
             heat_values(rows, ("partition.client", "method.name"), KNOWN["personal"])
 
     def test_clients(self, sweep: Path) -> None:
-        row = load_rows([sweep]).rows[1]
-        expected = []
-        for file in sorted(sweep.glob("a_b-50-clients3-*/metrics.jsonl")):
-            expected += json.loads(file.read_text().splitlines()[-1])["personal"]["accuracy"]
-        assert sorted(client_accuracies(row)) == sorted(expected)
-        assert len(expected) == 9
-        figure = figure_clients([row])
+        runs = recompute.rows_of(sweep)
+        rows = load_rows([sweep]).rows
+        for row in rows:
+            expected = [
+                a
+                for run in runs[row.name].values()
+                for a in recompute.tested(recompute.rounds_of(run)[-1], "personal")
+            ]
+            assert sorted(client_accuracies(row)) == sorted(expected)
+            assert len(expected) == 3 * int(row.name[-1])
+        figure = figure_clients(rows[1:2])
         assert isinstance(figure, Figure)
+        (box,) = figure.axes[0].patches
+        ends = np.asarray(box.get_path().vertices)[:, 0]
+        held = client_accuracies(rows[1])
+        assert ends.min() == pytest.approx(recompute.quantile(held, 0.25))
+        assert ends.max() == pytest.approx(recompute.quantile(held, 0.75))
 
     def test_every_form_and_figure_from_the_command_line(self, sweep: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -328,15 +408,29 @@ def test_wrong_input_is_one_line(sweep: Path, tmp_path: Path) -> None:
         assert message in str(done.exception)
 
 
-def test_many_rows_fit_80_columns_and_figures(sweep: Path) -> None:
+@pytest.mark.parametrize("width", [80, 50, 30])
+def test_no_number_is_cut_in_a_narrow_terminal(sweep: Path, width: int) -> None:
     rows = load_rows([sweep]).rows
     table = compare_rows(rows, choose(None, rows))
+    assert len(table.metrics) >= 7
     out = io.StringIO()
-    Console(file=out, width=80).print(terminal(table, 80))
-    assert max(map(len, out.getvalue().splitlines())) <= 80
-    assert "Left out for want of room: " in out.getvalue().replace("\n", " ")
+    Console(file=out, width=width).print(terminal(table, width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
     assert "…" not in out.getvalue()
-    assert out.getvalue().count(" ± ") >= 8
+    body = out.getvalue().partition("Accuracy in percent")[0]
+    assert all(word in body.split() for m in table.metrics for word in m.title.split())
+    cells = Counter(
+        printed_as(metric, cell)
+        for line in table.cells
+        for metric, cell in zip(table.metrics, line, strict=True)
+    )
+    for cell, times in cells.items():
+        assert len(re.findall(rf"(?<= ){re.escape(cell)}(?= |\n)", body)) >= times, cell
+
+
+def test_figures_of_many_rows(sweep: Path) -> None:
+    rows = load_rows([sweep]).rows
     figure = figure_curves(rows * 5)
     assert figure is not None
     assert "first 16 of 20 rows" in figure.get_suptitle()
@@ -344,7 +438,7 @@ def test_many_rows_fit_80_columns_and_figures(sweep: Path) -> None:
     over_bytes: Any = figure_curves(rows, over_bytes=True)
     x = np.concatenate([line.get_xdata() for line in over_bytes.axes[0].lines])
     assert x.max() * 2**20 == pytest.approx(
-        max(statistics.fmean(recomputed(sweep, r.name)["bytes"].values()) for r in rows)
+        max(recompute.mean(list(c["bytes"].values())) for c in recompute.table(sweep).values())
     )
 
 

@@ -214,6 +214,18 @@ def test_extends_is_relative_to_the_file(
     assert compose(tmp_path / "middle.yaml").experiment == "middle"
 
 
+@pytest.mark.parametrize("name", available("experiment"))
+def test_every_shipped_experiment_says_what_it_is_for_and_takes(name: str) -> None:
+    text = (configs_dir() / "experiment" / f"{name}.yaml").read_text()
+    comment = [line for line in text.splitlines() if line.startswith("#")]
+    assert not comment[0].startswith(("#   ", "# Time:")), "its purpose comes first"
+    assert any(
+        line.startswith((f"#   fedprompt run {name}", f"#   fedprompt sweep {name}"))
+        for line in comment
+    )
+    assert sum(line.startswith("# Time:") for line in comment) == 1
+
+
 def test_a_shipped_experiment_can_be_extended(write: Callable[..., Path]) -> None:
     config = compose(write("extends: quickstart\nfederation: {rounds: 3}\n"))
     shipped = to_dict(compose("quickstart"))

@@ -7,19 +7,20 @@ import sys
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from fedprompt.display import (
     PlainDisplay,
     QuietDisplay,
     RichDisplay,
-    compare_table,
     human_bytes,
     human_time,
     make_display,
     percent,
     percent_spread,
+    protocol_tables,
     summary_table,
 )
 
@@ -66,10 +67,23 @@ def live() -> tuple[RichDisplay, io.StringIO]:
     return RichDisplay(Console(file=out, width=100, force_terminal=True, highlight=False)), out
 
 
-def cells(table: Table) -> list[list[str]]:
-    """The table's cells, row by row, as plain text."""
+def cells(shown: Group) -> list[list[str]]:
+    """The cells of the only table, row by row, as plain text."""
+    (table,) = (part for part in shown.renderables if isinstance(part, Table))
     columns = [[str(cell) for cell in column.cells] for column in table.columns]
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def note(shown: Group) -> str:
+    """What stands below the tables."""
+    assert isinstance(shown.renderables[-1], Text)
+    return shown.renderables[-1].plain
+
+
+def printed(shown: Group, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width).print(shown)
+    return out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -195,60 +209,51 @@ def test_live_display_of_a_run_without_rounds() -> None:
 
 
 def test_summary_table_holds_the_numbers() -> None:
-    table = summary_table(SUMMARY)
+    table = summary_table(SUMMARY, 80)
     assert cells(table) == [
         ["zero-shot", "40.0 %", "41.0 ± 10.0 %", "20.0 %", "30.0 %"],
         ["local-only", "-", "70.0 ± 20.0 %", "10.0 %", "15.0 %"],
         ["fedrsclip", "61.2 %", "78.9 ± 6.1 %", "50.0 %", "55.5 %"],
     ]
     caption = "2,048 numbers up per client and round\n240.0 KiB up, 1.5 MiB down"
-    assert str(table.caption) == caption
-    rejected = summary_table(SUMMARY | {"rejected_replies": 3})
-    assert str(rejected.caption) == caption + ", 3 replies rejected"
+    assert note(table) == caption
+    rejected = summary_table(SUMMARY | {"rejected_replies": 3}, 80)
+    assert note(rejected) == caption + ", 3 replies rejected"
 
 
 def test_summary_table_without_baselines_or_numbers() -> None:
-    assert cells(summary_table({"method": "coop_local", "global": None, "zero_shot": None})) == [
-        ["coop_local", "-", "-", "-", "-"]
-    ]
+    bare = {"method": "coop_local", "global": None, "zero_shot": None}
+    assert cells(summary_table(bare, 80)) == [["coop_local", "-", "-", "-", "-"]]
 
 
 def test_tables_print_names_literally() -> None:
     evil = SUMMARY | {"method": "[red]x[/red]", "experiment": "[bold]e", "strategy": "[s]"}
-    out = io.StringIO()
-    console = Console(file=out, width=200)
-    console.print(summary_table(evil))
-    console.print(compare_table([evil, SUMMARY]))
-    assert out.getvalue().count("[red]x[/red]") == 2
-    assert "[bold]e, round 3" in out.getvalue()
+    text = printed(summary_table(evil, 200), 200)
+    assert text.count("[red]x[/red]") == 1
+    assert "[bold]e, round 3" in text
 
 
-def test_compare_table_has_a_column_for_what_differs_and_names_the_rest_once() -> None:
-    table = compare_table(
-        [
-            SUMMARY,
-            SUMMARY
-            | {"method": "coop_local", "seed": 2, "global": None}
-            | {"uploaded_numbers_per_client_round": None},
-        ]
+@pytest.mark.parametrize("width", [80, 50, 32])
+def test_no_number_of_a_table_is_cut_or_folded(width: int) -> None:
+    values = dict.fromkeys(
+        ("base", "new", "harmonic", "base_of_all", "new_of_all", "harmonic_of_all"), 0.6818
     )
-    assert cells(table) == [
-        ["fedrsclip", "1", "61.2 %", "78.9 ± 6.1 %", "50.0 %", "55.5 %", "2,048"],
-        ["coop_local", "2", "-", "78.9 ± 6.1 %", "50.0 %", "55.5 %", "-"],
+    spread = {"base": 0.123, "new": 0.123, "base_of_all": 0.123, "new_of_all": 0.123}
+    rows = [{"model": name, **values, "std": spread, "why": ""} for name in ("global", "personal")]
+    sizes = {"base_classes": [1], "new_classes": [2], "base_images": 1000, "new_images": 2000}
+    protocols = {"base_to_new": {"rows": rows, **sizes}}
+    shown = [
+        summary_table(SUMMARY | {"method": "fedrsclip_visual"}, width),
+        *protocol_tables(SUMMARY | {"protocols": protocols}, width),
     ]
-    assert str(table.caption).startswith("All: experiment quickstart, strategy fedavg, rounds 3.")
-    assert cells(compare_table([])) == []
-    seeds = compare_table([SUMMARY, SUMMARY | {"seed": 2}])
-    assert [row[:2] for row in cells(seeds)] == [["fedrsclip", "1"], ["fedrsclip", "2"]]
-
-
-def test_tables_fit_80_columns() -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=80)
-    console.print(compare_table([SUMMARY, SUMMARY | {"method": "decoupled_dpl", "seed": 2}]))
-    console.print(summary_table(SUMMARY))
-    assert out.getvalue().count("78.9 ± 6.1 %") == 3
-    assert "decoupled_dpl" in out.getvalue()
+    text = "".join(printed(one, width) for one in shown)
+    assert len(shown) == 2
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert text.count("68.2 ± 12.3 %") == 8
+    assert text.count("68.2 %") == 4
+    for number in ("78.9 ± 6.1 %", "41.0 ± 10.0 %", "55.5 %", "61.2 %"):
+        assert number in text
 
 
 def test_make_display_follows_stdout(

@@ -20,7 +20,7 @@ import fedprompt.ray_grid as ray_grid_module
 from conftest import small_config
 from fedprompt.client_app import handle
 from fedprompt.errors import UserError
-from fedprompt.grid import InlineGrid, describe_nodes, open_grid
+from fedprompt.grid import InlineGrid, open_grid
 from fedprompt.methods.base import Tensors
 from fedprompt.ray_grid import RayGrid
 from fedprompt.schema import Config
@@ -159,6 +159,17 @@ def test_messages_are_copied_as_a_network_would(make_workspace: MakeWorkspace) -
     assert torch.equal(federation.shared["ctx"], before)
 
 
+def introduce(
+    workspace: Any, clients: Sequence[int], messages: Sequence[Message], private: Any
+) -> tuple[list[Message], dict[int, Tensors]]:
+    """Clients that say who they are, whatever they are asked."""
+    del workspace, private
+    return [
+        Message(RecordDict({"metrics": MetricRecord({"client": c})}), reply_to=m)
+        for c, m in zip(clients, messages, strict=True)
+    ], {}
+
+
 def queries(clients: Sequence[int]) -> list[Message]:
     """One message per client that asks who it is."""
     return [
@@ -168,13 +179,19 @@ def queries(clients: Sequence[int]) -> list[Message]:
 
 
 def test_push_and_pull(make_workspace: MakeWorkspace) -> None:
-    grid = InlineGrid(make_workspace())
+    grid = InlineGrid(make_workspace(), answer=introduce)
     assert list(grid.get_node_ids()) == [node_of(c) for c in range(4)]
     ids = list(grid.push_messages(queries(range(4))))
     replies = list(grid.pull_messages(ids))
     assert [client_of(r.metadata.src_node_id) for r in replies] == [0, 1, 2, 3]
+    assert [r.content["metrics"]["client"] for r in replies] == [0, 1, 2, 3]
     assert list(grid.pull_messages(ids)) == []
-    assert describe_nodes(grid, 10) == {c: node_of(c) for c in range(4)}
+
+
+def test_what_a_client_does_not_know_it_does_not_answer(make_workspace: MakeWorkspace) -> None:
+    grid = InlineGrid(make_workspace())
+    (reply,) = grid.send_and_receive(queries([1]))
+    assert "do not answer messages of type 'query'" in str(reply.error.reason)
 
 
 def test_flowers_own_fedavg_runs_on_our_grid(make_workspace: MakeWorkspace) -> None:
@@ -359,11 +376,18 @@ def ray_grid(workspace: Workspace) -> Iterator[RayGrid]:
 def _fresh(grid: RayGrid, workspace: Workspace) -> RayGrid:
     """No private tensors yet, and all workers up."""
     grid.use(workspace)
+    wait_for_workers(grid)
+    return grid
+
+
+def wait_for_workers(grid: RayGrid) -> None:
+    """Until all of them are up: it is seen when clients are asked."""
+    federation = Federation(grid.workspace, grid)
+    federation.join()
     deadline = time.monotonic() + 60
     while not all(slot.free for slot in grid._slots):
         assert time.monotonic() < deadline
-        describe_nodes(grid, 60)
-    return grid
+        federation.evaluate(0)
 
 
 def test_ray_equals_inline_bit_for_bit(ray_grid: RayGrid, workspace: Workspace) -> None:

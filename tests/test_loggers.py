@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -145,6 +147,25 @@ def test_mlflow_holds_every_point_once_after_a_stop(
     assert found.data.params["method.name"] == "fedrsclip"
     assert set(found.data.params) == set(parameters(config_for(folder)))
     assert not (tmp_path / "mlruns").exists()
+
+
+def test_mlflow_makes_its_tables_without_a_word(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from fedprompt.loggers.mlflow import _client;"
+        "_client(Path('runs/run')).create_experiment('quickstart')"
+    )
+    (tmp_path / "runs").mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    done = subprocess.run(  # a fresh process: MLflow sets up its log when it is imported
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (tmp_path / "runs" / "mlflow.db").is_file()
+    assert done.stdout + done.stderr == ""
 
 
 def test_mlflow_begins_anew_where_its_run_was_deleted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,19 @@ def test_uploads_are_the_papers(rows: dict[str, tuple[str, ...]], name: str, num
     assert rows[name][3] == f"{numbers:,}"
 
 
-def test_it_is_printed() -> None:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(method_table())
-    text = console.export_text()
-    line = next(x for x in text.splitlines() if x.lstrip("│ ").startswith("fedrsclip"))
-    assert "2,048" in line
+@pytest.mark.parametrize("width", [200, 80, 50])
+def test_it_is_printed_whole(rows: dict[str, tuple[str, ...]], width: int) -> None:
+    out = io.StringIO()
+    Console(width=width, file=out).print(method_table(width))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    line = next(x for x in text.splitlines() if x.startswith(" fedrsclip ") and "2,048" in x)
+    assert line
+    for name, cells in rows.items():
+        found = [x for x in text.splitlines() if x.startswith(f" {name} ")]
+        assert any(cells[3] in x for x in found), name
+        assert any(cells[7].split()[0] in x for x in found), name
 
 
 def test_the_page_is_the_present_one() -> None:

@@ -16,12 +16,12 @@ import pytest
 import ray
 from flwr.app import MessageType
 from ray.cluster_utils import Cluster
-from test_grid import assert_same, federate, scenes
+from test_grid import assert_same, federate, scenes, wait_for_workers
 
 import fedprompt.ray_grid as ray_grid_module
 from fedprompt.client_app import handle
 from fedprompt.errors import UserError
-from fedprompt.grid import InlineGrid, describe_nodes
+from fedprompt.grid import InlineGrid
 from fedprompt.ray_grid import RayGrid
 from fedprompt.workspace import Workspace
 
@@ -123,10 +123,7 @@ def test_workers_spread_and_a_node_killed_in_mid_round_changes_nothing(
         assert len(grid.pids()) == 1
         # A node that joins gets the worker that still waits for a place.
         cluster.add_node(num_cpus=1)
-        deadline = time.monotonic() + 60
-        while not all(slot.free for slot in grid._slots):
-            assert time.monotonic() < deadline
-            describe_nodes(grid, 60)
+        wait_for_workers(grid)
         assert len(set(grid.pids()) - {victim}) == 2
     finally:
         grid.close()

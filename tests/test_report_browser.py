@@ -181,3 +181,22 @@ def test_the_page_runs_no_script_of_others(browser: Browser, run: Path, tmp_path
     assert browser.run("typeof own") == "undefined"
     assert "Content Security Policy" in " ".join(browser.complaints)
     browser.complaints.clear()
+
+
+def test_wide_values_and_labels_stay_inside_a_phone(browser: Browser, sweep: Path) -> None:
+    browser.open(sweep, PHONE)
+    box = "document.querySelector('.headlines .value')"
+    browser.run(f"{box}.textContent = '48.3 ± 16.5 % and a long unit'")
+    assert browser.run("document.documentElement.scrollWidth") == PHONE
+    inside = (
+        "[...document.querySelectorAll('#clients svg text')].every(t => {"
+        "const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();"
+        "return a.left >= b.left && a.right <= b.right; })"
+    )
+    assert browser.run(inside)
+    table = "document.querySelector('table.groups')"
+    browser.run(f"{table}.parentElement.scrollLeft = 200")
+    name = f"{table}.tBodies[0].rows[0].cells[0].getBoundingClientRect().left"
+    assert browser.run(name) == browser.run(
+        f"{table}.parentElement.getBoundingClientRect().left + 1"
+    )

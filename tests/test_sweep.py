@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,7 +173,10 @@ class TestPlan:
         path = configs_dir() / "sweep" / f"{name}.yaml"
         comment = [x for x in path.read_text().splitlines() if x.startswith("#")]
         assert any(f"fedprompt sweep {name}" in line for line in comment)
-        assert any(line.startswith("# Time:") for line in comment)
+        (told,) = (line for line in comment if line.startswith("# Time:"))
+        real = path.stem.startswith("fed_") or path.stem == "fedrsclip_main"  # needs other data
+        assert re.search(r"\bmin", told) or real
+        assert ("not measured" in told) == real
         runs = expand(load_sweep(path, quick=True), Path("out"))
         assert all(r.config.backbone.model == "tiny" for r in runs)
         assert all(r.config.federation.rounds == 2 for r in runs)
@@ -287,6 +291,29 @@ class TestBoard:
         assert "failed: broken" in shown
         assert sum("-seed" in line for line in shown.splitlines()) == 4
         assert "8 runs: 1 running, 6 waiting, 1 failed" in shown
+
+    @pytest.mark.parametrize("width", [80, 50])
+    def test_live_table_cuts_no_number_and_keeps_the_end_of_a_name(
+        self, tmp_path: Path, width: int
+    ) -> None:
+        rows = {f"{word} with a name that is far too long for a column": [] for word in "ab"}
+        rows["b with a name that is far too long for a column"] = ["method=promptfl"]
+        runs = plan(tmp_path, rows=rows)
+        console = Console(file=io.StringIO(), width=width, height=40, force_terminal=False)
+        board = LiveBoard(runs, 2, console)
+        fake_run(runs[0], 2, 3.0)
+        board.skip(runs[0])
+        board.start(runs[1])
+        board.finish(runs[2], "too few images " * 20)
+        console.print(board.table())
+        lines = self.said(board).splitlines()
+        assert max(map(len, lines)) <= width
+        (done,) = (line for line in lines if "61.2 %" in line)
+        assert "78.9 %" in done
+        (running,) = (line for line in lines if "round 0/1, 0:0" in line)
+        assert "-seed2" in running
+        assert any("failed: too" in line for line in lines)
+        assert sum("seed1" in line for line in lines) == 4
 
 
 RESULTS = (METRICS, PROMPTS, PARTITION)

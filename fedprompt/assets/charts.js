@@ -352,7 +352,7 @@
   };
 
   const drawBoxes = (svg, spec, width) => {
-    const step = 40, left = 12, right = width - 14, bottom = step * spec.groups.length + 6;
+    const step = 40, left = 14, right = width - 20, bottom = step * spec.groups.length + 6;
     const all = spec.groups.flatMap((group) => [group.low, group.high]);
     const [low, high] = extent(all, spec.x);
     const X = scale(low, high, left, right);

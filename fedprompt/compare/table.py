@@ -7,20 +7,23 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.console import Group
 from rich.text import Text
 
 from fedprompt.compare.load import Row
 from fedprompt.compare.metrics import Metric
 from fedprompt.compare.statistics import LEVEL, Cell, Test, column
 from fedprompt.display import MISSING
+from fedprompt.narrow import Field, fitted
 
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
 MARK = "*"
 NAME = 26
 """Widest first column in a terminal; longer names are folded."""
+HEAD, ROOMY = 12, 3
+"""In LaTeX: characters of a head's line; with more columns than these the table is set smaller."""
 FEWEST_FOR_WILCOXON = 6
 """With fewer seeds its smallest p, 2^(1 - n), is above 0.05."""
 _LATEX = {
@@ -90,49 +93,25 @@ def text(metric: Metric, cell: Cell) -> str:
     """Mean and deviation; the mean alone with one seed, or for a cost that is always the same."""
     if cell.mean is None or cell.std is None:
         return MISSING
-    mean = number(metric, cell.mean)
-    alone = len(cell.by_seed) < 2 or (metric.higher_is_better is None and cell.std == 0)
-    return mean if alone else f"{mean} ± {number(metric, cell.std)}"
+    mean, std = number(metric, cell.mean), number(metric, cell.std)
+    constant = metric.higher_is_better is None and std == number(metric, 0)
+    return mean if len(cell.by_seed) < 2 or constant else f"{mean} ± {std}"
 
 
-def terminal(table: Comparison, width: int = 200) -> Table:
-    """For rich, the best in bold; columns that do not fit into `width` are named below it."""
-    bodies = [
-        [text(m, line[i]) + MARK * line[i].differs for line in table.cells]
-        for i, m in enumerate(table.metrics)
-    ]
-    heads = [m.title.replace(" ", "\n") for m in table.metrics]
-    widths = [
-        max(len(part) for part in (*head.split("\n"), *body))
-        for head, body in zip(heads, bodies, strict=True)
-    ]
-    names = min(NAME, max(map(len, table.names)))
-    fit = len(widths)
-    # Between two columns rich puts three spaces, and one at either end.
-    while fit > 1 and 2 + names + sum(w + 3 for w in widths[:fit]) > width:
-        fit -= 1
-    note = table.note
-    if fit < len(heads):
-        left_out = ", ".join(m.title for m in table.metrics[fit:])
-        note += f" Left out for want of room: {left_out}."
-    shown = Table(
-        Column("", overflow="fold", width=names),
-        *(Column(head, justify="right", no_wrap=True) for head in heads[:fit]),
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        caption=Text(note),
-        caption_justify="left",
-    )
-    for name, line, *cells in zip(table.names, table.cells, *bodies[:fit], strict=True):
-        shown.add_row(
-            Text(name),
-            *(
-                Text(cell, style="bold" if c.best else "")
-                for cell, c in zip(cells, line, strict=False)
-            ),
+def terminal(table: Comparison, width: int = 200) -> Group:
+    """For rich, the best in bold; columns that do not fit into `width` go on in a further table."""
+    names = Field("", [Text(name) for name in table.names], most=NAME, right=False)
+    columns = [
+        Field(
+            metric.title,
+            [
+                Text(text(metric, cell) + MARK * cell.differs, style="bold" if cell.best else "")
+                for cell in column
+            ],
         )
-    return shown
+        for metric, column in zip(table.metrics, zip(*table.cells, strict=True), strict=True)
+    ]
+    return fitted(names, columns, width, note=table.note)
 
 
 def markdown(table: Comparison) -> str:
@@ -160,20 +139,29 @@ def latex(table: Comparison) -> str:
         shown = rf"\textbf{{{shown}}}" if value.best else shown
         return shown + rf"$^{{{MARK}}}$" * value.differs
 
-    heads = " & ".join(["", *(escape(m.title) for m in table.metrics)])
+    heads = [wrap(metric.title, HEAD) for metric in table.metrics]
+    depth = max(map(len, heads))
+    stacked = [
+        " & ".join(
+            ["", *(escape(([""] * (depth - len(head)) + head)[k]) for head in heads)]
+        ).strip()
+        for k in range(depth)
+    ]
     lines = [
         " & ".join([escape(name), *(cell(m, c) for m, c in zip(table.metrics, row, strict=True))])
         for name, row in zip(table.names, table.cells, strict=True)
     ]
-    body = "\n".join(rf"    {line} \\" for line in lines)
+    above, body = ("\n".join(rf"    {line} \\" for line in part) for part in (stacked, lines))
+    tight = "  \\footnotesize\n  \\setlength{\\tabcolsep}{3pt}\n" if len(heads) > ROOMY else ""
     return (
         "% \\usepackage{booktabs}\n"
         "\\begin{table}\n"
         "  \\centering\n"
         f"  \\caption{{{escape(table.note)}}}\n"
+        f"{tight}"
         f"  \\begin{{tabular}}{{l{'r' * len(table.metrics)}}}\n"
         "    \\toprule\n"
-        f"    {heads.strip()} \\\\\n"
+        f"{above}\n"
         "    \\midrule\n"
         f"{body}\n"
         "    \\bottomrule\n"

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from rich.table import Table
+from rich.console import Group
 
 from fedprompt.data.base import ImageDataset
 from fedprompt.data.partition import dense
+from fedprompt.narrow import fields, fitted
 
 CLIENTS_SHOWN = 30
 TILE, COLUMNS, LABEL = 96, 8, 150
 
 
-def partition_table(name: str, description: Mapping[str, Any]) -> Table:
+def partition_table(name: str, description: Mapping[str, Any], width: int) -> Group:
     """One row per client: training and test images, classes held, the largest class.
 
     Domains and missing labels are told where the data set and the partition have them.
@@ -28,14 +29,8 @@ def partition_table(name: str, description: Mapping[str, Any]) -> Table:
     domain_KD = dense(description["domain_counts"], len(description["domain_names"]))
     several_domains = domain_KD.shape[1] > 1
     unlabelled = set(description.get("unlabelled_clients", ()))
-    table = Table(title=f"{name}: {len(train_KC)} clients, {len(classes)} classes")
-    for heading in ("client", "train", "test", "classes"):
-        table.add_column(heading, justify="right")
-    table.add_column("largest class")
-    if several_domains:
-        table.add_column("domains")
-    if unlabelled:
-        table.add_column("labels")
+    words = ["largest class"] + ["domains"] * several_domains + ["labels"] * bool(unlabelled)
+    rows = []
     for k, row_C in enumerate(train_KC[:CLIENTS_SHOWN]):
         largest = int(row_C.argmax())
         share = f"{classes[largest]} ({100 * row_C[largest] / max(row_C.sum(), 1):.0f} %)"
@@ -50,13 +45,16 @@ def partition_table(name: str, description: Mapping[str, Any]) -> Table:
             cells.append(_domains(domain_KD[k], description["domain_names"]))
         if unlabelled:
             cells.append("none" if k in unlabelled else "all")
-        table.add_row(*cells)
+        rows.append(cells)
     hidden = len(train_KC) - CLIENTS_SHOWN
     server = sum(description["server_test_counts"])
-    table.caption = (f"and {hidden} more clients; " if hidden > 0 else "") + (
+    note = (f"and {hidden} more clients; " if hidden > 0 else "") + (
         f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
     )
-    return table
+    heads = ["client", "train", "test", "classes", *words]
+    client, *others = fields(heads, rows, left=words, most={"largest class": 30})
+    title = f"{name}: {len(train_KC)} clients, {len(classes)} classes"
+    return fitted(client, others, width, title=title, note=note)
 
 
 def _domains(row_D: NDArray[np.int64], names: Sequence[str]) -> str:

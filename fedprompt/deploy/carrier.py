@@ -1,11 +1,12 @@
 """A message to a node's worker and the reply back, over a Unix socket of the node's own.
 
-Both directions are data: a length and a JSON header, a length and Flower's protobuf bytes. Loads no
-PyTorch.
+Both directions are data: a length and a JSON header, a length and Flower's protobuf bytes. What
+secure aggregation keeps between messages goes both ways too. Loads no PyTorch.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -14,9 +15,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 
-from fedprompt.wire import CLIENT_FAILED, from_wire, to_wire
+from fedprompt.wire import (
+    CLIENT_FAILED,
+    from_wire,
+    records_from_wire,
+    records_to_wire,
+    to_wire,
+)
 
 LENGTH = struct.Struct(">Q")
 MAX_BYTES = 1 << 32
@@ -32,25 +39,32 @@ def carry(
     node_config: Mapping[str, Any],
     run_config: Mapping[str, Any],
     run_id: int,
+    state: RecordDict | None = None,
     *,
     patience: float = 60.0,
 ) -> Message:
     """The worker's reply; an error reply where it dies over the message.
 
-    A worker that is just starting is waited for, `patience` seconds at most.
+    A worker that is just starting is waited for, `patience` seconds at most. It is given `state`,
+    which is what secure aggregation keeps from one message to the next, and changes it.
 
     Raises:
         WorkerAway: it is not there.
     """
+    state = RecordDict() if state is None else state
     header = {"node_config": dict(node_config), "run_config": dict(run_config), "run_id": run_id}
+    header["state"] = base64.b64encode(records_to_wire(state)).decode()
     with _connected(path, time.monotonic() + patience) as line:
         try:
             send(line, json.dumps(header).encode())
             send(line, to_wire(message))
             reply = from_wire(receive(line))
+            kept = records_from_wire(receive(line))
         except (OSError, EOFError) as error:
             reason = f"the node's worker ended over this message ({type(error).__name__})"
             return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+    state.clear()
+    state.update(kept)
     if reply.has_error():
         return Message(reply.error, reply_to=message)
     return Message(reply.content, reply_to=message)

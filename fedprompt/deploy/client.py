@@ -36,7 +36,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    settings = dict(context.node_config), dict(context.run_config), context.run_id
+    settings = dict(context.node_config), dict(context.run_config), context.run_id, context.state
     worker = str(context.node_config.get("worker", ""))
     if worker:
         try:

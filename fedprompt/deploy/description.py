@@ -1,7 +1,8 @@
 """What a node says of itself when it joins, written by the node and checked by the server.
 
-It is the client's number and how many images of each class it trains and tests on, or the one line
-that says why it cannot take part. No file name leaves the node, but for that line's. C classes.
+It is the client's number, how many images of each class it trains and tests on, and what its
+backbone makes of a sample; or the one line that says why it cannot take part. No file name leaves
+the node, but for that line's. C classes, D joint embedding.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedprompt.deploy.same_backbone import sample_features
 from fedprompt.workspace import Workspace
 from strategies.screening import CONFIG, MAX_EXAMPLES, METRICS, why
 
@@ -23,13 +26,17 @@ LONGEST = 500
 
 @dataclass(frozen=True)
 class Description:
-    """One client: training and test images per class (C,), and images that cannot be read."""
+    """One client: training and test images per class (C,), and images that cannot be read.
+
+    `sample` is what its backbone makes of a sample, (2 D) numbers; see `same_backbone`.
+    """
 
     client: int
     train_C: tuple[int, ...]
     test_C: tuple[int, ...]
     bad_images: int
     labelled: bool
+    sample: tuple[float, ...]
 
     @property
     def trains(self) -> bool:
@@ -61,7 +68,8 @@ def describe(workspace: Workspace, client: int) -> Description:
     own = workspace.dataset.owners_N is not None
     bad = len(workspace.dataset.bad_images) if own else 0
     labelled = client not in partition.unlabelled
-    return Description(client, tuple(train_C), tuple(test_C), bad, labelled)
+    sample = tuple(sample_features(workspace.clip).ravel().tolist())
+    return Description(client, tuple(train_C), tuple(test_C), bad, labelled, sample)
 
 
 def to_reply(description: Description, message: Message) -> Message:
@@ -75,6 +83,7 @@ def to_reply(description: Description, message: Message) -> Message:
             "test-counts": list(description.test_C),
             "bad-images": description.bad_images,
             "labelled": int(description.labelled),
+            "sample": list(description.sample),
         }
     )
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
@@ -106,8 +115,11 @@ def from_reply(reply: Message, classes: int, clients: int) -> Description | str:
     bad, labelled = metrics.get("bad-images"), metrics.get("labelled")
     if train is None or test is None or not _is_count(bad) or labelled not in (0, 1):
         return f"its description does not fit the experiment's {classes} classes"
+    sample = metrics.get("sample")
+    if not isinstance(sample, list) or not np.isfinite(sample).all():
+        return "its description does not say what its backbone makes of a sample"
     assert isinstance(bad, int)
-    return Description(client, train, test, bad, bool(labelled))
+    return Description(client, train, test, bad, bool(labelled), tuple(map(float, sample)))
 
 
 def _counts(metrics: MetricRecord, name: str, classes: int) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord
 from fedprompt.deploy.description import ZERO_SHOT
 from fedprompt.deploy.node_grid import POLL_S, NodeGrid
 from fedprompt.deploy.roster import Roster
+from fedprompt.deploy.same_backbone import sample_features
 from fedprompt.errors import UserError
 from fedprompt.run_folder import PARTITION, RunFolder
 from fedprompt.server_app import Federation, personal_scores
@@ -37,7 +38,8 @@ class NodeFederation(Federation):
     ) -> None:
         super().__init__(workspace, grid)
         self.folder = folder
-        self.roster = Roster(grid, workspace.num_clients, workspace.dataset.class_names, keyed)
+        sample_2D, names = sample_features(workspace.clip), workspace.dataset.class_names
+        self.roster = Roster(grid, workspace.num_clients, names, keyed, sample_2D)
         path = folder.path / PARTITION
         self.recorded = json.loads(path.read_text()) if path.is_file() else None
 

@@ -99,7 +99,8 @@ class LocalFederation:
             UserError: a process of the server has ended.
         """
         self.processes.check(SERVER_PROCESSES)
-        self.processes.revive(NODE_PAUSE_S, say)
+        words = self.processes.last_words
+        self.processes.revive(NODE_PAUSE_S, lambda *end: say(words(*end)))
 
     def submit(self, settings: Mapping[str, str]) -> int:
         """Hand over a run; returns Flower's id of it."""
@@ -128,7 +129,7 @@ def run_local(config: Config, display: Display, folder: Path | None = None) -> P
     settings = submit.settings_of(handed)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "local.json", json.dumps(nodes, indent=2).encode())
-    return _run(path, config.partition.clients, settings, nodes["folders"], folder, display)
+    return _run(path, handed, settings, nodes["folders"], folder, display)
 
 
 def resume_local(path: Path, display: Display, folder: Path | None = None) -> Path:
@@ -146,23 +147,24 @@ def resume_local(path: Path, display: Display, folder: Path | None = None) -> Pa
         folders = list(json.loads((folder / "local.json").read_text())["folders"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} is gone or damaged: the nodes of {path} lay there.") from None
-    clients = parse(settings["config"]).partition.clients
-    return _run(path, clients, settings, folders, folder, display)
+    return _run(path, parse(settings["config"]), settings, folders, folder, display)
 
 
 def _run(
     path: Path,
-    clients: int,
+    config: Config,
     settings: Mapping[str, str],
     folders: list[str],
     folder: Path,
     display: Display,
 ) -> Path:
+    clients, weights = config.partition.clients, config.backbone.checkpoint
     display.phase(f"starting a server and {clients} nodes")
     with LocalFederation(folder, clients) as federation:
         federation.start_server()
         for client in range(clients):
-            federation.start_node(client, {"data": folders[client] if folders else None})
+            own = {"data": folders[client], "checkpoint": weights} if folders else {}
+            federation.start_node(client, own)
         run_id = federation.submit(settings)
         display.phase(f"run {run_id}; logs in {federation.processes.logs}")
         submit.follow(
@@ -171,4 +173,5 @@ def _run(
             status=lambda: federation.status(run_id),
             check=lambda: federation.keep_up(display.message),
         )
-    return submit.conclude(path, display, f"fedprompt deploy local --resume {path}")
+    again = f"fedprompt deploy local --resume {path}"
+    return submit.conclude(path, display, again, folder / "logs")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import ConfigRecord, Error, Message, MessageType
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedprompt.client_app import handle, server_round
 from fedprompt.config import compose, parse
@@ -19,6 +19,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods import method_class
 from fedprompt.methods.base import Tensors
 from fedprompt.private_store import FileStore
+from fedprompt.secure_aggregation import require_flower
 from fedprompt.threads import use_threads
 from fedprompt.wire import CLIENT_FAILED
 from fedprompt.workspace import Workspace
@@ -28,9 +29,16 @@ log = logging.getLogger("fedprompt.node")
 
 
 def answer(
-    message: Message, node_config: Mapping[str, Any], run_config: Mapping[str, Any], run_id: int
+    message: Message,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any],
+    run_id: int,
+    state: RecordDict | None = None,
 ) -> Message:
-    """The reply to one message; what the node's operator must mend is one line on both sides."""
+    """The reply to one message; what the node's operator must mend is one line on both sides.
+
+    `state` is what secure aggregation keeps from one message to the next, changed in place.
+    """
     _log_here()
     asked = message.metadata.message_type == MessageType.QUERY
     node: Node | None = None
@@ -44,7 +52,18 @@ def answer(
         )
         if asked:
             return _describe(workspace, node, message)
-        return _work(workspace, node, message, str(run_config.get("run", "")), run_id)
+        run = str(run_config.get("run", ""))
+
+        def work() -> Message:
+            return _work(workspace, node, message, run, run_id)
+
+        trains = message.metadata.message_type == MessageType.TRAIN
+        if not (trains and workspace.config.secure_aggregation.enabled):
+            return work()
+        require_flower()
+        from fedprompt.secure_aggregation.client import answer as masked
+
+        return masked(workspace.config, message, RecordDict() if state is None else state, work)
     except UserError as error:
         log.error("this node cannot take part: %s", error)
         reason = _without_paths(str(error), node)
@@ -98,6 +117,7 @@ def _without_paths(text: str, node: Node | None) -> str:
             ("data", node.data),
             ("state-dir", node.state_dir),
             ("cache-dir", node.cache_dir),
+            ("checkpoint", node.checkpoint),
         ):
             if folder:
                 text = text.replace(folder, f"<{name}>")

@@ -1,8 +1,8 @@
 """What a node decides for itself, by Flower's `--node-config`, and how it changes an experiment.
 
 An experiment comes from the server. Which folder is read, where private prompts and caches lie and
-what computes is the node's own business: an experiment's paths are never followed on a node that
-lends a folder.
+what computes is the node's own business: on a node that lends a folder an experiment names no path
+at all (`config_paths`), and the weights are those that the node names itself.
 
     partition-id   number of this node's client, 0 .. K - 1
     data           its image folder, folder/class/*.jpg
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedprompt.config_paths import without_paths
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.schema import Config
 
@@ -79,8 +80,8 @@ def on_node(config: Config, node: Node) -> Config:
     """The experiment as this node runs it: its own folder is its only data.
 
     Raises:
-        UserError: the experiment has no such client, or does not ask for the folder that this node
-            lends.
+        UserError: the experiment has no such client, does not ask for the folder that this node
+            lends, or needs weights that the node does not name.
     """
     clients = config.partition.clients
     if not 0 <= node.client < clients:
@@ -88,18 +89,12 @@ def on_node(config: Config, node: Node) -> Config:
             f"this node is client {node.client}, but the experiment has {clients} clients "
             f"(0 to {clients - 1}); set partition.clients to the number of nodes."
         )
-    data = config.data
-    if data.source == "client_folders":
-        if node.data is None:
-            raise UserError(
-                "--node-config names no 'data' folder, and the experiment has "
-                "data.source=client_folders."
-            )
-        data = replace(data, folders=_only(node.client, node.data, clients), root=None)
-    elif node.data is not None:
+    if node.data is not None:
+        config = _on_lender(config, node, node.data)
+    elif config.data.source == "client_folders":
         raise UserError(
-            f"this node lends one image folder, and the experiment asks for data.source="
-            f"{data.source}; only client_folders is answered."
+            "--node-config names no 'data' folder, and the experiment has "
+            "data.source=client_folders."
         )
     backbone = config.backbone
     if node.device is not None:
@@ -110,7 +105,24 @@ def on_node(config: Config, node: Node) -> Config:
     if node.threads is not None:
         grid = replace(grid, threads=node.threads)
     output = replace(config.output, cache=node.cache_dir)
-    return replace(config, data=data, backbone=backbone, grid=grid, output=output)
+    return replace(config, backbone=backbone, grid=grid, output=output)
+
+
+def _on_lender(config: Config, node: Node, folder: str) -> Config:
+    """The experiment on a node that lends `folder`, without any path but this one."""
+    if config.data.source != "client_folders":
+        raise UserError(
+            f"this node lends one image folder, and the experiment asks for data.source="
+            f"{config.data.source}; only client_folders is answered."
+        )
+    if config.backbone.checkpoint is not None and node.checkpoint is None:
+        raise UserError(
+            "the experiment's weights are a file of the server's (backbone.checkpoint); give this "
+            "node its own copy with --checkpoint."
+        )
+    config = without_paths(config)
+    folders = _only(node.client, folder, config.partition.clients)
+    return replace(config, data=replace(config.data, folders=folders))
 
 
 def on_server(config: Config) -> Config:

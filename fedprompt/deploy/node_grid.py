@@ -11,9 +11,11 @@ import logging
 import time
 from collections.abc import Iterable
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+
+from fedprompt.grid import CountingGrid, Traffic
+from fedprompt.wire import to_wire
 
 log = logging.getLogger("fedprompt.server")
 
@@ -22,31 +24,12 @@ GRACE_S = 5.0
 """By which a message outlives its exchange, so that its expiry is not taken for an answer."""
 
 
-class NodeGrid(Grid):
+class NodeGrid(CountingGrid):
     """The nodes that Flower's `inner` grid reaches."""
 
     def __init__(self, inner: Grid) -> None:
+        super().__init__(inner.run)
         self.inner = inner
-
-    def set_run(self, run: Run) -> None:
-        """Set the run."""
-        self.inner.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run."""
-        return self.inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the nodes that are connected."""
@@ -65,6 +48,7 @@ class NodeGrid(Grid):
     ) -> Iterable[Message]:
         """Send all messages and wait for the replies, at most `timeout` seconds."""
         sent = list(messages)
+        self.traffic = Traffic()
         if not sent:
             return []
         if timeout is not None:
@@ -89,4 +73,9 @@ class NodeGrid(Grid):
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
             time.sleep(POLL_S)
+        self.traffic = Traffic(_size(sent), _size(replies))
         return replies
+
+
+def _size(messages: Iterable[Message]) -> int:
+    return sum(len(to_wire(m)) for m in messages)

@@ -109,25 +109,25 @@ class Processes:
                 raise UserError(f"{what} took more than {timeout:g} s; see {self.logs}.")
             time.sleep(0.1)
 
-    def revive(self, pause: float, say: Callable[[str], None]) -> None:
-        """Start again what has ended by itself, `pause` seconds after that was seen."""
+    def revive(self, pause: float, ended: Callable[[str, int], None]) -> None:
+        """Start again what has ended by itself, `pause` seconds after `ended` was told.
+
+        `ended` takes the process's name and status.
+        """
         now = time.monotonic()
         for name, process in list(self.running.items()):
             if process.poll() is None:
                 continue
             if name not in self._ended:
                 self._ended[name] = now
-                said = tail(self.log(name), 3)
-                say(f"{name} has ended with status {process.returncode}: {said}")
+                ended(name, process.returncode)
             elif now - self._ended[name] > pause:
                 del self._ended[name]
                 self.start(name, *self._commands[name])
 
-    def supervise(self, pause: float, say: Callable[[str], None]) -> None:
-        """Start again whatever ends; returns only by an exception."""
-        while True:
-            self.revive(pause, say)
-            time.sleep(0.5)
+    def last_words(self, name: str, status: int) -> str:
+        """One line on a process that has ended."""
+        return f"{name} has ended with status {status}: {tail(self.log(name), 3)}"
 
     def kill(self, name: str) -> None:
         """End one process at once, with all that it has started (its session)."""

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedprompt.data.partition import sparse
 from fedprompt.deploy.description import Description, from_reply
+from fedprompt.deploy.same_backbone import differs
 
 log = logging.getLogger("fedprompt.server")
 RETRY_S = 60.0
@@ -31,15 +33,22 @@ class Roster:
         clients: number of clients K.
         class_names: the experiment's classes.
         keyed: client of every node id that the operator has registered; empty = not known.
+        sample_2D: what the server's backbone makes of the sample.
     """
 
     def __init__(
-        self, grid: Grid, clients: int, class_names: Sequence[str], keyed: Mapping[int, int]
+        self,
+        grid: Grid,
+        clients: int,
+        class_names: Sequence[str],
+        keyed: Mapping[int, int],
+        sample_2D: NDArray[np.float32],
     ) -> None:
         self.grid = grid
         self.clients = clients
         self.class_names = tuple(class_names)
         self.keyed = dict(keyed)
+        self.sample_2D = sample_2D
         self.node_of_client: dict[int, int] = {}
         self.descriptions: dict[int, Description] = {}
         self.faults: dict[int, str] = {}
@@ -119,6 +128,12 @@ class Roster:
             self._refuse(node, f"it says that it is client {client}, but its key is {whose}")
         elif client in self.node_of_client:
             self._refuse(node, f"it says that it is client {client}, as another node does")
+        elif differs(found.sample, self.sample_2D):
+            self._refuse(
+                node,
+                "its backbone has other weights than the server's; give both the same "
+                "(--checkpoint on the node, backbone.checkpoint in the experiment)",
+            )
         else:
             self.node_of_client[client] = node
             self.faults.pop(node, None)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from fedprompt.deploy import submit
+from fedprompt.deploy.connection import Connection
 from fedprompt.deploy.processes import Processes, listens
 from fedprompt.deploy.site import NodeSite, ServerSite
 from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.schema import Config
 
-log = logging.getLogger("fedprompt")
 START_S = 300.0
+LOOK_S = 0.5
 SERVER_PAUSE_S, NODE_PAUSE_S = 3.0, 10.0
 """Before a process is started again; Flower refuses a node that crashed for most of a minute."""
 
@@ -39,18 +40,32 @@ def serve(site: ServerSite, host: str) -> None:
         nodes = submit.register(site, environment)
         processes.start("superexec", site.superexec(), site.environment)
         processes.start("gate", site.gate(host))
-        print(f"ready for {len(nodes)} nodes on {host}:{site.port}", flush=True)
-        processes.supervise(SERVER_PAUSE_S, log.warning)
+        processes.wait_until(lambda: listens(site.port, host), "starting the gate", START_S)
+        _print(f"ready for {len(nodes)} nodes on {host}:{site.port}")
+        while True:
+            processes.revive(SERVER_PAUSE_S, lambda *end: _print(processes.last_words(*end)))
+            time.sleep(LOOK_S)
 
 
 def run_node(site: NodeSite, settings: Mapping[str, Any], port: int) -> None:
     """Run a node until it is stopped: its SuperNode, and the process that holds CLIP."""
     with Processes(site.folder / "logs") as processes:
         _stop_on_signals()
+        connection = Connection(processes.log("supernode"), site.server, _print)
+
+        def ended(name: str, status: int) -> None:
+            if name == "supernode":
+                connection.ended(name, status)
+            else:
+                _print(processes.last_words(name, status))
+
         processes.start("worker", site.worker())
         processes.start("supernode", site.supernode(settings, port), site.environment)
-        print(f"client {site.client} calls {site.server}; logs in {processes.logs}", flush=True)
-        processes.supervise(NODE_PAUSE_S, log.warning)
+        _print(f"client {site.client} calls {site.server}; logs in {processes.logs}")
+        while True:
+            processes.revive(NODE_PAUSE_S, ended)
+            connection.look()
+            time.sleep(LOOK_S)
 
 
 def run_here(site: ServerSite, config: Config, display: Display) -> Path:
@@ -78,7 +93,11 @@ def _hand_over(site: ServerSite, settings: Mapping[str, str], path: Path, displa
         check=lambda: None,  # a SuperLink that is away comes back, and the run goes on
     )
     again = f"fedprompt deploy run {site.folder} --resume {path}"
-    return submit.conclude(path, display, again)
+    return submit.conclude(path, display, again, site.folder / "logs")
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _stop_on_signals() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.config import to_yaml
+from fedprompt.config_paths import absolute
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.site import CONNECTION, ServerSite, public_keys
 from fedprompt.display import Display
@@ -57,11 +58,12 @@ def keyed(site: ServerSite) -> dict[int, int]:
 
 
 def new_run(config: Config) -> Config:
-    """The experiment as it is handed over: its run folder fixed and absolute, no client's folder.
+    """The experiment as it is handed over: its paths absolute, its run folder fixed, no client's.
 
     Raises:
         UserError: the run folder holds a run already.
     """
+    config = absolute(config)
     output = config.output
     if output.dir is not None:
         path = Path(output.dir).expanduser().resolve()
@@ -70,9 +72,9 @@ def new_run(config: Config) -> Config:
         path = _first_free(Path(output.root).expanduser().resolve() / stem)
     if (path / CONFIG).exists():
         raise UserError(f"{path} already holds a run; go on with --resume {path}.")
+    if output.cache is not None:
+        output = replace(output, cache=str(Path(output.cache).expanduser().resolve()))
     data = replace(config.data, folders=[])
-    if data.root is not None:
-        data = replace(data, root=str(Path(data.root).expanduser().resolve()))
     return replace(config, output=replace(output, dir=str(path)), data=data)
 
 
@@ -154,14 +156,18 @@ def follow(
         time.sleep(POLL_S)
 
 
-def conclude(path: Path, display: Display, resume: str) -> Path:
+def conclude(path: Path, display: Display, resume: str, logs: Path) -> Path:
     """Show a run's result; returns its folder.
 
     Raises:
-        UserError: it is not complete; `resume` is the command that goes on with it.
+        UserError: it is not complete; `resume` is the command that goes on with it, and `logs` is
+            where the server's processes write.
     """
     if not is_complete(path):
-        last = (_lines(path / LOG) or ["the server wrote no log"])[-1]
+        lines = _lines(path / LOG)
+        if not lines:
+            raise UserError(f"the run never began; {logs / 'superexec.log'} says why.")
+        last = lines[-1]
         raise UserError(f"the run did not finish: {last}; go on with '{resume}'.")
     display.finish(json.loads((path / SUMMARY).read_text()), path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -9,13 +10,19 @@ import os
 import socket
 from pathlib import Path
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 
 from fedprompt.deploy.carrier import receive, send
 from fedprompt.deploy.node import answer
 from fedprompt.errors import UserError
 from fedprompt.grid import become_server
-from fedprompt.wire import CLIENT_FAILED, from_wire, to_wire
+from fedprompt.wire import (
+    CLIENT_FAILED,
+    from_wire,
+    records_from_wire,
+    records_to_wire,
+    to_wire,
+)
 
 log = logging.getLogger("fedprompt.node")
 
@@ -56,10 +63,14 @@ def serve_one(line: socket.socket) -> None:
     """One message; whatever goes wrong with it is an error reply, and the next one is answered."""
     header = json.loads(receive(line))
     message = from_wire(receive(line))
+    state = RecordDict()
     try:
-        reply = answer(message, header["node_config"], header["run_config"], header["run_id"])
+        state = records_from_wire(base64.b64decode(header.get("state", "")))
+        settings = header["node_config"], header["run_config"], header["run_id"]
+        reply = answer(message, *settings, state)
     except Exception as error:
         log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reply = Message(Error(CLIENT_FAILED, reason), reply_to=message)
     send(line, to_wire(reply))
+    send(line, records_to_wire(state))

@@ -40,8 +40,6 @@ class MLflow(SteppedLogger):
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config, self._finished = config, False
-        for chatty in ("mlflow", "alembic"):  # they tell of every table they make
-            logging.getLogger(chatty).setLevel(logging.WARNING)
         # Runs that start at once would make the tables and the experiment twice.
         with FileLock(folder.parent / ".mlflow.lock"):
             self._client = _client(folder)
@@ -119,6 +117,10 @@ class MLflow(SteppedLogger):
 def _client(folder: Path) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
+    # It sets its levels when it is imported, and would tell of every table it makes.
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for chatty in ("mlflow", "alembic"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
     local = f"sqlite:///{(folder.parent / 'mlflow.db').resolve()}"
     return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
 

@@ -10,17 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
 from fedprompt.display import MISSING, human_time, percent
+from fedprompt.narrow import BETWEEN, EDGES, LOOK
 from fedprompt.sweep.plan import PlannedRun
 from fedprompt.sweep.state import progress, rounds_done, seconds_left
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+RESULTS = ("global", "personal")
+NUMBER = 8
+"""Characters of a result's column."""
+STATE = 22
+"""Characters of a state that a long name leaves room for; enough for all but reasons."""
+NARROW = 72
+"""A terminal with fewer columns has no room for results beside states."""
 COLOURS = {WAITING: "dim", RUNNING: "bold", DONE: "green", FAILED: "bold red"}
 
 
@@ -140,28 +147,47 @@ class LiveBoard(Board):
         self._live.stop()
 
     def table(self) -> Table:
-        """As many runs as the terminal has lines for; those that run come first."""
+        """As many runs as the terminal has lines for; those that run come first.
+
+        Long names lose their middle and long reasons their end; both are printed whole when a run
+        fails. A narrow terminal has results in the column of states.
+        """
+        shown = self._shown(max(3, self.console.height - 6))
+        states = [self._state(run) for run in shown]
+        results = [[v for _, v in _results(self._lines[run.name].summary)] for run in shown]
+        apart = self.console.width >= NARROW
+        if not apart:
+            states = [" ".join(r) or state for r, state in zip(results, states, strict=True)]
+        room = self.console.width - EDGES - (2 * (BETWEEN + NUMBER) if apart else 0) - BETWEEN
+        names = [run.name.rpartition("-")[0] for run in shown]  # without the hash
+        needed = min(STATE, max(map(len, states)))
+        wide = min(max(map(len, names)), max(room // 2, room - needed))
         table = Table(
-            Column("run", overflow="ellipsis", no_wrap=True),
-            Column("state", no_wrap=True),
-            *(Column(name, justify="right", no_wrap=True) for name in ("global", "personal")),
+            Column("run", no_wrap=True, width=wide),
+            Column(
+                "state" if apart else "state or results",
+                no_wrap=True,
+                overflow="ellipsis",
+                max_width=room - wide,
+            ),
+            *(Column(name, justify="right", width=NUMBER) for name in RESULTS if apart),
             title=Text(self.counts()),
             title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
+            **LOOK,
         )
-        for run in self._shown(max(3, self.console.height - 6)):
-            line = self._lines[run.name]
-            state = line.state
-            if state == RUNNING:
-                done = max(0, rounds_done(run.folder) - 1)
-                took = human_time(time.monotonic() - line.since)
-                state = f"round {done}/{run.config.federation.rounds}, {took}"
-            elif state == FAILED:
-                state = f"failed: {line.reason}"[:60]
-            numbers = [value for _, value in _results(line.summary)] or [MISSING, MISSING]
-            table.add_row(Text(run.name), Text(state, style=COLOURS[line.state]), *numbers)
+        for run, name, state, numbers in zip(shown, names, states, results, strict=True):
+            colour = COLOURS[self._lines[run.name].state]
+            cells = (numbers or [MISSING, MISSING]) if apart else []
+            table.add_row(Text(_middle(name, wide)), Text(state, style=colour), *cells)
         return table
+
+    def _state(self, run: PlannedRun) -> str:
+        line = self._lines[run.name]
+        if line.state == RUNNING:
+            done = max(0, rounds_done(run.folder) - 1)
+            took = human_time(time.monotonic() - line.since)
+            return f"round {done}/{run.config.federation.rounds}, {took}"
+        return f"failed: {line.reason}" if line.state == FAILED else line.state
 
     def _shown(self, most: int) -> list[PlannedRun]:
         order = {RUNNING: 0, FAILED: 1, DONE: 2, WAITING: 3}
@@ -193,4 +219,13 @@ def _results(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if not summary:
         return []
     whole, own = summary.get("global") or {}, summary.get("personal") or {}
-    return [("global", percent(whole.get("accuracy"))), ("personal", percent(own.get("mean")))]
+    values = percent(whole.get("accuracy")), percent(own.get("mean"))
+    return list(zip(RESULTS, values, strict=True))
+
+
+def _middle(name: str, width: int) -> str:
+    """A name without its middle where it is too long: values and the seed stand at its end."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) * 2 // 3
+    return f"{name[: width - 1 - end]}…{name[-end:]}"

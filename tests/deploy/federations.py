@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
 
 from fake_data import write_image_folder
 from fedprompt.client_app import handle, server_round
@@ -26,6 +28,7 @@ from fedprompt.run_folder import PRIVATE, RunFolder
 from fedprompt.schema import Config
 from fedprompt.server_app import Federation, run_server
 from fedprompt.threads import use_threads
+from fedprompt.wire import CLIENT_FAILED
 from fedprompt.workspace import Workspace
 
 CLASSES = ("river", "beach", "harbor", "runway")
@@ -67,23 +70,143 @@ def config_for(
         "grid": {"threads": 1, "cohort_size": 1},
         "evaluation": {"local_only": False, "personal_on_global": False, "every": 100},
         "output": {"report": False, "dir": str(run)},
+        "protocols": ["global"],
     }
     for key, value in sections.items():
         raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
     return validate(raw)
 
 
-class Running:
+class Watched:
+    """A run of real nodes, by what it and they write."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        assert config.output.dir is not None
+        self.path = Path(config.output.dir)
+        self.trained: set[tuple[int, int]] = set()
+
+    def node_log(self, client: int) -> str:
+        """What a node's SuperNode has written."""
+        raise NotImplementedError
+
+    def state_folder(self, client: int) -> Path:
+        """Where a node keeps its private tensors of all runs."""
+        raise NotImplementedError
+
+    def words(self) -> str:
+        """The processes' last words."""
+        raise NotImplementedError
+
+    def look_after(self) -> None:
+        """Called all the time while something is waited for: who has trained in which round."""
+        for client in range(self.config.partition.clients):
+            for path in self.private_files(client):
+                self.trained.add((client, int(path.stem.removeprefix("round-"))))
+
+    def log(self) -> str:
+        path = self.path / submit.LOG
+        return path.read_text() if path.is_file() else ""
+
+    def lines(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
+    def wait_for(self, reached: Callable[[], object], what: str, wait: float = WAIT_S) -> None:
+        """Wait until something holds; the run's and the processes' last words if it never does."""
+        deadline = time.monotonic() + wait
+        while not reached():
+            self.look_after()
+            if time.monotonic() > deadline:
+                pytest.fail(f"{what} never came; the server's log:\n{self.log()}\n{self.words()}")
+            time.sleep(0.1)
+
+    def pause(self, seconds: float) -> None:
+        """Let time go by."""
+        until = time.monotonic() + seconds
+        self.wait_for(lambda: time.monotonic() > until, "the time")
+
+    def wait_for_end(self) -> None:
+        self.wait_for(lambda: submit.is_complete(self.path), "the end of the run")
+
+    def wait_for_round(self, server_round: int) -> None:
+        self.wait_for(lambda: len(self.lines()) > server_round, f"round {server_round}")
+
+    def wait_until_training(self, client: int, server_round: int) -> None:
+        """Wait until a node has taken a round's training message."""
+
+        def taken() -> bool:
+            before, _, after = self.node_log(client).rpartition(f"ROUND {server_round}]")
+            return bool(before) and "Receiving: train" in after
+
+        self.wait_for(taken, f"training of client {client} in round {server_round}")
+
+    def private_files(self, client: int) -> list[Path]:
+        """This run's private tensors on a node's disk, by round."""
+        path = self.path / submit.DEPLOYMENT
+        if not path.is_file():
+            return []
+        folder = self.state_folder(client) / json.loads(path.read_text())["run"]
+        return sorted(folder.rglob("round-*.safetensors"))
+
+    def private(self, client: int) -> dict[str, bytes]:
+        """The newest private tensors of this run on a node's disk."""
+        from safetensors.torch import load_file
+
+        newest = self.private_files(client)[-1]
+        return {n: t.numpy().tobytes() for n, t in load_file(newest).items()}
+
+    def lost(self) -> set[tuple[int, int]]:
+        """(client, round) of every update that did not count, as the run itself says."""
+        absent = dropped(self.lines())
+        without = re.findall(r"round (\d+): without clients \[(.*)\]", self.log())
+        for number, missing in without:
+            absent |= {(int(c), int(number)) for c in missing.split(",")}
+        return absent
+
+    def lost_and_nothing_else(self, twin: Path) -> set[tuple[int, int]]:
+        """The updates that the run says it misses, after a proof that it misses no others.
+
+        Its twin is a simulation, in the folder `twin`, in which exactly those updates are missing:
+        shared tensors, losses of every round and all clients' private tensors have the same bits. A
+        client whose update came too late has trained in vain, and keeps its private tensors.
+        """
+        config, lines, lost = self.config, self.lines(), self.lost()
+        assert [line["round"] for line in lines] == list(range(config.federation.rounds + 1))
+        path = simulate(config, twin, lost, in_vain=lost & self.trained)
+        assert shared_of(self.path) == shared_of(path)
+        expected = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+        for line, other in zip(lines, expected, strict=True):
+            assert line["train"] == other["train"], line["round"]
+        for client, tensors in enumerate(private_of(path, config.partition.clients)):
+            assert self.private(client) == tensors, client
+        return lost
+
+
+class Running(Watched):
     """A local federation with its nodes' folders, and the run that it works on."""
 
     def __init__(self, local: LocalFederation, config: Config) -> None:
-        self.local, self.config = local, config
-        assert config.output.dir is not None
-        self.path = Path(config.output.dir)
+        super().__init__(config)
+        self.local = local
         self.run_id = 0
+        self.states: dict[int, Path] = {}
+
+    def node_log(self, client: int) -> str:
+        return self.local.processes.log(f"node-{client}").read_text()
+
+    def state_folder(self, client: int) -> Path:
+        return self.states.get(client, self.local.folder / f"node-{client}" / "state")
+
+    def look_after(self) -> None:
+        super().look_after()
+        self.local.processes.revive(5, print)
 
     def start_node(self, client: int, server: str = "", **settings: Any) -> None:
         data = self.config.data.folders[client] if self.config.data.folders else None
+        if "state-dir" in settings:
+            self.states[client] = Path(settings["state-dir"])
         self.local.start_node(client, {"data": data, "device": "cpu", **settings}, server)
 
     def kill_node(self, client: int) -> None:
@@ -99,51 +222,14 @@ class Running:
         """Hand over the rest of the run."""
         self.run_id = self.local.submit(submit.settings_to_resume(self.path))
 
-    def log(self) -> str:
-        path = self.path / submit.LOG
-        return path.read_text() if path.is_file() else ""
-
-    def lines(self) -> list[dict[str, Any]]:
-        path = self.path / "metrics.jsonl"
-        text = path.read_text() if path.is_file() else ""
-        return [json.loads(line) for line in text.split("\n")[:-1]]
-
-    def wait_for(self, reached: Callable[[], object], what: str) -> None:
-        """Wait until something holds; the run's and the processes' last words if it never does."""
-        deadline = time.monotonic() + WAIT_S
-        while not reached():
-            self.local.processes.revive(5, print)
-            if time.monotonic() > deadline:
-                pytest.fail(f"{what} never came; the server's log:\n{self.log()}\n{self.words()}")
-            time.sleep(0.1)
-
-    def wait_for_end(self) -> None:
-        self.wait_for(lambda: submit.is_complete(self.path), "the end of the run")
-
-    def wait_for_round(self, server_round: int) -> None:
-        self.wait_for(lambda: len(self.lines()) > server_round, f"round {server_round}")
-
-    def wait_until_training(self, client: int, server_round: int) -> None:
-        """Wait until a node has taken a round's training message."""
-        log = self.local.processes.log(f"node-{client}")
-
-        def taken() -> bool:
-            before, _, after = log.read_text().rpartition(f"ROUND {server_round}]")
-            return bool(before) and "Receiving: train" in after
-
-        self.wait_for(taken, f"training of client {client} in round {server_round}")
-
     def words(self) -> str:
-        logs = sorted(self.local.processes.logs.glob("*.log"))
-        return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in logs)
+        return last_words(self.local.processes.logs)
 
-    def private(self, client: int) -> dict[str, bytes]:
-        """The newest private tensors on a node's disk."""
-        from safetensors.torch import load_file
 
-        folder = self.local.folder / f"node-{client}" / "state"
-        newest = max(folder.rglob("round-*.safetensors"), key=lambda p: p.name)
-        return {n: t.numpy().tobytes() for n, t in load_file(newest).items()}
+def last_words(logs: Path) -> str:
+    """The ends of all log files in a folder."""
+    paths = sorted(logs.glob("*.log"))
+    return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in paths)
 
 
 @contextmanager
@@ -161,8 +247,16 @@ def federation(
     assert local.processes.alive() == []
 
 
-def simulate(config: Config, folder: Path, absent: set[tuple[int, int]] = frozenset()) -> Path:  # type: ignore[assignment]
-    """The same experiment in this process; in `absent` (client, round) nothing is trained."""
+def simulate(
+    config: Config,
+    folder: Path,
+    absent: AbstractSet[tuple[int, int]] = frozenset(),
+    in_vain: AbstractSet[tuple[int, int]] = frozenset(),
+) -> Path:
+    """The same experiment in this process, without the replies of `absent` (client, round).
+
+    Nothing is trained there, but for those that are `in_vain` too: their private tensors change.
+    """
     config = replace(config, output=replace(config.output, dir=str(folder)))
     use_threads(config.grid)
     workspace = Workspace.open(config, progress=False)
@@ -176,9 +270,12 @@ def simulate(config: Config, folder: Path, absent: set[tuple[int, int]] = frozen
         kept: Mapping[int, Tensors],
     ) -> tuple[list[Message], dict[int, Tensors]]:
         kind = messages[0].metadata.message_type
-        if kind == MessageType.TRAIN and (clients[0], server_round(messages[0])) in absent:
+        if kind != MessageType.TRAIN or (clients[0], server_round(messages[0])) not in absent:
+            return handle(w, clients, messages, kept)
+        if (clients[0], server_round(messages[0])) not in in_vain:
             raise RuntimeError("away")
-        return handle(w, clients, messages, kept)
+        changed = handle(w, clients, messages, kept)[1]
+        return [Message(Error(CLIENT_FAILED, "too late"), reply_to=messages[0])], changed
 
     grid = InlineGrid(workspace, private, answer=answer)
     try:

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shells import Shell
 
 from federations import config_for, needs_processes, shared_of, simulate, write_clients
 from fedprompt.config import to_yaml
-from fedprompt.deploy.processes import descendants, end, free_port, processes_with
+from fedprompt.deploy.processes import descendants, end, free_port
+from fedprompt.deploy.site import init
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
 
 
-class Shell:
-    """Commands in the background, with their output in files; all ended in the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.mark = {"FEDPROMPT_TEST": str(folder)}
-        self.started: list[subprocess.Popen[bytes]] = []
-
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.out").open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fedprompt", "deploy", *arguments],
-                env={**os.environ, **self.mark},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        self.started.append(process)
-        return process
-
-    def said(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text()
-
-    def wait_for(self, name: str, words: str, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 240
-        while words not in self.said(name):
-            assert process.poll() is None, self.said(name)
-            assert time.monotonic() < deadline, self.said(name)
-            time.sleep(0.2)
-
-
 @pytest.fixture
 def shell(tmp_path: Path) -> Iterator[Shell]:
-    made = Shell(tmp_path)
-    yield made
-    for process in made.started:
-        end(process.pid, signal.SIGTERM)
-    for process in made.started:
-        process.wait(timeout=60)
-    assert processes_with(f"FEDPROMPT_TEST={tmp_path}") == [], "each side ends all that it started"
+    with Shell(tmp_path) as made:
+        yield made
 
 
 def test_three_sides_and_a_superlink_that_dies(tmp_path: Path, shell: Shell) -> None:
@@ -98,10 +63,14 @@ def test_three_sides_and_a_superlink_that_dies(tmp_path: Path, shell: Shell) -> 
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    init(tmp_path, ["fed"], nodes=1, port=9092, days=1)
     for arguments, words in (
         (["server", str(tmp_path)], "is /"),
         (["node", str(tmp_path)], "from 'fedprompt deploy init'?"),
         (["run", str(tmp_path)], "give an experiment or --resume RUN."),
+        (["node", str(tmp_path / "node-0"), "--data", "/none"], "there is no folder /none"),
+        (["node", str(tmp_path / "node-0"), "--checkpoint", "/none"], "there is no file /none"),
+        (["node", str(tmp_path / "node-0"), "--server", "fed"], "it must be host:port"),
         (["local"], "give an experiment"),
         (["local", "--resume", str(tmp_path)], "holds no deployment's run"),
     ):

@@ -26,7 +26,10 @@ from fedprompt.run_folder import PRIVATE
 @needs_processes
 def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
-    config = config_for(tmp_path / "images", tmp_path / "run", rounds=2, evaluation={"every": 1})
+    config = config_for(
+        tmp_path / "images", tmp_path / "run", rounds=2,
+        evaluation={"every": 1}, protocols=["global", "personalised"],
+    )  # fmt: skip
     (tmp_path / "experiment.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "fedprompt", "deploy", "local"]
     command += [str(tmp_path / "experiment.yaml"), "--folder", str(tmp_path / "f")]

@@ -99,6 +99,25 @@ def test_a_folder_that_is_wrong_is_one_line_on_both_sides(
     assert "has a class 'glacier' that is not in data.class_names" in str(reply.error.reason)
 
 
+def test_weights_that_the_experiment_names_are_not_the_nodes(
+    images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("fedprompt").handlers.clear()
+    config = config_for(images, Path("run"), backbone={"checkpoint": "/server/weights.pt"})
+    node, run = settings(images)
+    run["config"] = to_yaml(config)
+    said = from_reply(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    line = "the experiment's weights are a file of the server's (backbone.checkpoint)"
+    assert isinstance(said, str)
+    assert line in said
+    here = capfd.readouterr().err
+    assert f"this node cannot take part: {line}" in here
+    assert here.count("\n") == 1
+    own = settings(images, checkpoint=str(images / "weights.pt"))[0]
+    reply = answer(message(MessageType.QUERY), own, run, 7)
+    assert isinstance(from_reply(reply, len(CLASSES), 3), Description)
+
+
 def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> None:
     shared = start_of(images)
     path = short / "worker.sock"

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from conftest import random_clip
+from fedprompt.clip import FrozenCLIP
 from fedprompt.deploy.description import Description, fault_reply, from_reply, to_reply
 from fedprompt.deploy.roster import Roster
+from fedprompt.deploy.same_backbone import differs, sample_features
 from fedprompt.grid import become_server
 from fedprompt.wire import from_wire, to_wire
 
 CLASSES = ("river", "beach")
+SAMPLE = (0.0, 1.0, 0.6, 0.8)
 
 
 def client(k: int, bad: int = 0, train: tuple[int, ...] = (3, 4)) -> Description:
-    return Description(k, train, (1, 0), bad, True)
+    return Description(k, train, (1, 0), bad, True, SAMPLE)
 
 
 class Nodes(Grid):
@@ -70,7 +77,8 @@ def nodes() -> Nodes:
 
 
 def roster(nodes: Nodes, keyed: dict[int, int] | None = None) -> Roster:
-    return Roster(nodes, 3, CLASSES, keyed or {})
+    sample_2D = np.array(SAMPLE, dtype=np.float32).reshape(2, 2)
+    return Roster(nodes, 3, CLASSES, keyed or {}, sample_2D)
 
 
 def test_nodes_join_late_leave_and_come_back(
@@ -136,7 +144,7 @@ def test_classes_that_are_lacking_and_bad_images_are_said(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = roster(nodes)
-    nodes.answers = {11: Description(1, (0, 4), (0, 1), 2, True)}
+    nodes.answers = {11: Description(1, (0, 4), (0, 1), 2, True, SAMPLE)}
     found.update()
     assert "client 1: no image of 'river' (1 of 2 classes)" in caplog.text
     assert "client 1: 2 unreadable images left out" in caplog.text
@@ -161,6 +169,39 @@ def test_a_key_is_one_clients(nodes: Nodes) -> None:
     assert found.node_of_client == {0: 11}
 
 
+@pytest.mark.parametrize(
+    ("sample", "welcome"),
+    [
+        ((0.01, 1.02, 0.6, 0.79), True),
+        ((1.0, 0.0, 0.6, 0.8), False),
+        ((0.0, 1.0, 0.8, -0.6), False),
+        ((0.0, 0.0, 0.0, 0.0), False),
+        (SAMPLE[:3], False),
+        ((), False),
+    ],
+)
+def test_other_weights_do_not_take_part(
+    nodes: Nodes, sample: tuple[float, ...], welcome: bool
+) -> None:
+    nodes.answers = {11: replace(client(0), sample=sample)}
+    there = roster(nodes)
+    there.update()
+    assert (there.node_of_client == {0: 11}) == welcome
+    if not welcome:
+        assert "other weights than the server's" in there.faults[11]
+
+
+def test_a_sample_tells_weights_apart_and_not_precisions(clip: FrozenCLIP) -> None:
+    ours_2D = sample_features(clip)
+    assert np.linalg.norm(ours_2D, axis=1) == pytest.approx(1)
+    rough = copy.copy(clip)
+    rough.precision = "bf16"
+    assert not np.array_equal(sample_features(rough), ours_2D)
+    assert not differs(sample_features(rough).ravel().tolist(), ours_2D)
+    other = random_clip(vision_cfg={"layers": 4})
+    assert differs(sample_features(other).ravel().tolist(), ours_2D)
+
+
 def test_counts_of_those_who_were_never_there_stay_as_recorded(nodes: Nodes) -> None:
     found = roster(nodes)
     nodes.answers = {11: client(0, train=(3, 0))}
@@ -182,7 +223,8 @@ def reply_with(record: Any, name: str = "metrics") -> Message:
 
 
 GOOD = {
-    "client-id": 1, "train-counts": [3, 4], "test-counts": [1, 0], "bad-images": 0, "labelled": 1
+    "client-id": 1, "train-counts": [3, 4], "test-counts": [1, 0], "bad-images": 0, "labelled": 1,
+    "sample": list(SAMPLE),
 }  # fmt: skip
 
 
@@ -198,6 +240,8 @@ GOOD = {
         {"test-counts": [0.5, 1.0]},
         {"bad-images": -1},
         {"labelled": 2},
+        {"sample": 1.0},
+        {"sample": [0.0, 1.0, float("nan"), 0.8]},
     ],
     ids=str,
 )

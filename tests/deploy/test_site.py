@@ -15,10 +15,13 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from flwr.cli.config_utils import load_and_validate
 
 from conftest import small_config
-from fedprompt.config import parse, to_yaml
+from doc_pages import DOCS, blocks
+from fedprompt.config import compose, parse, to_yaml
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.gate import passes
+from fedprompt.deploy.node_config import Node, on_node
 from fedprompt.deploy.site import init, public_keys, read_node_site, read_server
+from fedprompt.deploy.submit import new_run
 from fedprompt.errors import UserError
 
 
@@ -121,6 +124,15 @@ def test_what_is_no_experiment_is_one_line() -> None:
     for text in ("a: [", "- 1", "method: {name: nothing}", "data: !!python/object:os.system {}"):
         with pytest.raises(UserError, match="config:"):
             parse(text)
+
+
+def test_the_documentations_experiment_is_one_for_nodes(tmp_path: Path) -> None:
+    (text,) = (b.text for b in blocks(DOCS / "deployment.md") if b.language == "yaml")
+    (tmp_path / "experiment.yaml").write_text(text)
+    config = compose(str(tmp_path / "experiment.yaml"), [])
+    there = on_node(new_run(config), Node(2, "/srv/images"))
+    assert there.data.folders == ["", "", "/srv/images"]
+    assert there.data.root is None
 
 
 @pytest.mark.parametrize(

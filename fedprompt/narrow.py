@@ -1,0 +1,91 @@
+"""Tables that keep every number whole in a terminal of any width.
+
+Columns that do not fit beside the first one go on below, in a further table with the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
+
+LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
+"""Few lines, so that names can be copied and a file can be read."""
+EDGES, BETWEEN = 2, 3
+"""Characters that this look puts around a table, and between two columns."""
+LEAST = 8
+"""Of the first column, where the others leave it no room."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column; `most` is the widest it gets before its words are folded, 0 = never folded."""
+
+    head: str
+    cells: Sequence[Text]
+    most: int = 0
+    right: bool = True
+
+    @property
+    def width(self) -> int:
+        """Characters that it takes; a head is folded between its words."""
+        lines = [len(line) for cell in self.cells for line in cell.plain.split("\n")]
+        widest = max(lines, default=0)
+        word = max((len(word) for word in self.head.split()), default=0)
+        return max(word, min(widest, self.most or widest))
+
+
+def fields(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Sequence[str] = (),
+    most: Mapping[str, int] | None = None,
+) -> list[Field]:
+    """The columns of a table given by rows; the first one and those of `left` stand on the left."""
+    columns = []
+    for i, head in enumerate(heads):
+        cells = [Text(row[i]) for row in rows]
+        columns.append(Field(head, cells, (most or {}).get(head, 0), i > 0 and head not in left))
+    return columns
+
+
+def fitted(
+    first: Field, others: Sequence[Field], width: int, *, title: str = "", note: str = ""
+) -> Group:
+    """Tables of at most `width` characters: each holds `first`, together they hold all `others`.
+
+    The title stands over them, the note below.
+    """
+    whole = max((field.width for field in others if not field.most), default=LEAST)
+    names = max(min(first.width, LEAST), min(first.width, width - EDGES - BETWEEN - whole))
+    room = width - EDGES - names
+    shown: list[Table | Text] = [Text(title, style="table.title")] if title else []
+    for fields in _parts(others, room):
+        columns = (_column(f, min(f.width, room - BETWEEN) if f.most else f.width) for f in fields)
+        table = Table(_column(first, names), *columns, **LOOK)
+        for row in zip(first.cells, *(f.cells for f in fields), strict=True):
+            table.add_row(*row)
+        shown.append(table)
+    return Group(*shown, *([Text(note, style="table.caption")] if note else []))
+
+
+def _column(field: Field, width: int) -> Column:
+    justify: Any = "right" if field.right else "left"
+    return Column(Text(field.head), justify=justify, overflow="fold", width=width)
+
+
+def _parts(fields: Sequence[Field], room: int) -> Iterator[list[Field]]:
+    """As many fields to a table as there is room for, at least one."""
+    part: list[Field] = []
+    for field in fields:
+        if part and sum(one.width + BETWEEN for one in (*part, field)) > room:
+            yield part
+            part = []
+        part.append(field)
+    yield part

@@ -1,0 +1,186 @@
+"""Secure aggregation on nodes: the simulation's bits, in this process and as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from safetensors.torch import load_file
+
+from federations import config_for, needs_processes, write_clients
+from fedprompt.config import to_yaml
+from fedprompt.deploy import node
+from fedprompt.deploy.carrier import carry
+from fedprompt.deploy.node import answer
+from fedprompt.deploy.worker import listen, serve_one
+from fedprompt.display import QuietDisplay
+from fedprompt.experiment import run as experiment
+from fedprompt.grid import InlineGrid, become_server
+from fedprompt.schema import Config, SecureAggregationConfig
+from fedprompt.secure_aggregation import COLLECT, RECORD, SETUP, STAGE, flower, stage_of
+from fedprompt.secure_aggregation.terms import Terms
+from fedprompt.server_app import Federation
+from fedprompt.wire import client_of, from_wire, records_from_wire, records_to_wire, to_wire
+from fedprompt.workspace import Workspace
+from strategies.screening import to_record
+
+ON = SecureAggregationConfig(enabled=True, max_weight=100)
+
+
+def masked_config(folder: Path) -> Config:
+    config = config_for(folder / "images", folder / "run", rounds=2, evaluation={"every": 1})
+    return replace(config, secure_aggregation=ON)
+
+
+def node_settings(folder: Path, client: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    images = folder / "images"
+    text = to_yaml(masked_config(folder)).replace(str(images), "/not/here")
+    own = {"partition-id": client, "data": str(images / f"client-{client}"), "device": "cpu"}
+    return own | {"state-dir": str(folder / f"state-{client}")}, {"config": text, "run": "r"}
+
+
+def ask(kind: str, content: RecordDict) -> Message:
+    become_server()
+    message = Message(content, dst_node_id=5, message_type=kind)
+    message.metadata.__dict__["_message_id"] = "m"
+    return message
+
+
+def setup() -> RecordDict:
+    terms = Terms.of(ON, 3).setup()
+    return RecordDict({RECORD: ConfigRecord({STAGE: SETUP, **terms})})
+
+
+class NodesHere(InlineGrid):
+    """Every message is answered by `node.answer`; what a node keeps crosses a process boundary."""
+
+    folder: Path
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        super().__init__(workspace)
+        self.folder = folder
+        self.kept: dict[int, bytes] = {}
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = []
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"m{number}"
+            client = client_of(message.metadata.dst_node_id)
+            state = records_from_wire(self.kept.get(client, b""))
+            asked = from_wire(to_wire(message))
+            reply = answer(asked, *node_settings(self.folder, client), 7, state)
+            self.kept[client] = records_to_wire(state)
+            replies.append(from_wire(to_wire(reply)))
+        return replies
+
+
+def test_nodes_end_in_the_bits_of_the_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A node has one client; here three share a process.
+    monkeypatch.setattr(node, "_workspace", lru_cache(maxsize=3)(node._workspace.__wrapped__))
+    write_clients(tmp_path / "images")
+    config = masked_config(tmp_path)
+    workspace = Workspace.open(config, progress=False)
+    shared = []
+    for grid in (NodesHere(workspace, tmp_path), InlineGrid(workspace)):
+        federation = Federation(workspace, grid)
+        federation.join()
+        line = federation.train_round(1)
+        assert line["clients"]["accepted"] == 3, line
+        shared.append({n: t.numpy().tobytes() for n, t in federation.shared.items()})
+        if isinstance(grid, NodesHere):
+            assert set(grid.kept.values()) == {b""}, "keys are forgotten when the round is over"
+    assert shared[0] == shared[1]
+    for client in range(3):  # private prompts were stored when the training stage had run
+        files = [p.name for p in (tmp_path / f"state-{client}").rglob("*.safetensors")]
+        assert files == ["round-000001.safetensors"]
+
+
+def test_a_node_sends_nothing_in_the_clear(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    workspace = Workspace.open(masked_config(tmp_path), progress=False)
+    start = to_record({n: t.numpy() for n, t in workspace.method.init_shared(3).items()})
+    settings = ConfigRecord({"server-round": 1})
+    plain = RecordDict({"arrays": start, "config": settings})
+    state = RecordDict()
+    reply = answer(ask(MessageType.TRAIN, plain), *node_settings(tmp_path, 1), 7, state)
+    assert reply.has_error()
+    assert "the server asks for an update in the clear" in (reply.error.reason or "")
+    late = {STAGE: COLLECT, "ctxts": [b""], "srcs": [6]}
+    restarted = RecordDict({**plain, RECORD: ConfigRecord(late)})
+    reply = answer(ask(MessageType.TRAIN, restarted), *node_settings(tmp_path, 1), 7, RecordDict())
+    assert "it may have restarted" in (reply.error.reason or "")
+    assert not list((tmp_path / "state-1").rglob("*.safetensors")), "nothing was trained"
+
+
+def test_the_worker_gives_back_what_the_node_keeps(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    with tempfile.TemporaryDirectory(prefix="fp") as short:
+        path = Path(short) / "worker.sock"
+        with listen(path) as listener:
+
+            def serve() -> None:
+                line, _ = listener.accept()
+                with line:
+                    serve_one(line)
+
+            threading.Thread(target=serve, daemon=True).start()
+            state = RecordDict()
+            asked = ask(MessageType.TRAIN, setup())
+            reply = carry(str(path), asked, *node_settings(tmp_path, 1), 7, state)
+    assert not reply.has_error(), reply.error
+    assert stage_of(asked) == SETUP
+    kept = flower.SecAggPlusState(**state.config_records[flower.RECORD_KEY_STATE])
+    assert reply.content.config_records[RECORD]["pk1"] == kept.pk1
+    assert kept.sk1.startswith(b"-----BEGIN PRIVATE KEY")
+    assert b"PRIVATE" not in to_wire(reply)
+
+
+def lines_of(run: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_processes
+def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
+    write_clients(tmp_path / "images")
+    config = masked_config(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "fedprompt", "deploy", "local"]
+    command += [str(tmp_path / "experiment.yaml"), "--folder", str(tmp_path / "f")]
+    finished = subprocess.run(
+        command, env={**os.environ}, capture_output=True, text=True, timeout=800
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    twin = experiment(
+        replace(config, output=replace(config.output, dir=str(tmp_path / "twin"))), QuietDisplay()
+    )
+    ours, theirs = lines_of(tmp_path / "run"), lines_of(twin)
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        for part in ("train", "clients", "secure", "global"):
+            assert a.get(part) == b.get(part), (a["round"], part)
+    assert [line["secure"] for line in ours[1:]] == [{"clipped": 0}] * 2
+    shared, expected = (load_file(p / "prompts.safetensors") for p in (tmp_path / "run", twin))
+    for name, tensor in shared.items():
+        assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), name
+    secret = [
+        p for p in (tmp_path / "run").rglob("*")
+        if p.is_file() and b"PRIVATE KEY" in p.read_bytes()
+    ]  # fmt: skip
+    assert secret == []
