@@ -419,6 +419,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     assert victim not in grid.pids()
 
 
+@pytest.mark.slow
 def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: Workspace) -> None:
     """A worker that hangs is killed; its clients are named and the others count."""
     grid = _fresh(ray_grid, workspace)
@@ -427,8 +428,9 @@ def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: 
     os.kill(grid.pids()[0], signal.SIGSTOP)
     messages = list(federation.strategy.configure_train(1, federation.arrays, _no_config(), grid))
     start = time.monotonic()
-    replies = list(grid.send_and_receive(messages, timeout=5))
-    assert time.monotonic() - start < 60
+    # Long enough for the worker that answers, on a busy machine too.
+    replies = list(grid.send_and_receive(messages, timeout=20))
+    assert time.monotonic() - start < 90
     _, metrics = federation.strategy.aggregate_train(1, replies)
     assert metrics is not None
     assert metrics["accepted"] == 3
