@@ -216,6 +216,14 @@ class TestAgainstMetrics:
                 (cell.best, cell.body, cell.starred) for cell in cells
             ]
 
+    def test_in_a_file_the_best_are_marked(self, folder: Path) -> None:
+        done = CliRunner().invoke(app, ["compare", str(folder)], env={"COLUMNS": "200"})
+        for row, cells in expected_cells(folder).items():
+            (line,) = (x for x in done.stdout.splitlines() if row in x)
+            found = re.findall(r"[\d.,]+(?: ± [\d.]+)?(\^?)", line.split(row)[1])
+            assert [bool(mark) for mark in found] == [cell.best for cell in cells if cell.body]
+        assert "^: best mean" in " ".join(done.stdout.split())
+
     def test_the_worse_row_is_starred(self, apart: Path) -> None:
         cells = expected_cells(apart)
         assert [c.starred for c in cells["FedRSCLIP, clients 2"]][:2] == [True, True]

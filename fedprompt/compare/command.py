@@ -58,7 +58,7 @@ def compare_command(
     table = compare_rows(loaded.rows, columns, cast("Test", test))
     console = Console(highlight=False)
     if form == "terminal":
-        console.print(terminal(table, console.width))
+        console.print(terminal(table, console.width, bold=console.is_terminal))
     else:
         sys.stdout.write(FORMS[form](table))
     for note in loaded.notes:
@@ -71,7 +71,8 @@ def compare_command(
 def print_sweep(folder: Path, console: Console) -> None:
     """The table of a sweep's finished runs, in the terminal's form."""
     rows = load_rows([folder]).rows
-    console.print(terminal(compare_rows(rows, choose(None, rows)), console.width))
+    table = compare_rows(rows, choose(None, rows))
+    console.print(terminal(table, console.width, bold=console.is_terminal))
 
 
 def write_all(

@@ -19,7 +19,7 @@ from fedprompt.display import MISSING
 from fedprompt.narrow import Field, fitted
 
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
-MARK = "*"
+MARK, BEST_MARK = "*", "^"
 NAME = 26
 """Widest first column in a terminal; longer names are folded."""
 HEAD, ROOMY = 12, 3
@@ -98,20 +98,28 @@ def text(metric: Metric, cell: Cell) -> str:
     return mean if len(cell.by_seed) < 2 or constant else f"{mean} ± {std}"
 
 
-def terminal(table: Comparison, width: int = 200) -> Group:
-    """For rich, the best in bold; columns that do not fit into `width` go on in a further table."""
+def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group:
+    """For rich; columns that do not fit into `width` go on in a further table.
+
+    The best are bold, or marked where `bold` would not show, as in a file.
+    """
+    mark, note = "", table.note
+    if not bold:
+        mark, note = BEST_MARK, note.replace("Bold: best mean", f"{BEST_MARK}: best mean")
+
+    def shown(metric: Metric, cell: Cell) -> Text:
+        marks = mark * cell.best + MARK * cell.differs
+        return Text(text(metric, cell) + marks, style="bold" if cell.best else "")
+
     names = Field("", [Text(name) for name in table.names], most=NAME, right=False)
     columns = [
         Field(
             metric.title,
-            [
-                Text(text(metric, cell) + MARK * cell.differs, style="bold" if cell.best else "")
-                for cell in column
-            ],
+            [shown(metric, cell) for cell in column],
         )
         for metric, column in zip(table.metrics, zip(*table.cells, strict=True), strict=True)
     ]
-    return fitted(names, columns, width, note=table.note)
+    return fitted(names, columns, width, note=note)
 
 
 def markdown(table: Comparison) -> str:
