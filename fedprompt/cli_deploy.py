@@ -122,8 +122,9 @@ def node(
         str | None, typer.Option("--server", help="Another address of the server, host:port.")
     ] = None,
     port: Annotated[
-        int, typer.Option("--port", help="For the node's own tasks, on loopback.")
-    ] = 9094,
+        int | None,
+        typer.Option("--port", help="For the node's own tasks, on loopback; any free one."),
+    ] = None,
 ) -> None:
     """Run one node until it is stopped; what ends is started again."""
     from fedprompt.deploy.node_config import read_node

@@ -33,7 +33,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run or resume the experiment; what the operator must mend is one line and exit status 2."""
+    """Run or resume the experiment.
+
+    Raises:
+        UserError: what the operator must mend; one line in the logs, and Flower's run has failed.
+    """
     _log_to(logging.StreamHandler(sys.stderr))
     try:
         settings = {k: str(v) for k, v in context.run_config.items()}
@@ -45,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
             folder.close()
     except UserError as error:
         log.error("%s", error)
-        raise SystemExit(2) from None
+        logging.getLogger("flwr").addFilter(_without_our_tracebacks)
+        raise
 
 
 def _open(settings: dict[str, str]) -> tuple[RunFolder, Config]:
@@ -88,6 +93,13 @@ def _keyed(text: str) -> dict[int, int]:
     """Client of every registered node id, from `id:client,id:client`."""
     pairs = (item.split(":") for item in text.split(",") if item)
     return {int(node): int(client) for node, client in pairs}
+
+
+def _without_our_tracebacks(record: logging.LogRecord) -> bool:
+    """Flower prints a traceback of whatever ends an app; ours is said in one line already."""
+    if record.exc_info and isinstance(record.exc_info[1], UserError):
+        record.exc_info = None
+    return True
 
 
 def _log_to(handler: logging.Handler) -> None:

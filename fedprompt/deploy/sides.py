@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from fedprompt.deploy import submit
 from fedprompt.deploy.connection import Connection
-from fedprompt.deploy.processes import Processes, listens
-from fedprompt.deploy.site import NodeSite, ServerSite
+from fedprompt.deploy.processes import Processes, free_port, listens
+from fedprompt.deploy.site import SETTINGS, NodeSite, ServerSite
 from fedprompt.display import Display
 from fedprompt.errors import UserError
 from fedprompt.schema import Config
@@ -27,9 +27,11 @@ def serve(site: ServerSite, host: str) -> None:
     """Run the server until it is stopped: SuperLink and SuperExec on loopback, the gate on `host`.
 
     Raises:
-        UserError: a process does not come up.
+        UserError: a port is taken, or a process does not come up.
     """
     site.prepare()
+    _refuse_taken(site.port, "--port PORT, which the nodes then call too", host)
+    _refuse_taken(site.superlink_port, f"superlink_port in {site.folder / SETTINGS}")
     with Processes(site.folder / "logs") as processes:
         _stop_on_signals()
         environment = {**processes.environment, **site.environment}
@@ -47,8 +49,17 @@ def serve(site: ServerSite, host: str) -> None:
             time.sleep(LOOK_S)
 
 
-def run_node(site: NodeSite, settings: Mapping[str, Any], port: int) -> None:
-    """Run a node until it is stopped: its SuperNode, and the process that holds CLIP."""
+def run_node(site: NodeSite, settings: Mapping[str, Any], port: int | None) -> None:
+    """Run a node until it is stopped: its SuperNode, and the process that holds CLIP.
+
+    `port` is for the node's own tasks, on loopback; None = any free one.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    if port is not None:
+        _refuse_taken(port, "another --port, or none")
+    own_port = port or free_port()
     with Processes(site.folder / "logs") as processes:
         _stop_on_signals()
         connection = Connection(processes.log("supernode"), site.server, _print)
@@ -60,7 +71,7 @@ def run_node(site: NodeSite, settings: Mapping[str, Any], port: int) -> None:
                 _print(processes.last_words(name, status))
 
         processes.start("worker", site.worker())
-        processes.start("supernode", site.supernode(settings, port), site.environment)
+        processes.start("supernode", site.supernode(settings, own_port), site.environment)
         _print(f"client {site.client} calls {site.server}; logs in {processes.logs}")
         while True:
             processes.revive(NODE_PAUSE_S, ended)
@@ -94,6 +105,13 @@ def _hand_over(site: ServerSite, settings: Mapping[str, str], path: Path, displa
     )
     again = f"fedprompt deploy run {site.folder} --resume {path}"
     return submit.conclude(path, display, again, site.folder / "logs")
+
+
+def _refuse_taken(port: int, instead: str, host: str = "127.0.0.1") -> None:
+    if listens(port, host):
+        raise UserError(
+            f"port {port} of this machine is taken by another program; stop it or set {instead}."
+        )
 
 
 def _print(line: str) -> None:

@@ -37,7 +37,7 @@ from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 
 SETTINGS, CONNECTION = "federation.json", "fedprompt"
-GATE_PORT, SUPERLINK_PORT, NODE_PORT = 9092, 8000, 9094
+GATE_PORT, SUPERLINK_PORT = 9092, 8000
 LOCAL = ("localhost", "127.0.0.1")
 LONGEST_SOCKET = 100
 """Bytes of a socket's path; Unix allows 107."""
@@ -131,7 +131,7 @@ class NodeSite:
         """The command of the warm process."""
         return [sys.executable, "-m", "fedprompt", "deploy", "worker", str(self.worker_socket)]
 
-    def supernode(self, settings: Mapping[str, Any], port: int = NODE_PORT) -> list[str]:
+    def supernode(self, settings: Mapping[str, Any], port: int) -> list[str]:
         """The command of the SuperNode.
 
         Args:
