@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from conftest import small_config
@@ -37,7 +38,12 @@ def config_for(folder: Path) -> Config:
 @pytest.mark.skipif(not available(), reason="needs a checkout, Flower's command and /proc")
 def test_flwr_run_equals_inline(tmp_path: Path) -> None:
     inline = run(config_for(tmp_path / "inline"), QuietDisplay())
-    engine = run_engine(config_for(tmp_path / "engine"), tmp_path)
+    # Ray of its own: on this cluster, which has no CPU, Flower could not start one client.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        engine = run_engine(config_for(tmp_path / "engine"), tmp_path)
+    finally:
+        cluster.shutdown()
     assert (engine / "report.html").is_file()
     ours, theirs = (load_file(f / "prompts.safetensors") for f in (inline, engine))
     assert torch.equal(ours["shared/ctx"], theirs["shared/ctx"])

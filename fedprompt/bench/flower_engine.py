@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprompt.config import to_yaml
+from fedprompt.deploy.processes import end, free_port, processes_with
 from fedprompt.environment import DEFAULTS
 from fedprompt.errors import UserError
 from fedprompt.run_folder import SUMMARY, TIMINGS
@@ -81,30 +80,20 @@ def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
         **DEFAULTS,
         **os.environ,
         "FLWR_HOME": home,
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # Else Flower's Ray joins whatever cluster runs on this machine, and ends with it.
+        "RAY_ADDRESS": "local",
         "FEDPROMPT_STATE": str(folder / "state"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     try:
         yield environment
     finally:
-        for process in _processes_with(f"FLWR_HOME={home}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        for process in processes_with(f"FLWR_HOME={home}"):
+            end(process, signal.SIGKILL)
         _remove(Path(home))
-
-
-def _processes_with(setting: str) -> list[int]:
-    """Other processes that have exactly this environment variable."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if setting.encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-    return found
 
 
 def _remove(folder: Path) -> None:
@@ -114,9 +103,3 @@ def _remove(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
