@@ -125,6 +125,16 @@ def node(
         int | None,
         typer.Option("--port", help="For the node's own tasks, on loopback; any free one."),
     ] = None,
+    require_secure_aggregation: Annotated[
+        bool,
+        typer.Option(
+            "--require-secure-aggregation", help="Answer no experiment whose server sees updates."
+        ),
+    ] = False,
+    require_noise: Annotated[
+        float,
+        typer.Option("--require-noise", min=0, help="Least privacy.noise that is answered."),
+    ] = 0.0,
 ) -> None:
     """Run one node until it is stopped; what ends is started again."""
     from fedprompt.deploy.node_config import read_node
@@ -140,7 +150,10 @@ def node(
         raise UserError(f"--server is {superlink!r}; it must be host:port.")
     paths = {"data": data, "checkpoint": checkpoint, "state-dir": state, "cache-dir": cache}
     settings = {k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None}
-    given = {**settings, "device": device, "threads": threads}
+    given = {
+        **settings, "device": device, "threads": threads,
+        "require-secure-aggregation": require_secure_aggregation, "require-noise": require_noise,
+    }  # fmt: skip
     read_node({"partition-id": site.client, **{k: v for k, v in given.items() if v is not None}})
     run_node(replace(site, server=superlink or site.server), given, port)
 

@@ -12,10 +12,14 @@ at all (`config_paths`), and the weights are those that the node names itself.
     threads        CPU threads; else as the experiment says
     checkpoint     local file with the backbone's weights
     worker         socket of the node's warm process
+
+    require-secure-aggregation   true: the server must not see this node's change, only a sum
+    require-noise                least noise multiplier that the node adds to its change
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -28,7 +32,8 @@ from fedprompt.errors import UserError, did_you_mean
 from fedprompt.schema import Config
 
 KEYS = {
-    "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker"
+    "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker",
+    "require-secure-aggregation", "require-noise",
 }  # fmt: skip
 FLOWERS_OWN = {"num-partitions"}
 
@@ -44,6 +49,8 @@ class Node:
     device: str | None = None
     threads: int | None = None
     checkpoint: str | None = None
+    require_secure_aggregation: bool = False
+    require_noise: float = 0.0
 
 
 def read_node(node_config: Mapping[str, Any]) -> Node:
@@ -65,6 +72,14 @@ def read_node(node_config: Mapping[str, Any]) -> Node:
     device = node_config.get("device")
     if device is not None and device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--node-config: device is {device!r}; it must be auto, cpu or cuda.")
+    secure = node_config.get("require-secure-aggregation", False)
+    if not isinstance(secure, bool):
+        raise UserError(
+            f"--node-config: require-secure-aggregation is {secure!r}; it must be true or false."
+        )
+    noise = node_config.get("require-noise", 0.0)
+    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
+        raise UserError(f"--node-config: require-noise is {noise!r}; it must be 0 or more.")
 
     def path(key: str) -> str | None:
         value = node_config.get(key)
@@ -72,7 +87,7 @@ def read_node(node_config: Mapping[str, Any]) -> Node:
 
     return Node(
         client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
-        path("checkpoint"),
+        path("checkpoint"), secure, float(noise),
     )  # fmt: skip
 
 
@@ -81,8 +96,10 @@ def on_node(config: Config, node: Node) -> Config:
 
     Raises:
         UserError: the experiment has no such client, does not ask for the folder that this node
-            lends, or needs weights that the node does not name.
+            lends, needs weights that the node does not name, or protects what the node sends less
+            than the node requires.
     """
+    _protects(config, node)
     clients = config.partition.clients
     if not 0 <= node.client < clients:
         raise UserError(
@@ -106,6 +123,24 @@ def on_node(config: Config, node: Node) -> Config:
         grid = replace(grid, threads=node.threads)
     output = replace(config.output, cache=node.cache_dir)
     return replace(config, backbone=backbone, grid=grid, output=output)
+
+
+def _protects(config: Config, node: Node) -> None:
+    if node.require_secure_aggregation and not config.secure_aggregation.enabled:
+        raise UserError(
+            "this node takes part with secure aggregation only, and the experiment has "
+            "secure_aggregation.enabled=false."
+        )
+    if config.privacy.noise < node.require_noise:
+        raise UserError(
+            f"this node adds noise of {node.require_noise:g} times the clip or more to what it "
+            f"sends, and the experiment has privacy.noise={config.privacy.noise:g}."
+        )
+    if node.require_noise and config.privacy.noise_seed is not None:
+        raise UserError(
+            "this node requires noise, and the experiment's privacy.noise_seed lets the server "
+            "take it away again; leave it out."
+        )
 
 
 def _on_lender(config: Config, node: Node, folder: str) -> Config:

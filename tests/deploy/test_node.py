@@ -118,6 +118,18 @@ def test_weights_that_the_experiment_names_are_not_the_nodes(
     assert isinstance(from_reply(reply, len(CLASSES), 3), Description)
 
 
+def test_a_node_that_requires_more_protection_says_nothing_of_its_data(images: Path) -> None:
+    node, run = settings(images, **{"require-secure-aggregation": True})
+    line = "this node takes part with secure aggregation only"
+    said = from_reply(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    assert isinstance(said, str)
+    assert line in said
+    reply = answer(message(MessageType.TRAIN, 1, start_of(images)), node, run, 7)
+    assert reply.has_error()
+    assert line in str(reply.error.reason)
+    assert not (images.parent / "state").exists()
+
+
 def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> None:
     shared = start_of(images)
     path = short / "worker.sock"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def test_settings_are_read(tmp_path: Path) -> None:
     node = read_node(given)
     home = str(Path.home() / "s")
     assert node == Node(2, str(tmp_path), home, "/c", "cpu", 3, "/w.pt")
+    strict = read_node({"partition-id": 0, "require-secure-aggregation": True, "require-noise": 1})
+    assert strict == Node(0, require_secure_aggregation=True, require_noise=1.0)
     assert read_node({"partition-id": 0}) == Node(0)
 
 
@@ -40,6 +43,13 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ({"partition-id": 0, "dat": "x"}, "unknown key 'dat'. Did you mean 'data'?"),
         ({"partition-id": 0, "device": "tpu"}, "it must be auto, cpu or cuda"),
         ({"partition-id": 0, "threads": "two"}, "threads is 'two'"),
+        ({"partition-id": 0, "require-noise": -1}, "require-noise is -1; it must be 0 or more"),
+        ({"partition-id": 0, "require-noise": float("nan")}, "require-noise is nan"),
+        ({"partition-id": 0, "require-noise": "1"}, "require-noise is '1'"),
+        (
+            {"partition-id": 0, "require-secure-aggregation": "no"},
+            "require-secure-aggregation is 'no'; it must be true or false",
+        ),
     ],
 )
 def test_settings_that_cannot_be(given: dict[str, Any], line: str) -> None:
@@ -79,6 +89,38 @@ def test_no_path_of_the_experiment_is_followed() -> None:
 def test_an_experiment_that_does_not_fit_the_node(node: Node, line: str) -> None:
     with pytest.raises(UserError, match=line):
         on_node(folders_config(), node)
+
+
+@pytest.mark.parametrize(
+    ("node", "sections", "line"),
+    [
+        (
+            Node(0, "/mine", require_secure_aggregation=True),
+            {"privacy": {"noise": 9.0}},
+            "secure aggregation only, and the experiment has secure_aggregation.enabled=false",
+        ),
+        (
+            Node(0, "/mine", require_noise=1.5),
+            {"privacy": {"noise": 1.0}},
+            "1.5 times the clip or more to what it sends, and the experiment has privacy.noise=1.",
+        ),
+        (
+            Node(0, "/mine", require_noise=1.0),
+            {"privacy": {"noise": 1.0, "noise_seed": 3}},
+            "privacy.noise_seed lets the server take it away again",
+        ),
+    ],
+)
+def test_an_experiment_that_protects_less_than_the_node_requires(
+    node: Node, sections: dict[str, Any], line: str
+) -> None:
+    config = replace(folders_config(), privacy=small_config(**sections).privacy)
+    with pytest.raises(UserError) as caught:
+        on_node(config, node)
+    assert line in str(caught.value)
+    enough = small_config(privacy={"noise": 2.0}, secure_aggregation={"enabled": True})
+    protected = {"privacy": enough.privacy, "secure_aggregation": enough.secure_aggregation}
+    on_node(replace(config, **protected), node)
 
 
 def test_private_prompts_lie_below_the_nodes_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
