@@ -3,7 +3,8 @@
     python scripts/evaluate_tiny_clip.py
 
 Test images are indices that neither training nor the shots use. Accuracies are percent.
-Shape suffixes: N images, C classes, D joint embedding, d text width, L text positions, p context.
+Shape suffixes: N images, C classes, D joint embedding, d text width, L text positions, p context,
+P patches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor
 
+from fedprompt.clip import FrozenCLIP
 from fedprompt.data import aerial_scenes as scenes
+from fedprompt.dense_features import dense_encoder
 from fedprompt.rng import generator, normal
 from fedprompt.tiny import tiny_model_config, tiny_state_dict
 
@@ -95,6 +98,24 @@ def zero_shot(model: CLIP, features: Features, names: tuple[str, ...], template:
 def accuracy(predicted_N: Tensor, labels_N: Tensor) -> float:
     """Share of right predictions, percent, one decimal."""
     return round(100.0 * (predicted_N == labels_N).float().mean().item(), 1)
+
+
+@torch.no_grad()
+def one_patch(model: CLIP, names: tuple[str, ...], images: int) -> float:
+    """Accuracy of single patches as PLOT and FedOTP read them, over all patches and images."""
+    wrapped = FrozenCLIP(model, TOKENIZE, name="tiny", weights_hash="")
+    found = dense_encoder(wrapped)
+    assert found is not None
+    encode, patches = found
+    text_CD = encode_text(model, TOKENIZE([TEMPLATES[0].format(name) for name in names]))
+    indices = range(UNSEEN_FROM, UNSEEN_FROM + images)
+    right = total = 0
+    for c, name in enumerate(names):
+        drawn = [scenes.render(name, d, i) for d in scenes.FEDERATED_DOMAINS for i in indices]
+        predicted_NP = (encode(to_input(np.stack(drawn))) @ text_CD.T).argmax(-1)
+        right += int((predicted_NP == c).sum())
+        total += len(drawn) * patches
+    return round(100.0 * right / total, 1)
 
 
 def prompted_text(model: CLIP, context_pd: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -173,6 +194,7 @@ def evaluate(model: CLIP, images: int = 15) -> dict[str, float]:
     result = {"logit scale": round(float(model.logit_scale.exp()), 1)}
     result |= _zero_shot_table(model, "pre-training", near)
     result |= _zero_shot_table(model, "federated", test)
+    result["zero-shot, federated, one patch alone"] = one_patch(model, names, images)
     for lr, steps in ((0.002, 40), (0.01, 40), (0.05, 40), (0.002, 200), (0.01, 200), (0.05, 200)):
         context = coop(model, pooled, names, lr, steps)
         key = f"CoOp {SHOTS} shots, federated, lr {lr}, {steps} steps"
