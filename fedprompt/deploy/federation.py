@@ -60,7 +60,8 @@ class NodeFederation(Federation):
                 break
             time.sleep(POLL_S)
         if joined < needed:
-            faults = "".join(f" {fault}." for fault in sorted(set(self.roster.faults.values())))
+            reasons = sorted(set(self.roster.faults.values()))
+            faults = "".join(f" {reason.rstrip('.')}." for reason in reasons)
             raise UserError(
                 f"{joined} of {clients} nodes can take part after {federation.node_wait_s:g} s at "
                 f"most, {needed} are needed (federation.min_nodes); missing: clients "
