@@ -128,18 +128,18 @@ def on_node(config: Config, node: Node) -> Config:
 def _protects(config: Config, node: Node) -> None:
     if node.require_secure_aggregation and not config.secure_aggregation.enabled:
         raise UserError(
-            "this node takes part with secure aggregation only, and the experiment has "
+            "secure aggregation is required here, and the experiment has "
             "secure_aggregation.enabled=false."
         )
     if config.privacy.noise < node.require_noise:
         raise UserError(
-            f"this node adds noise of {node.require_noise:g} times the clip or more to what it "
-            f"sends, and the experiment has privacy.noise={config.privacy.noise:g}."
+            f"noise of {node.require_noise:g} times the clip or more is required here, and the "
+            f"experiment has privacy.noise={config.privacy.noise:g}."
         )
     if node.require_noise and config.privacy.noise_seed is not None:
         raise UserError(
-            "this node requires noise, and the experiment's privacy.noise_seed lets the server "
-            "take it away again; leave it out."
+            "noise is required here, and the experiment's privacy.noise_seed lets the server take "
+            "it away again; leave it out."
         )
 
 

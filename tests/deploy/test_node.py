@@ -120,7 +120,7 @@ def test_weights_that_the_experiment_names_are_not_the_nodes(
 
 def test_a_node_that_requires_more_protection_says_nothing_of_its_data(images: Path) -> None:
     node, run = settings(images, **{"require-secure-aggregation": True})
-    line = "this node takes part with secure aggregation only"
+    line = "secure aggregation is required here"
     said = from_reply(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
     assert isinstance(said, str)
     assert line in said

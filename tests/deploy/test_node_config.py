@@ -97,12 +97,12 @@ def test_an_experiment_that_does_not_fit_the_node(node: Node, line: str) -> None
         (
             Node(0, "/mine", require_secure_aggregation=True),
             {"privacy": {"noise": 9.0}},
-            "secure aggregation only, and the experiment has secure_aggregation.enabled=false",
+            "secure aggregation is required here, and the experiment has secure_aggregation.enabled",
         ),
         (
             Node(0, "/mine", require_noise=1.5),
             {"privacy": {"noise": 1.0}},
-            "1.5 times the clip or more to what it sends, and the experiment has privacy.noise=1.",
+            "noise of 1.5 times the clip or more is required here, and the experiment has privacy.noise=1.",
         ),
         (
             Node(0, "/mine", require_noise=1.0),
