@@ -97,12 +97,12 @@ def test_an_experiment_that_does_not_fit_the_node(node: Node, line: str) -> None
         (
             Node(0, "/mine", require_secure_aggregation=True),
             {"privacy": {"noise": 9.0}},
-            "secure aggregation is required here, and the experiment has secure_aggregation.enabled",
+            "secure aggregation is required here, and the experiment has secure_aggregation",
         ),
         (
             Node(0, "/mine", require_noise=1.5),
             {"privacy": {"noise": 1.0}},
-            "noise of 1.5 times the clip or more is required here, and the experiment has privacy.noise=1.",
+            "1.5 times the clip or more is required here, and the experiment has privacy.noise=1.",
         ),
         (
             Node(0, "/mine", require_noise=1.0),
