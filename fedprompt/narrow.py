@@ -66,10 +66,10 @@ def fitted(
     names = max(min(first.width, LEAST), min(first.width, width - EDGES - BETWEEN - whole))
     room = width - EDGES - names
     shown: list[Table | Text] = [Text(title, style="table.title")] if title else []
-    for fields in _parts(others, room):
-        columns = (_column(f, min(f.width, room - BETWEEN) if f.most else f.width) for f in fields)
+    for part in _parts(others, room):
+        columns = (_column(f, min(f.width, room - BETWEEN) if f.most else f.width) for f in part)
         table = Table(_column(first, names), *columns, **LOOK)
-        for row in zip(first.cells, *(f.cells for f in fields), strict=True):
+        for row in zip(first.cells, *(f.cells for f in part), strict=True):
             table.add_row(*row)
         shown.append(table)
     return Group(*shown, *([Text(note, style="table.caption")] if note else []))

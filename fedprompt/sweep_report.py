@@ -53,6 +53,8 @@ def write_sweep_report(
         command = _command(paths[0])
     metrics = choose(None, rows)
     table = compare_rows(rows, metrics)
+    differ = differing(rows)
+    several = [key for key in differ if _values(rows, key) > 1]
     content = {
         "title": title or _title(paths, out),
         "facts": _facts(rows),
@@ -65,8 +67,8 @@ def write_sweep_report(
         "markdown": markdown(table),
         "runs": _runs(rows),
         "command": command,
-        "differing": _settings(rows, [k for k in differing(rows) if _values(rows, k) > 1]),
-        "partial": _settings(rows, [k for k in differing(rows) if _values(rows, k) == 1]),
+        "differing": _settings(rows, several),
+        "partial": _settings(rows, [key for key in differ if key not in several]),
         "common": _common(rows),
         "environment": _environment(rows),
     }

@@ -10,6 +10,7 @@ P patches.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,19 +74,31 @@ def encode_text(model: CLIP, tokens_BL: Tensor) -> Tensor:
     return text_features(model, model.token_embedding(tokens_BL), tokens_BL.argmax(1))
 
 
-@torch.no_grad()
-def encode_scenes(
-    model: CLIP, classes: tuple[str, ...], domains: tuple[str, ...], indices: range
-) -> Features:
-    """Features of freshly rendered images; labels count within `classes`."""
+@dataclass(frozen=True)
+class Drawn:
+    """Freshly rendered images, uint8 (N, 64, 64, 3), and (N, 3): class, domain, index."""
+
+    images_N: NDArray[np.uint8]
+    table_N3: Tensor
+
+    def batches(self) -> Iterator[Tensor]:
+        """The images as the network sees them, in order."""
+        for i in range(0, len(self.images_N), 256):
+            yield to_input(self.images_N[i : i + 256])
+
+
+def draw(classes: tuple[str, ...], domains: tuple[str, ...], indices: range) -> Drawn:
+    """All classes in all domains; labels count within `classes`."""
     keys = [(c, d, i) for c in range(len(classes)) for d in range(len(domains)) for i in indices]
-    images = np.stack([scenes.render(classes[c], domains[d], i) for c, d, i in keys])
-    parts = [
-        model.encode_image(to_input(images[i : i + 256]), normalize=True)
-        for i in range(0, len(images), 256)
-    ]
-    table = torch.tensor(keys)
-    return Features(torch.cat(parts), table[:, 0], table[:, 1], table[:, 2])
+    images_N = np.stack([scenes.render(classes[c], domains[d], i) for c, d, i in keys])
+    return Drawn(images_N, torch.tensor(keys))
+
+
+@torch.no_grad()
+def encode_scenes(model: CLIP, drawn: Drawn) -> Features:
+    """Features of whole images."""
+    parts = [model.encode_image(batch, normalize=True) for batch in drawn.batches()]
+    return Features(torch.cat(parts), *drawn.table_N3.unbind(1))
 
 
 @torch.no_grad()
@@ -101,21 +114,13 @@ def accuracy(predicted_N: Tensor, labels_N: Tensor) -> float:
 
 
 @torch.no_grad()
-def one_patch(model: CLIP, names: tuple[str, ...], images: int) -> float:
+def one_patch(model: CLIP, drawn: Drawn, names: tuple[str, ...]) -> float:
     """Accuracy of single patches as PLOT and FedOTP read them, over all patches and images."""
-    wrapped = FrozenCLIP(model, TOKENIZE, name="tiny", weights_hash="")
-    found = dense_encoder(wrapped)
+    found = dense_encoder(FrozenCLIP(model, TOKENIZE, name="tiny", weights_hash=""))
     assert found is not None
-    encode, patches = found
     text_CD = encode_text(model, TOKENIZE([TEMPLATES[0].format(name) for name in names]))
-    indices = range(UNSEEN_FROM, UNSEEN_FROM + images)
-    right = total = 0
-    for c, name in enumerate(names):
-        drawn = [scenes.render(name, d, i) for d in scenes.FEDERATED_DOMAINS for i in indices]
-        predicted_NP = (encode(to_input(np.stack(drawn))) @ text_CD.T).argmax(-1)
-        right += int((predicted_NP == c).sum())
-        total += len(drawn) * patches
-    return round(100.0 * right / total, 1)
+    predicted_NP = torch.cat([(found[0](b) @ text_CD.T).argmax(-1) for b in drawn.batches()])
+    return accuracy(predicted_NP, drawn.table_N3[:, :1])
 
 
 def prompted_text(model: CLIP, context_pd: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -187,14 +192,15 @@ def evaluate(model: CLIP, images: int = 15) -> dict[str, float]:
     """All accuracies, percent; `images` test images per class and domain."""
     names = scenes.CLASSES
     unseen = range(UNSEEN_FROM, UNSEEN_FROM + images)
-    near = encode_scenes(model, names, scenes.PRETRAINING_DOMAINS, range(UNSEEN_FROM, 10_008))
-    test = encode_scenes(model, names, scenes.FEDERATED_DOMAINS, unseen)
-    shots = encode_scenes(model, names, scenes.FEDERATED_DOMAINS, range(SHOTS))
+    near = encode_scenes(model, draw(names, scenes.PRETRAINING_DOMAINS, range(UNSEEN_FROM, 10_008)))
+    drawn = draw(names, scenes.FEDERATED_DOMAINS, unseen)
+    test = encode_scenes(model, drawn)
+    shots = encode_scenes(model, draw(names, scenes.FEDERATED_DOMAINS, range(SHOTS)))
     pooled = shots.where(shots.index_N % len(scenes.FEDERATED_DOMAINS) == shots.domains_N)
     result = {"logit scale": round(float(model.logit_scale.exp()), 1)}
     result |= _zero_shot_table(model, "pre-training", near)
     result |= _zero_shot_table(model, "federated", test)
-    result["zero-shot, federated, one patch alone"] = one_patch(model, names, images)
+    result["zero-shot, federated, one patch alone"] = one_patch(model, drawn, names)
     for lr, steps in ((0.002, 40), (0.01, 40), (0.05, 40), (0.002, 200), (0.01, 200), (0.05, 200)):
         context = coop(model, pooled, names, lr, steps)
         key = f"CoOp {SHOTS} shots, federated, lr {lr}, {steps} steps"

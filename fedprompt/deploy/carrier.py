@@ -1,12 +1,12 @@
 """A message to a node's worker and the reply back, over a Unix socket of the node's own.
 
-Both directions are data: a length and a JSON header, a length and Flower's protobuf bytes. What
-secure aggregation keeps between messages goes both ways too. Loads no PyTorch.
+Both directions are data, each part after its length: a JSON header on the way there, then Flower's
+protobuf bytes of the message and of what secure aggregation keeps between messages. Loads no
+PyTorch.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import socket
@@ -53,11 +53,11 @@ def carry(
     """
     state = RecordDict() if state is None else state
     header = {"node_config": dict(node_config), "run_config": dict(run_config), "run_id": run_id}
-    header["state"] = base64.b64encode(records_to_wire(state)).decode()
     with _connected(path, time.monotonic() + patience) as line:
         try:
             send(line, json.dumps(header).encode())
             send(line, to_wire(message))
+            send(line, records_to_wire(state))
             reply = from_wire(receive(line))
             kept = records_from_wire(receive(line))
         except (OSError, EOFError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import logging
@@ -63,9 +62,9 @@ def serve_one(line: socket.socket) -> None:
     """One message; whatever goes wrong with it is an error reply, and the next one is answered."""
     header = json.loads(receive(line))
     message = from_wire(receive(line))
-    state = RecordDict()
+    kept, state = receive(line), RecordDict()
     try:
-        state = records_from_wire(base64.b64decode(header.get("state", "")))
+        state = records_from_wire(kept)
         settings = header["node_config"], header["run_config"], header["run_id"]
         reply = answer(message, *settings, state)
     except Exception as error:

@@ -179,6 +179,7 @@ def test_a_message_that_breaks_the_worker_is_an_error_reply(short: Path) -> None
     with near, far:
         carrier.send(near, b'{"node_config": 3, "run_config": {}, "run_id": 7}')
         carrier.send(near, to_wire(asked))
+        carrier.send(near, b"")  # nothing is kept for secure aggregation
         serve_one(far)
         assert b"TypeError" in carrier.receive(near)
 
