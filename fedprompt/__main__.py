@@ -1,5 +1,5 @@
 """`python -m fedprompt` is the `fedprompt` command."""
 
-from fedprompt.cli import main
+from fedprompt.cli.main import main
 
 main()

@@ -1,12 +1,21 @@
-"""Files that are either whole or not there: written beside their place, then moved into it."""
+"""Atomic file replacement, and files that ship with the package.
+
+A Flower app bundle keeps .py, .toml, .md, .yaml and .json files only. In a deployment the code may
+run from such a bundle while weights and templates lie in the `fedprompt` that is installed there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+
+from fedprompt.errors import UserError
 
 
 @contextlib.contextmanager
@@ -40,3 +49,31 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def asset(name: str) -> Path:
+    """A file of the package, e.g. `backbone/assets/x`: beside this code, else as installed.
+
+    Raises:
+        UserError: no installed copy holds the file.
+    """
+    for candidate in _candidates(name):
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{name} is in no installed fedprompt; install the package on this machine (pip install "
+        "fedprompt, or pip install . in a checkout): an app bundle does not carry it."
+    )
+
+
+def _candidates(name: str) -> list[Path]:
+    inside = Path(name)
+    found = [Path(str(resources.files("fedprompt") / str(inside)))]
+    try:
+        installed = importlib.metadata.distribution("fedprompt")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    else:
+        found.append(Path(str(installed.locate_file(Path("fedprompt") / inside))))
+    found += [Path(entry or ".") / "fedprompt" / inside for entry in sys.path]
+    return found

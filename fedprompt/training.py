@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedprompt.inputs import Inputs
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, ClientData, Method, Tensors, Visit, stack
 from fedprompt.rng import generator
-from fedprompt.schema import TrainingConfig
 
 
 @dataclass(frozen=True)

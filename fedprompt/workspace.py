@@ -1,10 +1,16 @@
-"""What a client and the server hold besides messages: CLIP, data, features and the method."""
+"""What several runs of one process share: the frozen backbone and data sets, opened once.
+
+Both are only read, so a run on them gives the same bits as one that opened its own. Files that
+change while the process lives are not looked at again.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,19 +18,50 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.data.base import ImageDataset
-from fedprompt.data.cache import default_cache_dir
-from fedprompt.data.columns import Columns, open_columns
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import load_clip
+from fedprompt.config.schema import BackboneConfig, Config, DataConfig
+from fedprompt.data import open_dataset
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.features.table import Columns, open_columns
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe, make_partition
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Method, Task, Tensors, method_class
+from fedprompt.evaluation.registry import Protocol, hold_out, open_protocols
 from fedprompt.methods.base import ClientData, stack
-from fedprompt.opened import Opened
-from fedprompt.protocols import Protocol, hold_out, open_protocols
-from fedprompt.schema import Config
+from fedprompt.methods.registry import Method, Task, Tensors, method_class
+
+DATASETS_KEPT = 8
+"""Data sets that stay open: as many seeds of one, say, since each seed may split it anew."""
+
+
+class Opened:
+    """The last backbone and the last few data sets."""
+
+    def __init__(self) -> None:
+        self._clip: tuple[str, FrozenCLIP] | None = None
+        self._datasets: OrderedDict[str, ImageDataset] = OrderedDict()
+
+    def clip(self, config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
+        """`load_clip`, or what it gave for the same config; another backbone is let go first."""
+        key = f"{config!r} {cache_dir}"
+        if self._clip is None or self._clip[0] != key:
+            self._clip = None
+            self._clip = key, load_clip(config, cache_dir)
+        return self._clip[1]
+
+    def dataset(self, config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
+        """`open_dataset`, or what it gave for the same config and seed."""
+        key = f"{config!r} {seed} {cache_dir}"
+        if key not in self._datasets:
+            self._datasets[key] = open_dataset(config, seed, cache_dir)
+        self._datasets.move_to_end(key)
+        while len(self._datasets) > DATASETS_KEPT:
+            self._datasets.popitem(last=False)
+        return self._datasets[key]
+
 
 KEPT_BYTES = 64
 """Bytes kept per text position, layer and unit of width: about 14 float32 numbers, rounded up."""

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.patch_features import dense_encoder
+from fedprompt.backbone.tiny import tiny_model_config, tiny_state_dict
 from fedprompt.data import aerial_scenes as scenes
-from fedprompt.dense_features import dense_encoder
 from fedprompt.rng import generator, normal
-from fedprompt.tiny import tiny_model_config, tiny_state_dict
 
 TEMPLATES = ("a photo of a {}.", "a satellite image of a {}.", "an aerial photo of a {}.", "{}")
 SHOTS = 16

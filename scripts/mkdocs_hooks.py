@@ -9,15 +9,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
+import fedprompt.evaluation.protocols
 import fedprompt.methods
-import fedprompt.protocols
-import strategies
-from fedprompt.cli import app
+import fedprompt.strategies
+from fedprompt.cli.main import app
 
 API = {
     "methods": (fedprompt.methods, "One module per paper; the base class says what a method is."),
-    "strategies": (strategies, "One module per server rule; `base` has what is common to all."),
-    "protocols": (fedprompt.protocols, "One module per evaluation protocol."),
+    "strategies": (fedprompt.strategies, "One module per strategy."),
+    "protocols": (fedprompt.evaluation.protocols, "One module per evaluation protocol."),
 }
 
 

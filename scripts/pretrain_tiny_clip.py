@@ -1,6 +1,6 @@
 """Train the embedded tiny CLIP on captioned aerial scenes and write its weights.
 
-    python scripts/pretrain_tiny_clip.py --out fedprompt/assets
+    python scripts/pretrain_tiny_clip.py --out fedprompt/backbone/assets
 
 One core, no GPU, no download, about a quarter of an hour. Images come from the pre-training
 domains of `fedprompt.data.aerial_scenes` and never show a held-out class; the federated domains
@@ -32,10 +32,17 @@ from open_clip.model import CLIP
 from safetensors.torch import save
 from torch import Tensor
 
+from fedprompt.backbone.tiny import (
+    CARD_NAME,
+    EMBEDDING,
+    ROW_IDS,
+    ROWS,
+    WEIGHTS_NAME,
+    initial_embedding,
+)
 from fedprompt.data import aerial_scenes as scenes
 from fedprompt.data.aerial_scenes.captions import all_facts, caption, colours, image_facts
 from fedprompt.rng import generator, normal
-from fedprompt.tiny import CARD_NAME, EMBEDDING, ROW_IDS, ROWS, WEIGHTS_NAME, initial_embedding
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
@@ -236,7 +243,7 @@ def unpack(stored: dict[str, Tensor], seed: int) -> CLIP:
 def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("fedprompt/assets"))
+    parser.add_argument("--out", type=Path, default=Path("fedprompt/backbone/assets"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprompt.method_table import methods_markdown
-from fedprompt.reference_pages import config_markdown, strategies_markdown
+from fedprompt.cli.method_table import methods_markdown
+from fedprompt.cli.reference_pages import config_markdown, strategies_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {

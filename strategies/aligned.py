@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.robust import mixed
-from strategies.screening import Arrays, Update
-from strategies.vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+
+from .robust import mixed
+from .vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
 
 CLIENTS, SCORES = "clients", "scores"
 """Names in the state: ids, ascending, and their scores."""

@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.fedavg import weighted_mean
-from strategies.screening import Arrays, Update
-from strategies.vectors import Rows, changes, units
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+
+from .fedavg import weighted_mean
+from .vectors import Rows, changes, units
 
 MEMBERS, CENTRES, CLUSTER = "members", "centres", "cluster."
 """Names in the state: (client, cluster) pairs, mean directions (G, P), tensors of each cluster."""

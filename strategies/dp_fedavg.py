@@ -27,14 +27,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
 from numpy.typing import NDArray
 
-from fedprompt.errors import UserError
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
-from strategies.vectors import Rows, changes, clipped, moved, norms
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+from fedprompt.privacy.accountant import epsilon
+
+from .vectors import Rows, changes, clipped, moved, norms
 
 KEY, ASKED = "key", "asked"
 """Names in the state: the noise's secret key, and (client, rounds asked) pairs."""
@@ -117,32 +118,3 @@ class DPFedAvg(SharedPromptStrategy):
         digest = hashlib.sha256(b"".join(parts)).digest()
         draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
         return draw.standard_normal(len(sum_P))
-
-
-def epsilon(noise: float, releases: int, delta: float) -> float | None:
-    """Epsilon of `releases` Gaussian releases with noise multiplier `noise`; None = infinite.
-
-    Raises:
-        UserError: the accountant is not installed.
-    """
-    if noise == 0:
-        return None
-    try:
-        from flwr.serverapp import RdpAccountant
-
-        accountant = RdpAccountant(
-            PrivacyConfig(
-                target_delta=delta,
-                population_size=1,
-                neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-                sampling_method=SamplingMethod.NO_AMPLIFICATION,
-            )
-        )
-    except ImportError:
-        raise UserError(
-            "differential privacy needs its accountant: pip install 'fedprompt[dp]'."
-        ) from None
-    if releases:
-        event = GaussianPrivacyEvent(noise, sample_size=1, population_size=1)
-        accountant.compose(event, releases)
-    return accountant.get_epsilon(delta) if releases else 0.0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprompt.options import option
-from strategies.fedopt import FedOpt, FedOptConfig
-from strategies.vectors import Rows
+from fedprompt.config.fields import option
+
+from .fedopt import FedOpt, FedOptConfig
+from .vectors import Rows
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
-from strategies.vectors import Rows, changes, combined, moved, sample_shares
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+
+from .vectors import Rows, changes, combined, moved, sample_shares
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.fedopt import FedOpt, FedOptConfig
-from strategies.vectors import Rows
+from fedprompt.config.fields import option
+
+from .fedopt import FedOpt, FedOptConfig
+from .vectors import Rows
 
 
 @dataclass(frozen=True)

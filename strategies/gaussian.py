@@ -22,9 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.fedavg import FedAvg, FedAvgConfig
-from strategies.screening import Arrays, Update
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.messages import Arrays
+
+from .fedavg import FedAvg, FedAvgConfig
 
 MEAN, LOG_WEIGHT = "mean.", "log_weight"
 """Names in the state: the mean of each shared tensor, the logarithm of the sum of weights."""

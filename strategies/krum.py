@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.robust import RobustConfig, RobustStrategy
-from strategies.vectors import Rows, distances
+from fedprompt.config.fields import option
+
+from .robust import RobustConfig, RobustStrategy
+from .vectors import Rows, distances
 
 
 @dataclass(frozen=True)

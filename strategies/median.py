@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.robust import RobustConfig, RobustStrategy
-from strategies.vectors import Rows
+from fedprompt.config.fields import option
+
+from .robust import RobustConfig, RobustStrategy
+from .vectors import Rows
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprompt.options import option
-from strategies.krum import Krum, KrumConfig
+from fedprompt.config.fields import option
+
+from .krum import Krum, KrumConfig
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.options import option
-from strategies.fedavg import FedAvg, FedAvgConfig
-from strategies.screening import Arrays, Update
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.messages import Arrays
+
+from .fedavg import FedAvg, FedAvgConfig
 
 PEERS = "peers."
 """How the names of what is received begin."""

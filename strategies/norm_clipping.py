@@ -14,10 +14,12 @@ from typing import Literal
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
-from strategies.vectors import changes, clipped, combined, moved, norms, sample_shares
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+
+from .vectors import changes, clipped, combined, moved, norms, sample_shares
 
 
 @dataclass(frozen=True)

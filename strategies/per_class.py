@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
 
 SHARES = "class_shares"
 """The shared tensor (C,) that says how a client's training images spread over classes."""

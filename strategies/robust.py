@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedprompt.options import option
-from strategies.base import SharedPromptStrategy, StrategyConfig
-from strategies.screening import Arrays, Update
-from strategies.vectors import Rows, changes, count_of, distances, moved
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
+from fedprompt.messages import Arrays
+
+from .vectors import Rows, changes, count_of, distances, moved
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.options import option
-from strategies.fedavg import FedAvg, FedAvgConfig, weighted_mean
-from strategies.screening import Arrays, Update
+from fedprompt.config.fields import option
+from fedprompt.federation.screening import Update
+from fedprompt.messages import Arrays
+
+from .fedavg import FedAvg, FedAvgConfig, weighted_mean
 
 CONTROL = "control."
 """How names of control variates begin."""

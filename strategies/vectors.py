@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.screening import Arrays, Update
+from fedprompt.federation.screening import Update
+from fedprompt.messages import Arrays
 
 Rows = NDArray[np.float64]
 

@@ -36,8 +36,8 @@ RUNS: dict[str, list[str]] = {
     "ray": ["run", "quickstart", "simulation.kind=ray", "simulation.workers=2", *SHORT],
     "secure": ["run", "secure_aggregation", *SHORT],
     "secure_noise": [
-        "run", "secure_aggregation", "privacy.noise=0.5", "privacy.clip=0.1", "privacy.noise_seed=7",
-        *SHORT,
+        "run", "secure_aggregation", "privacy.noise=0.5", "privacy.clip=0.1",
+        "privacy.noise_seed=7", *SHORT,
     ],
     "deploy": ["deploy", "local", "quickstart", "partition.clients=3", *SHORT],
     "patches": ["run", "quickstart", "method=fedotp", *SHORT],
@@ -82,9 +82,14 @@ def main() -> int:
                     shutil.copy(out / file, frozen / file)
                 print(f"{name}: frozen", flush=True)
             else:
-                faults = [f for f in COMPARED if (out / f).read_bytes() != (frozen / f).read_bytes()]
+                faults = [
+                    f for f in COMPARED if (out / f).read_bytes() != (frozen / f).read_bytes()
+                ]
                 different += [name] if faults else []
-                print(f"{name}: {'DIFFERS in ' + ', '.join(faults) if faults else 'equal'}", flush=True)
+                print(
+                    f"{name}: {'DIFFERS in ' + ', '.join(faults) if faults else 'equal'}",
+                    flush=True,
+                )
     print(json.dumps({"compared" if options.action == "compare" else "frozen": len(names),
                       "different": different}))  # fmt: skip
     return 1 if different else 0
@@ -103,7 +108,14 @@ def _run(code: Path, command: list[str], scratch: Path) -> Path:
         "HF_HUB_OFFLINE": "1",
         "FEDPROMPT_STATE": str(scratch / "state"),
     }
-    start = [sys.executable, "-m", "fedprompt", *command, f"output.dir={out}", "output.report=false"]
+    start = [
+        sys.executable,
+        "-m",
+        "fedprompt",
+        *command,
+        f"output.dir={out}",
+        "output.report=false",
+    ]
     result = subprocess.run(
         start, cwd=scratch, env=environment, capture_output=True, text=True, check=False
     )

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Method, Task, method_class
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Tensors
-from fedprompt.reference import ReferenceClient, ReferenceCoOp, reference_local_training
+from fedprompt.methods.registry import Method, Task, method_class
 from fedprompt.rng import generator
-from fedprompt.schema import TrainingConfig
 from fedprompt.training import LocalResult, learning_rate, train_cohort
+from tests.support.builders import CLASS_NAMES
 
 SIZES = (5, 40, 17, 1, 40, 32)
 TASK = Task(CLASS_NAMES)

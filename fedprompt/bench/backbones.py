@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.tiny import tiny_model_config
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.rng import generator
-from fedprompt.tiny import tiny_model_config
 
 NAMES = ("tiny", "ViT-B-32", "ViT-B-16", "ViT-L-14")
 IMAGE_BATCH = 64

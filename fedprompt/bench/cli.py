@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedprompt.environment import set_defaults
+from fedprompt.runtime import set_defaults
 
 set_defaults()
 

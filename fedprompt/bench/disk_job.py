@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fedprompt.backbone.loading import load_clip
 from fedprompt.bench.workload import Sizes, random_features, settings
-from fedprompt.clip import load_clip
+from fedprompt.config.schema import Config
 from fedprompt.data import open_dataset
-from fedprompt.data.cache import feature_path
-from fedprompt.schema import Config
+from fedprompt.data.features.cache import feature_path
 
 PIXELS = 8
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.processes import end, free_port, processes_with
-from fedprompt.environment import DEFAULTS
 from fedprompt.errors import UserError
-from fedprompt.run_folder import SUMMARY, TIMINGS
-from fedprompt.schema import Config
+from fedprompt.reports.run_data import SUMMARY, TIMINGS
+from fedprompt.runtime import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT_S = 900

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.class_lists import class_names
 from fedprompt.bench.compare import Row
 from fedprompt.bench.workload import LEARNING_RATE, Sizes, make_workspace
-from fedprompt.clip import FrozenCLIP
 from fedprompt.workspace import Workspace
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.backbones import random_images
 from fedprompt.bench.compare import interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.output import TIMES, Column, Output
 from fedprompt.bench.step import CHECKED, StepCase
-from fedprompt.clip import FrozenCLIP
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, Callable[..., Any]] = {

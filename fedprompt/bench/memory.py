@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from fedprompt.backbone.loading import load_clip
 from fedprompt.bench.backbones import encode_all, random_clip, random_images, save_weights
 from fedprompt.bench.class_lists import class_names
 from fedprompt.bench.compare import max_rel_diff, require_equal
@@ -23,12 +24,11 @@ from fedprompt.bench.machine import peak_mb, private_mb
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.pieces import ReferencePieces, train_ours
 from fedprompt.bench.workload import Sizes, make_workspace
-from fedprompt.clip import load_clip
+from fedprompt.config.schema import Config
 from fedprompt.data import open_dataset
-from fedprompt.grid import open_grid
-from fedprompt.ray_grid import RayGrid
-from fedprompt.schema import Config
-from fedprompt.server_app import Federation
+from fedprompt.federation.server_app import Federation
+from fedprompt.simulation.grids import open_grid
+from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.workspace import Workspace
 
 COLUMNS: tuple[Column, ...] = (

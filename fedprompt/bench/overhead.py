@@ -22,11 +22,12 @@ from fedprompt.bench.flower_engine import available, run_engine, training_second
 from fedprompt.bench.machine import peak_mb, reset_peak
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.workload import Sizes
-from fedprompt.cohorts import group
-from fedprompt.grid import CohortGrid, open_grid
-from fedprompt.run_folder import PROMPTS
-from fedprompt.schema import Config
-from fedprompt.server_app import Federation
+from fedprompt.config.schema import Config
+from fedprompt.federation.server_app import Federation
+from fedprompt.reports.run_data import PROMPTS
+from fedprompt.simulation.cohort_grid import CohortGrid
+from fedprompt.simulation.cohorts import group
+from fedprompt.simulation.grids import open_grid
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 

@@ -9,16 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.backbones import encode_all, random_images
 from fedprompt.bench.compare import Measured, Row, interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.job import Counts, Job, Piece, counted, total
+from fedprompt.bench.reference import ReferenceClient, reference_evaluate, reference_local_training
 from fedprompt.bench.workload import random_features, reference_model
-from fedprompt.clip import FrozenCLIP
-from fedprompt.grid import InlineGrid
+from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import ClientData
-from fedprompt.reference import ReferenceClient, reference_evaluate, reference_local_training
-from fedprompt.server_app import Federation
+from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 

@@ -14,24 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.backbones import encode_all, random_clip, random_images
-from fedprompt.bench.compare import (
-    MismatchError,
-    Row,
-    interleave,
-    max_rel_diff,
-    require_equal,
-    row,
-)
+from fedprompt.bench.compare import MismatchError, Row, interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.job import Job, counted, total
 from fedprompt.bench.output import TIMES, Column, Output
 from fedprompt.bench.pieces import ReferencePieces, extrapolated
+from fedprompt.bench.reference import reference_federation
 from fedprompt.bench.workload import reference_clients, reference_model
-from fedprompt.clip import FrozenCLIP
-from fedprompt.grid import InlineGrid
-from fedprompt.reference import reference_federation
-from fedprompt.server_app import Federation
+from fedprompt.federation.server_app import Federation
+from fedprompt.simulation.inline_grid import InlineGrid
 
 COLUMNS: tuple[Column, ...] = (
     *TIMES[:4],

@@ -26,12 +26,14 @@ from fedprompt.bench.machine import peak_mb
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.pieces import ReferencePieces, train_ours
 from fedprompt.bench.workload import Sizes, make_workspace, random_features
-from fedprompt.display import QuietDisplay
-from fedprompt.grid import InlineGrid
-from fedprompt.methods import method_class
-from fedprompt.private_log import PrivateLog
-from fedprompt.run_folder import PRIVATE, TIMINGS, RunFolder
-from fedprompt.server_app import Federation, run_server
+from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.rounds import run_server
+from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.federation.server_app import Federation
+from fedprompt.methods.registry import method_class
+from fedprompt.reports.run_data import PRIVATE, TIMINGS
+from fedprompt.simulation.inline_grid import InlineGrid
+from fedprompt.simulation.private_log import PrivateLog
 
 COLUMNS: tuple[Column, ...] = (
     ("case", "case", ""),

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.backbones import encode_all, random_images
 from fedprompt.bench.class_lists import class_names
 from fedprompt.bench.compare import Measured, Row, interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.machine import free_bytes
 from fedprompt.bench.output import TIMES, Column, Output
+from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.bench.workload import (
     Sizes,
     make_workspace,
@@ -28,11 +30,9 @@ from fedprompt.bench.workload import (
     reference_clients,
     reference_model,
 )
-from fedprompt.clip import FrozenCLIP
-from fedprompt.grid import InlineGrid
-from fedprompt.methods.base import PromptSource
-from fedprompt.reference import ReferenceClient, ReferenceCoOp, reference_local_training
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
+from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.training import train_cohort
 from fedprompt.workspace import Workspace
 

@@ -19,9 +19,9 @@ import yaml
 
 from fedprompt.bench.compare import MismatchError
 from fedprompt.bench.output import Column, Output
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import to_yaml
 from fedprompt.errors import UserError
-from fedprompt.run_folder import METRICS, PROMPTS
+from fedprompt.reports.run_data import METRICS, PROMPTS
 from fedprompt.sweep.plan import PlannedRun, expand, load_sweep
 
 COLUMNS: tuple[Column, ...] = (

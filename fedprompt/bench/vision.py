@@ -1,6 +1,6 @@
 """Image features under visual prompts, and the gradient back to the prompts.
 
-Ours is the written-down path of `image_transformer.py`; the reference is autograd through
+Ours is the written-down path of `vision_transformer.py`; the reference is autograd through
 open_clip's own blocks. Both take the same K clients with B images each, at once.
 """
 
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.bench.backbones import random_images
 from fedprompt.bench.compare import Row, interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.output import TIMES, Column, Output
-from fedprompt.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.rng import normal
-from fedprompt.vision_tower import VisionTower
 
 COLUMNS: tuple[Column, ...] = (
     *(("ratio", "ratio", ".2f") if column[0] == "ratio" else column for column in TIMES),

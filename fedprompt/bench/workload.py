@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.config import validate
-from fedprompt.data.base import TEST, TRAIN, ImageDataset
-from fedprompt.data.columns import Columns
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp
+from fedprompt.config.schema import Config
+from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.features.table import Columns
 from fedprompt.data.partition import Partition
-from fedprompt.reference import ReferenceClient, ReferenceCoOp
+from fedprompt.experiment.validate import validate
 from fedprompt.rng import generator
-from fedprompt.schema import Config
 from fedprompt.workspace import Workspace
 
 SEED = 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedprompt.data.base import ImageDataset
-from fedprompt.schema import DataConfig
+from fedprompt.config.schema import DataConfig
+from fedprompt.data.dataset import ImageDataset
 
 
 def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -> ImageDataset:
@@ -21,25 +21,25 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
         from fedprompt.data import aerial_scenes
 
         return aerial_scenes.load(config, seed)
-    from fedprompt.data.cache import default_cache_dir
+    from fedprompt.data.features.cache import default_cache_dir
 
     cache_dir = cache_dir or default_cache_dir()
     if config.source == "folder":
-        from fedprompt.data import folder
+        from fedprompt.data.sources import folder
 
         return folder.load(config, seed, cache_dir)
     if config.source == "client_folders":
-        from fedprompt.data import client_folders
+        from fedprompt.data.sources import client_folders
 
         return client_folders.load(config, seed, cache_dir)
     if config.source == "catalogue":
-        from fedprompt.data import published
+        from fedprompt.data.sources import published
 
         return published.load(config, seed, cache_dir)
     if config.source == "multi":
-        from fedprompt.data import multi
+        from fedprompt.data.sources import combined as multi
 
         return multi.load(config, seed, cache_dir)
-    from fedprompt.data import hub
+    from fedprompt.data.sources import hub
 
     return hub.load(config, seed, cache_dir)

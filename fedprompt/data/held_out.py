@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.data.base import HELD, TEST, ImageDataset
+from fedprompt.data.dataset import HELD, TEST, ImageDataset
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fedprompt.data.base import TEST, TRAIN
+from fedprompt.data.dataset import TEST, TRAIN
 from fedprompt.rng import generator
 
 

@@ -50,7 +50,8 @@ def write_bundle(folder: Path) -> Path:
     (folder / "pyproject.toml").write_text(PROJECT.format(version=__version__, package=PACKAGE))
     (package / "__init__.py").write_text('"""See fedprompt.deploy."""\n')
     for side in ("client", "server"):
-        code = f'"""See fedprompt.deploy.{side}."""\n\nfrom fedprompt.deploy.{side} import app\n'
+        module = f"fedprompt.deploy.{side}_app"
+        code = f'"""See {module}."""\n\nfrom {module} import app\n'
         (package / f"{side}.py").write_text(f'{code}\n__all__ = ["app"]\n')
     return folder
 

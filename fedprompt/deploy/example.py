@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from fedprompt.config.schema import DataConfig
 from fedprompt.data.aerial_scenes import load
-from fedprompt.data.base import TEST
+from fedprompt.data.dataset import TEST
 from fedprompt.errors import UserError
-from fedprompt.schema import DataConfig
 
 EXPERIMENT = "experiment.yaml"
 

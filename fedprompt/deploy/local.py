@@ -7,19 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedprompt.config.schema import Config
 from fedprompt.deploy import submit
+from fedprompt.deploy.folders import SETTINGS, NodeSite, ServerSite, init, read_node_site
 from fedprompt.deploy.processes import Processes, free_port, listens
-from fedprompt.deploy.site import (
-    SETTINGS,
-    NodeSite,
-    ServerSite,
-    init,
-    read_node_site,
-)
-from fedprompt.display import Display
 from fedprompt.errors import UserError
+from fedprompt.experiment.display import Display
 from fedprompt.files import write_bytes
-from fedprompt.schema import Config
 
 START_S = 120.0
 DAYS = 30
@@ -138,7 +132,7 @@ def resume_local(path: Path, display: Display, folder: Path | None = None) -> Pa
     Raises:
         UserError: it did not, or its nodes' folders are gone.
     """
-    from fedprompt.config import parse
+    from fedprompt.experiment.compose import parse
 
     path = path.resolve()
     settings = submit.settings_to_resume(path)

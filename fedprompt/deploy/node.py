@@ -11,19 +11,18 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
-from fedprompt.client_app import handle, server_round
-from fedprompt.config import compose, parse
-from fedprompt.deploy.description import ZERO_SHOT, describe, fault_reply, to_reply
 from fedprompt.deploy.node_config import Node, on_node, read_node, state_folder
+from fedprompt.deploy.node_report import ZERO_SHOT, describe, fault_reply, to_reply
+from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
-from fedprompt.methods import method_class
+from fedprompt.experiment.compose import compose, parse
+from fedprompt.federation.client_app import handle, server_round
+from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
-from fedprompt.private_store import FileStore
-from fedprompt.secure_aggregation import require_flower
-from fedprompt.threads import use_threads
-from fedprompt.wire import CLIENT_FAILED
+from fedprompt.methods.registry import method_class
+from fedprompt.privacy.secure_aggregation import require_flower
+from fedprompt.runtime import use_threads
 from fedprompt.workspace import Workspace
-from strategies.screening import CONFIG
 
 log = logging.getLogger("fedprompt.node")
 
@@ -61,7 +60,7 @@ def answer(
         if not (trains and workspace.config.secure_aggregation.enabled):
             return work()
         require_flower()
-        from fedprompt.secure_aggregation.client import answer as masked
+        from fedprompt.privacy.secure_aggregation.client import answer as masked
 
         return masked(workspace.config, message, RecordDict() if state is None else state, work)
     except UserError as error:

@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedprompt.config_paths import without_paths
+from fedprompt.config.paths import without_paths
+from fedprompt.config.schema import Config
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.schema import Config
 
 KEYS = {
     "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker",

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedprompt.grid import CountingGrid, Traffic
-from fedprompt.wire import to_wire
+from fedprompt.federation.grid import CountingGrid, Traffic
+from fedprompt.messages import to_wire
 
 log = logging.getLogger("fedprompt.server")
 

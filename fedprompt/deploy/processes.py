@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedprompt.environment import DEFAULTS
 from fedprompt.errors import UserError
+from fedprompt.runtime import DEFAULTS
 
 MARK = "FEDPROMPT_GROUP"
 GRACE_S = 5.0

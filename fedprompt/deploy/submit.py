@@ -13,15 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedprompt.config import to_yaml
-from fedprompt.config_paths import absolute
+from fedprompt.config.paths import absolute
+from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.bundle import write_bundle, write_run_config
-from fedprompt.deploy.site import CONNECTION, ServerSite, public_keys
-from fedprompt.display import Display
+from fedprompt.deploy.folders import CONNECTION, ServerSite, public_keys
 from fedprompt.errors import UserError
+from fedprompt.experiment.display import Display
 from fedprompt.files import write_bytes
-from fedprompt.run_folder import CONFIG, SUMMARY
-from fedprompt.schema import Config
+from fedprompt.reports.run_data import CONFIG, SUMMARY
 
 DEPLOYMENT, KEYED, LOG = "deployment.json", "nodes.json", "server.log"
 ASK_S, POLL_S = 5.0, 1.0

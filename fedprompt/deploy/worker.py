@@ -11,12 +11,12 @@ from pathlib import Path
 
 from flwr.app import Error, Message, RecordDict
 
-from fedprompt.deploy.carrier import receive, send
 from fedprompt.deploy.node import answer
+from fedprompt.deploy.worker_client import receive, send
 from fedprompt.errors import UserError
-from fedprompt.grid import become_server
-from fedprompt.wire import (
+from fedprompt.messages import (
     CLIENT_FAILED,
+    become_server,
     from_wire,
     records_from_wire,
     records_to_wire,

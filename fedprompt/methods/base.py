@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.rng import normal, uniform
-from fedprompt.text_tower import TextTower, context_init
 
 Tensors = dict[str, Tensor]
 """Named tensors: shared or private prompts, in one container each."""
@@ -272,33 +271,6 @@ def masked_mean(values_KB: Tensor, mask_KB: Tensor) -> Tensor:
 def cosine_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor) -> Tensor:
     """CLIP's logits: exp(logit_scale) times the products with class features, (K, B, C)."""
     return clip.logit_scale * (features_KBD @ classes_KCD.transpose(-1, -2))
-
-
-class PromptSource:
-    """A text tower and the starting values of the contexts that it takes."""
-
-    def __init__(
-        self,
-        clip: FrozenCLIP,
-        task: Task,
-        tokens: int,
-        *,
-        position: Any = "end",
-        init_text: str | None = None,
-        init_std: float = 0.02,
-    ) -> None:
-        self.tower = TextTower(clip, task.class_names, tokens, position=position)
-        self.clip, self.tokens = clip, tokens
-        self.init_text, self.init_std = init_text, init_std
-
-    def start(self, seed: int, *purpose: str | int) -> Tensor:
-        """A starting context (M, d): `init_text`'s embeddings, or N(0, init_std^2)."""
-        draw = normal((self.tokens, self.clip.text.width), self.init_std, seed, *purpose)
-        return context_init(self.clip, self.init_text, self.tokens, draw)
-
-    def classes(self, context: Tensor) -> Tensor:
-        """L2-normalised class features (..., C, D) of contexts (..., M, d)."""
-        return F.normalize(self.tower(context), dim=-1)
 
 
 def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:

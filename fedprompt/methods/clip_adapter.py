@@ -21,16 +21,16 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.feature_adapter import (
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.parts.adapters import (
     bottleneck,
     bottleneck_start,
     check_template,
     template_classes,
 )
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fedprompt.batched_linear import linear, linear_start
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import Method, PromptSource, Task, Tensors
-from fedprompt.options import option
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors
+from fedprompt.methods.parts.linear import linear, linear_start
+from fedprompt.methods.parts.prompts import PromptSource
 
 POSITIONS_AT_ONCE = 8192
 """Text positions that go through the tower at once: they bound the memory of activations."""

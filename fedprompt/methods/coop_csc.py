@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import TextTower, context_init
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
-from fedprompt.options import option
 from fedprompt.rng import normal
-from fedprompt.text_tower import TextTower, context_init
 
 
 @dataclass(frozen=True)

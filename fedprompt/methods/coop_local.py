@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedprompt.config.fields import option
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
 from fedprompt.methods.base import Batch, ClientData, Task, Tensors, Visit
-from fedprompt.options import option
-from fedprompt.wrapped_method import WrappedMethod, WrapperConfig, add, squared_distance
+from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig, add, squared_distance
 
 SHARED, PRIVATE = "ditto.shared.", "ditto.private."
 """Prefixes of the personal model's tensors, all of them private."""

@@ -39,13 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt import own_copy
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
 from fedprompt.methods.base import ClientData, Task, Tensors, Visit, masked_mean
 from fedprompt.methods.maple import MaPLe, MaPLeConfig
-from fedprompt.options import option
+from fedprompt.methods.parts import local_copy as own_copy
 from fedprompt.rng import generator
 
 FACTORS = ("weight", "bias")

@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.batched_linear import linear, linear_start
-from fedprompt.clip import FrozenCLIP
-from fedprompt.feature_adapter import check_template, raw_features, template_classes
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, masked_mean
-from fedprompt.options import option
+from fedprompt.methods.parts.adapters import check_template, raw_features, template_classes
+from fedprompt.methods.parts.linear import linear, linear_start
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fedprompt.config.fields import option
 from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

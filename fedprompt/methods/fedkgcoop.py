@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fedprompt.config.fields import option
 from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from fedprompt.config.fields import option
 from fedprompt.methods.maple import MaPLe, MaPLeConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import split_words
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
 from fedprompt.methods.base import (
     Batch,
     Method,
-    PromptSource,
     Task,
     Tensors,
     Visit,
@@ -54,9 +54,9 @@ from fedprompt.methods.base import (
     cross_entropy,
     masked_mean,
 )
-from fedprompt.options import option
+from fedprompt.methods.parts.deep_prompts import split_words
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
-from fedprompt.vision_tower import VisionTower
 
 KINDS = ("text", "visual")
 

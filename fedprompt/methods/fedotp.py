@@ -27,10 +27,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fedprompt.config.fields import option
 from fedprompt.methods.base import Tensors
+from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport
 from fedprompt.methods.plot import PLOT
-from fedprompt.optimal_transport import SMALLEST_EPS, Transport
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

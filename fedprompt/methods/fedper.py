@@ -20,11 +20,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.methods.base import Batch, Task, Tensors, Visit
-from fedprompt.options import option
-from fedprompt.wrapped_method import WrappedMethod, WrapperConfig
+from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import (
-    Batch,
-    Method,
-    PromptSource,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-)
-from fedprompt.options import option
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
 
 

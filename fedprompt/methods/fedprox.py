@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedprompt.config.fields import option
 from fedprompt.methods.base import Batch, Tensors
-from fedprompt.options import option
-from fedprompt.wrapped_method import WrappedMethod, WrapperConfig, squared_distance
+from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig, squared_distance
 
 
 @dataclass(frozen=True)

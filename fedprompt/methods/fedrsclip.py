@@ -40,29 +40,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedprompt.alignment import (
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.errors import UserError
+from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
+from fedprompt.methods.parts.alignment import (
     divergence,
     image_text_contrast,
     image_text_distance,
     pair_contrast,
     pair_distance,
 )
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import layers_within
-from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import (
-    Batch,
-    Method,
-    PromptSource,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-)
-from fedprompt.options import option
+from fedprompt.methods.parts.deep_prompts import layers_within
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
-from fedprompt.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.batched_linear import layer_norm, linear, linear_start
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import Method, PromptSource, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.parts.linear import layer_norm, linear, linear_start
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import uniform
 
 

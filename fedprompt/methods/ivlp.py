@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import DeepText, layers_within
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
 from fedprompt.rng import normal
-from fedprompt.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)

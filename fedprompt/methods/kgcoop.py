@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedprompt.batched_linear import linear_start
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import DeepText, layers_within
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
-from fedprompt.options import option
-from fedprompt.vision_tower import VisionTower
+from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
+from fedprompt.methods.parts.linear import linear_start
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.batched_linear import linear
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import layers_within
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import TextTower
+from fedprompt.backbone.vision_tower import Adapt, VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.methods.parts.deep_prompts import layers_within
+from fedprompt.methods.parts.linear import linear
 from fedprompt.rng import normal
-from fedprompt.text_tower import TextTower
-from fedprompt.vision_tower import Adapt, VisionTower
 
 
 @dataclass(frozen=True)

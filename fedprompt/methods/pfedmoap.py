@@ -32,22 +32,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from fedprompt import own_copy
-from fedprompt.batched_linear import linear, linear_start
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import (
-    Batch,
-    Method,
-    PromptSource,
-    Task,
-    Tensors,
-    Visit,
-    cosine_logits,
-    cross_entropy,
-)
-from fedprompt.options import option
+from fedprompt.methods.base import Batch, Method, Task, Tensors, Visit, cosine_logits, cross_entropy
+from fedprompt.methods.parts import local_copy as own_copy
+from fedprompt.methods.parts.linear import linear, linear_start
+from fedprompt.methods.parts.prompts import PromptSource
 
 PARTS = ("q", "k", "v", "o")
 """The gate's projections, W_q, W_k, W_v, W_o."""

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.feature_memory import empty_memory, fill_memory, recall
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, ClientData, Task, Tensors, cross_entropy
+from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
-from fedprompt.options import option
 
 
 @dataclass(frozen=True)

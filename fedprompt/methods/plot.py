@@ -26,11 +26,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import Batch, Method, PromptSource, Task, Tensors, cross_entropy
-from fedprompt.optimal_transport import SMALLEST_EPS, Transport, real_images
-from fedprompt.options import option
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.base import Batch, Method, Task, Tensors, cross_entropy
+from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport, real_images
+from fedprompt.methods.parts.prompts import PromptSource
 
 
 @dataclass(frozen=True)

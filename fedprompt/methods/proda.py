@@ -33,21 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import TextTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import (
-    Batch,
-    Method,
-    PromptSource,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-)
-from fedprompt.options import option
+from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
+from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import generator
-from fedprompt.text_tower import TextTower
 
 
 @dataclass(frozen=True)

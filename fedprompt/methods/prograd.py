@@ -31,19 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import context_init, token_count
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError
-from fedprompt.methods.base import (
-    Batch,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-    masked_mean,
-)
+from fedprompt.methods.base import Batch, Task, Tensors, cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
-from fedprompt.options import option
-from fedprompt.text_tower import context_init, token_count
 
 TINY = 1e-30
 """Keeps a vanishing L_KL gradient from dividing by zero; far below any that is not."""

@@ -20,10 +20,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods.base import Method, PromptSource, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.parts.prompts import PromptSource
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.methods.base import (
-    Batch,
-    PromptSource,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-    masked_mean,
-)
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import token_count
+from fedprompt.config.fields import option
+from fedprompt.methods.base import Batch, Task, Tensors, cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.ivlp import IVLP, IVLPConfig
-from fedprompt.options import option
-from fedprompt.text_tower import token_count
+from fedprompt.methods.parts.prompts import PromptSource
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ class PromptSRC(IVLP):
 @cache
 def imagenet_templates() -> tuple[str, ...]:
     """The 60 templates of the authors' code."""
-    path = resources.files("fedprompt") / "assets" / "imagenet_templates.json"
+    path = resources.files("fedprompt.backbone") / "assets" / "imagenet_templates.json"
     return tuple(json.loads(path.read_text(encoding="utf-8"))["templates"])
 
 

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors, Visit
-from fedprompt.options import option
-from fedprompt.wrapped_method import WrappedMethod, WrapperConfig
+from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig
 
 
 @dataclass(frozen=True)

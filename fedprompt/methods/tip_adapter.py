@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.feature_adapter import template_classes
-from fedprompt.feature_memory import empty_memory, fill_memory, recall
-from fedprompt.inputs import Inputs
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.methods.parts.adapters import template_classes
+from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
-from fedprompt.deep_prompts import layers_within
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.vision_tower import VisionTower
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.options import option
+from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.rng import normal, uniform
-from fedprompt.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)

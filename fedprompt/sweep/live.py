@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedprompt.display import MISSING, human_time, percent
-from fedprompt.narrow import BETWEEN, EDGES, LOOK
+from fedprompt.reports.format import MISSING, human_time, percent
+from fedprompt.reports.terminal import BETWEEN, EDGES, LOOK
 from fedprompt.sweep.plan import PlannedRun
 from fedprompt.sweep.state import progress, rounds_done, seconds_left
 

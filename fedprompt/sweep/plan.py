@@ -31,14 +31,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedprompt.config import available, compose, configs_dir, to_yaml
+from fedprompt.config.fields import build, option
+from fedprompt.config.schema import Config, to_yaml
+from fedprompt.config.shipped import configs_dir
+from fedprompt.data.sections import available
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.experiment.compose import compose
 from fedprompt.files import write_bytes
-from fedprompt.options import build, option
-from fedprompt.schema import Config
+from fedprompt.reports.compare.names import PLAN, describe, plain
 
-PLAN = "sweep.json"
-"""In the sweep's folder: which runs belong to it, by row, grid values and seed."""
 KEYS = ("experiment", "seeds", "common", "rows", "grid", "resources", "quick")
 SLUG = 60
 """Longest readable part of a run's name."""
@@ -174,16 +175,6 @@ def settings_hash(config: Config) -> str:
 def without_places(config: Config) -> Config:
     """The config without folder names: equal for runs that must give the same numbers."""
     return replace(config, output=replace(config.output, dir=None, root="runs", cache=None))
-
-
-def describe(values: Mapping[str, Any]) -> str:
-    """Grid values as `alpha 0.1, clients 5`: the last part of each key is enough to read."""
-    return ", ".join(f"{key.rpartition('.')[2]} {plain(value)}" for key, value in values.items())
-
-
-def plain(value: Any) -> str:
-    """A grid value without quotation marks."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_plan(

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedprompt.config import to_dict
+from fedprompt.config.schema import to_dict
 from fedprompt.errors import UserError
+from fedprompt.reports.compare.names import PLAN
 from fedprompt.sweep.live import Board
-from fedprompt.sweep.plan import PLAN, PlannedRun, Resources
+from fedprompt.sweep.plan import PlannedRun, Resources
 from fedprompt.sweep.worker import Outcome, SweepWorker, complete
 
 if TYPE_CHECKING:
-    from fedprompt.schema import GridConfig
+    from fedprompt.config.schema import GridConfig
 
 RETRIES = 2
 """How often a run whose process died is tried again."""
@@ -37,7 +38,7 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     """
     import torch
 
-    from fedprompt.cohorts import free_memory
+    from fedprompt.simulation.cohorts import free_memory
 
     room = [max(1, runs), _fits(available_cpus(), resources.cpus)]
     if most is not None:
@@ -61,7 +62,7 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
     """One run after the other in this process."""
     import torch
 
-    from fedprompt.opened import Opened
+    from fedprompt.workspace import Opened
 
     opened, threads = Opened(), torch.get_num_threads()
     for run in todo:
@@ -132,7 +133,7 @@ class RaySweep:
         """
         import ray
 
-        from fedprompt.ray_grid import start_ray
+        from fedprompt.simulation.ray_grid import start_ray
 
         started = not ray.is_initialized()
         if started:
@@ -151,7 +152,7 @@ class RaySweep:
                 ray.shutdown()
 
     def _ray_config(self) -> GridConfig:
-        from fedprompt.schema import GridConfig
+        from fedprompt.config.schema import GridConfig
 
         return GridConfig(
             kind="ray",

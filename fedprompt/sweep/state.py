@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedprompt.run_folder import CONFIG, SUMMARY, TIMINGS
+from fedprompt.reports.run_data import CONFIG, SUMMARY, TIMINGS
 from fedprompt.sweep.plan import PlannedRun
 
 TAIL_BYTES = 4096

@@ -1,7 +1,7 @@
 """One run of a sweep in this process, and the Ray actor that does many of them.
 
 Ray imports this module in a bare process: what libraries read when they are loaded is set first,
-and they are imported inside the methods (see fedprompt/ray_worker.py).
+and they are imported inside the methods (see fedprompt/simulation/ray_worker.py).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedprompt.environment import set_defaults
+from fedprompt.runtime import set_defaults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from fedprompt.opened import Opened
-    from fedprompt.schema import Config
+    from fedprompt.config.schema import Config
+    from fedprompt.workspace import Opened
 
 ERROR = "error.txt"
 """In the folder of a run that failed for another reason than bad input: the traceback."""
@@ -51,8 +51,8 @@ class SweepWorker:
 
     def run(self, config: Mapping[str, Any], threads: int) -> Outcome:
         """Run, or go on with, the run that `config` describes."""
-        from fedprompt.config import validate
-        from fedprompt.opened import Opened
+        from fedprompt.experiment.validate import validate
+        from fedprompt.workspace import Opened
 
         self._opened = self._opened or Opened()
         return complete(validate(config), self._opened, threads)
@@ -70,11 +70,11 @@ def complete(config: Config, opened: Opened, threads: int) -> Outcome:
     import torch
     from rich.console import Console
 
-    from fedprompt import experiment
-    from fedprompt.config import compose
-    from fedprompt.display import QuietDisplay
     from fedprompt.errors import UserError
-    from fedprompt.run_folder import CONFIG
+    from fedprompt.experiment import run as experiment
+    from fedprompt.experiment.compose import compose
+    from fedprompt.experiment.display import QuietDisplay
+    from fedprompt.reports.run_data import CONFIG
     from fedprompt.sweep.plan import without_places
 
     folder, silent = Path(str(config.output.dir)), QuietDisplay(Console(quiet=True))

@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shells import Shell
 
-from federations import config_for, needs_processes, shared_of, simulate, write_clients
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import to_yaml
+from fedprompt.deploy.folders import init
 from fedprompt.deploy.processes import descendants, end, free_port
-from fedprompt.deploy.site import init
+from tests.support.federations import (
+    config_for,
+    needs_processes,
+    shared_of,
+    simulate,
+    write_clients,
+)
+from tests.support.shells import Shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from federations import config_for, needs_processes, private_of, write_clients
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import to_yaml
 from fedprompt.deploy.processes import processes_with
-from fedprompt.display import QuietDisplay
-from fedprompt.experiment import run as experiment
-from fedprompt.run_folder import PRIVATE
+from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.run import run as experiment
+from fedprompt.reports.run_data import PRIVATE
+from tests.support.federations import config_for, needs_processes, private_of, write_clients
 
 
 @pytest.mark.slow

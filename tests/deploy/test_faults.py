@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from federations import (
+from fedprompt.deploy.processes import descendants, end
+from tests.support.federations import (
     Running,
     config_for,
     dropped,
@@ -24,8 +25,7 @@ from federations import (
     needs_processes,
     write_clients,
 )
-from fedprompt.deploy.processes import descendants, end
-from proxies import Proxy
+from tests.support.proxies import Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
 

@@ -17,17 +17,17 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 
-from conftest import small_config
-from federations import config_for, federation, needs_processes, write_clients
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import to_yaml
 from fedprompt.deploy.credentials import write_authority, write_node_key
 from fedprompt.deploy.node import answer
+from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
-from fedprompt.grid import become_server
-from fedprompt.private_store import FileStore
-from fedprompt.run_folder import read_checkpoint
-from fedprompt.wire import from_wire
-from strategies.screening import reply_fault
+from fedprompt.experiment.checkpoint import read_checkpoint
+from fedprompt.federation.screening import reply_fault
+from fedprompt.messages import become_server, from_wire
+from tests.support import ROOT
+from tests.support.builders import small_config
+from tests.support.federations import config_for, federation, needs_processes, write_clients
 
 
 class Bomb:
@@ -100,7 +100,7 @@ def test_pickles_in_files_and_on_the_wire_are_refused(flag: Path, tmp_path: Path
 
 
 def test_no_module_of_ours_opens_pickles() -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     code = [p for folder in ("fedprompt", "strategies") for p in (root / folder).rglob("*.py")]
     words = ("import pickle", "cloudpickle", "allow_pickle=True", "weights_only=False", "dill")
     found = [(p.name, word) for p in code for word in words if word in p.read_text()]

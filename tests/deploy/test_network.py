@@ -20,21 +20,20 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from networks import Network, why_not
-from shells import Shell
 
-from doc_pages import DOCS, commands
-from federations import (
+from fedprompt.config.schema import Config, to_yaml
+from fedprompt.deploy.credentials import write_node_key
+from fedprompt.deploy.processes import descendants, end
+from tests.support.doc_pages import DOCS, commands
+from tests.support.federations import (
     Watched,
     config_for,
     last_words,
     needs_processes,
     write_clients,
 )
-from fedprompt.config import to_yaml
-from fedprompt.deploy.credentials import write_node_key
-from fedprompt.deploy.processes import descendants, end
-from fedprompt.schema import Config
+from tests.support.networks import Network, why_not
+from tests.support.shells import Shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
 

@@ -16,21 +16,19 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from fake_data import truncated
-from federations import CLASSES, config_for, write_clients
-from fedprompt.config import to_yaml
-from fedprompt.deploy import carrier
-from fedprompt.deploy.carrier import WorkerAway, carry
-from fedprompt.deploy.description import Description, from_reply
+from fedprompt.config.schema import to_yaml
+from fedprompt.deploy import worker_client as carrier
+from fedprompt.deploy.folders import NodeSite
 from fedprompt.deploy.node import answer
-from fedprompt.deploy.site import NodeSite
+from fedprompt.deploy.node_report import Description, from_reply
 from fedprompt.deploy.worker import listen, serve_one
+from fedprompt.deploy.worker_client import WorkerAway, carry
 from fedprompt.errors import UserError
-from fedprompt.grid import become_server
-from fedprompt.methods import method_class
-from fedprompt.wire import to_wire
+from fedprompt.messages import become_server, to_record, to_wire
+from fedprompt.methods.registry import method_class
 from fedprompt.workspace import Workspace
-from strategies.screening import to_record
+from tests.support.fake_data import truncated
+from tests.support.federations import CLASSES, config_for, write_clients
 
 
 @pytest.fixture
@@ -201,6 +199,6 @@ def test_what_cannot_be_a_socket_is_one_line(short: Path) -> None:
 
 
 def test_carrying_a_message_loads_no_pytorch() -> None:
-    code = "import sys, fedprompt.deploy.client; print('torch' in sys.modules)"
+    code = "import sys, fedprompt.deploy.client_app; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from flwr.common.config import parse_config_args
 
-from conftest import small_config
+from fedprompt.config.schema import Config
+from fedprompt.deploy.folders import as_node_config
 from fedprompt.deploy.node_config import Node, on_node, on_server, read_node, state_folder
-from fedprompt.deploy.site import as_node_config
 from fedprompt.errors import UserError
-from fedprompt.schema import Config
+from tests.support.builders import small_config
 
 
 def folders_config(**data: Any) -> Config:

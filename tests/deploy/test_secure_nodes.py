@@ -18,22 +18,28 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from safetensors.torch import load_file
 
-from federations import config_for, needs_processes, write_clients
-from fedprompt.config import to_yaml
+from fedprompt.config.schema import Config, SecureAggregationConfig, to_yaml
 from fedprompt.deploy import node
-from fedprompt.deploy.carrier import carry
 from fedprompt.deploy.node import answer
 from fedprompt.deploy.worker import listen, serve_one
-from fedprompt.display import QuietDisplay
-from fedprompt.experiment import run as experiment
-from fedprompt.grid import InlineGrid, become_server
-from fedprompt.schema import Config, SecureAggregationConfig
-from fedprompt.secure_aggregation import COLLECT, RECORD, SETUP, STAGE, flower, stage_of
-from fedprompt.secure_aggregation.terms import Terms
-from fedprompt.server_app import Federation
-from fedprompt.wire import client_of, from_wire, records_from_wire, records_to_wire, to_wire
+from fedprompt.deploy.worker_client import carry
+from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.run import run as experiment
+from fedprompt.federation.server_app import Federation
+from fedprompt.messages import (
+    become_server,
+    client_of,
+    from_wire,
+    records_from_wire,
+    records_to_wire,
+    to_record,
+    to_wire,
+)
+from fedprompt.privacy.secure_aggregation import COLLECT, RECORD, SETUP, STAGE, flower, stage_of
+from fedprompt.privacy.secure_aggregation.params import Terms
+from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
-from strategies.screening import to_record
+from tests.support.federations import config_for, needs_processes, write_clients
 
 ON = SecureAggregationConfig(enabled=True, max_weight=100)
 

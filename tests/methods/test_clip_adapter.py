@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import CLASS_NAMES, batch_of
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Task
-from method_twins import assert_close, draw, images, leaves, make
+from fedprompt.methods.registry import Task
+from tests.support.builders import CLASS_NAMES, batch_of
+from tests.support.method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.schema import TrainingConfig
+from fedprompt.federation.registry import strategy_class
+from fedprompt.federation.screening import Update
 from fedprompt.training import ClientData, train_cohort
-from strategies import strategy_class
-from strategies.screening import Update
-from text_twin import (
+from tests.support.text_twin import (
     CLASS_NAMES,
     K,
     assert_close,

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.methods.base import stack
-from text_twin import assert_close, build_method, class_features, some_batch
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.text_twin import assert_close, build_method, class_features, some_batch
+from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

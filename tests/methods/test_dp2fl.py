@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import batch_of
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.config import validate
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
+from fedprompt.experiment.validate import validate
 from fedprompt.methods.base import ClientData, Tensors, stack
-from plain_prompted import close, images_of, plain_images, plain_text
-from text_twin import build_method
-from wrapper_twin import config, train
+from tests.support.builders import batch_of
+from tests.support.plain_prompted import close, images_of, plain_images, plain_text
+from tests.support.text_twin import build_method
+from tests.support.wrapper_twin import config, train
 
 PEERS, N = 3, 2
 OPTIONS: dict[str, Any] = {"peers": PEERS, "validation_images": 3, "alpha": 1.004, "beta": 0.4}

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import batch_of
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from fedprompt.methods import Batch, Tensors
 from fedprompt.methods.dp_fpl import DPFPL, clipped, factorise
+from fedprompt.methods.registry import Batch, Tensors
 from fedprompt.rng import generator
-from method_twins import assert_close, draw, images, leaves, make, prompted
+from tests.support.builders import batch_of
+from tests.support.method_twins import assert_close, draw, images, leaves, make, prompted
 
 K, B, M, R = 2, 5, 6, 3
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import batch_of, random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.config import validate
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
+from fedprompt.experiment.validate import validate
 from fedprompt.methods.base import Batch, Tensors
-from plain_prompted import close, images_of, moved, plain_images, plain_text
-from text_twin import build_method
+from tests.support.builders import batch_of, random_clip
+from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
+from tests.support.text_twin import build_method
 
 K, B, G, S = 2, 4, 3, 2
 OPTIONS: dict[str, Any] = {"groups": G, "uploaded_groups": S}

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plot import twin_logits
 
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from prompt_twins import (
+from tests.methods.test_plot import twin_logits
+from tests.support.prompt_twins import (
     K,
     assert_clients_alone_agree,
     batch,
@@ -23,7 +24,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from text_twin import build_method
+from tests.support.text_twin import build_method
 
 OPTIONS: list[dict[str, Any]] = [
     {},

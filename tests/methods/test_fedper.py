@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import batch_of
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import stack
-from text_twin import K, assert_close, build_method, class_features, some_batch
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.builders import batch_of
+from tests.support.text_twin import K, assert_close, build_method, class_features, some_batch
+from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

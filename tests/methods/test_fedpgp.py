@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from prompt_twins import (
+from tests.support.builders import CLASS_NAMES
+from tests.support.prompt_twins import (
     K,
     assert_clients_alone_agree,
     batch,
@@ -24,7 +25,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from text_twin import build_method, class_features
+from tests.support.text_twin import build_method, class_features
 
 OPTIONS: dict[str, Any] = {"context_tokens": 3, "bottleneck": 2}
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.fedpha import project
-from prompt_twins import (
+from tests.support.builders import CLASS_NAMES
+from tests.support.prompt_twins import (
     K,
     assert_clients_alone_agree,
     batch,
@@ -23,7 +24,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from text_twin import build_method, class_features
+from tests.support.text_twin import build_method, class_features
 
 OPTIONS: dict[str, Any] = {"shared_tokens": 4, "local_tokens": [2, 5, 3], "ratio": 0.7}
 

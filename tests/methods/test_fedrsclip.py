@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods import Batch, Method, Task, Tensors, method_class
 from fedprompt.methods.base import stack
-from fedprompt.options import build
+from fedprompt.methods.registry import Batch, Method, Task, Tensors, method_class
 from fedprompt.rng import generator
+from tests.support.builders import CLASS_NAMES, batch_of
 
 TASK = Task(CLASS_NAMES)
 K, B = 3, 7

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of, random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods import Batch, Method, Task, Tensors, method_class
 from fedprompt.methods.base import stack
-from fedprompt.options import build
-from plain_prompted import close, images_of, moved, plain_images, plain_text
+from fedprompt.methods.registry import Batch, Method, Task, Tensors, method_class
+from tests.support.builders import CLASS_NAMES, batch_of, random_clip
+from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B, THETA = 2, 5, 0.3
 COMPOSITIONS = ("two_branch", "concat", "sum")

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from fedprompt.methods import Task, Tensors
-from text_twin import (
+from fedprompt.methods.registry import Task, Tensors
+from tests.support.builders import random_clip
+from tests.support.text_twin import (
     CLASS_NAMES,
     K,
     assert_close,

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import CLASS_NAMES, batch_of, random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods import Method, Task, method_class
-from fedprompt.options import build
-from plain_prompted import close, images_of, moved, plain_images, plain_text
+from fedprompt.methods.registry import Method, Task, method_class
+from tests.support.builders import CLASS_NAMES, batch_of, random_clip
+from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from fedprompt.methods import Task
-from text_twin import (
+from fedprompt.methods.registry import Task
+from tests.support.text_twin import (
     CLASS_NAMES,
     K,
     assert_close,

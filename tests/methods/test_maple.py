@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of, random_clip
-from fedprompt.clip import FrozenCLIP, shape_only_clip
-from fedprompt.deep_prompts import split_words
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.config.fields import build
+from fedprompt.config.schema import TrainingConfig
 from fedprompt.errors import UserError
-from fedprompt.methods import Method, Task, Tensors, method_class
 from fedprompt.methods.base import ClientData, stack
-from fedprompt.options import build
-from fedprompt.schema import TrainingConfig
+from fedprompt.methods.parts.deep_prompts import split_words
+from fedprompt.methods.registry import Method, Task, Tensors, method_class
 from fedprompt.training import train_cohort
-from plain_prompted import close, images_of, moved, plain_images, plain_text
+from tests.support.builders import CLASS_NAMES, batch_of, random_clip
+from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 SHARINGS = ("text", "factors", "materialised")

@@ -7,12 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import batch_of
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Tensors, stack
-from text_twin import K, assert_close, build_method, class_features, images_of, some_batch
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.builders import batch_of
+from tests.support.text_twin import (
+    K,
+    assert_close,
+    build_method,
+    class_features,
+    images_of,
+    some_batch,
+)
+from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 OPTIONS: dict[str, Any] = {
     "context_tokens": 3,

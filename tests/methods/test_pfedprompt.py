@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of
-from fedprompt.clip import FrozenCLIP
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Method, Tensors
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, stack
-from method_twins import assert_close, images, leaves, make, prompted
+from fedprompt.methods.registry import Method, Tensors
+from tests.support.builders import CLASS_NAMES, batch_of
+from tests.support.method_twins import assert_close, images, leaves, make, prompted
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

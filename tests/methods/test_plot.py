@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimal_transport import plain_plan
 from torch import Tensor
 
-from conftest import CLASS_NAMES
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from prompt_twins import (
+from tests.methods.parts.test_optimal_transport import plain_plan
+from tests.support.builders import CLASS_NAMES
+from tests.support.prompt_twins import (
     B,
     K,
     assert_clients_alone_agree,
@@ -27,7 +28,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from text_twin import build_method, class_features
+from tests.support.text_twin import build_method, class_features
 
 OPTIONS = {"prompts": 3, "context_tokens": 2}
 

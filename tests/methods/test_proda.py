@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from text_twin import (
+from tests.support.text_twin import (
     CLASS_NAMES,
     K,
     assert_close,

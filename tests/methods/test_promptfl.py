@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import CLASS_NAMES, batch_of
-from fedprompt.clip import FrozenCLIP
-from fedprompt.methods import Task, method_class
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.methods.registry import Task, method_class
 from fedprompt.rng import normal
+from tests.support.builders import CLASS_NAMES, batch_of
 
 
 def test_promptfl_is_coop(clip: FrozenCLIP) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedprompt.clip import FrozenCLIP, shape_only_clip
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from prompt_twins import (
+from tests.support.prompt_twins import (
     K,
     assert_clients_alone_agree,
     batch,
@@ -20,7 +21,7 @@ from prompt_twins import (
     row,
     tensors,
 )
-from text_twin import build_method, class_features
+from tests.support.text_twin import build_method, class_features
 
 
 @pytest.mark.parametrize("theta", [0.4, 0.9])

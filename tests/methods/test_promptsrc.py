@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of, random_clip
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods import Batch, Method, Task, method_class
 from fedprompt.methods.promptsrc import imagenet_templates, template_mean
-from fedprompt.options import build
-from plain_prompted import close, images_of, moved, plain_images, plain_text
+from fedprompt.methods.registry import Batch, Method, Task, method_class
+from tests.support.builders import CLASS_NAMES, batch_of, random_clip
+from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 TERMS = ("ce", "text", "image", "logits")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import build
 from fedprompt.errors import UserError
+from fedprompt.federation.registry import strategy_class
+from fedprompt.federation.screening import Update
 from fedprompt.methods.scaffold import coefficients
-from fedprompt.options import build
-from strategies import strategy_class
-from strategies.screening import Update
-from text_twin import build_method
-from wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.text_twin import build_method
+from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
 
 N = len(SIZES)
 

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import CLASS_NAMES, batch_of
-from fedprompt.clip import FrozenCLIP
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.inputs import Inputs
-from fedprompt.methods import Method, Task, Tensors
 from fedprompt.methods.base import ClientData, stack
-from fedprompt.schema import TrainingConfig
+from fedprompt.methods.registry import Method, Task, Tensors
 from fedprompt.training import train_cohort
-from method_twins import assert_close, images, make
+from tests.support.builders import CLASS_NAMES, batch_of
+from tests.support.method_twins import assert_close, images, make
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])

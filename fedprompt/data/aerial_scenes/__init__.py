@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from fedprompt.config.schema import DataConfig
 from fedprompt.data.aerial_scenes.canvas import Canvas
 from fedprompt.data.aerial_scenes.domains import (
     DOMAINS,
@@ -35,10 +36,9 @@ from fedprompt.data.aerial_scenes.scenes import (
     EXTRA_CLASSES,
     HELD_OUT_CLASSES,
 )
-from fedprompt.data.base import TEST, TRAIN, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.rng import generator
-from fedprompt.schema import DataConfig
 
 __all__ = [
     "CLASSES",

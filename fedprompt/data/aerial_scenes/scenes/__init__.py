@@ -27,11 +27,7 @@ from fedprompt.data.aerial_scenes.scenes.land import (
     orchard,
     rectangular_farmland,
 )
-from fedprompt.data.aerial_scenes.scenes.sport import (
-    baseball_diamond,
-    football_field,
-    tennis_court,
-)
+from fedprompt.data.aerial_scenes.scenes.sport import baseball_diamond, football_field, tennis_court
 from fedprompt.data.aerial_scenes.scenes.transport import (
     freeway,
     intersection,
@@ -40,14 +36,7 @@ from fedprompt.data.aerial_scenes.scenes.transport import (
     roundabout,
     runway,
 )
-from fedprompt.data.aerial_scenes.scenes.water import (
-    beach,
-    harbor,
-    island,
-    lake,
-    river,
-    sea_ice,
-)
+from fedprompt.data.aerial_scenes.scenes.water import beach, harbor, island, lake, river, sea_ice
 
 DRAW: dict[str, Callable[[Scene], None]] = {
     "baseball diamond": baseball_diamond,

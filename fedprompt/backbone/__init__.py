@@ -1,0 +1,1 @@
+"""The frozen CLIP, and the ways of prompts through its towers."""

@@ -1,0 +1,147 @@
+"""Patch features in CLIP's joint space: dense output tokens, and local features.
+
+`dense_encoder` gives output tokens: what the last layer says at each patch, as PLOT (Chen et al.,
+ICLR 2023, arXiv 2210.01253) and FedOTP (Li et al., CVPR 2024, arXiv 2403.00041) read them from
+CLIP: of a vision transformer, the tokens after the last layer, through `ln_post` and the
+projection; of a ResNet, all tokens of the attention pool, each with its own query.
+
+`local_encoder` gives local features, from a tower that was trained for whole images. Source:
+Extract Free Dense Labels from CLIP (Zhou et al., ECCV 2022, arXiv 2112.01071); so also in GL-MCM
+(Miyai et al., IJCV 2025, arXiv 2304.04521). In the last attention each position looks at itself
+only: its own value goes through the output projection, and on as the class token's would.
+
+Suffixes: B images, P patches (no class token), W tower width, D joint embedding, N positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from fedprompt.backbone.clip import FrozenCLIP
+
+
+def dense_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
+    """A function from images (B, 3, H, W) to output tokens (B, P, D), and P.
+
+    Tokens are L2-normalised, float32, on the CPU. None where the backbone's image tower is neither
+    open_clip's plain vision transformer nor its ResNet.
+    """
+    return patch_encoder(clip, _tokens_of_transformer, _tokens_of_resnet)
+
+
+def _tokens_of_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
+    x = visual.transformer(visual._embeds(images_B3HW))
+    tokens_BPD: Tensor = visual.ln_post(x[:, 1:]) @ visual.proj
+    return tokens_BPD
+
+
+def _tokens_of_resnet(visual: ModifiedResNet, images_B3HW: Tensor) -> Tensor:
+    x = visual.stem(images_B3HW)
+    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = layer(x)
+    pool: Any = visual.attnpool
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+    x = x + pool.positional_embedding.to(x.dtype)
+    q, k, v = (
+        _heads(projection(x), pool.num_heads)
+        for projection in (pool.q_proj, pool.k_proj, pool.v_proj)
+    )
+    mixed_BNw = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    tokens_BPD: Tensor = pool.c_proj(mixed_BNw[:, 1:])
+    return tokens_BPD
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, w) -> (B, heads, N, w / heads)."""
+    batch, positions, _ = x.shape
+    return x.view(batch, positions, heads, -1).transpose(1, 2)
+
+
+LocalEncoder = Callable[[Tensor], Tensor]
+
+
+def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
+    """A function from images (B, 3, H, W) to local features (B, P, D), and P.
+
+    Features are L2-normalised, float32, on the CPU. None where the backbone's image tower is
+    neither open_clip's plain vision transformer nor its ResNet.
+    """
+    return patch_encoder(clip, _from_transformer, _from_resnet)
+
+
+def patch_encoder(
+    clip: FrozenCLIP,
+    from_transformer: Callable[[Any, Tensor], Tensor],
+    from_resnet: Callable[[Any, Tensor], Tensor],
+) -> tuple[LocalEncoder, int] | None:
+    """What reads patches (B, P, D) of a tower, as an encoder of images, normalised; and P.
+
+    None where the backbone's image tower is of neither kind.
+    """
+    visual: Any = clip.model.visual
+    if isinstance(visual, VisionTransformer) and is_plain(visual):
+        tower, patches = from_transformer, visual.positional_embedding.shape[0] - 1
+    elif isinstance(visual, ModifiedResNet):
+        tower, patches = from_resnet, visual.attnpool.positional_embedding.shape[0] - 1
+    else:
+        return None
+
+    @torch.no_grad()
+    def encode(images_B3HW: Tensor) -> Tensor:
+        with clip.autocast():
+            patches_BPD = tower(visual, images_B3HW.to(clip.device))
+        return F.normalize(patches_BPD.float(), dim=-1).cpu()
+
+    return encode, patches
+
+
+def is_plain(visual: VisionTransformer) -> bool:
+    """Whether a tower reads its class token, through ln_post and a projection, in plain blocks."""
+    last = visual.transformer.resblocks[-1]
+    return (
+        type(last) is ResidualAttentionBlock
+        and isinstance(last.attn, nn.MultiheadAttention)
+        and last.attn.in_proj_weight is not None
+        and visual.attn_pool is None
+        and visual.pool_type == "tok"
+        and not visual.final_ln_after_pool
+        and visual.proj is not None
+    )
+
+
+def _from_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
+    x = visual._embeds(images_B3HW)
+    *blocks, last = visual.transformer.resblocks
+    batch_first = visual.transformer.batch_first
+    x = x if batch_first else x.transpose(0, 1)
+    for block in blocks:
+        x = block(x)
+    x_BPW = x if batch_first else x.transpose(0, 1)
+    width = x_BPW.shape[-1]
+    bias = last.attn.in_proj_bias
+    value_BPW = F.linear(
+        last.ln_1(x_BPW),
+        last.attn.in_proj_weight[2 * width :],
+        None if bias is None else bias[2 * width :],
+    )
+    x_BPW = x_BPW + last.ls_1(last.attn.out_proj(value_BPW))
+    x_BPW = x_BPW + last.ls_2(last.mlp(last.ln_2(x_BPW)))
+    local_BPD: Tensor = visual.ln_post(x_BPW)[:, 1:] @ visual.proj
+    return local_BPD
+
+
+def _from_resnet(visual: ModifiedResNet, images_B3HW: Tensor) -> Tensor:
+    x = visual.stem(images_B3HW)
+    for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+        x = layer(x)
+    pool = visual.attnpool
+    local_BPD: Tensor = pool.c_proj(pool.v_proj(x.flatten(2).transpose(1, 2)))
+    return local_BPD

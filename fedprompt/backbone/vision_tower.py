@@ -1,0 +1,181 @@
+"""Images and visual prompts -> image features, with gradients to the prompts alone.
+
+Prompts stand behind the patches of open_clip's plain vision transformer, without a positional
+embedding and before `ln_pre`; deep prompts replace them at the input of later layers. So do the
+CLIP versions of VPT (Jia et al., ECCV 2022) in MaPLe's and PromptSRC's public code (Khattak et al.,
+CVPR 2023, ICCV 2023). Without prompts the features are open_clip's own.
+
+`vision_transformer.py` is the fast path. The plain one goes through open_clip's own blocks; it
+serves adapters and blocks of another kind, and `tests/backbone/test_vision_tower.py` holds the two
+together.
+
+Shape suffixes: K clients, B images of each, H x W pixels, N = K * B images, T positions of an image
+(class token, P patches, prompts), M prompt tokens, J deep layers, w tower width, D joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.frozen_layer import FrozenLayer
+from fedprompt.backbone.patch_features import is_plain
+from fedprompt.backbone.vision_transformer import ImageTransformer
+from fedprompt.errors import UserError
+
+Adapt = Callable[[int, Any, Tensor], Tensor | None]
+"""Layer, its block and its input (K, B, T, w) -> what is added to its output, or None. A client
+axis of 1 in the input may come out as K."""
+
+
+class VisionTower:
+    """Image features under learned visual prompts, or with adapters beside the blocks.
+
+    Args:
+        clip: the frozen backbone.
+
+    Raises:
+        UserError: the image tower is not open_clip's plain vision transformer.
+    """
+
+    def __init__(self, clip: FrozenCLIP) -> None:
+        visual: Any = clip.model.visual
+        if not (isinstance(visual, VisionTransformer) and is_plain(visual)):
+            raise UserError(
+                f"visual prompts need a plain vision transformer, but the image tower of "
+                f"{clip.name} is another ({type(visual).__name__}); choose a ViT backbone."
+            )
+        self.clip, self.visual = clip, visual
+        self.blocks = tuple(visual.transformer.resblocks)
+        self.width: int = visual.positional_embedding.shape[1]
+        self.layers = len(self.blocks)
+        self.patches: int = visual.positional_embedding.shape[0] - 1
+        self.fast = all(FrozenLayer.supports(block) for block in self.blocks)
+
+    @overload
+    def __call__(
+        self,
+        pixels: Tensor,
+        prompts: Tensor | None = ...,
+        deep: Tensor | None = ...,
+        *,
+        patches: Literal[False] = ...,
+        adapt: Adapt | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        pixels: Tensor,
+        prompts: Tensor | None = ...,
+        deep: Tensor | None = ...,
+        *,
+        patches: Literal[True],
+        adapt: Adapt | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self,
+        pixels: Tensor,
+        prompts: Tensor | None = None,
+        deep: Tensor | None = None,
+        *,
+        patches: bool = False,
+        adapt: Adapt | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (K, B, D), not normalised, float32; with `patches` also patches (K, B, P, D).
+
+        Args:
+            pixels: (K, B, 3, H, W), normalised as CLIP wants. A client axis of 1 broadcasts, here
+                and in the prompts.
+            prompts: (K, M, w).
+            deep: (K, J, M, w); entry j replaces the prompts at the input of layer j + 1.
+            patches: also give the output tokens of the patches, through `ln_post` and the
+                projection, as the class token goes.
+            adapt: adds to the output of blocks; takes the plain path.
+
+        Raises:
+            UserError: deep prompts without others, or more of them than there are layers.
+        """
+        self._check(prompts, deep)
+        with torch.no_grad(), self.clip.autocast():
+            embedded = self.visual._embeds(pixels.to(self.clip.device).flatten(0, 1))
+        image_KBTw = embedded.unflatten(0, pixels.shape[:2])
+        if prompts is not None:
+            prompts = self.visual.ln_pre(prompts)
+            clients = max(t.shape[0] for t in (pixels, prompts, deep) if t is not None)
+            image_KBTw = image_KBTw.expand(clients, -1, -1, -1)
+        if self.fast and adapt is None:
+            x_KBTw = self._fast(image_KBTw, prompts, deep, patches)
+        else:
+            with self.clip.autocast():
+                x_KBTw = self._plain(image_KBTw, prompts, deep, adapt)
+        tokens = 0 if prompts is None else prompts.shape[1]
+        images = x_KBTw.shape[0] * x_KBTw.shape[1]
+        self.clip.positions_encoded += images * (1 + self.patches + tokens)
+        used = 1 + self.patches if patches else 1
+        with self.clip.autocast():
+            out = (self.visual.ln_post(x_KBTw[:, :, :used]) @ self.visual.proj).float()
+        return (out[:, :, 0], out[:, :, 1:]) if patches else out[:, :, 0]
+
+    def features(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
+        """L2-normalised features (K, B, D) under prompts of the first J layers."""
+        first, deep = prompts_KJMw[:, 0], prompts_KJMw[:, 1:]
+        return F.normalize(self(pixels, first, deep if deep.shape[1] else None), dim=-1)
+
+    def _check(self, prompts: Tensor | None, deep: Tensor | None) -> None:
+        if deep is None:
+            return
+        if prompts is None:
+            raise UserError("deep visual prompts replace shallow ones, but there are none.")
+        if deep.shape[1] >= self.layers:
+            raise UserError(
+                f"{deep.shape[1]} deep visual prompts were given, but the image tower of "
+                f"{self.clip.name} has room for {self.layers - 1} after its first layer."
+            )
+
+    def _fast(
+        self, image: Tensor, prompts: Tensor | None, deep: Tensor | None, patches: bool
+    ) -> Tensor:
+        """Hidden states (K, B, 1 or 1 + P, w) after the last layer."""
+        transformer = ImageTransformer(self.clip.image_layers, self.blocks[0].attn.num_heads)
+        if prompts is not None:
+            # All clients or one, for both kinds.
+            clients = max(t.shape[0] for t in (prompts, deep) if t is not None)
+            prompts = prompts.float().expand(clients, -1, -1)
+            deep = None if deep is None else deep.float().expand(clients, -1, -1, -1)
+        x_NTw = transformer(image.flatten(0, 1).float(), prompts, deep, patches=patches)
+        return x_NTw.view(*image.shape[:2], -1, self.width)
+
+    def _plain(
+        self, x: Tensor, prompts: Tensor | None, deep: Tensor | None, adapt: Adapt | None
+    ) -> Tensor:
+        """Hidden states (K, B, T, w) after the last layer, through open_clip's own blocks."""
+        if prompts is not None:
+            x = torch.cat([x, _per_image(prompts, x)], dim=2)
+        for i, block in enumerate(self.blocks):
+            if deep is not None and 0 < i <= deep.shape[1]:
+                x = torch.cat([x[:, :, : 1 + self.patches], _per_image(deep[:, i - 1], x)], dim=2)
+            added = None if adapt is None else adapt(i, block, x)
+            x = self._block(block, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            if added is not None:
+                x = x + added
+        return x
+
+    def _block(self, block: Any, x_NTw: Tensor) -> Tensor:
+        if self.visual.transformer.batch_first:
+            out: Tensor = block(x_NTw)
+            return out
+        swapped: Tensor = block(x_NTw.transpose(0, 1)).transpose(0, 1)
+        return swapped
+
+
+def _per_image(prompts_KMw: Tensor, x_KBTw: Tensor) -> Tensor:
+    """(K or 1, M, w) -> (K, B, M, w), each client's prompts for each of its images."""
+    return prompts_KMw[:, None].expand(*x_KBTw.shape[:2], -1, -1).to(x_KBTw)

@@ -1,0 +1,217 @@
+"""Slow, plain twins of the fast paths: the usual way of doing it, for tests and benchmarks.
+
+`reference_class_features` is the twin of the text tower. The rest is a federation of CoOp as
+public code runs it: every image goes through the image tower at every step and evaluation, the
+class prompts through all positions of the text tower, each client has a copy of the whole model,
+one client trains at a time. The mathematics and the order of images are those of our own path.
+
+Shape suffixes: C classes, L text positions, M context tokens, R = L - 1 - M positions after the
+context, d text width, B images of a batch, D joint embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import TextTower, _project
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.rng import generator
+from fedprompt.scoring import Score
+
+
+def reference_class_features(
+    tower: TextTower, context: Tensor, deep: Tensor | None = None
+) -> Tensor:
+    """What `tower(context, deep)` computes, over all positions and one prompt at a time.
+
+    This is the pass of CoOp's public code: every class's full sequence of (usually 77) positions
+    goes through the model's own transformer blocks, and open_clip's own pooling reads the feature.
+    Shapes as in `TextTower.__call__`.
+    """
+    parts = tower.clip.text
+    tail = 3 if tower.class_specific else 2
+    lead = context.shape[:-tail]
+    classes = torch.arange(len(tower.class_names))
+    length = tower.token_ids_CL.shape[1]
+    features = []
+    flat_deep = None if deep is None else deep.reshape(-1, *deep.shape[-3:])
+    for i, one in enumerate(context.reshape(-1, *context.shape[-tail:])):
+        x, slots_CM = tower.assemble(one[None], classes, length)
+        mask = parts.attn_mask_LL
+        for layer, block in enumerate(parts.blocks):
+            if flat_deep is not None and 0 < layer <= flat_deep.shape[1]:
+                x = x.clone()
+                for c in classes.tolist():
+                    x[c, slots_CM[c]] = flat_deep[i, layer - 1]
+            x = block(x, attn_mask=mask)
+        x = parts.ln_final(x)
+        pooled = text_global_pool(
+            x, tower.token_ids_CL.to(x.device), parts.pool_type, eos_token_id=parts.eos_id
+        )
+        features.append(_project(parts, pooled))
+    return torch.stack(features).reshape(*lead, *features[0].shape)
+
+
+class ReferenceCoOp(nn.Module):
+    """CoOp's model as public federated code builds it: images in, logits out, nothing kept.
+
+    The whole CLIP is inside, so a copy of a client's model copies its weights too. Only the
+    context (M, d) is trained. Every call encodes its images, and the prompts of all classes over
+    all positions of the text tower.
+
+    Source: the structure of CoOp's `CustomCLIP` (Zhou et al., IJCV 2022), class name at the end.
+    """
+
+    ids_CL: Tensor
+    before_C1d: Tensor
+    after_CRd: Tensor
+
+    def __init__(self, clip: FrozenCLIP, class_names: Sequence[str], context_Md: Tensor) -> None:
+        super().__init__()
+        self.model = clip.model
+        self.logit_scale = clip.logit_scale
+        self.context = nn.Parameter(context_Md.clone())
+        tokens = len(context_Md)
+        lead = " ".join(["X"] * tokens)
+        ids_CL = clip.tokenizer([f"{lead} {name}." for name in class_names])
+        embedded_CLd = clip.text.token_embedding(ids_CL)
+        self.register_buffer("ids_CL", ids_CL)
+        self.register_buffer("before_C1d", embedded_CLd[:, :1].clone())
+        self.register_buffer("after_CRd", embedded_CLd[:, 1 + tokens :].clone())
+
+    def class_features(self) -> Tensor:
+        """L2-normalised features (C, D) of all class prompts."""
+        text: Any = getattr(self.model, "text", self.model)
+        context_CMd = self.context.expand(len(self.ids_CL), -1, -1)
+        x = torch.cat([self.before_C1d, context_CMd, self.after_CRd], dim=1)
+        x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
+        end_C = self.ids_CL.argmax(dim=-1)
+        pooled_Cd = text.ln_final(x)[torch.arange(len(x)), end_C]
+        return F.normalize(pooled_Cd @ text.text_projection, dim=-1)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        with torch.no_grad():
+            images_BD = F.normalize(self.model.encode_image(images_B3HW), dim=-1)
+        return self.logit_scale * images_BD @ self.class_features().T
+
+
+@dataclass(frozen=True)
+class ReferenceClient:
+    """A client's own images: preprocessed (n, 3, H, W), with labels (n,), to train and to test."""
+
+    client: int
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def reference_local_training(
+    model: ReferenceCoOp,
+    client: ReferenceClient,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    server_round: int,
+    rounds: int,
+) -> float:
+    """Train `model` in place on one client's images; the mean loss over all images seen.
+
+    One batch after the other, a torch optimiser, in the order of images that
+    `training.train_cohort` uses too.
+    """
+    lr = config.lr
+    if config.schedule == "cosine":
+        lr *= 0.5 * (1 + math.cos(math.pi * (server_round - 1) / rounds))
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW([model.context], lr=lr, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            [model.context], lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    count, total = len(client.train_labels), 0.0
+    for epoch in range(config.local_epochs):
+        order = generator(seed, "shuffle", server_round, client.client, epoch).permutation(count)
+        for first in range(0, count, config.batch_size):
+            rows = torch.from_numpy(order[first : first + config.batch_size])
+            loss = F.cross_entropy(model(client.train_images[rows]), client.train_labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+    return total / (count * config.local_epochs)
+
+
+@torch.no_grad()
+def reference_evaluate(
+    model: ReferenceCoOp, images: Tensor, labels: Tensor, batch_size: int
+) -> Score:
+    """Score on a test set; images and class prompts are encoded again for every batch."""
+    correct, loss = 0, 0.0
+    for first in range(0, len(labels), batch_size):
+        targets = labels[first : first + batch_size]
+        logits = model(images[first : first + batch_size])
+        correct += int((logits.argmax(-1) == targets).sum())
+        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+    return Score(correct, len(labels), loss)
+
+
+@dataclass(frozen=True)
+class ReferenceRound:
+    """What is known after a round: the averaged context, scores, the clients' mean losses."""
+
+    context: Tensor
+    losses: list[float]
+    global_score: Score
+    personal_scores: list[Score]
+
+
+def reference_federation(
+    model: ReferenceCoOp,
+    clients: Sequence[ReferenceClient],
+    server_test: tuple[Tensor, Tensor],
+    config: TrainingConfig,
+    *,
+    seed: int,
+    rounds: int,
+    test_batch: int,
+) -> Iterator[ReferenceRound]:
+    """Rounds 0 (nothing trained yet) to `rounds` of FedAvg on the context, evaluated each time.
+
+    Every client of every round trains a deep copy of the whole model; the average is weighted by
+    the clients' numbers of training images.
+    """
+    for server_round in range(rounds + 1):
+        losses = []
+        if server_round > 0:
+            contexts = []
+            for client in clients:
+                local = copy.deepcopy(model)
+                losses.append(
+                    reference_local_training(
+                        local, client, config, seed=seed, server_round=server_round, rounds=rounds
+                    )
+                )
+                contexts.append(local.context.detach())
+            weights = torch.tensor([float(len(c.train_labels)) for c in clients])
+            mean = torch.einsum("k,kmd->md", weights / weights.sum(), torch.stack(contexts))
+            with torch.no_grad():
+                model.context.copy_(mean)
+        yield ReferenceRound(
+            model.context.detach().clone(),
+            losses,
+            reference_evaluate(model, *server_test, test_batch),
+            [reference_evaluate(model, c.test_images, c.test_labels, test_batch) for c in clients],
+        )

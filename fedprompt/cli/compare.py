@@ -1,0 +1,140 @@
+"""What `fedprompt compare` does with its options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rich.console import Console
+
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.files import write_bytes
+from fedprompt.reports.compare.load import Loaded, Row, load_rows
+from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
+from fedprompt.reports.compare.statistics import Test
+from fedprompt.reports.compare.table import (
+    Comparison,
+    comma_separated,
+    compare_rows,
+    latex,
+    markdown,
+    terminal,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMS: dict[str, Callable[[Comparison], str]] = {
+    "markdown": markdown,
+    "csv": comma_separated,
+    "latex": latex,
+}
+SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex"}
+
+
+def compare_command(
+    paths: Sequence[Path],
+    *,
+    metrics: str | None,
+    form: str,
+    test: str,
+    where: Sequence[str],
+    heat: tuple[str, str] | None,
+    out: Path | None,
+    protocol: str | None,
+) -> None:
+    """Print the table in the form asked for; write tables and figures where `out` says."""
+    _check(form, ["terminal", *FORMS], "--format")
+    _check(test, ["t", "wilcoxon", "none"], "--test")
+    if heat is not None and out is None:
+        raise UserError("compare: --heat draws a figure; say where with --out FOLDER.")
+    loaded = load_rows(paths, where)
+    if protocol is not None:
+        _compare_protocol(protocol, loaded, out)
+        return
+    columns = choose(metrics, loaded.rows)
+    table = compare_rows(loaded.rows, columns, cast("Test", test))
+    console = Console(highlight=False)
+    if form == "terminal":
+        console.print(terminal(table, console.width, bold=console.is_terminal))
+    else:
+        sys.stdout.write(FORMS[form](table))
+    for note in loaded.notes:
+        sys.stderr.write(f"{note}\n")
+    if out is not None:
+        for path in write_all(out, table, loaded.rows, heat, columns):
+            sys.stderr.write(f"wrote {path}\n")
+
+
+def print_sweep(folder: Path, console: Console) -> None:
+    """The table of a sweep's finished runs, in the terminal's form."""
+    rows = load_rows([folder]).rows
+    table = compare_rows(rows, choose(None, rows))
+    console.print(terminal(table, console.width, bold=console.is_terminal))
+
+
+def write_all(
+    out: Path,
+    table: Comparison,
+    rows: Sequence[Row],
+    heat: tuple[str, str] | None,
+    columns: Sequence[Metric],
+) -> list[Path]:
+    """Write the table in three forms, and every figure that there is data for.
+
+    Raises:
+        UserError: the folder cannot be written, or no heat map can be drawn.
+    """
+    from fedprompt.reports.compare.figures import figure_clients, figure_curves, figure_heat
+
+    figures: dict[str, Figure | None] = {
+        "curves": figure_curves(rows),
+        "bytes": figure_curves(rows, over_bytes=True),
+        "clients": figure_clients(rows),
+    }
+    if heat is not None:
+        chosen = KNOWN["personal"] if KNOWN["personal"] in columns else columns[0]
+        figures["heat"] = figure_heat(rows, heat, chosen)
+    written = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for form, make in FORMS.items():
+            path = out / f"table.{SUFFIXES[form]}"
+            write_bytes(path, make(table).encode())
+            written.append(path)
+        for name, figure in figures.items():
+            if figure is not None:
+                written.append(_save(figure, out / f"{name}.png"))
+    except OSError as error:
+        raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    from fedprompt.reports.round_figures import save
+
+    save(figure, path)
+    return path
+
+
+def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
+    """The comparison that a protocol itself makes of single runs."""
+    from fedprompt.evaluation.registry import compare_runs
+
+    runs = [run for row in loaded.rows for run in row.runs.values()]
+    table, figure = compare_runs(name, runs)
+    sys.stdout.write(f"{table.markdown()}\n\n{table.note}\n")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_bytes(out / f"{name}.md", f"{table.markdown()}\n\n{table.note}\n".encode())
+            sys.stderr.write(f"wrote {_save(figure, out / f'{name}.png')}\n")
+        except OSError as error:
+            raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None
+
+
+def _check(value: str, known: Sequence[str], option: str) -> None:
+    if value not in known:
+        raise UserError(f"compare: {option} {value!r} is unknown.{did_you_mean(value, [*known])}")

@@ -1,0 +1,271 @@
+"""The `fedprompt data` commands: the catalogue, partitions, contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group
+
+from fedprompt.cli.completion import (
+    complete_dataset,
+    complete_experiment,
+    complete_override,
+    complete_shown,
+)
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.reports.terminal import fields, fitted
+
+if TYPE_CHECKING:
+    from fedprompt.config.schema import Config
+    from fedprompt.data.catalogue import Entry
+    from fedprompt.data.dataset import ImageDataset
+    from fedprompt.data.partition import Partition
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to the config, e.g. federation.rounds=20 method=promptfl seed=2",
+        metavar="[KEY=VALUE]...",
+        autocompletion=complete_override,
+    ),
+]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A data set of the catalogue.", metavar="NAME", autocompletion=complete_dataset
+    ),
+]
+Experiment = Annotated[
+    str,
+    typer.Argument(help="A shipped experiment or a YAML file.", autocompletion=complete_experiment),
+]
+SplitFrom = Annotated[
+    str, typer.Option("--split", help="auto, coop (CoOp's split file) or official.")
+]
+
+
+@data_app.command("list")
+def list_datasets() -> None:
+    """List the data sets of the catalogue."""
+    from fedprompt.data import catalogue
+
+    console = Console()
+    entries = [catalogue.entry(name) for name in catalogue.names()]
+    for kind in sorted({entry.kind for entry in entries}, reverse=True):
+        console.print(_entries(kind, [e for e in entries if e.kind == kind], console.width))
+    console.print(
+        "hub: yes, or ? where the copy could not be checked. data=NAME loads from the hub,\n"
+        "data=NAME data.root=DIR the authors' folder; 'fedprompt data show NAME' says more.",
+        **PLAIN,
+    )
+
+
+def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
+    """Data sets of one kind, a line each; their licences where the terminal has room."""
+    rows = []
+    for entry in entries:
+        hub = "-" if entry.hub is None else "yes" if entry.hub.verified else "?"
+        metres = entry.metres_per_pixel or "-"
+        facts = (f"{entry.images:,}", str(entry.num_classes), hub, entry.size, metres)
+        rows.append((entry.name, *facts, entry.licence))
+    heads = ("name", "images", "classes", "hub", "size", "m/pixel", "licence")
+    most = {"size": 24, "licence": max(20, width - 90)}
+    name, *others = fields(heads, rows, left=heads[3:], most=most)
+    bare = [field.head for field in others if all(cell.plain == "-" for cell in field.cells)]
+    dropped = (*bare, *(() if width >= 110 else ("licence",)))
+    others = [field for field in others if field.head not in dropped]
+    return fitted(name, others, width, title=kind)
+
+
+@data_app.command()
+def show(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A data set of the catalogue, a shipped experiment or a YAML file.",
+            metavar="NAME_OR_EXPERIMENT",
+            autocompletion=complete_shown,
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the plot goes.")] = Path(
+        "partition.png"
+    ),
+) -> None:
+    """Print a data set's entry, or print and plot an experiment's partition: clients x classes."""
+    from fedprompt.data import catalogue
+    from fedprompt.data.sections import available
+
+    if what in catalogue.names() and what not in available("experiment"):
+        if overrides:
+            raise UserError(f"'{what}' is a data set; changes are for experiments.")
+        _show_entry(what)
+        return
+    if what not in available("experiment") and not what.endswith((".yaml", ".yml")):
+        hint = did_you_mean(what, [*available("experiment"), *catalogue.names()])
+        raise UserError(f"no experiment or data set {what!r}.{hint}")
+    _show_partition(what, overrides or [], out)
+
+
+@data_app.command()
+def check(
+    name: Name,
+    root: Annotated[Path, typer.Option("--root", help="The folder with the authors' copy.")],
+    split: SplitFrom = "auto",
+) -> None:
+    """Compare a folder with the catalogue: classes, counts, missing files. Exit 1: they differ."""
+    from fedprompt.data import catalogue
+    from fedprompt.data.sources import check_copy as checking
+
+    found = catalogue.entry(name)
+    finding = checking.check(found, root, _split(split))
+    rows = []
+    for row in finding.rows:
+        stated = "" if row.stated is None else f"{row.stated:,}"
+        verdict = "" if row.stated is None else "ok" if row.ok else "differs"
+        rows.append((row.what, stated, f"{row.found:,}", verdict))
+    console = Console()
+    what, *others = fields(("", "stated", "found", "verdict"), rows, left=("verdict",))
+    title = f"{name}: split: {finding.split_source}"
+    console.print(fitted(what, others, console.width, title=title))
+    for problem in finding.problems:
+        console.print(problem, **PLAIN)
+    if not finding.ok:
+        console.print(f"{root} differs from the catalogue's {name}", **PLAIN)
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def prepare(
+    name: Name,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="The folder with the authors' copy.")
+    ] = None,
+    from_hub: Annotated[
+        bool, typer.Option("--hub", help="Load (and so download) the copy on the hub instead.")
+    ] = False,
+    split: SplitFrom = "auto",
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="As output.cache in a config.")
+    ] = None,
+) -> None:
+    """Read every image once: report counts and unreadable images; later starts skip that step."""
+    from fedprompt.config.fields import build
+    from fedprompt.config.schema import DataConfig
+    from fedprompt.data import catalogue, open_dataset
+    from fedprompt.data.dataset import TEST, TRAIN
+    from fedprompt.data.features.cache import default_cache_dir
+
+    if from_hub == (root is not None):
+        raise UserError("give --root DIR for the authors' folder, or --hub for the hub's copy.")
+    keys = catalogue.data_keys(catalogue.entry(name).name)
+    keys |= {"root": None if root is None else str(root), "split": _split(split)}
+    config = build(DataConfig, {**keys, "on_bad_image": "skip"}, "data")
+    dataset = open_dataset(config, 1, default_cache_dir(None if cache is None else str(cache)))
+    console = Console()
+    counts = {code: int((dataset.split_N == code).sum()) for code in (TRAIN, TEST)}
+    console.print(
+        f"{name}: {len(dataset):,} images of {len(dataset.class_names)} classes and "
+        f"{len(dataset.domain_names)} domain(s) can be read: {counts[TRAIN]:,} training, "
+        f"{counts[TEST]:,} test",
+        **PLAIN,
+    )
+    for bad in dataset.bad_images:
+        console.print(f"unreadable: {bad.where}: {bad.reason}", **PLAIN)
+    if dataset.bad_images:
+        console.print(
+            f"{len(dataset.bad_images)} unreadable: mend them, or set data.on_bad_image=skip",
+            **PLAIN,
+        )
+
+
+@data_app.command()
+def partition(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the file goes.")] = Path(
+        "partition.json"
+    ),
+) -> None:
+    """Write an experiment's partition to a file, which partition.file=FILE reads back."""
+    from fedprompt.data.partition.file import origin_of, write_partition
+    from fedprompt.experiment.compose import compose
+
+    config = compose(experiment, overrides or [])
+    dataset, made = _dealt(config)
+    write_partition(out, dataset, made, origin_of(config.partition, config.seed))
+    Console().print(f"wrote {out}", **PLAIN)
+
+
+@data_app.command()
+def sheet(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
+) -> None:
+    """Draw a contact sheet of a data set: one row per class, images of all domains."""
+    from fedprompt.cli.data_views import contact_sheet
+    from fedprompt.data import open_dataset
+    from fedprompt.data.features.cache import default_cache_dir
+    from fedprompt.experiment.compose import compose
+
+    config = compose(experiment, overrides or [])
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    try:
+        contact_sheet(dataset).save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out}: {error}.") from None
+    Console().print(f"wrote {out}", markup=False, highlight=False)
+
+
+def _dealt(config: Config) -> tuple[ImageDataset, Partition]:
+    """The data set, without what a protocol holds out, and its partition, as in a run."""
+    from fedprompt.data import open_dataset
+    from fedprompt.data.features.cache import default_cache_dir
+    from fedprompt.data.partition import make_partition
+    from fedprompt.evaluation.registry import hold_out
+
+    dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    dataset, _ = hold_out(config, dataset)
+    return dataset, make_partition(dataset, config.partition, config.seed)
+
+
+def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
+    from fedprompt.cli.data_views import partition_table
+    from fedprompt.data.partition import describe
+    from fedprompt.experiment.compose import compose
+    from fedprompt.reports.round_figures import plot_partition
+
+    config = compose(experiment, overrides)
+    dataset, made = _dealt(config)
+    description = describe(dataset, made)
+    console = Console()
+    console.print(partition_table(dataset.name, description, console.width))
+    for bad in dataset.bad_images:
+        console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
+    try:
+        plot_partition(description, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}.") from None
+    console.print(f"wrote {out}", markup=False, highlight=False)
+
+
+def _show_entry(name: str) -> None:
+    import yaml
+
+    from fedprompt.data.catalogue import entry, facts
+
+    text = yaml.safe_dump(facts(entry(name)), sort_keys=False, allow_unicode=True, width=100)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True, end="")
+
+
+def _split(name: str) -> str:
+    if name not in ("auto", "coop", "official"):
+        raise UserError(f"--split is {name!r}; it must be auto, coop or official.")
+    return name

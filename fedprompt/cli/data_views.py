@@ -1,0 +1,80 @@
+"""Data sets and partitions for the eye: a table for the terminal, a contact sheet as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.console import Group
+
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.partition import dense
+from fedprompt.reports.terminal import fields, fitted
+
+CLIENTS_SHOWN = 30
+TILE, COLUMNS, LABEL = 96, 8, 150
+
+
+def partition_table(name: str, description: Mapping[str, Any], width: int) -> Group:
+    """One row per client: training and test images, classes held, the largest class.
+
+    Domains and missing labels are told where the data set and the partition have them.
+    """
+    classes = description["class_names"]
+    train_KC = dense(description["train_counts"], len(classes))
+    test_KC = dense(description["test_counts"], len(classes))
+    domain_KD = dense(description["domain_counts"], len(description["domain_names"]))
+    several_domains = domain_KD.shape[1] > 1
+    unlabelled = set(description.get("unlabelled_clients", ()))
+    words = ["largest class"] + ["domains"] * several_domains + ["labels"] * bool(unlabelled)
+    rows = []
+    for k, row_C in enumerate(train_KC[:CLIENTS_SHOWN]):
+        largest = int(row_C.argmax())
+        share = f"{classes[largest]} ({100 * row_C[largest] / max(row_C.sum(), 1):.0f} %)"
+        cells = [
+            str(k),
+            str(row_C.sum()),
+            str(test_KC[k].sum()),
+            str((row_C > 0).sum()),
+            share if row_C.any() else "-",
+        ]
+        if several_domains:
+            cells.append(_domains(domain_KD[k], description["domain_names"]))
+        if unlabelled:
+            cells.append("none" if k in unlabelled else "all")
+        rows.append(cells)
+    hidden = len(train_KC) - CLIENTS_SHOWN
+    server = sum(description["server_test_counts"])
+    note = (f"and {hidden} more clients; " if hidden > 0 else "") + (
+        f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
+    )
+    heads = ["client", "train", "test", "classes", *words]
+    client, *others = fields(heads, rows, left=words, most={"largest class": 30})
+    title = f"{name}: {len(train_KC)} clients, {len(classes)} classes"
+    return fitted(client, others, width, title=title, note=note)
+
+
+def _domains(row_D: NDArray[np.int64], names: Sequence[str]) -> str:
+    """The name of a single domain, else how many there are."""
+    held = np.flatnonzero(row_D)
+    return names[held[0]] if len(held) == 1 else str(len(held))
+
+
+def contact_sheet(dataset: ImageDataset) -> Image.Image:
+    """One row per class, `COLUMNS` images spread evenly over the class (and so over domains)."""
+    rows = len(dataset.class_names)
+    sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2), rows * (TILE + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, name in enumerate(dataset.class_names):
+        top = c * (TILE + 2)
+        draw.text((4, top + TILE // 2 - 6), name[:24], fill="black")
+        members = np.flatnonzero(dataset.labels_N == c)
+        members = members[np.argsort(dataset.domains_N[members], kind="stable")]
+        picks = np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)
+        for column, i in enumerate(members[picks]):
+            tile = dataset.open_image(int(i)).resize((TILE, TILE), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (LABEL + column * (TILE + 2), top))
+    return sheet

@@ -1,0 +1,229 @@
+"""`fedprompt sweep` and `fedprompt compare`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedprompt.cli.completion import complete_protocol, complete_sweep
+from fedprompt.cli.data import Overrides
+
+if TYPE_CHECKING:
+    from fedprompt.sweep.plan import PlannedRun, SweepFile
+
+
+def sweep(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped sweep (see 'fedprompt list') or a YAML file.",
+            autocompletion=complete_sweep,
+        ),
+    ],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Other seeds than the file's, e.g. 1,2,3.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The file's small variant.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and the expected time.")
+    ] = False,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="One run after the other, in this process.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Most runs at once \\[as the machine has room for].")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs \\[runs/NAME].")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
+    ] = None,
+) -> None:
+    """Run every row, grid value and seed of a table; finished runs are kept.
+
+    The same command goes on after a stop or a kill. Exit status 1: some runs failed.
+
+    Examples:
+
+      fedprompt sweep fedrsclip_ablation --dry-run
+
+      fedprompt sweep my_table.yaml federation.rounds=20 --seeds 1,2,3
+    """
+    from fedprompt.sweep.plan import expand, load_sweep, sweep_path, write_plan
+
+    table = load_sweep(sweep_path(file), quick=quick)
+    if seeds is not None:
+        table = _with_seeds(table, seeds)
+    folder = out or Path("runs") / table.name
+    changes = overrides or []
+    planned = expand(table, folder, changes)
+    if dry_run:
+        _print_plan(table, planned, jobs, serial=serial)
+        return
+    write_plan(table, planned, folder, changes)
+    try:
+        failures = _run(table, planned, folder, jobs, serial=serial, address=ray_address)
+    except KeyboardInterrupt:
+        sys.stderr.write("fedprompt: stopped; the same command goes on.\n")
+        raise typer.Exit(130) from None
+    _print_end(folder, planned, failures)
+    if failures:
+        raise typer.Exit(1)
+
+
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, or folders of sweeps.", metavar="RUN_OR_SWEEP"),
+    ],
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Columns: names, or paths into summary.json; see below."),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="terminal, markdown, csv or latex.")
+    ] = "terminal",
+    test: Annotated[str, typer.Option(help="Test paired over seeds: t, wilcoxon or none.")] = "t",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only runs with this setting, KEY=VALUE; may be repeated."),
+    ] = None,
+    heat: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Heat map over two settings, e.g. partition.alpha method.name."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write tables (md, csv, tex) and figures to.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="This protocol's own comparison: few_shot, leave_one_domain_out, ...",
+            autocompletion=complete_protocol,
+        ),
+    ] = None,
+) -> None:
+    """Mean and standard deviation over seeds, the best in bold, and what is significant.
+
+    Columns (--metrics a,b): global, personal, worst, p10, personal_on_global, base, new, harmonic,
+    numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min (:min = less is
+    better).
+
+    Examples:
+
+      fedprompt compare runs/fedrsclip_ablation --format latex
+
+      fedprompt compare runs/alpha runs/participation --out figures
+
+      fedprompt compare runs/alpha_clients --heat partition.alpha partition.clients --out figures
+    """
+    from fedprompt.cli.compare import compare_command
+
+    compare_command(
+        paths,
+        metrics=metrics,
+        form=form,
+        test=test,
+        where=where or [],
+        heat=heat,
+        out=out,
+        protocol=protocol,
+    )
+
+
+def _with_seeds(table: SweepFile, text: str) -> SweepFile:
+    from dataclasses import replace
+
+    from fedprompt.sweep.plan import check_seeds
+
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) if part.isdecimal() else part for part in parts]
+    return replace(table, seeds=check_seeds(numbers, "--seeds"))
+
+
+def _run(
+    table: SweepFile,
+    planned: Sequence[PlannedRun],
+    folder: Path,
+    jobs: int | None,
+    *,
+    serial: bool,
+    address: str | None,
+) -> dict[str, str]:
+    """Do what is not finished; the reasons of failed runs."""
+    from fedprompt.sweep.live import make_board
+    from fedprompt.sweep.run import RaySweep, check_inline, places_here, run_serial
+    from fedprompt.sweep.state import progress
+
+    done = [run for run in planned if progress(run).done]
+    todo = [run for run in planned if run not in done]
+    places = jobs if address else places_here(table.resources, len(todo), jobs)
+    alone = serial or (places == 1 and not address)
+    board = make_board(planned, 1 if alone else places or 1)
+    for run in done:
+        board.skip(run)
+    board.say(board.counts())
+    board.open()
+    try:
+        if todo and alone:
+            run_serial(todo, board)
+        elif todo:
+            check_inline(todo)
+            RaySweep(todo, board, table.resources, places=places, address=address, out=folder).run()
+    finally:
+        board.close()
+    return board.failures
+
+
+def _print_plan(
+    table: SweepFile, planned: Sequence[PlannedRun], jobs: int | None, *, serial: bool
+) -> None:
+    from fedprompt.reports.format import human_time
+    from fedprompt.sweep.run import places_here
+    from fedprompt.sweep.state import progress, seconds_left
+
+    console = Console(highlight=False)
+    finished = begun = 0
+    for run in planned:
+        state = progress(run)
+        finished += state.done
+        begun += state.begun and not state.done
+        what = "done" if state.done else f"{state.rounds} rounds" if state.begun else "new"
+        console.print(f"{what:>10}  {run.name}", markup=False, soft_wrap=True)
+    left = len(planned) - finished
+    at_once = 1 if serial else places_here(table.resources, left, jobs)
+    seconds = seconds_left(planned, at_once)
+    expected = "unknown, since no run of this sweep is finished yet"
+    if seconds is not None:
+        expected = f"about {human_time(seconds)}, from {finished} finished runs"
+    console.print(
+        f"{len(planned)} runs: {finished} done, {begun} to go on with, {left - begun} new; "
+        f"{at_once} at once here. Time: {expected}.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str]) -> None:
+    """The table of what is finished, its report, then the runs that failed."""
+    from fedprompt.cli.compare import print_sweep
+    from fedprompt.reports.sweep_report import write_sweep_report
+
+    console = Console(highlight=False)
+    if len(failures) < len(planned):
+        print_sweep(folder, console)
+        page = write_sweep_report([folder], folder / "report.html", failed=[*failures.items()])
+        console.print(f"report: {page}", markup=False, soft_wrap=True)
+    for name, reason in failures.items():
+        console.print(f"FAILED {name}: {reason}", markup=False, soft_wrap=True)
+    console.print(
+        f"{len(planned) - len(failures)} of {len(planned)} runs are complete; folder: {folder}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,1 @@
+"""Every key of an experiment: its type, default, limits and help."""

@@ -1,0 +1,204 @@
+"""Partition files: who holds which image, as JSON that other systems can read and write.
+
+docs/partition_file.md describes the format. Images go by name, not by number, so a file does not
+depend on the order in which a data set lists them; a fingerprint of names and labels ties it to
+its data. Suffix: N images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprompt.config.schema import PartitionConfig
+from fedprompt.data.dataset import HELD, TEST, ImageDataset
+from fedprompt.data.partition import NOBODY, SERVER, Partition, log
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+
+FORMAT, VERSION = "fedprompt partition", 1
+KEYS = {"format", "version", "dataset", "origin", "server_test", "clients"}
+CLIENT_KEYS = {"train", "test", "labelled"}
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """SHA-256 of the lines `label<TAB>image name<LF>`, sorted by image name as UTF-8 bytes.
+
+    It does not depend on where the images lie, on their order, or on the train-test split. The
+    label of an image that a protocol holds out is -1.
+
+    Raises:
+        UserError: the images have no names of their own.
+    """
+    names = _names(dataset)
+    hashed = hashlib.sha256()
+    for name, label in sorted(zip(map(_bytes, names), dataset.labels_N.tolist(), strict=True)):
+        hashed.update(b"%d\t%s\n" % (label, name))
+    return hashed.hexdigest()
+
+
+def write_partition(
+    path: Path, dataset: ImageDataset, partition: Partition, origin: Mapping[str, Any]
+) -> None:
+    """Write the partition of `dataset` to a file; `origin` says how it was made.
+
+    Raises:
+        UserError: the file cannot be written, or the images have no names.
+    """
+    names = _names(dataset)
+
+    def named(index: Any) -> list[str]:
+        return [names[int(i)] for i in index]
+
+    clients = []
+    for k in range(partition.num_clients):
+        client: dict[str, Any] = {} if k not in partition.unlabelled else {"labelled": False}
+        clients.append(
+            client | {"train": named(partition.train(k)), "test": named(partition.test(k))}
+        )
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dataset": {
+            "name": dataset.name,
+            "images": len(dataset),
+            "classes": len(dataset.class_names),
+            "fingerprint": fingerprint(dataset),
+        },
+        "origin": dict(origin),
+        "server_test": named(partition.server_test),
+        "clients": clients,
+    }
+    try:
+        write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
+
+
+def origin_of(config: PartitionConfig, seed: int) -> dict[str, Any]:
+    """How a partition was made, for people to read: the seed and the `partition` section."""
+    return {"seed": seed, "partition": dataclasses.asdict(config)}
+
+
+def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition:
+    """The partition in a file, checked against the data set and the number of clients.
+
+    Raises:
+        UserError: no such file, another format, other data, another number of clients, or an image
+            that is unknown or named twice.
+    """
+    stored = _load(path)
+    _check_data(path, stored, dataset)
+    rows = stored["clients"]
+    if len(rows) != clients:
+        raise UserError(
+            f"partition: {path} is for {len(rows)} clients; set partition.clients={len(rows)} "
+            f"(it is {clients})."
+        )
+    number = {name: i for i, name in enumerate(_names(dataset))}
+    holder_N = np.full(len(dataset), NOBODY, dtype=np.int64)
+    is_test_N = np.zeros(len(dataset), dtype=bool)
+    lists = [("server_test", SERVER, False, stored["server_test"])]
+    for k, row in enumerate(rows):
+        lists += [
+            (f"clients[{k}].{part}", k, part == "test", row[part]) for part in ("train", "test")
+        ]
+    place: dict[int, str] = {}
+    for where, holder, is_test, names in lists:
+        for name in names:
+            i = number.get(name)
+            if i is None:
+                raise UserError(f"partition: {path}: {where}: no image '{name}' in {dataset.name}.")
+            if dataset.split_N[i] == HELD:
+                raise UserError(f"partition: {path}: {where}: '{name}' is held out by a protocol.")
+            if i in place:
+                raise UserError(
+                    f"partition: {path}: image '{name}' is in {place[i]} and in {where}; every "
+                    "image may be named once."
+                )
+            place[i], holder_N[i], is_test_N[i] = where, holder, is_test
+    taken = int(((holder_N >= 0) & ~is_test_N & (dataset.split_N == TEST)).sum())
+    if taken:
+        log.warning(
+            "partition: %s trains on %d of the %d images that %s keeps for tests",
+            path,
+            taken,
+            (dataset.split_N == TEST).sum(),
+            dataset.name,
+        )
+    unlabelled = frozenset(k for k, row in enumerate(rows) if not row.get("labelled", True))
+    return Partition.of_holders(holder_N, is_test_N, clients, unlabelled)
+
+
+def _names(dataset: ImageDataset) -> tuple[str, ...]:
+    if len(dataset.image_names) != len(dataset):
+        raise UserError(f"partition: the images of {dataset.name} have no names for a file.")
+    return dataset.image_names
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # file names need not be valid UTF-8
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The content of a file, with all keys that are needed, of their types."""
+    try:
+        stored = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"partition: cannot read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"partition: {path} is not JSON: {error}.") from None
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise UserError(f"partition: {path} is no partition file: it lacks 'format': '{FORMAT}'.")
+    if stored.get("version") != VERSION:
+        raise UserError(
+            f"partition: {path} has version {stored.get('version')!r}; this is for {VERSION}."
+        )
+    problem = _problem(stored)
+    if problem:
+        raise UserError(f"partition: {path}: {problem}; see docs/partition_file.md.")
+    return stored
+
+
+def _problem(stored: Mapping[str, Any]) -> str | None:
+    """What is wrong with the keys and types of a file's content."""
+    unknown = sorted(set(stored) - KEYS)
+    if unknown:
+        return f"unknown key '{unknown[0]}'"
+    if not isinstance(stored.get("dataset"), dict) or "fingerprint" not in stored["dataset"]:
+        return "'dataset' must hold a 'fingerprint'"
+    if not _is_names(stored.get("server_test")):
+        return "'server_test' must be a list of image names"
+    rows = stored.get("clients")
+    if not isinstance(rows, list) or not rows:
+        return "'clients' must be a list with an object for each client"
+    for k, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"train", "test"} <= set(row) <= CLIENT_KEYS:
+            return f"clients[{k}] must hold 'train' and 'test', and beside them only 'labelled'"
+        if not _is_names(row["train"]) or not _is_names(row["test"]):
+            return f"clients[{k}]: 'train' and 'test' must be lists of image names"
+        if not isinstance(row.get("labelled", True), bool):
+            return f"clients[{k}]: 'labelled' must be true or false"
+    return None
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _check_data(path: Path, stored: Mapping[str, Any], dataset: ImageDataset) -> None:
+    found = stored["dataset"]
+    if found["fingerprint"] == fingerprint(dataset):
+        return
+    of = f"{found.get('name', 'another data set')} ({found.get('images', '?')} images)"
+    raise UserError(
+        f"partition: {path} was made for {of}; names or labels of the {len(dataset)} images of "
+        f"{dataset.name} differ from its. Write one for this experiment with 'fedprompt data "
+        "partition'."
+    )

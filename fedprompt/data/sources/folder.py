@@ -1,0 +1,158 @@
+"""Any local image folder: `root/class/*.jpg`, or `root/{train,test}/class/*.jpg`.
+
+Rules:
+- Every sub-folder of `root` is a class; images may lie deeper inside it. Names that start with a
+  dot or with `__` (`.git`, `__MACOSX`) are ignored, and so are files that are no images by suffix.
+- Where `root` holds a folder `train` that has sub-folders and no images of its own, `root` holds
+  splits: `train` and, if there is one, `test`. `val`, `valid` and `validation` are left unused,
+  with a log line; any other folder beside `train` is an error, not a class.
+- Without a `test` folder, `data.test_fraction` of each class is held out, seeded.
+- Labels follow the sorted folder names, or `data.class_names` where given; those match folders
+  ignoring case, spaces, underscores and hyphens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprompt.config.schema import DataConfig
+from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.images import name_key, readable_name
+from fedprompt.data.sources.image_files import (
+    SUFFIXES,
+    ImageFile,
+    files_dataset,
+    images_below,
+    is_image,
+    subfolders,
+)
+from fedprompt.errors import UserError, did_you_mean
+
+UNUSED_SPLITS = ("val", "valid", "validation")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str  # relative to root, with forward slashes
+    folder: str
+    split: int
+
+
+def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
+    """The data set in the folder `config.root`.
+
+    Raises:
+        UserError: no such folder, no classes or images in it, names that do not match, or an
+            unreadable image under `on_bad_image: error`.
+    """
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.is_file() else "does not exist"
+        raise UserError(f"data: {root} {what}; set data.root to a folder root/class/*.jpg.")
+    files, folders, has_test = _list_files(root)
+    class_names, label_of = _name_classes(folders, config.class_names, root)
+
+    records = [ImageFile(file.path, label_of[file.folder], file.split) for file in files]
+    dataset = files_dataset(
+        config,
+        root,
+        records,
+        class_names,
+        (config.title,),
+        hold_out=not has_test,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+    trained = set(dataset.labels_N[dataset.split_N == TRAIN].tolist())
+    for folder in folders:
+        if label_of[folder] not in trained:
+            raise UserError(
+                f"data: class folder '{folder}' in {root} has no readable training image; add "
+                f"some ({', '.join(SUFFIXES)}) or remove the folder."
+            )
+    return dataset
+
+
+def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
+    """(all image files sorted by path, class folders sorted, whether there is a test split)."""
+    top = subfolders(root)
+    if "train" in top and subfolders(root / "train") and not _images_directly_in(root / "train"):
+        unused = [name for name in top if name in UNUSED_SPLITS]
+        strange = [name for name in top if name not in ("train", "test", *UNUSED_SPLITS)]
+        if strange:
+            raise UserError(
+                f"data: {root} has train/ and beside it {_some(strange)}; keep only train, test "
+                "and val there, or set data.root to the folder that holds the class folders."
+            )
+        if unused:
+            log.info("%s/%s is not used: only train and test are", root, unused[0])
+        splits = {"train": TRAIN, "test": TEST} if "test" in top else {"train": TRAIN}
+    elif "test" in top and set(top) <= {"test", *UNUSED_SPLITS}:
+        raise UserError(f"data: {root} has test/ but no train/ with class folders in it.")
+    else:
+        splits = {"": TRAIN}
+    files = [
+        _File(path.relative_to(root).as_posix(), folder, code)
+        for split, code in splits.items()
+        for folder in subfolders(root / split)
+        for path in images_below(root / split / folder)
+    ]
+    folders = subfolders(root / "train") if "train" in splits else top
+    if not folders or not files:
+        raise UserError(
+            f"data: no images found in {root}; expected {root}/<class>/*.jpg "
+            f"(also {', '.join(SUFFIXES[1:])}), or the same under train/ and test/."
+        )
+    if len(folders) < 2:
+        raise UserError(
+            f"data: {root} has one class folder, '{folders[0]}'; at least two are needed."
+        )
+    if "test" in splits:
+        extra = sorted(set(subfolders(root / "test")) - set(folders))
+        if extra:
+            raise UserError(f"data: {root}/test has {_some(extra)}, which train/ has not.")
+        if not any(file.split == TEST for file in files):
+            raise UserError(f"data: {root}/test holds no images; fill it or remove it.")
+    return sorted(files, key=lambda file: file.path), folders, "test" in splits
+
+
+def _name_classes(
+    folders: Sequence[str], wanted: Sequence[str], root: Path
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """(class names in label order, label of each folder)."""
+    by_key: dict[str, str] = {}
+    for folder in folders:
+        twin = by_key.setdefault(name_key(folder), folder)
+        if twin != folder:
+            raise UserError(
+                f"data: folders '{twin}' and '{folder}' in {root} are the same class name; merge "
+                "or rename one."
+            )
+    if not wanted:
+        return tuple(readable_name(f) for f in folders), {f: i for i, f in enumerate(folders)}
+    wanted_keys = [name_key(name) for name in wanted]
+    missing = [n for n, key in zip(wanted, wanted_keys, strict=True) if key not in by_key]
+    if missing:
+        hint = did_you_mean(missing[0], list(folders))
+        raise UserError(f"data: no folder for class '{missing[0]}' in {root}.{hint}")
+    extra = [folder for key, folder in by_key.items() if key not in wanted_keys]
+    if extra:
+        raise UserError(f"data: {root} has {_some(extra)}, not listed in data.class_names.")
+    if len(set(wanted_keys)) < len(wanted):
+        raise UserError("data: data.class_names lists a class twice.")
+    label_of = {by_key[key]: label for label, key in enumerate(wanted_keys)}
+    return tuple(name.strip() for name in wanted), label_of
+
+
+def _images_directly_in(folder: Path) -> bool:
+    return any(is_image(path.name) for path in folder.iterdir())
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

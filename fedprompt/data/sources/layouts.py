@@ -1,0 +1,340 @@
+"""How authors lay out their folders: each reader lists a copy's images without opening them.
+
+An entry of the catalogue names its reader and parameters under `layout:`.
+
+`images` (every reader): folders tried in turn below `data.root`, first match; `.` is the folder
+itself. Paths in a listing, and in CoOp's split files, are relative to it.
+
+class_folders  <images>/[<split>/ | <domain>/]<class>/**.jpg
+    splits: {train: folder, test: folder}; without it all images are of one split.
+    ignore: class folders that are left out.
+    names: text file 'key name' per line; a folder that is a number n means its n-th key.
+list_files     text files that name the images and so define the split
+    lists: {train: file, val: file, test: file}, each once per domain where it holds {domain}.
+    line: regular expression of one line, with the groups that `image` and the labels use:
+        class, or label (a number), and domain.
+    image: path below <images> as a template of these groups; {snake} is the class's words
+        joined by '_'.
+    order: {file, line}: text file with all classes in label order.
+    beside: further folders to look for text files in.
+mat_index      MATLAB files with a label per image and the image numbers of each split
+mat_table      MATLAB files with a table of file name and class per split
+
+Class keys are the authors' names, before they are made readable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedprompt.data.catalogue import Entry
+from fedprompt.data.dataset import TEST, TRAIN, VAL
+from fedprompt.data.images import name_key
+from fedprompt.data.sources.image_files import images_below, subfolders
+from fedprompt.errors import UserError
+
+SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One image of a copy: `path` below the images folder, class key, split, authors' domain.
+
+    `split` is `TRAIN`, `VAL` or `TEST`, or None where the authors have no split.
+    """
+
+    path: str
+    key: str
+    split: int | None = None
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of a copy, and its class keys in label order.
+
+    `names` holds display names that the copy itself defines, by class key.
+    """
+
+    images: Path
+    listed: tuple[Listed, ...]
+    keys: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A folder that should hold the data set of `entry`; `domains` are those to read."""
+
+    entry: Entry
+    root: Path
+    domains: tuple[str, ...] = ()
+
+    def problem(self, what: str) -> UserError:
+        """One line: what is wrong, what to download and where to put it."""
+        entry = self.entry
+        return UserError(
+            f"data: {entry.name}: {what} (found: {_contents(self.root)}). Download "
+            f"{entry.download} from {entry.homepage} ({_first_author(entry)}), unpack it and set "
+            f"data.root to the folder that holds {' or '.join(self._tops())}."
+        )
+
+    def images_folder(self, candidates: Sequence[str]) -> Path:
+        """The first of the `candidates` below the root that exists and can be the right one."""
+        if not self.root.is_dir():
+            is_file = self.root.is_file()
+            what = "is a file, not a folder" if is_file else "does not exist"
+            raise self.problem(f"{self.root} {what}")
+        for candidate in candidates:
+            folder = self.root / candidate
+            if folder.is_dir() and (candidate != "." or self._looks_right(folder)):
+                return folder
+        tops = " or ".join(self._tops())
+        raise self.problem(f"{self.root} holds no folder {tops}")
+
+    def file(self, name: str, beside: Sequence[str] = ()) -> Path:
+        """The annotation file of that name, in the root or in a folder `beside` the images."""
+        for folder in (".", *beside):
+            path = self.root / folder / name
+            if path.is_file():
+                return path
+        raise self.problem(f"no file {name} in {self.root}")
+
+    def _tops(self) -> list[str]:
+        layout = self.entry.layout
+        named = [name for name in layout["images"] if name != "."]
+        inner = layout.get("markers") or list(self.entry.domains) or list(self.entry.classes)
+        return [f"'{name}'" for name in named or inner[:1]]
+
+    def _looks_right(self, folder: Path) -> bool:
+        expected = set(map(name_key, self.entry.domains or self.entry.classes))
+        markers = self.entry.layout.get("markers", ())
+        if markers:
+            return any((folder / marker).exists() for marker in markers)
+        return any(name_key(name) in expected for name in subfolders(folder))
+
+
+def read_layout(copy: Copy) -> Listing:
+    """All images of the copy, sorted by path.
+
+    Raises:
+        UserError: the folder is not laid out as the entry says; the line says what to do.
+    """
+    parameters = dict(copy.entry.layout)
+    reader = READERS[parameters.pop("reader")]
+    images = copy.images_folder(parameters.pop("images"))
+    parameters.pop("markers", None)
+    listing = reader(copy, images, **parameters)
+    if not listing.listed:
+        raise copy.problem(f"no images in {images}")
+    ordered = tuple(sorted(listing.listed, key=lambda item: item.path))
+    return Listing(listing.images, ordered, listing.keys, listing.names)
+
+
+def class_folders(
+    copy: Copy,
+    images: Path,
+    splits: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    names: str | None = None,
+    beside: Sequence[str] = (),
+) -> Listing:
+    """One folder per class, below a folder per split or per domain where there are such."""
+    order = _key_names(copy.file(names, beside)) if names else {}
+    by_number = list(order)
+    listed: list[Listed] = []
+    found: set[str] = set()
+    whole = TEST if copy.entry.split.kind == "test only" else None
+    for place, split, domain in _places(copy, images, splits or {}, whole):
+        folders = [name for name in subfolders(images / place) if name not in ignore]
+        if not folders:
+            raise copy.problem(f"{images / place} holds no class folders")
+        for folder in folders:
+            key = by_number[int(folder)] if _is_number(folder, by_number) else folder
+            if order and key not in order:
+                raise copy.problem(f"class folder '{folder}' in {images} is not in {names}")
+            found.add(key)
+            listed += [
+                Listed(path.relative_to(images).as_posix(), key, split, domain)
+                for path in images_below(images / place / folder)
+            ]
+    return Listing(images, tuple(listed), tuple(sorted(found)), order)
+
+
+def list_files(
+    copy: Copy,
+    images: Path,
+    lists: Mapping[str, str],
+    line: str,
+    image: str,
+    order: Mapping[str, str] | None = None,
+    beside: Sequence[str] = (),
+) -> Listing:
+    """Text files name the images of each split."""
+    listed: list[Listed] = []
+    number_of: dict[str, int] = {}
+    for split, file in lists.items():
+        for domain in copy.domains or ("",):
+            path = copy.file(file.replace("{domain}", domain), beside)
+            for groups in _matches(path, line):
+                key = groups["class"]
+                if groups.get("label") is not None:
+                    number = number_of.setdefault(key, int(groups["label"]))
+                    if number != int(groups["label"]):
+                        raise UserError(
+                            f"data: {path}: class '{key}' has the labels {number} and "
+                            f"{groups['label']}; the list is damaged, fetch it again."
+                        )
+                where = image.format(**groups, snake="_".join(capitals(key)))
+                listed.append(Listed(where, key, SPLITS[split], groups.get("domain") or domain))
+    if order is not None:
+        path = copy.file(order["file"], beside)
+        keys = [groups["class"] for groups in _matches(path, order["line"])]
+        unknown = sorted({item.key for item in listed} - set(keys))
+        if unknown:
+            raise UserError(
+                f"data: class '{unknown[0]}' is not in {path}; the lists do not fit together, "
+                "fetch them again."
+            )
+    else:
+        keys = sorted({item.key for item in listed}, key=lambda key: (number_of.get(key, 0), key))
+    return Listing(images, tuple(listed), tuple(keys))
+
+
+def mat_index(
+    copy: Copy, images: Path, labels: str, index: str, image: str, splits: Mapping[str, str]
+) -> Listing:
+    """`labels` holds a class number per image, `index` the image numbers of each split, from 1."""
+    numbers = [int(number) for number in _mat(copy.file(labels), "labels")]
+    path = copy.file(index)
+    listed: list[Listed] = []
+    for split, variable in splits.items():
+        for i in map(int, _mat(path, variable)):
+            if not 1 <= i <= len(numbers):
+                raise UserError(
+                    f"data: {path} names image {i}, {labels} has {len(numbers)} labels; fetch both "
+                    "again."
+                )
+            listed.append(Listed(image.format(number=i), str(numbers[i - 1]), SPLITS[split]))
+    return Listing(images, tuple(listed), tuple(map(str, sorted(set(numbers)))))
+
+
+def mat_table(
+    copy: Copy, images: Path, tables: Mapping[str, str], folders: Mapping[str, str], names: str
+) -> Listing:
+    """`tables` have the fields fname and class (from 1) per image; `names` lists the classes."""
+    keys = [str(cell.item()) for cell in _mat(copy.file(names), "class_names")]
+    listed: list[Listed] = []
+    for split, file in tables.items():
+        path = copy.file(file)
+        rows = _mat(path, "annotations")
+        if not {"fname", "class"} <= set(rows.dtype.names or ()):
+            raise UserError(
+                f"data: {path} has no class of each image; take the file with labels "
+                f"({', '.join(tables.values())})."
+            )
+        for row in rows:
+            number = int(row["class"].item())
+            if not 1 <= number <= len(keys):
+                raise UserError(
+                    f"data: {path} has class {number}, {names} lists {len(keys)}; fetch both again."
+                )
+            where = f"{folders[split]}/{row['fname'].item()}"
+            listed.append(Listed(where, keys[number - 1], SPLITS[split]))
+    return Listing(images, tuple(listed), tuple(keys))
+
+
+READERS: dict[str, Callable[..., Listing]] = {
+    "class_folders": class_folders,
+    "list_files": list_files,
+    "mat_index": mat_index,
+    "mat_table": mat_table,
+}
+
+
+def capitals(name: str) -> list[str]:
+    """The words of 'ApplyEyeMakeup', each of which starts with a capital letter."""
+    return re.findall("[A-Z][^A-Z]*", name) or [name]
+
+
+def _places(
+    copy: Copy, images: Path, splits: Mapping[str, str], whole: int | None
+) -> Iterator[tuple[str, int | None, str]]:
+    """(folder below `images`, split, domain) of every folder that holds class folders."""
+    if splits:
+        for split, folder in splits.items():
+            if not (images / folder).is_dir():
+                raise copy.problem(f"{images} holds no folder '{folder}'")
+            yield folder, SPLITS[split], ""
+    elif copy.entry.domains:
+        there = {name_key(name): name for name in subfolders(images)}
+        for domain in copy.domains:
+            if name_key(domain) not in there:
+                raise copy.problem(f"{images} holds no folder '{domain}'")
+            yield there[name_key(domain)], whole, domain
+    else:
+        yield ".", whole, ""
+
+
+def _is_number(folder: str, by_number: Sequence[str]) -> bool:
+    return folder.isdigit() and int(folder) < len(by_number)
+
+
+def _key_names(path: Path) -> dict[str, str]:
+    """'key name' per line, in file order."""
+    return {
+        groups["key"]: groups["name"] for groups in _matches(path, r"(?P<key>\S+)\s+(?P<name>.+)")
+    }
+
+
+def _matches(path: Path, pattern: str) -> Iterator[dict[str, str]]:
+    """The named groups of every line of a text file; empty lines and `#` comments are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data: cannot read {path}: {error}.") from None
+    for number, text in enumerate(lines, start=1):
+        stripped = text.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        match = re.fullmatch(pattern, stripped)
+        if match is None:
+            raise UserError(
+                f"data: {path}, line {number}: '{stripped[:60]}' is not what this data set's list "
+                "holds; fetch the file again."
+            )
+        yield match.groupdict()
+
+
+def _mat(path: Path, variable: str) -> Any:
+    """One variable of a MATLAB file, flat."""
+    from scipy.io import loadmat  # slow to import, and needed by two data sets only
+
+    try:
+        return loadmat(str(path))[variable].ravel()
+    except KeyError:
+        raise UserError(f"data: {path} holds no '{variable}'; fetch it again.") from None
+    except Exception as error:  # scipy raises anything from ValueError to struct.error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data: {path} is no MATLAB file that can be read: {reason}; fetch it again."
+        ) from None
+
+
+def _contents(root: Path) -> str:
+    """What is in a folder, for a message: at most six names."""
+    try:
+        names = sorted(p.name + ("/" if p.is_dir() else "") for p in root.iterdir())
+    except OSError:
+        return "nothing"
+    shown = ", ".join(names[:6]) or "an empty folder"
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+
+
+def _first_author(entry: Entry) -> str:
+    first, comma, _ = entry.cite.authors.partition(",")
+    return f"{first} et al." if comma else first

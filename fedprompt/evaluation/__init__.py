@@ -1,0 +1,1 @@
+"""Metrics, and one evaluation protocol per file."""

@@ -1,0 +1,1 @@
+"""One evaluation protocol per file."""

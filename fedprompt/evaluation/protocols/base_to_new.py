@@ -1,0 +1,243 @@
+"""Base-to-new generalisation: prompts learned on some classes, tested on the names of others.
+
+Sources: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
+2203.05557), section 4.1: the first half of the classes in label order (rounded up) is base, the
+rest new; each half is tested with its own class names only. Federated as in FedTPG (Qiu et al.,
+ICLR 2024, arXiv 2310.06123) and FedPGP (Cui et al., ICML 2024, arXiv 2405.09771): base classes are
+dealt to the clients by the experiment's partition, new classes are held by nobody.
+
+Base and new accuracies are over the server's test images of these classes, for personal models as
+for the global one; those of personal models are means over clients, and their harmonic mean is that
+of the means. `all_classes` adds the harder test in which all names compete.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from fedprompt.config.fields import option
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.held_out import HeldOut, hold_out_classes
+from fedprompt.errors import UserError
+from fedprompt.evaluation.metrics import harmonic_mean
+from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.reports.format import Table, percent, percent_spread
+from fedprompt.rng import generator
+from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+NO_GLOBAL = "the method has no global model"
+
+
+@dataclass(frozen=True)
+class BaseToNewOptions:
+    """Which classes are base, and which names compete in a test."""
+
+    base: Literal["first", "random"] = option(
+        "first", "base classes: first in label order (CoCoOp's), or a draw with the run's seed"
+    )
+    base_share: float = option(0.5, "share of base classes, rounded up", gt=0, lt=1)
+    all_classes: bool = option(False, "also test both halves with all class names competing")
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Images and the class list that competes for them."""
+
+    name: str
+    task: Task
+    inputs_N: Inputs
+    labels_N: Tensor
+
+
+class BaseToNew(Reported):
+    """Half of the classes is held by nobody and tested in the end."""
+
+    name = "base_to_new"
+    title = "Base-to-new generalisation"
+    caption = "Accuracy on classes that clients hold (base) and on classes that none holds (new)."
+    Options = BaseToNewOptions
+    asks_clients = True
+    needs_new_names = True
+    options: BaseToNewOptions
+
+    @property
+    def holds_out(self) -> Literal["classes"]:
+        """The new classes."""
+        return "classes"
+
+    def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
+        """The base classes, and the test images of the new ones."""
+        classes = len(dataset.class_names)
+        # Rounded, so that float noise does not make 11 of 0.55 x 20 classes 12.
+        base = math.ceil(round(self.options.base_share * classes, 9))
+        if not 2 <= base < classes:
+            raise UserError(
+                f"protocol base_to_new: {base} of {classes} classes would be base; it takes two or "
+                "more and leaves one or more. Change protocol_options.base_to_new.base_share."
+            )
+        order = np.arange(classes)
+        if self.options.base == "random":
+            order = generator(self.config.seed, "base classes").permutation(classes)
+        view, held = hold_out_classes(dataset, order[base:].tolist())
+        if not len(held.index_N):
+            raise UserError("protocol base_to_new: the new classes have no test images.")
+        return view, held
+
+    def measure_round(
+        self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Accuracy of the global model on the new classes."""
+        if not workspace.method.transfers_to_new_classes:
+            return None
+        new = _tests(workspace, self.options)[1]
+        score = score_global(workspace.method_for(new.task), shared, new.inputs_N, new.labels_N)
+        return None if score is None else {"new": score.accuracy}
+
+    def measure_clients(
+        self,
+        workspace: Workspace,
+        clients: Sequence[int],
+        shared: Sequence[Tensors],
+        private: Sequence[Tensors],
+    ) -> list[Numbers]:
+        """Accuracy of every client's own model in each of the tests."""
+        rows: list[Numbers] = [{} for _ in clients]
+        for test in _tests(workspace, self.options):
+            if test.task != workspace.task and not workspace.method.transfers_to_new_classes:
+                continue
+            method = workspace.method_for(test.task)
+            encoded = encode_personal(method, shared, private)
+            scores = score_models(method, encoded, len(clients), test.inputs_N, test.labels_N)
+            for row, score in zip(rows, scores, strict=True):
+                assert score.accuracy is not None
+                row[test.name] = score.accuracy
+        return rows
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Base, new and harmonic mean of zero-shot, the global model and the personal ones."""
+        workspace, tests = run.workspace, _tests(run.workspace, self.options)
+        assert workspace.held_out is not None
+        zero_shot = method_class("zero_shot")
+        by_task = {t.task: zero_shot(zero_shot.Config(), workspace.clip, t.task) for t in tests}
+        rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
+        method = workspace.method
+        possible = [t for t in tests if t.task == workspace.task or method.transfers_to_new_classes]
+        why = None if method.transfers_to_new_classes else method.no_transfer_reason
+        if method.has_global:
+            found = {
+                t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible
+            }
+            rows.append(_row("global", found, why=why))
+        else:
+            rows.append(_row("global", {}, why=NO_GLOBAL))
+        if run.clients:
+            spread = {
+                t.name: [float(numbers[t.name]) for numbers in run.clients.values()]
+                for t in possible
+            }
+            found = {name: float(np.mean(values)) for name, values in spread.items()}
+            std = {name: float(np.std(values)) for name, values in spread.items()}
+            rows.append(_row("personal", found, std, why=why))
+        return {
+            "base_classes": list(workspace.task.class_names),
+            "new_classes": list(workspace.held_out.class_names),
+            "base_images": len(tests[0].labels_N),
+            "new_images": len(tests[1].labels_N),
+            "rows": rows,
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per model."""
+        rows = part["rows"]
+        more = any(row["base_of_all"] is not None for row in rows)
+        columns = ["model", "base", "new", "harmonic mean"]
+        columns += ["base, all names", "new, all names", "harmonic, all names"] if more else []
+        cells = []
+        for row in rows:
+            std = row["std"]
+            line = [row["model"]]
+            line += [percent_spread(row[n], std.get(n)) for n in ("base", "new")]
+            line.append(percent(row["harmonic"]))
+            if more:
+                line += [percent_spread(row[n], std.get(n)) for n in ("base_of_all", "new_of_all")]
+                line.append(percent(row["harmonic_of_all"]))
+            cells.append(tuple(line))
+        base, new = len(part["base_classes"]), len(part["new_classes"])
+        note = (
+            f"{base} base classes ({part['base_images']:,} test images), {new} new classes "
+            f"({part['new_images']:,}), each tested with its own class names only; personal: mean "
+            "± std over clients, each tested on all of these images."
+        )
+        note += "".join(f" {row['model']}: {row['why']}." for row in rows if row["why"])
+        return Table(cls.title, tuple(columns), tuple(cells), note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Bars per model."""
+        from fedprompt.reports.bars import Series, bar_figure
+
+        series = [
+            Series(
+                row["model"],
+                [row["base"], row["new"], row["harmonic"]],
+                [row["std"].get("base"), row["std"].get("new"), None],
+            )
+            for row in part["rows"]
+            if row["base"] is not None
+        ]
+        return bar_figure(cls.title, ["base classes", "new classes", "harmonic mean"], series)
+
+
+def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
+    """Base and new with their own names, then both with all names where that is asked for."""
+    held, task = workspace.held_out, workspace.task
+    assert held is not None
+    base_inputs, base_labels = workspace.server_test()
+    new_inputs, new_labels = workspace.held_out_test()
+    tests = [
+        _Test("base", task, base_inputs, base_labels),
+        _Test("new", Task(held.class_names, task.templates), new_inputs, new_labels),
+    ]
+    if options.all_classes:
+        every = Task((*task.class_names, *held.class_names), task.templates)
+        shifted = new_labels + len(task.class_names)
+        tests.append(_Test("base_of_all", every, base_inputs, base_labels))
+        tests.append(_Test("new_of_all", every, new_inputs, shifted))
+    return tests
+
+
+def _accuracy(method: Method, shared: Tensors, test: _Test) -> float | None:
+    encoded = encode_global(method, shared)
+    return score_models(method, encoded, 1, test.inputs_N, test.labels_N)[0].accuracy
+
+
+def _row(
+    model: str,
+    accuracy: Mapping[str, float | None],
+    std: Mapping[str, float] | None = None,
+    *,
+    why: str | None = None,
+) -> dict[str, Any]:
+    """One model's results; None = not measured, and `why` where the method is the reason."""
+    row: dict[str, Any] = {"model": model, "std": dict(std or {}), "why": why}
+    for end in ("", "_of_all"):
+        base, new = accuracy.get(f"base{end}"), accuracy.get(f"new{end}")
+        both = base is not None and new is not None
+        row |= {f"base{end}": base, f"new{end}": new}
+        row[f"harmonic{end}"] = harmonic_mean(base, new) if both else None  # type: ignore[arg-type]
+    return row

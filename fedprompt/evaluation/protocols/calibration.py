@@ -1,0 +1,174 @@
+"""Calibration: does a model that is 80 % sure have it right in 80 % of the cases?
+
+Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017, arXiv 1706.04599). A
+prediction's confidence is its softmax probability at CLIP's own logit scale. ECE is the mean of
+|confidence - accuracy| over equal-width bins, weighted by images; MCE the largest one of a bin.
+Zero-shot and global: the server's test images. Personal: each client's own model on its own test
+images, the images of all clients pooled, so that a client counts by its images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fedprompt.config.fields import option
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.evaluation.metrics import Reliability
+from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.methods.registry import Method, Tensors, method_class
+from fedprompt.reports.format import Table, percent
+from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How confidences are binned."""
+
+    bins: int = option(15, "bins of equal width between 0 and 1", ge=1, le=1000)
+
+
+class Calibration(Reported):
+    """Expected and maximum calibration error, reliability diagram."""
+
+    name = "calibration"
+    title = "Calibration"
+    caption = "Accuracy of predictions over their confidence; on the diagonal the two are equal."
+    Options = CalibrationOptions
+    asks_clients = True
+    options: CalibrationOptions
+
+    def measure_clients(
+        self,
+        workspace: Workspace,
+        clients: Sequence[int],
+        shared: Sequence[Tensors],
+        private: Sequence[Tensors],
+    ) -> list[Numbers]:
+        """Sums per bin over each client's own test images."""
+        method = workspace.method
+        encoded = encode_personal(method, shared, private)
+        return [
+            _numbers(self._reliability(method, model_of(encoded, k), *workspace.test_data(client)))
+            for k, client in enumerate(clients)
+        ]
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Both errors and the reliability diagram of each model."""
+        workspace, bins = run.workspace, self.options.bins
+        test = workspace.server_test()
+        zero_shot = method_class("zero_shot")
+        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        models = {"zero-shot": self._reliability(reference, encode_global(reference, {}), *test)}
+        if workspace.method.has_global:
+            encoded = encode_global(workspace.method, run.shared)
+            models["global"] = self._reliability(workspace.method, encoded, *test)
+        own = _pooled(run.clients.values(), bins)
+        if own.count_M.sum():
+            models["personal"] = own
+        return {"bins": bins, "models": {name: _part(found) for name, found in models.items()}}
+
+    def _reliability(
+        self, method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor
+    ) -> Reliability:
+        total = Reliability.of([], [], self.options.bins)
+        first = 0
+        for logits_BC in logits_of(method, encoded, inputs_N):
+            confidence_B, predicted_B = logits_BC.double().softmax(-1).max(-1)
+            correct_B = predicted_B == labels_N[first : first + len(logits_BC)]
+            total += Reliability.of(
+                confidence_B.clamp(max=1.0).numpy(), correct_B.numpy(), self.options.bins
+            )
+            first += len(logits_BC)
+        return total
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per model."""
+        rows = tuple(
+            (
+                name,
+                percent(found["mean_accuracy"]),
+                percent(found["mean_confidence"]),
+                percent(found["ece"]),
+                percent(found["mce"]),
+            )
+            for name, found in part["models"].items()
+        )
+        note = (
+            f"{part['bins']} bins of equal width. Zero-shot and global: server's test images; "
+            "personal: own test images of all clients, pooled."
+        )
+        return Table(cls.title, ("model", "accuracy", "confidence", "ECE", "MCE"), rows, note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """The reliability diagram, above the images per bin."""
+        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
+        from fedprompt.reports.style import INK, LOCAL_ONLY, new_figure, style
+
+        figure = new_figure("Reliability", 4.6)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        style(top)
+        style(bottom)
+        top.plot([0, 1], [0, 1], color=LOCAL_ONLY, lw=1, ls=(0, (4, 3)))
+        middle_M = (np.arange(part["bins"]) + 0.5) / part["bins"]
+        for name, found in part["models"].items():
+            pairs = zip(found["confidence"], found["accuracy"], strict=True)
+            points = [(c, a) for c, a in pairs if c is not None]
+            label = f"{name}, ECE {percent(found['ece'])}"
+            colour = MODEL_COLOURS[name]
+            top.plot([c for c, _ in points], [a for _, a in points], "o-", color=colour, ms=4,
+                     lw=1.6, label=label)  # fmt: skip
+            share_M = np.array(found["count"]) / max(1, sum(found["count"]))
+            bottom.step(middle_M, share_M, where="mid", color=colour, lw=1.4)
+        top.set_xlim(0, 1)
+        top.set_ylim(0, 1.02)
+        top.set_ylabel("Accuracy", fontsize=10, color=INK)
+        bottom.set_ylabel("Images", fontsize=10, color=INK)
+        bottom.set_xlabel("Confidence", fontsize=10.5, color=INK)
+        for axes in (top, bottom):
+            percent_axis(axes)
+        percent_axis(bottom, of_x=True)
+        top.legend(loc="upper left", frameon=False, fontsize=9.5, handlelength=1.3)
+        return figure
+
+
+def _numbers(found: Reliability) -> Numbers:
+    row: Numbers = {}
+    for m in range(len(found.count_M)):
+        row[f"count-{m}"] = int(found.count_M[m])
+        row[f"confidence-{m}"] = float(found.confidence_M[m])
+        row[f"correct-{m}"] = int(found.correct_M[m])
+    return row
+
+
+def _pooled(rows: Iterable[Mapping[str, int | float]], bins: int) -> Reliability:
+    total = Reliability.of([], [], bins)
+    for row in rows:
+        total += Reliability(
+            np.array([int(row[f"count-{m}"]) for m in range(bins)]),
+            np.array([float(row[f"confidence-{m}"]) for m in range(bins)]),
+            np.array([int(row[f"correct-{m}"]) for m in range(bins)]),
+        )
+    return total
+
+
+def _part(found: Reliability) -> dict[str, Any]:
+    images = int(found.count_M.sum())
+    return {
+        **found.to_json(),
+        "images": images,
+        "mean_confidence": float(found.confidence_M.sum() / images) if images else None,
+        "mean_accuracy": float(found.correct_M.sum() / images) if images else None,
+    }

@@ -1,0 +1,162 @@
+"""Cross-data-set transfer: prompts learned on one data set, tested on others.
+
+Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
+2203.05557), section 4.2. The learned context is put before the other data set's own class names and
+tested on its test images. Only the global model is: a client's own model has no claim to other
+data. `targets` lists data sets as `data` does: by name, or as `{use: name, key: value}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedprompt.config.fields import option
+from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.images import name_key
+from fedprompt.errors import UserError
+from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.evaluation.test_sets import OtherData, complete, open_others
+from fedprompt.methods.registry import Task, method_class
+from fedprompt.reports.format import Table, percent
+from fedprompt.scoring import score_global
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+DEFAULT = [
+    {
+        "use": "aerial_scenes",
+        "title": f"scenes, {name}",
+        "domains": [name],
+        "images_per_class": 20,
+        "test_fraction": 0.75,
+    }
+    for name in ("steppe", "tundra", "oasis")
+]
+"""Embedded domains outside the federation (the embedded CLIP was trained on them)."""
+
+
+@dataclass(frozen=True)
+class CrossDataSetOptions:
+    """The other data sets."""
+
+    targets: list[Any] = option(
+        [], "data sets to test on, by name or {use: name, ...}; empty = three embedded domains"
+    )
+
+    def check(self) -> None:
+        """Refuse a run without a target."""
+        if not self.targets:
+            raise UserError("'targets' is empty; name at least one data set.")
+
+
+class CrossDataSet(Reported):
+    """Accuracy of the global model on other data sets."""
+
+    name = "cross_data_set"
+    title = "Cross-data-set transfer"
+    needs_global = True
+    needs_new_names = True
+    caption = "Accuracy on data sets that no client has seen, with their own class names."
+    Options = CrossDataSetOptions
+    options: CrossDataSetOptions
+    _others: list[OtherData]
+
+    @classmethod
+    def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Targets as complete `data` sections."""
+        targets = options.get("targets") or DEFAULT
+        return {**options, "targets": complete(targets, f"protocol_options.{cls.name}.targets")}
+
+    def open(self, workspace: Workspace) -> None:
+        """Open the data sets and encode their images, if no cache holds them."""
+        cache_dir = default_cache_dir(self.config.output.cache)
+        self._others = open_others(
+            self.options.targets,
+            self.config.seed,
+            workspace.clip,
+            cache_dir,
+            workspace.method.needs,
+        )
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Zero-shot and global accuracy on every target, and on the source for comparison."""
+        workspace = run.workspace
+        source_names = set(map(name_key, workspace.task.class_names))
+        inputs, labels = workspace.server_test()
+        cases = [(workspace.config.data.title, workspace.task, inputs, labels, True)]
+        cases += [
+            (o.name, Task(o.dataset.class_names, o.templates), o.inputs_N, o.labels_N, False)
+            for o in self._others
+        ]
+        zero_shot = method_class("zero_shot")
+        method = workspace.method
+        rows = []
+        for name, task, inputs_N, labels_N, is_source in cases:
+            reference = zero_shot(zero_shot.Config(), workspace.clip, task)
+            before = score_global(reference, {}, inputs_N, labels_N)
+            after = None
+            if is_source or method.transfers_to_new_classes:
+                after = score_global(workspace.method_for(task), run.shared, inputs_N, labels_N)
+            assert before is not None
+            rows.append(
+                {
+                    "data": name,
+                    "source": is_source,
+                    "images": len(labels_N),
+                    "classes": len(task.class_names),
+                    "known_classes": sum(name_key(c) in source_names for c in task.class_names),
+                    "zero_shot": before.accuracy,
+                    "global": None if after is None else after.accuracy,
+                }
+            )
+        why = None
+        if not method.has_global:
+            why = "the method has no global model"
+        elif not method.transfers_to_new_classes:
+            why = "the method's tensors belong to the classes it was trained on"
+        return {"rows": rows, "why": why}
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per data set, the source first, the targets' mean last."""
+        rows: list[tuple[str, ...]] = [
+            (
+                row["data"] + (" (source)" if row["source"] else ""),
+                f"{row['images']:,}",
+                str(row["classes"]),
+                str(row["known_classes"]),
+                percent(row["zero_shot"]),
+                percent(row["global"]),
+            )
+            for row in part["rows"]
+        ]
+        targets = [row for row in part["rows"] if not row["source"]]
+        means = [percent(_mean([row[key] for row in targets])) for key in ("zero_shot", "global")]
+        rows.append(("mean of targets", "", "", "", *means))
+        columns = ("data set", "test images", "classes", "of these known", "zero-shot", "global")
+        note = "Known: classes whose name the source data set has too."
+        if part["why"]:
+            note += f" No result of the global model: {part['why']}."
+        return Table(cls.title, columns, tuple(rows), note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Bars per data set."""
+        from fedprompt.reports.bars import Series, bar_figure
+
+        groups = [r["data"] + ("\n(source)" if r["source"] else "") for r in part["rows"]]
+        series = [Series("zero-shot", [row["zero_shot"] for row in part["rows"]])]
+        if part["why"] is None:
+            series.append(Series("global", [row["global"] for row in part["rows"]]))
+        return bar_figure(cls.title, groups, series)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,0 +1,141 @@
+"""Fairness: how evenly accuracy is spread over clients, and who would be better off alone.
+
+Sources: Fair Resource Allocation in Federated Learning (Li et al., ICLR 2020, arXiv 1905.10497) for
+spread and worst tenth; Jain, Chiu and Hawe (DEC TR-301, 1984) for the index; Gini's coefficient.
+Every client with test images counts once, whatever their number. Standard deviation divides by n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedprompt.config.fields import option
+from fedprompt.evaluation.metrics import gini, jain, mean_of_lowest
+from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.reports.format import Table, percent
+from fedprompt.reports.run_data import accuracy_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+
+
+@dataclass(frozen=True)
+class FairnessOptions:
+    """What the lowest clients are."""
+
+    lowest_share: float = option(0.1, "share of clients whose mean is reported", gt=0, le=1)
+
+
+class Fairness(Reported):
+    """Spread of personal accuracies over clients, beside zero-shot and local-only training."""
+
+    name = "fairness"
+    title = "Fairness over clients"
+    caption = "Share of clients (y) with at most this accuracy (x); a steep line is an even spread."
+    Options = FairnessOptions
+    one_of = ("personalised",)
+    options: FairnessOptions
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Spread of each model's client accuracies, and the gap to local-only training."""
+        summary = run.summary
+        found = {
+            "zero-shot": accuracy_of((summary.get("zero_shot") or {}).get("personal")),
+            "local-only": accuracy_of((summary.get("local_only") or {}).get("personal")),
+            "personal": accuracy_of(summary.get("personal")),
+        }
+        share = self.options.lowest_share
+        models = {name: spread(values, share) for name, values in found.items() if values}
+        own, alone = found["personal"], found["local-only"]
+        return {
+            "lowest_share": share,
+            "models": models,
+            "accuracy": {name: list(values.values()) for name, values in found.items() if values},
+            "to_local_only": gap(own, alone),
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per model."""
+        lowest = f"lowest {100 * part['lowest_share']:g} %"
+        columns = ("model", "mean", "std", "worst", "10th pct.", lowest, "Jain", "Gini")
+        rows = tuple(
+            (
+                name,
+                *(percent(m[key]) for key in ("mean", "std", "worst", "p10", "lowest_mean")),
+                f"{m['jain']:.3f}",
+                f"{m['gini']:.3f}",
+            )
+            for name, m in part["models"].items()
+        )
+        note = "Own test images, each client counted once; Jain 1 and Gini 0 = all equal."
+        beside = part["to_local_only"]
+        if beside is not None:
+            note += (
+                f" Personal minus local-only accuracy: mean {_points(beside['mean'])}, lowest "
+                f"{_points(beside['lowest'])} points; {beside['worse']} of {beside['clients']} "
+                "clients would be better off alone."
+            )
+        return Table(cls.title, columns, rows, note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Cumulative distribution of accuracies over clients."""
+        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
+        from fedprompt.reports.style import INK, legend_above, new_figure, style
+
+        figure = new_figure("Clients by accuracy on own test images", 3.6)
+        axes = figure.subplots()
+        style(axes)
+        for name, accuracy in part["accuracy"].items():
+            x = np.sort(np.array(accuracy, dtype=float))
+            share = np.arange(1, len(x) + 1) / len(x)
+            axes.step([x[0], *x], [0, *share], where="post", color=MODEL_COLOURS[name], lw=2,
+                      label=name)  # fmt: skip
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        for of_x in (True, False):
+            percent_axis(axes, of_x=of_x)
+        axes.set_xlabel("Accuracy", fontsize=10.5, color=INK)
+        axes.set_ylabel("Clients at or below", fontsize=10, color=INK)
+        legend_above(axes)
+        return figure
+
+
+def _points(difference: float) -> str:
+    """A difference of fractions in points; never "-0.0"."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def spread(accuracy: Mapping[int, float], lowest_share: float) -> dict[str, Any]:
+    """Statistics over clients, each counted once."""
+    values = np.array(list(accuracy.values()), dtype=np.float64)
+    return {
+        "clients": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "worst": float(values.min()),
+        "p10": float(np.percentile(values, 10)),
+        "lowest_mean": mean_of_lowest(values, lowest_share),
+        "jain": jain(values),
+        "gini": gini(values),
+    }
+
+
+def gap(own: Mapping[int, float], alone: Mapping[int, float]) -> dict[str, Any] | None:
+    """Own minus local-only accuracy over clients that were tested with both, or None."""
+    both = [own[k] - alone[k] for k in own if k in alone]
+    if not both:
+        return None
+    return {
+        "clients": len(both),
+        "mean": float(np.mean(both)),
+        "lowest": min(both),
+        "worse": sum(difference < 0 for difference in both),
+    }

@@ -1,0 +1,135 @@
+"""Few-shot: accuracy at the number of training images per class and client that a run was given.
+
+Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, arXiv 2109.01134),
+which trains on 1, 2, 4, 8 and 16 images per class. There the number is for the whole training set;
+here `partition.shots` is per class and client, as in the federated papers, so that the federation
+holds up to K times as many. One run is one point; `fedprompt sweep few_shot` runs the curve and
+`fedprompt compare --protocol few_shot` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.reports.format import Table, percent, percent_spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+
+MODELS = {"zero-shot": "zero_shot", "global": "global", "personal": "personal"}
+
+
+@dataclass(frozen=True)
+class FewShotOptions:
+    """Nothing to choose: the number of shots is `partition.shots`."""
+
+
+class FewShot(Reported):
+    """One point of the few-shot curve; the curve over several runs."""
+
+    name = "few_shot"
+    title = "Few-shot"
+    caption = "Accuracy at the run's number of training images per class and client."
+    Options = FewShotOptions
+    one_of = ("global", "personalised")
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Accuracies beside the number of shots and of training images."""
+        partition, summary = run.workspace.partition, run.summary
+        whole, own = summary["global"], summary["personal"] or {}
+        zero = summary["zero_shot"]
+        return {
+            "shots": self.config.partition.shots,
+            "train_images": sum(
+                len(partition.train(k))
+                for k in range(partition.num_clients)
+                if k not in partition.unlabelled
+            ),
+            "clients": partition.num_clients,
+            "accuracy": {
+                "zero-shot": zero["accuracy"],
+                "global": whole["accuracy"],
+                "personal": own.get("mean"),
+            },
+            "std": {"personal": own.get("std")},
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row: this run."""
+        return _table(cls.title, [("", part)])
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Bars of this run; `compare` draws the curve."""
+        from fedprompt.reports.bars import Series, bar_figure
+
+        series = [
+            Series(model, [value], [part["std"].get(model)])
+            for model, value in part["accuracy"].items()
+        ]
+        return bar_figure(cls.title, [f"{_shots(part)} per class and client"], series)
+
+    @classmethod
+    def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
+        """The curve: mean over runs of the same number of shots."""
+        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
+        from fedprompt.reports.style import INK, legend_above, new_figure, style
+
+        ordered = sorted(runs, key=lambda run: (_order(run[1]), run[0]))
+        levels = list(dict.fromkeys(_shots(part) for _, part in ordered))
+        figure = new_figure("Accuracy over shots", 3.6)
+        axes = figure.subplots()
+        style(axes)
+        for model in MODELS:
+            found = [
+                [p["accuracy"][model] for _, p in ordered if _shots(p) == level] for level in levels
+            ]
+            points = [
+                (x, float(np.mean(known)))
+                for x, values in enumerate(found)
+                if (known := [v for v in values if v is not None])
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                line = "--" if model == "zero-shot" else "-"
+                axes.plot(x, y, line, color=MODEL_COLOURS[model], marker="o", lw=2, label=model)
+        axes.set_xticks(range(len(levels)), levels)
+        axes.set_xlabel("Training images per class and client", fontsize=10.5, color=INK)
+        percent_axis(axes)
+        legend_above(axes)
+        return _table(cls.title, ordered), figure
+
+
+def _table(title: str, runs: Sequence[tuple[str, Part]]) -> Table:
+    rows = tuple(
+        (
+            " ".join(filter(None, (_shots(part), name and f"({name})"))),
+            f"{part['train_images']:,}",
+            percent(part["accuracy"]["zero-shot"]),
+            percent(part["accuracy"]["global"]),
+            percent_spread(part["accuracy"]["personal"], part["std"]["personal"]),
+        )
+        for name, part in runs
+    )
+    columns = ("shots", "training images", "zero-shot", "global", "personal")
+    note = (
+        "Shots are training images per class and client, where a client holds so many. Zero-shot "
+        "and global: server's test images; personal: mean ± std over clients, own test images."
+    )
+    return Table(title, columns, rows, note)
+
+
+def _shots(part: Part) -> str:
+    return "all" if part["shots"] is None else str(part["shots"])
+
+
+def _order(part: Part) -> float:
+    return float("inf") if part["shots"] is None else float(part["shots"])

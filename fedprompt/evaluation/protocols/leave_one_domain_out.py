@@ -1,0 +1,207 @@
+"""Leave one domain out: a domain that no client holds is tested in the end.
+
+Sources: Deeper, Broader and Artier Domain Generalization (Li et al., ICCV 2017, arXiv 1710.03077)
+for the protocol; FedCLIP (Lu et al., 2023, arXiv 2302.13485) for its federated form. One run holds
+out one domain; configs/sweep/leave_one_domain_out.yaml holds out each in turn, and
+`fedprompt compare --protocol leave_one_domain_out` puts the runs into one table.
+
+Seen and unseen accuracies are of the global model, over images; the unseen one also of the clients'
+own models (mean over clients). Nothing is selected on the unseen domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fedprompt.config.fields import option
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.held_out import HeldOut, hold_out_domain
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.methods.registry import Tensors, method_class
+from fedprompt.reports.format import Table, percent, percent_spread
+from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LeaveOneDomainOutOptions:
+    """Which domain no client holds."""
+
+    domain: str | None = option(None, "the domain held out; null = the data set's last one")
+    images: Literal["test", "all"] = option(
+        "test", "its test images, or all of them: no client trains on either"
+    )
+
+
+class LeaveOneDomainOut(Reported):
+    """One domain is held by nobody and tested in the end."""
+
+    name = "leave_one_domain_out"
+    title = "Leave one domain out"
+    caption = "Accuracy on the domains that clients hold, and on the one that none holds."
+    Options = LeaveOneDomainOutOptions
+    asks_clients = True
+    options: LeaveOneDomainOutOptions
+
+    @property
+    def holds_out(self) -> Literal["domain"]:
+        """The unseen domain."""
+        return "domain"
+
+    def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
+        """The other domains, and the images of this one."""
+        names = dataset.domain_names
+        if len(names) < 2:
+            raise UserError(
+                "protocol leave_one_domain_out needs a data set with two or more domains; "
+                f"'{dataset.name}' has one."
+            )
+        wanted = self.options.domain if self.options.domain is not None else names[-1]
+        if wanted not in names:
+            hint = did_you_mean(wanted, names)
+            raise UserError(f"protocol leave_one_domain_out: no domain '{wanted}'.{hint}")
+        tests_only = self.options.images == "test"
+        view, held = hold_out_domain(dataset, names.index(wanted), tests_only=tests_only)
+        if not len(held.index_N):
+            raise UserError(
+                f"protocol leave_one_domain_out: domain '{wanted}' has no test images; set "
+                "protocol_options.leave_one_domain_out.images=all."
+            )
+        return view, held
+
+    def measure_round(
+        self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Accuracy of the global model on the unseen domain."""
+        score = score_global(workspace.method, shared, *workspace.held_out_test())
+        return None if score is None else {"unseen": score.accuracy}
+
+    def measure_clients(
+        self,
+        workspace: Workspace,
+        clients: Sequence[int],
+        shared: Sequence[Tensors],
+        private: Sequence[Tensors],
+    ) -> list[Numbers]:
+        """Accuracy of every client's own model on the unseen domain."""
+        encoded = encode_personal(workspace.method, shared, private)
+        test = workspace.held_out_test()
+        scores = score_models(workspace.method, encoded, len(clients), *test)
+        return [
+            {"correct-unseen": score.correct, "tested-unseen": score.tested} for score in scores
+        ]
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Accuracy per seen domain and on the unseen one."""
+        workspace = run.workspace
+        assert workspace.held_out is not None
+        zero_shot = method_class("zero_shot")
+        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        models = {"zero-shot": (reference, encode_global(reference, {}))}
+        if workspace.method.has_global:
+            models["global"] = (workspace.method, encode_global(workspace.method, run.shared))
+        domains_N = workspace.dataset.domains_N[workspace.partition.server_test]
+        inputs, labels = workspace.server_test()
+        rows: list[dict[str, Any]] = []
+        for model, (method, encoded) in models.items():
+            by_domain: dict[str, float | None] = {}
+            for d, name in enumerate(workspace.dataset.domain_names):
+                rows_N = np.flatnonzero(domains_N == d)
+                score = score_models(method, encoded, 1, inputs[rows_N], labels[rows_N])[0]
+                by_domain[name] = score.accuracy
+            seen = score_models(method, encoded, 1, inputs, labels)[0]
+            unseen = score_models(method, encoded, 1, *workspace.held_out_test())[0]
+            rows.append(
+                {
+                    "model": model,
+                    "by_domain": by_domain,
+                    "seen": seen.accuracy,
+                    "unseen": unseen.accuracy,
+                    "std": None,
+                }
+            )
+        accuracy = [n["correct-unseen"] / n["tested-unseen"] for n in run.clients.values()]
+        if accuracy:
+            mean, std = float(np.mean(accuracy)), float(np.std(accuracy))
+            rows.append(
+                {"model": "personal", "by_domain": {}, "seen": None, "unseen": mean, "std": std}
+            )
+        return {
+            "unseen_domain": workspace.held_out.name,
+            "seen_domains": list(workspace.dataset.domain_names),
+            "unseen_images": len(workspace.held_out.index_N),
+            "rows": rows,
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per model, one column per domain."""
+        seen, unseen = part["seen_domains"], part["unseen_domain"]
+        rows = tuple(
+            (
+                row["model"],
+                *(percent(row["by_domain"].get(name)) for name in seen),
+                percent(row["seen"]),
+                percent_spread(row["unseen"], row["std"]),
+            )
+            for row in part["rows"]
+        )
+        note = (
+            f"No client holds '{unseen}' ({part['unseen_images']:,} images). Over test images; "
+            "personal: mean ± std over clients."
+        )
+        return Table(cls.title, ("model", *seen, "seen, all", f"unseen: {unseen}"), rows, note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Bars per domain."""
+        from fedprompt.reports.bars import Series, bar_figure
+
+        seen = part["seen_domains"]
+        series = [
+            Series(
+                row["model"],
+                [*(row["by_domain"].get(name) for name in seen), row["unseen"]],
+                [*(None for _ in seen), row["std"]],
+            )
+            for row in part["rows"]
+        ]
+        return bar_figure(cls.title, [*seen, f"{part['unseen_domain']}\n(unseen)"], series)
+
+    @classmethod
+    def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
+        """Each domain's accuracy in the runs that held it out (mean over them), and their mean."""
+        from fedprompt.reports.bars import Series, bar_figure
+
+        domains = sorted({part["unseen_domain"] for _, part in runs})
+        models = list(dict.fromkeys(row["model"] for _, part in runs for row in part["rows"]))
+
+        def unseen(model: str, domain: str) -> float | None:
+            found = [
+                row["unseen"]
+                for _, part in runs
+                if part["unseen_domain"] == domain
+                for row in part["rows"]
+                if row["model"] == model and row["unseen"] is not None
+            ]
+            return float(np.mean(found)) if found else None
+
+        values = {model: [unseen(model, domain) for domain in domains] for model in models}
+        for found in values.values():
+            known = [v for v in found if v is not None]
+            found.append(float(np.mean(known)) if len(known) == len(domains) else None)
+        rows = tuple((model, *map(percent, found)) for model, found in values.items())
+        note = f"Each domain in runs that held it out ({len(runs)} runs); mean over domains last."
+        table = Table(cls.title, ("model", *domains, "mean"), rows, note)
+        series = [Series(model, found) for model, found in values.items()]
+        return table, bar_figure(f"{cls.title}: unseen domains", [*domains, "mean"], series)

@@ -1,0 +1,281 @@
+"""Out-of-distribution detection: does the model notice images of classes that it has no name for?
+
+Sources: MCM (Delving into Out-of-Distribution Detection with Vision-Language Representations, Ming
+et al., NeurIPS 2022, arXiv 2211.13445): the highest softmax probability over the cosines of image
+and class names, at temperature 1; GL-MCM (Miyai et al., IJCV 2025, arXiv 2304.04521): MCM plus
+`local_weight` times the highest such probability of any patch. Settings are those of the authors'
+code. In it FPR95 is taken where recall is nearest to 95 %; here at the highest threshold that keeps
+95 % of the known images, as is usual.
+
+Known images are the server's test images. The others are `out`, data sets by name or as
+`{use: name, key: value}`; without them, test images of classes that are held out: those of
+base_to_new where that runs too, else the last `held_share` of the classes. Known images are the
+positives of AUROC and AUPR. Zero-shot and the global model are measured, personal models are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedprompt.backbone.patch_features import local_encoder
+from fedprompt.config.fields import option
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.cache import Encoding, cached, default_cache_dir
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.held_out import HeldOut, hold_out_classes
+from fedprompt.errors import UserError
+from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
+from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.evaluation.test_sets import OtherData, complete, open_others
+from fedprompt.methods.registry import Method, Tensors, method_class
+from fedprompt.reports.format import Table, percent
+from fedprompt.scoring import encode_global, logits_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+BINS = 40
+NO_PATCHES = "the backbone's image tower gives no patch features"
+NEEDS_MORE = "the method's logits need more than one feature vector per image"
+
+
+@dataclass(frozen=True)
+class OodOptions:
+    """Which images are out of distribution, and the settings of both scores."""
+
+    out: list[Any] = option([], "data sets, by name or {use: name, ...}; empty = held-out classes")
+    held_share: float = option(0.25, "share of classes held out for it, the last ones", gt=0, lt=1)
+    temperature: float = option(1.0, "softmax temperature of the cosines", gt=0)
+    local: bool = option(True, "also GL-MCM, where the backbone gives patch features")
+    local_weight: float = option(1.0, "GL-MCM: weight of the local score", ge=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Images of one kind: features (n, D), and where to find them for local features."""
+
+    name: str
+    inputs_N: Inputs
+    dataset: ImageDataset
+    index_N: NDArray[np.int64]
+
+
+class Ood(Reported):
+    """MCM and GL-MCM: AUROC, FPR95 and AUPR."""
+
+    name = "ood"
+    title = "Out-of-distribution detection"
+    needs_global = True
+    caption = "MCM score of known images and of images whose class the model has no name for."
+    Options = OodOptions
+    options: OodOptions
+    _others: list[OtherData]
+
+    @classmethod
+    def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Data sets as complete `data` sections."""
+        where = f"protocol_options.{cls.name}.out"
+        return {**options, "out": complete(options.get("out") or [], where)}
+
+    @property
+    def holds_out(self) -> Literal["classes"] | None:
+        """Classes, where no other data set is given."""
+        return None if self.options.out else "classes"
+
+    @property
+    def takes_held_out(self) -> bool:
+        """It would as soon use the new classes of base_to_new."""
+        return True
+
+    def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
+        """All but the last classes, and the test images of these."""
+        classes = len(dataset.class_names)
+        held = math.ceil(round(self.options.held_share * classes, 9))
+        if classes - held < 2:
+            raise UserError(
+                f"protocol ood: {held} of {classes} classes would be held out; two or more must "
+                "stay. Lower protocol_options.ood.held_share, or name data sets in "
+                "protocol_options.ood.out."
+            )
+        view, found = hold_out_classes(dataset, list(range(classes - held, classes)))
+        if not len(found.index_N):
+            raise UserError("protocol ood: the held-out classes have no test images.")
+        return view, found
+
+    def open(self, workspace: Workspace) -> None:
+        """Open the other data sets, and encode what no cache holds, patches included."""
+        cache_dir = default_cache_dir(self.config.output.cache)
+        self._others = open_others(
+            self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method.needs
+        )
+        if self._why_not_local(workspace) is None:
+            for images in self._images(workspace):
+                self._local_features(workspace, images)
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """The three numbers of each model, score and other data set."""
+        workspace = run.workspace
+        zero_shot = method_class("zero_shot")
+        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        models = {"zero-shot": (reference, encode_global(reference, {}))}
+        if workspace.method.has_global:
+            models["global"] = (workspace.method, encode_global(workspace.method, run.shared))
+        why_not = self._why_not_local(workspace)
+        known, *others = self._images(workspace)
+        rows, histogram = [], {}
+        for model, (method, encoded) in models.items():
+            scores = [
+                self._scores(workspace, method, encoded, images, why_not is None)
+                for images in (known, *others)
+            ]
+            rows += [
+                {"model": model, "score": score, "out": other.name} | _numbers(of_known, of_other)
+                for other, found in zip(others, scores[1:], strict=True)
+                for score, of_known, of_other in _pairs(scores[0], found)
+            ]
+            histogram[model] = _histogram(
+                [images.name for images in (known, *others)], [s["MCM"] for s in scores]
+            )
+        return {
+            "known_images": len(known.index_N),
+            "out_images": {images.name: len(images.index_N) for images in others},
+            "temperature": self.options.temperature,
+            "local_weight": self.options.local_weight,
+            "no_local": why_not,
+            "rows": rows,
+            "histogram": histogram,
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per model, score and other data set."""
+        several = len(part["out_images"]) > 1
+        rows = tuple(
+            (
+                f"{row['model']}, {row['score']}" + (f", {row['out']}" if several else ""),
+                *(percent(row[key]) for key in ("auroc", "fpr95", "aupr")),
+            )
+            for row in part["rows"]
+        )
+        out = ", ".join(f"{n:,} of {name}" for name, n in part["out_images"].items())
+        note = f"{part['known_images']:,} known test images against {out}; known images positive."
+        if part["no_local"]:
+            note += f" No GL-MCM: {part['no_local']}."
+        return Table(cls.title, ("model, score", "AUROC", "FPR95", "AUPR"), rows, note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Histograms of MCM, of the global model where there is one."""
+        from fedprompt.reports.bars import percent_axis
+        from fedprompt.reports.style import DOMAINS, INK, legend_above, new_figure, style
+
+        model = "global" if "global" in part["histogram"] else "zero-shot"
+        found = part["histogram"][model]
+        figure = new_figure(f"MCM of the {model} model", 3.6)
+        axes = figure.subplots()
+        style(axes)
+        for (name, share), colour in zip(found["share"].items(), DOMAINS * 9, strict=False):
+            axes.stairs(share, found["edges"], color=colour, lw=1.6, fill=False)
+            axes.stairs(share, found["edges"], color=colour, alpha=0.25, fill=True, label=name)
+        percent_axis(axes)
+        axes.set_xlabel("Score", fontsize=10.5, color=INK)
+        axes.set_ylabel("Images", fontsize=10, color=INK)
+        legend_above(axes)
+        return figure
+
+    def _images(self, workspace: Workspace) -> list[_Images]:
+        """Known images, then each kind of others."""
+        dataset, index_N = workspace.dataset, workspace.partition.server_test
+        kinds = [_Images("known classes", workspace.server_test()[0], dataset, index_N)]
+        if not self.options.out:
+            held = workspace.held_out
+            assert held is not None
+            inputs_N, _ = workspace.held_out_test()
+            kinds.append(_Images("held-out classes", inputs_N, dataset, held.index_N))
+        kinds += [_Images(o.name, o.inputs_N, o.dataset, o.index_N) for o in self._others]
+        return kinds
+
+    def _why_not_local(self, workspace: Workspace) -> str | None:
+        if not self.options.local:
+            return "protocol_options.ood.local is false"
+        if workspace.method.needs != {"features"}:
+            return NEEDS_MORE
+        return NO_PATCHES if local_encoder(workspace.clip) is None else None
+
+    def _local_features(self, workspace: Workspace, images: _Images) -> NDArray[np.float16]:
+        """Local features (n, P, D) in half precision: their cosines need no more."""
+        found = local_encoder(workspace.clip)
+        assert found is not None
+        encode, patches = found
+        clip, open_image = workspace.clip, images.dataset.open_image
+
+        def load(index: int) -> Tensor:
+            return clip.preprocess(open_image(index))
+
+        encoding = Encoding("local", (patches, clip.embed_dim), load, encode, "<f2")
+        cache_dir = default_cache_dir(self.config.output.cache)
+        return cached(clip, images.dataset, cache_dir, encoding, index_R=images.index_N)
+
+    def _scores(
+        self, workspace: Workspace, method: Method, encoded: Tensors, images: _Images, local: bool
+    ) -> dict[str, Floats]:
+        """MCM, and GL-MCM where that is possible, of every image."""
+        at = self.options.temperature * workspace.clip.logit_scale
+        whole_N = np.concatenate(
+            [_highest(x, at).numpy() for x in logits_of(method, encoded, images.inputs_N)]
+        )
+        if not local:
+            return {"MCM": whole_N}
+        local_NPD = self._local_features(workspace, images)
+        parts = []
+        for first in range(0, len(local_NPD), 64):
+            some = torch.from_numpy(local_NPD[first : first + 64].astype(np.float32))
+            flat = torch.cat(
+                [_highest(x, at) for x in logits_of(method, encoded, Inputs(some.flatten(0, 1)))]
+            )
+            parts.append(flat.view(some.shape[:2]).amax(-1).numpy())
+        return {
+            "MCM": whole_N,
+            "GL-MCM": whole_N + self.options.local_weight * np.concatenate(parts),
+        }
+
+
+def _highest(logits_BC: Tensor, scale: float) -> Tensor:
+    """The highest softmax probability of the cosines over the temperature, float64 (B,)."""
+    return (logits_BC.double() / scale).softmax(-1).amax(-1)
+
+
+def _pairs(
+    known: Mapping[str, Floats], other: Mapping[str, Floats]
+) -> list[tuple[str, Floats, Floats]]:
+    return [(score, known[score], other[score]) for score in known]
+
+
+def _numbers(known_N: Floats, other_N: Floats) -> dict[str, float]:
+    return {
+        "auroc": auroc(known_N, other_N),
+        "fpr95": fpr_at_tpr(known_N, other_N),
+        "aupr": average_precision(known_N, other_N),
+    }
+
+
+def _histogram(names: list[str], scores: list[Floats]) -> dict[str, Any]:
+    """Share of each kind's images per bin of a common range."""
+    low, high = min(s.min() for s in scores), max(s.max() for s in scores)
+    edges = np.linspace(low, high if high > low else low + 1e-6, BINS + 1)
+    share = {
+        name: (np.histogram(s, edges)[0] / len(s)).tolist()
+        for name, s in zip(names, scores, strict=True)
+    }
+    return {"edges": edges.tolist(), "share": share}

@@ -1,0 +1,178 @@
+"""Accuracy per class, and what is taken for what.
+
+Zero-shot and global: the server's test images. Personal: each client's own model on its own test
+images, the images of all clients pooled, so that a client counts by its images. The confusion
+matrix is the global model's (zero-shot's where a method has none), rows divided by the images of
+the class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.evaluation.metrics import Ints, confusion
+from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.methods.registry import Method, Tensors, method_class
+from fedprompt.reports.format import Table, percent
+from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+NAMED = 46
+"""More classes than can be named in a line each."""
+
+
+@dataclass(frozen=True)
+class PerClassOptions:
+    """Nothing to choose."""
+
+
+class PerClass(Reported):
+    """Accuracy of every class, and the confusion matrix."""
+
+    name = "per_class"
+    title = "Accuracy per class"
+    caption = "Confusion matrix: share of each true class (rows) predicted as each class (columns)."
+    Options = PerClassOptions
+    asks_clients = True
+
+    def measure_clients(
+        self,
+        workspace: Workspace,
+        clients: Sequence[int],
+        shared: Sequence[Tensors],
+        private: Sequence[Tensors],
+    ) -> list[Numbers]:
+        """Tested and correct images of each class, of each client's own test images."""
+        method = workspace.method
+        encoded = encode_personal(method, shared, private)
+        rows: list[Numbers] = []
+        for k, client in enumerate(clients):
+            counts_CC = _confusion(method, model_of(encoded, k), *workspace.test_data(client))
+            row: Numbers = {}
+            for c in range(len(counts_CC)):
+                row[f"tested-{c}"] = int(counts_CC[c].sum())
+                row[f"correct-{c}"] = int(counts_CC[c, c])
+            rows.append(row)
+        return rows
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Accuracy per class and model, and one confusion matrix."""
+        workspace = run.workspace
+        names, test = workspace.task.class_names, workspace.server_test()
+        zero_shot = method_class("zero_shot")
+        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        shown = _confusion(reference, encode_global(reference, {}), *test)
+        models = {"zero-shot": _accuracy(shown)}
+        if workspace.method.has_global:
+            encoded = encode_global(workspace.method, run.shared)
+            shown = _confusion(workspace.method, encoded, *test)
+            models["global"] = _accuracy(shown)
+        if run.clients:
+            sums = {
+                name: [sum(int(row[f"{name}-{c}"]) for row in run.clients.values())
+                       for c in range(len(names))]
+                for name in ("tested", "correct")
+            }  # fmt: skip
+            pairs = zip(sums["correct"], sums["tested"], strict=True)
+            models["personal"] = [hits / images if images else None for hits, images in pairs]
+        return {
+            "class_names": list(names),
+            "images": shown.sum(1).tolist(),
+            "accuracy": models,
+            "confusion_of": list(models)[1] if workspace.method.has_global else "zero-shot",
+            "confusion": shown.tolist(),
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per class; of more than `NAMED` classes the lowest ones, lowest first."""
+        counts = np.array(part["confusion"], dtype=np.int64)
+        models, names = part["accuracy"], part["class_names"]
+        shown, note = list(range(len(names))), ""
+        if len(names) > NAMED:
+            accuracy = models[part["confusion_of"]]
+            tested = [c for c in shown if accuracy[c] is not None]
+            shown = sorted(tested, key=lambda c: (accuracy[c], c))[:NAMED]
+            note = f"The {NAMED} of {len(names)} classes with the lowest accuracy. "
+        rows = []
+        for c in shown:
+            name = names[c]
+            wrong = counts[c].copy()
+            wrong[c] = 0
+            most = int(wrong.argmax())
+            images = max(1, counts[c].sum())
+            mistaken = f"{part['class_names'][most]} ({100 * wrong[most] / images:.0f} %)"
+            rows.append(
+                (
+                    name,
+                    str(part["images"][c]),
+                    *(percent(found[c]) for found in models.values()),
+                    mistaken if wrong[most] else "-",
+                )
+            )
+        note += (
+            "Zero-shot and global: server's test images; personal: own test images of all clients, "
+            f"pooled. Most taken for: by the {part['confusion_of']} model."
+        )
+        columns = ("class", "test images", *models, "most taken for")
+        return Table(cls.title, columns, tuple(rows), note)
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """The confusion matrix."""
+        from fedprompt.reports.bars import shorten
+        from fedprompt.reports.style import INK, new_figure
+
+        counts = np.array(part["confusion"], dtype=np.float64)
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        names = [shorten(name) for name in part["class_names"]]
+        figure = new_figure(f"Confusion matrix, {part['confusion_of']} model", 5.9)
+        axes = figure.subplots()
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        step = math.ceil(len(names) / NAMED)
+        size = 8 if len(names) <= 25 else 6
+        ticks = range(0, len(names), step)
+        axes.set_xticks(ticks, names[::step], parse_math=False, fontsize=size, rotation=90)
+        axes.set_yticks(ticks, names[::step], parse_math=False, fontsize=size)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.set_xlabel("Predicted", fontsize=10, color=INK)
+        axes.set_ylabel("True", fontsize=10, color=INK)
+        if len(names) <= 25:
+            for true, predicted in zip(*np.nonzero(share >= 0.005), strict=True):
+                value = share[true, predicted]
+                axes.text(
+                    predicted, true, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5,
+                    color="white" if value > 0.5 else INK,
+                )  # fmt: skip
+        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        bar.ax.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"], fontsize=8)
+        bar.outline.set_visible(False)
+        return figure
+
+
+def _confusion(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> Ints:
+    classes = len(method.task.class_names)
+    total = np.zeros((classes, classes), dtype=np.int64)
+    first = 0
+    for logits_BC in logits_of(method, encoded, inputs_N):
+        labels_B = labels_N[first : first + len(logits_BC)]
+        total += confusion(labels_B.numpy(), logits_BC.argmax(-1).numpy(), classes)
+        first += len(logits_BC)
+    return total
+
+
+def _accuracy(counts_CC: Ints) -> list[float | None]:
+    images_C = counts_CC.sum(1)
+    return [int(counts_CC[c, c]) / int(n) if n else None for c, n in enumerate(images_C)]

@@ -1,0 +1,230 @@
+"""Privacy audit: what the shared prompts give away about who trained them, and on what.
+
+Four attacks, each beside what can be guessed without the prompts. The first needs only the final
+model; the others see what one client uploads, as the server does, after one more round of its usual
+training from the final prompts (with the first round's learning rate; `privacy.noise` is added).
+    member, model     loss of the final global model on an image: lower for members? (Yeom et al.,
+                      CSF 2018, arXiv 1709.01604); area under the ROC, guess 0.5
+    member, update    how far one client's update lowers the loss of an image; likewise
+    class mix         the client's class shares from its update: total variation to the true ones;
+                      guess: uniform
+    image             the feature of the one image behind one step of SGD: cosine with the true one;
+                      guess: the mean feature of the class (for methods that see features alone)
+Members are a client's own training images, the others its own test images: images of other clients
+would differ by their classes alone. AUC is over all clients, weighted by pairs. Test sets here are
+far too small for true positives at rates of false ones near 0, which say more (Carlini et al., S&P
+2022, arXiv 2112.03570). The attacks run where the client's images are; only numbers come back.
+
+An attack that fails is no proof of privacy; epsilon, where the run has one, is a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedprompt.config.fields import option
+from fedprompt.evaluation.metrics import auroc
+from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.privacy.inversion import Attacker, cosine, uploaded_by
+from fedprompt.reports.format import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.methods.base import Tensors
+    from fedprompt.reports.run_data import RunData
+    from fedprompt.workspace import Workspace
+
+ATTACKS = {
+    "model": "member, model",
+    "update": "member, update",
+    "classes": "class mix",
+    "image": "image",
+}
+"""Keys of the results and names in tables."""
+
+
+@dataclass(frozen=True)
+class PrivacyAuditOptions:
+    """How much work the attacker puts in."""
+
+    candidates: int = option(128, "image: features whose updates the attacker imagines", ge=2)
+    images: int = option(3, "image: clients whose first training image is attacked", ge=0)
+
+
+class PrivacyAudit(Reported):
+    """Membership inference, class mix and inversion, beside guesses."""
+
+    name = "privacy_audit"
+    title = "Privacy audit"
+    caption = "Grey: what can be guessed without the prompts. 0.5 = chance for the members."
+    Options = PrivacyAuditOptions
+    asks_clients = True
+    options: PrivacyAuditOptions
+
+    def measure_clients(
+        self,
+        workspace: Workspace,
+        clients: Sequence[int],
+        shared: Sequence[Tensors],
+        private: Sequence[Tensors],
+    ) -> list[Numbers]:
+        """The attacks' success on every client; zeros where there is nothing to attack."""
+        return [
+            self._attack(workspace, client, received, own)
+            for client, received, own in zip(clients, shared, private, strict=True)
+        ]
+
+    def _attack(
+        self, workspace: Workspace, client: int, received: Tensors, private: Tensors
+    ) -> Numbers:
+        numbers: Numbers = dict.fromkeys(NUMBERS, 0.0)
+        trains = client in workspace.partition.trainable
+        if not trains or not workspace.shared_shapes or not workspace.method.trainable:
+            return numbers
+        attacker = Attacker(workspace, client, received)
+        data, (others, other_labels) = workspace.train_data(client), workspace.test_data(client)
+        members = data.inputs[: len(data)], data.labels_N
+        uploaded = uploaded_by(workspace, client, received, private, image=None)
+        if len(other_labels):
+            before, after = (
+                [attacker.losses(prompts, *some) for some in (members, (others, other_labels))]
+                for prompts in ({}, uploaded)
+            )
+            numbers["pairs"] = len(data) * len(other_labels)
+            numbers["model"] = auroc(-before[0], -before[1])
+            numbers["update"] = auroc(before[0] - after[0], before[1] - after[1])
+        classes = len(workspace.task.class_names)
+        true_C = np.bincount(data.labels_N.numpy(), minlength=classes) / len(data)
+        numbers["classes"] = variation(attacker.class_shares(uploaded), true_C)
+        numbers["classes_guess"] = variation(np.full(classes, 1 / classes), true_C)
+        numbers["trained"] = 1
+        return numbers | self._invert(workspace, attacker, received, private)
+
+    def _invert(
+        self, workspace: Workspace, attacker: Attacker, received: Tensors, private: Tensors
+    ) -> Numbers:
+        client, privacy = attacker.client, workspace.config.privacy
+        few = sorted(workspace.partition.trainable)[: self.options.images]
+        if client not in few or workspace.method.needs != {"features"}:
+            return {}
+        data = workspace.train_data(client)
+        label, true_D = int(data.labels_N[0]), data.inputs.features[0].double().numpy()
+        uploaded = uploaded_by(workspace, client, received, private, image=0)
+        noise = privacy.noise * privacy.clip
+        found_D = attacker.feature(uploaded, label, self.options.candidates, noise)
+        if found_D is None:
+            return {}
+        guess_D = attacker.own_features(label).mean(0)
+        image, guess = cosine(found_D, true_D), cosine(guess_D, true_D)
+        return {"image": image, "image_guess": guess, "inverted": 1}
+
+    def measure(self, run: Finished) -> dict[str, Any]:
+        """Means over clients; None where an attack had nothing to work on."""
+        rows = list(run.clients.values())
+        pairs = [r["pairs"] for r in rows]
+        trained, inverted = [r["trained"] for r in rows], [r["inverted"] for r in rows]
+        last = run.rounds[-1] if run.rounds else {}
+        return {
+            "attacks": {
+                "model": {"result": _mean(rows, "model", pairs), "guess": 0.5},
+                "update": {"result": _mean(rows, "update", pairs), "guess": 0.5},
+                "classes": {
+                    "result": _mean(rows, "classes", trained),
+                    "guess": _mean(rows, "classes_guess", trained),
+                },
+                "image": {
+                    "result": _mean(rows, "image", inverted),
+                    "guess": _mean(rows, "image_guess", inverted),
+                },
+            },
+            "epsilon": {
+                "server": (last.get("strategy") or {}).get("epsilon"),
+                "client": (last.get("privacy") or {}).get("epsilon"),
+            },
+        }
+
+    @classmethod
+    def table(cls, part: Part) -> Table:
+        """One row per attack."""
+        rows = tuple(
+            (title, _number(part["attacks"][key]["result"]), _number(part["attacks"][key]["guess"]))
+            for key, title in ATTACKS.items()
+        )
+        note = "Members: area under the ROC. Class mix: distance, lower = found. Image: cosine."
+        return Table(cls.title, ("attack", "result", "guess"), rows, f"{note} {_bound(part)}")
+
+    @classmethod
+    def figure(cls, part: Part, run: RunData) -> Figure:
+        """Each attack beside its guess."""
+        from fedprompt.reports.bars import bar_figure
+
+        attacks = part["attacks"]
+        return bar_figure(
+            cls.title,
+            list(ATTACKS.values()),
+            [_series(label, [attacks[k][key] for k in ATTACKS])
+             for label, key in (("guess", "guess"), ("attack", "result"))],
+        )  # fmt: skip
+
+    @classmethod
+    def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
+        """The attacks on several runs, e.g. with and without noise."""
+        from fedprompt.reports.bars import bar_figure
+
+        rows = tuple(
+            (name, *(_number(part["attacks"][k]["result"]) for k in ATTACKS), _epsilon(part))
+            for name, part in runs
+        )
+        table = Table(cls.title, ("run", *ATTACKS.values(), "epsilon"), rows)
+        series = [_series(n, [p["attacks"][k]["result"] for k in ATTACKS]) for n, p in runs]
+        return table, bar_figure(cls.title, list(ATTACKS.values()), series)
+
+
+NUMBERS = (
+    "pairs", "model", "update", "trained", "classes", "classes_guess", "inverted", "image",
+    "image_guess",
+)  # fmt: skip
+"""What every client reports."""
+
+
+def variation(a: Any, b: Any) -> float:
+    """Total variation distance of two distributions: 0 the same, 1 disjoint."""
+    return float(np.abs(np.asarray(a) - np.asarray(b)).sum() / 2)
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str, weights: Sequence[float]) -> float | None:
+    total = sum(weights)
+    return sum(r[name] * w for r, w in zip(rows, weights, strict=True)) / total if total else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _epsilon(part: Part) -> str:
+    known = {who: e for who, e in part["epsilon"].items() if e is not None}
+    return ", ".join(f"{e:.3g} ({who})" for who, e in known.items()) or "none"
+
+
+def _bound(part: Part) -> str:
+    return f"Epsilon: {_epsilon(part)}."
+
+
+def _series(label: str, values: Sequence[float | None]) -> Any:
+    from fedprompt.reports.bars import Series
+    from fedprompt.reports.style import BARS
+
+    class Coloured(Series):
+        """Guesses are grey."""
+
+        @property
+        def colour(self) -> str:
+            """Grey for guesses, else by the label."""
+            return BARS if label == "guess" else super().colour
+
+    return Coloured(label, values)

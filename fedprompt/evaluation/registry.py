@@ -1,0 +1,186 @@
+"""Evaluation protocols. Every module of this package is one; names select, paths never."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fedprompt.evaluation.protocols as package
+from fedprompt.config.fields import build
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.held_out import HeldOut
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.evaluation.protocol import Finished, Protocol
+from fedprompt.reports.format import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fedprompt.config.schema import Config
+    from fedprompt.reports.run_data import RunData
+
+__all__ = [
+    "DEFAULT",
+    "Finished",
+    "Protocol",
+    "Table",
+    "all_protocols",
+    "build_options",
+    "compare_runs",
+    "hold_out",
+    "measured",
+    "open_protocols",
+    "protocol_class",
+    "read",
+    "result_tables",
+]
+
+T = TypeVar("T")
+
+DEFAULT = ("global", "personalised")
+
+
+@cache
+def all_protocols() -> dict[str, type[Protocol]]:
+    """Every protocol by name, found by importing the modules of this package."""
+    found: dict[str, type[Protocol]] = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        for item in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():
+            if isinstance(item, type) and issubclass(item, Protocol) and "name" in vars(item):
+                found[item.name] = item
+    return dict(sorted(found.items()))
+
+
+def protocol_class(name: str) -> type[Protocol]:
+    """The protocol called `name`; raises `UserError` with the nearest name when there is none."""
+    protocols = all_protocols()
+    if name not in protocols:
+        raise UserError(f"config: no protocol '{name}'.{did_you_mean(name, list(protocols))}")
+    return protocols[name]
+
+
+def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
+    """The checked names and, for each, its options; those of protocols that do not run are dropped.
+
+    Raises:
+        UserError: unknown or repeated name, a protocol that another one needs is missing, options
+            that are not right.
+    """
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"config: protocols is {names!r}; it must be a list of names.")
+    if not names:
+        raise UserError(f"config: protocols is empty; the usual ones are {list(DEFAULT)}.")
+    given = {} if options is None else options
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"config: protocol_options is {options!r}; it must hold a key per protocol."
+        )
+    built: dict[str, Any] = {}
+    for name in [*names, *given]:
+        cls = protocol_class(str(name))
+        values = given.get(name) or {}
+        where = f"protocol_options.{name}"
+        if not isinstance(values, Mapping):
+            raise UserError(f"config: {where} is {values!r}; it must hold keys.")
+        built[name] = build(cls.Options, cls.prepare(values), where)
+        wanted = cls.one_of
+        if name in names and wanted and not set(wanted) & set(names):
+            raise UserError(
+                f"config: protocol '{name}' reads the results of {' or '.join(wanted)}; add it to "
+                "protocols."
+            )
+    if len(set(names)) < len(names):
+        raise UserError(f"config: protocols {list(names)} names one of them twice.")
+    return list(names), {name: built[name] for name in names}
+
+
+def open_protocols(config: Config) -> list[Protocol]:
+    """The protocols of an experiment, in the order of its config."""
+    return [
+        protocol_class(name)(config.protocol_options[name], config) for name in config.protocols
+    ]
+
+
+def who_holds_out(protocols: Sequence[Protocol]) -> Protocol | None:
+    """The one protocol that holds something out, if any.
+
+    Raises:
+        UserError: two of them would have to.
+    """
+    wanting = [p for p in protocols if p.holds_out]
+    # One that is content with what another one holds out comes after those that are not.
+    wanting.sort(key=lambda p: p.takes_held_out)
+    for other in wanting[1:]:
+        if not other.takes_held_out or other.holds_out != wanting[0].holds_out:
+            raise UserError(
+                f"config: protocols '{wanting[0].name}' and '{other.name}' both hold something out "
+                "before training; a run can have one such protocol. Use two runs, or give "
+                f"protocol_options.{other.name} a data set of its own where it takes one."
+            )
+    return wanting[0] if wanting else None
+
+
+def hold_out(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut | None]:
+    """The data set that is dealt to the clients of an experiment, and what a protocol takes away.
+
+    Raises:
+        UserError: the data set has not enough classes or domains for that.
+    """
+    holder = who_holds_out(open_protocols(config))
+    return holder.hold_out(dataset) if holder is not None else (dataset, None)
+
+
+def measured(summary: Mapping[str, Any]) -> list[tuple[type[Protocol], Mapping[str, Any]]]:
+    """Protocols with results of their own in a run's summary, and these results, in order.
+
+    Results of a protocol that this version does not know are left out.
+    """
+    parts = summary.get("protocols") or {}
+    known = all_protocols()
+    return [(known[name], part) for name, part in parts.items() if name in known]
+
+
+def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
+    """The tables of a run's protocols; `source` is where the summary was read.
+
+    Raises:
+        UserError: a protocol's results are not what it writes.
+    """
+    tables = [read(cls, source, cls.table, part) for cls, part in measured(summary)]
+    return [table for table in tables if table is not None]
+
+
+def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
+    """One protocol's results of several runs in one table and figure.
+
+    Raises:
+        UserError: runs of this protocol cannot be compared, or a run has no results of it.
+    """
+    cls = protocol_class(name)
+    parts = []
+    for run in runs:
+        part = (run.summary or {}).get("protocols", {}).get(name)
+        if part is None:
+            raise UserError(f"{run.path} holds no results of protocol '{name}'.")
+        parts.append((run.path.name, part))
+    found = read(cls, "one of these runs", cls.compare, parts)
+    if found is None:
+        comparable = [n for n, c in all_protocols().items() if "compare" in vars(c)]
+        raise UserError(
+            f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable)}."
+        )
+    return found
+
+
+def read(cls: type[Protocol], source: str, make: Callable[..., T], *arguments: Any) -> T:
+    """`make(*arguments)` on a protocol's stored results, with one line where they are damaged."""
+    try:
+        return make(*arguments)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{source} is damaged: 'protocols.{cls.name}' is not what that protocol writes "
+            f"({type(error).__name__}: {error})."
+        ) from None

@@ -1,0 +1,149 @@
+"""The typed experiment config: schema, composition, overrides, checks.
+
+Order, later wins: schema defaults < `configs/<group>/<name>.yaml` < the experiment file <
+`key=value` overrides. The result is frozen. A run folder's `config.yaml` is complete and composes
+to the same config again.
+
+In an experiment file a group is a name (`method: promptfl`), a name with changes
+(`method: {use: promptfl, context_tokens: 4}`) or plain keys. `extends:` names a shipped experiment
+or a YAML file beside it; choosing a group anew drops the keys of the old choice, while plain keys
+change it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedprompt.config.schema import (
+    SECTIONS,
+    Config,
+)
+from fedprompt.config.shipped import load_yaml, merge, one_line, over, shipped_file
+from fedprompt.data.sections import resolve_group
+from fedprompt.errors import UserError, did_you_mean
+from fedprompt.experiment.validate import TOP_LEVEL, validate
+
+GROUPS = ("backbone", "data", "method", "strategy")
+
+
+def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config for a shipped experiment name or a YAML file, with `key=value` overrides.
+
+    Raises:
+        UserError: missing file, unknown key, wrong type or impossible value.
+    """
+    raw = _load_experiment(str(experiment))
+    changes = [_parse_override(item) for item in overrides]
+    chosen = [(path[0], value) for path, value in changes if _selects_group(path)]
+    for group, value in chosen:
+        raw = _layer(raw, {group: value})
+    for group in GROUPS:
+        raw[group] = resolve_group(group, raw.get(group))
+    for path, value in changes:
+        if not _selects_group(path):
+            _assign(raw, path, value)
+    return validate(raw)
+
+
+def parse(text: str) -> Config:
+    """The config that `to_yaml` wrote; data only, no file is read.
+
+    Raises:
+        UserError: not such a text, or what `validate` refuses.
+    """
+    try:
+        raw = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"config: this is not valid YAML: {one_line(error)}.") from None
+    if not isinstance(raw, dict):
+        raise UserError("config: it must hold 'key: value' lines.")
+    return validate({str(key): value for key, value in raw.items()})
+
+
+def _load_experiment(
+    experiment: str, folder: Path | None = None, seen: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """The file's keys over those that it extends; `folder` is where relative paths start."""
+    if experiment.endswith((".yaml", ".yml")):
+        path = (folder or Path()) / Path(experiment).expanduser()
+        if not path.is_file():
+            raise UserError(f"config: no file {path}.")
+    else:
+        path = shipped_file("experiment", experiment)
+    if path.resolve() in seen:
+        raise UserError(f"config: {path} extends itself.")
+    raw = load_yaml(path)
+    raw.setdefault("experiment", path.stem)
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"config: {path}: 'extends' must name one experiment, got {base!r}.")
+    return _layer(_load_experiment(base, path.parent, (*seen, path.resolve())), raw)
+
+
+def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; a group that `top` chooses anew replaces the old choice and its keys."""
+    below = dict(base)
+    for group in GROUPS:
+        new, old = top.get(group), below.get(group)
+        chooses = not isinstance(new, Mapping) or "use" in new or "name" in new
+        if new is not None and chooses:
+            below.pop(group, None)
+        elif isinstance(old, str):
+            below[group] = {"use": old}
+    return merge(below, top)
+
+
+def _selects_group(path: Sequence[str]) -> bool:
+    """Whether an override key chooses a group anew: `method=...`, `method.name=...`."""
+    return path[0] in GROUPS and (len(path) == 1 or list(path[1:]) in (["use"], ["name"]))
+
+
+def _parse_override(item: str) -> tuple[list[str], Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
+    path = key.strip().split(".")
+    if path[0] not in TOP_LEVEL:
+        raise UserError(f"config: unknown key {key.strip()!r}.{_nearest_key(key.strip())}")
+    try:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except Exception as error:  # OmegaConf's and PyYAML's errors have no common public parent
+        raise UserError(f"config: cannot read {item!r}: {one_line(error)}.") from None
+    if parsed["value"] is None and _selects_group(path):
+        raise UserError(f"config: {item!r} has no value.")
+    return path, parsed["value"]
+
+
+def _nearest_key(key: str) -> str:
+    """A hint; a key that was given without its section gets it."""
+    whole = [
+        f"{name}.{field.name}"
+        for name, schema in SECTIONS.items()
+        for field in dataclasses.fields(schema)
+    ]
+    close = [known for known in whole if known.partition(".")[2] == key]
+    close = close or get_close_matches(key, whole, n=1, cutoff=0.8)
+    return f" Did you mean '{close[0]}'?" if close else did_you_mean(key.split(".")[0], TOP_LEVEL)
+
+
+def _assign(raw: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    node = raw
+    for part in path[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise UserError(f"config: {'.'.join(path)!r}: {part!r} has no keys of its own.")
+        node[part] = child
+        node = child
+    node[path[-1]] = over(node.get(path[-1]), value)

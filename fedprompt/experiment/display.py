@@ -1,0 +1,323 @@
+"""What a run says while it goes on, and the tables it ends with.
+
+A terminal gets one live block (bar, loss, accuracies, traffic, time left); a file or a pipe gets
+one plain line per round in a fixed format; `quiet` gets the result only. Text from a run (names,
+paths, messages) is never read as rich markup.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from fedprompt.reports.format import (
+    MISSING,
+    ResultRow,
+    human_bytes,
+    human_time,
+    percent,
+    percent_spread,
+    result_rows,
+)
+from fedprompt.reports.terminal import fields, fitted
+
+
+def summary_table(summary: Mapping[str, Any], width: int) -> Group:
+    """The last thing a run prints: its results beside the baselines, and its traffic."""
+    rows = result_rows(summary)
+    cells = [(row.name, *_result_cells(row)) for row in rows]
+    first, *others = fields(("", *_RESULT_COLUMNS), cells)
+    for field in (first, *others):
+        field.cells[-1].stylize("bold")
+    return fitted(
+        first,
+        others,
+        width,
+        title=f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}",
+        note=_traffic(summary),
+    )
+
+
+def protocol_tables(summary: Mapping[str, Any], width: int) -> list[Group]:
+    """One table per protocol that has results of its own.
+
+    Raises:
+        UserError: these results are damaged.
+    """
+    # Imported here: protocols format their cells with this module.
+    from fedprompt.evaluation.registry import result_tables
+
+    shown = []
+    for found in result_tables(summary, "the run's summary"):
+        first, *others = fields(found.columns, found.rows)
+        shown.append(fitted(first, others, width, title=found.title, note=found.note))
+    return shown
+
+
+_RESULT_COLUMNS = ("global\naccuracy", "personalised\nmean ± std", "worst\nclient", "10th\npct.")
+
+
+def _result_cells(row: ResultRow) -> tuple[str, ...]:
+    return (
+        percent(row.global_accuracy),
+        percent_spread(row.mean, row.std),
+        percent(row.worst),
+        percent(row.p10),
+    )
+
+
+def _plain(text: str) -> Text:
+    """Text that rich prints as it is: `[red]` in a name stays six characters."""
+    return Text(text)
+
+
+def _traffic(summary: Mapping[str, Any]) -> str:
+    lines, parts = [], []
+    uploaded = summary.get("uploaded_numbers_per_client_round")
+    if uploaded is not None:
+        lines.append(f"{uploaded:,} numbers up per client and round")
+    if summary.get("bytes_up") is not None:
+        parts.append(f"{human_bytes(summary['bytes_up'])} up")
+    if summary.get("bytes_down") is not None:
+        parts.append(f"{human_bytes(summary['bytes_down'])} down")
+    if summary.get("rejected_replies"):
+        parts.append(f"{summary['rejected_replies']} replies rejected")
+    return "\n".join((*lines, *([", ".join(parts)] if parts else [])))
+
+
+class Display(Protocol):
+    """What a run calls as it goes on; every call returns at once."""
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """The run begins; `first_round` > 1 when it goes on from a checkpoint."""
+
+    def message(self, text: str) -> None:
+        """One line for the user."""
+
+    def phase(self, text: str) -> None:
+        """What the run is busy with now, e.g. `encoding images`."""
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """A round ended: its metrics line, and the expected time left in seconds.
+
+        Traffic is shown as the total since the run began. A record may carry it as
+        `total_bytes_up` and `total_bytes_down`; else `bytes_up` and `bytes_down` of the records
+        seen so far are added up.
+        """
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """The run is complete: its summary table, then its folder."""
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call twice, and after an error."""
+
+
+class _Traffic:
+    """Bytes since the run began."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self.up = record.get("total_bytes_up", self.up + (record.get("bytes_up") or 0))
+        self.down = record.get("total_bytes_down", self.down + (record.get("bytes_down") or 0))
+
+
+def _label(record: Mapping[str, Any]) -> str:
+    return "local-only" if record.get("kind") == "local_only" else "round"
+
+
+def _fields(
+    record: Mapping[str, Any], traffic: _Traffic, eta_s: float | None
+) -> Iterator[tuple[str, str]]:
+    """Name and value of everything shown for one round, in the order shown."""
+    loss = (record.get("train") or {}).get("loss")
+    yield "loss", MISSING if loss is None else f"{loss:.3f}"
+    yield "global", percent((record.get("global") or {}).get("accuracy"))
+    yield "personal", percent((record.get("personal") or {}).get("mean"))
+    yield "up", human_bytes(traffic.up)
+    yield "down", human_bytes(traffic.down)
+    rejected = (record.get("clients") or {}).get("rejected")
+    if rejected:
+        yield "rejected", str(rejected)
+    known = eta_s is not None and math.isfinite(eta_s)
+    yield "left", human_time(eta_s) if known and eta_s is not None else MISSING
+
+
+def _print_summary(
+    console: Console, summary: Mapping[str, Any], run_dir: Path | str | None
+) -> None:
+    console.print(summary_table(summary, console.width))
+    for table in protocol_tables(summary, console.width):
+        console.print(table)
+    if run_dir is not None:
+        # Not in the table's caption: there it would be broken over lines and hard to copy.
+        console.print(_plain(f"run folder: {run_dir}"), soft_wrap=True)
+
+
+class PlainDisplay:
+    """One line per round, for files, pipes and logs.
+
+    `round 3/10  loss 1.234  global 61.2 %  personal 78.9 %  up 80.0 KiB  down 80.0 KiB  left 0:12`
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, force_terminal=False, color_system=None)
+        self._traffic = _Traffic()
+        self._rounds = 0
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Print the title and the number of rounds to go."""
+        self._traffic, self._rounds = _Traffic(), rounds
+        resumed = f", going on from round {first_round}" if first_round > 1 else ""
+        self._print(f"{title}: {rounds} rounds{resumed}")
+
+    def message(self, text: str) -> None:
+        """Print the line."""
+        self._print(text)
+
+    def phase(self, text: str) -> None:
+        """Print the phase as a line."""
+        self._print(f"{text} ...")
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Print the round's line."""
+        self._traffic.add(record)
+        fields = (f"{name} {value}" for name, value in _fields(record, self._traffic, eta_s))
+        self._print("  ".join((f"{_label(record)} {record['round']}/{self._rounds}", *fields)))
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Print the summary table."""
+        _print_summary(self._console, summary, run_dir)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: a line of the log stays one line, however narrow rich thinks the file is.
+        self._console.print(_plain(text), soft_wrap=True)
+        self._console.file.flush()
+
+
+class RichDisplay:
+    """One live block in a terminal: a bar with the round, and the last round's numbers."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._traffic = _Traffic()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[count]}", markup=False),
+            console=self._console,
+            expand=True,
+        )
+        # Without a total the bar pulses: that is what a phase before the first round looks like.
+        self._task = self._progress.add_task("", total=None, count="")
+        self._live: Live | None = None
+        self._rounds = 0
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Print the title and show the bar."""
+        self._traffic, self._rounds = _Traffic(), rounds
+        self._console.print(Text(title, style="bold"), soft_wrap=True)
+        self._show("round", max(0, first_round - 1))
+
+    def message(self, text: str) -> None:
+        """Print the line above the live block."""
+        self._console.print(_plain(text), soft_wrap=True)
+
+    def phase(self, text: str) -> None:
+        """Show the phase in front of the bar."""
+        self._progress.update(self._task, description=text)
+        self._open().refresh()
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Move the bar and show the round's numbers; a dash where it was not evaluated."""
+        self._traffic.add(record)
+        numbers = Text("  ")
+        for name, value in _fields(record, self._traffic, eta_s):
+            style = "bold red" if name == "rejected" else "bold"
+            numbers.append(f"{name} ", style="dim").append(f"{value}   ", style=style)
+        self._open().update(Group(self._progress, numbers))
+        self._show(_label(record), record["round"])
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Close the live block and print the summary table."""
+        self.close()
+        _print_summary(self._console, summary, run_dir)
+
+    def close(self) -> None:
+        """Stop the live block and show the cursor again."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.close)
+
+    def _show(self, description: str, completed: int) -> None:
+        self._progress.update(
+            self._task,
+            description=description,
+            completed=completed,
+            total=self._rounds,
+            count=f"{completed}/{self._rounds}",
+        )
+        self._open().refresh()
+
+    def _open(self) -> Live:
+        if self._live is None:
+            self._live = Live(self._progress, console=self._console)
+            self._live.start()
+            # An uncaught error elsewhere must not leave the user's terminal without a cursor.
+            atexit.register(self.close)
+        return self._live
+
+
+class QuietDisplay:
+    """Says nothing until the run is complete, then prints its result."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+
+    def start(self, title: str, rounds: int, first_round: int) -> None:
+        """Say nothing."""
+
+    def message(self, text: str) -> None:
+        """Say nothing."""
+
+    def phase(self, text: str) -> None:
+        """Say nothing."""
+
+    def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Say nothing."""
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+        """Print the summary table."""
+        _print_summary(self._console, summary, run_dir)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def make_display(quiet: bool = False) -> Display:
+    """A live display in a terminal, plain lines in a file or pipe, the result when `quiet`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An ASCII-only stdout must not end a run at its summary, for want of a `±`.
+        sys.stdout.reconfigure(errors="replace")
+    if quiet:
+        return QuietDisplay()
+    console = Console(highlight=False)
+    # isatty, not console.is_terminal: FORCE_COLOR makes rich take a pipe for a terminal.
+    live = sys.stdout.isatty() and not console.is_dumb_terminal
+    return RichDisplay(console) if live else PlainDisplay()

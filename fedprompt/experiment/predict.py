@@ -1,0 +1,158 @@
+"""Use what a run has learned: classify images, or export class embeddings for plain open_clip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import load_clip
+from fedprompt.config.schema import Config
+from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.features.table import encode_inputs
+from fedprompt.data.images import decode_rgb
+from fedprompt.errors import UserError
+from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
+from fedprompt.experiment.compose import compose
+from fedprompt.federation.registry import strategy_class
+from fedprompt.files import write_bytes
+from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
+from fedprompt.simulation.private_log import PrivateLog
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first, with softmax probabilities."""
+
+    image: Path
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+class Classifier:
+    """A finished run's model: the global one, or one client's personal one."""
+
+    def __init__(self, run_dir: Path, client: int | None = None) -> None:
+        """Load a run.
+
+        Raises:
+            UserError: no finished run there, no such client, no global model, or private
+                prompts that are not in the run folder.
+        """
+        if not (run_dir / CONFIG).is_file():
+            raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
+        if not (run_dir / PROMPTS).is_file():
+            raise UserError(
+                f"{run_dir} is not finished; 'fedprompt run --resume {run_dir}' goes on."
+            )
+        config = compose(run_dir / CONFIG)
+        names = json.loads((run_dir / PARTITION).read_text())["class_names"]
+        self.clip: FrozenCLIP = load_clip(config.backbone, default_cache_dir(config.output.cache))
+        self.task = Task(tuple(names), tuple(config.data.templates))
+        self.method: Method = method_class(config.method.name)(config.method, self.clip, self.task)
+        tensors, _ = read_tensors(run_dir / PROMPTS)
+        shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}
+        if client is not None:
+            if not 0 <= client < config.partition.clients:
+                raise UserError(f"no client {client}; the run has {config.partition.clients}.")
+            start = self.method.init_private(config.seed, client)
+            own = _trained(run_dir, client, config.partition.clients) or start if start else {}
+            private = {n: t[None].to(self.clip.device) for n, t in own.items()}
+            shared |= _sent_to(run_dir, config, self.method, client)
+        elif self.method.has_global:
+            private = None
+        else:
+            raise UserError(
+                f"method '{self.method.name}' has no global model; choose one with --client."
+            )
+        with torch.no_grad():
+            self.encoded = self.method.encode(
+                {n: t[None].to(self.clip.device) for n, t in shared.items()}, private
+            )
+
+    @torch.no_grad()
+    def predict(self, paths: Sequence[Path], top: int = 3) -> list[Prediction]:
+        """The `top` classes of every image.
+
+        Raises:
+            UserError: a path that is no readable image.
+        """
+        images_B3HW = torch.stack([self.clip.preprocess(_open(p)) for p in paths])
+        inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
+        inputs_1B = inputs_B.of_one().on(self.clip.device)
+        probabilities_BC = self.method.logits(self.encoded, inputs_1B)[0].softmax(-1)
+        best = probabilities_BC.topk(min(top, len(self.task.class_names)), dim=-1)
+        return [
+            Prediction(p, tuple(self.task.class_names[i] for i in ids), tuple(values))
+            for p, ids, values in zip(
+                paths, best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+
+    def export(self, path: Path) -> None:
+        """Write `class_embeddings` (C, D) and `logit_scale` as safetensors.
+
+        With image features v from plain open_clip, `logit_scale * v/|v| @ class_embeddings.T` are
+        this model's logits; the header holds the class names and the backbone.
+
+        Raises:
+            UserError: the method's logits are not products with fixed class embeddings, or the
+                file cannot be written.
+        """
+        classes_CD = self.method.class_embeddings(self.encoded)
+        if classes_CD is None:
+            raise UserError(f"method '{self.method.name}' has no fixed class embeddings to export.")
+        header = {"class_names": json.dumps(self.task.class_names), "backbone": self.clip.name}
+        tensors = {
+            "class_embeddings": classes_CD.float().cpu().contiguous(),
+            "logit_scale": torch.tensor(self.clip.logit_scale),
+        }
+        try:
+            write_bytes(path, save(tensors, metadata=header))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}.") from None
+
+
+def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:
+    """What the server would send to this client and not to all, after the last round."""
+    checkpoint = read_checkpoint(run_dir / CHECKPOINT)
+    strategy = strategy_class(config.strategy.name)(
+        config.strategy,
+        shapes={n: tuple(t.shape) for n, t in checkpoint.shared.items()},
+        seed=config.seed,
+        received={n: t.numpy() for n, t in method.init_received(config.seed).items()},
+    )
+    strategy.load_state({n: t.numpy() for n, t in checkpoint.strategy.items()})
+    own = strategy.shared_for(client) or {}
+    sent = own | strategy.for_client(checkpoint.server_round, client)
+    return {n: torch.from_numpy(np.array(a)) for n, a in sent.items()}
+
+
+def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
+    """A client's private tensors at the end of the run, or None where it never trained."""
+    checkpoint = read_checkpoint(run_dir / CHECKPOINT)
+    if not checkpoint.private:
+        raise UserError(
+            f"the private prompts of client {client} are on its own node, not in this run folder; "
+            "without --client the global model is used."
+        )
+    states = PrivateLog(run_dir / PRIVATE, clients)
+    states.read(checkpoint.server_round, checkpoint.private)
+    return states.get(client)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return decode_rgb(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a readable image: {error}.") from None

@@ -1,0 +1,108 @@
+"""One experiment from config to report, on this machine or a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedprompt.config.schema import Config, SecureAggregationConfig
+from fedprompt.errors import UserError
+from fedprompt.experiment.display import Display
+from fedprompt.experiment.rounds import run_reference, run_server
+from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.experiment.summary import draw_report, finish
+from fedprompt.experiment.trackers import Loggers, check_installed
+from fedprompt.federation.server_app import Federation
+from fedprompt.methods.registry import method_class
+from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY
+from fedprompt.simulation.cohort_grid import CohortGrid
+from fedprompt.simulation.grids import open_grid
+from fedprompt.simulation.private_log import PrivateLog
+from fedprompt.workspace import Opened, Workspace
+
+
+def run(config: Config, display: Display, opened: Opened | None = None) -> Path:
+    """A new run; returns its folder. `opened` keeps what later runs of this process share."""
+    check_installed(config.output.loggers)
+    return _run(config, RunFolder.create(config), display, opened)
+
+
+def resume(path: Path, display: Display, opened: Opened | None = None) -> Path:
+    """Go on with a run that was interrupted; a finished one is left as it is."""
+    folder, config = RunFolder.resume(path)
+    if (path / SUMMARY).is_file():
+        if config.output.report and not (path / REPORT).is_file():
+            draw_report(path)
+        display.finish(json.loads((path / SUMMARY).read_text()), path)
+        folder.close()
+        return path
+    return _run(config, folder, display, opened)
+
+
+def _run(config: Config, folder: RunFolder, display: Display, opened: Opened | None) -> Path:
+    started = time.monotonic()
+    grid: CohortGrid | None = None
+    loggers = Loggers(config, folder.path)
+    try:
+        _refuse_absent_folders(config)
+        loggers.open()
+        checkpoint = folder.load_checkpoint()
+        display.phase("opening data and backbone")
+        workspace = Workspace.open(config, opened=opened)
+        for bad in workspace.dataset.bad_images:
+            display.message(f"skipped {bad.where}: {bad.reason}")
+        private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
+        grid = open_grid(config, workspace, private)
+        federation = Federation(workspace, grid)
+        line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
+        local_only = None
+        wanted = config.evaluation.local_only and "personalised" in config.protocols
+        if wanted and config.method.name != "coop_local":
+            local_only = _local_only(workspace, grid, folder, display, loggers)
+        finish(federation, folder, display, line, totals, started, loggers, local_only=local_only)
+    except UserError:
+        loggers.close()
+        folder.discard_unstarted()
+        raise
+    finally:
+        if grid is not None:
+            grid.close()
+        loggers.close()
+        folder.close()
+    return folder.path
+
+
+def _refuse_absent_folders(config: Config) -> None:
+    """A run on this machine needs all clients' images."""
+    folders = config.data.folders
+    if config.data.source == "client_folders" and not (folders and all(folders)):
+        raise UserError(
+            "data.folders must name the folder of every client for a run on this machine; on nodes "
+            "with folders of their own, use 'fedprompt deploy run'."
+        )
+
+
+def _local_only(
+    workspace: Workspace,
+    grid: CohortGrid,
+    folder: RunFolder,
+    display: Display,
+    loggers: Loggers,
+) -> dict[str, Any] | None:
+    """Every client alone, for as many rounds and with as many tokens as the method uses."""
+    display.phase("local-only baseline")
+    reference = method_class("coop_local")
+    tokens = workspace.config.evaluation.local_only_tokens
+    alone = workspace.with_method(reference.Config(context_tokens=tokens))
+    alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
+    grid.use(alone)
+
+    def record(line: dict[str, Any]) -> None:
+        whole = {"kind": "local_only", **line}
+        folder.append(METRICS, whole)
+        loggers.line(whole)
+
+    return run_reference(Federation(alone, grid), record)

@@ -1,0 +1,202 @@
+"""A run on disk: config, metrics, checkpoint, results. Any moment is a good moment to be killed.
+
+config.yaml            complete; reproduces the run
+partition.json         clients x classes and domains
+metrics.jsonl          one line per round; bitwise the same after a resume
+timings.jsonl          seconds per round; not the same after a resume
+checkpoint.safetensors round, shared and strategy tensors; replaced atomically
+private/               in a simulation, the clients' private tensors (private_log.py)
+prompts.safetensors    final shared prompts
+summary.json, plots/, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+
+from fedprompt.config.schema import Config, to_yaml
+from fedprompt.errors import UserError
+from fedprompt.experiment.checkpoint import read_checkpoint
+from fedprompt.experiment.compose import compose
+from fedprompt.federation.checkpoint import Checkpoint
+from fedprompt.files import write_bytes
+from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, TIMINGS
+
+UNSTARTED = {CONFIG, ".lock", "loggers.json", "tensorboard", "wandb"}
+"""What a run's folder may hold before its first round: its config, and logs without a point."""
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{path} is in use by another process.") from None
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}.") from None
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """A fresh folder: `output.dir`, else the first free `root/<experiment>-<method>-seed<s>`.
+
+        Raises:
+            UserError: the folder holds a run already, or cannot be written.
+        """
+        if config.output.dir:
+            path = Path(config.output.dir).expanduser()
+            _make(path, fresh=False)
+        else:
+            stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
+            path = _make_first_free(Path(config.output.root).expanduser() / stem)
+        folder = cls(path)
+        if (path / CONFIG).exists():
+            folder.close()
+            raise UserError(
+                f"{path} already holds a run; go on with 'fedprompt run --resume {path}' or "
+                "choose another output.dir."
+            )
+        folder.write(CONFIG, to_yaml(config).encode())
+        return folder
+
+    @classmethod
+    def resume(cls, path: Path) -> tuple[RunFolder, Config]:
+        """An existing folder and its config.
+
+        Raises:
+            UserError: there is no run in the folder.
+        """
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
+        config = compose(path / CONFIG)
+        return cls(path), config
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.release()
+
+    def discard_unstarted(self) -> None:
+        """Remove the folder of a run that never began, so that a mended retry gets its name."""
+        if {p.name for p in self.path.iterdir()} <= UNSTARTED:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace one file atomically.
+
+        Raises:
+            UserError: full disk or no right to write.
+        """
+        try:
+            write_bytes(self.path / name, content)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; the run can go on from its "
+                f"checkpoint with 'fedprompt run --resume {self.path}'."
+            ) from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace one JSON file atomically, a list of numbers to a line; NaN is refused."""
+        text = json.dumps(value, indent=2, allow_nan=False)
+        # No quote within the brackets, so no text is touched.
+        text = re.sub(r'\[\n[^\]\["{}]+\]', lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
+        self.write(name, f"{text}\n".encode())
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line to a `.jsonl` file and sync it."""
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record, allow_nan=False) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; free some room, then "
+                f"'fedprompt run --resume {self.path}'."
+            ) from None
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """All whole lines of a `.jsonl` file; a torn last line is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return []
+        records = []
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def rewind(self, server_round: int) -> None:
+        """Drop what was written after the checkpoint of `server_round` (-1: everything)."""
+        for name in (METRICS, TIMINGS):
+            if not (self.path / name).is_file():
+                continue
+            kept = [
+                r
+                for r in self.lines(name)
+                if r.get("kind", "round") == "round" and r["round"] <= server_round
+            ]
+            self.write(name, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        for stray in self.path.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint; it is either the old one or the new one, never half of it."""
+        groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
+        # Clones, since the format refuses tensors of one memory, and a strategy may keep such.
+        tensors = {
+            f"{group}/{name}": tensor.detach().contiguous().clone()
+            for group, named in groups.items()
+            for name, tensor in named.items()
+        }
+        header = {
+            "round": str(checkpoint.server_round),
+            "totals": json.dumps(checkpoint.totals),
+            "private": checkpoint.private,
+        }
+        self.write(CHECKPOINT, save(tensors, metadata=header))
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint, or None before the first.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / CHECKPOINT
+        return read_checkpoint(path) if path.is_file() else None
+
+
+def _make(path: Path, *, fresh: bool) -> bool:
+    """Create a folder; False where a `fresh` one is wanted and the name is taken."""
+    try:
+        path.mkdir(parents=True, exist_ok=not fresh)
+    except OSError as error:
+        if fresh and isinstance(error, FileExistsError):
+            return False
+        raise UserError(
+            f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
+            "to a writable place."
+        ) from None
+    return True
+
+
+def _make_first_free(stem: Path) -> Path:
+    """`stem`, `stem-2`, ...: created here, so that runs started at once get their own."""
+    path, number = stem, 2
+    while not _make(path, fresh=True):
+        path = stem.with_name(f"{stem.name}-{number}")
+        number += 1
+    return path

@@ -1,0 +1,118 @@
+"""The end of a run: prompts, summary, tracker entries and report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from fedprompt.experiment.display import Display
+from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.experiment.trackers import Loggers
+from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation, personal_part
+from fedprompt.methods.registry import method_class
+from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY
+from fedprompt.scoring import score_global, score_personal
+from fedprompt.workspace import Workspace
+
+
+def finish(
+    federation: Federation,
+    folder: RunFolder,
+    display: Display,
+    line: dict[str, Any],
+    totals: dict[str, int],
+    started: float,
+    loggers: Loggers,
+    *,
+    local_only: dict[str, Any] | None,
+) -> None:
+    """Write prompts, the summary that says the run is complete, then logs, plots and report."""
+    config, workspace, method = federation.config, federation.workspace, federation.method
+    rounds = config.federation.rounds if method.trainable else 0
+    tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
+    folder.write(PROMPTS, save(tensors, metadata={"method": config.method.name}))
+    summary = {
+        "experiment": config.experiment,
+        "method": config.method.name,
+        "strategy": config.strategy.name,
+        "seed": config.seed,
+        "rounds": rounds,
+        "clients": config.partition.clients,
+        "classes": len(workspace.task.class_names),
+        "backbone": config.backbone.model,
+        "data": config.data.title,
+        "global": line.get("global") or {"accuracy": None, "loss": None},
+        "personal": line.get("personal"),
+        "personal_on_global": line.get("personal_on_global"),
+        "zero_shot": _zero_shot(workspace) | federation.zero_shot_elsewhere(),
+        "local_only": local_only,
+        "shared": {n: list(shape) for n, shape in workspace.shared_shapes.items()},
+        "private": {n: list(t.shape) for n, t in method.init_private(config.seed, 0).items()},
+        "uploaded_numbers_per_client_round": method.uploaded_numbers(),
+        "bytes_up": totals["bytes_up"],
+        "bytes_down": totals["bytes_down"],
+        "rejected_replies": totals["rejected"],
+        "skipped_images": len(workspace.dataset.bad_images),
+    }
+    recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
+    if parts := federation.measure_protocols(recorded, summary):
+        summary["protocols"] = parts
+    summary["wall_s"] = round(time.monotonic() - started, 3)
+    summary["environment"] = environment(workspace)
+    folder.write_json(SUMMARY, summary)
+    loggers.finish(summary, folder.lines(METRICS))
+    if config.output.report:
+        display.phase("drawing the report")
+        draw_report(folder.path)
+    display.finish(summary, folder.path)
+
+
+def _zero_shot(workspace: Workspace) -> dict[str, Any]:
+    """Zero-shot accuracy on the server's test set and on every client's own."""
+    zero = workspace
+    if workspace.method.name != "zero_shot":
+        zero = workspace.with_method(method_class("zero_shot").Config())
+    score = score_global(zero.method, {}, *zero.server_test())
+    assert score is not None
+    clients, accuracy = [], []
+    for first in range(0, zero.num_clients, CLIENTS_AT_ONCE):
+        some = range(first, min(first + CLIENTS_AT_ONCE, zero.num_clients))
+        own, _ = score_personal(zero.method, [{}], [{}], [zero.test_data(c) for c in some])
+        tested = [(c, s.accuracy) for c, s in zip(some, own, strict=True) if s.accuracy is not None]
+        clients += [c for c, _ in tested]
+        accuracy += [a for _, a in tested]
+    return {"accuracy": score.accuracy, "personal": personal_part(clients, accuracy)}
+
+
+def environment(workspace: Workspace | None = None) -> dict[str, Any]:
+    """Versions and device, for the summary."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = {"torch": "torch", "open_clip": "open_clip_torch", "flwr": "flwr", "ray": "ray"}
+    return {
+        "fedprompt": installed("fedprompt"),
+        "python": platform.python_version(),
+        **{name: installed(package) for name, package in packages.items()},
+        "device": str(workspace.clip.device) if workspace else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def draw_report(path: Path) -> Path:
+    """Draw the plots of a run and write its report; works on unfinished runs too."""
+    from fedprompt.reports.run_report import write_report
+
+    return write_report(path)

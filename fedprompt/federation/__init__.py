@@ -1,0 +1,1 @@
+"""One round: server app, client app, strategy contract, checks of replies."""

@@ -1,0 +1,107 @@
+"""Text prompts at the input of several layers, and start words of which only some are learned.
+
+Sources: MaPLe (Khattak et al., CVPR 2023, arXiv 2210.03117) and PromptSRC (Khattak et al., ICCV
+2023, arXiv 2307.06948), whose public code fixes two conventions that are followed here:
+
+- Depth J counts the first layer: one prompt among the token embeddings, J - 1 that replace its
+  hidden states at the inputs of layers 1 .. J - 1; later layers go on with what they find.
+- Of the start words the first M tokens are learned. The others stay in the text as frozen words:
+  "a photo of a" with M = 2 learns "a photo" and reads "[ctx] of a {class}.".
+
+How we differ: J is at most the tower's number of layers, and a surplus is logged, where the public
+code would ignore or miss it; and words that do not split after M tokens are refused, where it would
+start at random for M > 4 and cut a word in two otherwise.
+
+Shape suffixes: K clients, J layers with prompts, M tokens, d text width, w image-tower width, C
+classes, D joint embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tower import token_count
+from fedprompt.errors import UserError
+from fedprompt.methods.base import Task
+from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.rng import normal
+
+log = logging.getLogger(__name__)
+
+
+class DeepText:
+    """Deep text prompts (J, M, d) for one class list; `prompts[0]` stands among the embeddings.
+
+    Args:
+        clip: the frozen backbone.
+        task: class names.
+        tokens: M.
+        depth: J, at most the number of layers.
+        words: start words, or None for N(0, std^2).
+        std: standard deviation of the random starts; deeper layers always start so.
+
+    Raises:
+        UserError: no split of `words` after `tokens` tokens.
+    """
+
+    def __init__(
+        self, clip: FrozenCLIP, task: Task, tokens: int, depth: int, words: str | None, std: float
+    ) -> None:
+        self.depth = layers_within("text", depth, len(clip.text.blocks))
+        self.std = std
+        learned, frozen = split_words(clip, words, tokens) if words else (None, "")
+        names = tuple(f"{frozen} {name}".strip() for name in task.class_names)
+        self.source = PromptSource(clip, Task(names), tokens, init_text=learned, init_std=std)
+
+    def start(self, seed: int, *purpose: str | int) -> Tensor:
+        """Starting prompts (J, M, d)."""
+        first_Md = self.source.start(seed, *purpose)
+        shape = (self.depth - 1, *first_Md.shape)
+        return torch.cat([first_Md[None], normal(shape, self.std, seed, *purpose, "deep")])
+
+    def classes(self, prompts_KJMd: Tensor) -> Tensor:
+        """L2-normalised class features (K, C, D)."""
+        first, deep = split_layers(prompts_KJMd)
+        return F.normalize(self.source.tower(first, deep), dim=-1)
+
+
+@cache
+def layers_within(tower: str, asked: int, there: int) -> int:
+    """How many of a tower's layers are changed: those asked for, else all; a surplus is logged."""
+    if asked > there:
+        log.warning(
+            "the method asks for %d %s layers and this backbone has %d: all of them are used",
+            asked,
+            tower,
+            there,
+        )
+    return min(asked, there)
+
+
+def split_layers(prompts_KJM_: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The shallow prompt (K, M, ...) and the deep ones (K, J - 1, M, ...), None where J is 1."""
+    deep = prompts_KJM_[:, 1:] if prompts_KJM_.shape[1] > 1 else None
+    return prompts_KJM_[:, 0], deep
+
+
+def split_words(clip: FrozenCLIP, words: str, tokens: int) -> tuple[str, str]:
+    """The words that make up the first `tokens` tokens, and the rest.
+
+    Raises:
+        UserError: no such split.
+    """
+    parts = words.replace("_", " ").split()
+    lengths = [token_count(clip, " ".join(parts[: i + 1])) for i in range(len(parts))]
+    if tokens not in lengths:
+        raise UserError(
+            f"context_init '{words}' cannot be split after {tokens} tokens: its words end after "
+            f"{', '.join(map(str, lengths)) or 'none'}; change the words or the tokens."
+        )
+    cut = lengths.index(tokens) + 1
+    return " ".join(parts[:cut]), " ".join(parts[cut:])

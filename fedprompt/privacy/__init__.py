@@ -1,0 +1,1 @@
+"""Local noise, the accountant, secure aggregation and inversion attacks."""

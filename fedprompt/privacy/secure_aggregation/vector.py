@@ -1,0 +1,92 @@
+"""What is summed in secret: one client's vector, and what the sum of them says.
+
+With w in [0, 1] a client's weight over `max_weight`, Delta the change of its P shared numbers, c
+the clip and L the largest loss, the vector is (w Delta / c, w, cut, w loss / L): P + 3 numbers in
+[-1, 1], rounded to multiples of 2 / T for T levels. Rounding is to the nearest, and Flower's own
+rounding, which is random, then finds nothing left to round: sums are exact and always the same.
+
+Error of the mean change: a number is off by 1 / T at most, and so is w. With the mean weight m of
+the clients in the sum, the numbers put the mean off by c / (T m), the weights by 2 c / (T m).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedprompt.errors import UserError
+from fedprompt.messages import Arrays
+
+Numbers = NDArray[np.float64]
+EXTRA = 3
+"""Numbers of the vector beside those of the shared tensors: weight, cut, loss."""
+LARGEST_LOSS = 100.0
+"""A mean loss that is larger in size counts as this."""
+
+
+def size(shared: Arrays) -> int:
+    """Numbers of the vector for these shared tensors."""
+    return EXTRA + sum(a.size for a in shared.values())
+
+
+def error_bound(clip: float, levels: int, mean_weight: float) -> float:
+    """Largest error of a number of the mean change; `mean_weight` is over `max_weight`."""
+    return 3 * clip / (levels * mean_weight)
+
+
+def encode(
+    received: Arrays, trained: Arrays, *, weight: float, loss: float, clip: float, levels: int
+) -> tuple[Numbers, bool]:
+    """A client's vector, and whether its change was cut off at `clip`.
+
+    Args:
+        received: shared tensors as the server sent them.
+        trained: the same after training.
+        weight: in [0, 1].
+        loss: mean loss; what is no number counts as the largest.
+        clip: largest change of one number.
+        levels: steps of [-1, 1].
+
+    Raises:
+        UserError: the change is not finite.
+    """
+    parts = [
+        (trained[n].astype(np.float64) - received[n].astype(np.float64)).ravel()
+        for n in sorted(received)
+    ]
+    change_P = np.concatenate([*parts, np.zeros(0)])
+    if not np.isfinite(change_P).all():
+        raise UserError("the change of the shared tensors is not finite; nothing was sent.")
+    cut = bool((np.abs(change_P) > clip).any())
+    bounded = LARGEST_LOSS if np.isnan(loss) else float(np.clip(loss, -LARGEST_LOSS, LARGEST_LOSS))
+    extra = [weight, float(cut), weight * bounded / LARGEST_LOSS]
+    vector = np.concatenate([weight * np.clip(change_P, -clip, clip) / clip, extra])
+    return np.rint(vector * (levels / 2)) * (2 / levels), cut
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the sum says: mean change by tensor, mean loss, and how many clients were cut off."""
+
+    change: Arrays
+    loss: float
+    cut: int
+
+
+def decode(total: Numbers, shared: Arrays, clip: float) -> Decoded:
+    """The reverse of `encode` for the sum of some clients' vectors.
+
+    Raises:
+        UserError: all weights are zero.
+    """
+    weight, cut, loss = (float(v) for v in total[-EXTRA:])
+    if weight <= 0:
+        raise UserError("secure aggregation: the clients' weights sum to nothing.")
+    change, first = {}, 0
+    for name in sorted(shared):
+        last = shared[name]
+        part = total[first : first + last.size] * (clip / weight)
+        change[name], first = part.reshape(last.shape), first + last.size
+    return Decoded(change, LARGEST_LOSS * loss / weight, round(cut))

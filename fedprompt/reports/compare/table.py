@@ -1,0 +1,201 @@
+"""The table of a comparison, and the four forms in which it is written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+
+from rich.console import Group
+from rich.text import Text
+
+from fedprompt.reports.compare.load import Row
+from fedprompt.reports.compare.metrics import Metric
+from fedprompt.reports.compare.statistics import LEVEL, Cell, Test, column
+from fedprompt.reports.format import MISSING
+from fedprompt.reports.terminal import Field, fitted
+
+TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
+MARK, BEST_MARK = "*", "^"
+NAME = 26
+"""Widest first column in a terminal; longer names are folded."""
+HEAD, ROOMY = 12, 3
+"""In LaTeX: characters of a head's line; with more columns than these the table is set smaller."""
+FEWEST_FOR_WILCOXON = 6
+"""With fewer seeds its smallest p, 2^(1 - n), is above 0.05."""
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by name, each with a cell per metric."""
+
+    metrics: tuple[Metric, ...]
+    names: tuple[str, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    note: str
+
+
+def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t") -> Comparison:
+    """Mean, deviation, best row and test of every metric."""
+    columns = [
+        column([m.by_seed(row) for row in rows], higher_is_better=m.higher_is_better, test=test)
+        for m in metrics
+    ]
+    cells = tuple(tuple(col[i] for col in columns) for i in range(len(rows)))
+    note = _note(rows, cells, test)
+    return Comparison(tuple(metrics), tuple(row.name for row in rows), cells, note)
+
+
+def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> str:
+    seeds = {tuple(sorted(row.runs)) for row in rows}
+    counts = sorted({len(s) for s in seeds})
+    if len(seeds) == 1:
+        over = f"seeds {', '.join(map(str, min(seeds)))}"
+    else:
+        over = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+    note = f"Accuracy in percent; mean ± standard deviation (divide by n) over {over}."
+    if counts[-1] == 1:
+        note = f"Accuracy in percent, one seed{f': {min(seeds)[0]}' if len(seeds) == 1 else ''}."
+    if any(cell.best for line in cells for cell in line):
+        note += " Bold: best mean."
+    tested = [cell for line in cells for cell in line if cell.p is not None]
+    if tested:
+        how = f"p < {LEVEL:g} in a {TESTS[test]} over common seeds, Holm-corrected in each column."
+        marked = any(cell.differs for cell in tested)
+        note += (
+            f" {MARK}: differs from the best, {how}" if marked else f" No row differs with {how}"
+        )
+    if test == "wilcoxon" and 1 < counts[-1] < FEWEST_FOR_WILCOXON:
+        note += f" With {counts[-1]} seeds this test cannot reach p < {LEVEL:g}."
+    return note
+
+
+def number(metric: Metric, value: float) -> str:
+    """One number as it is printed, without a unit."""
+    if metric.kind == "share":
+        return f"{100 * value:.1f}"
+    if metric.kind == "count":
+        return f"{value:,.0f}"
+    if metric.kind == "bytes":
+        return f"{value / 2**20:.2f}"
+    return f"{value:.4g}"
+
+
+def text(metric: Metric, cell: Cell) -> str:
+    """Mean and deviation; the mean alone with one seed, or for a cost that is always the same."""
+    if cell.mean is None or cell.std is None:
+        return MISSING
+    mean, std = number(metric, cell.mean), number(metric, cell.std)
+    constant = metric.higher_is_better is None and std == number(metric, 0)
+    return mean if len(cell.by_seed) < 2 or constant else f"{mean} ± {std}"
+
+
+def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group:
+    """For rich; columns that do not fit into `width` go on in a further table.
+
+    The best are bold, or marked where `bold` would not show, as in a file.
+    """
+    mark, note = "", table.note
+    if not bold:
+        mark, note = BEST_MARK, note.replace("Bold: best mean", f"{BEST_MARK}: best mean")
+
+    def shown(metric: Metric, cell: Cell) -> Text:
+        marks = mark * cell.best + MARK * cell.differs
+        return Text(text(metric, cell) + marks, style="bold" if cell.best else "")
+
+    names = Field("", [Text(name) for name in table.names], most=NAME, right=False)
+    columns = [
+        Field(
+            metric.title,
+            [shown(metric, cell) for cell in column],
+        )
+        for metric, column in zip(table.metrics, zip(*table.cells, strict=True), strict=True)
+    ]
+    return fitted(names, columns, width, note=note)
+
+
+def markdown(table: Comparison) -> str:
+    """A Markdown table and its note."""
+
+    def cell(metric: Metric, value: Cell) -> str:
+        shown = text(metric, value)
+        return f"**{shown}**" if value.best else shown + "\\" * value.differs + MARK * value.differs
+
+    heads = ["", *(m.title for m in table.metrics)]
+    lines = [heads, ["---"] * len(heads)]
+    for name, line in zip(table.names, table.cells, strict=True):
+        cells = [cell(m, c) for m, c in zip(table.metrics, line, strict=True)]
+        lines.append([name.replace("|", r"\|"), *cells])
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = table.note.replace(f"{MARK}:", "\\" + f"{MARK}:")
+    return f"{body}\n\n{note}\n"
+
+
+def latex(table: Comparison) -> str:
+    """A LaTeX table for the packages booktabs and, for `±`, none; the note is its caption."""
+
+    def cell(metric: Metric, value: Cell) -> str:
+        shown = escape(text(metric, value))
+        shown = rf"\textbf{{{shown}}}" if value.best else shown
+        return shown + rf"$^{{{MARK}}}$" * value.differs
+
+    heads = [wrap(metric.title, HEAD) for metric in table.metrics]
+    depth = max(map(len, heads))
+    stacked = [
+        " & ".join(
+            ["", *(escape(([""] * (depth - len(head)) + head)[k]) for head in heads)]
+        ).strip()
+        for k in range(depth)
+    ]
+    lines = [
+        " & ".join([escape(name), *(cell(m, c) for m, c in zip(table.metrics, row, strict=True))])
+        for name, row in zip(table.names, table.cells, strict=True)
+    ]
+    above, body = ("\n".join(rf"    {line} \\" for line in part) for part in (stacked, lines))
+    tight = "  \\footnotesize\n  \\setlength{\\tabcolsep}{3pt}\n" if len(heads) > ROOMY else ""
+    return (
+        "% \\usepackage{booktabs}\n"
+        "\\begin{table}\n"
+        "  \\centering\n"
+        f"  \\caption{{{escape(table.note)}}}\n"
+        f"{tight}"
+        f"  \\begin{{tabular}}{{l{'r' * len(table.metrics)}}}\n"
+        "    \\toprule\n"
+        f"{above}\n"
+        "    \\midrule\n"
+        f"{body}\n"
+        "    \\bottomrule\n"
+        "  \\end{tabular}\n"
+        "\\end{table}\n"
+    )
+
+
+def comma_separated(table: Comparison) -> str:
+    """CSV for programs: unrounded mean, std, number of seeds and p of every metric.
+
+    Shares are not in percent here, and bytes are bytes.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    ends = ("mean", "std", "n", "p")
+    writer.writerow(["row", *(f"{m.name} {end}" for m in table.metrics for end in ends)])
+    for name, line in zip(table.names, table.cells, strict=True):
+        cells: list[str] = []
+        for c in line:
+            numbers = (c.mean, c.std, len(c.by_seed), c.p)
+            cells += ["" if n is None else repr(n) for n in numbers]
+        writer.writerow([name, *cells])
+    return out.getvalue()
+
+
+def escape(words: str) -> str:
+    """Text for LaTeX."""
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], words)

@@ -1,0 +1,100 @@
+"""Numbers, times and tables as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "-"
+
+
+def human_bytes(n: int) -> str:
+    """Bytes in binary units: `640 B`, `80.0 KiB`, `1.5 MiB`."""
+    if n < 1024:
+        return f"{n} B"
+    size = float(n)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        # Compared as printed, so that 1 MiB - 1 B does not read "1024.0 KiB".
+        if round(size, 1) < 1024 or unit == "TiB":
+            break
+    return f"{size:.1f} {unit}"
+
+
+def human_time(seconds: float) -> str:
+    """A duration as `0:12`, `3:05` or `1:02:03`."""
+    whole = max(0, round(seconds))
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def percent(fraction: float | None) -> str:
+    """An accuracy in [0, 1] as `61.2 %`; `-` when it was not measured."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def percent_spread(mean: float | None, std: float | None) -> str:
+    """Mean and standard deviation as `78.9 ± 6.1 %`; the mean alone without a deviation."""
+    if mean is None or std is None:
+        return percent(mean)
+    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One model's results in [0, 1]; None = not measured."""
+
+    name: str
+    global_accuracy: float | None
+    mean: float | None
+    std: float | None
+    worst: float | None
+    p10: float | None
+    on_global_mean: float | None
+    on_global_std: float | None
+
+    @classmethod
+    def of(cls, name: str, part: Mapping[str, Any]) -> ResultRow:
+        """From the `global`, `personal` and `personal_on_global` entries of `part`."""
+        whole = part.get("global") or {}
+        personal = part.get("personal") or {}
+        on_global = part.get("personal_on_global") or {}
+        return cls(
+            name=name,
+            global_accuracy=whole.get("accuracy"),
+            mean=personal.get("mean"),
+            std=personal.get("std"),
+            worst=personal.get("worst"),
+            p10=personal.get("p10"),
+            on_global_mean=on_global.get("mean"),
+            on_global_std=on_global.get("std"),
+        )
+
+
+def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
+    """Zero-shot, local-only and the method itself, without baselines that were not run."""
+    rows = []
+    zero_shot = summary.get("zero_shot")
+    if zero_shot:
+        rows.append(ResultRow.of("zero-shot", {"global": zero_shot, **zero_shot}))
+    local_only = summary.get("local_only")
+    if local_only:
+        rows.append(ResultRow.of("local-only", local_only))
+    rows.append(ResultRow.of(str(summary.get("method", "method")), summary))
+    return rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text cells; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table in Markdown, without its title and note."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)

@@ -1,0 +1,250 @@
+"""A run folder read back into memory, for figures and reports; any damage is named.
+
+Shapes: K clients, C classes, D domains.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedprompt.data.partition import dense
+from fedprompt.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder in memory; what an unfinished or old run lacks is None or empty."""
+
+    path: Path
+    config: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    local_only: list[dict[str, Any]]
+    partition: dict[str, Any] | None
+    summary: dict[str, Any] | None
+    timings: list[dict[str, Any]]
+
+    def last(self, part: str) -> dict[str, Any] | None:
+        """The `part` (`global`, `personal`, ...) of the last round in which it was measured."""
+        return next((line[part] for line in reversed(self.rounds) if line.get(part)), None)
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UserError: `config.yaml` or `metrics.jsonl` is missing, or any file is damaged; the
+            message names the file and the line.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a run folder: there is no such folder.")
+    metrics = run_dir / "metrics.jsonl"
+    lines = _read_lines(metrics)
+    for number, line in enumerate(lines, start=1):
+        _check_metrics(line, f"{metrics}, line {number}")
+    rounds = [line for line in lines if line["kind"] == "round"]
+    if not rounds:
+        raise UserError(f"{metrics} holds no round yet; let the run finish a round first.")
+    timings_path = run_dir / "timings.jsonl"
+    timings = _read_lines(timings_path) if timings_path.exists() else []
+    for number, line in enumerate(timings, start=1):
+        _check_numbers(line, ("train_s", "evaluate_s"), f"{timings_path}, line {number}")
+    partition = _read_object(run_dir / "partition.json")
+    if partition is not None:
+        check_partition(partition, run_dir / "partition.json")
+    summary = _read_object(run_dir / "summary.json")
+    if summary is not None:
+        _check_summary(summary, run_dir / "summary.json")
+    return RunData(
+        path=run_dir,
+        config=_read_config(run_dir / "config.yaml"),
+        rounds=rounds,
+        local_only=[line for line in lines if line["kind"] == "local_only"],
+        partition=partition,
+        summary=summary,
+        timings=timings,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; is {path.parent} a run folder?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+
+
+def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"{where}, line {first_line - 1 + error.lineno}, column {error.colno}"
+        raise UserError(f"{at} is damaged: {error.msg}.") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UserError(f"{where}, line {first_line} is damaged: a {kind}, not a JSON object.")
+    return value
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; a last one without its newline is still being written, or was torn."""
+    *lines, _ = _read_text(path).split("\n")
+    return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    return _parse(_read_text(path), str(path)) if path.exists() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it must hold 'key: value' lines.")
+    return {str(key): value for key, value in config.items()}
+
+
+# Every number that figures and report read, by the part of a line or summary that holds it.
+_NUMBERS = {
+    "train": ("loss",),
+    "clients": ("rejected",),
+    "global": ("accuracy", "loss"),
+    "personal": ("mean", "std", "worst", "p10", "clients", "accuracy"),
+    "personal_on_global": ("mean", "std"),
+}
+
+
+def _check_metrics(line: Mapping[str, Any], where: str) -> None:
+    if not isinstance(line.get("kind"), str) or not _is_whole(line.get("round")):
+        raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
+    _check_numbers(line, ("bytes_up", "bytes_down"), where)
+    _check_parts(line, _NUMBERS, where)
+
+
+def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
+    where = str(path)
+    names = ("bytes_up", "bytes_down", "uploaded_numbers_per_client_round", "wall_s")
+    _check_numbers(summary, names, where)
+    results = ("global", "personal", "personal_on_global")
+    _check_parts(summary, results, where)
+    for baseline in ("zero_shot", "local_only"):
+        part = summary.get(baseline)
+        if part is not None:
+            if not isinstance(part, dict):
+                raise UserError(f"{where} is damaged: '{baseline}' must be an object or null.")
+            _check_numbers(part, ("accuracy",), f"{where}, {baseline}")
+            _check_parts(part, results, f"{where}, {baseline}")
+
+
+def _check_parts(holder: Mapping[str, Any], parts: Iterable[str], where: str) -> None:
+    for part in parts:
+        value = holder.get(part)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{where} is damaged: '{part}' must be an object or null.")
+        _check_numbers(value, _NUMBERS[part], f"{where}, {part}")
+        if part == "personal" and not _is_paired(value):
+            raise UserError(
+                f"{where} is damaged: 'personal' needs as many 'clients' as 'accuracy' values."
+            )
+
+
+def _check_numbers(holder: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        value = holder.get(name)
+        for entry in value if isinstance(value, list) else [value]:
+            if entry is not None and not isinstance(entry, (int, float)):
+                raise UserError(f"{where} is damaged: '{name}' is {entry!r}, not a number.")
+
+
+def _is_paired(personal: Mapping[str, Any]) -> bool:
+    clients, accuracy = personal.get("clients") or [], personal.get("accuracy") or []
+    both = isinstance(clients, list) and isinstance(accuracy, list)
+    return (
+        both
+        and len(clients) == len(accuracy)
+        and all(map(_is_whole, clients))
+        and (None not in accuracy)
+    )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_partition(partition: Mapping[str, Any], path: Path) -> None:
+    """Refuse a partition description without its counts, before anything is drawn from it."""
+    try:
+        train_KC = dense(partition["train_counts"], len(partition["class_names"]))
+        fits = True
+        if partition.get("test_counts") is not None:
+            fits = dense(partition["test_counts"], train_KC.shape[1]).shape == train_KC.shape
+        hidden = partition.get("unlabelled_clients") or []
+        fits = fits and set(hidden) <= set(range(len(train_KC)))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{path} is damaged: it needs 'class_names' (C) and 'train_counts', a row per client "
+            "of classes and counts in turn."
+        )
+
+
+def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
+    """Accuracy by client id of a `personal` entry; empty where nothing was measured."""
+    clients, accuracy = (part or {}).get("clients") or [], (part or {}).get("accuracy") or []
+    return dict(zip(clients, accuracy, strict=True))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Measured points: round numbers and values; rounds without a value are left out."""
+
+    x: list[int]
+    y: list[float]
+
+
+def series_of(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> Series:
+    """The finite values of `line[part][key]`, by round."""
+    points = [(line["round"], (line.get(part) or {}).get(key)) for line in lines]
+    kept = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
+    return Series([r for r, _ in kept], [v for _, v in kept])
+
+
+def split_tests(
+    run: RunData, lines: Sequence[Mapping[str, Any]]
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
+    """Lines whose personal tests are of one kind of clients, and the last one where it differs."""
+    if (run.config.get("evaluation") or {}).get("clients") != "participants":
+        return lines, []
+    last = (run.config.get("federation") or {}).get("rounds")
+    return [x for x in lines if x["round"] != last], [x for x in lines if x["round"] == last]
+
+
+CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", "summary.json"
+
+
+REPORT, PRIVATE = "report.html", "private"
+
+
+METRICS, TIMINGS, PARTITION, CONFIG = (
+    "metrics.jsonl",
+    "timings.jsonl",
+    "partition.json",
+    "config.yaml",
+)

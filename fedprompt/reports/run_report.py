@@ -1,0 +1,236 @@
+"""One run as one HTML file: results, charts, clients, config and how to repeat it.
+
+The file needs nothing else: there is no link to anywhere (report_page.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedprompt.data.partition import dense
+from fedprompt.evaluation.registry import protocol_class, result_tables
+from fedprompt.reports.client_figures import MANY
+from fedprompt.reports.format import (
+    MISSING,
+    ResultRow,
+    human_bytes,
+    human_time,
+    percent,
+    percent_spread,
+    result_rows,
+)
+from fedprompt.reports.page import count, render
+from fedprompt.reports.report_charts import run_charts
+from fedprompt.reports.round_figures import PROTOCOL, draw_all
+from fedprompt.reports.run_data import RunData, accuracy_of, load_run
+
+TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A protocol's figure, ready to embed."""
+
+    name: str
+    caption: str
+    png_base64: str
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client's line in the table; None = not known or not tested."""
+
+    client: int
+    train_images: int | None
+    test_images: int | None
+    classes_held: int | None
+    accuracy: float | None
+    zero_shot: float | None
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draw the figures anew and write `run_dir/report.html`; return its path.
+
+    Raises:
+        UserError: the run folder lacks a file or a file is damaged.
+    """
+    run = load_run(run_dir)
+    figures = [
+        Figure(path.stem, _caption(path.stem), base64.b64encode(path.read_bytes()).decode())
+        for path in draw_all(run_dir)
+        if path.stem.startswith(PROTOCOL)
+    ]
+    html = render(TEMPLATE, run_charts(run), {**_content(run), "figures": figures})
+    path = run_dir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _caption(stem: str) -> str:
+    return protocol_class(stem.removeprefix(PROTOCOL)).caption
+
+
+def summary_of(run: RunData) -> dict[str, Any]:
+    """The run's summary; of an unfinished run, what its metrics lines hold so far."""
+    if run.summary is not None:
+        return run.summary
+    last_alone = next((x for x in reversed(run.local_only) if x.get("personal")), None)
+    return {
+        "experiment": run.config.get("experiment"),
+        "method": _named(run.config, "method"),
+        "strategy": _named(run.config, "strategy"),
+        "seed": run.config.get("seed"),
+        "rounds": run.rounds[-1]["round"],
+        "data": (run.config.get("data") or {}).get("title"),
+        "global": run.last("global"),
+        "personal": run.last("personal"),
+        "personal_on_global": run.last("personal_on_global"),
+        "local_only": last_alone,
+        "bytes_up": sum(line.get("bytes_up") or 0 for line in run.rounds),
+        "bytes_down": sum(line.get("bytes_down") or 0 for line in run.rounds),
+    }
+
+
+def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
+    """Images, classes and accuracies of the clients, in the order of their ids.
+
+    Of more than `MANY` clients, the `MANY` with the lowest accuracy, lowest first.
+    """
+    personal = accuracy_of(run.last("personal"))
+    zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
+    partition = run.partition or {}
+    classes = len(partition.get("class_names") or [])
+    train_KC = dense(partition.get("train_counts") or [], classes)
+    test_KC = dense(partition.get("test_counts") or [], classes)
+    clients = range(max(len(train_KC), max(personal, default=-1) + 1))
+    shown = list(clients)
+    if len(clients) > MANY:
+        shown = sorted(personal, key=lambda k: (personal[k], k))[:MANY]
+    return [
+        ClientRow(
+            client=k,
+            train_images=int(train_KC[k].sum()) if k < len(train_KC) else None,
+            test_images=int(test_KC[k].sum()) if k < len(test_KC) else None,
+            classes_held=int((train_KC[k] > 0).sum()) if k < len(train_KC) else None,
+            accuracy=personal.get(k),
+            zero_shot=zero_shot.get(k),
+        )
+        for k in shown
+    ]
+
+
+def _content(run: RunData) -> dict[str, Any]:
+    summary = summary_of(run)
+    rows = result_rows(summary)
+    source = run.path / ("metrics.jsonl" if run.summary is None else "summary.json")
+    finished_at = datetime.fromtimestamp(source.stat().st_mtime, tz=UTC)
+    folder = run.path.resolve().name
+    planned = (run.config.get("federation") or {}).get("rounds")
+    return {
+        "title": _title(summary, folder),
+        "facts": _facts(summary, finished_at),
+        "unfinished": run.summary is None,
+        "progress": f"{run.rounds[-1]['round']} of {planned if planned is not None else '?'}",
+        "headlines": _headlines(summary, rows),
+        "models": [row.name for row in rows],
+        "results": [
+            ("Global", [percent(row.global_accuracy) for row in rows]),
+            ("Personalised", [percent_spread(row.mean, row.std) for row in rows]),
+            ("Worst client", [percent(row.worst) for row in rows]),
+            ("10th percentile", [percent(row.p10) for row in rows]),
+            (
+                "Personal on global test",
+                [percent_spread(row.on_global_mean, row.on_global_std) for row in rows],
+            ),
+        ],
+        "protocols": result_tables(summary, str(source)),
+        "clients": client_rows(run, summary),
+        "clients_title": _clients_title(run),
+        "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),
+        "environment": _environment(run, summary),
+        # The config may name the run's own folder, which is never written over.
+        "command": shlex.join(
+            ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
+        ),
+    }
+
+
+def _clients_title(run: RunData) -> str:
+    many = len((run.partition or {}).get("train_counts") or []) > MANY
+    return f"The {MANY} clients with the lowest accuracy" if many else "Clients"
+
+
+def _title(summary: Mapping[str, Any], folder: str) -> str:
+    data = f" on {summary['data']}" if summary.get("data") else ""
+    return f"{summary.get('experiment') or folder}: {summary.get('method') or 'method'}{data}"
+
+
+def _facts(summary: Mapping[str, Any], finished_at: datetime) -> list[str]:
+    strategy, seed = summary.get("strategy"), summary.get("seed")
+    facts = [f"strategy {strategy}" if strategy else None]
+    facts += [f"backbone {summary['backbone']}" if summary.get("backbone") else None]
+    facts += [f"{summary['clients']} clients" if summary.get("clients") else None]
+    facts += [f"{summary['classes']} classes" if summary.get("classes") else None]
+    facts += [f"{summary['rounds']} rounds" if summary.get("rounds") is not None else None]
+    facts += [f"seed {seed}" if seed is not None else None, f"{finished_at:%Y-%m-%d %H:%M} UTC"]
+    return [str(fact) for fact in facts if fact]
+
+
+def _headlines(summary: Mapping[str, Any], rows: list[ResultRow]) -> list[tuple[str, str, str]]:
+    """Label, value and a small note of every headline number."""
+    own = rows[-1]
+    by_name = {row.name: row for row in rows[:-1]}
+    zero_shot, alone = by_name.get("zero-shot"), by_name.get("local-only")
+    uploaded = summary.get("uploaded_numbers_per_client_round")
+    up, down = summary.get("bytes_up"), summary.get("bytes_down")
+    return [
+        ("Global", percent(own.global_accuracy), "server's test set"),
+        ("Personalised", percent_spread(own.mean, own.std), "mean ± std over clients"),
+        ("Worst client", percent(own.worst), "own test images"),
+        ("10th percentile", percent(own.p10), "of the clients"),
+        (
+            "Zero-shot",
+            percent(zero_shot.global_accuracy if zero_shot else None),
+            f"own tests {percent(zero_shot.mean if zero_shot else None)}",
+        ),
+        (
+            "Local-only",
+            percent_spread(alone.mean, alone.std) if alone else MISSING,
+            "trained alone, own tests",
+        ),
+        ("Uploaded", count(uploaded), "numbers per client and round"),
+        (
+            "Traffic up",
+            MISSING if up is None else human_bytes(up),
+            f"down {MISSING if down is None else human_bytes(down)}, whole run",
+        ),
+    ]
+
+
+def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = {str(k): str(v) for k, v in (summary.get("environment") or {}).items()}
+    if summary.get("wall_s") is not None:
+        found["wall time"] = human_time(summary["wall_s"])
+    for key, label in (("train_s", "training"), ("evaluate_s", "evaluation")):
+        if run.timings:
+            found[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
+    for key in ("rejected_replies", "skipped_images"):
+        if summary.get(key) is not None:
+            found[key.replace("_", " ")] = str(summary[key])
+    for kind in ("shared", "private"):
+        tensors = summary.get(kind)
+        if isinstance(tensors, dict):
+            shapes = (f"{name} {' x '.join(map(str, shape))}" for name, shape in tensors.items())
+            found[f"{kind} tensors"] = ", ".join(shapes) or "none"
+    return list(found.items())
+
+
+def _named(config: Mapping[str, Any], group: str) -> Any:
+    value = config.get(group)
+    return value.get("name") if isinstance(value, dict) else value

@@ -1,0 +1,81 @@
+"""Which clients are trained together, and how much work they are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from flwr.app import MessageType
+
+from fedprompt.runtime import thread_count
+from fedprompt.workspace import Workspace
+
+CPU_TOKENS, GPU_TOKENS = 384, 65536
+"""Text positions per call that fill a CPU thread (measured on 2 cores) or a GPU (assumed)."""
+MEMORY_SHARE = 0.5
+"""Part of the free memory that the activations of running cohorts may take."""
+
+
+def work(workspace: Workspace, kind: str, client: int) -> int:
+    """Units of work of one message: images x epochs in training, test images in evaluation."""
+    if not 0 <= client < workspace.num_clients:
+        return 1
+    if kind == MessageType.TRAIN:
+        images = len(workspace.partition.train(client))
+        return max(1, images * workspace.config.training.local_epochs)
+    if kind == MessageType.EVALUATE:
+        return max(1, len(workspace.partition.test(client)))
+    return 1
+
+
+def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[int]]:
+    """Positions in `clients`, dealt to cohorts of at most `size`.
+
+    Clients with similar numbers of training images come together, most images first: one that
+    finishes early leaves its cohort emptier than the processor can use. The grouping depends on
+    the partition and on `size` alone.
+    """
+    images = [work(workspace, MessageType.TRAIN, c) for c in clients]
+    order = sorted(range(len(clients)), key=lambda i: (-images[i], clients[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def choose_size(
+    workspace: Workspace,
+    clients: int,
+    workers: int,
+    free_bytes: float,
+    threads: int | None = None,
+) -> int:
+    """Clients per cohort: as configured, else as many as fill the processor and fit in memory.
+
+    Args:
+        workspace: the sizes of the task.
+        clients: clients that are asked at once.
+        workers: processes that share them evenly.
+        free_bytes: free memory per worker; it only ever lowers the number.
+        threads: CPU threads of each worker; those of this process without it.
+    """
+    if workspace.config.grid.cohort_size:
+        return workspace.config.grid.cohort_size
+    cpu_tokens = CPU_TOKENS * (threads or thread_count(workspace.config.grid))
+    budget = GPU_TOKENS if workspace.clip.device.type == "cuda" else cpu_tokens
+    fits = MEMORY_SHARE * free_bytes / max(1, workspace.step_bytes_per_client)
+    most = max(1, int(min(budget / max(1, workspace.tokens_per_client), fits)))
+    turns = max(1, math.ceil(clients / (most * workers)))
+    return max(1, math.ceil(clients / (turns * workers)))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on `device` now."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = [line for line in lines if line.startswith("MemAvailable:")]
+        return float(available[0].split()[1]) * 1024
+    except (OSError, IndexError, ValueError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2

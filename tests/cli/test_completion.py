@@ -1,0 +1,68 @@
+"""Tab completion as the shells ask for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedprompt.cli.completion import complete_dataset, complete_protocol, keys, values_of
+from tests.cli.test_cli import fedprompt
+
+
+def complete(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, shell: str
+) -> list[str]:
+    """What is offered at the end of the line; bash breaks words at `=`."""
+    monkeypatch.setenv("_FEDPROMPT_COMPLETE", f"complete_{shell}")
+    words = line.replace("=", " = ") if shell == "bash" else line
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    _, out, _ = fedprompt(monkeypatch, capsys)
+    return [offer.split("\t")[0] for offer in out.splitlines()]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("fedprompt doct", ["doctor"]),
+        ("fedprompt run quicks", ["quickstart"]),
+        ("fedprompt run quickstart federation.roun", ["federation.rounds="]),
+        ("fedprompt run quickstart strateg", ["strategy="]),
+        ("fedprompt run quickstart seed=2 method=promptf", ["promptfl", "promptfolio"]),
+        ("fedprompt run quickstart grid.kind=r", ["ray"]),
+        ("fedprompt run quickstart output.report=t", ["true"]),
+        ("fedprompt sweep few", ["few_shot"]),
+        ("fedprompt data check euros", ["eurosat"]),
+        ("fedprompt data show quicks", ["quickstart"]),
+    ],
+)
+def test_names_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shell: str,
+    line: str,
+    offers: list[str],
+) -> None:
+    key = line.split()[-1].partition("=")[0]
+    if "=" in line.split()[-1] and shell == "fish":
+        offers = [f"{key}={offer}" for offer in offers]
+    assert complete(monkeypatch, capsys, line, shell) == offers
+
+
+def test_every_key_and_choice_is_offered() -> None:
+    assert {"method", "seed", "data", "data.root", "training.lr"} <= set(keys(""))
+    assert "training.lr" in keys("training.")
+    assert "sgd" in values_of("training.optimizer")
+    assert values_of("training.lr") == values_of("nothing") == values_of("nothing.x") == []
+    assert complete_protocol("calib") == ["calibration"]
+    assert complete_dataset("no such") == []
+
+
+def test_scripts_for_shells_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = fedprompt(monkeypatch, capsys, "--show-completion", "bash")
+    assert status == 0
+    assert "_FEDPROMPT_COMPLETE=complete_bash" in out

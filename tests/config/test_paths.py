@@ -1,0 +1,155 @@
+"""Every key of an experiment that is a path is known to be one; other machines follow none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from fedprompt.config.paths import absolute, without_paths
+from fedprompt.config.schema import Config, DataConfig
+from fedprompt.deploy.node_config import Node, on_node
+from fedprompt.errors import UserError
+from fedprompt.evaluation.registry import all_protocols
+from fedprompt.federation.registry import all_strategies
+from fedprompt.methods.registry import all_methods
+from tests.support.builders import small_config
+
+# Texts of any kind that name no file: a new key is put here, or gets `option(..., path=True)`.
+NO_PATH = {
+    "experiment", "protocols", "targets", "out", "name", "base", "options", "model", "pretrained",
+    "title", "templates", "class_names", "dataset", "common_labels", "hub_config", "hub_revision",
+    "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
+    "ray_address", "loggers", "words", "style", "context_init", "template", "private",
+    "token_tensors", "domain",
+}  # fmt: skip
+PATHS = {
+    "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "partition.file",
+    "output.root", "output.dir", "output.cache",
+}  # fmt: skip
+SECRET = "/server/secret"
+
+
+def schemas() -> Iterator[tuple[str, type]]:
+    """Every dataclass that an experiment can hold, with its place."""
+    hints = get_type_hints(Config)
+    yield "", Config
+    for name, kind in hints.items():
+        if dataclasses.is_dataclass(kind):
+            yield f"{name}.", kind  # type: ignore[misc]
+    for method in all_methods().values():
+        yield "method.", method.Config
+    for strategy in all_strategies().values():
+        yield "strategy.", strategy.Config
+    for protocol in all_protocols().values():
+        yield "protocol_options.", protocol.Options
+
+
+def holds_text(kind: Any) -> bool:
+    """Whether a value of this type may be, or hold, any text."""
+    return kind in (str, Any) or any(map(holds_text, get_args(kind)))
+
+
+def texts() -> dict[str, bool]:
+    """Keys whose values are any text, and whether they say that they are paths."""
+    found = {}
+    for place, schema in schemas():
+        hints = get_type_hints(schema)
+        for field in dataclasses.fields(schema):
+            literal = getattr(hints[field.name], "__origin__", None) is not None and all(
+                isinstance(a, str) for a in get_args(hints[field.name])
+            )
+            if holds_text(hints[field.name]) and not literal:
+                found[place + field.name] = bool(field.metadata.get("path"))
+    return found
+
+
+def test_every_text_is_a_path_or_known_to_be_none() -> None:
+    sections = {f.name for f in dataclasses.fields(Config)} - NO_PATH
+    found = {key: path for key, path in texts().items() if key not in sections}
+    assert {key for key, path in found.items() if path} == PATHS
+    unknown = {k for k, path in found.items() if not path and k.rpartition(".")[2] not in NO_PATH}
+    assert unknown == set(), "new keys: are they paths? see NO_PATH"
+
+
+def experiment(*without: str) -> Config:
+    """An experiment that names a path wherever it can, but for these keys."""
+    raw: dict[str, Any] = {
+        "data": {"source": "client_folders", "class_names": ["a", "b"]},
+        "partition": {"clients": 3},
+        "method": {"name": "fedprox", "base": "promptfl"},
+        "protocols": ["global", "cross_data_set", "ood"],
+        "protocol_options": {
+            "cross_data_set": {"targets": [{"use": "eurosat", "root": f"{SECRET}/eurosat"}]},
+            "ood": {"out": [{"use": "eurosat", "root": f"{SECRET}/eurosat"}]},
+        },
+    }
+    config = small_config(**raw)
+    for key in PATHS - set(without):  # together no experiment may name them all
+        section, _, name = key.partition(".")
+        value: Any = f"{SECRET}/{key}"
+        change = {name: [value] * 3 if name == "folders" else value}
+        part = dataclasses.replace(getattr(config, section), **change)
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def named(value: Any, place: str = "") -> set[str]:
+    """Places in plain values where a secret path is named."""
+    if isinstance(value, Mapping):
+        return {p for k, v in value.items() for p in named(v, f"{place}.{k}")}
+    if isinstance(value, (list, tuple)):
+        return {p for v in value for p in named(v, place)}
+    return {place.removeprefix(".")} if isinstance(value, str) and SECRET in value else set()
+
+
+def test_a_node_that_lends_a_folder_follows_no_path() -> None:
+    config = experiment()
+    expected = PATHS | {
+        "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.root"
+    }  # fmt: skip
+    assert named(dataclasses.asdict(config)) == expected, "the test names them all"
+    there = on_node(config, Node(1, "/mine", cache_dir="/cache", checkpoint="/weights.pt"))
+    assert named(dataclasses.asdict(there)) == set()
+    assert there.data.folders == ["", "/mine", ""]
+    assert (there.output.cache, there.backbone.checkpoint) == ("/cache", "/weights.pt")
+    assert [t["title"] for t in there.protocol_options["cross_data_set"].targets] == ["eurosat"]
+
+
+def test_weights_are_the_nodes_own() -> None:
+    with pytest.raises(UserError) as caught:
+        on_node(experiment(), Node(1, "/mine"))
+    assert "give this node its own copy with --checkpoint" in str(caught.value)
+    assert SECRET not in str(caught.value)
+    plain = experiment("backbone.checkpoint")
+    assert on_node(plain, Node(1, "/mine")).backbone.checkpoint is None
+    backbone = dataclasses.replace(plain.backbone, model="ViT-B-32", pretrained="openai")
+    tagged = dataclasses.replace(plain, backbone=backbone)
+    own = on_node(tagged, Node(1, "/mine", checkpoint="/weights.pt")).backbone
+    assert (own.pretrained, own.checkpoint) == ("openai", "/weights.pt")
+
+
+def test_a_node_that_lends_nothing_opens_what_every_machine_can_open() -> None:
+    config = small_config(data={"source": "folder", "root": "/shared/images"},
+                          partition={"clients": 2})  # fmt: skip
+    assert on_node(config, Node(1)).data.root == "/shared/images"
+
+
+def test_relative_paths_are_those_of_the_machine_that_hands_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    config = absolute(small_config(data={"source": "folder", "root": "images"}))
+    assert config.data.root == str(tmp_path / "images")
+    data = DataConfig(source="hub", hub_id="user/set")
+    assert absolute(dataclasses.replace(config, data=data)).data.hub_id == "user/set"
+
+
+def test_an_experiment_without_paths_stays_as_it_is() -> None:
+    config = small_config()
+    plain = without_paths(config)
+    assert dataclasses.replace(plain, output=config.output) == config

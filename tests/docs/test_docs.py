@@ -1,0 +1,138 @@
+"""The documentation says what is there: generated pages, commands, names, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import typer
+from click.exceptions import ClickException, Exit
+
+from fedprompt.cli.main import app
+from fedprompt.cli.reference_pages import config_markdown, strategies_markdown
+from fedprompt.config.schema import PartitionConfig
+from fedprompt.data.sections import available
+from fedprompt.evaluation.registry import all_protocols
+from fedprompt.experiment.compose import compose
+from fedprompt.experiment.trackers import LOGGERS
+from tests.support.doc_pages import DOCS, PAGES, ROOT, blocks, commands, links
+
+INVENTED = {"coastal_scenes", "task_res", "geometric_median"}
+"""Names of the examples that readers are to add themselves."""
+MADE = re.compile(r"(commands|api/(methods|strategies|protocols))\.md")
+"""Pages that only the site has."""
+TAKES_EXPERIMENT = ("run", "data show", "data sheet", "data partition")
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("config.md", config_markdown), ("strategies.md", strategies_markdown)]
+)
+def test_generated_pages_are_the_present_ones(name: str, page: object) -> None:
+    assert callable(page)
+    assert (DOCS / name).read_text() == page(), "write them again: make docs-pages"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(page: Path) -> None:
+    for command in commands(page):
+        words = shlex.split(command.partition(" > ")[0], comments=True)[1:]
+        if not INVENTED & set(re.split(r"\W+", command)):
+            understood(words, command)
+
+
+def understood(words: list[str], command: str) -> None:
+    """Parses a command as the program would, and composes its config, but does not run it."""
+    node = typer.main.get_command(app)
+    path = ""
+    while hasattr(node, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in node.commands, f"no such command: {command}"
+        node = node.commands[words[0]]
+        path = f"{path} {words.pop(0)}".strip()
+    if not words or hasattr(node, "commands"):
+        return
+    try:
+        context = node.make_context(path, list(words))
+    except Exit:  # --help
+        return
+    except ClickException as error:
+        pytest.fail(f"{command}: {error.format_message()}")
+    values = context.params
+    experiment = values.get("experiment") or values.get("what")
+    changes = values.get("overrides") or []
+    if path in TAKES_EXPERIMENT and experiment in available("experiment"):
+        if not any(change.startswith("metod=") for change in changes):  # shown as a mistake
+            compose(experiment, changes)
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="no such command"):
+        understood(["rum", "quickstart"], "fedprompt rum quickstart")
+    with pytest.raises(pytest.fail.Exception, match="--quit"):
+        understood(["run", "quickstart", "--quit"], "fedprompt run quickstart --quit")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        if MADE.search(path):
+            continue
+        found = (page.parent / path).resolve()
+        assert found.exists(), f"{page.name}: {target}"
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as mkdocs and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("protocols.md", sorted(all_protocols())),
+        ("partitions.md", get_args(get_type_hints(PartitionConfig)["scheme"])),
+        ("trackers.md", sorted(LOGGERS)),
+    ],
+)
+def test_tables_name_everything_there_is(page: str, names: list[str]) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (DOCS / page).read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(names)
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    listed = set(re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE))
+    there = {str(page.relative_to(DOCS)) for page in PAGES if page.is_relative_to(DOCS)}
+    assert {name for name in listed if not MADE.fullmatch(name)} == there
+
+
+def test_blocks_that_are_run_hold_no_placeholder() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash" and page.parent == DOCS:
+                assert "/path/" not in block.text, page.name
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        html = page.read_text()
+        fetched = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?(http[^\" >]+)", html)
+        fetched += re.findall(r"<link[^>]* href=\"?(http[^\" >]+)[^>]*>", html)
+        assert fetched == [], f"{page.name} fetches {fetched}"
+    assert "fedrsclip" in (tmp_path / "api" / "methods.html").read_text()
+    assert "fedprompt sweep" in (tmp_path / "commands.html").read_text()

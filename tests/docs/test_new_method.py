@@ -1,0 +1,65 @@
+"""The example in docs/new_method.md is a method: found, trained, tested like any other."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedprompt.methods
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.schema import Config
+from fedprompt.experiment.checkpoint import read_tensors
+from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.run import run
+from fedprompt.methods.registry import Task, all_methods, method_class
+from tests.support import ROOT
+from tests.support.builders import CLASS_NAMES, batch_of
+
+DOC = ROOT / "docs" / "new_method.md"
+
+
+def code() -> str:
+    return re.findall(r"^```python\n(.*?)^```", DOC.read_text(), re.MULTILINE | re.DOTALL)[0]
+
+
+@pytest.fixture
+def task_res(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example as a file beside the shipped methods."""
+    (tmp_path / "task_res.py").write_text(code())
+    monkeypatch.setattr(fedprompt.methods, "__path__", [*fedprompt.methods.__path__, str(tmp_path)])
+    all_methods.cache_clear()
+    yield
+    all_methods.cache_clear()
+    sys.modules.pop("fedprompt.methods.registry.task_res", None)
+
+
+def test_the_example_is_short() -> None:
+    body = code().split("class TaskRes(Method):")[1]
+    lines = [line for line in body.splitlines() if line.strip()]
+    assert len(lines) <= 30
+
+
+def test_the_example_is_found_and_is_the_papers(task_res: None, clip: FrozenCLIP) -> None:
+    cls = method_class("task_res")
+    method = cls(cls.Config(alpha=0.5), clip, Task(CLASS_NAMES))
+    x = torch.randn(6, clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    v = torch.nn.functional.normalize(torch.ones(1, 1, clip.embed_dim), dim=-1)
+    start = clip.zero_shot_classifier(CLASS_NAMES, ("a photo of a {}.",))
+    expected = [
+        clip.logit_scale * float(v[0, 0] @ t / t.norm())
+        for t in (start[c] + 0.5 * x[c] for c in range(6))
+    ]
+    encoded = method.encode({"residual": x[None]}, {})
+    data = batch_of(v, torch.zeros(1, 1, dtype=torch.long))
+    assert method.logits(encoded, data.inputs)[0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_example_federates(task_res: None, run_config: Callable[..., Config]) -> None:
+    folder = run(run_config(method={"name": "task_res"}), QuietDisplay())
+    tensors, _ = read_tensors(folder / "prompts.safetensors")
+    assert tensors["shared/residual"].abs().amax() > 0

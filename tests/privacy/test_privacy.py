@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedprompt.config.schema import PrivacyConfig
+from fedprompt.errors import UserError
+from fedprompt.evaluation.protocols.privacy_audit import PrivacyAudit, variation
+from fedprompt.experiment.display import make_display
+from fedprompt.experiment.run import run
+from fedprompt.federation.server_app import Federation
+from fedprompt.privacy.accountant import epsilon
+from fedprompt.privacy.inversion import Attacker, cosine, decoded, uploaded_by
+from fedprompt.privacy.local_noise import local_epsilon, protected
+from fedprompt.simulation.inline_grid import InlineGrid
+from fedprompt.workspace import Workspace
+
+MakeWorkspace = Callable[..., Workspace]
+PROMPTFL = {"name": "promptfl", "context_tokens": 2}
+needs_accountant = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("dp_accounting") is None,
+    reason="needs the extra 'dp'",
+)
+
+
+# Noise on the client
+
+
+def test_the_change_is_clipped_over_all_tensors() -> None:
+    received = {"a": torch.ones(2), "b": torch.zeros(1)}
+    trained = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])}
+    config = PrivacyConfig(noise=0.0, clip=1.0, noise_seed=1)
+    sent = protected(received, trained, config, server_round=1, client=0)
+    np.testing.assert_allclose(sent["a"], [1.6, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(sent["b"], [0.8], rtol=1e-6)
+    wide = PrivacyConfig(noise=0.0, clip=100.0)
+    same = protected(received, trained, wide, server_round=1, client=0)
+    assert all((same[n] == trained[n]).all() for n in trained)
+
+
+def test_noise_has_the_stated_size_and_its_own_draw() -> None:
+    zeros = {"a": torch.zeros(50_000), "b": torch.zeros(50_000)}
+
+    def sent(config: PrivacyConfig, server_round: int = 1, client: int = 0) -> Any:
+        return protected(zeros, zeros, config, server_round=server_round, client=client)
+
+    secret = PrivacyConfig(noise=2.0, clip=0.3)
+    drawn = sent(secret)
+    assert float(drawn["a"].std()) == pytest.approx(0.6, rel=0.02)
+    assert (drawn["a"] != drawn["b"]).any()
+    assert (sent(secret)["a"] != drawn["a"]).any(), "from the operating system"
+    fixed = PrivacyConfig(noise=2.0, clip=0.3, noise_seed=7)
+    assert (sent(fixed)["a"] == sent(fixed)["a"]).all()
+    assert (sent(fixed, client=1)["a"] != sent(fixed)["a"]).any()
+    assert (sent(fixed, server_round=2)["a"] != sent(fixed)["a"]).any()
+
+
+@needs_accountant
+def test_a_noisy_reply_says_nothing_else(make_workspace: MakeWorkspace) -> None:
+    workspace = make_workspace(method=PROMPTFL, privacy={"noise": 1.0, "clip": 0.1})
+    federation = Federation(workspace, InlineGrid(workspace))
+    federation.join()
+    replies: list[Any] = []
+    aggregate = federation.strategy.aggregate_train
+
+    def watched(server_round: int, answers: Any) -> Any:
+        replies.extend(answers)
+        return aggregate(server_round, replies)
+
+    federation.strategy.aggregate_train = watched  # type: ignore[method-assign]
+    line = federation.train_round(1)
+    assert len(replies) == 4
+    assert all(dict(r.content["metrics"]) == {"num-examples": 1} for r in replies)
+    assert line["train"] is None
+    assert line["privacy"] == {"epsilon": epsilon(0.5, 1, 1e-5), "delta": 1e-5}
+    assert local_epsilon(PrivacyConfig(noise=1.0), 1) == epsilon(0.5, 1, 1e-5)
+
+
+def test_noise_without_an_accountant_is_refused_at_once(
+    make_workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    workspace = make_workspace(method=PROMPTFL, privacy={"noise": 1.0})
+    with pytest.raises(UserError, match=r"fedprompt\[dp\]"):
+        Federation(workspace, InlineGrid(workspace))
+
+
+# Noise on the server
+
+
+@needs_accountant
+def test_epsilon_is_in_every_line(run_config: Callable[..., Any]) -> None:
+    strategy = {"name": "dp_fedavg", "noise": 4.0}
+    folder = run(run_config(method=PROMPTFL, strategy=strategy), make_display())
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    spent = [x["strategy"]["epsilon"] for x in lines if "strategy" in x]
+    assert spent == [epsilon(4.0, n, 1e-5) for n in (1, 2, 3)]
+    assert all(x["strategy"]["delta"] == 1e-5 for x in lines[1:])
+
+
+# Audit
+
+
+def test_variation() -> None:
+    assert variation([1, 0, 0], [0, 0.5, 0.5]) == 1
+    assert variation([0.5, 0.5], [0.25, 0.75]) == 0.25
+
+
+def test_a_linear_map_is_decoded() -> None:
+    draw = np.random.default_rng(0)
+    matrix = draw.standard_normal((5, 40))
+    features = draw.standard_normal((60, 5))
+    true = draw.standard_normal(5)
+    found = decoded(features @ matrix, features, true @ matrix, 0.0)
+    assert cosine(found, true) > 0.999
+    noise = 100 * draw.standard_normal(40)
+    lost = decoded(features @ matrix, features, true @ matrix + noise, 100.0)
+    assert np.linalg.norm(lost - features.mean(0)) < 0.5, "much noise: the mean is all that is left"
+    assert cosine(np.zeros(3), np.ones(3)) == 0
+
+
+def attack(workspace: Workspace, client: int) -> tuple[Attacker, dict[str, torch.Tensor]]:
+    received = workspace.method.init_shared(workspace.config.seed)
+    return Attacker(workspace, client, received), received
+
+
+def test_an_imagined_update_is_the_update(make_workspace: MakeWorkspace) -> None:
+    workspace = make_workspace(method=PROMPTFL)
+    attacker, received = attack(workspace, 1)
+    data = workspace.train_data(1)
+    uploaded = uploaded_by(workspace, 1, received, {}, image=0)
+    (row,) = attacker.imagined([(data.inputs[[0]], data.labels_N[[0]])])
+    np.testing.assert_allclose(row, attacker.change(uploaded), rtol=1e-5, atol=1e-9)
+    assert np.abs(row).max() > 0
+
+
+def test_the_class_mix_is_found_and_noise_hides_it(make_workspace: MakeWorkspace) -> None:
+    training = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.01}
+    sections = {
+        "method": PROMPTFL, "training": training,
+        "partition": {"scheme": "pathological", "classes_per_client": 2},
+    }  # fmt: skip
+
+    def distances(**more: Any) -> list[float]:
+        workspace = make_workspace(**sections, **more)
+        found = []
+        for client in range(4):
+            attacker, received = attack(workspace, client)
+            uploaded = uploaded_by(workspace, client, received, {}, image=None)
+            labels_N = workspace.train_data(client).labels_N.numpy()
+            true_C = np.bincount(labels_N, minlength=6) / len(labels_N)
+            found.append(variation(attacker.class_shares(uploaded), true_C))
+        return found
+
+    plain = distances()
+    noisy = distances(privacy={"noise": 100.0, "clip": 1.0, "noise_seed": 1})
+    assert np.mean(plain) < 0.25
+    assert np.mean(noisy) > np.mean(plain) + 0.2
+
+
+def test_an_image_feature_is_found_and_noise_hides_it(make_workspace: MakeWorkspace) -> None:
+    def found(**more: Any) -> tuple[float, float]:
+        workspace = make_workspace(method=PROMPTFL, **more)
+        pairs = []
+        for client in range(4):
+            attacker, received = attack(workspace, client)
+            data = workspace.train_data(client)
+            label, true_D = int(data.labels_N[0]), data.inputs.features[0].double().numpy()
+            uploaded = uploaded_by(workspace, client, received, {}, image=0)
+            privacy = workspace.config.privacy
+            noise = privacy.noise * privacy.clip
+            result = attacker.feature(uploaded, label, 64, noise)
+            assert result is not None
+            guess = attacker.own_features(label).mean(0)
+            pairs.append((cosine(result, true_D), cosine(guess, true_D)))
+        attack_mean, guess_mean = np.mean(pairs, axis=0)
+        return float(attack_mean), float(guess_mean)
+
+    plain, guess = found()
+    noisy, _ = found(privacy={"noise": 10.0, "clip": 1.0, "noise_seed": 1})
+    assert plain > guess + 0.02
+    assert noisy < plain
+    assert noisy < guess + 0.05
+
+
+def test_the_audit_of_a_run(run_config: Callable[..., Any], tmp_path: Path) -> None:
+    config = run_config(
+        method=PROMPTFL,
+        protocols=["global", "privacy_audit"],
+        protocol_options={"privacy_audit": {"candidates": 8, "images": 2}},
+    )
+    folder = run(config, make_display())
+    part = json.loads((folder / "summary.json").read_text())["protocols"]["privacy_audit"]
+    attacks = part["attacks"]
+    assert list(attacks) == ["model", "update", "classes", "image"]
+    assert all(0 <= attacks[k]["result"] <= 1 for k in ("model", "update", "classes"))
+    assert part["epsilon"] == {"server": None, "client": None}
+    table = PrivacyAudit.table(part)
+    assert [row[0] for row in table.rows] == [
+        "member, model",
+        "member, update",
+        "class mix",
+        "image",
+    ]
+    compared, figure = PrivacyAudit.compare([("one", part), ("two", part)])
+    assert compared.rows[0][0] == "one"
+    assert compared.rows[0][-1] == "none"
+    assert len(figure.axes) == 1
+    assert PrivacyAudit.figure(part, None).axes  # type: ignore[arg-type]
+
+
+def test_the_audit_skips_what_it_cannot_attack(make_workspace: MakeWorkspace) -> None:
+    for method in ({"name": "coop_local", "context_tokens": 2}, {"name": "zero_shot"}):
+        workspace = make_workspace(method=method, protocols=["global", "privacy_audit"])
+        (protocol,) = (p for p in workspace.protocols if p.name == "privacy_audit")
+        private = [workspace.start_private(c) for c in range(4)]
+        rows = protocol.measure_clients(workspace, range(4), [{}] * 4, private)
+        assert all(set(row.values()) == {0} for row in rows)
+
+
+def test_the_audit_sees_through_a_method_with_private_prompts(
+    make_workspace: MakeWorkspace,
+) -> None:
+    workspace = make_workspace(
+        protocols=["global", "privacy_audit"],
+        protocol_options={"privacy_audit": {"candidates": 4, "images": 1}},
+    )
+    shared = workspace.method.init_shared(1)
+    private = [workspace.start_private(c) for c in range(2)]
+    (protocol,) = (p for p in workspace.protocols if p.name == "privacy_audit")
+    rows = protocol.measure_clients(workspace, range(2), [shared] * 2, private)
+    assert [row["trained"] for row in rows] == [1, 1]
+    assert [row["inverted"] for row in rows] == [1, 0]
+    assert all(0 <= row["classes"] <= 1 for row in rows)

@@ -1,0 +1,202 @@
+"""Reports in a real browser: no complaint, tables sort, charts tell values, themes, no overflow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedprompt.reports.run_data import accuracy_of, load_run
+from fedprompt.reports.run_report import write_report
+from fedprompt.reports.sweep_report import write_sweep_report
+from tests.reports.test_figures import write_run
+from tests.reports.test_run_report import edit_summary
+from tests.reports.test_sweep_report import write_sweep
+from tests.support.chromium import FOUND, Browser
+
+pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium on this machine")
+PHONE, DESKTOP = 390, 1200
+TIP = "[...document.querySelectorAll('.tip')].filter(t => !t.hidden).map(t => t.innerText).join()"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("reports") / "run", clients=6, classes=5, rounds=4)
+    points = [
+        {"round": r, "accuracy": 0.4 + 0.1 * r, "up": 900 * 2000**r, "down": 0} for r in range(3)
+    ]
+    found = {"points": points, "reached": [{"percent": 90.0 + p["round"], **p} for p in points]}
+    edit_summary(folder, protocols={"communication": {"curves": {"global": found}}})
+    return write_report(folder).parent
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    return write_sweep_report(write_sweep(folder), folder / "report.html")
+
+
+def column(browser: Browser, table: str, number: int) -> list[str]:
+    cells = f"document.querySelectorAll('table.{table} tbody tr')"
+    found = browser.run(f"[...{cells}].map(r => r.cells[{number}].innerText)")
+    return [str(text) for text in found]
+
+
+def click_head(browser: Browser, table: str, number: int) -> str:
+    head = f"document.querySelector('table.{table}').tHead.rows[0].cells[{number}]"
+    browser.run(f"{head}.querySelector('button').click()")
+    return str(browser.run(f"{head}.getAttribute('aria-sort')"))
+
+
+def percents(texts: list[str]) -> list[float]:
+    return [float(re.split("[ \N{NO-BREAK SPACE}]", text)[0]) for text in texts]
+
+
+def test_clients_sort_both_ways(browser: Browser, run: Path) -> None:
+    browser.open(run / "report.html", DESKTOP)
+    assert column(browser, "clients", 0) == [str(k) for k in range(6)]
+    assert click_head(browser, "clients", 4) == "descending"
+    shown = percents(column(browser, "clients", 4))
+    assert shown == sorted(shown, reverse=True)
+    assert column(browser, "clients", 0) != [str(k) for k in range(6)]
+    assert click_head(browser, "clients", 4) == "ascending"
+    assert percents(column(browser, "clients", 4)) == sorted(shown)
+    assert browser.complaints == []
+
+
+def test_bytes_sort_by_size(browser: Browser, run: Path) -> None:
+    browser.open(run / "report.html", DESKTOP)
+    shown = ["900 B", "1.7 MiB", "3.4 GiB"]
+    assert click_head(browser, "protocol", 3) == "descending"
+    assert [re.sub(r"\s", " ", text) for text in column(browser, "protocol", 3)] == shown[::-1]
+    click_head(browser, "protocol", 3)
+    assert [re.sub(r"\s", " ", text) for text in column(browser, "protocol", 3)] == shown
+
+
+def test_the_sweeps_table_sorts_by_mean(browser: Browser, sweep: Path) -> None:
+    browser.open(sweep, DESKTOP)
+    click_head(browser, "groups", 2)
+    shown = percents(column(browser, "groups", 2))
+    assert shown == sorted(shown, reverse=True)
+    click_head(browser, "groups", 2)
+    assert percents(column(browser, "groups", 2)) == sorted(shown)
+    assert browser.complaints == []
+
+
+def test_every_chart_of_a_run_tells_values(browser: Browser, run: Path) -> None:
+    data = load_run(run)
+    browser.open(run / "report.html", DESKTOP)
+    assert browser.run(TIP) == ""
+    browser.point("#accuracy_per_round svg", 0.98, 0.5)  # the last round
+    tip = browser.run(TIP)
+    assert "Round 4" in tip
+    assert f"{100 * data.rounds[-1]['global']['accuracy']:.1f} %" in tip
+    assert "±" in tip
+    browser.point("#client_accuracy svg", 0.98, 0.5)
+    accuracy = accuracy_of(data.last("personal"))
+    assert "Client 5" in browser.run(TIP)
+    assert f"{100 * accuracy[5]:.1f} %" in browser.run(TIP)
+    assert "training images" in browser.run(TIP)
+    browser.point("#loss_per_round svg", 0.98, 0.4)
+    assert f"{data.rounds[-1]['train']['loss']:.4g}" in browser.run(TIP)
+    browser.point("#partition svg", 0.9, 0.1)
+    assert "Class class 0" in browser.run(TIP)
+    browser.point("h1", 0.5, 0.5)
+    assert browser.run(TIP) == ""
+    assert browser.complaints == []
+
+
+def test_every_chart_of_a_sweep_tells_values(browser: Browser, sweep: Path) -> None:
+    browser.open(sweep, DESKTOP)
+    for name, words in (
+        ("heat", "partition.alpha"),
+        ("personal_over_rounds", "Round 2"),
+        ("personal_over_bytes", "KiB"),
+        ("clients", "median"),
+    ):
+        browser.point(f"#{name} svg", 0.85, 0.4)
+        assert words in browser.run(TIP), name
+    assert browser.complaints == []
+
+
+def test_keys_move_through_a_chart(browser: Browser, run: Path) -> None:
+    browser.open(run / "report.html", DESKTOP)
+    browser.run("document.querySelector('#loss_per_round svg').focus()")
+    for _ in range(2):
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
+    assert "Round 1" in browser.run(TIP)
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="Escape")
+    assert browser.run(TIP) == ""
+
+
+def test_a_curve_can_be_switched_off(browser: Browser, run: Path) -> None:
+    browser.open(run / "report.html", DESKTOP)
+    curves = "document.querySelectorAll('#loss_per_round polyline').length"
+    assert browser.run(curves) == 3
+    browser.run("document.querySelector('#loss_per_round .chip').click()")
+    assert browser.run(curves) == 2
+    for _ in range(2):  # all off: an empty chart, no error
+        browser.run("document.querySelector('#loss_per_round .chip[aria-pressed=true]').click()")
+    browser.point("#loss_per_round svg", 0.5, 0.5)
+    assert browser.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_pages_fit_and_follow_the_theme(
+    browser: Browser, run: Path, sweep: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    for page in (run / "report.html", sweep):
+        browser.open(page, width, dark=dark)
+        assert browser.run("document.documentElement.scrollWidth") == width
+        page_colour = "getComputedStyle(document.body).backgroundColor"
+        before = browser.run(page_colour)
+        assert (sum(map(int, re.findall(r"\d+", before))) < 200) == dark
+        charts = browser.run("document.querySelectorAll('.plot svg').length")
+        assert charts == browser.run("document.querySelectorAll('.plot').length") >= 4
+        browser.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 30_000
+        browser.run("document.getElementById('theme').click()")
+        after = browser.run(page_colour)
+        assert (sum(map(int, re.findall(r"\d+", after))) < 200) != dark
+        browser.open(page, width, dark=dark)  # the choice is kept
+        assert browser.run(page_colour) == after
+        browser.run("localStorage.clear()")
+    assert browser.complaints == []
+
+
+def test_the_page_runs_no_script_of_others(browser: Browser, run: Path, tmp_path: Path) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "x.html").write_text(html.replace("</main>", "</main><script>var own = 1</script>"))
+    browser.open(tmp_path / "x.html", DESKTOP)
+    assert browser.run("typeof own") == "undefined"
+    assert "Content Security Policy" in " ".join(browser.complaints)
+    browser.complaints.clear()
+
+
+def test_wide_values_and_labels_stay_inside_a_phone(browser: Browser, sweep: Path) -> None:
+    browser.open(sweep, PHONE)
+    box = "document.querySelector('.headlines .value')"
+    browser.run(f"{box}.textContent = '48.3 ± 16.5 % and a long unit'")
+    assert browser.run("document.documentElement.scrollWidth") == PHONE
+    inside = (
+        "[...document.querySelectorAll('#clients svg text')].every(t => {"
+        "const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();"
+        "return a.left >= b.left && a.right <= b.right; })"
+    )
+    assert browser.run(inside)
+    table = "document.querySelector('table.groups')"
+    browser.run(f"{table}.parentElement.scrollLeft = 200")
+    name = f"{table}.tBodies[0].rows[0].cells[0].getBoundingClientRect().left"
+    assert browser.run(name) == browser.run(
+        f"{table}.parentElement.getBoundingClientRect().left + 1"
+    )
