@@ -64,7 +64,7 @@ class Parcel(NamedTuple):
     """One client's message in two parts; `head + body` is what `to_wire` gives.
 
     `body` is the serialised content. A round's messages carry the same one, which is then held,
-    and sent to a worker, once for all clients of a cohort.
+    and sent to a worker, once for all clients of a block.
     """
 
     client: int
@@ -118,7 +118,7 @@ def become_server() -> None:
 Arrays = dict[str, NDArray[Any]]
 
 
-ARRAYS, METRICS, CONFIG, RECEIVED = "arrays", "metrics", "config", "received"
+ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `received` is what one client alone is sent."""
 
 
@@ -175,13 +175,13 @@ def _float32_header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def shown(reason: str) -> str:
+def sanitised(reason: str) -> str:
     """A reason on one line, without control characters, cut where it is long."""
     clean = "".join(c if c.isprintable() else "?" for c in reason)
     return clean if len(clean) <= LONGEST_REASON else clean[: LONGEST_REASON - 3] + "..."
 
 
-def why(reply: Message) -> str:
+def error_reason(reply: Message) -> str:
     """One line about a reply that is an error, or that nobody asked for."""
     if not reply.has_error():
         return f"unexpected reply from node {reply.metadata.src_node_id}"

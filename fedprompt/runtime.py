@@ -36,7 +36,7 @@ class ThreadSettings(Protocol):
 
 
 def thread_count(config: ThreadSettings, *, worker: bool = False) -> int:
-    """`grid.threads`; where that is 0, a Ray worker's own CPUs, elsewhere what PyTorch uses."""
+    """`simulation.threads`; where that is 0, a Ray worker's CPUs, elsewhere what PyTorch uses."""
     import torch  # late: the environment must be set before torch is imported
 
     own = max(1, int(config.cpus_per_worker)) if worker else torch.get_num_threads()

@@ -3,7 +3,7 @@
 Every prompt tensor gets a leading client axis. Clients are independent, so the gradient of the sum
 of their losses is each client's own gradient, and an elementwise optimiser (SGD with momentum,
 AdamW) updates all of them as it would one. Unequal clients: batches are padded and masked, and a
-client that has made its last step leaves the cohort with its optimiser state.
+client that has made its last step leaves the block with its optimiser state.
 
 Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, C classes; A the
 clients that are still training.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, ClientData, Method, Tensors, Visit, stack
+from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, stack
 from fedprompt.rng import generator
 
 
@@ -49,7 +49,7 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
     return config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / max(rounds, 1)))
 
 
-def train_cohort(
+def train_clients(
     method: Method,
     received: Sequence[Tensors],
     private: Sequence[Tensors],
@@ -85,7 +85,7 @@ def train_cohort(
         inputs_N = inputs_N.on(device)
     labels_N = torch.cat([d.labels_N.repeat(d.views) for d in ordered]).to(device)
     received_K = stack([received[k] for k in order], device)
-    visit = Visit(
+    round_info = RoundInfo(
         clients=tuple(d.client for d in ordered),
         seed=seed,
         server_round=server_round,
@@ -96,21 +96,21 @@ def train_cohort(
         class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
     )
-    extra = method.init_received(seed).keys()
+    extra = method.init_extras(seed).keys()
     shared_K, private_K = method.start_round(
         {n: v for n, v in received_K.items() if n not in extra},
         stack([private[k] for k in order], device),
-        visit,
+        round_info,
     )
     names = _named(shared_K, private_K)
     trained = {n: v for n, v in names.items() if n not in method.frozen}
     fixed = {n: v for n, v in names.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
     final, totals = _descend(
-        method, config, schedule, inputs_N, labels_N, visit, trained=trained, fixed=fixed
+        method, config, schedule, inputs_N, labels_N, round_info, trained=trained, fixed=fixed
     )
     own = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
-    shared_K, private_K = method.end_round(*_containers(final | own), visit)
+    shared_K, private_K = method.end_round(*_containers(final | own), round_info)
     shared_K = {n: v.cpu() for n, v in shared_K.items()}
     private_K = {n: v.cpu() for n, v in private_K.items()}
     totals = {n: v.cpu() for n, v in totals.items()}
@@ -136,7 +136,7 @@ def _descend(
     schedule: _Schedule,
     inputs_N: Inputs,
     labels_N: Tensor,
-    visit: Visit,
+    round_info: RoundInfo,
     *,
     trained: Tensors,
     fixed: Tensors,
@@ -152,9 +152,9 @@ def _descend(
     for first, stop, active in schedule.segments:
         # Clients are sorted by their number of steps, so those still training come first.
         leaves = {n: v[:active].clone().requires_grad_() for n, v in trained.items()}
-        present = visit.first(active)
+        present = round_info.first(active)
         shared_A, private_A = _containers(leaves | {n: v[:active] for n, v in fixed.items()})
-        optimizer = _optimizer(config, leaves, visit.lr, method.lr_scale)
+        optimizer = _optimizer(config, leaves, round_info.lr, method.lr_scale)
         _restore(optimizer, list(leaves.values()), state, active)
         for step in range(first, stop):
             index_KB = schedule.index_SKB[step, :active]
@@ -162,15 +162,15 @@ def _descend(
             inputs_KB = inputs_N[index_KB].on(device)
             batch = Batch(inputs_KB, labels_N[index_KB], mask_KB, present, step)
             encoded = method.encode(shared_A, private_A)
-            terms = method.terms(shared_A, private_A, encoded, batch)
-            found = method.gradients(terms, leaves, batch)
+            loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
+            found = method.gradients(loss_terms, leaves, batch)
             for name, leaf in leaves.items():
                 leaf.grad = found[name]
             optimizer.step()
-            loss_K = torch.stack(list(terms.values())).sum(0)
+            loss_K = torch.stack(list(loss_terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
-            for term, term_K in (*terms.items(), ("loss", loss_K)):
-                total_K = totals.setdefault(term, loss_K.new_zeros(len(visit.clients)))
+            for term, term_K in (*loss_terms.items(), ("loss", loss_K)):
+                total_K = totals.setdefault(term, loss_K.new_zeros(len(round_info.clients)))
                 total_K[:active] += term_K.detach() * images_K
         trained = {n: v.detach() for n, v in leaves.items()}
         for name, value in trained.items():
@@ -202,7 +202,7 @@ def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Batches of a cohort; `segments` are (first step, last step + 1, active clients)."""
+    """Batches of a block; `segments` are (first step, last step + 1, active clients)."""
 
     index_SKB: Tensor
     mask_SKB: Tensor

@@ -25,19 +25,19 @@ from fedprompt.data import open_dataset
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import default_cache_dir
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.data.features.table import Columns, open_columns
+from fedprompt.data.features.table import FeatureTable, open_feature_table
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe, make_partition
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Protocol, hold_out, open_protocols
-from fedprompt.methods.base import ClientData, stack
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
 
 DATASETS_KEPT = 8
 """Data sets that stay open: as many seeds of one, say, since each seed may split it anew."""
 
 
-class Opened:
+class ResourceCache:
     """The last backbone and the last few data sets."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Workspace:
         clip: FrozenCLIP,
         dataset: ImageDataset,
         partition: Partition,
-        views: Sequence[Columns],
+        views: Sequence[FeatureTable],
         held_out: HeldOut | None = None,
     ) -> None:
         self.config = config
@@ -92,25 +92,25 @@ class Workspace:
 
     @classmethod
     def open(
-        cls, config: Config, *, progress: bool = True, opened: Opened | None = None
+        cls, config: Config, *, progress: bool = True, resources: ResourceCache | None = None
     ) -> Workspace:
         """Load CLIP, open the data set, deal the partition, encode images that no cache holds.
 
-        `opened` keeps backbone and data set for the next workspace of this process.
+        `resources` keeps backbone and data set for the next workspace of this process.
 
         Raises:
             UserError: weights or data that cannot be had or do not fit the config.
         """
-        opened = opened or Opened()
+        resources = resources or ResourceCache()
         cache_dir = default_cache_dir(config.output.cache)
         # Cheap checks first: a partition that cannot be met is refused before images are encoded.
-        dataset = opened.dataset(config.data, config.seed, cache_dir)
+        dataset = resources.dataset(config.data, config.seed, cache_dir)
         dataset, held_out = hold_out(config, dataset)
         partition = make_partition(dataset, config.partition, config.seed)
-        clip = opened.clip(config.backbone, cache_dir)
+        clip = resources.clip(config.backbone, cache_dir)
         workspace = cls(config, clip, dataset, partition, (), held_out)
         workspace.views = tuple(
-            open_columns(
+            open_feature_table(
                 clip,
                 dataset,
                 cache_dir,
@@ -159,20 +159,20 @@ class Workspace:
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     @cached_property
-    def received_shapes(self) -> dict[str, tuple[int, ...]]:
+    def extras_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that clients receive besides; all are float32."""
-        start = self.method.init_received(self.config.seed)
+        start = self.method.init_extras(self.config.seed)
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     @cached_property
     def tokens_per_client(self) -> int:
         """Positions that the method sends through both towers for one client and step."""
         seed, device = self.config.seed, self.clip.device
-        received = self.method.init_shared(seed) | self.method.init_received(seed)
+        extras = self.method.init_shared(seed) | self.method.init_extras(seed)
         private = self.method.init_private(seed, 0)
         before = self.clip.positions_encoded
         with torch.no_grad():
-            encoded = self.method.encode(stack([received], device), stack([private], device))
+            encoded = self.method.encode(stack([extras], device), stack([private], device))
             once = self.clip.positions_encoded - before
             if self.views and len(self.dataset):
                 one = self.views[0].rows(np.zeros(1, dtype=np.int64))
@@ -217,11 +217,11 @@ class Workspace:
     def start_private(self, client: int) -> Tensors:
         """A client's private tensors before it has ever trained."""
         start = self.method.init_private(self.config.seed, client)
-        fills = type(self.method).fill_private is not Method.fill_private
+        fills = type(self.method).init_private_from_data is not Method.init_private_from_data
         labelled = client not in self.partition.unlabelled and len(self.partition.train(client))
         if not (fills and labelled):
             return start
-        return self.method.fill_private(start, self.train_data(client), self.config.seed)
+        return self.method.init_private_from_data(start, self.train_data(client), self.config.seed)
 
     def describe(self) -> dict[str, Any]:
         """Counts of clients x classes and domains, for `partition.json` and its plot."""

@@ -28,8 +28,8 @@ from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 
-from .robust import mixed
-from .vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
+from .parts.robust import mixed
+from .parts.vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
 
 CLIENTS, SCORES = "clients", "scores"
 """Names in the state: ids, ascending, and their scores."""
@@ -72,7 +72,7 @@ class Aligned(SharedPromptStrategy):
             rows_UP = clipped(rows_UP, trust * float(np.median(norms(rows_UP))))
         return moved(shared, combined(weights_U / weights_U.sum(), rows_UP))
 
-    def measured(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The clients that count less than in FedAvg, with their scores."""
         return {"below_zero": {str(c): s for c, s in sorted(self.scores.items()) if s < 0}}
 

@@ -27,7 +27,7 @@ from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 
 from .fedavg import weighted_mean
-from .vectors import Rows, changes, units
+from .parts.vectors import Rows, changes, units
 
 MEMBERS, CENTRES, CLUSTER = "members", "centres", "cluster."
 """Names in the state: (client, cluster) pairs, mean directions (G, P), tensors of each cluster."""
@@ -55,7 +55,7 @@ class Clustered(SharedPromptStrategy):
         self.tensors: list[Arrays] = []
         self.centres_GP: Rows = np.zeros((0, 0))
 
-    def shared_for(self, client: int) -> Arrays | None:
+    def client_shared(self, client: int) -> Arrays | None:
         """The prompts of the client's cluster, once it has one."""
         cluster = self.cluster_of.get(client)
         return None if cluster is None else self.tensors[cluster]
@@ -73,7 +73,7 @@ class Clustered(SharedPromptStrategy):
         pairs = zip(self.tensors, self._sizes(), strict=True)
         return _fedavg(shared, [Update(g, tensors, n) for g, (tensors, n) in enumerate(pairs)])
 
-    def measured(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """How many clients each cluster has."""
         return {"clusters": self._sizes()} if self.tensors else {}
 

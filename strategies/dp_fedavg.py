@@ -35,7 +35,7 @@ from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 from fedprompt.privacy.accountant import epsilon
 
-from .vectors import Rows, changes, clipped, moved, norms
+from .parts.vectors import Rows, changes, clipped, moved, norms
 
 KEY, ASKED = "key", "asked"
 """Names in the state: the noise's secret key, and (client, rounds asked) pairs."""
@@ -91,7 +91,7 @@ class DPFedAvg(SharedPromptStrategy):
         noise_P = config.noise * config.clip * self._normal(server_round, sum_P)
         return moved(shared, (sum_P + noise_P) / len(self.sampled))
 
-    def measured(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Epsilon so far (null without noise), its delta, and the share of clipped changes."""
         return {
             "epsilon": self.epsilon,

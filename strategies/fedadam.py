@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from fedprompt.config.fields import option
 
-from .fedopt import FedOpt, FedOptConfig
-from .vectors import Rows
+from .parts.fedopt import FedOpt, FedOptConfig
+from .parts.vectors import Rows
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FedAdam(FedOpt):
 
     name = "fedadam"
     Config = FedAdamConfig
-    mean_suffices = True
+    linear_in_updates = True
 
     def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
         """`beta_2 v + (1 - beta_2) Delta^2`."""

@@ -35,10 +35,10 @@ class FedAvg(SharedPromptStrategy):
 
     name = "fedavg"
     Config = FedAvgConfig
-    mean_suffices = True
+    linear_in_updates = True
 
     @property
-    def counts_images(self) -> bool:
+    def weights_by_examples(self) -> bool:
         """As configured."""
         return bool(self.config.weights == "samples")
 

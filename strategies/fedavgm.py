@@ -16,7 +16,7 @@ from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 
-from .vectors import Rows, changes, combined, moved, sample_shares
+from .parts.vectors import Rows, changes, combined, moved, sample_shares
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FedAvgM(SharedPromptStrategy):
 
     name = "fedavgm"
     Config = FedAvgMConfig
-    mean_suffices = True
+    linear_in_updates = True
     config: FedAvgMConfig
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:

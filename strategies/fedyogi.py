@@ -12,8 +12,8 @@ import numpy as np
 
 from fedprompt.config.fields import option
 
-from .fedopt import FedOpt, FedOptConfig
-from .vectors import Rows
+from .parts.fedopt import FedOpt, FedOptConfig
+from .parts.vectors import Rows
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FedYogi(FedOpt):
 
     name = "fedyogi"
     Config = FedYogiConfig
-    mean_suffices = True
+    linear_in_updates = True
 
     def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
         """`v - (1 - beta_2) Delta^2 sign(v - Delta^2)`."""

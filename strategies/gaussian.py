@@ -42,11 +42,11 @@ class GaussianConfig(FedAvgConfig):
 
 
 class Gaussian(FedAvg):
-    """`served` is the weighted mean of the shared tensors after every aggregated round."""
+    """`eval_tensors` is the weighted mean of the shared tensors after every aggregated round."""
 
     name = "gaussian"
     Config = GaussianConfig
-    mean_suffices = True
+    linear_in_updates = True
 
     log_weight = -np.inf
     means: Arrays | None = None
@@ -62,7 +62,7 @@ class Gaussian(FedAvg):
         mean, std = (share * self.rounds for share in (self.config.mean, self.config.std))
         return float(-0.5 * ((server_round - mean) / std) ** 2)
 
-    def served(self, shared: Arrays) -> Arrays:
+    def eval_tensors(self, shared: Arrays) -> Arrays:
         """The rounds' mean, float32; the shared tensors themselves before the first round."""
         if self.means is None:
             return shared

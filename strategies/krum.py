@@ -17,8 +17,8 @@ import numpy as np
 
 from fedprompt.config.fields import option
 
-from .robust import RobustConfig, RobustStrategy
-from .vectors import Rows, distances
+from .parts.robust import RobustConfig, RobustStrategy
+from .parts.vectors import Rows, distances
 
 
 @dataclass(frozen=True)

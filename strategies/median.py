@@ -15,8 +15,8 @@ import numpy as np
 
 from fedprompt.config.fields import option
 
-from .robust import RobustConfig, RobustStrategy
-from .vectors import Rows
+from .parts.robust import RobustConfig, RobustStrategy
+from .parts.vectors import Rows
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ class NearestPeers(FedAvg):
 
     def __init__(self, config: Any, **others: Any) -> None:
         super().__init__(config, **others)
-        self.wanted = [n.removeprefix(PEERS) for n in sorted(self.received) if n != KNOWN]
+        self.wanted = [n.removeprefix(PEERS) for n in sorted(self.extras) if n != KNOWN]
         self.wanted = [n for n in self.wanted if n in self.shapes]
-        self.places = len(self.received[KNOWN]) if KNOWN in self.received else 0
+        self.places = len(self.extras[KNOWN]) if KNOWN in self.extras else 0
         self._keep({})
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
@@ -66,12 +66,12 @@ class NearestPeers(FedAvg):
         self._keep(self.uploads | new)
         return super().aggregate(server_round, shared, updates)
 
-    def for_client(self, server_round: int, client: int) -> Arrays:
+    def client_extras(self, server_round: int, client: int) -> Arrays:
         """The nearest other clients' last uploads, nearest first."""
         others = self.nearest(client)
         if not others:
-            return self.received
-        sent = {n: np.zeros_like(t) for n, t in self.received.items()}
+            return self.extras
+        sent = {n: np.zeros_like(t) for n, t in self.extras.items()}
         sent[KNOWN][: len(others)] = 1
         for row, other in enumerate(others):
             for name in self.wanted:

@@ -19,7 +19,7 @@ from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 
-from .vectors import changes, clipped, combined, moved, norms, sample_shares
+from .parts.vectors import changes, clipped, combined, moved, norms, sample_shares
 
 
 @dataclass(frozen=True)

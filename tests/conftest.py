@@ -31,7 +31,7 @@ import torch
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.schema import Config
 from fedprompt.data import catalogue
-from fedprompt.data.features.table import Columns
+from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
 from fedprompt.data.sources import published
 from fedprompt.rng import generator
@@ -66,7 +66,7 @@ def make_workspace(clip: FrozenCLIP) -> Callable[..., Workspace]:
     def make(**sections: Any) -> Workspace:
         config = small_config(**sections)
         partition = make_partition(dataset, config.partition, config.seed)
-        return Workspace(config, clip, dataset, partition, [Columns(features_ND)])
+        return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND)])
 
     return make
 

@@ -98,16 +98,16 @@ def test_no_import_of_ours_hides_in_a_function() -> None:
 def test_no_circle() -> None:
     done: set[str] = set()
 
-    def visit(module: str, path: tuple[str, ...]) -> None:
+    def round_info(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, f"circle: {' -> '.join([*path, module])}"
         if module in done:
             return
         for name, _ in GRAPH[module]:
-            visit(name, (*path, module))
+            round_info(name, (*path, module))
         done.add(module)
 
     for module in GRAPH:
-        visit(module, ())
+        round_info(module, ())
 
 
 def test_few_loose_modules() -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import fedprompt.scoring as evaluation
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.registry import Task, method_class
+from fedprompt.methods.base import Task
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from fedprompt.scoring import personal_statistics, score_global, score_personal
 from tests.support.builders import CLASS_NAMES

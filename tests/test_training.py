@@ -1,4 +1,4 @@
-"""Cohort training against the usual client: one batch, one torch optimiser at a time."""
+"""Block training against the usual client: one batch, one torch optimiser at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData, Tensors
-from fedprompt.methods.registry import Method, Task, method_class
+from fedprompt.methods.base import ClientData, Method, Task, Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
-from fedprompt.training import LocalResult, learning_rate, train_cohort
+from fedprompt.training import LocalResult, learning_rate, train_clients
 from tests.support.builders import CLASS_NAMES
 
 SIZES = (5, 40, 17, 1, 40, 32)
@@ -45,7 +45,7 @@ def train(
     method: Method, data: Sequence[ClientData], config: TrainingConfig, server_round: int = 2
 ) -> list[LocalResult]:
     shared = method.init_shared(1)
-    return train_cohort(
+    return train_clients(
         method,
         [shared for _ in data],
         [method.init_private(1, d.client) for d in data],
@@ -62,7 +62,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_cohort_equals_the_reference_client(clip: FrozenCLIP, config: TrainingConfig) -> None:
+def test_block_equals_the_reference_client(clip: FrozenCLIP, config: TrainingConfig) -> None:
     """Against images, 77 positions and one batch after the other, as CoOp's public code trains."""
     config = TrainingConfig(**{**vars(config), "local_epochs": 2})
     method = build(clip, "promptfl", context_tokens=4)
@@ -83,7 +83,7 @@ def test_cohort_equals_the_reference_client(clip: FrozenCLIP, config: TrainingCo
 
 
 @pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_cohort_equals_one_client_at_a_time(clip: FrozenCLIP, config: TrainingConfig) -> None:
+def test_block_equals_one_client_at_a_time(clip: FrozenCLIP, config: TrainingConfig) -> None:
     method = build(clip, "fedrsclip")
     data = clients(clip)
     together = train(method, data, config)
@@ -134,7 +134,7 @@ def test_private_tensors_differ_between_clients_and_inputs_stay(clip: FrozenCLIP
     start: Tensors = method.init_private(1, 0)
     kept = start["ctx"].clone()
     data = clients(clip, (20, 20))
-    results = train_cohort(
+    results = train_clients(
         method, [{}, {}], [start, start], data, SGD, seed=1, server_round=1, rounds=1
     )
     assert torch.equal(start["ctx"], kept)

@@ -147,7 +147,7 @@ def limit(
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """The real step against the bare matrix products of the same shapes; seconds per cohort."""
+    """The real step against the bare matrix products of the same shapes; seconds per block."""
     from fedprompt.bench.limit import bench_limit
 
     out = _open("limit", threads, json)

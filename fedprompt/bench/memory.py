@@ -146,7 +146,7 @@ def reference_step(config: Config) -> dict[str, Any]:
 
 def ray_round(config: Config, workers: int) -> list[dict[str, Any]]:
     """A round on Ray; memory of every worker after it."""
-    config = replace(config, grid=replace(config.grid, kind="ray", workers=workers))
+    config = replace(config, simulation=replace(config.simulation, kind="ray", workers=workers))
     grid = open_grid(config, Workspace.open(config, progress=False))
     assert isinstance(grid, RayGrid)
     try:

@@ -1,7 +1,7 @@
 """What a client and round costs beside the training: sampling, messages, grid, aggregation.
 
 The embedded tiny CLIP, two classes, two images and one step per client. Nothing is subtracted; the
-seconds of the training alone, of the same cohorts in this process, stand beside the whole.
+seconds of the training alone, of the same blocks in this process, stand beside the whole.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedprompt.bench.workload import Sizes
 from fedprompt.config.schema import Config
 from fedprompt.federation.server_app import Federation
 from fedprompt.reports.run_data import PROMPTS
-from fedprompt.simulation.cohort_grid import CohortGrid
-from fedprompt.simulation.cohorts import group
+from fedprompt.simulation.block_grid import BlockGrid
+from fedprompt.simulation.blocks import group
 from fedprompt.simulation.grids import open_grid
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 CLASSES = ("forest", "river")
@@ -75,7 +75,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         method={"name": "promptfl", "context_tokens": 4},
         federation={"rounds": options.rounds + 1},
         evaluation={"every": options.rounds + 1},
-        grid={"threads": 1},
+        simulation={"threads": 1},
     )
     workspace = Workspace.open(config, progress=False)
     reference: Measured | None = None
@@ -104,9 +104,11 @@ def _rounds(
     workspace: Workspace, config: Config, workers: int, rounds: int
 ) -> tuple[Measured, Tensor, float]:
     """Seconds per client of each round after the first, final context, seconds of training."""
-    grid_config = replace(config.grid, kind="ray" if workers else "inline", workers=max(1, workers))
+    grid_config = replace(
+        config.simulation, kind="ray" if workers else "inline", workers=max(1, workers)
+    )
     threads = torch.get_num_threads()
-    chosen = replace(config, grid=grid_config)
+    chosen = replace(config, simulation=grid_config)
     reset_peak()
     w = workspace
     grid = open_grid(chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.views))
@@ -126,21 +128,21 @@ def _rounds(
         torch.set_num_threads(threads)
 
 
-def _training_alone(grid: CohortGrid) -> float:
-    """Seconds per client of `train_cohort` on the grid's own cohorts, in this process."""
+def _training_alone(grid: BlockGrid) -> float:
+    """Seconds per client of `train_clients` on the grid's own blocks, in this process."""
     workspace, config = grid.workspace, grid.workspace.config
     start = workspace.method.init_shared(config.seed)
     clients = range(workspace.num_clients)
-    cohorts = group(workspace, clients, grid.cohort_size(len(clients)))
+    blocks = group(workspace, clients, grid.clients_per_block(len(clients)))
     seconds = []
     for _ in range(3):
         began = perf_counter()
-        for cohort in cohorts:
-            train_cohort(
+        for block in blocks:
+            train_clients(
                 workspace.method,
-                [start] * len(cohort),
-                [{}] * len(cohort),
-                [workspace.train_data(c) for c in cohort],
+                [start] * len(block),
+                [{}] * len(block),
+                [workspace.train_data(c) for c in block],
                 config.training,
                 seed=config.seed,
                 server_round=1,

@@ -19,7 +19,7 @@ from fedprompt.bench.workload import random_features, reference_model
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import ClientData
 from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 
@@ -66,7 +66,7 @@ def train_ours(workspace: Workspace, images: int) -> dict[str, Tensor]:
     """What `ReferencePieces.train` gives, on cached features."""
     config, start = workspace.config, workspace.method.init_shared(workspace.config.seed)
     data = workspace.train_data(0)
-    (result,) = train_cohort(
+    (result,) = train_clients(
         workspace.method,
         [start],
         [{}],

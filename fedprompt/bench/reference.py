@@ -129,7 +129,7 @@ def reference_local_training(
     """Train `model` in place on one client's images; the mean loss over all images seen.
 
     One batch after the other, a torch optimiser, in the order of images that
-    `training.train_cohort` uses too.
+    `training.train_clients` uses too.
     """
     lr = config.lr
     if config.schedule == "cosine":

@@ -1,6 +1,6 @@
 """One local training step: the text part alone, and the whole step.
 
-Ours is a cohort of as many clients as the grid would choose, its time divided by their number, on
+Ours is a block of as many clients as the grid would choose, its time divided by their number, on
 cached image features. The reference is one client: images through the image tower, class prompts
 over all 77 positions.
 """
@@ -33,7 +33,7 @@ from fedprompt.bench.workload import (
 from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
 from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 MOST_CLIENTS = 64
@@ -83,7 +83,7 @@ class StepCase:
             method={"name": "promptfl", "context_tokens": context},
             training={"batch_size": batch},
         )
-        self.clients = InlineGrid(self.workspace).cohort_size(MOST_CLIENTS)
+        self.clients = InlineGrid(self.workspace).clients_per_block(MOST_CLIENTS)
         self.checked = min(CHECKED, self.clients)
         self.start = self.workspace.method.init_shared(self.workspace.config.seed)["ctx"]
         self.model: ReferenceCoOp = reference_model(self.workspace)
@@ -118,7 +118,7 @@ class StepCase:
     def our_step(self, clients: int) -> dict[str, Tensor]:
         """Losses (K,) and gradients (K, M, d) of K clients' first step."""
         workspace, config = self.workspace, self.workspace.config
-        results = train_cohort(
+        results = train_clients(
             workspace.method,
             [{"ctx": self.start}] * clients,
             [{}] * clients,

@@ -19,7 +19,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp
 from fedprompt.config.schema import Config
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
-from fedprompt.data.features.table import Columns
+from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import Partition
 from fedprompt.experiment.validate import validate
 from fedprompt.rng import generator
@@ -104,7 +104,7 @@ def make_workspace(
         server_test=server_test,
     )
     config = settings(sizes.clients, **sections)
-    return Workspace(config, clip, dataset, partition, [Columns(features_ND.numpy())])
+    return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND.numpy())])
 
 
 def make_labels(count: int, classes: int) -> NDArray[np.int64]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.evaluation.registry import all_protocols
-from fedprompt.methods.registry import Method, Task, all_methods
+from fedprompt.methods.base import Method, Task
+from fedprompt.methods.registry import all_methods
 from fedprompt.reports.terminal import fields, fitted
 
 PAGE = """# Methods

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.config.renamed import refuse_renamed
 from fedprompt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
+            refuse_renamed(f"{where}.{key}")
             hint = did_you_mean(str(key), list(fields))
             raise UserError(f"config: unknown key {f'{where}.{key}'!r}.{hint}")
     structured = OmegaConf.structured(schema)

@@ -231,17 +231,19 @@ class FederationConfig:
 
 
 @dataclass(frozen=True)
-class GridConfig:
+class SimulationConfig:
     """Where client messages run in a simulation."""
 
     kind: Literal["inline", "ray"] = option("inline", "inline = this process; ray = Ray actors")
-    cohort_size: int = option(0, "clients trained in one call; 0 = chosen from the sizes", ge=0)
+    clients_per_block: int = option(
+        0, "clients trained in one call; 0 = chosen from the sizes", ge=0
+    )
     threads: int = option(0, "CPU threads per process; 0 = all (inline) or cpus_per_worker", ge=0)
     workers: int = option(2, "ray: number of actors", ge=1)
     cpus_per_worker: float = option(1.0, "ray: CPUs of one actor", gt=0)
     gpus_per_worker: float = option(0.0, "ray: GPUs of one actor; fractions share a GPU", ge=0)
     ray_address: str | None = option(None, "ray: cluster to join, e.g. 'auto' or 'host:6379'")
-    cohort_timeout_s: float = option(1800.0, "ray: time limit of one cohort, seconds", gt=0)
+    block_timeout_s: float = option(1800.0, "ray: time limit of one block, seconds", gt=0)
     retries: int = option(2, "ray: tries after a worker died", ge=0)
 
 
@@ -351,7 +353,7 @@ class Config:
     strategy: Any  # likewise, the strategy's
     training: TrainingConfig
     federation: FederationConfig
-    grid: GridConfig
+    simulation: SimulationConfig
     evaluation: EvaluationConfig
     attack: AttackConfig
     privacy: PrivacyConfig
@@ -367,7 +369,7 @@ SECTIONS: dict[str, type[Any]] = {
     "partition": PartitionConfig,
     "training": TrainingConfig,
     "federation": FederationConfig,
-    "grid": GridConfig,
+    "simulation": SimulationConfig,
     "evaluation": EvaluationConfig,
     "attack": AttackConfig,
     "privacy": PrivacyConfig,

@@ -63,7 +63,7 @@ def _write_experiment(folder: Path, class_names: tuple[str, ...], nodes: int) ->
         "method": "fedrsclip",
         "training": {"lr": 0.02},
         "federation": {"rounds": 5, "timeout_s": 600},
-        "grid": {"threads": 1, "cohort_size": 1},
+        "simulation": {"threads": 1, "clients_per_block": 1},
         "evaluation": {"local_only": False, "personal_on_global": False},
     }
     text = yaml.safe_dump(experiment, sort_keys=False, width=100)

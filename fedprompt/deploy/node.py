@@ -105,7 +105,7 @@ def _work(workspace: Workspace, node: Node, message: Message, run: str, run_id: 
 def _workspace(text: str, experiment: str, overrides: str, node: Node) -> Workspace:
     """This process's workspace; a warm worker process opens it once."""
     config = on_node(parse(text) if text else compose(experiment, shlex.split(overrides)), node)
-    use_threads(config.grid)
+    use_threads(config.simulation)
     return Workspace.open(config, progress=False)
 
 

@@ -118,11 +118,11 @@ def on_node(config: Config, node: Node) -> Config:
         backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
     if node.checkpoint is not None:
         backbone = replace(backbone, checkpoint=node.checkpoint)
-    grid = config.grid
+    grid = config.simulation
     if node.threads is not None:
         grid = replace(grid, threads=node.threads)
     output = replace(config.output, cache=node.cache_dir)
-    return replace(config, backbone=backbone, grid=grid, output=output)
+    return replace(config, backbone=backbone, simulation=grid, output=output)
 
 
 def _protects(config: Config, node: Node) -> None:

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedprompt.deploy.backbone_check import sample_features
 from fedprompt.federation.screening import MAX_EXAMPLES
-from fedprompt.messages import CONFIG, METRICS, why
+from fedprompt.messages import CONFIG, METRICS, error_reason
 from fedprompt.workspace import Workspace
 
 ZERO_SHOT = "zero-shot"
@@ -50,10 +50,10 @@ class Description:
         lacking = [name for name, train, test in rows if train + test == 0]
         notes = []
         if lacking:
-            shown = ", ".join(f"'{name}'" for name in lacking[:5])
+            sanitised = ", ".join(f"'{name}'" for name in lacking[:5])
             more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
             notes.append(
-                f"no image of {shown}{more} ({len(lacking)} of {len(class_names)} classes)"
+                f"no image of {sanitised}{more} ({len(lacking)} of {len(class_names)} classes)"
             )
         if self.bad_images:
             notes.append(f"{self.bad_images} unreadable images left out")
@@ -99,7 +99,7 @@ def fault_reply(fault: str, message: Message) -> Message:
 def from_reply(reply: Message, classes: int, clients: int) -> Description | str:
     """The description in a reply, or what is wrong; every byte of it is a peer's."""
     if reply.has_error():
-        return why(reply)[:LONGEST]
+        return error_reason(reply)[:LONGEST]
     settings = reply.content.get(CONFIG)
     if isinstance(settings, ConfigRecord):
         return " ".join(str(settings.get("fault", "no reason given")).split())[:LONGEST]

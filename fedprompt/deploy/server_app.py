@@ -77,7 +77,7 @@ def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -
         loggers.open()
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
-        use_threads(config.grid)
+        use_threads(config.simulation)
         workspace = Workspace.open(config, progress=False)
         federation = NodeFederation(workspace, NodeGrid(grid), folder, keyed)
         if checkpoint is not None:

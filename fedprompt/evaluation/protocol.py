@@ -3,7 +3,7 @@
 A protocol may hold images out before anything is trained (`hold_out`), measure the global model in
 every evaluated round (`measure_round`) and everything once more at the end (`measure`). Personal
 models are measured where their private tensors are: `measure_clients` runs on the client's side,
-on a cohort at once, and only numbers come back. What `measure` returns is plain JSON; `table` and
+on a block at once, and only numbers come back. What `measure` returns is plain JSON; `table` and
 `figure` are made from that JSON alone, so that a report can be drawn anew from a run folder.
 """
 
@@ -45,6 +45,11 @@ class Finished:
     clients: Mapping[int, Mapping[str, int | float]]
     rounds: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a protocol that leaves nothing to choose."""
 
 
 class Protocol(ABC):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import fedprompt.evaluation.protocols as package
 from fedprompt.config.fields import build
+from fedprompt.config.registry import Registry
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut
-from fedprompt.errors import UserError, did_you_mean
+from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Protocol
 from fedprompt.reports.format import Table
 
@@ -43,23 +40,21 @@ T = TypeVar("T")
 DEFAULT = ("global", "personalised")
 
 
-@cache
+PROTOCOLS = Registry("protocol", "fedprompt.evaluation.protocols", Protocol)
+
+
 def all_protocols() -> dict[str, type[Protocol]]:
-    """Every protocol by name, found by importing the modules of this package."""
-    found: dict[str, type[Protocol]] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        for item in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():
-            if isinstance(item, type) and issubclass(item, Protocol) and "name" in vars(item):
-                found[item.name] = item
-    return dict(sorted(found.items()))
+    """Every protocol by name; imports all of them."""
+    return PROTOCOLS.all()
 
 
 def protocol_class(name: str) -> type[Protocol]:
-    """The protocol called `name`; raises `UserError` with the nearest name when there is none."""
-    protocols = all_protocols()
-    if name not in protocols:
-        raise UserError(f"config: no protocol '{name}'.{did_you_mean(name, list(protocols))}")
-    return protocols[name]
+    """The protocol called `name`.
+
+    Raises:
+        UserError: there is no such protocol; the message has the nearest name.
+    """
+    return PROTOCOLS.get(name)
 
 
 def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:

@@ -18,13 +18,13 @@ from fedprompt.config.schema import DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.dataset import TEST, ImageDataset
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.data.features.table import open_columns
+from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.sections import data_config
 from fedprompt.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class OtherData:
+class TestSet:
     """A data set's test images: indices, inputs and labels (n,)."""
 
     dataset: ImageDataset
@@ -64,7 +64,7 @@ def open_others(
     clip: FrozenCLIP,
     cache_dir: Path,
     needs: Collection[str],
-) -> list[OtherData]:
+) -> list[TestSet]:
     """Open data sets that `complete` has described; images that no cache holds are encoded.
 
     `needs` is what the method under test needs of an image.
@@ -78,15 +78,15 @@ def open_others(
 
 def _open(
     config: DataConfig, seed: int, clip: FrozenCLIP, cache_dir: Path, needs: Collection[str]
-) -> OtherData:
+) -> TestSet:
     dataset = open_dataset(config, seed, cache_dir)
     index_N = np.flatnonzero(dataset.split_N == TEST)
     if not len(index_N):
         raise UserError(f"data set '{dataset.name}' has no test images.")
-    return OtherData(
+    return TestSet(
         dataset,
         tuple(config.templates),
         index_N,
-        open_columns(clip, dataset, cache_dir, needs).rows(index_N),
+        open_feature_table(clip, dataset, cache_dir, needs).rows(index_N),
         torch.from_numpy(dataset.labels_N[index_N]),
     )

@@ -22,6 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.schema import (
     SECTIONS,
     Config,
@@ -114,6 +115,7 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
         raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
     path = key.strip().split(".")
     if path[0] not in TOP_LEVEL:
+        refuse_renamed(key.strip())
         raise UserError(f"config: unknown key {key.strip()!r}.{_nearest_key(key.strip())}")
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))

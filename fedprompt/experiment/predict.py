@@ -23,7 +23,8 @@ from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.registry import strategy_class
 from fedprompt.files import write_bytes
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.methods.base import Method, Task, Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
 from fedprompt.simulation.private_log import PrivateLog
 
@@ -128,11 +129,11 @@ def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tens
         config.strategy,
         shapes={n: tuple(t.shape) for n, t in checkpoint.shared.items()},
         seed=config.seed,
-        received={n: t.numpy() for n, t in method.init_received(config.seed).items()},
+        extras={n: t.numpy() for n, t in method.init_extras(config.seed).items()},
     )
     strategy.load_state({n: t.numpy() for n, t in checkpoint.strategy.items()})
-    own = strategy.shared_for(client) or {}
-    sent = own | strategy.for_client(checkpoint.server_round, client)
+    own = strategy.client_shared(client) or {}
+    sent = own | strategy.client_extras(checkpoint.server_round, client)
     return {n: torch.from_numpy(np.array(a)) for n, a in sent.items()}
 
 

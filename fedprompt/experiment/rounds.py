@@ -93,9 +93,9 @@ def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None)
     if private is None:
         folder.save_checkpoint(checkpoint)
         return
-    seal = private.save(checkpoint.server_round)
-    folder.save_checkpoint(replace(checkpoint, private=seal))
-    private.settle()
+    digest = private.save(checkpoint.server_round)
+    folder.save_checkpoint(replace(checkpoint, private=digest))
+    private.remove_stale()
 
 
 def _one_round(

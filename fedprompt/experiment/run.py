@@ -18,19 +18,19 @@ from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY
-from fedprompt.simulation.cohort_grid import CohortGrid
+from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.private_log import PrivateLog
-from fedprompt.workspace import Opened, Workspace
+from fedprompt.workspace import ResourceCache, Workspace
 
 
-def run(config: Config, display: Display, opened: Opened | None = None) -> Path:
-    """A new run; returns its folder. `opened` keeps what later runs of this process share."""
+def run(config: Config, display: Display, resources: ResourceCache | None = None) -> Path:
+    """A new run; returns its folder. `resources` keeps what later runs of this process share."""
     check_installed(config.output.loggers)
-    return _run(config, RunFolder.create(config), display, opened)
+    return _run(config, RunFolder.create(config), display, resources)
 
 
-def resume(path: Path, display: Display, opened: Opened | None = None) -> Path:
+def resume(path: Path, display: Display, resources: ResourceCache | None = None) -> Path:
     """Go on with a run that was interrupted; a finished one is left as it is."""
     folder, config = RunFolder.resume(path)
     if (path / SUMMARY).is_file():
@@ -39,19 +39,21 @@ def resume(path: Path, display: Display, opened: Opened | None = None) -> Path:
         display.finish(json.loads((path / SUMMARY).read_text()), path)
         folder.close()
         return path
-    return _run(config, folder, display, opened)
+    return _run(config, folder, display, resources)
 
 
-def _run(config: Config, folder: RunFolder, display: Display, opened: Opened | None) -> Path:
+def _run(
+    config: Config, folder: RunFolder, display: Display, resources: ResourceCache | None
+) -> Path:
     started = time.monotonic()
-    grid: CohortGrid | None = None
+    grid: BlockGrid | None = None
     loggers = Loggers(config, folder.path)
     try:
         _refuse_absent_folders(config)
         loggers.open()
         checkpoint = folder.load_checkpoint()
         display.phase("opening data and backbone")
-        workspace = Workspace.open(config, opened=opened)
+        workspace = Workspace.open(config, resources=resources)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
         private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
@@ -87,7 +89,7 @@ def _refuse_absent_folders(config: Config) -> None:
 
 def _local_only(
     workspace: Workspace,
-    grid: CohortGrid,
+    grid: BlockGrid,
     folder: RunFolder,
     display: Display,
     loggers: Loggers,

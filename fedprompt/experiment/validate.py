@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprompt.config.fields import build
+from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.schema import (
     SECTIONS,
     Config,
@@ -28,6 +29,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
 
     for key in raw:
         if key not in TOP_LEVEL:
+            refuse_renamed(str(key))
             hint = did_you_mean(str(key), TOP_LEVEL)
             raise UserError(f"config: unknown key {str(key)!r}.{hint}")
     parts: dict[str, Any] = {}

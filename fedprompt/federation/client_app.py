@@ -1,4 +1,4 @@
-"""Flower messages <-> local training and evaluation, for one client or for a cohort of them.
+"""Flower messages <-> local training and evaluation, for one client or for a block of them.
 
 `handle` is the whole client. A simulation's grid gives it a list of messages; Flower's ClientApp
 (fedprompt/deploy) gives it one. A reply carries the method's shared tensors and metrics; private
@@ -21,11 +21,11 @@ from flwr.app import (
 )
 
 from fedprompt.errors import UserError
-from fedprompt.messages import ARRAYS, CONFIG, METRICS, RECEIVED, to_record, values_of
+from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import protected
 from fedprompt.scoring import score_personal
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 PROTOCOLS = "protocols"
@@ -65,7 +65,7 @@ def _train(
     private: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
     config = workspace.config
-    results = train_cohort(
+    results = train_clients(
         workspace.method,
         [_received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
@@ -152,8 +152,8 @@ def _settings(message: Message) -> ConfigRecord:
 def _received(workspace: Workspace, message: Message) -> Tensors:
     """The shared tensors of a message and what came beside them, as the method declares them."""
     shared = _read(workspace, message, ARRAYS, workspace.shared_shapes)
-    if workspace.received_shapes:
-        shared |= _read(workspace, message, RECEIVED, workspace.received_shapes)
+    if workspace.extras_shapes:
+        shared |= _read(workspace, message, EXTRAS, workspace.extras_shapes)
     return shared
 
 

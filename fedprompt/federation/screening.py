@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
-from fedprompt.messages import ARRAYS, METRICS, Arrays, to_arrays, values_of, why
+from fedprompt.messages import ARRAYS, METRICS, Arrays, error_reason, to_arrays, values_of
 
 MAX_EXAMPLES = 10**9
 MAX_METRICS = 100
@@ -38,7 +38,7 @@ def reply_fault(
 ) -> str | None:
     """Why a train reply must not count, or None."""
     if reply.has_error():
-        return why(reply)
+        return error_reason(reply)
     content = reply.content
     if set(content) != {ARRAYS, METRICS}:
         return f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']"

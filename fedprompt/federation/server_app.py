@@ -50,7 +50,7 @@ class Federation:
             seed=config.seed,
             fraction=config.federation.fraction,
             min_replies=config.federation.min_replies,
-            received={n: t.numpy() for n, t in self.method.init_received(config.seed).items()},
+            extras={n: t.numpy() for n, t in self.method.init_extras(config.seed).items()},
             rounds=config.federation.rounds,
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
@@ -66,7 +66,7 @@ class Federation:
     def _check_weights(self) -> None:
         """Refuse clients that are known to hold more images than a masked weight can say."""
         partition, most = self.workspace.partition, self.config.secure_aggregation.max_weight
-        if self.config.privacy.noise or not self.strategy.counts_images:
+        if self.config.privacy.noise or not self.strategy.weights_by_examples:
             return
         largest = max((len(partition.train(c)) for c in partition.trainable), default=0)
         if largest > most:
@@ -78,8 +78,8 @@ class Federation:
     @property
     def shared(self) -> Tensors:
         """The shared tensors that are evaluated and kept at the end."""
-        served = self.strategy.served(to_arrays(self.arrays))
-        return {n: torch.from_numpy(a.copy()) for n, a in served.items()}
+        eval_tensors = self.strategy.eval_tensors(to_arrays(self.arrays))
+        return {n: torch.from_numpy(a.copy()) for n, a in eval_tensors.items()}
 
     def join(self) -> None:
         """Learn which client each node is; a simulation has one for each, known by its id."""
@@ -97,7 +97,7 @@ class Federation:
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round of training and aggregation; the training part of its metrics line."""
         settings = ConfigRecord()
-        if self.config.secure_aggregation.enabled and not self.strategy.counts_images:
+        if self.config.secure_aggregation.enabled and not self.strategy.weights_by_examples:
             settings[ALIKE] = True
         messages = list(
             self.strategy.configure_train(server_round, self.arrays, settings, self.grid)
@@ -165,7 +165,7 @@ class Federation:
         """What a line has only where there is something: the rule's numbers, dropped clients."""
         dropped = {str(client): why for client, why in self.strategy.rejected.items()}
         parts = {
-            "strategy": self.strategy.measured(),
+            "strategy": self.strategy.metrics(),
             "dropped": dropped,
             "secure": self.secure,
         }
@@ -245,7 +245,7 @@ class Federation:
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
             messages = self.strategy.configure_evaluate(
                 server_round,
-                to_record(self.strategy.served(to_arrays(self.arrays))),
+                to_record(self.strategy.eval_tensors(to_arrays(self.arrays))),
                 ConfigRecord({**settings}),
                 self.grid,
                 clients=clients[first : first + CLIENTS_AT_ONCE],

@@ -22,7 +22,16 @@ from flwr.serverapp.strategy import Strategy
 
 from fedprompt.config.fields import option
 from fedprompt.federation.screening import Update, evaluation_row, read_update, reply_fault
-from fedprompt.messages import ARRAYS, CONFIG, RECEIVED, Arrays, shown, to_arrays, to_record, why
+from fedprompt.messages import (
+    ARRAYS,
+    CONFIG,
+    EXTRAS,
+    Arrays,
+    error_reason,
+    sanitised,
+    to_arrays,
+    to_record,
+)
 from fedprompt.rng import generator
 
 log = logging.getLogger("fedprompt.strategy")
@@ -54,7 +63,7 @@ class SharedPromptStrategy(Strategy):
 
     name: ClassVar[str]
     Config: ClassVar[type[Any]] = StrategyConfig
-    mean_suffices: ClassVar[bool] = False
+    linear_in_updates: ClassVar[bool] = False
     """Whether `aggregate` needs only the weighted mean of the replies; subclasses say it anew."""
 
     def __init__(
@@ -65,11 +74,11 @@ class SharedPromptStrategy(Strategy):
         seed: int,
         fraction: float = 1.0,
         min_replies: int = 1,
-        received: Arrays | None = None,
+        extras: Arrays | None = None,
         rounds: int = 1,
     ) -> None:
         self.config = config
-        self.received = dict(received or {})
+        self.extras = dict(extras or {})
         self.rounds = rounds
         self.shapes = dict(shapes)
         self.seed = seed
@@ -87,26 +96,26 @@ class SharedPromptStrategy(Strategy):
     @classmethod
     def needs_only_the_mean(cls) -> bool:
         """Whether one update that is the mean of all does as well as all of them."""
-        return bool(vars(cls).get("mean_suffices", False))
+        return bool(vars(cls).get("linear_in_updates", False))
 
     @property
-    def counts_images(self) -> bool:
+    def weights_by_examples(self) -> bool:
         """Whether clients count by their training images in that mean, or all the same."""
         return True
 
-    def for_client(self, server_round: int, client: int) -> Arrays:
+    def client_extras(self, server_round: int, client: int) -> Arrays:
         """What `client` alone is sent besides the shared tensors: the method's starting values."""
-        return self.received
+        return self.extras
 
-    def shared_for(self, client: int) -> Arrays | None:
+    def client_shared(self, client: int) -> Arrays | None:
         """What `client` is sent in place of the common shared tensors, or None."""
         return None
 
-    def measured(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What this rule adds to the metrics line of a round that it has aggregated; plain JSON."""
         return {}
 
-    def served(self, shared: Arrays) -> Arrays:
+    def eval_tensors(self, shared: Arrays) -> Arrays:
         """What is evaluated and kept at the end, made of the shared tensors of a round."""
         return shared
 
@@ -212,7 +221,9 @@ class SharedPromptStrategy(Strategy):
             dropped: why a sampled client has no part in it, by client.
             losses: weighted mean losses.
         """
-        self.rejected = {client: shown(why) for client, why in sorted(dropped.items())}
+        self.rejected = {
+            client: sanitised(error_reason) for client, error_reason in sorted(dropped.items())
+        }
         for client, reason in self.rejected.items():
             log.warning("client %d: not in the sum: %s", client, reason)
         metrics = MetricRecord(
@@ -282,10 +293,10 @@ class SharedPromptStrategy(Strategy):
 
     def _content(self, common: RecordDict, server_round: int, client: int) -> RecordDict:
         """What all clients are sent, with what this one is sent besides."""
-        other, own = self.shared_for(client), self.for_client(server_round, client)
+        other, own = self.client_shared(client), self.client_extras(server_round, client)
         if other is not None:
             common = RecordDict({**common, ARRAYS: to_record(other)})
-        return RecordDict({**common, RECEIVED: to_record(own)}) if own else common
+        return RecordDict({**common, EXTRAS: to_record(own)}) if own else common
 
     def _accept(self, replies: list[Message]) -> tuple[list[Update], list[dict[str, float]]]:
         """Valid updates sorted by client id, with their losses; the rest goes to `rejected`."""
@@ -297,7 +308,7 @@ class SharedPromptStrategy(Strategy):
                 by_client.setdefault(client, []).append(reply)
             elif reply.has_error():
                 # Flower answers for a lost node under its own id, so it cannot be named here.
-                lost.append(why(reply))
+                lost.append(error_reason(reply))
             else:
                 log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
         accepted, asked = [], set(self.sampled)
@@ -307,15 +318,15 @@ class SharedPromptStrategy(Strategy):
             if reason is None:
                 accepted.append(read_update(client, own[0]))
             else:
-                self.rejected[client] = shown(reason)
-        accepted = self._without_boasts(accepted)
+                self.rejected[client] = sanitised(reason)
+        accepted = self._drop_inflated_counts(accepted)
         for client in sorted(asked - set(by_client)):
-            self.rejected[client] = shown(lost.pop(0)) if lost else "no reply"
+            self.rejected[client] = sanitised(lost.pop(0)) if lost else "no reply"
         for client, reason in sorted(self.rejected.items()):
             log.warning("client %d: reply dropped: %s", client, reason)
         return [u for u, _ in accepted], [m for _, m in accepted]
 
-    def _without_boasts(
+    def _drop_inflated_counts(
         self, accepted: list[tuple[Update, dict[str, float]]]
     ) -> list[tuple[Update, dict[str, float]]]:
         """The updates but for those that claim many times as many images as the others."""
@@ -347,7 +358,9 @@ class SharedPromptStrategy(Strategy):
         for reply in replies:
             client = self.client_of_node.get(reply.metadata.src_node_id)
             if client is None or reply.has_error():
-                log.warning("round %d: a client could not evaluate: %s", server_round, why(reply))
+                log.warning(
+                    "round %d: a client could not evaluate: %s", server_round, error_reason(reply)
+                )
                 continue
             row = evaluation_row(reply)
             if row is None or client in rows:

@@ -64,7 +64,7 @@ class ClientData:
 
 
 @dataclass(frozen=True)
-class Visit:
+class RoundInfo:
     """What K clients know of a round while they train in it.
 
     Attributes:
@@ -98,7 +98,7 @@ class Visit:
         key = (*purpose, self.server_round)
         return self._rows([uniform(shape, self.seed, *key, c) for c in self.clients])
 
-    def first(self, clients: int) -> Visit:
+    def first(self, clients: int) -> RoundInfo:
         """The visit of the first `clients` of them alone."""
         return replace(
             self,
@@ -119,25 +119,25 @@ class Batch:
     inputs: Inputs
     labels_KB: Tensor
     mask_KB: Tensor
-    visit: Visit
+    round_info: RoundInfo
     step: int
     """0-based step of the round."""
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """As `Visit.normal`, another draw in every step."""
-        return self.visit.normal(shape, *purpose, self.step)
+        """As `RoundInfo.normal`, another draw in every step."""
+        return self.round_info.normal(shape, *purpose, self.step)
 
     def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """As `Visit.uniform`, another draw in every step."""
-        return self.visit.uniform(shape, *purpose, self.step)
+        """As `RoundInfo.uniform`, another draw in every step."""
+        return self.round_info.uniform(shape, *purpose, self.step)
 
 
 class Method(ABC):
     """One paper, one file. Subclasses are found by module; nothing else knows their names.
 
     `encode` turns prompts into everything that does not depend on images, once per step and once
-    per evaluation; `logits` and `terms` use it. Clients never mix: row k of a result depends on row
-    k of the arguments alone. What depends on the config may be set on the instance instead.
+    per evaluation; `logits` and `loss_terms` use it. Clients never mix: row k of a result depends
+    on row k of the arguments alone. What depends on the config may be set on the instance instead.
     """
 
     name: ClassVar[str]
@@ -186,7 +186,7 @@ class Method(ABC):
     def init_private(self, seed: int, client: int) -> Tensors:
         """Starting values of what client `client` keeps; the same names and shapes for all."""
 
-    def init_received(self, seed: int) -> Tensors:
+    def init_extras(self, seed: int) -> Tensors:
         """What the server sends to a client besides the shared tensors, before it has anything.
 
         On a client these stand beside the shared tensors, under names of their own; they are
@@ -194,7 +194,7 @@ class Method(ABC):
         """
         return {}
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """`init_private`'s tensors, completed from the client's own training images.
 
         Called when a client is first met; shapes stay as they are.
@@ -202,12 +202,14 @@ class Method(ABC):
         return private
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """Tensors (K, ...) to train from, made of those received and those kept."""
         return shared, private
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """Tensors (K, ...) to upload and to keep, made of those that training leaves."""
         return shared, private
 
@@ -222,7 +224,7 @@ class Method(ABC):
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Class logits (K, B, C) of images (K, B, ...); a client axis of 1 broadcasts."""
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """Weighted loss terms by name, each (K,); their sum is minimised. Default: CE alone."""
@@ -230,14 +232,14 @@ class Method(ABC):
         return {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
 
     def gradients(
-        self, terms: dict[str, Tensor], leaves: Tensors, batch: Batch
+        self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """Gradients (K, ...) by which the optimiser moves `leaves`, e.g. `shared.ctx`.
 
         Default: those of the sum of all terms; None where a leaf has no part in it. The graph is
         needed once more where a subclass asks for gradients of several sums.
         """
-        total = torch.stack(list(terms.values())).sum(0).sum()
+        total = torch.stack(list(loss_terms.values())).sum(0).sum()
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, found, strict=True))
 

@@ -29,7 +29,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import TextTower, context_init
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
+from fedprompt.methods.base import Method, RoundInfo, Task, Tensors, cosine_logits
 from fedprompt.rng import normal
 
 
@@ -78,9 +78,11 @@ class CoOpCSC(Method):
         """Nothing is private."""
         return {}
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """Adds each class's share of the client's training images."""
-        counts_KC = visit.class_counts_KC.float()
+        counts_KC = round_info.class_counts_KC.float()
         shares_KC = counts_KC / counts_KC.sum(-1, keepdim=True)
         return {**shared, "class_shares": shares_KC}, private
 

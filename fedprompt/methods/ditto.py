@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
-from fedprompt.methods.base import Batch, ClientData, Task, Tensors, Visit
+from fedprompt.methods.base import Batch, ClientData, RoundInfo, Task, Tensors
 from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig, add, squared_distance
 
 SHARED, PRIVATE = "ditto.shared.", "ditto.private."
@@ -74,7 +74,7 @@ class Ditto(WrappedMethod):
             for p in (SHARED, PRIVATE)
         )
         own_shared, own_private = copies
-        besides = self.base.init_received(0)
+        besides = self.base.init_extras(0)
         return own_shared | {n: shared[n] for n in besides if n in shared}, own_private
 
     def init_private(self, seed: int, client: int) -> Tensors:
@@ -82,23 +82,25 @@ class Ditto(WrappedMethod):
         private = self.base.init_private(seed, client)
         return private | self._named(self.base.init_shared(seed), private)
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The base's tensors as the base fills them, in both models."""
-        filled = self.base.fill_private(self.without(private), data, seed)
+        filled = self.base.init_private_from_data(self.without(private), data, seed)
         return private | filled | self._named({}, filled)
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """Both models as the base starts from them."""
-        own = self.base.start_round(*self._personal({}, private), visit)
-        s, p = self.base.start_round(shared, self.without(private), visit)
+        own = self.base.start_round(*self._personal({}, private), round_info)
+        s, p = self.base.start_round(shared, self.without(private), round_info)
         return s, p | self._named(*own)
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """Both models as the base leaves them; the shared one goes up."""
-        own = self.base.end_round(*self._personal({}, private), visit)
-        s, p = self.base.end_round(shared, self.without(private), visit)
+        own = self.base.end_round(*self._personal({}, private), round_info)
+        s, p = self.base.end_round(shared, self.without(private), round_info)
         return s, p | self._named(*own)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
@@ -107,29 +109,29 @@ class Ditto(WrappedMethod):
             return self.base.encode(shared, None)
         return self.base.encode(*self._personal(shared, private))
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """The base's terms of the shared model, those of the personal one, and `ditto.prox`."""
         own_shared, own_private = self._personal(shared, private)
         rest = self.without(private)
-        terms = self.base.terms(shared, rest, self.base.encode(shared, rest), batch)
-        own = self.base.terms(own_shared, own_private, encoded, batch)
-        terms |= {self.prefix + n: t for n, t in own.items()}
-        distance_K = squared_distance(self.trained(own_shared), batch.visit.received)
-        return terms | {"ditto.prox": self.config.lam / 2 * distance_K}
+        loss_terms = self.base.loss_terms(shared, rest, self.base.encode(shared, rest), batch)
+        own = self.base.loss_terms(own_shared, own_private, encoded, batch)
+        loss_terms |= {self.prefix + n: t for n, t in own.items()}
+        distance_K = squared_distance(self.trained(own_shared), batch.round_info.received)
+        return loss_terms | {"ditto.prox": self.config.lam / 2 * distance_K}
 
     def gradients(
-        self, terms: dict[str, Tensor], leaves: Tensors, batch: Batch
+        self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """The base's gradients of either model, and the pull towards what was received."""
-        own_terms = {n.removeprefix(self.prefix): t for n, t in self.own(terms).items()}
-        prox_K = own_terms.pop("prox")
+        extra_loss_terms = {n.removeprefix(self.prefix): t for n, t in self.own(loss_terms).items()}
+        prox_K = extra_loss_terms.pop("prox")
         first = self._copy_of("")
         copies = {n.removeprefix(first): t for n, t in leaves.items() if n.startswith(first)}
         others = {n: t for n, t in leaves.items() if not n.startswith(first)}
-        found = self.base.gradients(self.without(terms), others, batch)
-        for n, gradient in self.base.gradients(own_terms, copies, batch).items():
+        found = self.base.gradients(self.without(loss_terms), others, batch)
+        for n, gradient in self.base.gradients(extra_loss_terms, copies, batch).items():
             found[first + n] = gradient
         anchored = [n for n in copies if n.startswith("shared.")]
         pulls = torch.autograd.grad(prox_K.sum(), [copies[n] for n in anchored])

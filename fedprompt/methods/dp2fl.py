@@ -43,9 +43,9 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, Task, Tensors, Visit, masked_mean
+from fedprompt.methods.base import ClientData, RoundInfo, Task, Tensors, masked_mean
 from fedprompt.methods.maple import MaPLe, MaPLeConfig
-from fedprompt.methods.parts import local_copy as own_copy
+from fedprompt.methods.parts import local_copy as local_copy
 from fedprompt.rng import generator
 
 FACTORS = ("weight", "bias")
@@ -78,7 +78,7 @@ class DP2FL(MaPLe):
     Config = DP2FLConfig
     strategy = MappingProxyType({"name": "nearest_peers"})
     works_with = frozenset({"nearest_peers"})
-    frozen = own_copy.names(FACTORS) | {f"private.val.{n}" for n in ("pixels", "labels", "mask")}
+    frozen = local_copy.names(FACTORS) | {f"private.val.{n}" for n in ("pixels", "labels", "mask")}
     images_at_once = 256
 
     def __init__(self, config: DP2FLConfig, clip: FrozenCLIP, task: Task) -> None:
@@ -89,19 +89,19 @@ class DP2FL(MaPLe):
         """The own P_d, and `val.pixels` (V, 3, H, W), `val.labels` and `val.mask` (V,)."""
         factors = {n: self.init_shared(seed)[n] for n in FACTORS}
         count, (height, width) = self.cfg.validation_images, self.vision.visual.image_size
-        return own_copy.start(factors) | {
+        return local_copy.start(factors) | {
             "val.pixels": torch.zeros(count, 3, height, width),
             "val.labels": torch.zeros(count),
             "val.mask": torch.zeros(count),
         }
 
-    def init_received(self, seed: int) -> Tensors:
+    def init_extras(self, seed: int) -> Tensors:
         """`peers.weight`, `peers.bias` (E, ...) and `peers.known` (E,)."""
         shared, peers = self.init_shared(seed), self.cfg.peers
         rows = {f"peers.{n}": torch.zeros(peers, *shared[n].shape) for n in FACTORS}
         return {**rows, "peers.known": torch.zeros(peers)}
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """Keep a few of the client's own images to judge peers on."""
         draw = generator(seed, "validation images", data.client)
         count = min(self.cfg.validation_images, len(data))
@@ -115,25 +115,25 @@ class DP2FL(MaPLe):
         return filled
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """P_d from the own one and its peers', or from the average where there is no own one."""
-        current = own_copy.model(shared, private)
-        weights_KE = self.peer_weights(current, private, visit)
+        current = local_copy.model(shared, private)
+        weights_KE = self.peer_weights(current, private, round_info)
         mixed = dict(shared)
         for n in FACTORS:
-            peers_KE = visit.received[f"peers.{n}"]
+            peers_KE = round_info.received[f"peers.{n}"]
             mean = torch.einsum("ke,ke...->k...", weights_KE, peers_KE)
             some_K = weights_KE.sum(-1) > 0
             blend = (1 - self.cfg.beta) * current[n] + self.cfg.beta * mean
-            mixed[n] = own_copy.where(some_K, blend, current[n])
-        return mixed, own_copy.for_training(private)
+            mixed[n] = local_copy.where(some_K, blend, current[n])
+        return mixed, local_copy.for_training(private)
 
     @torch.no_grad()
-    def peer_weights(self, current: Tensors, private: Tensors, visit: Visit) -> Tensor:
+    def peer_weights(self, current: Tensors, private: Tensors, round_info: RoundInfo) -> Tensor:
         """How much each peer counts (K, E); rows sum to 1, or to 0 where no peer is let in."""
         own_K = self._judge(current, private)
-        peers = {n: visit.received[f"peers.{n}"] for n in FACTORS}
+        peers = {n: round_info.received[f"peers.{n}"] for n in FACTORS}
         losses_KE = torch.stack(
             [
                 self._judge(current | {n: t[:, e] for n, t in peers.items()}, private)
@@ -141,8 +141,8 @@ class DP2FL(MaPLe):
             ],
             dim=1,
         )
-        able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[own_copy.VALID] > 0)
-        let_in = (visit.received["peers.known"] > 0) & able_K1
+        able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[local_copy.VALID] > 0)
+        let_in = (round_info.received["peers.known"] > 0) & able_K1
         let_in = let_in & (losses_KE < self.cfg.alpha * own_K[:, None])
         inverse_KE = torch.where(let_in, 1 / losses_KE.clamp(min=1e-8), 0.0)
         return inverse_KE / inverse_KE.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -160,10 +160,14 @@ class DP2FL(MaPLe):
         loss_KV = loss.view_as(mask_KV)
         return masked_mean(loss_KV, torch.where(mask_KV.sum(-1, keepdim=True) > 0, mask_KV, 1.0))
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """P_t and P_d are uploaded; P_d is kept."""
-        return shared, own_copy.after_training(private, shared)
+        return shared, local_copy.after_training(private, shared)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D) and `visual` (K, 1, M, w), by the client's own P_d if it has one."""
-        return super().encode(shared if private is None else own_copy.model(shared, private), None)
+        return super().encode(
+            shared if private is None else local_copy.model(shared, private), None
+        )

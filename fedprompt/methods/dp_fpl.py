@@ -114,10 +114,10 @@ class DPFPL(Method):
         return cosine_logits(self.clip, inputs.features, encoded["classes"])
 
     def gradients(
-        self, terms: dict[str, Tensor], leaves: Tensors, batch: Batch
+        self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """g_G and g_L: clipped, noisy, and L's through the factors."""
-        found = super().gradients(terms, leaves, batch)
+        found = super().gradients(loss_terms, leaves, batch)
         g_KMd = found["private.ctx"]
         assert g_KMd is not None
         private_KMd = leaves["private.ctx"].detach()
@@ -138,7 +138,7 @@ class DPFPL(Method):
     def noise_std(self, batch: Batch) -> Tensor:
         """std of each client's noise (K,): sqrt(T ln(1 / delta)) / epsilon * clip_norm / B."""
         assert self.cfg.epsilon is not None
-        spent = math.sqrt(batch.visit.rounds * math.log(1 / self.cfg.delta)) / self.cfg.epsilon
+        spent = math.sqrt(batch.round_info.rounds * math.log(1 / self.cfg.delta)) / self.cfg.epsilon
         return spent * self.cfg.clip_norm / batch.mask_KB.sum(-1)
 
     def _private_noise(self, gradient_K: Tensor, batch: Batch, factor: str) -> Tensor:

@@ -80,7 +80,7 @@ class FedCLIP(Method):
         """Cosine logits (K, B, C) of the attended features."""
         return cosine_logits(self.clip, _attend(encoded, inputs), encoded["classes"])
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,): the symmetric cross-entropy over the batch's pairs, not over classes."""

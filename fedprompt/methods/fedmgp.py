@@ -47,9 +47,9 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import (
     Batch,
     Method,
+    RoundInfo,
     Task,
     Tensors,
-    Visit,
     cosine_logits,
     cross_entropy,
     masked_mean,
@@ -128,22 +128,24 @@ class FedMGP(Method):
             visuals.append(normal(shape, self.cfg.init_std, seed, "init", "visual", g))
         return {"text": torch.stack(texts), "visual": torch.stack(visuals)}
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """Sample groups; upload these, keep all."""
         kept, sent = dict(private), {}
         for kind in KINDS:
             groups_KGMw = _placed(kind, shared, private)
-            slots_KS = self._sample(groups_KGMw, visit.received[kind], visit)
+            slots_KS = self._sample(groups_KGMw, round_info.received[kind], round_info)
             sent[kind] = groups_KGMw.gather(1, _index(slots_KS, groups_KGMw))
             kept |= {kind: groups_KGMw, f"slots.{kind}": slots_KS.to(groups_KGMw)}
         return shared | sent, kept
 
-    def _sample(self, groups_KGMw: Tensor, global_KSMw: Tensor, visit: Visit) -> Tensor:
+    def _sample(self, groups_KGMw: Tensor, global_KSMw: Tensor, round_info: RoundInfo) -> Tensor:
         """Groups in the order in which they are drawn (K, S), by adding Gumbel noise."""
         scores_KG = self.similarities(groups_KGMw, global_KSMw) / self.cfg.temperature
-        if visit.server_round == 1:
+        if round_info.server_round == 1:
             scores_KG = torch.zeros_like(scores_KG)
-        draw_KG = visit.uniform((self.cfg.groups,), "groups").clamp(min=1e-20)
+        draw_KG = round_info.uniform((self.cfg.groups,), "groups").clamp(min=1e-20)
         keys_KG = scores_KG - (-draw_KG.log()).log()
         return keys_KG.topk(self.cfg.uploaded_groups, dim=-1).indices
 
@@ -166,17 +168,17 @@ class FedMGP(Method):
         """The mean of the groups' logits (K, B, C)."""
         return torch.stack(self._of_groups(encoded, inputs)[0]).mean(0)
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, the mean over groups, and `diversity`, each (K,) and weighted."""
         logits, images = self._of_groups(encoded, batch.inputs)
-        terms = {"ce": torch.stack([cross_entropy(z_KBC, batch) for z_KBC in logits]).mean(0)}
+        loss_terms = {"ce": torch.stack([cross_entropy(z_KBC, batch) for z_KBC in logits]).mean(0)}
         if self.cfg.groups > 1 and self.cfg.diversity_weight != 0:
             texts_K = _pairwise(self.cfg.diversity, list(encoded["texts"].unbind(1))).mean(-1)
             images_K = masked_mean(_pairwise(self.cfg.diversity, images), batch.mask_KB)
-            terms["diversity"] = self.cfg.diversity_weight * (texts_K + images_K) / 2
-        return terms
+            loss_terms["diversity"] = self.cfg.diversity_weight * (texts_K + images_K) / 2
+        return loss_terms
 
     def _of_groups(self, encoded: Tensors, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
         """Each group's logits (K, B, C) and normalised image features (K, B, D)."""

@@ -23,7 +23,7 @@ import torch
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.methods.base import Batch, Task, Tensors, Visit
+from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
 from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig
 
 
@@ -98,9 +98,9 @@ class FedPer(WrappedMethod):
             joined[name] = torch.cat([head, tail], dim=-2)
         return joined
 
-    def _visit(self, visit: Visit, private: Tensors) -> Visit:
+    def _visit(self, round_info: RoundInfo, private: Tensors) -> RoundInfo:
         """What the base takes for received: with the private part as it is now."""
-        return replace(visit, received=self._together(visit.received, private))
+        return replace(round_info, received=self._together(round_info.received, private))
 
     def init_shared(self, seed: int) -> Tensors:
         """The base's, without what stays."""
@@ -112,17 +112,19 @@ class FedPer(WrappedMethod):
         return self.base.init_private(seed, client) | stays
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """As the base starts from the whole tensors."""
-        whole, seen = self._together(shared, private), self._visit(visit, private)
+        whole, seen = self._together(shared, private), self._visit(round_info, private)
         s, p = self.base.start_round(whole, self.without(private), seen)
         goes, stays = self._apart(s)
         return goes, p | stays
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """As the base leaves the whole tensors."""
-        whole, seen = self._together(shared, private), self._visit(visit, private)
+        whole, seen = self._together(shared, private), self._visit(round_info, private)
         s, p = self.base.end_round(whole, self.without(private), seen)
         goes, stays = self._apart(s)
         return goes, p | stays
@@ -132,12 +134,14 @@ class FedPer(WrappedMethod):
         assert private is not None, "fedper has no global model"
         return self.base.encode(self._together(shared, private), self.without(private))
 
-    def terms(self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch) -> Tensors:
+    def loss_terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> Tensors:
         """The base's terms, each (K,)."""
         fixed = {n: t.detach() for n, t in private.items()}
-        seen = replace(batch, visit=self._visit(batch.visit, fixed))
+        seen = replace(batch, round_info=self._visit(batch.round_info, fixed))
         whole = self._together(shared, private)
-        return self.base.terms(whole, self.without(private), encoded, seen)
+        return self.base.loss_terms(whole, self.without(private), encoded, seen)
 
     @property
     def has_global(self) -> bool:

@@ -83,14 +83,16 @@ class FedPGP(Method):
         """Cosine logits (K, B, C)."""
         return cosine_logits(self.clip, inputs.features, encoded["classes"])
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` and `contrast`, each (K,)."""
-        terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
+        loss_terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
         if self.cfg.mu > 0:
-            terms["contrast"] = self.cfg.mu * self._contrast(shared["sigma"], encoded["classes"])
-        return terms
+            loss_terms["contrast"] = self.cfg.mu * self._contrast(
+                shared["sigma"], encoded["classes"]
+            )
+        return loss_terms
 
     def _contrast(self, sigma_KMd: Tensor, personal_KCD: Tensor) -> Tensor:
         """L_con (K,); -log(e^a / (e^a + e^b)) = softplus(b - a)."""

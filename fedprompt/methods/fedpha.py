@@ -104,24 +104,24 @@ class FedPHA(Method):
         """Cosine logits (K, B, C)."""
         return cosine_logits(self.clip, inputs.features, encoded["classes"])
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, `ce_global`, `pull` and `push`, each (K,) and already weighted."""
         cfg, local_KCD = self.cfg, encoded["classes"]
-        terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
+        loss_terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
         global_KCD = self.shared_prompts.classes(shared["ctx"])
         logits_KBC = cosine_logits(self.clip, batch.inputs.features, global_KCD)
-        terms["ce_global"] = cross_entropy(logits_KBC, batch)
+        loss_terms["ce_global"] = cross_entropy(logits_KBC, batch)
         if cfg.pull_weight > 0:
             projected = project(private["ctx"], shared["ctx"], cfg.ratio, cfg.projection)
             projected_KCD = self._local_classes(projected, private["length"])
             pull_K = (local_KCD - projected_KCD).square().mean((-1, -2))
-            terms["pull"] = cfg.pull_weight * pull_K
+            loss_terms["pull"] = cfg.pull_weight * pull_K
         if cfg.push_weight > 0:
             distance_KC = torch.linalg.vector_norm(local_KCD - global_KCD, dim=-1)
-            terms["push"] = cfg.push_weight * F.relu(cfg.alpha - distance_KC).mean(-1)
-        return terms
+            loss_terms["push"] = cfg.push_weight * F.relu(cfg.alpha - distance_KC).mean(-1)
+        return loss_terms
 
     def _local_classes(self, ctx_KLd: Tensor, length_K: Tensor) -> Tensor:
         """Class features (K, C, D) of prompts of unequal lengths, equal ones in one pass."""

@@ -39,7 +39,7 @@ class FedProx(WrappedMethod):
     prefix = "prox."
     term_names = ("prox",)
 
-    def own_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
+    def extra_loss_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
         """`prox` (K,): mu / 2 times the squared distance to what was received."""
-        distance_K = squared_distance(self.trained(shared), batch.visit.received)
+        distance_K = squared_distance(self.trained(shared), batch.round_info.received)
         return {"prox": self.config.mu / 2 * distance_K}

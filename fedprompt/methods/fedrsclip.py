@@ -186,18 +186,20 @@ class FedRSCLIP(Method):
         images_KBD = self._images(encoded, inputs)["images"]
         return cosine_logits(self.clip, images_KBD, encoded["classes"])
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, `dpa` and `cmfa`, each (K,) and already weighted."""
         images = self._images(encoded, batch.inputs)
         logits_KBC = cosine_logits(self.clip, images["images"], encoded["classes"])
-        terms = {"ce": cross_entropy(logits_KBC, batch)}
+        loss_terms = {"ce": cross_entropy(logits_KBC, batch)}
         if self.cfg.dpa != "none" and self.cfg.dpa_weight > 0:
-            terms["dpa"] = self.cfg.dpa_weight * self._dpa(shared, private, encoded, images, batch)
+            loss_terms["dpa"] = self.cfg.dpa_weight * self._dpa(
+                shared, private, encoded, images, batch
+            )
         if self.cfg.cmfa != "none" and self.cfg.cmfa_weight > 0:
-            terms["cmfa"] = self.cfg.cmfa_weight * self._cmfa(encoded, images, batch)
-        return terms
+            loss_terms["cmfa"] = self.cfg.cmfa_weight * self._cmfa(encoded, images, batch)
+        return loss_terms
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """None where images are encoded anew under prompts."""

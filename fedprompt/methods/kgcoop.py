@@ -56,10 +56,10 @@ class KgCoOp(PromptFL):
         templates = (config.template,) if config.template else task.templates
         self.template_CD = clip.zero_shot_classifier(task.class_names, templates)
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """Cross-entropy `ce` and the weighted distance `kg` to the template's features."""
-        terms = super().terms(shared, private, encoded, batch)
+        loss_terms = super().loss_terms(shared, private, encoded, batch)
         cosine_KC = F.cosine_similarity(encoded["classes"], self.template_CD, dim=-1)
-        return {**terms, "kg": self.kg_weight * (1 - cosine_KC.mean(-1))}
+        return {**loss_terms, "kg": self.kg_weight * (1 - cosine_KC.mean(-1))}

@@ -38,7 +38,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, Visit, cosine_logits
+from fedprompt.methods.base import Method, RoundInfo, Task, Tensors, cosine_logits
 from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
 from fedprompt.methods.parts.linear import linear_start
 
@@ -100,7 +100,7 @@ class MaPLe(Method):
         return factors | {"anchor": anchor, "training": torch.zeros(1)}
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """`materialised`: note A_k, so that training starts from the received visual prompts."""
         if self.sharing != "materialised":
@@ -108,7 +108,9 @@ class MaPLe(Method):
         training = torch.ones_like(private["training"])
         return shared, private | {"anchor": _visual(shared, private), "training": training}
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """`materialised`: upload the visual prompts that training has led to."""
         if self.sharing != "materialised":
             return shared, private

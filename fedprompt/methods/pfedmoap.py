@@ -36,8 +36,16 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, Visit, cosine_logits, cross_entropy
-from fedprompt.methods.parts import local_copy as own_copy
+from fedprompt.methods.base import (
+    Batch,
+    Method,
+    RoundInfo,
+    Task,
+    Tensors,
+    cosine_logits,
+    cross_entropy,
+)
+from fedprompt.methods.parts import local_copy as local_copy
 from fedprompt.methods.parts.linear import linear, linear_start
 from fedprompt.methods.parts.prompts import PromptSource
 
@@ -89,7 +97,7 @@ class PFedMoAP(Method):
                 f"pfedmoap: gate_width {self.width} must divide {clip.name}'s {clip.embed_dim} "
                 f"features and be a multiple of gate_heads {config.gate_heads}."
             )
-        self.frozen = own_copy.names(["ctx"]) | {"private.visits"}
+        self.frozen = local_copy.names(["ctx"]) | {"private.visits"}
         self.lr_scale = {
             f"private.gate.{part}.{kind}": config.gate_lr_scale
             for part in PARTS
@@ -106,23 +114,25 @@ class PFedMoAP(Method):
         gate: Tensors = {}
         for part in PARTS:
             gate |= linear_start(f"gate.{part}", self.width, self.width, seed, "init", "private")
-        return gate | {"visits": torch.zeros(1)} | own_copy.start(self.init_shared(seed))
+        return gate | {"visits": torch.zeros(1)} | local_copy.start(self.init_shared(seed))
 
-    def init_received(self, seed: int) -> Tensors:
+    def init_extras(self, seed: int) -> Tensors:
         """`peers.ctx` (E, M, d) and `peers.known` (E,)."""
         peers = self.cfg.experts - 1
         shape = (peers, self.cfg.context_tokens, self.clip.text.width)
         return {"peers.ctx": torch.zeros(shape), "peers.known": torch.zeros(peers)}
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """Training starts from the average; the visit is counted."""
-        return shared, own_copy.for_training(private) | {"visits": private["visits"] + 1}
+        return shared, local_copy.for_training(private) | {"visits": private["visits"] + 1}
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """The trained prompt is uploaded, and kept to predict with."""
-        return shared, own_copy.after_training(private, shared)
+        return shared, local_copy.after_training(private, shared)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D), and where any client's gate is in use, what it works on.
@@ -131,7 +141,7 @@ class PFedMoAP(Method):
         """
         if private is None:
             return {"classes": self.prompts.classes(shared["ctx"])}
-        classes_KCD = self.prompts.classes(own_copy.model(shared, private)["ctx"])
+        classes_KCD = self.prompts.classes(local_copy.model(shared, private)["ctx"])
         known_KE = shared["peers.known"].expand(len(private["visits"]), -1)
         gated_K1 = (private["visits"] > 1) & (known_KE > 0).any(-1, keepdim=True)
         if not gated_K1.any():
@@ -151,7 +161,7 @@ class PFedMoAP(Method):
         """Logits (K, B, C) of the own prompt, with the mixture's where the gate is in use."""
         return self._logits(encoded, inputs, None)
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """Cross-entropy, under dropout of attention weights where it is on."""

@@ -61,7 +61,7 @@ class PFedPrompt(PromptFL):
         """An empty memory."""
         return empty_memory(len(self.task.class_names), self.cfg.shots, self.clip.embed_dim)
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The memory of the client's own images."""
         return fill_memory(private, data, seed)
 
@@ -77,7 +77,7 @@ class PFedPrompt(PromptFL):
         votes_KBC = recall(inputs.features, encoded["keys"], encoded["filled"], self.cfg.beta)
         return logits_KBC + self.cfg.alpha * votes_KBC
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,), of the prompt's logits alone unless `memory_in_training`."""

@@ -84,7 +84,7 @@ class PLOT(Method):
         assert inputs.patches is not None
         return self._logits(encoded, inputs, real_images(inputs.patches))
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,)."""

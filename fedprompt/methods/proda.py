@@ -97,8 +97,8 @@ class ProDA(Method):
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The mean class features (K, C, D) over all contexts.
 
-        Where contexts are being trained, `terms` needs a few of them only: then they go on as they
-        are, and `logits` computes the means if it is asked.
+        Where contexts are being trained, `loss_terms` needs a few of them only: then they go on as
+        they are, and `logits` computes the means if it is asked.
         """
         context_KPMd = shared["ctx"]
         return {"ctx": context_KPMd} if context_KPMd.requires_grad else self._means(context_KPMd)
@@ -108,25 +108,27 @@ class ProDA(Method):
         means = encoded if "classes" in encoded else self._means(encoded["ctx"])
         return cosine_logits(self.clip, inputs.features, means["classes"])
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """The bound's cross-entropy `ce` for this step's contexts, and `orthogonality` of all."""
         features_KPCD = self._features(shared["ctx"], self.chosen(batch))
-        terms = {"ce": cross_entropy(self._bound(features_KPCD, batch), batch)}
+        loss_terms = {"ce": cross_entropy(self._bound(features_KPCD, batch), batch)}
         count = self.cfg.contexts
         if count > 1:
             nameless_KPD = F.normalize(self.nameless(shared["ctx"])[..., 0, :], dim=-1)
             cosine_KPP = nameless_KPD @ nameless_KPD.transpose(-1, -2)
             others = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
-            terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, others].abs().mean(-1)
-        return terms
+            loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, others].abs().mean(
+                -1
+            )
+        return loss_terms
 
     def chosen(self, batch: Batch) -> list[int]:
         """The contexts that this step trains: the next ones of the round's random order."""
         size = self.cfg.contexts_per_step
         turn, part = divmod(batch.step, self.cfg.contexts // size)
-        draw = generator(batch.visit.seed, "contexts", batch.visit.server_round, turn)
+        draw = generator(batch.round_info.seed, "contexts", batch.round_info.server_round, turn)
         order: list[int] = draw.permutation(self.cfg.contexts).tolist()
         return order[part * size : (part + 1) * size]
 

@@ -86,7 +86,7 @@ class ProGrad(PromptFL):
             )
         return {"ctx": F.pad(embedded, (0, 0, spare, 0))}
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """Cross-entropy `ce`, which is minimised, and `kl`, which must not grow by it."""
@@ -100,12 +100,12 @@ class ProGrad(PromptFL):
         }
 
     def gradients(
-        self, terms: dict[str, Tensor], leaves: Tensors, batch: Batch
+        self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """The cross-entropy's gradients, without the part that would raise `kl`."""
         tensors = list(leaves.values())
-        kl = torch.autograd.grad(terms["kl"].sum(), tensors, retain_graph=True)
-        ce = torch.autograd.grad(terms["ce"].sum(), tensors)
+        kl = torch.autograd.grad(loss_terms["kl"].sum(), tensors, retain_graph=True)
+        ce = torch.autograd.grad(loss_terms["ce"].sum(), tensors)
         return {
             name: _projected(g, h, self.cfg.projection)
             for name, g, h in zip(leaves, ce, kl, strict=True)

@@ -66,7 +66,7 @@ class PromptSRC(IVLP):
     Config = PromptSRCConfig
     strategy: ClassVar[Mapping[str, Any]] = MappingProxyType({"name": "gaussian"})
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, `text`, `image` and `logits`, each (K,) and already weighted."""

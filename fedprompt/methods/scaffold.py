@@ -33,7 +33,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Task, Tensors, Visit
+from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
 from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig
 
 
@@ -85,7 +85,7 @@ class Scaffold(WrappedMethod):
     def _zeros(self, shared: Tensors) -> Tensors:
         return {self.prefix + n: torch.zeros_like(t) for n, t in self.trained(shared).items()}
 
-    def own_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
+    def extra_loss_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
         """`control` (K,): zero, with the gradient c - c_k."""
         products = [
             ((shared[self.prefix + n] - private[self.prefix + n]) * t).flatten(1).sum(1)
@@ -94,17 +94,19 @@ class Scaffold(WrappedMethod):
         linear_K = torch.stack(products).sum(0)
         return {"control": linear_K - linear_K.detach()}
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """Option II: the new c_k is kept, its difference to the old one goes up as `control.`."""
-        moves_K = coefficients(visit.steps_K, visit.momentum)
+        moves_K = coefficients(round_info.steps_K, round_info.momentum)
         difference, kept = {}, {}
         for n, y in self.trained(shared).items():
             name = self.prefix + n
-            lr = visit.lr * self.base.lr_scale.get(f"shared.{n}", 1.0)
+            lr = round_info.lr * self.base.lr_scale.get(f"shared.{n}", 1.0)
             scale = (lr * moves_K).to(y).reshape(-1, *[1] * (y.dim() - 1))
-            difference[name] = (visit.received[n] - y) / scale - visit.received[name]
+            difference[name] = (round_info.received[n] - y) / scale - round_info.received[name]
             kept[name] = private[name] + difference[name]
-        s, p = super().end_round(shared, private, visit)
+        s, p = super().end_round(shared, private, round_info)
         return s | difference, p | kept
 
 

@@ -75,7 +75,7 @@ class TipAdapter(Method):
         """An empty memory."""
         return empty_memory(len(self.task.class_names), self.cfg.shots, self.clip.embed_dim)
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The memory of the client's own images."""
         return fill_memory(private, data, seed)
 

@@ -1,7 +1,7 @@
 """What a client's update gives away: attacks that a curious server, or anybody else, can mount.
 
 The attacker knows the method, the frozen CLIP, the prompts that were sent and the server's own test
-images; private tensors are as at the start to it. All is done with `train_cohort`, so it works for
+images; private tensors are as at the start to it. All is done with `train_clients`, so it works for
 any method.
 
 Shape suffixes: P numbers of all shared tensors, C classes, N candidates, D joint embedding.
@@ -25,7 +25,7 @@ from fedprompt.methods.base import ClientData, Tensors, stack
 from fedprompt.privacy.local_noise import protected
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_personal, logits_of
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 Floats = NDArray[np.float64]
@@ -68,7 +68,7 @@ class Attacker:
         rows = []
         for first in range(0, len(data), AT_ONCE):
             some = data[first : first + AT_ONCE]
-            results = train_cohort(
+            results = train_clients(
                 self.workspace.method,
                 [self.received] * len(some),
                 [self._private()] * len(some),
@@ -144,7 +144,7 @@ def uploaded_by(
     if image is not None:
         data = ClientData(client, data.inputs[[image]], data.labels_N[[image]])
         training = one_step(training, 1)
-    (result,) = train_cohort(
+    (result,) = train_clients(
         workspace.method, [received], [private], [data], training,
         seed=config.seed, server_round=max(1, config.federation.rounds),
         rounds=config.federation.rounds,

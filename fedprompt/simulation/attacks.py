@@ -1,6 +1,6 @@
 """Malicious and broken clients in a simulation.
 
-`handle` answers a cohort's messages as `client_app.handle` does, but spoils what the attackers
+`handle` answers a block's messages as `client_app.handle` does, but spoils what the attackers
 send: a fixed share of the clients, drawn from the seed. A grid takes it in place of the honest one
 where `attack.kind` asks for it; clients of a real deployment never run it.
 

@@ -1,4 +1,4 @@
-"""The grids of a simulation by name: `<kind>_grid.py` holds the one of `grid.kind`."""
+"""The grids of a simulation by name: `<kind>_grid.py` holds the one of `simulation.kind`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import importlib
 from fedprompt.config.schema import Config
 from fedprompt.federation.client_app import handle
 from fedprompt.simulation import attacks
-from fedprompt.simulation.cohort_grid import CohortGrid, PrivateStore
+from fedprompt.simulation.block_grid import BlockGrid, PrivateStore
 from fedprompt.workspace import Workspace
 
 
 def open_grid(
     config: Config, workspace: Workspace, private: PrivateStore | None = None
-) -> CohortGrid:
-    """The grid that `config.grid.kind` names; Ray is imported only where it is asked for."""
+) -> BlockGrid:
+    """The grid that `config.simulation.kind` names; Ray is imported only where it is asked for."""
     answer = handle if config.attack.kind == "none" else attacks.handle
-    module = importlib.import_module(f"fedprompt.simulation.{config.grid.kind}_grid")
-    grid: CohortGrid = module.Grid(workspace, private, answer=answer)
+    module = importlib.import_module(f"fedprompt.simulation.{config.simulation.kind}_grid")
+    grid: BlockGrid = module.Grid(workspace, private, answer=answer)
     return grid

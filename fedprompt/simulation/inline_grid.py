@@ -1,4 +1,4 @@
-"""Client messages answered in this process, one cohort after the other."""
+"""Client messages answered in this process, one block after the other."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import time
 from collections.abc import Sequence
 
 from fedprompt.messages import Parcel
-from fedprompt.simulation.cohort_grid import CohortGrid, run_cohort
+from fedprompt.simulation.block_grid import BlockGrid, run_block
 
 
-class InlineGrid(CohortGrid):
-    """All clients in this process, one cohort after the other."""
+class InlineGrid(BlockGrid):
+    """All clients in this process, one block after the other."""
 
-    def _run_cohorts(
-        self, kind: str, cohorts: Sequence[Sequence[Parcel]], deadline: float
+    def _run_blocks(
+        self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float
     ) -> dict[int, list[bytes]]:
         done = {}
-        for index, cohort in enumerate(cohorts):
+        for index, block in enumerate(blocks):
             if time.monotonic() > deadline:
                 break
-            done[index], changed = run_cohort(
-                self.workspace, cohort, self.known(cohort), self.answer
-            )
+            done[index], changed = run_block(self.workspace, block, self.known(block), self.answer)
             self.keep(changed)
         return done
 

@@ -1,4 +1,4 @@
-"""Which cohort to start next, and on which worker: longest first, by measured cost.
+"""Which block to start next, and on which worker: longest first, by measured cost.
 
 Workers are named by anything hashable. Nothing here changes a result, only when it is there.
 """
@@ -40,7 +40,7 @@ class Costs:
 
 
 def remaining(expected_s: float, elapsed_s: float) -> float:
-    """Seconds that a running cohort still needs; one that is late, as long again as so far."""
+    """Seconds that a running block still needs; one that is late, as long again as so far."""
     return expected_s - elapsed_s if elapsed_s < expected_s else elapsed_s
 
 
@@ -50,13 +50,13 @@ def next_start(
     busy: Mapping[Hashable, float],
     seconds: Callable[[Hashable, float], float],
 ) -> tuple[int, Hashable] | None:
-    """The cohort to start now and the free worker to start it on.
+    """The block to start now and the free worker to start it on.
 
-    Cohorts are planned in their order, each on the worker that would finish it soonest. One that a
+    Blocks are planned in their order, each on the worker that would finish it soonest. One that a
     busy worker would finish sooner than any free one is left to it.
 
     Args:
-        waiting: units of work of the waiting cohorts, most first.
+        waiting: units of work of the waiting blocks, most first.
         free: workers that can start now.
         busy: seconds until each other worker is free.
         seconds: expected seconds of a worker for a number of units.

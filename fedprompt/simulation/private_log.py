@@ -82,7 +82,7 @@ class PrivateLog:
             self._pending[client] = tensors
 
     @property
-    def seal(self) -> str:
+    def digest(self) -> str:
         """What the files in use are, in 16 hex digits: a checkpoint keeps it, `restore` checks."""
         files = [(f, self._rows[f], live) for f, live in sorted(self._live.items()) if live]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
@@ -102,9 +102,9 @@ class PrivateLog:
             self._write(server_round, save(tensors))
             self._point(server_round, np.array(clients))
             self._pending = {}
-        return self.seal
+        return self.digest
 
-    def settle(self) -> None:
+    def remove_stale(self) -> None:
         """Remove files without a live row; call it when the checkpoint of `save` is durable."""
         for file in [f for f, live in self._live.items() if not live]:
             # One that cannot be removed does no harm: no row of it is ever read again.
@@ -112,7 +112,7 @@ class PrivateLog:
                 self._path(file).unlink()
             del self._live[file], self._rows[file]
 
-    def read(self, server_round: int, seal: str) -> None:
+    def read(self, server_round: int, digest: str) -> None:
         """Take the states as the checkpoint of that round has them; changes nothing on disk.
 
         Raises:
@@ -121,20 +121,20 @@ class PrivateLog:
         self._forget(self.num_clients)
         for file in [f for f in self._files() if f <= server_round]:
             self._point(file, self._clients_of(file))
-        if self.seal != seal:
+        if self.digest != digest:
             raise UserError(
                 f"{self.folder} does not hold the private states of the checkpoint of round "
                 f"{server_round}: files are missing or were changed. {self._anew}"
             )
 
-    def restore(self, server_round: int, seal: str) -> None:
+    def restore(self, server_round: int, digest: str) -> None:
         """Go back to a checkpoint: as `read`, and what is not part of it is removed.
 
         Raises:
             UserError: a file is missing or damaged.
         """
-        self.read(server_round, seal)
-        self.settle()
+        self.read(server_round, digest)
+        self.remove_stale()
         self._remove([f for f in self._files() if f > server_round])
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
-"""Cohorts on persistent Ray actors, on one machine or a cluster.
+"""Blocks on persistent Ray actors, on one machine or a cluster.
 
-The grid owns its actors. A dead one is replaced and its cohort tried again: every draw is keyed
+The grid owns its actors. A dead one is replaced and its block tried again: every draw is keyed
 and private tensors are handed in, so the result does not depend on it. Starting actors never hold
 up a round; the others take over. Nothing but configs, messages and private tensors goes through
 Ray: each worker maps the weights and the feature cache of its own machine.
@@ -20,13 +20,13 @@ from typing import Any
 import ray
 import torch
 
-from fedprompt.config.schema import GridConfig, to_dict
+from fedprompt.config.schema import SimulationConfig, to_dict
 from fedprompt.errors import UserError
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure
 from fedprompt.runtime import thread_count
-from fedprompt.simulation.cohort_grid import CohortGrid, Handler, PrivateStore
-from fedprompt.simulation.cohorts import work
+from fedprompt.simulation.block_grid import BlockGrid, Handler, PrivateStore
+from fedprompt.simulation.blocks import work
 from fedprompt.simulation.placement import Costs, next_start, remaining
 from fedprompt.simulation.ray_worker import Answer, Place, Worker, pack, unpack
 from fedprompt.workspace import Workspace
@@ -41,7 +41,7 @@ POLL_S = 1.0
 
 @dataclass
 class _Task:
-    """A cohort on its way: its position, how often it was tried, and its times."""
+    """A block on its way: its position, how often it was tried, and its times."""
 
     ref: Any
     index: int
@@ -69,7 +69,7 @@ class _Slot:
 
     @property
     def free(self) -> bool:
-        """Whether it can take a cohort now."""
+        """Whether it can take a block now."""
         return not self.steps and self.task is None
 
     @property
@@ -80,24 +80,24 @@ class _Slot:
 
 @dataclass
 class _Exchange:
-    """One `send_and_receive`: cohorts with their work, those that wait and those answered.
+    """One `send_and_receive`: blocks with their work, those that wait and those answered.
 
     `waiting` holds (position, earlier tries), most work first.
     """
 
     kind: str
-    cohorts: Sequence[Sequence[Parcel]]
+    blocks: Sequence[Sequence[Parcel]]
     units: list[int]
     deadline: float
     waiting: list[tuple[int, int]]
     done: dict[int, list[bytes]] = field(default_factory=dict)
 
 
-class RayGrid(CohortGrid):
-    """Cohorts spread over Ray actors that each hold the frozen CLIP.
+class RayGrid(BlockGrid):
+    """Blocks spread over Ray actors that each hold the frozen CLIP.
 
-    A cohort that exceeds `grid.cohort_timeout_s` is given up with its worker, and its clients are
-    left out of the round.
+    A block that exceeds `simulation.block_timeout_s` is given up with its worker, and its clients
+    are left out of the round.
 
     Raises:
         UserError: Ray or its workers do not start; later, no worker is left and none starts.
@@ -111,7 +111,7 @@ class RayGrid(CohortGrid):
         answer: Handler = handle,
     ) -> None:
         super().__init__(workspace, private, answer=answer)
-        config = workspace.config.grid
+        config = workspace.config.simulation
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             start_ray(config)
@@ -137,13 +137,13 @@ class RayGrid(CohortGrid):
 
     @property
     def workers(self) -> int:
-        """Workers that the config asks for, so that cohorts do not depend on a fault."""
-        return self.workspace.config.grid.workers
+        """Workers that the config asks for, so that blocks do not depend on a fault."""
+        return self.workspace.config.simulation.workers
 
     @property
     def threads(self) -> int:
         """CPU threads of a worker."""
-        return thread_count(self.workspace.config.grid, worker=True)
+        return thread_count(self.workspace.config.simulation, worker=True)
 
     def pids(self) -> list[int]:
         """Process ids of the workers that are up."""
@@ -190,12 +190,12 @@ class RayGrid(CohortGrid):
                 except ray.exceptions.RayError as error:
                     raise UserError(f"grid: Ray workers did not start: {_brief(error)}") from None
 
-    def _run_cohorts(
-        self, kind: str, cohorts: Sequence[Sequence[Parcel]], deadline: float
+    def _run_blocks(
+        self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float
     ) -> dict[int, list[bytes]]:
-        units = [sum(work(self.workspace, kind, p.client) for p in c) for c in cohorts]
-        order = sorted(range(len(cohorts)), key=lambda i: -units[i])
-        exchange = _Exchange(kind, cohorts, units, deadline, [(i, 0) for i in order])
+        units = [sum(work(self.workspace, kind, p.client) for p in c) for c in blocks]
+        order = sorted(range(len(blocks)), key=lambda i: -units[i])
+        exchange = _Exchange(kind, blocks, units, deadline, [(i, 0) for i in order])
         while True:
             self._dispatch(exchange)
             running = [s.task for s in self._slots if s.task]
@@ -213,7 +213,7 @@ class RayGrid(CohortGrid):
                 self._replace(slot)
 
     def _dispatch(self, exchange: _Exchange) -> None:
-        """Start waiting cohorts on free workers, as far as that is the best to do."""
+        """Start waiting blocks on free workers, as far as that is the best to do."""
         while exchange.waiting and (now := time.monotonic()) < exchange.deadline:
             plan = next_start(
                 (exchange.units[index] for index, _ in exchange.waiting),
@@ -229,30 +229,32 @@ class RayGrid(CohortGrid):
                 return
             index, attempt = exchange.waiting.pop(plan[0])
             slot = next(s for s in self._slots if s.number == plan[1])
-            cohort = exchange.cohorts[index]
+            block = exchange.blocks[index]
             slot.task = _Task(
-                ref=slot.actor.run.remote(cohort, pack(self.known(cohort)), self.answer),
+                ref=slot.actor.run.remote(block, pack(self.known(block)), self.answer),
                 index=index,
                 attempt=attempt,
                 expected_s=self._costs.seconds(exchange.kind, slot.number, exchange.units[index]),
                 started=now,
-                limit=min(exchange.deadline, now + self.workspace.config.grid.cohort_timeout_s),
+                limit=min(
+                    exchange.deadline, now + self.workspace.config.simulation.block_timeout_s
+                ),
             )
 
     def _collect(self, exchange: _Exchange, slot: _Slot, task: _Task) -> None:
-        """Take a cohort's replies, or have it tried again where its worker died."""
+        """Take a block's replies, or have it tried again where its worker died."""
         try:
             answer: Answer = ray.get(task.ref)
         except ray.exceptions.RayError as error:
             # An error raised in the worker leaves it alive, one about the worker does not.
             alive = isinstance(error, ray.exceptions.RayTaskError)
             what = "failed" if alive else "died"
-            if task.attempt < self.workspace.config.grid.retries:
-                log.warning("a worker %s; its cohort is tried again: %s", what, _brief(error))
+            if task.attempt < self.workspace.config.simulation.retries:
+                log.warning("a worker %s; its block is tried again: %s", what, _brief(error))
                 exchange.waiting.append((task.index, task.attempt + 1))
                 exchange.waiting.sort(key=lambda item: -exchange.units[item[0]])
             else:
-                log.error("a cohort was lost %d times: %s", task.attempt + 1, _brief(error))
+                log.error("a block was lost %d times: %s", task.attempt + 1, _brief(error))
                 self._give_up(exchange, task.index, f"its worker {what}")
             if alive:
                 slot.task = None
@@ -265,10 +267,10 @@ class RayGrid(CohortGrid):
         exchange.done[task.index] = answer.replies
 
     def _give_up(self, exchange: _Exchange, index: int, reason: str) -> None:
-        """Answer for the clients of a cohort that cannot."""
-        cohort = exchange.cohorts[index]
-        log.error("clients %s: %s", [p.client for p in cohort], reason)
-        exchange.done[index] = [failure(parcel.open(), reason) for parcel in cohort]
+        """Answer for the clients of a block that cannot."""
+        block = exchange.blocks[index]
+        log.error("clients %s: %s", [p.client for p in block], reason)
+        exchange.done[index] = [failure(parcel.open(), reason) for parcel in block]
 
     def _pause(self, exchange: _Exchange, running: Sequence[_Task]) -> float:
         """Seconds until something must be done even if no worker reports."""
@@ -301,7 +303,7 @@ class RayGrid(CohortGrid):
             self._take_step(slot)
         except ray.exceptions.RayError as error:
             slot.failed_starts += 1
-            if slot.failed_starts <= self.workspace.config.grid.retries:
+            if slot.failed_starts <= self.workspace.config.simulation.retries:
                 self._replace(slot)
                 return
             log.error("a worker failed to start %d times: %s", slot.failed_starts, _brief(error))
@@ -325,16 +327,16 @@ class RayGrid(CohortGrid):
         return time.monotonic() - slot.since > self._start_limit(slot)
 
     def _start_limit(self, slot: _Slot) -> float:
-        return self.workspace.config.grid.cohort_timeout_s if slot.placed else PLACE_LIMIT_S
+        return self.workspace.config.simulation.block_timeout_s if slot.placed else PLACE_LIMIT_S
 
     def _room(self) -> str:
-        config = self.workspace.config.grid
+        config = self.workspace.config.simulation
         gpus = f" and {config.gpus_per_worker:g} GPUs" if config.gpus_per_worker else ""
         return f"{config.cpus_per_worker:g} free CPUs{gpus}"
 
 
-def start_ray(config: GridConfig) -> None:
-    """Start Ray on this machine, or join the cluster at `grid.ray_address`.
+def start_ray(config: SimulationConfig) -> None:
+    """Start Ray on this machine, or join the cluster at `simulation.ray_address`.
 
     Raises:
         UserError: neither can be done.
@@ -350,7 +352,7 @@ def start_ray(config: GridConfig) -> None:
         # "local": its own Ray, also where another one runs on this machine.
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if config.gpus_per_worker > 0 and not torch.cuda.is_available():
-            raise UserError("grid.gpus_per_worker is set, but PyTorch sees no GPU.")
+            raise UserError("simulation.gpus_per_worker is set, but PyTorch sees no GPU.")
     try:
         ray.init(**options)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A Ray actor that answers cohorts: one process, one frozen CLIP.
+"""A Ray actor that answers blocks: one process, one frozen CLIP.
 
 Ray imports this module in a bare process. What a library reads when it is loaded is therefore set
 here first, and the libraries are imported afterwards, inside the methods.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedprompt.messages import Parcel
     from fedprompt.methods.base import Tensors
-    from fedprompt.simulation.cohort_grid import Handler
+    from fedprompt.simulation.block_grid import Handler
     from fedprompt.workspace import Workspace
 
 Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Replies of a cohort, its changed private tensors, and how long the worker took."""
+    """Replies of a block, its changed private tensors, and how long the worker took."""
 
     replies: list[bytes]
     changed: Packed
@@ -64,11 +64,11 @@ class Worker:
         from fedprompt.experiment.validate import validate
         from fedprompt.messages import become_server
         from fedprompt.runtime import use_threads
-        from fedprompt.simulation.cohorts import free_memory
+        from fedprompt.simulation.blocks import free_memory
         from fedprompt.workspace import Workspace
 
         checked = validate(config)
-        use_threads(checked.grid, worker=True)
+        use_threads(checked.simulation, worker=True)
         become_server()
         self._workspace = Workspace.open(checked, progress=False)
         device = self._workspace.clip.device
@@ -82,12 +82,12 @@ class Worker:
         self._workspace = self._workspace.with_method(validate(config).method)
         return True
 
-    def run(self, cohort: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:
-        """Train or test one cohort."""
-        from fedprompt.simulation.cohort_grid import run_cohort
+    def run(self, block: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:
+        """Train or test one block."""
+        from fedprompt.simulation.block_grid import run_block
 
         start = time.perf_counter()
-        replies, changed = run_cohort(self._workspace, cohort, unpack(private), answer)
+        replies, changed = run_block(self._workspace, block, unpack(private), answer)
         return Answer(replies, pack(changed), time.perf_counter() - start)
 
 

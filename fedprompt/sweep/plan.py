@@ -49,7 +49,7 @@ SLUG = 60
 class Resources:
     """What one run takes: so many runs go on at once as there is room for; it limits none."""
 
-    cpus: float = option(1.0, "CPU cores; also its threads where grid.threads is 0", gt=0)
+    cpus: float = option(1.0, "CPU cores; also its threads where simulation.threads is 0", gt=0)
     gpus: float = option(0.0, "GPUs; fractions share one", ge=0)
     memory_gb: float = option(0.0, "memory in GB (10^9 bytes); 0 = not counted", ge=0)
 
@@ -231,10 +231,10 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
         raise UserError(
             f"sweep: {label}: output.dir is set, but every run has a folder of its own; use --out."
         )
-    if not config.grid.threads:
+    if not config.simulation.threads:
         # Fixed, so that the numbers do not depend on how many runs share the machine.
         threads = max(1, int(sweep.resources.cpus))
-        config = replace(config, grid=replace(config.grid, threads=threads))
+        config = replace(config, simulation=replace(config.simulation, threads=threads))
     return config
 
 

@@ -23,7 +23,7 @@ from fedprompt.sweep.plan import PlannedRun, Resources
 from fedprompt.sweep.worker import Outcome, SweepWorker, complete
 
 if TYPE_CHECKING:
-    from fedprompt.config.schema import GridConfig
+    from fedprompt.config.schema import SimulationConfig
 
 RETRIES = 2
 """How often a run whose process died is tried again."""
@@ -38,7 +38,7 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     """
     import torch
 
-    from fedprompt.simulation.cohorts import free_memory
+    from fedprompt.simulation.blocks import free_memory
 
     room = [max(1, runs), _fits(available_cpus(), resources.cpus)]
     if most is not None:
@@ -62,25 +62,25 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
     """One run after the other in this process."""
     import torch
 
-    from fedprompt.workspace import Opened
+    from fedprompt.workspace import ResourceCache
 
-    opened, threads = Opened(), torch.get_num_threads()
+    resources, threads = ResourceCache(), torch.get_num_threads()
     for run in todo:
         board.start(run)
-        board.finish(run, complete(run.config, opened, threads).failure)
+        board.finish(run, complete(run.config, resources, threads).failure)
 
 
 def check_inline(todo: Sequence[PlannedRun]) -> None:
     """Refuse runs that would start Ray actors of their own beside those of the sweep.
 
     Raises:
-        UserError: one of them has `grid.kind=ray`.
+        UserError: one of them has `simulation.kind=ray`.
     """
     for run in todo:
-        if run.config.grid.kind == "ray":
+        if run.config.simulation.kind == "ray":
             raise UserError(
-                f"sweep: {run.name} has grid.kind=ray; runs of a sweep share the cores among "
-                "them. Set grid.kind=inline, or do one run after the other with --serial."
+                f"sweep: {run.name} has simulation.kind=ray; runs of a sweep share the cores among "
+                "them. Set simulation.kind=inline, or do one run after the other with --serial."
             )
 
 
@@ -151,10 +151,10 @@ class RaySweep:
             if started:
                 ray.shutdown()
 
-    def _ray_config(self) -> GridConfig:
-        from fedprompt.config.schema import GridConfig
+    def _ray_config(self) -> SimulationConfig:
+        from fedprompt.config.schema import SimulationConfig
 
-        return GridConfig(
+        return SimulationConfig(
             kind="ray",
             workers=self._places or 1,
             cpus_per_worker=self._resources.cpus,

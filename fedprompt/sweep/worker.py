@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fedprompt.config.schema import Config
-    from fedprompt.workspace import Opened
+    from fedprompt.workspace import ResourceCache
 
 ERROR = "error.txt"
 """In the folder of a run that failed for another reason than bad input: the traceback."""
@@ -35,7 +35,7 @@ class SweepWorker:
 
     def __init__(self) -> None:
         set_defaults()
-        self._opened: Opened | None = None
+        self._opened: ResourceCache | None = None
 
     def placed(self, directory: str, marker: str) -> str:
         """Ready, in the driver's working directory where this machine has it; its host's name.
@@ -52,16 +52,16 @@ class SweepWorker:
     def run(self, config: Mapping[str, Any], threads: int) -> Outcome:
         """Run, or go on with, the run that `config` describes."""
         from fedprompt.experiment.validate import validate
-        from fedprompt.workspace import Opened
+        from fedprompt.workspace import ResourceCache
 
-        self._opened = self._opened or Opened()
+        self._opened = self._opened or ResourceCache()
         return complete(validate(config), self._opened, threads)
 
 
-def complete(config: Config, opened: Opened, threads: int) -> Outcome:
+def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     """Run, or go on with, one run; nothing it raises gets out.
 
-    `threads` is what a fresh process would begin with: until `grid.threads` holds, last bits
+    `threads` is what a fresh process would begin with: until `simulation.threads` holds, last bits
     depend on it.
     """
     import gc
@@ -84,9 +84,9 @@ def complete(config: Config, opened: Opened, threads: int) -> Outcome:
         if (folder / CONFIG).is_file():
             if without_places(compose(str(folder / CONFIG))) != without_places(config):
                 raise UserError(f"{folder} holds a run with another config; remove it.")
-            experiment.resume(folder, silent, opened)
+            experiment.resume(folder, silent, resources)
         else:
-            experiment.run(config, silent, opened)
+            experiment.run(config, silent, resources)
     except UserError as error:
         return Outcome(str(error))
     except Exception as error:

@@ -25,7 +25,7 @@ def cuda_clip() -> FrozenCLIP:
     )
 
 
-def test_cohort_training_equals_the_cpu(cuda_clip: FrozenCLIP) -> None:
+def test_block_training_equals_the_cpu(cuda_clip: FrozenCLIP) -> None:
     config = TrainingConfig(lr=0.05, batch_size=16)
     cpu_clip = random_clip()
     for name in ("fedrsclip", "promptfl", "coop_local"):

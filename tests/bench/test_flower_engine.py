@@ -28,7 +28,7 @@ def config_for(folder: Path) -> Config:
         data={"images_per_class": 8, "domains": ["savanna"]},
         partition={"clients": CLIENTS, "alpha": 1.0},
         federation={"rounds": 2},
-        grid={"threads": 1, "cohort_size": 1},
+        simulation={"threads": 1, "clients_per_block": 1},
         output={"report": True},
         protocols=["global", "personalised", "base_to_new", "calibration"],
     )

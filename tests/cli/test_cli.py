@@ -171,7 +171,7 @@ BAD_INPUT = {
     "not key=value": (["run", "quickstart", "fast"], "'fast' is not key=value"),
     "impossible value": (["run", "quickstart", "training.lr=-1"], "must be greater than 0"),
     "wrong type": (["run", "quickstart", "federation.rounds=many"], "federation.rounds"),
-    "bad choice": (["run", "quickstart", "grid.kind=slurm"], "one of inline, ray"),
+    "bad choice": (["run", "quickstart", "simulation.kind=slurm"], "one of inline, ray"),
     "missing folder": (
         ["run", "quickstart", "data=image_folder", "data.root={tmp}/none"], "{tmp}/none"
     ),

@@ -31,7 +31,7 @@ def complete(
         ("fedprompt run quickstart federation.roun", ["federation.rounds="]),
         ("fedprompt run quickstart strateg", ["strategy="]),
         ("fedprompt run quickstart seed=2 method=promptf", ["promptfl", "promptfolio"]),
-        ("fedprompt run quickstart grid.kind=r", ["ray"]),
+        ("fedprompt run quickstart simulation.kind=r", ["ray"]),
         ("fedprompt run quickstart output.report=t", ["true"]),
         ("fedprompt sweep few", ["few_shot"]),
         ("fedprompt data check euros", ["eurosat"]),

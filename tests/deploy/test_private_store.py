@@ -128,12 +128,12 @@ def test_files_are_private_and_bitwise(tmp_path: Path) -> None:
     assert bits(kept["ctx"]) == bits(AWKWARD)
 
 
-def test_rows_of_one_cohort_tensor_can_be_kept(tmp_path: Path) -> None:
-    cohort = torch.arange(12.0).view(2, 2, 3)
-    FileStore(tmp_path).put(1, {"a": cohort[0], "b": cohort[1]})
+def test_rows_of_one_block_tensor_can_be_kept(tmp_path: Path) -> None:
+    block = torch.arange(12.0).view(2, 2, 3)
+    FileStore(tmp_path).put(1, {"a": block[0], "b": block[1]})
     (path,) = tmp_path.iterdir()
-    assert torch.equal(load_file(path)["b"], cohort[1])
-    assert path.stat().st_size < 300, "only the rows, not the whole cohort"
+    assert torch.equal(load_file(path)["b"], block[1])
+    assert path.stat().st_size < 300, "only the rows, not the whole block"
 
 
 def test_nothing_private_writes_nothing(tmp_path: Path) -> None:

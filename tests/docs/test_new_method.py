@@ -16,7 +16,8 @@ from fedprompt.config.schema import Config
 from fedprompt.experiment.checkpoint import read_tensors
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
-from fedprompt.methods.registry import Task, all_methods, method_class
+from fedprompt.methods.base import Task
+from fedprompt.methods.registry import method_class
 from tests.support import ROOT
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -32,10 +33,8 @@ def task_res(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The example as a file beside the shipped methods."""
     (tmp_path / "task_res.py").write_text(code())
     monkeypatch.setattr(fedprompt.methods, "__path__", [*fedprompt.methods.__path__, str(tmp_path)])
-    all_methods.cache_clear()
     yield
-    all_methods.cache_clear()
-    sys.modules.pop("fedprompt.methods.registry.task_res", None)
+    sys.modules.pop("fedprompt.methods.task_res", None)
 
 
 def test_the_example_is_short() -> None:

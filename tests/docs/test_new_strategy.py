@@ -16,7 +16,7 @@ import fedprompt.strategies
 from fedprompt.experiment.checkpoint import read_tensors
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
-from fedprompt.federation.registry import all_strategies, strategy_class
+from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
 from tests.support import ROOT
 from tests.support.builders import small_config
@@ -33,9 +33,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         fedprompt.strategies, "__path__", [*fedprompt.strategies.__path__, str(tmp_path)]
     )
-    all_strategies.cache_clear()
     yield
-    all_strategies.cache_clear()
     sys.modules.pop(f"fedprompt.strategies.{NAME}", None)
 
 

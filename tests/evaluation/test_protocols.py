@@ -37,7 +37,8 @@ from fedprompt.experiment.display import QuietDisplay, protocol_tables
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.summary import draw_report
 from fedprompt.experiment.validate import validate
-from fedprompt.methods.registry import Task, method_class
+from fedprompt.methods.base import Task
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table
 from fedprompt.reports.run_data import PRIVATE, load_run
 from fedprompt.simulation.private_log import PrivateLog

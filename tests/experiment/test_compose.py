@@ -333,7 +333,7 @@ REFUSED_OVERRIDES = {
     "data.templates=x": "data.templates is 'x'; it must be a list of texts.",
     "data.class_names={a: b}": "data.class_names is {'a': 'b'}; it must be a list of texts.",
     "partition.shots=few": "partition.shots is 'few'; it must be a whole number or null.",
-    "grid.kind=slurm": "grid.kind is 'slurm'; it must be one of inline, ray.",
+    "simulation.kind=slurm": "simulation.kind is 'slurm'; it must be one of inline, ray.",
     "method.dpa=l2": "method.dpa is 'l2'; it must be one of none, cosine, mse, kl, contrastive.",
     "federation=5": "'federation' must hold keys, got 5.",
     "federation=[1]": "'federation' must hold keys, got [1].",
@@ -494,3 +494,21 @@ def test_limits(values: dict[str, Any], words: str | None) -> None:
         line = refused(lambda: build(Limits, values, "x"))
         assert line.startswith(f"config: x.{key} is ")
         assert line.endswith(f"it must be {words}.")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("grid.kind=ray", "'grid.kind' is now 'simulation.kind'"),
+        ("grid.cohort_size=4", "'grid.cohort_size' is now 'simulation.clients_per_block'"),
+        ("simulation.cohort_timeout_s=9", "is now 'simulation.block_timeout_s'"),
+    ],
+)
+def test_an_old_key_is_refused_with_its_new_name(old: str, new: str) -> None:
+    assert new in refused(lambda: compose("quickstart", [old]))
+
+
+def test_an_old_section_in_a_file_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("extends: quickstart\ngrid: {threads: 1}\n")
+    assert "'grid' is now 'simulation'" in refused(lambda: compose(path))

@@ -323,8 +323,8 @@ def test_a_bad_reply_is_dropped_counted_and_named(
         answer(zero, {"ctx": full(8)}, 1),
     ]
     # As over a network: nothing but bytes arrives.
-    received = [from_wire(to_wire(r)) for r in replies]
-    arrays, metrics = strategy.aggregate_train(1, received)
+    extras = [from_wire(to_wire(r)) for r in replies]
+    arrays, metrics = strategy.aggregate_train(1, extras)
     assert arrays is not None
     assert to_arrays(arrays)["ctx"].tolist() == [[5.0, 5.0], [5.0, 5.0]]
     assert metrics is not None

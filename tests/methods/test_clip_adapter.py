@@ -11,7 +11,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.registry import Task
+from fedprompt.methods.base import Task
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make
 
@@ -44,8 +44,8 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, ratio: float) -> None:
     batch = batch_of(F.normalize(raw, dim=-1), LABELS)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, {}, encoded, batch)
-    found = method.gradients(terms, {f"shared.{n}": t for n, t in shared.items()}, batch)
+    loss_terms = method.loss_terms(shared, {}, encoded, batch)
+    found = method.gradients(loss_terms, {f"shared.{n}": t for n, t in shared.items()}, batch)
     for k in range(K):
         down, up = (
             shared[f"adapter.{n}.weight"][k].detach().requires_grad_() for n in ("down", "up")
@@ -53,7 +53,7 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, ratio: float) -> None:
         expected = twin(clip, down, up, raw[k], ratio)
         assert_close(logits[k], expected)
         loss = F.cross_entropy(expected, LABELS[k])
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         for name, grad in zip(("down", "up"), torch.autograd.grad(loss, [down, up]), strict=True):
             ours = found[f"shared.adapter.{name}.weight"]
             assert ours is not None

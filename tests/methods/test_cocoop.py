@@ -13,7 +13,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.registry import Tensors
+from fedprompt.methods.base import Tensors
 from tests.support.text_twin import (
     B,
     K,
@@ -43,7 +43,10 @@ def test_twin(clip: FrozenCLIP, name: str) -> None:
     method = build_method(clip, name)
     shared, batch = moved(method, scale=0.2), some_batch(clip)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours = gradients(method, shared, batch)
     assert ours.keys() == shared.keys()
     for k in range(K):
@@ -52,7 +55,7 @@ def test_twin(clip: FrozenCLIP, name: str) -> None:
         expected = twin_logits(clip, own, images)
         assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
         loss = F.cross_entropy(expected, labels)
-        assert_close(terms["ce"][k], loss, "loss")
+        assert_close(loss_terms["ce"][k], loss, "loss")
         for n, theirs in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
             assert_close(ours[n][k], theirs, n)
 

@@ -21,7 +21,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build as build_options
 from fedprompt.config.schema import Config, TrainingConfig
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
-from fedprompt.data.features.table import Columns, encode_inputs, open_columns
+from fedprompt.data.features.table import FeatureTable, encode_inputs, open_feature_table
 from fedprompt.data.partition import make_partition
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.display import QuietDisplay
@@ -32,14 +32,14 @@ from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import ARRAYS
-from fedprompt.methods.base import ClientData
-from fedprompt.methods.registry import Method, Task, Tensors, all_methods, method_class
+from fedprompt.methods.base import ClientData, Method, Task, Tensors
+from fedprompt.methods.registry import all_methods, method_class
 from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_personal, logits_of, model_of, score_personal
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.private_log import PrivateLog
-from fedprompt.training import LocalResult, train_cohort
+from fedprompt.training import LocalResult, train_clients
 from fedprompt.workspace import Workspace
 from tests.support.builders import CLASS_NAMES, random_clip, small_config
 
@@ -82,10 +82,10 @@ def dataset() -> ImageDataset:
 @pytest.fixture(scope="module")
 def columns(
     clip: FrozenCLIP, dataset: ImageDataset, tmp_path_factory: pytest.TempPathFactory
-) -> Columns:
+) -> FeatureTable:
     """Everything that a method may ask of these pictures, from the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    return open_columns(clip, dataset, cache, {"patches", "pixels"}, progress=False)
+    return open_feature_table(clip, dataset, cache, {"patches", "pixels"}, progress=False)
 
 
 def build(name: str, clip: FrozenCLIP, names: Sequence[str] = CLASS_NAMES) -> Method:
@@ -93,7 +93,7 @@ def build(name: str, clip: FrozenCLIP, names: Sequence[str] = CLASS_NAMES) -> Me
     return cls(cls.Config(), clip, Task(tuple(names)))
 
 
-def clients(columns: Columns, dataset: ImageDataset) -> list[ClientData]:
+def clients(columns: FeatureTable, dataset: ImageDataset) -> list[ClientData]:
     data, first = [], 0
     for client, size in enumerate(SIZES):
         index = np.arange(first, first + size)
@@ -114,7 +114,7 @@ class Server:
             build_options(cls.Config, rule, "strategy"),
             shapes={n: a.shape for n, a in start.items()},
             seed=1,
-            received={n: t.numpy() for n, t in method.init_received(1).items()},
+            extras={n: t.numpy() for n, t in method.init_extras(1).items()},
         )
         self.strategy.set_nodes({d.client: d.client for d in data})
         self.shared = start
@@ -123,7 +123,9 @@ class Server:
         return [
             {
                 n: torch.from_numpy(np.array(a))
-                for n, a in (self.shared | self.strategy.for_client(server_round, d.client)).items()
+                for n, a in (
+                    self.shared | self.strategy.client_extras(server_round, d.client)
+                ).items()
             }
             for d in data
         ]
@@ -137,7 +139,7 @@ class Server:
 
 
 def first_private(method: Method, data: Sequence[ClientData]) -> list[Tensors]:
-    return [method.fill_private(method.init_private(1, d.client), d, 1) for d in data]
+    return [method.init_private_from_data(method.init_private(1, d.client), d, 1) for d in data]
 
 
 def starts(method: Method, data: Sequence[ClientData]) -> tuple[list[Tensors], list[Tensors]]:
@@ -154,7 +156,7 @@ def train(
 ) -> list[LocalResult]:
     settings = {"lr": 0.01, "batch_size": 4, "weight_decay": 0.0, "schedule": "constant"}
     config = TrainingConfig(**{**settings, **changes})
-    return train_cohort(
+    return train_clients(
         method, received, private, data, config, seed=1, server_round=server_round, rounds=10
     )
 
@@ -198,18 +200,18 @@ def test_it_cites_first(method: Method) -> None:
 
 
 def test_tensors_are_seeded_float32_and_alike_for_all_clients(method: Method) -> None:
-    for start in (method.init_shared, method.init_received, lambda s: method.init_private(s, 2)):
+    for start in (method.init_shared, method.init_extras, lambda s: method.init_private(s, 2)):
         for n, value in start(1).items():
             assert value.dtype == torch.float32, n
             assert torch.isfinite(value).all(), n
             assert torch.equal(value, start(1)[n]), n
     assert shapes(method.init_private(1, 0)) == shapes(method.init_private(1, 7))
-    names = [*method.init_shared(1), *method.init_received(1)]
+    names = [*method.init_shared(1), *method.init_extras(1)]
     assert len(names) == len(set(names)), "received tensors have names of their own"
 
 
 def test_training_moves_prompts_and_nothing_else(
-    trainable: Method, clip: FrozenCLIP, columns: Columns, dataset: ImageDataset
+    trainable: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
     method, data = trainable, clients(columns, dataset)
     before = weights_hash(clip)
@@ -240,7 +242,7 @@ def test_training_moves_prompts_and_nothing_else(
 
 
 def test_clients_at_once_equal_one_at_a_time(
-    trainable: Method, columns: Columns, dataset: ImageDataset
+    trainable: Method, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
     """Also: batches padded for the others' sake change nothing, since sizes differ."""
     method, data = trainable, clients(columns, dataset)
@@ -258,7 +260,7 @@ def test_clients_at_once_equal_one_at_a_time(
 
 
 def test_the_order_of_clients_never_matters(
-    trainable: Method, columns: Columns, dataset: ImageDataset
+    trainable: Method, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
     method, data = trainable, clients(columns, dataset)
     received, private = starts(method, data)
@@ -272,7 +274,7 @@ def test_the_order_of_clients_never_matters(
             assert torch.equal(a.private[n], b.private[n]), n
 
 
-def test_loss_falls(trainable: Method, columns: Columns, dataset: ImageDataset) -> None:
+def test_loss_falls(trainable: Method, columns: FeatureTable, dataset: ImageDataset) -> None:
     method, data = trainable, clients(columns, dataset)[1:2]
     server, private = Server(method, data), first_private(method, data)
     losses = []
@@ -286,7 +288,7 @@ def test_loss_falls(trainable: Method, columns: Columns, dataset: ImageDataset) 
     assert np.mean(losses[-3:]) < np.mean(losses[:3]), losses
 
 
-def test_models_score_images(method: Method, columns: Columns, dataset: ImageDataset) -> None:
+def test_models_score_images(method: Method, columns: FeatureTable, dataset: ImageDataset) -> None:
     data = clients(columns, dataset)
     received, private = starts(method, data)
     tests = [(d.inputs, d.labels_N) for d in data]
@@ -303,7 +305,7 @@ def test_models_score_images(method: Method, columns: Columns, dataset: ImageDat
 
 
 def test_cached_equals_uncached(
-    method: Method, clip: FrozenCLIP, columns: Columns, dataset: ImageDataset
+    method: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
     index = np.arange(3, 10)
     images = torch.stack([clip.preprocess(dataset.open_image(int(i))) for i in index])
@@ -317,7 +319,7 @@ def test_cached_equals_uncached(
 
 
 def test_new_class_names_or_a_reason(
-    method: Method, clip: FrozenCLIP, columns: Columns, dataset: ImageDataset
+    method: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
     if not method.transfers_to_new_classes:
         assert len(method.no_transfer_reason) > 10
@@ -350,7 +352,7 @@ class Spying(InlineGrid):
 
 @pytest.fixture
 def workspace(
-    method: Method, clip: FrozenCLIP, dataset: ImageDataset, columns: Columns
+    method: Method, clip: FrozenCLIP, dataset: ImageDataset, columns: FeatureTable
 ) -> Workspace:
     config = small_config(
         method={"name": method.name},

@@ -15,7 +15,7 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
-from fedprompt.training import ClientData, train_cohort
+from fedprompt.training import ClientData, train_clients
 from tests.support.text_twin import (
     CLASS_NAMES,
     K,
@@ -35,7 +35,10 @@ def test_twin(clip: FrozenCLIP, position: str) -> None:
     method = build_method(clip, "coop_csc", context_tokens=4, class_position=position)
     shared, batch = moved(method), some_batch(clip)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours = gradients(method, shared, batch)
     assert ours.keys() == {"ctx"}
     for k in range(K):
@@ -46,7 +49,7 @@ def test_twin(clip: FrozenCLIP, position: str) -> None:
         expected = clip.model.logit_scale.exp() * images @ classes.T
         assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
         loss = F.cross_entropy(expected, labels)
-        assert_close(terms["ce"][k], loss, "loss")
+        assert_close(loss_terms["ce"][k], loss, "loss")
         (theirs,) = torch.autograd.grad(loss, [context])
         assert_close(ours["ctx"][k], theirs, "gradient")
 
@@ -69,7 +72,7 @@ def test_training_leaves_the_class_shares(clip: FrozenCLIP) -> None:
     shared = method.init_shared(1)
     features = F.normalize(torch.randn(3, clip.embed_dim, generator=torch.Generator()), dim=-1)
     data = ClientData(0, Inputs(features), torch.tensor([1, 3, 1]))
-    (result,) = train_cohort(
+    (result,) = train_clients(
         method, [shared], [{}], [data], TrainingConfig(lr=0.1), seed=1, server_round=1, rounds=1
     )
     assert result.shared["class_shares"].tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3, 0, 0])

@@ -30,7 +30,9 @@ def data_of(clip: FrozenCLIP) -> list[ClientData]:
 
 
 def filled(method: Any, clip: FrozenCLIP) -> list[Tensors]:
-    return [method.fill_private(method.init_private(1, d.client), d, 1) for d in data_of(clip)]
+    return [
+        method.init_private_from_data(method.init_private(1, d.client), d, 1) for d in data_of(clip)
+    ]
 
 
 def twin_loss(
@@ -51,16 +53,16 @@ def test_the_map_of_the_task_prompt_is_the_image_prompt(clip: FrozenCLIP) -> Non
     private = stack(filled(method, clip)[:1])
     batch = batch_of(data.inputs.of_one(), data.labels_N[None])
     encoded = method.encode(shared, private)
-    terms = method.terms(shared, private, encoded, batch)
+    loss_terms = method.loss_terms(shared, private, encoded, batch)
     leaves = {f"shared.{n}": t for n, t in shared.items()}
-    ours = method.gradients(terms, leaves, batch)
+    ours = method.gradients(loss_terms, leaves, batch)
     task, weight, bias = shared["text"][0, 0], shared["weight"][0, 0], shared["bias"][0, 0]
     assert data.inputs.pixels is not None
     images = plain_images(clip, data.inputs.pixels, [task @ weight.T + bias])
     logits = clip.logit_scale * images @ plain_text(clip, "a photo of a", [task]).T
     close(method.logits(encoded, batch.inputs)[0], logits)
     loss = F.cross_entropy(logits, data.labels_N)
-    torch.testing.assert_close(terms["ce"][0], loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss_terms["ce"][0], loss, rtol=1e-4, atol=0)
     for found, other in zip(
         ours.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True
     ):
@@ -108,8 +110,8 @@ def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
     )
     shared = stack([start] * N)
     labels = torch.zeros(N, 1, dtype=torch.long)
-    visit = batch_of(torch.zeros(N, 1, 4), labels, received=shared | sent).visit
-    mixed, kept = method.start_round(shared, stack(private), visit)
+    round_info = batch_of(torch.zeros(N, 1, 4), labels, received=shared | sent).round_info
+    mixed, kept = method.start_round(shared, stack(private), round_info)
     assert not kept["own.valid"].any()
     verdicts = []
     for k in range(N):
@@ -140,11 +142,11 @@ def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
 def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: FrozenCLIP) -> None:
     method = build_method(clip, "dp2fl", **OPTIONS)
     data, private = data_of(clip), filled(method, clip)
-    received = method.init_shared(1) | method.init_received(1)
+    received = method.init_shared(1) | method.init_extras(1)
     results = train(method, [received] * N, private, data, config(lr=0.01), 1)
     average = {n: torch.stack([r.shared[n] for r in results]).mean(0) for n in results[0].shared}
     assert set(average) == {"text", "weight", "bias"}
-    shared = stack([average | method.init_received(1)])
+    shared = stack([average | method.init_extras(1)])
     inputs = Inputs(data[0].inputs.features[None], None, data[0].inputs.pixels[None])  # type: ignore[index]
     mine = method.logits(method.encode(shared, stack([results[0].private])), inputs)
     trained = {**average, "weight": results[0].shared["weight"], "bias": results[0].shared["bias"]}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
+from fedprompt.methods.base import Batch, Tensors
 from fedprompt.methods.dp_fpl import DPFPL, clipped, factorise
-from fedprompt.methods.registry import Batch, Tensors
 from fedprompt.rng import generator
 from tests.support.builders import batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make, prompted
@@ -40,8 +40,8 @@ def batch_for(clip: FrozenCLIP, **where: int) -> Batch:
 def gradients(
     method: DPFPL, shared: Tensors, private: Tensors, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    terms = method.terms(shared, private, method.encode(shared, private), batch)
-    found = method.gradients(terms, named(shared, private), batch)
+    loss_terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
+    found = method.gradients(loss_terms, named(shared, private), batch)
     ours, own = found["shared.ctx"], found["private.ctx"]
     assert ours is not None
     assert own is not None
@@ -75,7 +75,7 @@ def twin(
     """One client's step: U, V, R as leaves of the prompt, their gradients, and what is made of
     them."""
     d = shared.shape[-1]
-    v0 = drawn((d, R), "power", k, batch.visit.server_round, batch.step)
+    v0 = drawn((d, R), "power", k, batch.round_info.server_round, batch.step)
     u = gram_schmidt(own @ v0)
     v = gram_schmidt(own.T @ u).T
     residual = own - u @ v
@@ -87,7 +87,7 @@ def twin(
     grad_g, grad_u, grad_v = torch.autograd.grad(loss, [g, u, v])
     if options.epsilon is not None:
         std = math.sqrt(10 * math.log(1 / 1e-5)) / options.epsilon * options.clip_norm / B
-        place = (k, batch.visit.server_round, batch.step)
+        place = (k, batch.round_info.server_round, batch.step)
         grad_g, grad_u, grad_v = (cut(x, options.clip_norm) for x in (grad_g, grad_u, grad_v))
         grad_u = grad_u + std * drawn((M, R), "u", *place)
         grad_v = grad_v + std * drawn((R, d), "v", *place)
@@ -106,14 +106,14 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, epsilon: float | None, form
     shared, private = leaves(method, K)
     batch = batch_for(clip, server_round=3, step=2)
     logits = method.logits(method.encode(shared, private), batch.inputs)
-    terms = method.terms(shared, private, method.encode(shared, private), batch)
+    loss_terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
     ours, own = gradients(method, shared, private, batch)
     for k in range(K):
         expected = twin(
             clip, shared["ctx"][k].detach(), private["ctx"][k].detach(), k, batch, options
         )
         assert_close(logits[k], expected.logits)
-        assert terms["ce"][k].item() == pytest.approx(expected.loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(expected.loss.item(), rel=1e-4)
         assert_close(ours[k], expected.g, rtol=2e-4)
         assert_close(own[k], expected.own, rtol=2e-4)
 
@@ -126,7 +126,7 @@ def test_projection_is_the_gradients_projection_on_the_factors_tangent_space(
     shared, private = leaves(method_of(clip), K)
     whole = torch.autograd.grad(
         method_of(clip)
-        .terms(shared, private, method_of(clip).encode(shared, private), batch)["ce"]
+        .loss_terms(shared, private, method_of(clip).encode(shared, private), batch)["ce"]
         .sum(),
         private["ctx"],
     )[0]
@@ -178,8 +178,8 @@ def test_noise_on_the_shared_gradient_has_its_std(
     method = method_of(clip, epsilon=0.4, shared_noise=shared_noise, clients=16)
     shared, private = leaves(method, K)
     batch = batch_for(clip)
-    terms = method.terms(shared, private, method.encode(shared, private), batch)
-    (clean,) = torch.autograd.grad(terms["ce"].sum(), shared["ctx"])
+    loss_terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
+    (clean,) = torch.autograd.grad(loss_terms["ce"].sum(), shared["ctx"])
     clean = clipped(clean, 10.0)
     noise = torch.stack(
         [method._shared_noise(clean, batch_for(clip, step=s)) - clean for s in range(300)]
@@ -189,7 +189,7 @@ def test_noise_on_the_shared_gradient_has_its_std(
     assert abs(float(noise.mean())) < 0.01 * std
 
 
-def test_noise_depends_on_client_round_and_step_and_not_on_the_cohort(clip: FrozenCLIP) -> None:
+def test_noise_depends_on_client_round_and_step_and_not_on_the_block(clip: FrozenCLIP) -> None:
     method = method_of(clip, epsilon=0.4)
     shared, private = leaves(method, K)
     together = gradients(method, shared, private, batch_for(clip))
@@ -223,7 +223,7 @@ def test_one_step_of_all_clients_is_the_papers_server_step(clip: FrozenCLIP) -> 
 
 
 def _exact(method: DPFPL, shared: Tensors, private: Tensors, batch: Batch) -> Tensor:
-    ce = method.terms(shared, private, method.encode(shared, private), batch)["ce"]
+    ce = method.loss_terms(shared, private, method.encode(shared, private), batch)["ce"]
     return torch.autograd.grad(ce.sum(), shared["ctx"])[0]
 
 

@@ -14,7 +14,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods import fedclip
-from fedprompt.methods.registry import Tensors
+from fedprompt.methods.base import Tensors
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make
 
@@ -54,15 +54,15 @@ def test_loss_and_gradients_are_clips_own_over_the_pairs_of_the_batch(clip: Froz
     method = make(clip, "fedclip")
     shared, _ = leaves(method, K, spread=0.3)
     batch = batch_of(images(K, B, clip.embed_dim), LABELS)
-    terms = method.terms(shared, {}, method.encode(shared, {}), batch)
-    found = method.gradients(terms, {f"shared.{n}": t for n, t in shared.items()}, batch)
+    loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), batch)
+    found = method.gradients(loss_terms, {f"shared.{n}": t for n, t in shared.items()}, batch)
     for k in range(K):
         own = one(shared, k)
         pairs = attended(own, batch.inputs.features[k]) @ class_texts(clip)[LABELS[k]].T
         pairs = clip.model.logit_scale.exp() * pairs
         target = torch.arange(B)
         loss = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.t(), target)) / 2
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         for name, grad in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
             ours = found[f"shared.{name}"]
             assert ours is not None
@@ -76,9 +76,9 @@ def test_padding_is_neither_an_anchor_nor_a_negative(clip: FrozenCLIP) -> None:
     mask = torch.ones(K, B, dtype=torch.bool)
     mask[1, 3:] = False
     encoded = method.encode(shared, {})
-    padded = method.terms(shared, {}, encoded, batch_of(features, LABELS, mask))["ce"]
+    padded = method.loss_terms(shared, {}, encoded, batch_of(features, LABELS, mask))["ce"]
     cut_rows = {n: t[1:] for n, t in shared.items()}
-    cut = method.terms(
+    cut = method.loss_terms(
         cut_rows, {}, method.encode(cut_rows, {}), batch_of(features[1:, :3], LABELS[1:, :3])
     )
     assert padded[1].item() == pytest.approx(cut["ce"][0].item(), rel=1e-5)
@@ -91,10 +91,10 @@ def test_two_images_of_one_class_are_negatives_of_each_other(clip: FrozenCLIP) -
     method = make(clip, "fedclip")
     shared, _ = leaves(method, 1)
     batch = batch_of(images(1, 2, clip.embed_dim), torch.tensor([[4, 4]]))
-    ce = method.terms(shared, {}, method.encode(shared, {}), batch)["ce"]
+    ce = method.loss_terms(shared, {}, method.encode(shared, {}), batch)["ce"]
     assert ce.item() >= math.log(2) - 1e-5
     single = batch_of(images(1, 1, clip.embed_dim), torch.tensor([[4]]))
-    assert method.terms(shared, {}, method.encode(shared, {}), single)["ce"].item() == 0.0
+    assert method.loss_terms(shared, {}, method.encode(shared, {}), single)["ce"].item() == 0.0
 
 
 def test_upload_at_512_is_525312_numbers() -> None:

@@ -12,7 +12,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods import feddda
-from fedprompt.methods.registry import Task, Tensors
+from fedprompt.methods.base import Task, Tensors
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make, text_pass
 
@@ -63,16 +63,16 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP) -> None:
     batch = batch_of(images(K, B, clip.embed_dim), LABELS)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, private, encoded, batch)
+    loss_terms = method.loss_terms(shared, private, encoded, batch)
     named = {f"shared.{n}": t for n, t in shared.items()}
     named |= {f"private.{n}": t for n, t in private.items()}
-    found = method.gradients(terms, named, batch)
+    found = method.gradients(loss_terms, named, batch)
     for k in range(K):
         s, p = one(shared, k), one(private, k)
         expected = twin(clip, s, p, batch.inputs.features[k])
         assert_close(logits[k], expected)
         loss = F.cross_entropy(expected, LABELS[k])
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         gradients = torch.autograd.grad(loss, [*s.values(), *p.values()])
         for name, theirs in zip(named, gradients, strict=True):
             ours = found[name]

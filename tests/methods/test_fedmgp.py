@@ -80,11 +80,11 @@ def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight:
     shared, private = states(method)
     data = batch(clip)
     encoded = method.encode(shared, private)
-    terms = method.terms(shared, private, encoded, data)
+    loss_terms = method.loss_terms(shared, private, encoded, data)
     logits = method.logits(encoded, data.inputs)
     leaves = {f"shared.{n}": t for n, t in shared.items()}
     leaves |= {f"private.{n}": private[n] for n in ("text", "visual")}
-    ours = method.gradients(terms, leaves, data)
+    ours = method.gradients(loss_terms, leaves, data)
     losses = []
     for k in range(K):
         texts, images, labels = twin(clip, shared, private, data, k)
@@ -92,8 +92,8 @@ def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight:
         close(logits[k][data.mask_KB[k]], sum(by_group) / G)
         ce = sum(F.cross_entropy(z, labels) for z in by_group) / G
         apart = weight * (diversity(form, texts) + diversity(form, images)) / 2
-        torch.testing.assert_close(terms["ce"][k], ce, rtol=1e-4, atol=0)
-        torch.testing.assert_close(terms["diversity"][k], apart, rtol=1e-4, atol=0)
+        torch.testing.assert_close(loss_terms["ce"][k], ce, rtol=1e-4, atol=0)
+        torch.testing.assert_close(loss_terms["diversity"][k], apart, rtol=1e-4, atol=0)
         losses.append(ce + apart)
     theirs = torch.autograd.grad(sum(losses), list(leaves.values()))
     for (_, found), other in zip(ours.items(), theirs, strict=True):
@@ -114,7 +114,7 @@ def test_with_the_released_weights_minimising_pulls_groups_together(clip: Frozen
     data = batch(clip)
     for method, towards in ((released, True), (paper, False)):
         encoded = method.encode(shared, private)
-        term = method.terms(shared, private, encoded, data)["diversity"].sum()
+        term = method.loss_terms(shared, private, encoded, data)["diversity"].sum()
         (gradient,) = torch.autograd.grad(term, private["visual"])
         stepped = {**private, "visual": private["visual"] - 0.1 * F.normalize(gradient, dim=-1)}
         for k in range(K):
@@ -137,15 +137,17 @@ def test_sampling_probabilities(clip: FrozenCLIP) -> None:
     torch.testing.assert_close(method.similarities(groups, received)[0], torch.tensor(similarity))
     weight = np.exp(np.array(similarity) / 0.4)
     clients = 20000
-    visit = batch_of(
+    round_info = batch_of(
         torch.zeros(clients, 1, 4), torch.zeros(clients, 1, dtype=torch.long), server_round=2
-    ).visit
-    chosen = method._sample(groups.expand(clients, -1, -1, -1), received, visit)
+    ).round_info
+    chosen = method._sample(groups.expand(clients, -1, -1, -1), received, round_info)
     for i, j in itertools.permutations(range(G), 2):
         p = weight[i] / weight.sum() * weight[j] / (weight.sum() - weight[i])
         seen = float(((chosen[:, 0] == i) & (chosen[:, 1] == j)).float().mean())
         assert abs(seen - p) < 5 * np.sqrt(p * (1 - p) / clients), (i, j, seen, p)
-    first = batch_of(torch.zeros(clients, 1, 4), torch.zeros(clients, 1, dtype=torch.long)).visit
+    first = batch_of(
+        torch.zeros(clients, 1, 4), torch.zeros(clients, 1, dtype=torch.long)
+    ).round_info
     even = method._sample(groups.expand(clients, -1, -1, -1), received, first)
     for i, j in itertools.permutations(range(G), 2):
         seen = float(((even[:, 0] == i) & (even[:, 1] == j)).float().mean())
@@ -156,10 +158,10 @@ def test_a_round_uploads_what_was_sampled_and_keeps_all_groups(clip: FrozenCLIP)
     method = build_method(clip, "fedmgp", **OPTIONS)
     shared, private = states(method)
     received = {n: t.detach() + 1 for n, t in shared.items()}
-    visit = batch_of(
+    round_info = batch_of(
         images_of(clip, K, B), torch.zeros(K, B, dtype=torch.long), received=received
-    ).visit
-    sent, kept = method.end_round(shared, private, visit)
+    ).round_info
+    sent, kept = method.end_round(shared, private, round_info)
     assert torch.equal(kept["slots.text"], kept["slots.visual"]), "one draw in the first round"
     for kind in ("text", "visual"):
         for k in range(K):

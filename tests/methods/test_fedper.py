@@ -61,9 +61,9 @@ def test_private_prompts_of_the_base_stay_too(clip: FrozenCLIP) -> None:
     private = stack([method.init_private(1, k) for k in range(K)])
     data = some_batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=shared)
-    ours = method.terms(shared, private, method.encode(shared, private), data)
+    ours = method.loss_terms(shared, private, method.encode(shared, private), data)
     s, p = stack([plain.init_shared(1)] * K), stack([plain.init_private(1, k) for k in range(K)])
-    theirs = plain.terms(s, p, plain.encode(s, p), data)
+    theirs = plain.loss_terms(s, p, plain.encode(s, p), data)
     for name, value in theirs.items():
         assert_close(ours[name], value, name)
 
@@ -72,18 +72,18 @@ def test_the_base_sees_whole_received_tensors(clip: FrozenCLIP) -> None:
     """A base that compares with what it received must find the shapes that it knows."""
     method = build_method(clip, "fedper", options={"context_tokens": 5}, private_tokens=2)
     seen: list[tuple[int, ...]] = []
-    inner = method.base.terms
+    inner = method.base.loss_terms
 
     def spy(shared: Any, private: Any, encoded: Any, batch: Any) -> Any:
-        seen.append(tuple(batch.visit.received["ctx"].shape))
+        seen.append(tuple(batch.round_info.received["ctx"].shape))
         return inner(shared, private, encoded, batch)
 
-    method.base.terms = spy
+    method.base.loss_terms = spy
     shared = stack([method.init_shared(1) for _ in range(K)])
     private = stack([method.init_private(1, k) for k in range(K)])
     data = some_batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=shared)
-    method.terms(shared, private, method.encode(shared, private), data)
+    method.loss_terms(shared, private, method.encode(shared, private), data)
     assert seen == [(K, 5, clip.text.width)]
 
 

@@ -49,12 +49,12 @@ def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> No
         positive = (F.cosine_similarity(untuned[c], t_sigma[c], dim=0) / 0.2).exp()
         negative = (F.cosine_similarity(t_sigma[c], t_full[c], dim=0) / 0.2).exp()
         contrast = contrast - (positive / (positive + negative)).log() / len(CLASS_NAMES)
-    terms = loss_of(method, s, p, data)
+    loss_terms = loss_of(method, s, p, data)
     ce = F.cross_entropy(expected, data.labels_KB[0])
-    assert terms["ce"].item() == pytest.approx(ce.item(), rel=1e-4)
-    assert terms["contrast"].item() == pytest.approx(0.7 * contrast.item(), rel=1e-4)
+    assert loss_terms["ce"].item() == pytest.approx(ce.item(), rel=1e-4)
+    assert loss_terms["contrast"].item() == pytest.approx(0.7 * contrast.item(), rel=1e-4)
     theirs = torch.autograd.grad(ce + 0.7 * contrast, [sigma, u, v])
-    for ours, other in zip(gradients(terms, leaves(s, p)), theirs, strict=True):
+    for ours, other in zip(gradients(loss_terms, leaves(s, p)), theirs, strict=True):
         close(ours[0], other)
 
 
@@ -64,15 +64,15 @@ def test_contrast_by_hand(clip: FrozenCLIP) -> None:
     ids = clip.tokenizer(["X X X"])[0, 1:4]
     sigma = clip.text.token_embedding(ids).detach()[None]
     private = {"U": torch.zeros(1, 3, 2), "V": torch.ones(1, 2, clip.text.width)}
-    terms = loss_of(method, {"sigma": sigma}, private, one_client(batch(clip), 0))
-    assert terms["contrast"].item() == pytest.approx(math.log(2), rel=1e-5)
+    loss_terms = loss_of(method, {"sigma": sigma}, private, one_client(batch(clip), 0))
+    assert loss_terms["contrast"].item() == pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_the_contrast_moves_the_private_term_too(clip: FrozenCLIP) -> None:
     method = build_method(clip, "fedpgp", **OPTIONS)
     shared, private = tensors(method)
-    terms = loss_of(method, shared, private, batch(clip))
-    u = torch.autograd.grad(terms["contrast"].sum(), private["U"])[0]
+    loss_terms = loss_of(method, shared, private, batch(clip))
+    u = torch.autograd.grad(loss_terms["contrast"].sum(), private["U"])[0]
     assert u.any()
 
 

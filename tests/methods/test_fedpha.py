@@ -69,12 +69,12 @@ def test_logits_terms_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> N
         "push": 0.5 * torch.stack(pushed).mean(),
     }
     assert all(v.item() > 0 for v in pushed)
-    terms = loss_of(method, s, p, data)
-    assert list(terms) == list(twins)
+    loss_terms = loss_of(method, s, p, data)
+    assert list(loss_terms) == list(twins)
     for name, value in twins.items():
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4)
+        assert loss_terms[name].item() == pytest.approx(value.item(), rel=1e-4)
         ours = torch.autograd.grad(
-            terms[name].sum(), [s["ctx"], p["ctx"]], retain_graph=True, allow_unused=True
+            loss_terms[name].sum(), [s["ctx"], p["ctx"]], retain_graph=True, allow_unused=True
         )
         theirs = torch.autograd.grad(value, [g, local], retain_graph=True, allow_unused=True)
         for our, their, rows in zip(ours, theirs, (4, length), strict=True):
@@ -173,5 +173,5 @@ def test_meaningless_choices_are_refused(clip: FrozenCLIP, options: dict[str, An
 
 def test_terms_with_weight_zero_are_left_out(clip: FrozenCLIP) -> None:
     method = build_method(clip, "fedpha", pull_weight=0.0, push_weight=0.0, **OPTIONS)
-    terms = loss_of(method, *private_tensors(method), batch(clip))
-    assert list(terms) == ["ce", "ce_global"]
+    loss_terms = loss_of(method, *private_tensors(method), batch(clip))
+    assert list(loss_terms) == ["ce", "ce_global"]

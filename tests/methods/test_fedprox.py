@@ -44,18 +44,18 @@ def test_loss_and_gradients_are_the_base_s_plus_the_pull(
     shared, private, received = held(method)
     data = some_batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=received)
-    terms = method.terms(shared, private, method.encode(shared, private), data)
+    loss_terms = method.loss_terms(shared, private, method.encode(shared, private), data)
     for k in range(K):
         squares = sum(
             float(((a - b) ** 2).detach())
             for a, b in zip(shared["ctx"][k].flatten(), received["ctx"][k].flatten(), strict=True)
         )
-        assert terms["prox"][k].item() == pytest.approx(0.15 * squares, rel=1e-4)
+        assert loss_terms["prox"][k].item() == pytest.approx(0.15 * squares, rel=1e-4)
     leaves = {f"shared.{n}": t for n, t in shared.items()}
     leaves |= {f"private.{n}": t for n, t in private.items()}
-    ours = method.gradients(terms, leaves, data)
+    ours = method.gradients(loss_terms, leaves, data)
     theirs = plain.gradients(
-        plain.terms(shared, private, plain.encode(shared, private), data), leaves, data
+        plain.loss_terms(shared, private, plain.encode(shared, private), data), leaves, data
     )
     pull = 0.3 * (shared["ctx"] - received["ctx"])
     assert ours["shared.ctx"] is not None
@@ -100,8 +100,12 @@ def test_a_base_that_projects_its_gradients_sees_its_own_terms_only(clip: Frozen
     data = some_batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=received)
     leaves = {f"shared.{n}": t for n, t in shared.items()}
-    ours = method.gradients(method.terms(shared, {}, method.encode(shared, {}), data), leaves, data)
-    theirs = plain.gradients(plain.terms(shared, {}, plain.encode(shared, {}), data), leaves, data)
+    ours = method.gradients(
+        method.loss_terms(shared, {}, method.encode(shared, {}), data), leaves, data
+    )
+    theirs = plain.gradients(
+        plain.loss_terms(shared, {}, plain.encode(shared, {}), data), leaves, data
+    )
     for name, found in ours.items():
         other = theirs[name]
         assert found is not None

@@ -14,8 +14,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.base import stack
-from fedprompt.methods.registry import Batch, Method, Task, Tensors, method_class
+from fedprompt.methods.base import Batch, Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -86,8 +86,8 @@ class TestContract:
         encoded = method.encode(shared, private)
         logits = method.logits(encoded, data.inputs)
         assert logits.shape == (K, B, len(CLASS_NAMES))
-        terms = method.terms(shared, private, encoded, data)
-        for value in terms.values():
+        loss_terms = method.loss_terms(shared, private, encoded, data)
+        for value in loss_terms.values():
             assert value.shape == (K,)
             assert torch.isfinite(value).all()
 
@@ -100,8 +100,8 @@ class TestContract:
         assert bool(leaves) == method.trainable
         if not leaves:
             return
-        terms = method.terms(shared, private, method.encode(shared, private), data)
-        torch.stack(list(terms.values())).sum().backward()
+        loss_terms = method.loss_terms(shared, private, method.encode(shared, private), data)
+        torch.stack(list(loss_terms.values())).sum().backward()
         for leaf in leaves:
             assert leaf.grad is not None
             assert torch.isfinite(leaf.grad).all()
@@ -114,7 +114,7 @@ class TestContract:
         """K clients at once have the losses and gradients of each client alone."""
         method, data = build_method(clip, "fedrsclip", **options), batch(clip)
         shared, private = prompts(method)
-        together = method.terms(shared, private, method.encode(shared, private), data)
+        together = method.loss_terms(shared, private, method.encode(shared, private), data)
         leaves = [*shared.values(), *private.values()]
         gradients = _gradients(together, leaves)
         for k in range(K):
@@ -122,7 +122,7 @@ class TestContract:
             one = batch_of(
                 data.inputs.features[k : k + 1], data.labels_KB[k : k + 1], data.mask_KB[k : k + 1]
             )
-            alone = method.terms(s, p, method.encode(s, p), one)
+            alone = method.loss_terms(s, p, method.encode(s, p), one)
             for term, value in alone.items():
                 assert together[term][k].item() == pytest.approx(
                     value[0].item(), rel=1e-4, abs=1e-6
@@ -141,8 +141,8 @@ class TestContract:
         cut = batch_of(
             data.inputs.features[1:2, :4], data.labels_KB[1:2, :4], data.mask_KB[1:2, :4]
         )
-        with_padding = method.terms(s, p, method.encode(s, p), padded)
-        without = method.terms(s, p, method.encode(s, p), cut)
+        with_padding = method.loss_terms(s, p, method.encode(s, p), padded)
+        without = method.loss_terms(s, p, method.encode(s, p), cut)
         for term, value in without.items():
             assert with_padding[term].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
@@ -164,10 +164,10 @@ class TestContract:
                     assert not torch.equal(value, tensors(2)[n])
 
 
-def _gradients(terms: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
+def _gradients(loss_terms: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
     if not leaves:
         return []
-    return list(torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves))
+    return list(torch.autograd.grad(torch.stack(list(loss_terms.values())).sum(), leaves))
 
 
 def test_default_upload_of_fedrsclip_is_exactly_2048_numbers() -> None:
@@ -214,7 +214,7 @@ def test_dpa_forms_by_hand(clip: FrozenCLIP) -> None:
 
     def dpa(form: str, **options: Any) -> Tensor:
         method = build_method(clip, "fedrsclip", dpa=form, dpa_weight=1.0, cmfa="none", **options)
-        return method.terms(s, p, method.encode(s, p), data)["dpa"]
+        return method.loss_terms(s, p, method.encode(s, p), data)["dpa"]
 
     for k in range(K):
         cosines = [
@@ -243,7 +243,7 @@ def test_dpa_stop_gradient_moves_only_the_private_prompt(clip: FrozenCLIP) -> No
     for form in ("cosine", "mse", "kl", "contrastive"):
         method = build_method(clip, "fedrsclip", dpa=form, cmfa="none", dpa_stop_gradient=True)
         s, p = prompts(method)
-        dpa = method.terms(s, p, method.encode(s, p), batch(clip))["dpa"]
+        dpa = method.loss_terms(s, p, method.encode(s, p), batch(clip))["dpa"]
         shared, private = torch.autograd.grad(dpa.sum(), [s["ctx"], p["ctx"]], allow_unused=True)
         assert shared is None or not shared.any()
         assert private.any()
@@ -271,7 +271,7 @@ def test_cmfa_forms_by_hand(clip: FrozenCLIP, branch: str) -> None:
             cmfa_branch=branch,
             cmfa_temperature=0.1,
         )
-        return method.terms(s, p, method.encode(s, p), data)["cmfa"]
+        return method.loss_terms(s, p, method.encode(s, p), data)["cmfa"]
 
     for k in range(K):
         n = int(data.mask_KB[k].sum())
@@ -295,7 +295,7 @@ def test_weights_scale_their_terms(clip: FrozenCLIP) -> None:
     one = build_method(clip, "fedrsclip", dpa_weight=1.0, cmfa_weight=1.0)
     two = build_method(clip, "fedrsclip", dpa_weight=2.0, cmfa_weight=0.5)
     s, p = prompts(one)
-    a, b = (m.terms(s, p, m.encode(s, p), batch(clip)) for m in (one, two))
+    a, b = (m.loss_terms(s, p, m.encode(s, p), batch(clip)) for m in (one, two))
     assert torch.allclose(b["dpa"], 2 * a["dpa"])
     assert torch.allclose(b["cmfa"], 0.5 * a["cmfa"])
     assert torch.equal(a["ce"], b["ce"])

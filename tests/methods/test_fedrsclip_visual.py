@@ -15,8 +15,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.base import stack
-from fedprompt.methods.registry import Batch, Method, Task, Tensors, method_class
+from fedprompt.methods.base import Batch, Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
@@ -93,7 +93,7 @@ def test_both_image_prompts_compose_as_the_text_prompts_do(
         cmfa="none",
     )
     (shared, private), batch = leaves_of(method), some_batch(deep_clip)
-    ce = method.terms(shared, private, method.encode(shared, private), batch)["ce"]
+    ce = method.loss_terms(shared, private, method.encode(shared, private), batch)["ce"]
     leaves = [*shared.values(), *private.values()]
     ours = torch.autograd.grad(ce.sum(), leaves)
     for k in range(K):
@@ -140,7 +140,7 @@ def test_dpa_forms_with_two_image_prompts(deep_clip: FrozenCLIP) -> None:
 
     def dpa(form: str, **options: Any) -> Tensor:
         method = make(deep_clip, visual="both", dpa=form, dpa_weight=1.0, cmfa="none", **options)
-        return method.terms(shared, private, method.encode(shared, private), batch)["dpa"]
+        return method.loss_terms(shared, private, method.encode(shared, private), batch)["dpa"]
 
     for k in range(K):
         hand = ByHand(deep_clip, shared, private, batch, k)
@@ -182,7 +182,7 @@ def test_cmfa_aligns_text_with_the_prompted_images(deep_clip: FrozenCLIP, compos
     options: dict[str, Any] = {"visual": "both", "composition": composition, "dpa": "none"}
     method = make(deep_clip, cmfa="cosine", cmfa_weight=1.0, **options)
     shared, private = leaves_of(method)
-    cmfa = method.terms(shared, private, method.encode(shared, private), batch)["cmfa"]
+    cmfa = method.loss_terms(shared, private, method.encode(shared, private), batch)["cmfa"]
     for k in range(K):
         hand = ByHand(deep_clip, shared, private, batch, k)
         s, p, vs, vp = hand.s["ctx"], hand.p["ctx"], hand.s["visual"], hand.p["visual"]
@@ -208,7 +208,7 @@ def test_padding_changes_no_image_term(deep_clip: FrozenCLIP) -> None:
         inputs=batch.inputs[1:2],
         labels_KB=batch.labels_KB[1:2],
         mask_KB=batch.mask_KB[1:2],
-        visit=replace(batch.visit, clients=(1,)),
+        round_info=replace(batch.round_info, clients=(1,)),
     )
     cut = replace(
         one,
@@ -217,7 +217,7 @@ def test_padding_changes_no_image_term(deep_clip: FrozenCLIP) -> None:
         mask_KB=one.mask_KB[:, :3],
     )
     encoded = method.encode(s, p)
-    padded, without = (method.terms(s, p, encoded, b) for b in (one, cut))
+    padded, without = (method.loss_terms(s, p, encoded, b) for b in (one, cut))
     for name, value in without.items():
         assert padded[name].item() == pytest.approx(value.item(), rel=1e-4)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from fedprompt.methods.registry import Task, Tensors
+from fedprompt.methods.base import Task, Tensors
 from tests.support.builders import random_clip
 from tests.support.text_twin import (
     CLASS_NAMES,
@@ -88,7 +88,10 @@ def test_twin(embed_dim: int) -> None:
     method: Any = build_method(clip, "fedtpg")
     shared, batch = moved(method, scale=0.1), some_batch(clip)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours, contexts = gradients(method, shared, batch), method.context(shared)
     assert ours.keys() == shared.keys()
     for k in range(K):
@@ -99,7 +102,7 @@ def test_twin(embed_dim: int) -> None:
         expected = clip.model.logit_scale.exp() * images @ class_features(clip, context).T
         assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
         loss = F.cross_entropy(expected, labels)
-        assert_close(terms["ce"][k], loss, "loss")
+        assert_close(loss_terms["ce"][k], loss, "loss")
         clip.model.requires_grad_(False)
         loss.backward()
         for name, theirs in twin.gradients().items():

@@ -12,7 +12,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.registry import Method, Task, method_class
+from fedprompt.methods.base import Method, Task
+from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
@@ -48,9 +49,9 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, {}, encoded, batch)
-    assert list(terms) == ["ce"]
-    ours = torch.autograd.grad(terms["ce"].sum(), [shared["text"], shared["visual"]])
+    loss_terms = method.loss_terms(shared, {}, encoded, batch)
+    assert list(loss_terms) == ["ce"]
+    ours = torch.autograd.grad(loss_terms["ce"].sum(), [shared["text"], shared["visual"]])
     scale = deep_clip.model.logit_scale.exp()
     for k in range(K):
         leaves = [shared[n].detach()[k].clone().requires_grad_() for n in ("text", "visual")]
@@ -60,7 +61,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
         close(logits[k], expected)
         real = int(mask[k].sum())
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         for mine, theirs in zip(ours, torch.autograd.grad(loss, leaves), strict=True):
             close(mine[k], theirs)
 

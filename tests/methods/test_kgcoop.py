@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from fedprompt.methods.registry import Task
+from fedprompt.methods.base import Task
 from tests.support.text_twin import (
     CLASS_NAMES,
     K,
@@ -42,7 +42,10 @@ def test_twin(
     method = build_method(clip, name, **options)
     shared, batch = moved(method), some_batch(clip)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours = gradients(method, shared, batch)["ctx"]
     fixed = template_features(clip, template)
     for k in range(K):
@@ -54,9 +57,9 @@ def test_twin(
         pairs = zip(classes, fixed, strict=True)
         cosines = [(t * t0).sum() / (t.norm() * t0.norm()) for t, t0 in pairs]
         distance = 1 - sum(cosines) / len(CLASS_NAMES)
-        assert_close(terms["kg"][k], weight * distance, "kg")
+        assert_close(loss_terms["kg"][k], weight * distance, "kg")
         loss = F.cross_entropy(expected, labels) + weight * distance
-        assert_close(terms["ce"][k] + terms["kg"][k], loss, "loss")
+        assert_close(loss_terms["ce"][k] + loss_terms["kg"][k], loss, "loss")
         (theirs,) = torch.autograd.grad(loss, [context])
         assert_close(ours[k], theirs, "gradient")
 
@@ -67,8 +70,8 @@ def test_nothing_to_pull_where_the_prompt_is_the_template(clip: FrozenCLIP) -> N
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     classes = method.encode(shared, {})["classes"][0]
     assert (classes - template_features(clip)).abs().max() < 1e-5
-    terms = method.terms(shared, {}, method.encode(shared, {}), some_batch(clip))
-    assert terms["kg"].abs().max() < 1e-5
+    loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), some_batch(clip))
+    assert loss_terms["kg"].abs().max() < 1e-5
 
 
 def test_several_templates_are_their_normalised_mean(clip: FrozenCLIP) -> None:

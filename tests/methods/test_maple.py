@@ -15,10 +15,10 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, stack
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
 from fedprompt.methods.parts.deep_prompts import split_words
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
-from fedprompt.training import train_cohort
+from fedprompt.methods.registry import method_class
+from fedprompt.training import train_clients
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
@@ -67,7 +67,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     batch = replace(batch, mask_KB=torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
-    ce = method.terms(shared, private, encoded, batch)["ce"]
+    ce = method.loss_terms(shared, private, encoded, batch)["ce"]
     named = shared | private
     ours = torch.autograd.grad(ce.sum(), list(named.values()))
     for k in range(K):
@@ -190,7 +190,7 @@ def client_data(clip: FrozenCLIP, client: int) -> ClientData:
 
 def train(method: Method, shared: Tensors, private: list[Tensors], server_round: int) -> list[Any]:
     data = [client_data(method.clip, c) for c in range(2)]
-    return train_cohort(
+    return train_clients(
         method,
         [shared] * 2,
         private,
@@ -257,7 +257,7 @@ def test_materialised_training_goes_on_from_the_average(deep_clip: FrozenCLIP) -
         assert not result.private["training"].any()
     stacked = stack([averaged] * 2), stack([r.private for r in first])
     batch = batch_of(images_of(deep_clip, 2, B), torch.zeros(2, B, dtype=torch.long))
-    started = method.start_round(*stacked, batch.visit)
+    started = method.start_round(*stacked, batch.round_info)
     close(method.encode(*started)["visual"][1], averaged["visual"])
     # Tested between the rounds, personal models have the average as well, whatever they keep.
     close(method.encode(*stacked)["visual"][1], averaged["visual"])
@@ -274,18 +274,20 @@ def test_materialised_gradients_within_a_round_are_the_factors(deep_clip: Frozen
     part = make(deep_clip, sharing="materialised", depth=2)
     batch = batch_of(images_of(deep_clip, 1, B), torch.tensor([[0, 1, 2, 3, 4]]))
     shared = moved(whole.init_shared(1), 1, 5)
-    terms = whole.terms(shared, {}, whole.encode(shared, {}), batch)
-    theirs = torch.autograd.grad(terms["ce"].sum(), list(shared.values()))
+    loss_terms = whole.loss_terms(shared, {}, whole.encode(shared, {}), batch)
+    theirs = torch.autograd.grad(loss_terms["ce"].sum(), list(shared.values()))
     text = {"text": shared["text"], "visual": product({n: t[0] for n, t in shared.items()})[None]}
     private = stack([part.init_private(1, 0)]) | {n: shared[n] for n in ("weight", "bias")}
     begun = part.start_round(
         {n: t.detach() for n, t in text.items()},
         {n: t.detach() for n, t in private.items()},
-        batch.visit,
+        batch.round_info,
     )
     leaves = [begun[0]["text"], begun[1]["weight"], begun[1]["bias"]]
     for leaf in leaves:
         leaf.requires_grad_()
-    ours = torch.autograd.grad(part.terms(*begun, part.encode(*begun), batch)["ce"].sum(), leaves)
+    ours = torch.autograd.grad(
+        part.loss_terms(*begun, part.encode(*begun), batch)["ce"].sum(), leaves
+    )
     for a, b in zip(ours, theirs, strict=True):
         close(a, b)

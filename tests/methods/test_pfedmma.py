@@ -15,9 +15,9 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, stack
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
-from fedprompt.training import train_cohort
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
+from fedprompt.training import train_clients
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved
 
@@ -97,7 +97,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
-    ce = method.terms(shared, private, encoded, batch)["ce"]
+    ce = method.loss_terms(shared, private, encoded, batch)["ce"]
     named = shared | private
     ours = dict(zip(named, torch.autograd.grad(ce.sum(), list(named.values())), strict=True))
     # 1/alpha times the adapters' true gradients; nothing else in the graph is trained.
@@ -174,7 +174,7 @@ def test_up_and_down_projections_become_the_clients_own(deep_clip: FrozenCLIP) -
     method = make(deep_clip, scale=0.05)
     inputs = images_of(deep_clip, K, B)
     start = [method.init_private(1, k) for k in range(K)]
-    results = train_cohort(
+    results = train_clients(
         method,
         [method.init_shared(1)] * K,
         start,

@@ -100,15 +100,15 @@ def test_logits_loss_and_gradients_are_those_of_torch_s_attention(clip: FrozenCL
     logits = method.logits(encoded, data.inputs)
     leaves = {"shared.ctx": shared["ctx"]}
     leaves |= {f"private.{n}": t for n, t in private.items() if t.requires_grad}
-    ours = method.gradients(method.terms(shared, private, encoded, data), leaves, data)
+    ours = method.gradients(method.loss_terms(shared, private, encoded, data), leaves, data)
     losses = []
     for k in range(K):
         expected = twin_logits(method, shared, private, data.inputs.features[k], k)
         assert_close(logits[k], expected, f"client {k}")
         features, labels = images_of(data, k)
         losses.append(F.cross_entropy(twin_logits(method, shared, private, features, k), labels))
-    terms = method.terms(shared, private, encoded, data)
-    assert_close(terms["ce"], torch.stack(losses))
+    loss_terms = method.loss_terms(shared, private, encoded, data)
+    assert_close(loss_terms["ce"], torch.stack(losses))
     theirs = torch.autograd.grad(sum(losses), list(leaves.values()))  # type: ignore[arg-type]
     for (name, found), other in zip(ours.items(), theirs, strict=True):
         assert found is not None
@@ -153,7 +153,7 @@ def test_visits_by_hand(clip: FrozenCLIP) -> None:
     """First visit: CoOp, gate untouched. Later: the gate is trained; the own prompt predicts."""
     method = build_method(clip, "pfedmoap", **OPTIONS)
     training, data = config(), clients(clip)
-    received = method.init_shared(1) | method.init_received(1)
+    received = method.init_shared(1) | method.init_extras(1)
     start = [method.init_private(1, k) for k in range(N)]
     first = train(method, [received] * N, start, data, training, 1)
     for one, before, result in zip(data, start, first, strict=True):
@@ -211,7 +211,7 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
         data = some_batch(clip)
         inputs, labels = data.inputs[:, :wide], data.labels_KB[:, :wide]
         at: Batch = batch_of(inputs, labels, data.mask_KB[:, :wide], step=step)
-        return method.terms(shared, private, method.encode(shared, private), at)["ce"]
+        return method.loss_terms(shared, private, method.encode(shared, private), at)["ce"]
 
     assert torch.equal(loss(0), loss(0))
     assert not torch.allclose(loss(0), loss(1))
@@ -242,7 +242,7 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
 def test_sizes_of_the_paper() -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "pfedmoap")
     assert method.uploaded_numbers() == 16 * 512
-    assert tuple(method.init_received(1)["peers.ctx"].shape) == (9, 16, 512)
+    assert tuple(method.init_extras(1)["peers.ctx"].shape) == (9, 16, 512)
     gate = {n: t for n, t in method.init_private(1, 0).items() if n.startswith("gate.")}
     assert sum(t.numel() for t in gate.values()) == 4 * (128 * 128 + 128)
     assert method.lr_scale["private.gate.o.weight"] == 5

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData, stack
-from fedprompt.methods.registry import Method, Tensors
+from fedprompt.methods.base import ClientData, Method, Tensors, stack
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, images, leaves, make, prompted
 
@@ -28,7 +27,10 @@ def data(clip: FrozenCLIP, k: int) -> ClientData:
 
 def memories(method: Method, clip: FrozenCLIP) -> Tensors:
     return stack(
-        [method.fill_private(method.init_private(1, k), data(clip, k), seed=1) for k in range(K)]
+        [
+            method.init_private_from_data(method.init_private(1, k), data(clip, k), seed=1)
+            for k in range(K)
+        ]
     )
 
 
@@ -49,8 +51,8 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
     batch = batch_of(images(K, B, clip.embed_dim), LABELS)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, private, encoded, batch)
-    ours = method.gradients(terms, {"shared.ctx": shared["ctx"]}, batch)["shared.ctx"]
+    loss_terms = method.loss_terms(shared, private, encoded, batch)
+    ours = method.gradients(loss_terms, {"shared.ctx": shared["ctx"]}, batch)["shared.ctx"]
     assert ours is not None
     for k in range(K):
         ctx = shared["ctx"][k].detach().requires_grad_()
@@ -58,7 +60,7 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
         assert_close(logits[k], twin(clip, ctx, k, features, alpha=2.0))
         trained = twin(clip, ctx, k, features, alpha=2.0 if in_training else 0.0)
         loss = F.cross_entropy(trained, LABELS[k])
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         assert_close(ours[k], torch.autograd.grad(loss, ctx)[0])
 
 

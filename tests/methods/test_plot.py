@@ -74,10 +74,13 @@ def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> No
     expected = twin_logits(clip, contexts, data.inputs.patches[0])
     close(method.logits(method.encode(s, {}), data.inputs)[0], expected)
     loss = F.cross_entropy(expected, data.labels_KB[0])
-    terms = loss_of(method, s, private, data)
-    assert list(terms) == ["ce"]
-    assert terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
-    close(gradients(terms, leaves(s))[0][0], torch.stack(list(torch.autograd.grad(loss, contexts))))
+    loss_terms = loss_of(method, s, private, data)
+    assert list(loss_terms) == ["ce"]
+    assert loss_terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
+    close(
+        gradients(loss_terms, leaves(s))[0][0],
+        torch.stack(list(torch.autograd.grad(loss, contexts))),
+    )
 
 
 def test_clients_do_not_touch_each_other(clip: FrozenCLIP) -> None:
@@ -100,10 +103,10 @@ def test_padding_in_a_batch_does_not_delay_the_stop(
     method = build_method(clip, name, context_tokens=2, eps=0.5, threshold=threshold)
     data, encoded = batch(clip, patches=True), spread_prompts(clip)
     data.inputs.patches[~data.mask_KB] *= 4  # costs of which it would be slower still
-    together = method.terms({}, {}, encoded, data)["ce"]
+    together = method.loss_terms({}, {}, encoded, data)["ce"]
     for k in range(K):
         own = {"prompts": encoded["prompts"][k : k + 1]}
-        alone = method.terms({}, {}, own, one_client(data, k))["ce"]
+        alone = method.loss_terms({}, {}, own, one_client(data, k))["ce"]
         assert together[k].item() == pytest.approx(alone.item(), rel=1e-5)
 
 

@@ -52,7 +52,10 @@ def test_twin(clip: FrozenCLIP, step: int) -> None:
     shared, batch = moved(method), some_batch(clip, step)
     chosen = method.chosen(batch)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours = gradients(method, shared, batch)["ctx"]
     for k in range(K):
         contexts = shared["ctx"][k].detach().requires_grad_()
@@ -63,11 +66,11 @@ def test_twin(clip: FrozenCLIP, step: int) -> None:
         mean_logits = clip.model.logit_scale.exp() * images @ features.mean(0).T
         assert_close(logits[k][batch.mask_KB[k]], mean_logits, "logits")
         ce = F.cross_entropy(bound(clip, features[chosen], images, labels), labels)
-        assert_close(terms["ce"][k], ce, "ce")
+        assert_close(loss_terms["ce"][k], ce, "ce")
         bare = torch.stack([text_feature(clip, c, "") for c in contexts])
         pairs = [(bare[i] @ bare[j]).abs() for i in range(8) for j in range(8) if i != j]
         apart = 0.1 * torch.stack(pairs).mean()
-        assert_close(terms["orthogonality"][k], apart, "orthogonality")
+        assert_close(loss_terms["orthogonality"][k], apart, "orthogonality")
         (theirs,) = torch.autograd.grad(ce + apart, [contexts])
         assert_close(ours[k], theirs, "gradient")
 
@@ -77,7 +80,7 @@ def test_the_bound_is_above_the_expected_loss(clip: FrozenCLIP) -> None:
     method: Any = build_method(clip, "proda", **SMALL, orthogonality=0.0)
     shared, batch = moved(method, scale=0.2), some_batch(clip)
     features = method._features(shared["ctx"].detach(), method.chosen(batch))
-    ce = method.terms(shared, {}, method.encode(shared, {}), batch)["ce"]
+    ce = method.loss_terms(shared, {}, method.encode(shared, {}), batch)["ce"]
     noise = torch.Generator().manual_seed(3)
     for k in range(K):
         images, labels = images_of(batch, k)
@@ -131,7 +134,7 @@ def test_evaluation_keeps_the_means(clip: FrozenCLIP) -> None:
 def test_one_context_has_nothing_to_keep_apart(clip: FrozenCLIP) -> None:
     method = build_method(clip, "proda", contexts=1, contexts_per_step=1, context_tokens=4)
     shared, batch = moved(method), some_batch(clip)
-    assert method.terms(shared, {}, method.encode(shared, {}), batch).keys() == {"ce"}
+    assert method.loss_terms(shared, {}, method.encode(shared, {}), batch).keys() == {"ce"}
 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3, 6, 7])

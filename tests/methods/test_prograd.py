@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
+from fedprompt.methods.base import Task
 from fedprompt.methods.prograd import _projected
-from fedprompt.methods.registry import Task
 from tests.support.text_twin import (
     CLASS_NAMES,
     K,
@@ -35,7 +35,10 @@ def test_twin(clip: FrozenCLIP, temperature: float, part: float, seed: int) -> N
     )
     shared, batch = moved(method, scale=0.02 + 0.03 * seed), some_batch(clip)
     encoded = method.encode(shared, {})
-    logits, terms = method.logits(encoded, batch.inputs), method.terms(shared, {}, encoded, batch)
+    logits, loss_terms = (
+        method.logits(encoded, batch.inputs),
+        method.loss_terms(shared, {}, encoded, batch),
+    )
     ours = gradients(method, shared, batch)["ctx"]
     teacher = template_features(clip)
     scale = clip.model.logit_scale.exp().detach()
@@ -48,8 +51,8 @@ def test_twin(clip: FrozenCLIP, temperature: float, part: float, seed: int) -> N
         probability = (scale * images @ teacher.T / temperature).softmax(-1)
         kl = -(probability * (student / temperature).log_softmax(-1)).sum(-1).mean()
         kl = kl * temperature**2
-        assert_close(terms["ce"][k], ce, "ce")
-        assert_close(terms["kl"][k], kl, "kl")
+        assert_close(loss_terms["ce"][k], ce, "ce")
+        assert_close(loss_terms["kl"][k], kl, "kl")
         (g,) = torch.autograd.grad(ce, [context], retain_graph=True)
         (h,) = torch.autograd.grad(kl, [context])
         unit = h / h.norm()
@@ -72,9 +75,9 @@ def test_both_cases_occur_above(clip: FrozenCLIP) -> None:
     method = build_method(clip, "prograd", context_tokens=6)
     for seed in range(4):
         shared, batch = moved(method, scale=0.02 + 0.03 * seed), some_batch(clip)
-        terms = method.terms(shared, {}, method.encode(shared, {}), batch)
+        loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), batch)
         found = [
-            torch.autograd.grad(terms[t].sum(), [shared["ctx"]], retain_graph=True)[0]
+            torch.autograd.grad(loss_terms[t].sum(), [shared["ctx"]], retain_graph=True)[0]
             for t in ("ce", "kl")
         ]
         conflicts |= {bool(x < 0) for x in (found[0] * found[1]).flatten(1).sum(-1)}

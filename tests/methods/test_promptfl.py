@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.methods.registry import Task, method_class
+from fedprompt.methods.base import Task
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import normal
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -26,6 +27,6 @@ def test_promptfl_is_coop(clip: FrozenCLIP) -> None:
     expected = clip.model.logit_scale.exp() * v[0] @ F.normalize(text, dim=-1).T
     ours = method.logits(encoded, data.inputs)[0]
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
-    terms = method.terms(shared, {}, encoded, data)
+    loss_terms = method.loss_terms(shared, {}, encoded, data)
     loss = F.cross_entropy(expected, labels[0])
-    assert terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert loss_terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)

@@ -36,10 +36,10 @@ def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, theta: float,
     expected = clip.logit_scale * data.inputs.features[0] @ mixed.T
     close(method.logits(method.encode(s, p), data.inputs)[0], expected)
     loss = F.cross_entropy(expected, data.labels_KB[0])
-    terms = loss_of(method, s, p, data)
-    assert terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
+    loss_terms = loss_of(method, s, p, data)
+    assert loss_terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
     for ours, theirs in zip(
-        gradients(terms, leaves(s, p)), torch.autograd.grad(loss, pair), strict=True
+        gradients(loss_terms, leaves(s, p)), torch.autograd.grad(loss, pair), strict=True
     ):
         close(ours[0], theirs)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
+from fedprompt.methods.base import Batch, Method, Task
 from fedprompt.methods.promptsrc import imagenet_templates, template_mean
-from fedprompt.methods.registry import Batch, Method, Task, method_class
+from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
@@ -86,19 +87,19 @@ def test_logits_terms_and_gradients_are_the_plain_ones(
     shared = moved(method.init_shared(1), K, 1)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, {}, encoded, batch)
-    assert tuple(terms) == TERMS
+    loss_terms = method.loss_terms(shared, {}, encoded, batch)
+    assert tuple(loss_terms) == TERMS
     for k in range(K):
         text, visual = (shared[n].detach()[k].clone().requires_grad_() for n in ("text", "visual"))
         expected, parts = twin(deep_clip, text, visual, batch, k, per)
         close(logits[k, : len(expected)], expected)
         for name in TERMS:
-            assert terms[name][k].item() == pytest.approx(parts[name].item(), rel=1e-4)
+            assert loss_terms[name][k].item() == pytest.approx(parts[name].item(), rel=1e-4)
             theirs = torch.autograd.grad(
                 parts[name], [text, visual], retain_graph=True, allow_unused=True
             )
             ours = torch.autograd.grad(
-                terms[name][k], list(shared.values()), retain_graph=True, allow_unused=True
+                loss_terms[name][k], list(shared.values()), retain_graph=True, allow_unused=True
             )
             for a, b in zip(ours, theirs, strict=True):
                 assert (a is None) == (b is None)
@@ -136,7 +137,7 @@ def test_weights_scale_their_terms(deep_clip: FrozenCLIP) -> None:
     one = make(deep_clip, text_weight=1, image_weight=1, logits_weight=1)
     two = make(deep_clip, text_weight=2, image_weight=3, logits_weight=4)
     shared = moved(one.init_shared(1), K, 1)
-    a, b = (m.terms(shared, {}, m.encode(shared, {}), batch) for m in (one, two))
+    a, b = (m.loss_terms(shared, {}, m.encode(shared, {}), batch) for m in (one, two))
     for name, factor in (("ce", 1), ("text", 2), ("image", 3), ("logits", 4)):
         close(b[name], factor * a[name])
 
@@ -150,10 +151,10 @@ def test_at_no_distance_only_cross_entropy_is_left(deep_clip: FrozenCLIP) -> Non
     reached = method.vision.features(pixels, encoded["visual"])  # type: ignore[attr-defined]
     same = replace(batch, inputs=replace(batch.inputs, features=reached.detach()))
     method.frozen_classes = encoded["classes"][0].detach()  # type: ignore[attr-defined]
-    terms = method.terms(shared, {}, encoded, same)
-    assert terms["image"].abs().max() < 1e-6
-    assert terms["logits"][0].abs() < 1e-6
-    assert terms["text"][0] == 0 < terms["text"][1]
+    loss_terms = method.loss_terms(shared, {}, encoded, same)
+    assert loss_terms["image"].abs().max() < 1e-6
+    assert loss_terms["logits"][0].abs() < 1e-6
+    assert loss_terms["text"][0] == 0 < loss_terms["text"][1]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, stack
-from fedprompt.methods.registry import Method, Task, Tensors
-from fedprompt.training import train_cohort
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.training import train_clients
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, images, make
 
@@ -30,7 +29,10 @@ def clients(clip: FrozenCLIP) -> list[ClientData]:
 
 
 def filled(method: Method, clip: FrozenCLIP) -> list[Tensors]:
-    return [method.fill_private(method.init_private(1, d.client), d, seed=1) for d in clients(clip)]
+    return [
+        method.init_private_from_data(method.init_private(1, d.client), d, seed=1)
+        for d in clients(clip)
+    ]
 
 
 def twin(
@@ -57,14 +59,14 @@ def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> 
     private = stack(filled(method, clip))
     keys = private["keys"].requires_grad_()
     batch = batch_of(images(K, B, clip.embed_dim), LABELS)
-    terms = method.terms({}, private, method.encode({}, private), batch)
-    ours = method.gradients(terms, {"private.keys": keys}, batch)["private.keys"]
+    loss_terms = method.loss_terms({}, private, method.encode({}, private), batch)
+    ours = method.gradients(loss_terms, {"private.keys": keys}, batch)["private.keys"]
     assert ours is not None
     assert not ours[private["filled"] == 0].any()
     for k, data in enumerate(clients(clip)):
         own = data.inputs.features.clone().requires_grad_()
         expected = F.cross_entropy(twin(clip, own, batch.inputs.features[k], 1.17, 1.0), LABELS[k])
-        assert terms["ce"][k].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(expected.item(), rel=1e-4)
         (theirs,) = torch.autograd.grad(expected, own)
         for c in range(len(CLASS_NAMES)):
             mine = private["keys"][k, c].detach()
@@ -102,7 +104,7 @@ def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) ->
     assert method.trainable
     before = filled(method, clip)
     config = TrainingConfig(optimizer="adamw", lr=0.01, batch_size=4, local_epochs=3)
-    results = train_cohort(
+    results = train_clients(
         method, [{}] * K, before, clients(clip), config, seed=1, server_round=1, rounds=2
     )
     for old, result in zip(before, results, strict=True):

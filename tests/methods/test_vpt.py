@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
+from fedprompt.methods.base import Method, Task
 from fedprompt.methods.parts.deep_prompts import layers_within
-from fedprompt.methods.registry import Method, Task, method_class
+from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images
 
@@ -41,9 +42,9 @@ def test_logits_loss_and_gradients_are_the_plain_ones(deep_clip: FrozenCLIP, dep
     batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
-    terms = method.terms(shared, {}, encoded, batch)
-    assert list(terms) == ["ce"]
-    ours = torch.autograd.grad(terms["ce"].sum(), shared["visual"])[0]
+    loss_terms = method.loss_terms(shared, {}, encoded, batch)
+    assert list(loss_terms) == ["ce"]
+    ours = torch.autograd.grad(loss_terms["ce"].sum(), shared["visual"])[0]
     text = deep_clip.encode_text_raw([f"a photo of a {c}." for c in CLASS_NAMES])
     for k in range(K):
         leaf = shared["visual"].detach()[k].clone().requires_grad_()
@@ -53,7 +54,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(deep_clip: FrozenCLIP, dep
         close(logits[k], expected)
         real = int(mask[k].sum())
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
-        assert terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         close(ours[k], torch.autograd.grad(loss, leaf)[0])
 
 

@@ -761,10 +761,10 @@ def test_kill_and_resume_in_the_middle_of_the_protocol(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ray_ends_in_the_bits_of_the_inline_grid(tmp_path: Path) -> None:
     """With the local-only baseline behind it, which is in the clear: nothing is shared there."""
-    grid, evaluation = {"threads": 1, "cohort_size": 1}, {"every": 100, "local_only": True}
+    grid, evaluation = {"threads": 1, "clients_per_block": 1}, {"every": 100, "local_only": True}
 
     def ended(name: str, **more: Any) -> Path:
-        config = config_for(tmp_path / name, grid={**grid, **more}, evaluation=evaluation)
+        config = config_for(tmp_path / name, simulation={**grid, **more}, evaluation=evaluation)
         return run(config, QuietDisplay())
 
     inline, ray = ended("inline"), ended("ray", kind="ray", workers=2)

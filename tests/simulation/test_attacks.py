@@ -27,7 +27,7 @@ MakeWorkspace = Callable[..., Workspace]
 SECTIONS: dict[str, Any] = {
     "method": {"name": "promptfl", "context_tokens": 2},
     "partition": {"clients": 4, "scheme": "iid"},
-    "grid": {"cohort_size": 1, "threads": 1},
+    "simulation": {"clients_per_block": 1, "threads": 1},
 }
 
 

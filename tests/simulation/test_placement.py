@@ -1,4 +1,4 @@
-"""Costs, and which cohort starts where: no Ray, no clock."""
+"""Costs, and which block starts where: no Ray, no clock."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_longest_first_fills_two_equal_workers() -> None:
     assert simulate([6, 3, 3], {"a": 1, "b": 1})[0] == 6
 
 
-def test_the_last_long_cohort_waits_for_the_faster_worker() -> None:
-    """Two cohorts of 4 s on the fast worker, 40 s on the slow one: both go to the fast one."""
+def test_the_last_long_block_waits_for_the_faster_worker() -> None:
+    """Two blocks of 4 s on the fast worker, 40 s on the slow one: both go to the fast one."""
     end, who = simulate([4, 4], {"slow": 0.1, "fast": 1})
     assert (end, who) == (8, ["fast", "fast"])
 
@@ -47,7 +47,7 @@ def test_a_slow_worker_takes_what_it_finishes_in_time() -> None:
 
 
 def test_speeds_as_measured_beat_dealing_in_turn() -> None:
-    """Against a list scheduler that gives every free worker the next cohort, over many draws."""
+    """Against a list scheduler that gives every free worker the next block, over many draws."""
 
     def in_turn(works: list[float], speeds: Mapping[str, float]) -> float:
         ends = dict.fromkeys(speeds, 0.0)
@@ -74,7 +74,7 @@ def test_without_a_free_worker_nothing_starts() -> None:
     assert next_start([], ["a"], {}, lambda _, u: u) is None
 
 
-def test_a_late_cohort_is_not_waited_for() -> None:
+def test_a_late_block_is_not_waited_for() -> None:
     """It may take as long again: after some time the slow worker starts the next one."""
     assert remaining(10, 4) == 6
     assert remaining(10, 50) == 50

@@ -57,9 +57,9 @@ def test_states_come_back_bit_for_bit(log: PrivateLog) -> None:
     log.put(3, {"ctx": AWKWARD, "theta": torch.tensor(0.3)})
     log.put(0, {"ctx": -AWKWARD, "theta": torch.tensor(-0.3)})
     before = {c: log.get(c) for c in range(8)}
-    seal = log.save(4)
+    digest = log.save(4)
     again = PrivateLog(log.folder, 8)
-    again.restore(4, seal)
+    again.restore(4, digest)
     for client in range(8):
         assert same(log.get(client), before[client])
         assert same(again.get(client), before[client])
@@ -69,10 +69,10 @@ def test_states_come_back_bit_for_bit(log: PrivateLog) -> None:
 def test_nothing_private_leaves_no_folder(log: PrivateLog) -> None:
     log.put(1, {})
     log.clear()
-    seal = log.save(1)
-    log.settle()
+    digest = log.save(1)
+    log.remove_stale()
     assert not log.folder.exists()
-    log.restore(1, seal)
+    log.restore(1, digest)
     assert log.get(1) is None
 
 
@@ -83,7 +83,7 @@ def test_files_are_private_and_hold_only_what_is_new(log: PrivateLog) -> None:
             for client in clients:
                 log.put(client, state(client))
             log.save(server_round)
-            log.settle()
+            log.remove_stale()
     finally:
         os.umask(previous)
     assert stat.S_IMODE(log.folder.stat().st_mode) == 0o700
@@ -109,7 +109,7 @@ def test_a_file_goes_when_its_last_row_is_dead_and_not_before_the_checkpoint(
     back = PrivateLog(log.folder, 8)
     back.read(1, old)
     assert same(back.get(1), state(1))
-    log.settle()
+    log.remove_stale()
     assert list(contents(log.folder)) == ["round-000002.safetensors"]
 
 
@@ -119,13 +119,13 @@ def test_live_rows_of_a_half_dead_file_move(log: PrivateLog) -> None:
     log.save(1)
     for client in (0, 1):
         log.put(client, state(10 + client))
-    seal = log.save(2)
-    log.settle()
+    digest = log.save(2)
+    log.remove_stale()
     (path,) = log.folder.iterdir()
     assert path.name == "round-000002.safetensors"
     assert load_file(path)["clients"].tolist() == [0, 1, 2, 3]
     again = PrivateLog(log.folder, 8)
-    again.restore(2, seal)
+    again.restore(2, digest)
     for client, value in enumerate((10, 11, 2, 3)):
         assert same(again.get(client), state(value))
 
@@ -137,7 +137,7 @@ def test_no_more_rows_move_than_were_put(log: PrivateLog) -> None:
     for server_round, client in enumerate(range(7), start=2):
         log.put(client, state(100 + client))
         log.save(server_round)
-        log.settle()
+        log.remove_stale()
         rows = len(load_file(log._path(server_round))["clients"])
         assert rows <= 2, "one put, so at most one moved"
     assert not log._path(1).exists(), "its last row has moved"
@@ -152,7 +152,7 @@ def test_disk_and_writing_stay_within_a_factor(
         for client in draw.choice(clients, taking_part, replace=False):
             log.put(int(client), state(server_round))
         log.save(server_round)
-        log.settle()
+        log.remove_stale()
         written += log._rows[server_round]
         live = sum(log._live.values())
         assert sum(log._rows.values()) <= 2 * live
@@ -215,19 +215,19 @@ class AgainstADict(RuleBasedStateMachine):
             if crash == "write":
                 patch.setattr(os, "replace", _raise)
             try:
-                seal = self.log.save(self.round)
+                digest = self.log.save(self.round)
             except Crash:
                 return self._open()
         self.written_rows += self.log._rows.get(self.round, 0)
         if crash == "saved":
             return self._open()
-        self.checkpoint, self.durable = (self.round, seal), dict(self.now)
+        self.checkpoint, self.durable = (self.round, digest), dict(self.now)
         dead = [f for f, live in self.log._live.items() if not live]
         if crash == "half" and dead:
             self.log._path(dead[0]).unlink()
         if crash in ("sealed", "half"):
             return self._open()
-        self.log.settle()
+        self.log.remove_stale()
         return None
 
     @rule()
@@ -259,8 +259,8 @@ def play(folder: Path, rounds: int = 4) -> None:
     kept = folder / "checkpoint.json"
     log, first = PrivateLog(folder / "private", 10), 1
     if kept.is_file():
-        last, seal = json.loads(kept.read_text())
-        log.restore(last, seal)
+        last, digest = json.loads(kept.read_text())
+        log.restore(last, digest)
         first = last + 1
     else:
         log.clear()
@@ -268,9 +268,9 @@ def play(folder: Path, rounds: int = 4) -> None:
         for client in generator(3, "puts", server_round).choice(10, 4, replace=False):
             before = log.get(int(client)) or state(0)
             log.put(int(client), {n: t * 0.5 + server_round for n, t in before.items()})
-        seal = log.save(server_round)
-        write_bytes(kept, json.dumps([server_round, seal]).encode())
-        log.settle()
+        digest = log.save(server_round)
+        write_bytes(kept, json.dumps([server_round, digest]).encode())
+        log.remove_stale()
 
 
 def killed_at(call: int, folder: Path) -> bool:
@@ -325,8 +325,8 @@ def sealed(log: PrivateLog) -> tuple[PrivateLog, str]:
     for server_round, clients in ((1, (1, 2, 3)), (2, (4, 5, 6))):
         for client in clients:
             log.put(client, state(client))
-        seal = log.save(server_round)
-    return PrivateLog(log.folder, 8), seal
+        digest = log.save(server_round)
+    return PrivateLog(log.folder, 8), digest
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -336,16 +336,16 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_a_missing_file_is_one_line(sealed: tuple[PrivateLog, str], missing: int) -> None:
-    log, seal = sealed
+    log, digest = sealed
     log._path(missing).unlink()
     with pytest.raises(UserError, match="missing or were changed") as caught:
-        log.restore(2, seal)
+        log.restore(2, digest)
     assert "Start the run anew with 'fedprompt run " in one_line(caught)
 
 
 def test_a_file_that_vanishes_during_the_run_is_one_line(sealed: tuple[PrivateLog, str]) -> None:
-    log, seal = sealed
-    log.restore(2, seal)
+    log, digest = sealed
+    log.restore(2, digest)
     log._path(1).unlink()
     assert same(log.get(4), state(4))
     with pytest.raises(UserError, match=r"round-000001\.safetensors are missing") as caught:
@@ -371,20 +371,20 @@ def damaged() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", damaged())
 def test_a_damaged_file_is_one_line(sealed: tuple[PrivateLog, str], kind: str) -> None:
-    log, seal = sealed
+    log, digest = sealed
     write_bytes(log._path(1), damaged()[kind])
     with pytest.raises(UserError, match=r"round-000001\.safetensors are damaged") as caught:
-        log.restore(2, seal)
+        log.restore(2, digest)
     one_line(caught)
     assert len(contents(log.folder)) == 2, "nothing is removed"
 
 
 def test_another_files_rows_do_not_pass(sealed: tuple[PrivateLog, str]) -> None:
-    log, seal = sealed
+    log, digest = sealed
     tensors = load_file(log._path(2))
     write_bytes(log._path(1), save({n: t[:2] for n, t in tensors.items()}))
     with pytest.raises(UserError, match="missing or were changed"):
-        log.restore(2, seal)
+        log.restore(2, digest)
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_made_are_one_line(
@@ -410,11 +410,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_made_are_one_line(
 
 
 def test_strangers_in_the_folder_are_left_alone(sealed: tuple[PrivateLog, str]) -> None:
-    log, seal = sealed
+    log, digest = sealed
     (log.folder / "notes.txt").write_bytes(b"mine")
     (log.folder / ".round-000003.safetensors.x.tmp").write_bytes(b"half")
     write_bytes(log._path(3), b"of a round after the checkpoint")
-    log.restore(2, seal)
+    log.restore(2, digest)
     names = ["notes.txt", "round-000001.safetensors", "round-000002.safetensors"]
     assert list(contents(log.folder)) == names
     log.clear()

@@ -23,7 +23,7 @@ from fedprompt.federation.client_app import handle
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.workspace import Workspace
-from tests.simulation.test_cohort_grid import assert_same, federate, scenes, wait_for_workers
+from tests.simulation.test_block_grid import assert_same, federate, scenes, wait_for_workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +58,7 @@ def in_mid_round(marks: Path, pid: int, act: Callable[[], None]) -> Iterator[Non
     thread.start()
     try:
         yield
-        assert acted.is_set(), "the worker to be lost was never given a cohort"
+        assert acted.is_set(), "the worker to be lost was never given a block"
     finally:
         over.set()
         thread.join()
@@ -89,7 +89,7 @@ def processes(node: Any) -> list[Any]:
 
 
 def open_on(cluster: Cluster, marks: Path, **grid: Any) -> RayGrid:
-    config = scenes(grid={"ray_address": cluster.address, "cohort_size": 1, **grid})
+    config = scenes(simulation={"ray_address": cluster.address, "clients_per_block": 1, **grid})
     return RayGrid(Workspace.open(config, progress=False), answer=partial(noted, str(marks)))
 
 

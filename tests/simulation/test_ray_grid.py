@@ -14,7 +14,7 @@ import torch
 from ray import cloudpickle
 
 import fedprompt.simulation.ray_grid as ray_grid_module
-from fedprompt.data.features.table import Columns
+from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
 from fedprompt.errors import UserError
 from fedprompt.federation.server_app import Federation
@@ -22,7 +22,7 @@ from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.simulation.ray_worker import Place, Worker, pack, unpack
 from fedprompt.workspace import Workspace
-from tests.simulation.test_cohort_grid import assert_same, federate
+from tests.simulation.test_block_grid import assert_same, federate
 from tests.support.builders import fake_dataset, small_config
 
 MakeWorkspace = Callable[..., Workspace]
@@ -120,7 +120,7 @@ def died() -> Exception:
 
 
 def test_equals_inline(make_workspace: MakeWorkspace, on_fake_ray: Any) -> None:
-    workspace = make_workspace(grid={"workers": 2, "cohort_size": 2, "threads": 1})
+    workspace = make_workspace(simulation={"workers": 2, "clients_per_block": 2, "threads": 1})
     assert_same(federate(on_fake_ray(workspace)[0]), federate(InlineGrid(workspace)), rtol=0)
 
 
@@ -131,19 +131,19 @@ def test_neither_features_nor_weights_are_sent(clip: Any, on_fake_ray: Any) -> N
     features = np.ones((len(dataset), clip.embed_dim), np.float32)
     assert features.nbytes > 25e6
     partition = make_partition(dataset, config.partition, 1)
-    grid, fake = on_fake_ray(Workspace(config, clip, dataset, partition, [Columns(features)]))
+    grid, fake = on_fake_ray(Workspace(config, clip, dataset, partition, [FeatureTable(features)]))
     federate(grid, 2)
     grid.use(grid.workspace)
     assert len(fake.sent) > 10
     assert max(fake.sent) < 100_000
 
 
-def test_the_common_content_is_sent_once_per_cohort(
+def test_the_common_content_is_sent_once_per_block(
     make_workspace: MakeWorkspace, on_fake_ray: Any
 ) -> None:
     workspace = make_workspace(
         method={"name": "promptfl", "context_tokens": 64},
-        grid={"workers": 1, "cohort_size": 4},
+        simulation={"workers": 1, "clients_per_block": 4},
     )
     grid, fake = on_fake_ray(workspace)
     federation = Federation(workspace, grid)
@@ -158,8 +158,8 @@ def test_the_common_content_is_sent_once_per_cohort(
 def test_a_worker_that_never_starts_is_dropped_and_the_others_go_on(
     make_workspace: MakeWorkspace, on_fake_ray: Any
 ) -> None:
-    """Worker 0 dies in its first cohort, and whatever replaces it does not open."""
-    workspace = make_workspace(grid={"workers": 2, "cohort_size": 1, "threads": 1})
+    """Worker 0 dies in its first block, and whatever replaces it does not open."""
+    workspace = make_workspace(simulation={"workers": 2, "clients_per_block": 1, "threads": 1})
 
     def trouble(name: str, number: int) -> Exception | None:
         if (name == "run" and number == 0) or (name == "open" and number > 1):
@@ -169,13 +169,13 @@ def test_a_worker_that_never_starts_is_dropped_and_the_others_go_on(
     grid, fake = on_fake_ray(workspace, trouble)
     assert_same(federate(grid), federate(InlineGrid(workspace)), rtol=0)
     assert [slot.number for slot in grid._slots] == [1]
-    assert fake.started == 2 + 1 + workspace.config.grid.retries
+    assert fake.started == 2 + 1 + workspace.config.simulation.retries
 
 
 def test_with_no_worker_left_one_line_says_so(
     make_workspace: MakeWorkspace, on_fake_ray: Any
 ) -> None:
-    workspace = make_workspace(grid={"workers": 2, "cohort_size": 1, "retries": 50})
+    workspace = make_workspace(simulation={"workers": 2, "clients_per_block": 1, "retries": 50})
 
     def trouble(name: str, number: int) -> Exception | None:
         return died() if name == "run" or (name == "open" and number > 1) else None
@@ -198,7 +198,7 @@ def test_workers_that_do_not_open_end_the_start_with_the_reason(
 def test_an_error_in_a_worker_does_not_restart_it(
     make_workspace: MakeWorkspace, on_fake_ray: Any
 ) -> None:
-    workspace = make_workspace(grid={"workers": 1, "cohort_size": 1})
+    workspace = make_workspace(simulation={"workers": 1, "clients_per_block": 1})
     left = [2]
 
     def trouble(name: str, number: int) -> Exception | None:
@@ -212,10 +212,10 @@ def test_an_error_in_a_worker_does_not_restart_it(
     assert fake.started == 1
 
 
-def test_clients_of_a_cohort_that_is_lost_too_often_are_named(
+def test_clients_of_a_block_that_is_lost_too_often_are_named(
     make_workspace: MakeWorkspace, on_fake_ray: Any
 ) -> None:
-    workspace = make_workspace(grid={"workers": 1, "cohort_size": 4, "retries": 1})
+    workspace = make_workspace(simulation={"workers": 1, "clients_per_block": 4, "retries": 1})
     training = [False]
 
     def trouble(name: str, number: int) -> Exception | None:
@@ -249,5 +249,5 @@ def test_the_worker_module_loads_without_pytorch(tmp_path: Path) -> None:
 
     code = "import fedprompt.simulation.ray_worker, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
-    code = "import fedprompt.simulation.cohort_grid, sys; sys.exit('ray' in sys.modules)"
+    code = "import fedprompt.simulation.block_grid, sys; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0

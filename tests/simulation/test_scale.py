@@ -17,7 +17,7 @@ import pytest
 from flwr.app import Message
 
 from fedprompt import files
-from fedprompt.data.features.table import Columns
+from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
 from fedprompt.experiment import run_folder
 from fedprompt.experiment.display import QuietDisplay
@@ -57,7 +57,7 @@ def make_workspace() -> MakeWorkspace:
             } | evaluation,
         )  # fmt: skip
         partition = make_partition(dataset, config.partition, config.seed)
-        return Workspace(config, clip, dataset, partition, [Columns(features_ND)])
+        return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND)])
 
     return make
 

@@ -238,14 +238,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
     for server_round in range(1, ROUNDS + 1):
         kept.append((shared, through_a_checkpoint(strategy)))
         shared = one_round(strategy, shared, server_round, replies_of(name, server_round)) or {}
-    served = bits(strategy.served(shared))
+    eval_tensors = bits(strategy.eval_tensors(shared))
     for finished, (then, state) in enumerate(kept):
         resumed = make(name)
         resumed.load_state(state)
         last = run(resumed, name, finished + 1, then)[-1]
         assert bits(last) == bits(shared), f"resumed after round {finished}"
-        assert bits(resumed.served(last)) == served
-        assert resumed.measured() == strategy.measured()
+        assert bits(resumed.eval_tensors(last)) == eval_tensors
+        assert resumed.metrics() == strategy.metrics()
 
 
 def test_nothing_that_was_given_is_changed(name: str) -> None:

@@ -78,9 +78,9 @@ def test_the_end_is_the_papers_weighted_sum(
             w / sum(weights) * prompts[name].astype(np.float64)
             for w, prompts in zip(weights, history, strict=True)
         )
-        served = strategy.served(history[-1])[name]
-        assert served.dtype == np.float32
-        np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-7)
+        eval_tensors = strategy.eval_tensors(history[-1])[name]
+        assert eval_tensors.dtype == np.float32
+        np.testing.assert_allclose(eval_tensors, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_papers_largest_and_last_weight() -> None:
@@ -107,26 +107,26 @@ def test_early_rounds_are_served_whole_though_their_weights_are_tiny() -> None:
     strategy = make(20)
     first = run(strategy, 1, 1, start())[0]
     for name in SHAPES:
-        np.testing.assert_allclose(strategy.served(first)[name], first[name], rtol=1e-6)
-    assert np.abs(strategy.served(first)["ctx"]).max() > 0.1
+        np.testing.assert_allclose(strategy.eval_tensors(first)[name], first[name], rtol=1e-6)
+    assert np.abs(strategy.eval_tensors(first)["ctx"]).max() > 0.1
 
 
 def test_weights_of_a_long_run_do_not_vanish() -> None:
     """Round 1 of 2,000 at a standard deviation of 0.2 rounds: exp(-28 million) is 0."""
     strategy = make(2000, std=0.0001)
     history = run(strategy, 1, 3, start())
-    served = strategy.served(history[-1])
+    eval_tensors = strategy.eval_tensors(history[-1])
     for name in SHAPES:
-        assert np.isfinite(served[name]).all()
-        np.testing.assert_allclose(served[name], history[-1][name], rtol=1e-6)
+        assert np.isfinite(eval_tensors[name]).all()
+        np.testing.assert_allclose(eval_tensors[name], history[-1][name], rtol=1e-6)
 
 
 def test_before_the_first_round_the_start_is_served() -> None:
     strategy, values = make(20), start()
-    assert strategy.served(values) is values
+    assert strategy.eval_tensors(values) is values
     assert strategy.state() == {}
     strategy.load_state({})
-    assert strategy.served(values) is values
+    assert strategy.eval_tensors(values) is values
 
 
 @pytest.mark.parametrize("stop", [1, 12, 15])
@@ -138,7 +138,7 @@ def test_a_resumed_run_serves_the_same_bits(stop: int) -> None:
     second.load_state({n: a.copy() for n, a in first.state().items()})
     run(second, stop + 1, 20, kept)
     for name in SHAPES:
-        assert np.array_equal(whole.served(last)[name], second.served(last)[name])
+        assert np.array_equal(whole.eval_tensors(last)[name], second.eval_tensors(last)[name])
     assert all(np.array_equal(a, second.state()[n]) for n, a in whole.state().items())
 
 

@@ -16,7 +16,7 @@ CLIENTS = 6
 
 def strategy(places: int = 2) -> Any:
     cls = strategy_class("nearest_peers")
-    received = {
+    extras = {
         "peers.ctx": np.zeros((places, 2, 3), np.float32),
         "peers.known": np.zeros(places, np.float32),
     }
@@ -24,7 +24,7 @@ def strategy(places: int = 2) -> Any:
         build(cls.Config, {"name": "nearest_peers"}, "strategy"),
         shapes=SHAPES,
         seed=1,
-        received=received,
+        extras=extras,
     )
     made.set_nodes({k: 500 + k for k in range(CLIENTS)})
     return made
@@ -57,7 +57,7 @@ def test_the_nearest_others_are_sent_nearest_first() -> None:
             if c != client
         }
         nearest = sorted(distance, key=lambda c: distance[c])[:2]
-        sent = made.for_client(2, client)
+        sent = made.client_extras(2, client)
         np.testing.assert_array_equal(sent["peers.ctx"], np.stack([prompt(c) for c in nearest]))
         np.testing.assert_array_equal(sent["peers.known"], [1, 1])
         assert sent["peers.ctx"].dtype == np.float32
@@ -65,22 +65,22 @@ def test_the_nearest_others_are_sent_nearest_first() -> None:
 
 def test_nobody_is_sent_peers_before_its_own_reply() -> None:
     made = strategy(places=3)
-    assert not made.for_client(1, 0)["peers.known"].any()
+    assert not made.client_extras(1, 0)["peers.known"].any()
     made.aggregate(1, start(), updates([1, 4]))
-    assert not made.for_client(2, 0)["peers.known"].any()
-    sent = made.for_client(2, 1)
+    assert not made.client_extras(2, 0)["peers.known"].any()
+    sent = made.client_extras(2, 1)
     np.testing.assert_array_equal(sent["peers.known"], [1, 0, 0])
     np.testing.assert_array_equal(sent["peers.ctx"][0], prompt(4))
     assert not sent["peers.ctx"][1:].any()
-    assert not made.received["peers.ctx"].any(), "the starting values are not written to"
+    assert not made.extras["peers.ctx"].any(), "the starting values are not written to"
 
 
 def test_a_newer_upload_replaces_the_older_one() -> None:
     made = strategy(places=1)
     made.aggregate(1, start(), updates([1, 4]))
     made.aggregate(2, start(), updates([4], server_round=2))
-    np.testing.assert_array_equal(made.for_client(3, 1)["peers.ctx"][0], prompt(4, 2))
-    np.testing.assert_array_equal(made.for_client(3, 4)["peers.ctx"][0], prompt(1))
+    np.testing.assert_array_equal(made.client_extras(3, 1)["peers.ctx"][0], prompt(4, 2))
+    np.testing.assert_array_equal(made.client_extras(3, 4)["peers.ctx"][0], prompt(1))
 
 
 def test_equal_distances_are_settled_by_client_id() -> None:
@@ -101,12 +101,12 @@ def test_state_survives_and_shares_no_memory() -> None:
     replies[0].arrays["ctx"][:] = 99
     other.load_state({n: a.copy() for n, a in made.state().items()})
     for client in range(CLIENTS):
-        ours, theirs = made.for_client(2, client), other.for_client(2, client)
+        ours, theirs = made.client_extras(2, client), other.client_extras(2, client)
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
-    assert (made.for_client(2, 2)["peers.ctx"] != 99).all()
+    assert (made.client_extras(2, 2)["peers.ctx"] != 99).all()
     other.load_state({})
-    assert not other.for_client(2, 2)["peers.known"].any()
+    assert not other.client_extras(2, 2)["peers.known"].any()
 
 
 def test_the_average_is_fedavg_s_and_without_peers_nothing_is_sent() -> None:
@@ -118,4 +118,4 @@ def test_the_average_is_fedavg_s_and_without_peers_nothing_is_sent() -> None:
     cls = strategy_class("nearest_peers")
     bare = cls(cls.Config(), shapes=SHAPES, seed=1)
     bare.aggregate(1, start(), updates([0, 3]))
-    assert bare.for_client(2, 0) == {}
+    assert bare.client_extras(2, 0) == {}

@@ -21,8 +21,8 @@ from fedprompt.privacy.accountant import epsilon
 from fedprompt.strategies.aligned import agreement
 from fedprompt.strategies.clustered import Clustered, groups
 from fedprompt.strategies.dp_fedavg import DPFedAvg
-from fedprompt.strategies.robust import mixed
-from fedprompt.strategies.vectors import changes, clipped, count_of, moved
+from fedprompt.strategies.parts.robust import mixed
+from fedprompt.strategies.parts.vectors import changes, clipped, count_of, moved
 from tests.federation.test_strategy import _identity, answer, full, send, shared_after  # noqa: F401
 from tests.federation.test_strategy import make as make_plain
 
@@ -245,7 +245,7 @@ def test_aligned_by_hand() -> None:
         expected = (2 + 2 - 8 * small) / (2 + small)
         np.testing.assert_allclose(step(free, rows), [expected, 0], rtol=1e-6)
     assert free.scores == {0: 1.5, 1: 1.5, 2: -2.0}, "credit is limited"
-    assert free.measured() == {"below_zero": {"2": -2.0}}
+    assert free.metrics() == {"below_zero": {"2": -2.0}}
     near = make("aligned", (2,), sharpness=0.5, trust=1.5)
     small = math.exp(-0.5)
     np.testing.assert_allclose(step(near, rows), [(4 - 3 * small) / (2 + small), 0], rtol=1e-6)
@@ -295,13 +295,13 @@ def test_every_cluster_is_sent_its_own_prompts() -> None:
     messages = send(strategy, start, 1)
     one = shared_after(strategy, [answer(m, {"ctx": r}) for m, r in zip(messages, rows)])  # noqa: B905
     assert one is not None
-    assert all(strategy.shared_for(c) is None for c in range(6)), "a common round"
+    assert all(strategy.client_shared(c) is None for c in range(6)), "a common round"
     messages = send(strategy, one, 2)
     arrays, _ = strategy.aggregate_train(
         2, [answer(m, {"ctx": r}) for m, r in zip(messages, rows, strict=True)]
     )
     assert strategy.cluster_of == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0, 5: 1}
-    assert strategy.measured() == {"clusters": [3, 3]}
+    assert strategy.metrics() == {"clusters": [3, 3]}
     sent = [_sent(m) for m in send(strategy, {"ctx": rows.mean(0)}, 3)]
     np.testing.assert_allclose(sent[0], rows[::2].mean(0), rtol=1e-5)
     np.testing.assert_allclose(sent[3], rows[1::2].mean(0), rtol=1e-5)
@@ -324,7 +324,7 @@ def test_a_late_client_joins_the_nearest_cluster() -> None:
     rows = two_kinds()
     shared = {"ctx": np.zeros(8, np.float32)}
     strategy.aggregate(1, shared, updates_of(rows)[:4])
-    assert strategy.shared_for(5) is None
+    assert strategy.client_shared(5) is None
     strategy.aggregate(2, shared, updates_of(rows)[4:])
     assert strategy.cluster_of == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0, 5: 1}
 
@@ -360,8 +360,8 @@ def test_dp_clips_counts_clients_alike_and_divides_by_those_asked() -> None:
     rows = [[3.0, 4.0, 0, 0], [0, 0, 0.5, 0], [0, 0, 0, -9.0]]
     after = strategy.aggregate(1, {"ctx": np.zeros(4, np.float32)}, updates_of(rows, [1, 900, 7]))
     np.testing.assert_allclose(after["ctx"], np.array([0.6, 0.8, 0.5, -1.0]) / 4, rtol=1e-6)
-    assert strategy.measured()["epsilon"] is None
-    assert strategy.measured()["clipped_share"] == pytest.approx(2 / 3)
+    assert strategy.metrics()["epsilon"] is None
+    assert strategy.metrics()["clipped_share"] == pytest.approx(2 / 3)
 
 
 def test_one_client_moves_the_sum_by_at_most_the_bound() -> None:
@@ -426,7 +426,7 @@ def test_epsilon_counts_the_rounds_in_which_a_client_was_asked() -> None:
     for server_round, asked in enumerate(([0, 1], [2, 3], [0, 2]), 1):
         strategy.sampled = asked
         strategy.aggregate(server_round, start, [rows[c] for c in asked])
-    assert strategy.measured()["releases"] == 2
+    assert strategy.metrics()["releases"] == 2
     assert strategy.epsilon == epsilon(2.0, 2, 1e-5)
 
 

@@ -15,7 +15,7 @@ from fedprompt.config.schema import Config
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.experiment.validate import validate
-from fedprompt.methods.base import Batch, Tensors, Visit
+from fedprompt.methods.base import Batch, RoundInfo, Tensors
 from fedprompt.rng import generator
 
 CLASS_NAMES = ("river", "dense residential", "harbor", "ground track field", "beach", "runway")
@@ -64,7 +64,7 @@ def batch_of(
     """A step of clients `first`, `first` + 1, ... in their visit to a round; lr 0.01, seed 1."""
     inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
     clients = labels_KB.shape[0]
-    visit = Visit(
+    round_info = RoundInfo(
         clients=tuple(range(first, first + clients)),
         seed=1,
         server_round=server_round,
@@ -75,7 +75,7 @@ def batch_of(
         class_counts_KC=torch.stack([torch.bincount(y, minlength=6) for y in labels_KB]),
     )
     mask_KB = torch.ones_like(labels_KB, dtype=torch.bool) if mask_KB is None else mask_KB
-    return Batch(inputs, labels_KB, mask_KB, visit, step)
+    return Batch(inputs, labels_KB, mask_KB, round_info, step)
 
 
 def fake_dataset(images: int = 240, classes: int = 6, domains: int = 2) -> ImageDataset:
@@ -107,7 +107,7 @@ def small_config(**sections: Any) -> Config:
         "strategy": {"name": "fedavg"},
         "training": {"lr": 0.05, "batch_size": 8},
         "federation": {"rounds": 3},
-        "grid": {"threads": 1},
+        "simulation": {"threads": 1},
         "evaluation": {"local_only": False},
         "output": {"report": False},
     }

@@ -69,7 +69,7 @@ def config_for(
         "strategy": {"name": "fedavg"},
         "training": {"lr": 0.05, "batch_size": 8},
         "federation": {"rounds": rounds, "timeout_s": 120},
-        "grid": {"threads": 1, "cohort_size": 1},
+        "simulation": {"threads": 1, "clients_per_block": 1},
         "evaluation": {"local_only": False, "personal_on_global": False, "every": 100},
         "output": {"report": False, "dir": str(run)},
         "protocols": ["global"],
@@ -260,7 +260,7 @@ def simulate(
     Nothing is trained there, but for those that are `in_vain` too: their private tensors change.
     """
     config = replace(config, output=replace(config.output, dir=str(folder)))
-    use_threads(config.grid)
+    use_threads(config.simulation)
     workspace = Workspace.open(config, progress=False)
     run = RunFolder.create(config)
     private = PrivateLog(run.path / PRIVATE, config.partition.clients)

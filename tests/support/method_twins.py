@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build
-from fedprompt.methods.base import stack
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.methods.base import Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES
 
 TASK = Task(CLASS_NAMES)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import stack
-from fedprompt.methods.registry import Batch, Method, Tensors
+from fedprompt.methods.base import Batch, Method, Tensors, stack
 from fedprompt.rng import generator
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -34,7 +33,7 @@ def batch(clip: FrozenCLIP, *, patches: bool = False) -> Batch:
 def one_client(data: Batch, k: int) -> Batch:
     """Client k's real images alone, without padding."""
     rows = (slice(k, k + 1), slice(0, REAL[k]))
-    return Batch(data.inputs[rows], data.labels_KB[rows], data.mask_KB[rows], data.visit, 0)
+    return Batch(data.inputs[rows], data.labels_KB[rows], data.mask_KB[rows], data.round_info, 0)
 
 
 def tensors(method: Method, noise: float = 0.05) -> tuple[Tensors, Tensors]:
@@ -54,22 +53,22 @@ def tensors(method: Method, noise: float = 0.05) -> tuple[Tensors, Tensors]:
 
 
 def row(held: Tensors, k: int) -> Tensors:
-    """Client k's tensors as a cohort of one, leaves of their own."""
+    """Client k's tensors as a block of one, leaves of their own."""
     return {
         n: t.detach()[k : k + 1].clone().requires_grad_(t.requires_grad) for n, t in held.items()
     }
 
 
 def loss_of(method: Method, shared: Tensors, private: Tensors, data: Batch) -> dict[str, Tensor]:
-    return method.terms(shared, private, method.encode(shared, private), data)
+    return method.loss_terms(shared, private, method.encode(shared, private), data)
 
 
 def leaves(*held: Tensors) -> list[Tensor]:
     return [t for some in held for t in some.values() if t.requires_grad]
 
 
-def gradients(terms: dict[str, Tensor], wanted: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(torch.stack(list(terms.values())).sum(), wanted))
+def gradients(loss_terms: dict[str, Tensor], wanted: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(torch.stack(list(loss_terms.values())).sum(), wanted))
 
 
 def close(ours: Tensor, theirs: Tensor, rtol: float = 1e-4) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build
-from fedprompt.methods.base import stack
-from fedprompt.methods.registry import Batch, Method, Task, Tensors, method_class
+from fedprompt.methods.base import Batch, Method, Task, Tensors, stack
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -100,6 +100,6 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
 def gradients(method: Method, shared: Tensors, batch: Batch) -> dict[str, Tensor]:
     """What the optimiser would be given, by name of the shared tensor."""
     leaves = {f"shared.{n}": t for n, t in shared.items() if t.requires_grad}
-    terms = method.terms(shared, {}, method.encode(shared, {}), batch)
-    found = method.gradients(terms, leaves, batch)
+    loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), batch)
+    found = method.gradients(loss_terms, leaves, batch)
     return {n.removeprefix("shared."): g for n, g in found.items() if g is not None}

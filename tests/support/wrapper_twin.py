@@ -16,10 +16,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData
-from fedprompt.methods.registry import Method, Tensors
+from fedprompt.methods.base import ClientData, Method, Tensors
 from fedprompt.rng import generator
-from fedprompt.training import train_cohort
+from fedprompt.training import train_clients
 from tests.support.builders import CLASS_NAMES
 from tests.support.text_twin import class_features
 
@@ -87,7 +86,7 @@ def train(
     server_round: int,
 ) -> list[Any]:
     """Our own local training of some clients at once."""
-    return train_cohort(
+    return train_clients(
         method,
         received,
         private,

@@ -32,7 +32,7 @@ def test_every_method_has_a_row() -> None:
 @pytest.mark.timeout(1800)
 def test_one_command_runs_all_methods_over_three_seeds(tmp_path: Path) -> None:
     few = ["federation.rounds=2", "evaluation.every=2", "data.images_per_class=8"]
-    few += ["partition.shots=4", "partition.clients=4", "grid.threads=1"]
+    few += ["partition.shots=4", "partition.clients=4", "simulation.threads=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     fedprompt = [sys.executable, "-m", "fedprompt"]
     for command in (

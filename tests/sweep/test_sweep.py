@@ -42,7 +42,7 @@ from fedprompt.sweep.plan import (
 )
 from fedprompt.sweep.run import _fits, _room, check_inline, places_here, run_serial
 from fedprompt.sweep.state import progress, rounds_done, seconds_left
-from fedprompt.workspace import Opened, Workspace
+from fedprompt.workspace import ResourceCache, Workspace
 
 TINY = [
     "data.images_per_class=8", "data.domains=[savanna]", "partition.clients=3",
@@ -74,7 +74,7 @@ class TestPlan:
     """What a file means."""
 
     def test_rows_times_grid_times_seeds_in_order(self, tmp_path: Path) -> None:
-        runs = plan(tmp_path, grid={"training.lr": [0.02, 0.1], "partition.clients": [2, 3]})
+        runs = plan(tmp_path, simulation={"training.lr": [0.02, 0.1], "partition.clients": [2, 3]})
         assert len(runs) == 16
         assert [(r.row, dict(r.values), r.seed) for r in runs[:3]] == [
             ("PromptFL", {"training.lr": 0.02, "partition.clients": 2}, 1),
@@ -110,10 +110,10 @@ class TestPlan:
         assert settings_hash(replace(config, seed=7)) != settings_hash(config)
 
     def test_threads_are_fixed(self, tmp_path: Path) -> None:
-        free = "grid.threads=0"
-        assert plan(tmp_path, free, resources={"cpus": 2.5})[0].config.grid.threads == 2
-        assert plan(tmp_path, free)[0].config.grid.threads == 1
-        assert plan(tmp_path, "grid.threads=3")[0].config.grid.threads == 3
+        free = "simulation.threads=0"
+        assert plan(tmp_path, free, resources={"cpus": 2.5})[0].config.simulation.threads == 2
+        assert plan(tmp_path, free)[0].config.simulation.threads == 1
+        assert plan(tmp_path, "simulation.threads=3")[0].config.simulation.threads == 3
 
     def test_grid_takes_names_lists_and_null(self, tmp_path: Path) -> None:
         grid = {"method": ["promptfl", "kgcoop"], "partition.shots": [None, 4]}
@@ -189,7 +189,7 @@ class TestPlaces:
 
     def test_as_many_as_there_is_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fedprompt.sweep.run.available_cpus", lambda: 8)
-        monkeypatch.setattr("fedprompt.simulation.cohorts.free_memory", lambda device: 10e9)
+        monkeypatch.setattr("fedprompt.simulation.blocks.free_memory", lambda device: 10e9)
         assert places_here(Resources(cpus=3), 24) == 2
         assert places_here(Resources(cpus=0.5), 24) == 16
         assert places_here(Resources(), 3) == 3
@@ -213,7 +213,7 @@ class TestPlaces:
 
     def test_ray_within_ray_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"grid\.kind=inline"):
-            check_inline(plan(tmp_path, "grid.kind=ray"))
+            check_inline(plan(tmp_path, "simulation.kind=ray"))
 
 
 def fake_run(run: PlannedRun, rounds: int, seconds: float | None) -> None:
@@ -336,7 +336,7 @@ def fresh_run(run: PlannedRun, target: Path) -> None:
 
 
 def test_serial_sweep_of_one_process_has_the_bits_of_fresh_ones(tmp_path: Path) -> None:
-    runs = plan(tmp_path, grid=None, common=[*TINY, "grid.threads=0"])
+    runs = plan(tmp_path, grid=None, common=[*TINY, "simulation.threads=0"])
     board = Board(runs, 1, Console(quiet=True))
     run_serial(runs, board)
     assert not board.failures
@@ -347,13 +347,13 @@ def test_serial_sweep_of_one_process_has_the_bits_of_fresh_ones(tmp_path: Path) 
 
 def test_backbone_and_data_are_opened_once(tmp_path: Path) -> None:
     runs = plan(tmp_path)
-    opened = Opened()
-    spaces = [Workspace.open(r.config, progress=False, opened=opened) for r in runs[:3]]
+    resources = ResourceCache()
+    spaces = [Workspace.open(r.config, progress=False, resources=resources) for r in runs[:3]]
     assert spaces[0].clip is spaces[1].clip is spaces[2].clip
     assert spaces[0].dataset is spaces[2].dataset
     assert spaces[0].dataset is not spaces[1].dataset, "another seed"
     other = replace(runs[0].config.backbone, image_batch=3)
-    assert opened.clip(other, tmp_path) is not spaces[0].clip
+    assert resources.clip(other, tmp_path) is not spaces[0].clip
 
 
 def test_one_failed_run_stops_no_other_and_the_command_says_why(tmp_path: Path) -> None:
@@ -391,10 +391,10 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(Workspace, "open", broken)
-        outcome = worker.complete(run.config, Opened(), 1)
+        outcome = worker.complete(run.config, ResourceCache(), 1)
     assert outcome.failure.startswith("ValueError: first line second line (traceback: ")
     assert "in broken" in (run.folder / worker.ERROR).read_text()
-    assert worker.complete(run.config, Opened(), 1).failure == ""
+    assert worker.complete(run.config, ResourceCache(), 1).failure == ""
     assert not (run.folder / worker.ERROR).exists()
 
 
@@ -403,7 +403,7 @@ def test_a_folder_of_another_config_is_not_touched(tmp_path: Path) -> None:
     fake_run(first, 0, None)
     (first.folder / CONFIG).write_text(to_yaml(second.config))
     before = sorted(p.name for p in first.folder.iterdir())
-    outcome = worker.complete(first.config, Opened(), 1)
+    outcome = worker.complete(first.config, ResourceCache(), 1)
     assert "holds a run with another config" in outcome.failure
     assert {*before, ".lock"} == {p.name for p in first.folder.iterdir()} | {".lock"}
 
@@ -462,7 +462,7 @@ def test_ray_sweep_survives_kill_9_and_has_the_bits_of_single_runs(tmp_path: Pat
         fresh.parent.mkdir(exist_ok=True)
         config = replace(run.config, output=replace(run.config.output, dir=str(fresh)))
         # In this process; that a process of its own has the same bits is tested above.
-        assert worker.complete(config, Opened(), 1).failure == ""
+        assert worker.complete(config, ResourceCache(), 1).failure == ""
         assert_same(run.folder, fresh)
     assert json.loads((out / PLAN).read_text())["keys"] == ["training.lr"]
 

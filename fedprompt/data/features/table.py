@@ -25,7 +25,7 @@ from fedprompt.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class FeatureTable:
     """One view of a data set's images; see `Inputs` for what each column holds.
 
     Features are not normalised; pixels are bytes, which `mean_std` (2, 3) normalises.
@@ -48,7 +48,7 @@ class Columns:
         )
 
 
-def open_columns(
+def open_feature_table(
     clip: FrozenCLIP,
     dataset: ImageDataset,
     cache_dir: Path,
@@ -58,7 +58,7 @@ def open_columns(
     crop_scale: float = 1.0,
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
-) -> Columns:
+) -> FeatureTable:
     """Columns of one view, of all images or of `index_R`; computed on first use, then cached.
 
     `needs` is a method's; view 0 is the whole image, others are crops of at least `crop_scale`.
@@ -68,7 +68,7 @@ def open_columns(
     """
     if dataset.owners_N is not None and index_R is None:
         parts = [
-            open_columns(
+            open_feature_table(
                 clip, part, cache_dir, needs, view=view, crop_scale=crop_scale, progress=progress
             )
             for part in dataset.parts
@@ -81,8 +81,8 @@ def open_columns(
 
     patches = column(_patches(clip, plain)) if "patches" in needs else None
     if "pixels" not in needs:
-        return Columns(column(plain), patches)
-    return Columns(column(plain), patches, column(_pixels(clip, plain)), clip.mean_std)
+        return FeatureTable(column(plain), patches)
+    return FeatureTable(column(plain), patches, column(_pixels(clip, plain)), clip.mean_std)
 
 
 @torch.no_grad()
@@ -119,10 +119,10 @@ class _Stack:
         return rows
 
 
-def _stacked(parts: Sequence[Columns], embed_dim: int) -> Columns:
+def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
     """The columns of all parts, one after the other; none of them is copied."""
     if not parts:
-        return Columns(np.zeros((0, embed_dim), dtype=np.float32))
+        return FeatureTable(np.zeros((0, embed_dim), dtype=np.float32))
 
     def stack(name: str) -> Any:
         columns = [getattr(part, name) for part in parts]
@@ -131,7 +131,7 @@ def _stacked(parts: Sequence[Columns], embed_dim: int) -> Columns:
         ends = np.cumsum([len(column) for column in columns])
         return _Stack(tuple(columns), np.concatenate(([0], ends[:-1])))
 
-    return Columns(
+    return FeatureTable(
         stack("features_ND"), stack("patches_NPD"), stack("pixels_N3HW"), parts[0].mean_std
     )
 

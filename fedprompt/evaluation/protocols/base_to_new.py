@@ -28,7 +28,8 @@ from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError
 from fedprompt.evaluation.metrics import harmonic_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
-from fedprompt.methods.registry import Method, Task, Tensors, method_class
+from fedprompt.methods.base import Method, Task, Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models

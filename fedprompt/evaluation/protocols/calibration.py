@@ -20,7 +20,8 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.evaluation.metrics import Reliability
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
-from fedprompt.methods.registry import Method, Tensors, method_class
+from fedprompt.methods.base import Method, Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
 

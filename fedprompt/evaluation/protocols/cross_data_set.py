@@ -17,8 +17,9 @@ from fedprompt.data.features.cache import default_cache_dir
 from fedprompt.data.images import name_key
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Part, Reported
-from fedprompt.evaluation.test_sets import OtherData, complete, open_others
-from fedprompt.methods.registry import Task, method_class
+from fedprompt.evaluation.test_sets import TestSet, complete, open_others
+from fedprompt.methods.base import Task
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import score_global
 
@@ -65,7 +66,7 @@ class CrossDataSet(Reported):
     caption = "Accuracy on data sets that no client has seen, with their own class names."
     Options = CrossDataSetOptions
     options: CrossDataSetOptions
-    _others: list[OtherData]
+    _others: list[TestSet]
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,7 +22,8 @@ from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut, hold_out_domain
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
-from fedprompt.methods.registry import Tensors, method_class
+from fedprompt.methods.base import Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
 

@@ -34,8 +34,9 @@ from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError
 from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
 from fedprompt.evaluation.protocol import Finished, Part, Reported
-from fedprompt.evaluation.test_sets import OtherData, complete, open_others
-from fedprompt.methods.registry import Method, Tensors, method_class
+from fedprompt.evaluation.test_sets import TestSet, complete, open_others
+from fedprompt.methods.base import Method, Tensors
+from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, logits_of
 
@@ -80,7 +81,7 @@ class Ood(Reported):
     caption = "MCM score of known images and of images whose class the model has no name for."
     Options = OodOptions
     options: OodOptions
-    _others: list[OtherData]
+    _others: list[TestSet]
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build, option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, ClientData, Method, Task, Tensors, Visit
+from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Task, Tensors
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def base_class(name: str) -> type[Method]:
 
 
 class WrappedMethod(Method):
-    """Everything as the base does it; `own_terms` adds terms to the loss.
+    """Everything as the base does it; `extra_loss_terms` adds terms to the loss.
 
     The base's `gradients` sees the base's terms alone, so that a base which projects or clips does
     so as ever; plain gradients of the wrapper's terms are added to what it gives.
@@ -72,7 +72,7 @@ class WrappedMethod(Method):
     prefix: ClassVar[str]
     """Of the tensors that the wrapper adds, e.g. `control.`."""
     term_names: ClassVar[tuple[str, ...]] = ()
-    """Names that `own_terms` may give."""
+    """Names that `extra_loss_terms` may give."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
@@ -101,14 +101,14 @@ class WrappedMethod(Method):
 
     def trained(self, shared: Tensors) -> Tensors:
         """The base's shared tensors that are learned: neither received besides, nor frozen."""
-        besides = self.base.init_received(0)
+        besides = self.base.init_extras(0)
         return {
             n: t
             for n, t in self.without(shared).items()
             if n not in besides and f"shared.{n}" not in self.base.frozen
         }
 
-    def own_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
+    def extra_loss_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
         """Weighted loss terms (K,) that the wrapper adds."""
         return {}
 
@@ -128,24 +128,28 @@ class WrappedMethod(Method):
         """The base's."""
         return self.base.init_private(seed, client)
 
-    def init_received(self, seed: int) -> Tensors:
+    def init_extras(self, seed: int) -> Tensors:
         """The base's."""
-        return self.base.init_received(seed)
+        return self.base.init_extras(seed)
 
-    def fill_private(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
+    def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The base's tensors as the base fills them."""
-        return self.own(private) | self.base.fill_private(self.without(private), data, seed)
+        return self.own(private) | self.base.init_private_from_data(
+            self.without(private), data, seed
+        )
 
     def start_round(
-        self, shared: Tensors, private: Tensors, visit: Visit
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """The base's tensors as the base starts from them."""
-        s, p = self.base.start_round(self.without(shared), self.without(private), visit)
+        s, p = self.base.start_round(self.without(shared), self.without(private), round_info)
         return self.own(shared) | s, self.own(private) | p
 
-    def end_round(self, shared: Tensors, private: Tensors, visit: Visit) -> tuple[Tensors, Tensors]:
+    def end_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
         """The base's tensors as the base leaves them."""
-        s, p = self.base.end_round(self.without(shared), self.without(private), visit)
+        s, p = self.base.end_round(self.without(shared), self.without(private), round_info)
         return self.own(shared) | s, self.own(private) | p
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
@@ -158,19 +162,21 @@ class WrappedMethod(Method):
         """The base's logits (K, B, C)."""
         return self.base.logits(encoded, inputs)
 
-    def terms(
+    def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """The base's terms and the wrapper's, each (K,)."""
-        terms = self.base.terms(self.without(shared), self.without(private), encoded, batch)
-        return terms | self.own_terms(shared, private, batch)
+        loss_terms = self.base.loss_terms(
+            self.without(shared), self.without(private), encoded, batch
+        )
+        return loss_terms | self.extra_loss_terms(shared, private, batch)
 
     def gradients(
-        self, terms: dict[str, Tensor], leaves: Tensors, batch: Batch
+        self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """The base's gradients of its terms, plus those of the wrapper's."""
-        own = [t for n, t in terms.items() if n in self.term_names]
-        rest = {n: t for n, t in terms.items() if n not in self.term_names}
+        own = [t for n, t in loss_terms.items() if n in self.term_names]
+        rest = {n: t for n, t in loss_terms.items() if n not in self.term_names}
         found = self.base.gradients(rest, leaves, batch)
         if not own:
             return found

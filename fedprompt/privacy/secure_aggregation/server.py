@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.schema import SecureAggregationConfig
-from fedprompt.messages import shown, why
+from fedprompt.messages import error_reason, sanitised
 from fedprompt.privacy.secure_aggregation import COLLECT, RECORD, SETUP, SHARE_KEYS, STAGE, UNMASK
 from fedprompt.privacy.secure_aggregation.flower import (
     Key,
@@ -238,7 +238,7 @@ class _Round:
         for reply in self.exchange(messages):
             node = reply.metadata.src_node_id
             if node not in asked:
-                log.warning("secure aggregation, %s: %s", stage, shown(why(reply)))
+                log.warning("secure aggregation, %s: %s", stage, sanitised(error_reason(reply)))
                 continue
             if node in seen:
                 answers.pop(node, None)
@@ -248,7 +248,7 @@ class _Round:
             try:
                 answers[node] = read(node, _record(reply))
             except Exception as error:  # every byte is a peer's
-                lost[node] = shown(f"{' '.join(str(error).split())} ({stage})")
+                lost[node] = sanitised(f"{' '.join(str(error).split())} ({stage})")
         for node in asked:
             if node not in seen:
                 lost[node] = f"no reply ({stage})"
@@ -292,7 +292,7 @@ def _circle(nodes: list[int], shares: int) -> dict[int, set[int]]:
 
 def _record(reply: Message) -> ConfigRecord:
     if reply.has_error():
-        raise _Nonsense(why(reply))
+        raise _Nonsense(error_reason(reply))
     record = reply.content.get(RECORD)
     if set(reply.content) != {RECORD} or not isinstance(record, ConfigRecord):
         raise _Nonsense(f"records {sorted(reply.content)} instead of ['{RECORD}']")

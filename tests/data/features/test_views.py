@@ -21,10 +21,10 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.images import random_view
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
-from fedprompt.methods.base import ClientData
-from fedprompt.methods.registry import Task, method_class
+from fedprompt.methods.base import ClientData, Task
+from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
-from fedprompt.training import _batches, train_cohort
+from fedprompt.training import _batches, train_clients
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 from tests.support.fake_data import FakeClip, flat_dataset
@@ -148,7 +148,7 @@ def test_views_that_are_all_alike_train_as_one_does(clip: FrozenCLIP) -> None:
 
     def train(data: list[ClientData]) -> list[Any]:
         shared = method.init_shared(1)
-        return train_cohort(
+        return train_clients(
             method, [shared, shared], [{}, {}], data, config, seed=1, server_round=1, rounds=2
         )
 

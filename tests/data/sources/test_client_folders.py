@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedprompt.config.schema import Config, DataConfig
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
-from fedprompt.data.features.table import open_columns
+from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.sources import client_folders
 from fedprompt.errors import UserError
@@ -113,13 +113,13 @@ def test_features_are_cached_folder_by_folder(root: Path) -> None:
     """Batches never mix folders: a node's features have the simulation's last bits."""
     clip: Any = FakeClip()
     dataset, _ = opened(config_for(root), root)
-    columns = open_columns(clip, dataset, root / "cache", {"features"}, progress=False)
+    columns = open_feature_table(clip, dataset, root / "cache", {"features"}, progress=False)
     assert clip.batches == [3] * 7 + [3] * 4 + [3] * 3 + [3] * 2
     files = list((root / "cache" / "features").rglob("*.npy"))
     assert len(files) == 4
     for client in range(3):
         own, _ = opened(alone(config_for(root), client), root)
-        mine = open_columns(clip, own, root / "cache", {"features"}, progress=False)
+        mine = open_feature_table(clip, own, root / "cache", {"features"}, progress=False)
         rows = np.flatnonzero(dataset.owners_N == client)[::-1]
         theirs = columns.rows(rows).features
         assert theirs.equal(mine.rows(np.arange(len(own))[::-1].copy()).features)
@@ -130,9 +130,9 @@ def test_views_are_those_of_the_folder_alone(root: Path) -> None:
     clip: Any = FakeClip()
     dataset, _ = opened(config_for(root), root)
     options: Any = {"view": 1, "crop_scale": 0.3, "progress": False}
-    whole = open_columns(clip, dataset, root / "cache", {"features"}, **options)
+    whole = open_feature_table(clip, dataset, root / "cache", {"features"}, **options)
     own, _ = opened(alone(config_for(root), 2), root)
-    mine = open_columns(clip, own, root / "elsewhere", {"features"}, **options)
+    mine = open_feature_table(clip, own, root / "elsewhere", {"features"}, **options)
     rows = np.flatnonzero(dataset.owners_N == 2)
     assert whole.rows(rows).features.equal(mine.rows(np.arange(len(own))).features)
 
@@ -143,7 +143,7 @@ def test_a_server_without_images(root: Path) -> None:
     assert len(dataset) == 0
     assert partition.num_clients == 3
     clip: Any = FakeClip()
-    columns = open_columns(clip, dataset, root / "cache", {"features"}, progress=False)
+    columns = open_feature_table(clip, dataset, root / "cache", {"features"}, progress=False)
     assert columns.rows(np.zeros(0, dtype=np.int64)).features.shape == (0, 4)
 
 

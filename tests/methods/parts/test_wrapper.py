@@ -68,7 +68,7 @@ def test_the_base_s_declarations_are_passed_on(clip: FrozenCLIP, wrapper: str) -
         peers = build_method(clip, wrapper, **local, **options)
         assert peers.lr_scale["private.gate.q.weight"] == 5
         assert {"private.visits", "private.own.ctx"} <= peers.frozen
-        assert peers.init_received(1).keys() == {"peers.ctx", "peers.known"}
+        assert peers.init_extras(1).keys() == {"peers.ctx", "peers.known"}
         raw = {"method": {"name": wrapper, **local, **options}}
         assert validate(raw).strategy.name == "nearest_peers"
 

@@ -1,4 +1,4 @@
-"""Grids: same numbers whatever the cohort, the worker or the order; nothing private on the wire."""
+"""Grids: same numbers whatever the block, the worker or the order; nothing private on the wire."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def assert_same(
 
 
 @pytest.mark.parametrize("method", ["fedrsclip", "promptfl", "coop_local"])
-@pytest.mark.parametrize("cohort_size", [1, 2, 3])
-def test_cohort_size_changes_rounding_only(
-    make_workspace: MakeWorkspace, method: str, cohort_size: int
+@pytest.mark.parametrize("clients_per_block", [1, 2, 3])
+def test_clients_per_block_changes_rounding_only(
+    make_workspace: MakeWorkspace, method: str, clients_per_block: int
 ) -> None:
     def outcome(size: int) -> tuple[Tensors, Tensors, Any]:
         workspace = make_workspace(
-            method={"name": method}, grid={"cohort_size": size, "threads": 1}
+            method={"name": method}, simulation={"clients_per_block": size, "threads": 1}
         )
         return federate(InlineGrid(workspace))
 
     whole = outcome(4)
     assert_same(outcome(4), whole, rtol=0)
-    assert_same(outcome(cohort_size), whole, rtol=1e-5)
+    assert_same(outcome(clients_per_block), whole, rtol=1e-5)
 
 
 def test_order_of_replies_never_matters(make_workspace: MakeWorkspace) -> None:
@@ -82,7 +82,7 @@ def test_order_of_replies_never_matters(make_workspace: MakeWorkspace) -> None:
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
             return list(super().send_and_receive(messages, timeout=timeout))[::-1]
 
-    config: dict[str, Any] = {"grid": {"cohort_size": 2, "threads": 1}}
+    config: dict[str, Any] = {"simulation": {"clients_per_block": 2, "threads": 1}}
     straight = federate(InlineGrid(make_workspace(**config)))
     assert_same(federate(Shuffled(make_workspace(**config))), straight, rtol=0)
 
@@ -249,15 +249,15 @@ def _wires(
 ) -> list[tuple[int, bytes]]:
     """Every train reply as bytes, with the client that sent it."""
     seen: list[tuple[int, bytes]] = []
-    run_cohort = grid_module.run_cohort
+    run_block = grid_module.run_block
 
-    def recording(workspace: Any, cohort: Any, private: Any, answer: Any) -> Any:
-        replies, changed = run_cohort(workspace, cohort, private, answer)
+    def recording(workspace: Any, block: Any, private: Any, answer: Any) -> Any:
+        replies, changed = run_block(workspace, block, private, answer)
         if from_wire(replies[0]).metadata.message_type == MessageType.TRAIN:
-            seen.extend((p.client, r) for p, r in zip(cohort, replies, strict=True))
+            seen.extend((p.client, r) for p, r in zip(block, replies, strict=True))
         return replies, changed
 
-    monkeypatch.setattr(grid_module, "run_cohort", recording)
+    monkeypatch.setattr(grid_module, "run_block", recording)
     federate(grid, rounds)
     return seen
 
@@ -346,7 +346,7 @@ def scenes(**sections: Any) -> Config:
             "templates": ["a photo of a {}."],
         },
         "partition": {"clients": 5, "scheme": "iid"},
-        "grid": {"kind": "ray", "workers": 2, "threads": 1, "cohort_size": 2},
+        "simulation": {"kind": "ray", "workers": 2, "threads": 1, "clients_per_block": 2},
         "federation": {"rounds": 2},
     }
     for key, value in sections.items():
@@ -392,7 +392,7 @@ def wait_for_workers(grid: RayGrid) -> None:
 
 
 def test_ray_equals_inline_bit_for_bit(ray_grid: RayGrid, workspace: Workspace) -> None:
-    """Same cohort size, same thread count, other processes."""
+    """Same block size, same thread count, other processes."""
     inline = federate(InlineGrid(workspace), 2)
     assert_same(federate(_fresh(ray_grid, workspace), 2), inline, rtol=0)
 
@@ -421,7 +421,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: Workspace) -> None:
+def test_a_block_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: Workspace) -> None:
     """A worker that hangs is killed; its clients are named and the others count."""
     grid = _fresh(ray_grid, workspace)
     federation = Federation(workspace, grid)
@@ -440,11 +440,11 @@ def test_a_cohort_over_its_time_limit_is_left_out(ray_grid: RayGrid, workspace: 
 
 
 def test_joining_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = scenes(grid={"ray_address": "127.0.0.1:1"})
+    config = scenes(simulation={"ray_address": "127.0.0.1:1"})
 
     def refuse(**_: Any) -> None:
         raise ConnectionError("could not\nconnect")
 
     monkeypatch.setattr(ray_grid_module.ray, "init", refuse)
     with pytest.raises(UserError, match=r"cannot start or join Ray on 127.0.0.1:1: could not conn"):
-        ray_grid_module.start_ray(config.grid)
+        ray_grid_module.start_ray(config.simulation)

@@ -1,4 +1,4 @@
-"""Which clients share a cohort, and how large it is."""
+"""Which clients share a block, and how large it is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from flwr.app import MessageType
 
-from fedprompt.config.schema import GridConfig
+from fedprompt.config.schema import SimulationConfig
 from fedprompt.runtime import thread_count, use_threads
-from fedprompt.simulation.cohorts import CPU_TOKENS, choose_size, free_memory, group, work
+from fedprompt.simulation.blocks import CPU_TOKENS, choose_size, free_memory, group, work
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
 
@@ -22,9 +22,9 @@ MakeWorkspace = Callable[..., Workspace]
 PLENTY = math.inf
 
 
-def sized(cohort_size: int = 0, tokens: int = 96, step_bytes: int = 1000) -> Any:
+def sized(clients_per_block: int = 0, tokens: int = 96, step_bytes: int = 1000) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(grid=GridConfig(cohort_size=cohort_size)),
+        config=SimpleNamespace(simulation=SimulationConfig(clients_per_block=clients_per_block)),
         clip=SimpleNamespace(device=torch.device("cpu")),
         tokens_per_client=tokens,
         step_bytes_per_client=step_bytes,
@@ -47,19 +47,19 @@ def test_clients_with_similar_work_come_together(make_workspace: MakeWorkspace) 
     images = [len(workspace.partition.train(c)) for c in range(9)]
     assert len(set(images)) > 3
     clients = [5, 0, 8, 3, 1]
-    cohorts = group(workspace, clients, 2)
-    assert [len(c) for c in cohorts] == [2, 2, 1]
-    grouped = [clients[place] for cohort in cohorts for place in cohort]
+    blocks = group(workspace, clients, 2)
+    assert [len(c) for c in blocks] == [2, 2, 1]
+    grouped = [clients[place] for block in blocks for place in block]
     assert grouped == sorted(clients, key=lambda c: (-images[c], c))
     # The order in which clients are asked does not matter.
-    again = [[clients[::-1][p] for p in cohort] for cohort in group(workspace, clients[::-1], 2)]
-    assert again == [[clients[p] for p in cohort] for cohort in cohorts]
+    again = [[clients[::-1][p] for p in block] for block in group(workspace, clients[::-1], 2)]
+    assert again == [[clients[p] for p in block] for block in blocks]
 
 
 def test_replies_come_in_the_order_of_the_messages(make_workspace: MakeWorkspace) -> None:
-    from tests.simulation.test_cohort_grid import introduce, queries
+    from tests.simulation.test_block_grid import introduce, queries
 
-    workspace = make_workspace(partition={"clients": 9}, grid={"cohort_size": 2})
+    workspace = make_workspace(partition={"clients": 9}, simulation={"clients_per_block": 2})
     grid = InlineGrid(workspace, answer=introduce)
     asked = [5, 0, 8, 3, 1]
     replies = grid.send_and_receive(queries(asked))
@@ -92,10 +92,10 @@ def test_memory_only_lowers_the_size() -> None:
     assert size(PLENTY) == size(1e9) == 8
     assert size(2 * 3 * 1000) == 3  # half of it holds three clients
     assert size(0) == 1
-    assert choose_size(sized(cohort_size=6), 100, 1, 0, 2) == 6  # as configured
+    assert choose_size(sized(clients_per_block=6), 100, 1, 0, 2) == 6  # as configured
 
 
-def test_one_client_larger_than_the_processor_needs_is_a_cohort() -> None:
+def test_one_client_larger_than_the_processor_needs_is_a_block() -> None:
     assert choose_size(sized(tokens=5000), 10, 1, PLENTY, 1) == 1
 
 
@@ -103,13 +103,13 @@ def test_a_size_that_memory_lowers_is_logged_once(
     make_workspace: MakeWorkspace, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = InlineGrid(make_workspace())
-    with caplog.at_level(logging.WARNING, logger="fedprompt.simulation.cohort_grid"):
-        assert grid.cohort_size(4) > 1
+    with caplog.at_level(logging.WARNING, logger="fedprompt.simulation.block_grid"):
+        assert grid.clients_per_block(4) > 1
         assert not caplog.records
         grid._free_bytes = 1.0
-        assert [grid.cohort_size(4), grid.cohort_size(4)] == [1, 1]
+        assert [grid.clients_per_block(4), grid.clients_per_block(4)] == [1, 1]
     assert len(caplog.records) == 1
-    assert "cohorts of 1 clients instead of" in caplog.text
+    assert "blocks of 1 clients instead of" in caplog.text
 
 
 def test_free_memory_is_a_number_of_bytes() -> None:
@@ -119,13 +119,13 @@ def test_free_memory_is_a_number_of_bytes() -> None:
 def test_threads_are_the_configured_ones_or_a_workers_cpus() -> None:
     before = torch.get_num_threads()
     try:
-        assert thread_count(GridConfig(threads=3), worker=True) == 3
-        assert thread_count(GridConfig(cpus_per_worker=2.5), worker=True) == 2
-        assert thread_count(GridConfig(cpus_per_worker=0.5), worker=True) == 1
-        assert thread_count(GridConfig()) == before
-        use_threads(GridConfig(threads=2))
+        assert thread_count(SimulationConfig(threads=3), worker=True) == 3
+        assert thread_count(SimulationConfig(cpus_per_worker=2.5), worker=True) == 2
+        assert thread_count(SimulationConfig(cpus_per_worker=0.5), worker=True) == 1
+        assert thread_count(SimulationConfig()) == before
+        use_threads(SimulationConfig(threads=2))
         assert torch.get_num_threads() == 2
-        use_threads(GridConfig())
+        use_threads(SimulationConfig())
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

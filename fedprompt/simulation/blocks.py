@@ -16,7 +16,7 @@ from fedprompt.workspace import Workspace
 CPU_TOKENS, GPU_TOKENS = 384, 65536
 """Text positions per call that fill a CPU thread (measured on 2 cores) or a GPU (assumed)."""
 MEMORY_SHARE = 0.5
-"""Part of the free memory that the activations of running cohorts may take."""
+"""Part of the free memory that the activations of running blocks may take."""
 
 
 def work(workspace: Workspace, kind: str, client: int) -> int:
@@ -32,10 +32,10 @@ def work(workspace: Workspace, kind: str, client: int) -> int:
 
 
 def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[int]]:
-    """Positions in `clients`, dealt to cohorts of at most `size`.
+    """Positions in `clients`, dealt to blocks of at most `size`.
 
     Clients with similar numbers of training images come together, most images first: one that
-    finishes early leaves its cohort emptier than the processor can use. The grouping depends on
+    finishes early leaves its block emptier than the processor can use. The grouping depends on
     the partition and on `size` alone.
     """
     images = [work(workspace, MessageType.TRAIN, c) for c in clients]
@@ -50,7 +50,7 @@ def choose_size(
     free_bytes: float,
     threads: int | None = None,
 ) -> int:
-    """Clients per cohort: as configured, else as many as fill the processor and fit in memory.
+    """Clients per block: as configured, else as many as fill the processor and fit in memory.
 
     Args:
         workspace: the sizes of the task.
@@ -59,9 +59,9 @@ def choose_size(
         free_bytes: free memory per worker; it only ever lowers the number.
         threads: CPU threads of each worker; those of this process without it.
     """
-    if workspace.config.grid.cohort_size:
-        return workspace.config.grid.cohort_size
-    cpu_tokens = CPU_TOKENS * (threads or thread_count(workspace.config.grid))
+    if workspace.config.simulation.clients_per_block:
+        return workspace.config.simulation.clients_per_block
+    cpu_tokens = CPU_TOKENS * (threads or thread_count(workspace.config.simulation))
     budget = GPU_TOKENS if workspace.clip.device.type == "cuda" else cpu_tokens
     fits = MEMORY_SHARE * free_bytes / max(1, workspace.step_bytes_per_client)
     most = max(1, int(min(budget / max(1, workspace.tokens_per_client), fits)))

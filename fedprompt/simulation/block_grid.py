@@ -2,10 +2,10 @@
 
 Both grids implement Flower's public `Grid`, so any Flower strategy runs on them, and keep one
 message per client. `send_and_receive` sees a whole round at once, so it can hand the messages of
-several clients (a cohort) to one call of `client_app.handle`. Messages cross the grid as bytes, as
+several clients (a block) to one call of `client_app.handle`. Messages cross the grid as bytes, as
 they would cross a network: nothing is shared by reference, and traffic is counted on those bytes.
 
-Private tensors stay on the client's side of the grid: in its `private` store, handed to a cohort's
+Private tensors stay on the client's side of the grid: in its `private` store, handed to a block's
 call and taken back from it, never in a message.
 """
 
@@ -36,7 +36,7 @@ from fedprompt.messages import (
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.secure_aggregation import COLLECT, SETUP, SHARE_KEYS, UNMASK, stage_of
 from fedprompt.runtime import thread_count, use_threads
-from fedprompt.simulation.cohorts import choose_size, free_memory, group
+from fedprompt.simulation.blocks import choose_size, free_memory, group
 from fedprompt.simulation.memory_store import MemoryStore
 from fedprompt.workspace import Workspace
 
@@ -49,7 +49,7 @@ Handler = Callable[
     [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
     tuple[list[Message], dict[int, Tensors]],
 ]
-"""What answers a cohort's messages; `client_app.handle` does."""
+"""What answers a block's messages; `client_app.handle` does."""
 
 
 class PrivateStore(Protocol):
@@ -62,8 +62,8 @@ class PrivateStore(Protocol):
         """Keep a client's tensors."""
 
 
-class CohortGrid(CountingGrid):
-    """Common part of a simulation's grids: bytes, cohorts, private tensors.
+class BlockGrid(CountingGrid):
+    """Common part of a simulation's grids: bytes, blocks, private tensors.
 
     Args:
         workspace: what this process holds.
@@ -87,7 +87,7 @@ class CohortGrid(CountingGrid):
         self._free_bytes = free_memory(workspace.clip.device)
         self._told: set[int] = set()
         # For the server's own scores as well: their last bits depend on it.
-        use_threads(workspace.config.grid)
+        use_threads(workspace.config.simulation)
         become_server()
 
     def use(self, workspace: Workspace) -> None:
@@ -120,7 +120,7 @@ class CohortGrid(CountingGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run all messages in cohorts; the order of replies is that of the messages.
+        """Run all messages in blocks; the order of replies is that of the messages.
 
         `timeout` bounds the whole exchange in seconds; clients that have not started by then are
         left out, as on Flower's own grid.
@@ -132,25 +132,23 @@ class CohortGrid(CountingGrid):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         kind, stage = sent[0].metadata.message_type, stage_of(sent[0])
         parcels = to_parcels(sent)
-        replies = {} if stage in KEY_STAGES else self._in_cohorts(kind, parcels, deadline)
+        replies = {} if stage in KEY_STAGES else self._in_blocks(kind, parcels, deadline)
         if stage is not None:
             asked = replies if stage == COLLECT else range(len(parcels))
             replies = {k: self._secured(parcels[k], replies.get(k)) for k in asked}
         self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
         return [from_wire(replies[place]) for place in sorted(replies)]
 
-    def _in_cohorts(
-        self, kind: str, parcels: Sequence[Parcel], deadline: float
-    ) -> dict[int, bytes]:
+    def _in_blocks(self, kind: str, parcels: Sequence[Parcel], deadline: float) -> dict[int, bytes]:
         """Replies by the place of their message; one that has not started by then has none."""
         clients = [p.client for p in parcels]
-        places = group(self.workspace, clients, self.cohort_size(len(parcels)))
-        cohorts = [[parcels[i] for i in cohort] for cohort in places]
-        answered = self._run_cohorts(kind, cohorts, deadline)
+        places = group(self.workspace, clients, self.clients_per_block(len(parcels)))
+        blocks = [[parcels[i] for i in block] for block in places]
+        answered = self._run_blocks(kind, blocks, deadline)
         return {
             place: reply
-            for index, cohort in answered.items()
-            for place, reply in zip(places[index], cohort, strict=True)
+            for index, block in answered.items()
+            for place, reply in zip(places[index], block, strict=True)
         }
 
     def _secured(self, parcel: Parcel, trained: bytes | None) -> bytes:
@@ -180,9 +178,9 @@ class CohortGrid(CountingGrid):
     @property
     def threads(self) -> int:
         """CPU threads of each of these processes."""
-        return thread_count(self.workspace.config.grid)
+        return thread_count(self.workspace.config.simulation)
 
-    def cohort_size(self, clients: int) -> int:
+    def clients_per_block(self, clients: int) -> int:
         """Clients per call: as configured, else as many as fill the processor and fit in memory."""
         size, wanted = (
             choose_size(self.workspace, clients, self.workers, free, self.threads)
@@ -191,8 +189,8 @@ class CohortGrid(CountingGrid):
         if size < wanted and size not in self._told:
             self._told.add(size)
             log.warning(
-                "cohorts of %d clients instead of %d, to fit %.1f GB of free memory per process; "
-                "grid.cohort_size=%d gives the same last bits on other machines",
+                "blocks of %d clients instead of %d, to fit %.1f GB of free memory per process; "
+                "simulation.clients_per_block=%d gives the same last bits on other machines",
                 size,
                 wanted,
                 self._free_bytes / 1e9,
@@ -200,9 +198,9 @@ class CohortGrid(CountingGrid):
             )
         return size
 
-    def known(self, cohort: Sequence[Parcel]) -> dict[int, Tensors]:
-        """Private tensors of those clients of a cohort that have trained before."""
-        return {p.client: t for p in cohort if (t := self.private.get(p.client))}
+    def known(self, block: Sequence[Parcel]) -> dict[int, Tensors]:
+        """Private tensors of those clients of a block that have trained before."""
+        return {p.client: t for p in block if (t := self.private.get(p.client))}
 
     def keep(self, changed: Mapping[int, Tensors]) -> None:
         """Take back private tensors that training has changed."""
@@ -210,26 +208,26 @@ class CohortGrid(CountingGrid):
             self.private.put(client, tensors)
 
     @abstractmethod
-    def _run_cohorts(
-        self, kind: str, cohorts: Sequence[Sequence[Parcel]], deadline: float
+    def _run_blocks(
+        self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float
     ) -> dict[int, list[bytes]]:
-        """Replies of every cohort by its position; one that has not started by then has none."""
+        """Replies of every block by its position; one that has not started by then has none."""
 
 
-def run_cohort(
+def run_block(
     workspace: Workspace,
-    cohort: Sequence[Parcel],
+    block: Sequence[Parcel],
     private: Mapping[int, Tensors],
     answer: Handler = handle,
 ) -> tuple[list[bytes], dict[int, Tensors]]:
     """`answer` on bytes; a client that raises gets an error reply and takes no other along."""
-    messages = [parcel.open() for parcel in cohort]
-    clients = [parcel.client for parcel in cohort]
+    messages = [parcel.open() for parcel in block]
+    clients = [parcel.client for parcel in block]
     try:
         replies, changed = answer(workspace, clients, messages, private)
     except Exception as error:
-        if len(cohort) > 1:
-            parts = [run_cohort(workspace, [one], private, answer) for one in cohort]
+        if len(block) > 1:
+            parts = [run_block(workspace, [one], private, answer) for one in block]
             merged = {c: t for _, changed in parts for c, t in changed.items()}
             return [r for replies, _ in parts for r in replies], merged
         log.debug("client %d failed", clients[0], exc_info=True)
