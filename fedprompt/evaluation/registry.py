@@ -40,7 +40,7 @@ T = TypeVar("T")
 DEFAULT = ("global", "personalised")
 
 
-PROTOCOLS = Registry("protocol", "fedprompt.evaluation.protocols", Protocol)
+PROTOCOLS: Registry[Protocol] = Registry("protocol", "fedprompt.evaluation.protocols", Protocol)
 
 
 def all_protocols() -> dict[str, type[Protocol]]:

@@ -7,7 +7,7 @@ from fedprompt.methods.base import Method
 
 METHODS: Registry[Method] = Registry(
     "method", "fedprompt.methods", Method, helpers=("base", "registry")
-)  # type: ignore[type-abstract]
+)
 
 
 def all_methods() -> dict[str, type[Method]]:
