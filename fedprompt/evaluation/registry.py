@@ -11,13 +11,13 @@ from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Protocol
-from fedprompt.reports.format import Table
+from fedprompt.reports.format import ProtocolFigure, Table
+from fedprompt.reports.run_data import SUMMARY, RunData
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedprompt.config.schema import Config
-    from fedprompt.reports.run_data import RunData
 
 __all__ = [
     "DEFAULT",
@@ -27,6 +27,7 @@ __all__ = [
     "all_protocols",
     "build_options",
     "compare_runs",
+    "figures",
     "hold_out",
     "measured",
     "open_protocols",
@@ -146,6 +147,19 @@ def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
     """
     tables = [read(cls, source, cls.table, part) for cls, part in measured(summary)]
     return [table for table in tables if table is not None]
+
+
+def figures(run: RunData) -> list[ProtocolFigure]:
+    """The figures of a run's protocols, in the order of its summary.
+
+    Raises:
+        UserError: a protocol's results are not what it writes.
+    """
+    source = str(run.path / SUMMARY)
+    drawn = [
+        (cls, read(cls, source, cls.figure, part, run)) for cls, part in measured(run.summary or {})
+    ]
+    return [ProtocolFigure(cls.name, cls.caption, fig) for cls, fig in drawn if fig is not None]
 
 
 def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation, personal_part
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY
+from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run
+from fedprompt.reports.run_report import write_report
 from fedprompt.scoring import score_global, score_personal
 from fedprompt.workspace import Workspace
 
@@ -112,7 +114,11 @@ def environment(workspace: Workspace | None = None) -> dict[str, Any]:
 
 
 def draw_report(path: Path) -> Path:
-    """Draw the plots of a run and write its report; works on unfinished runs too."""
-    from fedprompt.reports.run_report import write_report
+    """Draw the figures of a run, finished or not, and write its report; returns its path.
 
-    return write_report(path)
+    Raises:
+        UserError: the run folder lacks a file, or a file is damaged.
+    """
+    run = load_run(path)
+    tables = result_tables(run.summary or {}, str(path / SUMMARY))
+    return write_report(path, tables, figures(run))

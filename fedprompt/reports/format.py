@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MISSING = "-"
 
@@ -83,6 +86,15 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
         rows.append(ResultRow.of("local-only", local_only))
     rows.append(ResultRow.of(str(summary.get("method", "method")), summary))
     return rows
+
+
+@dataclass(frozen=True)
+class ProtocolFigure:
+    """The figure of an evaluation protocol: the protocol's name, a caption line, the drawing."""
+
+    name: str
+    caption: str
+    figure: Figure
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedprompt.evaluation.registry import measured, read
 from fedprompt.reports.client_figures import figure_clients, figure_partition
-from fedprompt.reports.format import percent
+from fedprompt.reports.format import ProtocolFigure, percent
 from fedprompt.reports.run_data import (
     RunData,
     Series,
@@ -33,19 +32,27 @@ PROTOCOL = "protocol_"
 """What the files of protocols' figures begin with."""
 
 
-def draw_all(run_dir: Path) -> list[Path]:
-    """Draw every figure that the run has data for into `run_dir/plots`; return their paths."""
+def draw_all(run_dir: Path, protocols: Sequence[ProtocolFigure] = ()) -> list[Path]:
+    """Draw every figure that the run has data for into `run_dir/plots`.
+
+    Args:
+        run_dir: the run folder.
+        protocols: the figures of the run's evaluation protocols.
+
+    Returns:
+        The paths of the written files.
+
+    Raises:
+        UserError: the run folder lacks a file, or a file is damaged.
+    """
     run = load_run(run_dir)
-    figures = {
+    figures: dict[str, Figure | None] = {
         "accuracy_per_round.png": figure_accuracy(run),
         "client_accuracy.png": figure_clients(run),
         "loss_per_round.png": figure_loss(run),
         "partition.png": figure_partition(run.partition) if run.partition else None,
     }
-    source = str(run_dir / "summary.json")
-    for protocol, part in measured(run.summary or {}):
-        figure = read(protocol, source, protocol.figure, part, run)
-        figures[f"{PROTOCOL}{protocol.name}.png"] = figure
+    figures |= {f"{PROTOCOL}{protocol.name}.png": protocol.figure for protocol in protocols}
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     for stale in folder.glob(f"{PROTOCOL}*.png"):

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import base64
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedprompt.data.partition import dense
-from fedprompt.evaluation.registry import protocol_class, result_tables
 from fedprompt.reports.client_figures import MANY
 from fedprompt.reports.format import (
     MISSING,
+    ProtocolFigure,
     ResultRow,
+    Table,
     human_bytes,
     human_time,
     percent,
@@ -54,26 +55,36 @@ class ClientRow:
     zero_shot: float | None
 
 
-def write_report(run_dir: Path) -> Path:
-    """Draw the figures anew and write `run_dir/report.html`; return its path.
+def write_report(
+    run_dir: Path,
+    tables: Sequence[Table] = (),
+    figures: Sequence[ProtocolFigure] = (),
+) -> Path:
+    """Draw all figures of a run and write `run_dir/report.html`.
+
+    Args:
+        run_dir: the run folder; the run may be unfinished.
+        tables: the tables of the run's evaluation protocols.
+        figures: the figures of the run's evaluation protocols.
+
+    Returns:
+        The path of the report.
 
     Raises:
-        UserError: the run folder lacks a file or a file is damaged.
+        UserError: the run folder lacks a file, or a file is damaged.
     """
     run = load_run(run_dir)
-    figures = [
-        Figure(path.stem, _caption(path.stem), base64.b64encode(path.read_bytes()).decode())
-        for path in draw_all(run_dir)
-        if path.stem.startswith(PROTOCOL)
+    captions = {f"{PROTOCOL}{figure.name}": figure.caption for figure in figures}
+    embedded = [
+        Figure(path.stem, captions[path.stem], base64.b64encode(path.read_bytes()).decode())
+        for path in draw_all(run_dir, figures)
+        if path.stem in captions
     ]
-    html = render(TEMPLATE, run_charts(run), {**_content(run), "figures": figures})
+    content = {**_content(run), "protocols": tables, "figures": embedded}
+    html = render(TEMPLATE, run_charts(run), content)
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def _caption(stem: str) -> str:
-    return protocol_class(stem.removeprefix(PROTOCOL)).caption
 
 
 def summary_of(run: RunData) -> dict[str, Any]:
@@ -149,7 +160,6 @@ def _content(run: RunData) -> dict[str, Any]:
                 [percent_spread(row.on_global_mean, row.on_global_std) for row in rows],
             ),
         ],
-        "protocols": result_tables(summary, str(source)),
         "clients": client_rows(run, summary),
         "clients_title": _clients_title(run),
         "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),

@@ -15,6 +15,7 @@ import pytest
 from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocols.communication import Communication
+from fedprompt.experiment.summary import draw_report
 from fedprompt.files import asset
 from fedprompt.reports.client_figures import MANY
 from fedprompt.reports.run_data import accuracy_of, load_run
@@ -190,7 +191,7 @@ def test_a_protocol_brings_its_figure_as_a_picture(tmp_path: Path) -> None:
     points = [{"round": r, "accuracy": 0.4 + 0.1 * r, "up": 9 * r, "down": 9 * r} for r in range(3)]
     found = {"points": points, "reached": [{"percent": 90.0, **points[2]}]}
     edit_summary(folder, protocols={Communication.name: {"curves": {"global": found}}})
-    html = write_report(folder).read_text(encoding="utf-8")
+    html = draw_report(folder).read_text(encoding="utf-8")
     needs_nothing_else(html, pictures=1)
     assert Communication.title in Page(html).text
 
