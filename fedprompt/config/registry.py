@@ -1,9 +1,11 @@
-"""Methods, strategies, protocols and data sources by name.
+"""Methods, strategies, protocols and data sources, found by name.
 
-A package holds one thing per module, and the module's name is the thing's name; a trailing
-underscore keeps a Python keyword importable (`global_.py` holds `global`). Packages of others add
-things through entry points. Names are listed without importing a module, since most of them need
-PyTorch, which takes seconds.
+A package holds one thing per module, and the module's name is the thing's name. A trailing
+underscore in the file name is dropped, so that a name may be a Python keyword: `global_.py` holds
+the protocol `global`. Other distributions add things of their own through entry points.
+
+Listing names imports neither the modules nor the base class: most of them need PyTorch, whose
+import takes seconds, while commands such as `fedprompt list` only print names.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import pkgutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from fedprompt.errors import UserError, did_you_mean
 
@@ -22,38 +24,48 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """The classes that a package and the entry points of its name offer.
+    """The classes that the modules of one package and the entry points of one group define.
 
     Args:
-        kind: what the things are called in messages, e.g. `method`.
-        package: the package with one module per thing; it is also the entry points' group, so that
-            a distribution adds a method with `[project.entry-points."fedprompt.methods"]`.
-        base: the class that all of them derive from.
-        helpers: modules of the package that hold no such thing.
+        kind: what messages call such a thing, e.g. `method`.
+        package: the package with one module per thing.
+        base: the class that all of them derive from, as `module:Class`. It is text, so that a
+            registry can list names without importing the class.
+        helpers: modules of the package that do not hold such a thing.
+        group: the group of entry points through which other distributions add things; empty means
+            the package's name. A distribution adds a method with
+            `[project.entry-points."fedprompt.methods"]`.
     """
 
     kind: str
     package: str
-    base: type[Any]
+    base: str
     helpers: Collection[str] = field(default_factory=frozenset)
+    group: str = ""
 
     def names(self) -> list[str]:
-        """All names, sorted; no module of the package is imported."""
+        """All names in alphabetical order; no module of the package is imported."""
         return sorted({*self._modules(), *self._entry_points()})
 
     def get(self, name: str) -> type[T]:
-        """The class called `name`.
+        """The class with this name.
+
+        Args:
+            name: a module of the package, or an entry point of the group.
+
+        Returns:
+            The class; its `name` attribute equals `name`.
 
         Raises:
-            UserError: there is none, or what an entry point names cannot be used.
+            UserError: nothing has this name, its module holds no such class, or its entry point
+                cannot be loaded or is not a subclass of the base class.
         """
         modules = self._modules()
         if name in modules:
             module = importlib.import_module(f"{self.package}.{modules[name]}")
             for item in vars(module).values():
-                if isinstance(item, type) and issubclass(item, self.base):
-                    if vars(item).get("name") == name:
-                        return item
+                if self._is_named(item, name):
+                    return cast("type[T]", item)
             raise UserError(f"{module.__file__} has no {self.kind} called '{name}'.")
         point = self._entry_points().get(name)
         if point is None:
@@ -61,11 +73,15 @@ class Registry(Generic[T]):
         return self._load(point)
 
     def all(self) -> dict[str, type[T]]:
-        """Every class by name; imports all modules."""
+        """Every class by name; this imports all modules."""
         return {name: self.get(name) for name in self.names()}
 
+    def added(self) -> list[str]:
+        """Names that other distributions add through entry points, in alphabetical order."""
+        return sorted(self._entry_points())
+
     def _modules(self) -> dict[str, str]:
-        """Module by name of the thing that it holds."""
+        """The module of each name of the package."""
         path = importlib.import_module(self.package).__path__
         return {
             module.name.rstrip("_"): module.name
@@ -74,19 +90,41 @@ class Registry(Generic[T]):
         }
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        """Entry points of other distributions by name; ours cannot be replaced by them."""
+        """The entry point of each added name.
+
+        An entry point cannot replace a thing of the package: what `method=promptfl` means must not
+        depend on which other distributions happen to be installed.
+        """
         ours = self._modules()
-        return {p.name: p for p in entry_points(group=self.package) if p.name not in ours}
+        group = self.group or self.package
+        return {p.name: p for p in entry_points(group=group) if p.name not in ours}
 
     def _load(self, point: EntryPoint) -> type[T]:
-        where = f"the entry point '{point.name} = {point.value}' of group {self.package}"
+        where = f"the entry point '{point.name} = {point.value}' of group {point.group}"
         try:
             item = point.load()
-        except Exception as error:  # foreign code raises whatever it likes
+        except Exception as error:  # code of another distribution may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(f"{where} cannot be loaded: {reason}.") from None
-        if not (isinstance(item, type) and issubclass(item, self.base)):
-            raise UserError(f"{where} is no {self.base.__name__}.")
-        if getattr(item, "name", None) != point.name:
-            raise UserError(f"{where} is called {getattr(item, 'name', None)!r}; names must agree.")
-        return item
+        base = self._base_class()
+        if not (isinstance(item, type) and issubclass(item, base)):
+            raise UserError(f"{where} is not a subclass of {self.base}.")
+        if not self._is_named(item, point.name):
+            raise UserError(
+                f"{where} has the name {getattr(item, 'name', None)!r}; the class and its entry "
+                "point must have the same name."
+            )
+        return cast("type[T]", item)
+
+    def _is_named(self, item: object, name: str) -> bool:
+        """Whether this is a class of the registry that states this name for itself.
+
+        A name that is only inherited does not count: a module may import the class it extends.
+        """
+        if not (isinstance(item, type) and issubclass(item, self._base_class())):
+            return False
+        return vars(item).get("name") == name
+
+    def _base_class(self) -> type[Any]:
+        module, _, name = self.base.partition(":")
+        return cast("type[Any]", getattr(importlib.import_module(module), name))

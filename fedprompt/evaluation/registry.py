@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedprompt.config.fields import build
-from fedprompt.config.registry import Registry
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Protocol
+from fedprompt.evaluation.protocols import PROTOCOLS
 from fedprompt.reports.format import ProtocolFigure, Table
 from fedprompt.reports.run_data import SUMMARY, RunData
 
@@ -39,9 +39,6 @@ __all__ = [
 T = TypeVar("T")
 
 DEFAULT = ("global", "personalised")
-
-
-PROTOCOLS: Registry[Protocol] = Registry("protocol", "fedprompt.evaluation.protocols", Protocol)
 
 
 def all_protocols() -> dict[str, type[Protocol]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fedprompt.config.registry import Registry
-from fedprompt.federation.strategy import SharedPromptStrategy
+
+if TYPE_CHECKING:
+    from fedprompt.federation.strategy import SharedPromptStrategy
 
 STRATEGIES: Registry[SharedPromptStrategy] = Registry(
-    "strategy", "fedprompt.strategies", SharedPromptStrategy
+    "strategy", "fedprompt.strategies", "fedprompt.federation.strategy:SharedPromptStrategy"
 )
 
 
 def all_strategies() -> dict[str, type[SharedPromptStrategy]]:
-    """Every strategy by name; imports all of them."""
+    """Every strategy by name; this imports all of them."""
     return STRATEGIES.all()
 
 

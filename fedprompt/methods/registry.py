@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fedprompt.config.registry import Registry
-from fedprompt.methods.base import Method
+
+if TYPE_CHECKING:
+    from fedprompt.methods.base import Method
 
 METHODS: Registry[Method] = Registry(
-    "method", "fedprompt.methods", Method, helpers=("base", "registry")
+    "method", "fedprompt.methods", "fedprompt.methods.base:Method", helpers=("base", "registry")
 )
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by name; imports all of them."""
+    """Every method by name; this imports all of them."""
     return METHODS.all()
 
 

@@ -1,1 +1,38 @@
-"""One evaluation protocol per file."""
+"""Evaluation protocols, one per file.
+
+>>> import fedprompt
+>>> "calibration" in fedprompt.protocols.names()
+True
+>>> fedprompt.protocols.get("calibration").name
+'calibration'
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedprompt.config.registry import Registry
+
+if TYPE_CHECKING:
+    from fedprompt.evaluation.protocol import Protocol
+
+PROTOCOLS: Registry[Protocol] = Registry(
+    "protocol",
+    "fedprompt.evaluation.protocols",
+    "fedprompt.evaluation.protocol:Protocol",
+    group="fedprompt.protocols",
+)
+
+
+def names() -> list[str]:
+    """The names of all protocols, those of other installed distributions included."""
+    return PROTOCOLS.names()
+
+
+def get(name: str) -> type[Protocol]:
+    """The protocol class with this name.
+
+    Raises:
+        UserError: there is no such protocol; the message suggests the nearest name.
+    """
+    return PROTOCOLS.get(name)
