@@ -1,19 +1,11 @@
-"""Write the generated pages of docs/ again: methods, server rules, config keys."""
+"""Write every file of this checkout that is generated from the code: `make docs-pages`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fedprompt.cli.method_table import methods_markdown
-from fedprompt.cli.reference_pages import config_markdown, strategies_markdown
-
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {
-    "methods.md": methods_markdown,
-    "strategies.md": strategies_markdown,
-    "config.md": config_markdown,
-}
+from fedprompt.cli.generated_files import write_generated_files
 
 if __name__ == "__main__":
-    for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
+    for name in write_generated_files(Path(__file__).resolve().parent.parent):
+        print(f"wrote {name}")

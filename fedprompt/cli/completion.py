@@ -1,57 +1,93 @@
 """What the shell offers when Tab is pressed (`fedprompt --install-completion`).
 
-Bash breaks words at `=`: it asks for the value of `method=pr` with `pr` alone, after `method` and
-`=`. Zsh and fish ask with the whole word.
+Bash breaks words at `=`: for `method=pr` it asks to complete `pr` alone, and `method` and `=` come
+before it as words of their own. Zsh and fish ask to complete the whole word.
+
+The shell waits for every answer, so nothing here imports PyTorch, Flower or Ray.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import click
 import typer
+from typer.completion import (  # type: ignore[attr-defined]  # imported there, not re-exported
+    get_completion_script,
+    install,
+)
+from typer.core import TyperGroup
 
 from fedprompt.errors import UserError
 
 Offers = list[str]
+SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
+
+
+class CompletionGroup(TyperGroup):
+    """A command whose `--install-completion` and `--show-completion` take the name of a shell.
+
+    Typer looks for a shell among the ancestors of the process. It finds none under nohup, in a
+    container's entry point or on a CI runner, so here the shell is named, or read from $SHELL.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Answer the two options; leave everything else to Typer."""
+        if args[:1] == ["--show-completion"]:
+            shell = _shell(args)
+            click.echo(
+                get_completion_script(
+                    prog_name="fedprompt", complete_var="_FEDPROMPT_COMPLETE", shell=shell
+                )
+            )
+            ctx.exit()
+        if args[:1] == ["--install-completion"]:
+            shell, path = install(shell=_shell(args), prog_name="fedprompt")
+            click.echo(f"{shell} completion is installed in {path}; restart the terminal.")
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+def _shell(args: Sequence[str]) -> str:
+    shell = args[1] if len(args) > 1 else Path(os.environ.get("SHELL", "")).name
+    if shell not in SHELLS:
+        raise UserError(f"name your shell: fedprompt {args[0]} {'|'.join(SHELLS)}")
+    return shell
 
 
 def complete_experiment(incomplete: str) -> Offers:
-    """Shipped experiments."""
-    from fedprompt.data.sections import available
-
-    return _starting(available("experiment"), incomplete)
+    """Offer the shipped experiments."""
+    return _starting(_choices("experiment"), incomplete)
 
 
 def complete_sweep(incomplete: str) -> Offers:
-    """Shipped sweeps."""
-    from fedprompt.data.sections import available
-
-    return _starting(available("sweep"), incomplete)
+    """Offer the shipped sweeps."""
+    return _starting(_choices("sweep"), incomplete)
 
 
 def complete_dataset(incomplete: str) -> Offers:
-    """Data sets of the catalogue."""
+    """Offer the data sets of the catalogue."""
     from fedprompt.data import catalogue
 
     return _starting(catalogue.names(), incomplete)
 
 
 def complete_shown(incomplete: str) -> Offers:
-    """What `fedprompt data show` takes: data sets and experiments."""
+    """Offer what `fedprompt data show` takes: data sets and experiments."""
     return [*complete_dataset(incomplete), *complete_experiment(incomplete)]
 
 
 def complete_protocol(incomplete: str) -> Offers:
-    """Evaluation protocols."""
-    from fedprompt.evaluation.registry import all_protocols
-
-    return _starting(list(all_protocols()), incomplete)
+    """Offer the evaluation protocols."""
+    return _starting(_choices("protocol"), incomplete)
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> Offers:
-    """Config keys with `=`, and the names or choices that a key may be set to."""
+    """Offer config keys with `=`, then the names or choices that a key may be set to."""
     key, equals, value = incomplete.partition("=")
     if equals:
         return [f"{key}={offer}" for offer in _starting(values_of(key), value)]
@@ -61,45 +97,50 @@ def complete_override(ctx: typer.Context, incomplete: str) -> Offers:
     return _starting([f"{key}=" for key in keys(incomplete)], incomplete)
 
 
-def keys(begun: str) -> Offers:
-    """Config keys: groups and sections, then what is inside the one that was begun."""
-    from fedprompt.config.schema import SECTIONS
-    from fedprompt.experiment.validate import TOP_LEVEL
+def keys(incomplete: str) -> Offers:
+    """The config keys that may continue an incomplete one.
 
-    section = begun.partition(".")[0]
-    if "." in begun and section in SECTIONS:
+    Args:
+        incomplete: what has been typed so far. Before its first dot, keys of all sections are
+            offered, together with the groups that a name selects.
+    """
+    from fedprompt.config.schema import SECTIONS, Config
+
+    section = incomplete.partition(".")[0]
+    if "." in incomplete and section in SECTIONS:
         return [f"{section}.{field.name}" for field in dataclasses.fields(SECTIONS[section])]
-    found = []
-    for name in TOP_LEVEL:
-        inside = dataclasses.fields(SECTIONS[name]) if name in SECTIONS else ()
-        found += [f"{name}.{field.name}" for field in inside] or [name]
-    return [*found, "backbone", "data"]
+    offers = []
+    for top in dataclasses.fields(Config):
+        inside = dataclasses.fields(SECTIONS[top.name]) if top.name in SECTIONS else ()
+        offers += [f"{top.name}.{field.name}" for field in inside] or [top.name]
+    return [*offers, "backbone", "data"]
 
 
 def values_of(key: str) -> Offers:
-    """What a key may be set to, where that is a choice of names; else nothing."""
+    """The values that a key may be set to if they are names or a fixed choice; else nothing."""
     from fedprompt.config.schema import SECTIONS
-    from fedprompt.data.sections import available
-    from fedprompt.experiment.compose import GROUPS
+    from fedprompt.experiment.groups import GROUPS
 
     if key in GROUPS:
-        return available(key)
+        return _choices(key)
     section, _, name = key.partition(".")
     if section not in SECTIONS or not name:
         return []
-    return _choices(get_type_hints(SECTIONS[section]).get(name))
-
-
-def _choices(kind: Any) -> Offers:
+    kind: Any = get_type_hints(SECTIONS[section]).get(name)
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
-    if kind is bool:
-        return ["true", "false"]
-    return []
+    return ["true", "false"] if kind is bool else []
+
+
+def _choices(group: str) -> Offers:
+    """Names of a group; none in a damaged installation, which the command itself reports."""
+    from fedprompt.experiment.groups import choices
+
+    try:
+        return choices(group)
+    except UserError:
+        return []
 
 
 def _starting(names: Sequence[str], incomplete: str) -> Offers:
-    try:
-        return [name for name in names if name.startswith(incomplete)]
-    except UserError:  # a broken installation is for the command itself to report
-        return []
+    return [name for name in names if name.startswith(incomplete)]

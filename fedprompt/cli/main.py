@@ -11,6 +11,7 @@ import typer
 
 from fedprompt.runtime import set_defaults
 
+# Before anything below imports a library that reads the environment when it is imported.
 set_defaults()
 
 from rich.console import Console
@@ -18,7 +19,8 @@ from rich.logging import RichHandler
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedprompt.cli.completion import complete_experiment
+from fedprompt import __version__
+from fedprompt.cli.completion import CompletionGroup, complete_experiment
 from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.sweep import compare, sweep
@@ -26,7 +28,7 @@ from fedprompt.errors import UserError
 from fedprompt.reports.terminal import LOOK, fields, fitted
 
 app = typer.Typer(
-    help="Federated prompt learning for CLIP. Start with: fedprompt run quickstart",
+    cls=CompletionGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -37,9 +39,32 @@ app.add_typer(deploy_app, name="deploy")
 app.command()(sweep)
 app.command()(compare)
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fedprompt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedprompt(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Federated prompt learning for CLIP. Start with: fedprompt run quickstart."""
+    del version
+
+
 RunDir = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 Client = Annotated[
-    int | None, typer.Option("--client", help="Use this client's personal model, not the global.")
+    int | None,
+    typer.Option(
+        "--client", help="Use the personalised model of this client instead of the global model."
+    ),
 ]
 
 
@@ -54,7 +79,7 @@ def run(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
+        Path | None, typer.Option("--resume", help="Continue the interrupted run in this folder.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
 ) -> None:
@@ -68,14 +93,17 @@ def run(
 
       fedprompt run --resume runs/quickstart-fedrsclip-seed1
     """
-    from fedprompt.experiment import run as experiments
-    from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import make_display
 
     if (experiment is None) == (resume is None):
         raise UserError("give an experiment, e.g. 'fedprompt run quickstart', or --resume RUN.")
     display = make_display(quiet)
     try:
+        # The imports below take several seconds, in which the user should see that it works.
+        display.phase("loading PyTorch and Flower")
+        from fedprompt.experiment import run as experiments
+        from fedprompt.experiment.compose import compose
+
         if resume is not None:
             experiments.resume(resume, display)
         else:
@@ -89,25 +117,30 @@ def run(
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="A run folder, or several, or a sweep's.", metavar="RUN_OR_SWEEP..."),
+        typer.Argument(
+            help="One or more run folders, or the folder of a sweep.", metavar="RUN_OR_SWEEP..."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File for several runs [SWEEP/report.html].")
+        Path | None,
+        typer.Option(
+            "--out", help="File for the report of several runs (default: SWEEP/report.html)."
+        ),
     ] = None,
 ) -> None:
-    """Draw the plots and report.html of a run again, also of an unfinished one; or of a sweep.
+    """Draw the plots and report.html of a run or a sweep again; a run may be unfinished.
 
-    Several runs, or a sweep's folder, give one report with means over seeds.
+    Several runs, or the folder of a sweep, give one report with means over seeds.
     """
     from fedprompt.experiment.summary import draw_report
     from fedprompt.reports.run_data import METRICS
     from fedprompt.reports.sweep_report import write_sweep_report
 
-    alone = len(paths) == 1
-    if alone and out is None and ((paths[0] / METRICS).is_file() or not paths[0].is_dir()):
+    single = len(paths) == 1
+    if single and out is None and ((paths[0] / METRICS).is_file() or not paths[0].is_dir()):
         path = draw_report(paths[0])
     else:
-        path = write_sweep_report(paths, out or (paths[0] if alone else Path()) / "report.html")
+        path = write_sweep_report(paths, out or (paths[0] if single else Path()) / "report.html")
     _console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -116,7 +149,9 @@ def predict(
     run_dir: RunDir,
     images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
     client: Client = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to show per image.")] = 3,
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Number of classes to print per image.")
+    ] = 3,
 ) -> None:
     """Classify images with the prompts that a run has learned."""
     from fedprompt.experiment.predict import Classifier
@@ -128,9 +163,9 @@ def predict(
         ):
             rows.append((str(prediction.image) if i == 0 else "", name, f"{100 * p:.1f} %"))
     heads = ("image", "class", "probability")
-    first, *others = fields(heads, rows, left=heads[:2], most={"class": 30})
+    image, *columns = fields(heads, rows, left=heads[:2], most={"class": 30})
     console = _console()
-    console.print(fitted(first, others, console.width))
+    console.print(fitted(image, columns, console.width))
 
 
 @app.command()
@@ -138,10 +173,11 @@ def export(
     run_dir: RunDir,
     client: Client = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write [RUN/class_embeddings.safetensors].")
+        Path | None,
+        typer.Option("--out", help="File to write (default: RUN/class_embeddings.safetensors)."),
     ] = None,
 ) -> None:
-    """Write class embeddings that work with plain open_clip."""
+    """Write class embeddings that can be used with plain open_clip."""
     from fedprompt.experiment.predict import Classifier
 
     path = out or run_dir / "class_embeddings.safetensors"
@@ -151,13 +187,15 @@ def export(
 
 @app.command()
 def methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as a Markdown page.")
+    ] = False,
 ) -> None:
-    """List the methods: what they share, what they keep, what a client uploads per round."""
-    from fedprompt.cli.method_table import method_table, methods_markdown
+    """List the methods: their shared and private tensors, and their upload per client and round."""
+    from fedprompt.cli.method_table import method_rows, method_table, methods_markdown
 
     if markdown:
-        sys.stdout.write(methods_markdown())
+        sys.stdout.write(methods_markdown(method_rows()))
     else:
         console = _console()
         console.print(method_table(console.width))
@@ -165,37 +203,35 @@ def methods(
 
 @app.command("list")
 def list_configs() -> None:
-    """List what is shipped, by group."""
-    from fedprompt.data.sections import available
-    from fedprompt.evaluation.registry import all_protocols
+    """List the names that each group of a config may be set to."""
+    from fedprompt.experiment.groups import choices
 
     table = Table("", Column("", overflow="fold"), show_header=False, **LOOK)
-    for group in ("experiment", "sweep", "method", "strategy", "data", "backbone"):
-        table.add_row(group, ", ".join(available(group)))
-    table.add_row("protocol", ", ".join(all_protocols()))
+    for group in ("experiment", "sweep", "method", "strategy", "data", "backbone", "protocol"):
+        table.add_row(group, ", ".join(choices(group)))
     _console().print(table)
 
 
 @app.command()
 def doctor(
     cache: Annotated[
-        str | None, typer.Option("--cache", help="As output.cache in a config.")
+        str | None, typer.Option("--cache", help="Feature cache, as output.cache in a config.")
     ] = None,
 ) -> None:
-    """Say what this machine has for a run, and what is wrong. Exit status 1: something is."""
+    """Check versions, devices, disk and memory; the exit status is 1 if there is a problem."""
     from fedprompt.cli.doctor import examine
 
-    found = examine(cache)
+    findings = examine(cache)
     columns = [Column("", overflow="fold") for _ in range(3)]
     table = Table(*columns, box=None, show_header=False, padding=(0, 2, 0, 0))
     groups: set[str] = set()
-    for one in found:
-        if one.value:
-            shown = "" if one.group in groups else one.group
-            table.add_row(shown, one.name, Text(one.value, overflow="fold"))
-            groups.add(one.group)
+    for finding in findings:
+        if finding.value:
+            group = "" if finding.group in groups else finding.group
+            table.add_row(group, finding.name, Text(finding.value, overflow="fold"))
+            groups.add(finding.group)
     _console().print(table, markup=False, highlight=False)
-    problems = [one.problem for one in found if one.problem]
+    problems = [finding.problem for finding in findings if finding.problem]
     for problem in problems:
         _console().print(f"PROBLEM {problem}", markup=False, highlight=False, soft_wrap=True)
     if problems:
@@ -204,19 +240,20 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point: user errors are one line and exit status 2."""
+    """Run the command line; a `UserError` is printed on one line, with exit status 2."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     try:
-        app(standalone_mode=True)
+        # Named, so that usage lines and completion are the same under `python -m fedprompt`.
+        app(prog_name="fedprompt")
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("fedprompt: stopped; 'fedprompt run --resume RUN' goes on.\n")
+        sys.stderr.write("fedprompt: interrupted; continue with 'fedprompt run --resume RUN'.\n")
         sys.exit(130)
 
 

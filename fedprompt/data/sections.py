@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedprompt.config.fields import build
@@ -28,17 +28,33 @@ def data_config(chosen: Any, where: str) -> DataConfig:
     return build(DataConfig, resolve_group("data", chosen), where)
 
 
-def resolve_group(group: str, value: Any) -> dict[str, Any]:
-    """A group's mapping: a name selects a shipped file or entry; `use:` does, then adds."""
+def resolve_group(group: str, value: Any, registered: Collection[str] = ()) -> dict[str, Any]:
+    """The keys that a group's value stands for.
+
+    Args:
+        group: a folder of `configs/`, e.g. `backbone`.
+        value: a name, a mapping with `use: <name>` and changes to it, plain keys, or None. A name
+            selects a shipped file or, for `data`, an entry of the catalogue.
+        registered: names that need no shipped file: they stand for the defaults of the method or
+            strategy that has this name.
+
+    Returns:
+        A mapping of its own; the caller may change it.
+
+    Raises:
+        UserError: nothing has this name.
+    """
     if value is None:
         return {}
-    extra: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if isinstance(value, Mapping):
-        extra = {str(k): v for k, v in value.items()}
-        if "use" not in extra:
-            return extra
-        value = extra.pop("use")
+        changes = {str(k): v for k, v in value.items()}
+        if "use" not in changes:
+            return changes
+        value = changes.pop("use")
     if group == "data" and value in catalogue.names():
-        return merge(catalogue.data_keys(value), extra)
-    also = catalogue.names() if group == "data" else []
-    return merge(load_yaml(shipped_file(group, value, also)), extra)
+        return merge(catalogue.data_keys(value), changes)
+    if value in registered and value not in shipped_names(group):
+        return merge({"name": value}, changes)
+    also = catalogue.names() if group == "data" else registered
+    return merge(load_yaml(shipped_file(group, value, tuple(also))), changes)

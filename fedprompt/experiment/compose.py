@@ -28,11 +28,9 @@ from fedprompt.config.schema import (
     Config,
 )
 from fedprompt.config.shipped import load_yaml, merge, one_line, over, shipped_file
-from fedprompt.data.sections import resolve_group
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.experiment.groups import GROUPS, select
 from fedprompt.experiment.validate import TOP_LEVEL, validate
-
-GROUPS = ("backbone", "data", "method", "strategy")
 
 
 def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,7 +45,7 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
     for group, value in chosen:
         raw = _layer(raw, {group: value})
     for group in GROUPS:
-        raw[group] = resolve_group(group, raw.get(group))
+        raw[group] = select(group, raw.get(group))
     for path, value in changes:
         if not _selects_group(path):
             _assign(raw, path, value)

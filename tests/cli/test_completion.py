@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedprompt.cli.completion import complete_dataset, complete_protocol, keys, values_of
@@ -60,9 +62,33 @@ def test_every_key_and_choice_is_offered() -> None:
     assert complete_dataset("no such") == []
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_scripts_for_shells_are_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], named: bool
 ) -> None:
-    status, out, _ = fedprompt(monkeypatch, capsys, "--show-completion", "bash")
+    monkeypatch.setenv("SHELL", "/bin/zsh" if named else "/usr/bin/bash")
+    arguments = ["--show-completion", *(["bash"] if named else [])]
+    status, out, _ = fedprompt(monkeypatch, capsys, *arguments)
     assert status == 0
     assert "_FEDPROMPT_COMPLETE=complete_bash" in out
+
+
+def test_the_script_is_installed_for_the_named_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, out, _ = fedprompt(monkeypatch, capsys, "--install-completion", "fish")
+    assert status == 0
+    (script,) = tmp_path.rglob("*.fish")
+    assert "complete_fish" in script.read_text()
+    assert str(script) in out.replace("\n", "")
+
+
+@pytest.mark.parametrize("shell", ["/bin/tcsh", ""])
+def test_an_unknown_shell_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    monkeypatch.setenv("SHELL", shell)
+    status, _, err = fedprompt(monkeypatch, capsys, "--show-completion")
+    assert status == 2
+    assert "bash|zsh|fish" in err

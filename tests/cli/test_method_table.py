@@ -1,26 +1,26 @@
-"""The generated table of methods: every one is in it, and the documentation has the present one."""
+"""The table of methods has a row for every method, and numbers that follow from the papers."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from fedprompt.cli.method_table import method_rows, method_table, methods_markdown
-from fedprompt.methods.registry import all_methods
-from tests.support import ROOT
-
-PAGE = ROOT / "docs" / "methods.md"
+import fedprompt.cli.method_table as method_table_module
+from fedprompt.cli.method_rows import compute_rows
+from fedprompt.cli.method_table import method_rows, method_table, methods_json, stored_rows
+from fedprompt.methods.registry import METHODS
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, tuple[str, ...]]:
-    return {row[0]: row for row in method_rows()}
+    return {row[0]: row for row in compute_rows(METHODS.names())}
 
 
 def test_it_names_every_method(rows: dict[str, tuple[str, ...]]) -> None:
-    assert list(rows) == list(all_methods())
+    assert list(rows) == METHODS.names()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,10 @@ def test_it_is_printed_whole(rows: dict[str, tuple[str, ...]], width: int) -> No
         assert any(cells[7].split()[0] in x for x in found), name
 
 
-def test_the_page_is_the_present_one() -> None:
-    assert PAGE.read_text() == methods_markdown(), (
-        "write it again: fedprompt methods --markdown > docs/methods.md"
-    )
+def test_a_method_that_is_not_stored_is_computed(
+    rows: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fewer = [row for row in stored_rows() if row[0] != "promptfl"]
+    (tmp_path / "methods.json").write_text(methods_json(fewer))
+    monkeypatch.setattr(method_table_module, "STORED", tmp_path / "methods.json")
+    assert {row[0]: row for row in method_rows()} == rows

@@ -1,0 +1,89 @@
+"""The files of a checkout that are generated from the code: pages, the stored table, sweep rows.
+
+`make docs-pages` writes them all, and a test compares each with what it should be. So whoever adds
+a method, a strategy, a protocol or a config key runs one command and edits none of these files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedprompt.cli.method_rows import compute_rows
+from fedprompt.cli.method_table import methods_json, methods_markdown
+from fedprompt.cli.reference_pages import config_markdown, strategies_markdown
+from fedprompt.config.registry import Registry
+from fedprompt.evaluation.protocols import PROTOCOLS
+from fedprompt.methods.registry import METHODS
+
+PROTOCOL_PAGE, SWEEP = "docs/protocols.md", "configs/sweep/all_methods.yaml"
+
+
+def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
+    """A function that makes the text of each generated file, by its path within the checkout.
+
+    Args:
+        checkout: the folder of the checkout. Two files are written by hand but for the rows of
+            new methods and protocols, so their present text is read from it.
+    """
+    return {
+        "docs/methods.md": lambda: methods_markdown(compute_rows(shipped(METHODS))),
+        "docs/strategies.md": strategies_markdown,
+        "docs/config.md": config_markdown,
+        "fedprompt/cli/methods.json": lambda: methods_json(compute_rows(shipped(METHODS))),
+        SWEEP: lambda: with_sweep_rows((checkout / SWEEP).read_text(encoding="utf-8")),
+        PROTOCOL_PAGE: lambda: with_protocol_rows(
+            (checkout / PROTOCOL_PAGE).read_text(encoding="utf-8")
+        ),
+    }
+
+
+def write_generated_files(checkout: Path) -> list[str]:
+    """Write every generated file whose text has changed; returns their paths."""
+    changed = []
+    for name, make in generated_files(checkout).items():
+        text = make()
+        path = checkout / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            changed.append(name)
+    return changed
+
+
+def shipped(registry: Registry[Any]) -> list[str]:
+    """Names without those of other distributions, which have no place in our documentation."""
+    return [name for name in registry.names() if name not in registry.added()]
+
+
+def with_sweep_rows(text: str) -> str:
+    """The sweep of all methods with a row, at the end of its rows, for each method without one."""
+    rows = yaml.safe_load(text)["rows"]
+    listed = {
+        change.removeprefix("method=")
+        for changes in rows.values()
+        for change in changes
+        if change.startswith("method=")
+    }
+    lines = [
+        f"  {METHODS.get(name).__name__}: [method={name}]\n"
+        for name in shipped(METHODS)
+        if name not in listed
+    ]
+    return re.sub(r"^(?=quick:)", "".join(lines), text, count=1, flags=re.MULTILINE)
+
+
+def with_protocol_rows(text: str) -> str:
+    """The page of protocols with a row, at the end of its table, for each protocol without one."""
+    rows = list(re.finditer(r"^\| `(\w+)` \|.*\n", text, re.MULTILINE))
+    listed: Collection[str] = {row[1] for row in rows}
+    lines = [
+        f"| `{name}` | {PROTOCOLS.get(name).title} | | |\n"
+        for name in shipped(PROTOCOLS)
+        if name not in listed
+    ]
+    end = rows[-1].end()
+    return text[:end] + "".join(lines) + text[end:]

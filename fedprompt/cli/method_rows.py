@@ -1,0 +1,67 @@
+"""The rows of the table of methods, computed from the methods themselves.
+
+This needs PyTorch. `fedprompt methods` reads the rows that were stored in `methods.json` instead,
+and computes only those of methods that are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedprompt.backbone.loading import shape_only_clip
+from fedprompt.evaluation.registry import all_protocols
+from fedprompt.methods.base import Method, Task
+from fedprompt.methods.registry import METHODS
+
+Row = tuple[str, ...]
+
+
+def compute_rows(names: Sequence[str]) -> list[Row]:
+    """One row per method: the cells under `method_table.COLUMNS`.
+
+    Args:
+        names: the methods. Each is built with its default config for a CLIP of ViT-B/16's shapes,
+            without weights, and two classes.
+    """
+    clip = shape_only_clip("ViT-B-16")
+    rows: list[Row] = []
+    for name in names:
+        cls = METHODS.get(name)
+        method = cls(cls.Config(), clip, Task(("a class", "another class")))
+        rows.append(
+            (
+                name,
+                _tensors(method.init_shared(0)),
+                _tensors(method.init_private(0, 0)),
+                f"{method.uploaded_numbers():,}",
+                ", ".join(sorted(method.needs)),
+                _strategy(method),
+                _protocols(method),
+                cls.source,
+            )
+        )
+    return rows
+
+
+def _tensors(tensors: dict[str, Tensor]) -> str:
+    """Names and shapes; of more than three tensors only their number and size."""
+    if not tensors:
+        return "-"
+    if len(tensors) > 3:
+        return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers"
+    return ", ".join(f"{n} {'x'.join(str(s) for s in t.shape) or '1'}" for n, t in tensors.items())
+
+
+def _strategy(method: Method) -> str:
+    """The strategy of the paper and the keys that it sets."""
+    keys = dict(method.server_rule(method.config))
+    name = str(keys.pop("name"))
+    return name + "".join(f", {key}={value}" for key, value in keys.items())
+
+
+def _protocols(method: Method) -> str:
+    """The protocols that can be used with the method."""
+    missing = [name for name, protocol in all_protocols().items() if not protocol.suits(method)]
+    return "all" if not missing else f"all but {', '.join(missing)}"
