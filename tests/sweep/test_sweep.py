@@ -74,7 +74,7 @@ class TestPlan:
     """What a file means."""
 
     def test_rows_times_grid_times_seeds_in_order(self, tmp_path: Path) -> None:
-        runs = plan(tmp_path, simulation={"training.lr": [0.02, 0.1], "partition.clients": [2, 3]})
+        runs = plan(tmp_path, grid={"training.lr": [0.02, 0.1], "partition.clients": [2, 3]})
         assert len(runs) == 16
         assert [(r.row, dict(r.values), r.seed) for r in runs[:3]] == [
             ("PromptFL", {"training.lr": 0.02, "partition.clients": 2}, 1),
@@ -212,7 +212,7 @@ class TestPlaces:
         assert _room(nodes, Resources(memory_gb=4)) == 2
 
     def test_ray_within_ray_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"grid\.kind=inline"):
+        with pytest.raises(UserError, match=r"simulation\.kind=inline"):
             check_inline(plan(tmp_path, "simulation.kind=ray"))
 
 
