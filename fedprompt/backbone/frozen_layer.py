@@ -1,16 +1,40 @@
-"""A frozen transformer block as plain tensors, with the gradient of its input and of nothing else.
+"""A frozen transformer block as plain tensors, with the gradient of its input only.
 
-Products with frozen weights need no saved input, so far less is kept than autograd would keep.
+The fast paths of both towers (`text_transformer.py`, `vision_transformer.py`) run through these
+blocks in every local training step. Autograd keeps the input of each matrix product, because the
+gradient of a weight would need it. Here the weights are constants: the gradient of a product's
+input needs the weight alone. What remains to be kept are the inputs of the layer norms, the
+attention and the pre-activations of the MLP.
+
+Shape suffixes: R rows (positions of all sequences, flattened), d width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class NormState(NamedTuple):
+    """What the backward pass of a layer norm needs: its input, the mean and 1 / deviation."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class MlpState(NamedTuple):
+    """What the backward pass of an MLP needs: the state of its norm, and the pre-activations."""
+
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,23 +45,44 @@ class FrozenNorm:
     bias: Tensor
     eps: float
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised `x`, and the mean and 1 / deviation that `backward` needs."""
-        return torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> tuple[Tensor, NormState]:
+        """The normalised `x`, and what `backward` needs."""
+        normed, mean, rstd = torch.native_layer_norm(
+            x, self.weight.shape, self.weight, self.bias, self.eps
+        )
+        return normed, NormState(x, mean, rstd)
 
-    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """Gradient of `x`."""
+    def backward(self, grad: Tensor, state: NormState) -> Tensor:
+        """Gradient of the input."""
+        # The mask asks for the gradient of the input, and not for those of weight and bias.
         dx: Tensor = torch.ops.aten.native_layer_norm_backward(
-            grad, x, self.weight.shape, mean, rstd, self.weight, self.bias, [True, False, False]
+            grad,
+            state.x,
+            self.weight.shape,
+            state.mean,
+            state.rstd,
+            self.weight,
+            self.bias,
+            [True, False, False],
         )[0]
         return dx
 
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """One pre-norm residual block of CLIP as plain tensors; weights are (out, in).
+    """One pre-norm residual block of CLIP as plain tensors.
 
-    `slope` is QuickGELU's 1.702, in x * sigmoid(slope * x); None means the exact or tanh GELU.
+    Rows and residuals are float32; matrix products run in the dtype of the weights.
+
+    Attributes:
+        norm_1: the layer norm before the attention.
+        qkv: weight (3 d, d) and bias (3 d) of queries, keys and values, in this order.
+        out: weight (d, d) and bias (d) of the attention's output projection.
+        norm_2: the layer norm before the MLP.
+        up: weight (4 d, d) and bias (4 d) of the MLP's first product, for the usual MLP ratio.
+        down: weight (d, 4 d) and bias (d) of its second product.
+        slope: 1.702 for QuickGELU, x * sigmoid(slope * x); None for GELU.
+        approximate: which GELU, `none` or `tanh`, as in `torch.nn.functional.gelu`.
     """
 
     norm_1: FrozenNorm
@@ -51,12 +96,18 @@ class FrozenLayer:
 
     @classmethod
     def of(cls, block: Any, dtype: torch.dtype) -> FrozenLayer:
-        """An open_clip block, its matrix products in `dtype`; float32 shares its memory."""
+        """Read the tensors of an open_clip block.
+
+        Args:
+            block: a block for which `supports` is true.
+            dtype: of the matrix products. In float32 the layer shares the block's memory.
+        """
         attn, up, down = block.attn, block.mlp.c_fc, block.mlp.c_proj
         activation = block.mlp.gelu
         is_exact = isinstance(activation, nn.GELU)
 
         def scaled(weight: Tensor, bias: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
+            # Layer scale multiplies a product's output, so it is folded into the product.
             gamma = getattr(scale, "gamma", None)
             if gamma is not None:
                 weight, bias = gamma[:, None] * weight, gamma * bias
@@ -75,33 +126,100 @@ class FrozenLayer:
 
     @staticmethod
     def supports(block: Any) -> bool:
-        """Whether `of` knows all parts of a block."""
+        """Whether a block has only parts that `of` can express."""
         if type(block).__name__ != "ResidualAttentionBlock":
             return False
         activation = block.mlp.gelu
         known = isinstance(activation, nn.GELU) or type(activation).__name__ == "QuickGELU"
         return known and isinstance(block.ln_1, nn.LayerNorm)
 
-    def mlp(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x + MLP(norm(x)), and mean, 1 / deviation and pre-activations for `mlp_backward`."""
-        normed, mean, rstd = self.norm_2.forward(x)
+    # Queries, keys and values
+
+    def project(self, x: Tensor, part: slice = slice(None)) -> tuple[Tensor, NormState]:
+        """Queries, keys and values (R, 3 d) of rows (R, d), or the columns `part` of them."""
+        normed, state = self.norm_1.forward(x)
+        weight, bias = self.qkv
+        return F.linear(normed.to(weight.dtype), weight[part], bias[part]), state
+
+    def project_backward(
+        self, d_parts: Tensor, state: NormState, part: slice = slice(None)
+    ) -> Tensor:
+        """Gradient of `project`'s rows (R, d) from that of its result."""
+        return self.norm_1.backward((d_parts @ self.qkv[0][part]).float(), state)
+
+    def project_few(
+        self, x: Tensor, pick: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, NormState]:
+        """Queries of some rows, keys and values of all.
+
+        The last layer of a tower is read at a few positions only: these need a query, while every
+        position is still looked at.
+
+        Args:
+            x: (R, d).
+            pick: takes normalised rows (R, d) and returns those that need a query.
+
+        Returns:
+            Queries (..., d) of the picked rows, keys and values (R, 2 d), and what
+            `project_few_backward` needs.
+        """
+        normed, state = self.norm_1.forward(x)
+        weight, bias = self.qkv
+        normed, d = normed.to(weight.dtype), x.shape[-1]
+        q = F.linear(pick(normed), weight[:d], bias[:d])
+        return q, F.linear(normed, weight[d:], bias[d:]), state
+
+    def project_few_backward(
+        self,
+        d_q: Tensor,
+        d_kv: Tensor,
+        state: NormState,
+        add_picked: Callable[[Tensor, Tensor], object],
+    ) -> Tensor:
+        """Gradient of `project_few`'s rows (R, d).
+
+        Args:
+            d_q: gradient of the queries of the picked rows.
+            d_kv: (R, 2 d), gradient of keys and values.
+            state: from `project_few`.
+            add_picked: adds values at the picked rows to rows (R, d), in place.
+        """
+        weight, d = self.qkv[0], state.x.shape[-1]
+        d_normed = (d_kv @ weight[d:]).float()
+        add_picked(d_normed, (d_q @ weight[:d]).float())
+        return self.norm_1.backward(d_normed, state)
+
+    # The attention's output, and the MLP
+
+    def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x (R, d) plus the output projection of the attention's values (R, d), float32."""
+        return _add_product(x, mixed, self.out)
+
+    def attention_backward(self, grad: Tensor) -> Tensor:
+        """Gradient of `add_attention`'s values (R, d), in the dtype of the products."""
+        return grad.to(self.out[0].dtype) @ self.out[0]
+
+    def mlp(self, x: Tensor) -> tuple[Tensor, MlpState]:
+        """x + MLP(norm(x)) of rows (R, d), and what `mlp_backward` needs."""
+        normed, state = self.norm_2.forward(x)
         weight, bias = self.up
         normed = normed.to(weight.dtype)
         if self.slope is None:
             hidden = F.linear(normed, weight, bias)
             active, scale = F.gelu(hidden, approximate=self.approximate), 1.0
         else:
-            # slope * (x W + b) costs nothing inside the product, and silu is one fused kernel.
+            # x * sigmoid(s x) = silu(s x) / s. The factor s costs nothing inside the product, 1 / s
+            # nothing inside the next one, and silu is one fused kernel instead of three.
             s = self.slope
             hidden = torch.addmm(bias, normed, weight.t(), beta=s, alpha=s)
             active, scale = F.silu(hidden), 1 / s
-        return add_product(x, active, self.down, scale), mean, rstd, hidden
+        return _add_product(x, active, self.down, scale), MlpState(*state, hidden)
 
-    def mlp_backward(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, hidden: Tensor
-    ) -> Tensor:
-        """Gradient of `mlp`'s input."""
+    def mlp_backward(self, grad: Tensor, state: MlpState) -> Tensor:
+        """Gradient of `mlp`'s input (R, d), the residual connection included."""
+        hidden = state.hidden
         d_hidden = grad.to(hidden.dtype) @ self.down[0]
+        # The activation's gradient overwrites d_hidden: the largest tensor here exists only once.
         if self.slope is None:
             torch.ops.aten.gelu_backward.grad_input(
                 d_hidden, hidden, approximate=self.approximate, grad_input=d_hidden
@@ -109,16 +227,18 @@ class FrozenLayer:
         else:  # the factors slope and 1 / slope cancel
             torch.ops.aten.silu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
         d_normed = (d_hidden @ self.up[0]).float()
-        return self.norm_2.backward(d_normed, x, mean, rstd).add_(grad)
+        return self.norm_2.backward(d_normed, NormState(*state[:3])).add_(grad)
 
 
 def _norm(module: Any) -> FrozenNorm:
     return FrozenNorm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
-def add_product(x: Tensor, y: Tensor, linear: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
+def _add_product(x: Tensor, y: Tensor, linear: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
     """x + scale * y W^T + b, float32."""
     weight, bias = linear
     if weight.dtype == x.dtype:
+        # One kernel adds the residual while it multiplies.
         return torch.addmm(x, y, weight.t(), alpha=scale).add_(bias)
+    # With bfloat16 products the sum with the residual still happens in float32.
     return x + torch.addmm(bias, y, weight.t(), alpha=scale)

@@ -83,7 +83,7 @@ class TextTower:
     def positions(self) -> int:
         """Text positions that go through the tower for one prompt, all classes together."""
         if self.transformer is not None:
-            return self.transformer.rows
+            return self.transformer.layout.rows
         return self.token_ids_CL.numel()
 
     def __call__(

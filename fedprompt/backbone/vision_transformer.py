@@ -1,17 +1,18 @@
 """A frozen image transformer under visual prompts, forward and backward.
 
-Both directions are written down, as in `text_transformer.py`: what is kept is what the gradient
-of the prompts needs. What the usual pass computes in vain is left out:
+`vision_tower.py` calls it in every local training step of a method with visual prompts. Both
+directions are written out, as in `text_transformer.py`: only what the gradient of the prompts needs
+is kept, and what the usual pass computes in vain is left out:
 
 - A prompt that enters at a layer is the same for all images of a client, so its norm and
   projections are computed once per client, and their gradient is that of the sum over images.
 - Where the next layer replaces the prompts, or none follows, only their keys and values are used:
-  no query, no output, no MLP.
+  they need no query, no output projection and no MLP.
 - The class token and the patches are constant before the first attention: no gradient goes there.
 - The last layer runs at the class token alone, unless patches are asked for.
 
-Suffixes: K clients, N = K * B images, T positions of an image (class token and patches), M prompt
-tokens, J deep layers, w width, h heads, e = w / h, R rows; q, k, v are (N, h, positions, e).
+Shape suffixes: K clients, N = K * B images, T positions of an image (class token and patches),
+M prompt tokens, J deep layers, w width, h heads, e = w / h; q, k, v are (N, h, positions, e).
 """
 
 from __future__ import annotations
@@ -24,67 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.backbone.frozen_layer import FrozenLayer, add_product
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What one layer does.
-
-    Attributes:
-        fresh: the prompts enter here, the same for all images of a client.
-        live: the next layer uses what this one makes of them.
-        first: its image rows are constant.
-        class_only: it runs at the class token alone.
-    """
-
-    fresh: bool
-    live: bool
-    first: bool
-    class_only: bool
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """How rows are laid out: N images of T positions, in K groups with M prompt tokens each."""
-
-    images: int
-    positions: int
-    clients: int
-    tokens: int
-
-    def per_image(self, prompt: Tensor) -> Tensor:
-        """A copy of each client's prompts (K * M, ...) for each of its images (N, M, ...)."""
-        each = self.images // self.clients
-        one = prompt.view(self.clients, 1, self.tokens, *prompt.shape[1:])
-        return one.expand(-1, each, *one.shape[2:]).flatten(0, 1)
-
-    def over_images(self, grad: Tensor) -> Tensor:
-        """The sum of gradients (N, M, R) over each client's images, (K * M, R) float32."""
-        each = self.images // self.clients
-        by_client = grad.view(self.clients, each, self.tokens, -1)
-        return by_client.sum(1, dtype=torch.float32).flatten(0, 1)
-
-
-class _Norm(NamedTuple):
-    """An attention's input rows, with mean and 1 / deviation of its norm."""
-
-    x: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
-class _Mlp(NamedTuple):
-    """What `FrozenLayer.mlp_backward` needs."""
-
-    x: Tensor
-    mean: Tensor
-    rstd: Tensor
-    hidden: Tensor
+from fedprompt.backbone.frozen_layer import FrozenLayer, MlpState, NormState
+from fedprompt.backbone.vision_layout import ImageLayout, LayerPlan
 
 
 class _Attention(NamedTuple):
-    """An attention with its own graph from q, k and v to out."""
+    """An attention with a graph of its own, from q, k and v to out."""
 
     out: Tensor
     q: Tensor
@@ -93,14 +39,14 @@ class _Attention(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What one layer's backward needs; `image` is missing in the first layer."""
+class _LayerState:
+    """What one layer's backward pass needs; `image` is None in the first layer."""
 
     attention: _Attention
-    mlp: _Mlp
-    image: _Norm | None
-    prompt: _Norm | None
-    prompt_mlp: _Mlp | None
+    mlp: MlpState
+    image: NormState | None
+    prompt: NormState | None
+    prompt_mlp: MlpState | None
 
 
 class ImageTransformer:
@@ -115,18 +61,20 @@ class ImageTransformer:
         self.layers = tuple(layers)
         self.heads = heads
         self.width = self.layers[0].out[0].shape[0]
-        self.dtype = self.layers[0].qkv[0].dtype
 
     def __call__(
         self, image: Tensor, prompts: Tensor | None, deep: Tensor | None, *, patches: bool
     ) -> Tensor:
-        """Hidden states (N, 1, w) of the class token, or (N, T, w) with `patches`, float32.
+        """Hidden states after the last layer.
 
         Args:
             image: (N, T, w) class token and patches after `ln_pre`, float32, client by client.
             prompts: (K, M, w) after `ln_pre`, float32; K divides N.
             deep: (K, J, M, w), float32; entry j replaces the prompts at the input of layer j + 1.
             patches: compute the last layer at the patches too.
+
+        Returns:
+            (N, 1, w) of the class token, or (N, T, w) with `patches`, float32.
         """
         given = [t for t in (prompts, deep) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -134,15 +82,6 @@ class ImageTransformer:
             return out
         with torch.no_grad():
             return self.forward(image, prompts, deep, patches, None)
-
-    def _plan(self, i: int, deep_layers: int, patches: bool) -> _Plan:
-        last = len(self.layers) - 1
-        return _Plan(
-            fresh=i <= deep_layers,
-            live=deep_layers <= i < last,
-            first=i == 0,
-            class_only=i == last and not patches,
-        )
 
     # Forward
 
@@ -152,75 +91,69 @@ class ImageTransformer:
         prompts: Tensor | None,
         deep: Tensor | None,
         patches: bool,
-        kept: list[_Kept] | None,
+        states: list[_LayerState] | None,
     ) -> Tensor:
-        """As `__call__`; fills `kept` for `backward` where it is a list."""
-        rows, deep_layers = _layout(image, prompts), 0 if deep is None else deep.shape[1]
+        """As `__call__`; appends to `states` what `backward` needs, unless it is None."""
+        layout = ImageLayout.of(image, prompts)
+        deep_layers = 0 if deep is None else deep.shape[1]
         x, prompt = image.flatten(0, 1), None if prompts is None else prompts.flatten(0, 1)
         for i, layer in enumerate(self.layers):
             if deep is not None and 0 < i <= deep_layers:
                 prompt = deep[:, i - 1].flatten(0, 1)
-            plan = self._plan(i, deep_layers, patches)
-            x, prompt = self._layer(layer, plan, rows, x, prompt, kept)
-        return x.view(rows.images, -1, self.width)
+            plan = LayerPlan.of(i, len(self.layers), deep_layers, patches=patches)
+            x, prompt = self._layer(layer, plan, layout, x, prompt, states)
+        return x.view(layout.images, -1, self.width)
 
     def _layer(
         self,
         layer: FrozenLayer,
-        plan: _Plan,
-        rows: _Rows,
+        plan: LayerPlan,
+        layout: ImageLayout,
         x: Tensor,
         prompt: Tensor | None,
-        kept: list[_Kept] | None,
+        states: list[_LayerState] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The next layer's image rows, and its prompt rows where it uses them."""
-        n, w = rows.images, self.width
-        (q, k, v), mean, rstd = self._project_image(layer, plan, rows, x)
+        n, w = layout.images, self.width
+        (q, k, v), norm = self._project_image(layer, plan, layout, x)
         queries = q.shape[1]
         prompt_norm = prompt_mlp = None
         if prompt is not None:
-            parts, *stats = self._project(layer, prompt, slice(None if plan.live else w, None))
-            prompt_norm = _Norm(prompt, *stats)
-            parts = rows.per_image(parts) if plan.fresh else parts.view(n, rows.tokens, -1)
-            *p_q, p_k, p_v = self._heads(parts)
-            q = torch.cat([q, *p_q], dim=1)
-            k, v = torch.cat([k, p_k], dim=1), torch.cat([v, p_v], dim=1)
-        attention = _attend(q, k, v, keep=kept is not None)
+            parts, prompt_norm = layer.project(prompt, self._prompt_part(plan))
+            # Projected once per client, then copied to the client's images.
+            parts = layout.per_image(parts) if plan.fresh else parts.view(n, layout.tokens, -1)
+            *prompt_q, prompt_k, prompt_v = self._heads(parts)
+            q = torch.cat([q, *prompt_q], dim=1)
+            k, v = torch.cat([k, prompt_k], dim=1), torch.cat([v, prompt_v], dim=1)
+        attention = _attend(q, k, v, keep=states is not None)
         mixed = attention.out.detach().transpose(1, 2).flatten(2)
         at_queries = x.view(n, -1, w)[:, :queries].reshape(-1, w)
-        x_1 = add_product(at_queries, mixed[:, :queries].reshape(-1, w), layer.out)
-        x_2, *mlp = layer.mlp(x_1)
-        p_2 = None
+        x_1 = layer.add_attention(at_queries, mixed[:, :queries].reshape(-1, w))
+        x_2, mlp = layer.mlp(x_1)
+        prompt_2 = None
         if prompt is not None and plan.live:
-            entering = rows.per_image(prompt).flatten(0, 1) if plan.fresh else prompt
-            p_1 = add_product(entering, mixed[:, queries:].reshape(-1, w), layer.out)
-            p_2, *p_mlp = layer.mlp(p_1)
-            prompt_mlp = _Mlp(p_1, *p_mlp)
-        if kept is not None:
-            image_norm = None if plan.first else _Norm(x, mean, rstd)
-            kept.append(_Kept(attention, _Mlp(x_1, *mlp), image_norm, prompt_norm, prompt_mlp))
-        return x_2, p_2
+            entering = layout.per_image(prompt).flatten(0, 1) if plan.fresh else prompt
+            prompt_1 = layer.add_attention(entering, mixed[:, queries:].reshape(-1, w))
+            prompt_2, prompt_mlp = layer.mlp(prompt_1)
+        if states is not None:
+            image_norm = None if plan.first else norm
+            states.append(_LayerState(attention, mlp, image_norm, prompt_norm, prompt_mlp))
+        return x_2, prompt_2
 
     def _project_image(
-        self, layer: FrozenLayer, plan: _Plan, rows: _Rows, x: Tensor
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Queries, keys and values (N, positions, h, e), and the norm's mean and 1 / deviation."""
+        self, layer: FrozenLayer, plan: LayerPlan, layout: ImageLayout, x: Tensor
+    ) -> tuple[list[Tensor], NormState]:
+        """Queries, keys and values (N, positions, h, e) of the images."""
+        shape = (layout.images, layout.positions, -1)
         if not plan.class_only:
-            qkv, mean, rstd = self._project(layer, x, slice(None))
-            return self._heads(qkv.view(rows.images, rows.positions, -1)), mean, rstd
-        w = self.width
-        normed, mean, rstd = layer.norm_1.forward(x)
-        normed = normed.to(self.dtype).view(rows.images, rows.positions, w)
-        weight, bias = layer.qkv
-        q = F.linear(normed[:, :1], weight[:w], bias[:w])
-        kv = F.linear(normed, weight[w:], bias[w:])
-        return self._heads(q) + self._heads(kv), mean, rstd
+            qkv, norm = layer.project(x)
+            return self._heads(qkv.view(shape)), norm
+        q, kv, norm = layer.project_few(x, lambda rows: rows.view(shape)[:, :1])
+        return self._heads(q) + self._heads(kv.view(shape)), norm
 
-    def _project(self, layer: FrozenLayer, x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """A part of queries, keys and values of rows, and the norm's mean and 1 / deviation."""
-        normed, mean, rstd = layer.norm_1.forward(x)
-        weight, bias = layer.qkv
-        return F.linear(normed.to(self.dtype), weight[part], bias[part]), mean, rstd
+    def _prompt_part(self, plan: LayerPlan) -> slice:
+        """Columns of queries, keys and values that the prompts need."""
+        return slice(None) if plan.live else slice(self.width, None)
 
     def _heads(self, parts: Tensor) -> list[Tensor]:
         """(N, positions, parts * w) -> each part (N, positions, h, e)."""
@@ -229,18 +162,36 @@ class ImageTransformer:
     # Backward
 
     def backward(
-        self, grad: Tensor, kept: list[_Kept], rows: _Rows, deep_layers: int, patches: bool
+        self,
+        grad: Tensor,
+        states: list[_LayerState],
+        layout: ImageLayout,
+        deep_layers: int,
+        patches: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients (K, M, w) of the prompts and (K, J, M, w) of deep ones, None without any."""
+        """Gradients of the prompts.
+
+        Args:
+            grad: gradient of `forward`'s result, float32.
+            states: as `forward` left them.
+            layout: of the images and prompts.
+            deep_layers: J.
+            patches: as in `forward`.
+
+        Returns:
+            Gradients (K, M, w) of the prompts and (K, J, M, w) of the deep ones, None where there
+            are none.
+        """
         d_x: Tensor | None = grad.flatten(0, 1)
         d_prompt: Tensor | None = None
         entered: list[Tensor] = []
         for i in range(len(self.layers) - 1, -1, -1):
             assert d_x is not None
-            plan = self._plan(i, deep_layers, patches)
-            d_x, d_prompt = self._layer_backward(self.layers[i], plan, rows, d_x, d_prompt, kept[i])
+            layer = self.layers[i]
+            plan = LayerPlan.of(i, len(self.layers), deep_layers, patches=patches)
+            d_x, d_prompt = self._layer_backward(layer, plan, layout, d_x, d_prompt, states[i])
             if plan.fresh:
-                entered.append(d_prompt.view(rows.clients, rows.tokens, self.width))
+                entered.append(d_prompt.view(layout.clients, layout.tokens, self.width))
                 d_prompt = None
         first, *deep = entered[::-1]
         return first, torch.stack(deep, dim=1) if deep else None
@@ -248,45 +199,41 @@ class ImageTransformer:
     def _layer_backward(
         self,
         layer: FrozenLayer,
-        plan: _Plan,
-        rows: _Rows,
+        plan: LayerPlan,
+        layout: ImageLayout,
         d_x: Tensor,
         d_prompt: Tensor | None,
-        kept: _Kept,
+        state: _LayerState,
     ) -> tuple[Tensor | None, Tensor]:
-        """Gradients of the image rows (none in the first layer) and of the prompt rows.
+        """Gradients of the image rows (None in the first layer) and of the prompt rows.
 
         Those of prompts that enter here are summed over images.
         """
-        n, w, positions = rows.images, self.width, rows.positions
-        d_x = layer.mlp_backward(d_x, *kept.mlp)
-        d_mixed = (d_x.to(self.dtype) @ layer.out[0]).view(n, -1, w)
+        n, w, positions = layout.images, self.width, layout.positions
+        d_x = layer.mlp_backward(d_x, state.mlp)
+        d_mixed = layer.attention_backward(d_x).view(n, -1, w)
         queries = d_mixed.shape[1]
-        if kept.prompt_mlp is not None:
+        if state.prompt_mlp is not None:
             assert d_prompt is not None
-            d_prompt = layer.mlp_backward(d_prompt, *kept.prompt_mlp)
-            d_own = (d_prompt.to(self.dtype) @ layer.out[0]).view(n, -1, w)
-            d_mixed = torch.cat([d_mixed, d_own], dim=1)
-        d_q, d_k, d_v = self._attend_backward(kept.attention, d_mixed)
-        d_prompt = self._prompt_backward(
-            layer,
-            plan,
-            rows,
-            [d_q[:, queries:]] * plan.live + [d_k[:, positions:], d_v[:, positions:]],
-            d_prompt,
-            kept,
-        )
-        if kept.image is None:
+            d_prompt = layer.mlp_backward(d_prompt, state.prompt_mlp)
+            d_prompt_mixed = layer.attention_backward(d_prompt).view(n, -1, w)
+            d_mixed = torch.cat([d_mixed, d_prompt_mixed], dim=1)
+        d_q, d_k, d_v = self._attend_backward(state.attention, d_mixed)
+        d_parts = [d_q[:, queries:]] * plan.live + [d_k[:, positions:], d_v[:, positions:]]
+        d_prompt = self._prompt_backward(layer, plan, layout, d_parts, d_prompt, state)
+        if state.image is None:
             return None, d_prompt
         d_kv = [d_k[:, :positions], d_v[:, :positions]]
-        weight = layer.qkv[0]
         if plan.class_only:
-            d_normed = (torch.cat(d_kv, dim=-1).flatten(0, 1) @ weight[w:]).float()
-            d_normed.view(n, -1, w)[:, 0] += (d_q[:, 0] @ weight[:w]).float()
+            through = layer.project_few_backward(
+                d_q[:, 0],
+                torch.cat(d_kv, dim=-1).flatten(0, 1),
+                state.image,
+                lambda rows, values: rows.view(n, -1, w)[:, 0].add_(values),
+            )
         else:
             d_qkv = torch.cat([d_q[:, :queries], *d_kv], dim=-1)
-            d_normed = (d_qkv.flatten(0, 1) @ weight).float()
-        through = layer.norm_1.backward(d_normed, *kept.image)
+            through = layer.project_backward(d_qkv.flatten(0, 1), state.image)
         through.view(n, -1, w)[:, :queries] += d_x.view(n, -1, w)
         return through, d_prompt
 
@@ -294,46 +241,47 @@ class ImageTransformer:
         """Gradients (N, positions, w) of queries, keys and values."""
         d_out = d_mixed.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         out, *inputs = attention
-        # Kept for a second gradient of the same step; it ends with the step's own graph.
-        found = torch.autograd.grad(out, inputs, d_out, retain_graph=True)
-        return tuple(t.transpose(1, 2).flatten(2) for t in found)
+        # Retained, because a method may take a second gradient of the same step; it is freed
+        # together with the step's own graph.
+        gradients = torch.autograd.grad(out, inputs, d_out, retain_graph=True)
+        return tuple(t.transpose(1, 2).flatten(2) for t in gradients)
 
     def _prompt_backward(
         self,
         layer: FrozenLayer,
-        plan: _Plan,
-        rows: _Rows,
+        plan: LayerPlan,
+        layout: ImageLayout,
         d_parts: list[Tensor],
         d_residual: Tensor | None,
-        kept: _Kept,
+        state: _LayerState,
     ) -> Tensor:
         """Gradient of the prompt rows from that of their (queries,) keys and values (N, M, w)."""
-        assert kept.prompt is not None
+        assert state.prompt is not None
         d_qkv = torch.cat(d_parts, dim=-1)
-        flat = rows.over_images(d_qkv).to(self.dtype) if plan.fresh else d_qkv.flatten(0, 1)
-        d_normed = (flat @ layer.qkv[0][0 if plan.live else self.width :]).float()
-        d_rows = layer.norm_1.backward(d_normed, *kept.prompt)
+        # Prompts that enter here: the sum over images comes first, so that one product per client
+        # is enough.
+        summed = layout.over_images(d_qkv).to(d_qkv.dtype) if plan.fresh else d_qkv.flatten(0, 1)
+        d_prompt = layer.project_backward(summed, state.prompt, self._prompt_part(plan))
         if d_residual is None:
-            return d_rows
+            return d_prompt
         if plan.fresh:
-            d_residual = rows.over_images(d_residual.view(rows.images, rows.tokens, -1))
-        return d_rows.add_(d_residual)
-
-
-def _layout(image: Tensor, prompts: Tensor | None) -> _Rows:
-    clients, tokens = (1, 0) if prompts is None else prompts.shape[:2]
-    return _Rows(image.shape[0], image.shape[1], clients, tokens)
+            by_image = d_residual.view(layout.images, layout.tokens, -1)
+            d_residual = layout.over_images(by_image)
+        return d_prompt.add_(d_residual)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, keep: bool) -> _Attention:
-    """Attention (N, h, positions, e); `keep` records its graph, and its graph alone."""
+    """Attention of q, k and v (N, positions, h, e); `keep` records a graph of it alone.
+
+    PyTorch's fused kernel has no public backward function, so autograd calls it.
+    """
     q, k, v = (t.transpose(1, 2).detach().requires_grad_(keep) for t in (q, k, v))
     with torch.set_grad_enabled(keep):
         return _Attention(F.scaled_dot_product_attention(q, k, v), q, k, v)
 
 
 class _Differentiable(torch.autograd.Function):
-    """`ImageTransformer` with its written-down gradient."""
+    """`ImageTransformer` with its own gradient."""
 
     @staticmethod
     def forward(
@@ -344,10 +292,10 @@ class _Differentiable(torch.autograd.Function):
         deep: Tensor | None,
         patches: bool,
     ) -> Tensor:
-        kept: list[_Kept] = []
-        out = transformer.forward(image, prompts, deep, patches, kept)
+        states: list[_LayerState] = []
+        out = transformer.forward(image, prompts, deep, patches, states)
         # Not through save_for_backward: it would cut the attentions from their graphs.
-        ctx.kept, ctx.rows = kept, _layout(image, prompts)
+        ctx.states, ctx.layout = states, ImageLayout.of(image, prompts)
         ctx.transformer, ctx.patches = transformer, patches
         ctx.deep_layers = 0 if deep is None else deep.shape[1]
         return out
@@ -356,6 +304,6 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor | None, None]:
         prompts, deep = ctx.transformer.backward(
-            grad, ctx.kept, ctx.rows, ctx.deep_layers, ctx.patches
+            grad, ctx.states, ctx.layout, ctx.deep_layers, ctx.patches
         )
         return None, None, prompts, deep, None

@@ -117,7 +117,7 @@ def test_many_classes_in_several_bins(clip: FrozenCLIP) -> None:
     names = [f"{a} {b}" for a in ("old", "new", "small red") for b in map(chr, range(97, 123))]
     tower = TextTower(clip, names, 4)
     assert tower.transformer is not None
-    assert tower.transformer.bins > 1
+    assert tower.transformer.layout.bins > 1
     context, weight = draw(3, 4, 64).requires_grad_(), draw(3, len(names), 32, seed=2)
     ours, reference = tower(context), reference_class_features(tower, context)
     assert relative(ours, reference) < RTOL
