@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from tests.support.builders import fake_dataset, random_clip, small_config
-
 # Before torch, Flower and Ray are imported: two cores are shared by everything on the machine.
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -36,6 +34,7 @@ from fedprompt.data.partition import make_partition
 from fedprompt.data.sources import published
 from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
+from tests.support.builders import fake_dataset, random_clip, small_config
 from tests.support.published_copies import FEWER
 
 torch.set_num_threads(1)

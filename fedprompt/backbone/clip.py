@@ -1,15 +1,17 @@
-"""The frozen CLIP that every client holds: the only module that knows open_clip.
+"""The frozen CLIP: images and texts to features, without gradients to any weight.
 
-Shape suffixes: B images, C classes, D joint embedding, d text width, L text positions.
+One `FrozenCLIP` serves all clients of a process. The data pipeline uses `preprocess` and
+`encode_images` to fill the feature cache before the first round; methods use `text` and
+`logit_scale` in every training step, through `TextTower`.
+
+Shape suffixes: B images, C classes, D joint embedding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,47 +21,39 @@ import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.frozen_layer import FrozenLayer
-from fedprompt.errors import UserError
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """The pieces of a text tower that prompts are threaded through.
-
-    `causal` says that a position sees only earlier ones; `pools_at_end` that the feature is read
-    at the end-of-text token. The shared-prefix evaluation needs both.
-    """
-
-    token_embedding: nn.Embedding
-    positional_embedding_Ld: Tensor
-    blocks: Sequence[Any]
-    ln_final: nn.Module
-    projection: Tensor | nn.Module | None
-    attn_mask_LL: Tensor | None
-    heads: int
-    width: int
-    context_length: int
-    pool_type: str
-    eos_id: int | None
-    causal: bool
-    pools_at_end: bool
-    plain_blocks: bool
+from fedprompt.backbone.text_parts import text_parts
 
 
 class FrozenCLIP:
-    """A CLIP model in eval mode without gradients to its weights.
+    """A CLIP model in evaluation mode, without gradients to its weights.
+
+    Args:
+        model: the open_clip model; it is moved to `device` and frozen in place.
+        tokenizer: texts -> token ids (len(texts), L); takes `context_length=L`.
+        name: the model's name, e.g. `ViT-B-16`.
+        weights_hash: identifies weights and architecture; it becomes part of `fingerprint`.
+        device: a PyTorch device.
+        precision: `float32`, or `bf16` for matrix products in bfloat16.
+        image_batch: images to encode in one call when features are cached.
 
     Attributes:
-        name: the model's name, e.g. `ViT-B-16`.
-        fingerprint: changes when image features may change (weights, architecture, precision).
+        name: the model's name.
+        fingerprint: differs whenever image features may differ (weights, architecture, precision).
         preprocess: PIL image -> (3, H, W) float32, the model's own evaluation transform.
-        preprocess_fingerprint: changes when `preprocess` does.
-        mean_std: (2, 3), what `preprocess` normalises its pixels with at the end.
+        preprocess_fingerprint: differs whenever `preprocess` does.
+        mean_std: (2, 3), mean and deviation by which `preprocess` normalises its pixels at the end.
         logit_scale: exp(logit_scale), about 100 for OpenAI's models.
-        positions_encoded: running count of text positions that text towers have sent through it.
+        text: the pieces of the text tower that prompts pass through.
+        embed_dim: D.
+        positions_encoded: how many positions text and image towers have sent through the model so
+            far; a run derives its cost figures from it.
+
+    Raises:
+        UserError: learned prompts cannot pass through the model's text tower.
     """
 
     def __init__(
@@ -85,11 +79,12 @@ class FrozenCLIP:
             complete, is_train=False
         )
         self.mean_std = torch.tensor([complete.mean, complete.std], dtype=torch.float32)
-        self.preprocess_fingerprint = _digest(json.dumps(preprocess_cfg, sort_keys=True))
-        self.fingerprint = _digest(f"{name}|{weights_hash}|{precision}")
+        self.preprocess_fingerprint = digest(json.dumps(preprocess_cfg, sort_keys=True))
+        self.fingerprint = digest(f"{name}|{weights_hash}|{precision}")
         self.logit_scale = float(model.logit_scale.exp())
-        self.text = _text_parts(model)
+        self.text = text_parts(model)
         self.positions_encoded = 0
+        # Configs name D in several places, and some towers change it: encoding a text settles it.
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
 
     @property
@@ -99,7 +94,7 @@ class FrozenCLIP:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """bfloat16 autocast where `precision` is `bf16`; nothing otherwise."""
+        """bfloat16 autocast when `precision` is `bf16`; otherwise nothing."""
         if self.precision == "bf16":
             with torch.autocast(self.device.type, torch.bfloat16):
                 yield
@@ -113,7 +108,7 @@ class FrozenCLIP:
 
     @cached_property
     def image_layers(self) -> tuple[FrozenLayer, ...]:
-        """The image tower's blocks as plain tensors; only for towers that `VisionTower` takes."""
+        """The image tower's blocks as plain tensors; only for towers that `VisionTower` accepts."""
         visual: Any = self.model.visual
         return self._as_layers(visual.transformer.resblocks)
 
@@ -130,19 +125,24 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def encode_text_raw(self, texts: Sequence[str]) -> Tensor:
-        """open_clip's own `encode_text` of hard prompts: (len(texts), D) float32."""
+        """open_clip's own features (len(texts), D) of hard prompts, float32, not normalised."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self.autocast():
             features: Tensor = self.model.encode_text(tokens)
         return features.float()
 
     def zero_shot_classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Class features (C, D), L2-normalised: the normalised mean over templates.
-
-        Underscores in names count as spaces, as in learned prompts.
+        """Class features of hand-written prompts: the normalised mean over templates.
 
         Source: CLIP (Radford et al., ICML 2021), section 3.1.4, prompt ensembling in the
         embedding space.
+
+        Args:
+            class_names: C names; underscores count as spaces, as in learned prompts.
+            templates: texts with `{}` in place of the class name.
+
+        Returns:
+            (C, D), float32, L2-normalised.
         """
         names = [name.replace("_", " ") for name in class_names]
         per_template = [
@@ -150,45 +150,3 @@ class FrozenCLIP:
             for t in templates
         ]
         return F.normalize(torch.stack(per_template).mean(0), dim=-1)
-
-
-_NO_PROMPTS = (
-    "backbone: prompts cannot be threaded through the text tower of {}; choose a model with "
-    "open_clip's own text transformer."
-)
-
-
-def _text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
-    text = getattr(model, "text", model)
-    unsupported = (
-        not hasattr(text, "transformer")
-        or not hasattr(text.transformer, "resblocks")
-        or getattr(text, "cls_emb", None) is not None
-        or getattr(text, "use_pad_mask", False)
-    )
-    if unsupported:
-        raise UserError(_NO_PROMPTS.format(f"this model ({type(text).__name__})"))
-    blocks = text.transformer.resblocks
-    # CLIP flattens its text tower into itself and renames this one.
-    pool_type: str = getattr(text, "text_pool_type" if text is model else "pool_type")
-    mask = text.attn_mask
-    return TextParts(
-        token_embedding=text.token_embedding,
-        positional_embedding_Ld=text.positional_embedding,
-        blocks=blocks,
-        ln_final=text.ln_final,
-        projection=text.text_projection,
-        attn_mask_LL=mask,
-        heads=blocks[0].attn.num_heads,
-        width=text.positional_embedding.shape[-1],
-        context_length=text.context_length,
-        pool_type=pool_type,
-        eos_id=getattr(text, "text_eos_id", getattr(text, "eos_id", None)),
-        causal=mask is not None,
-        pools_at_end=pool_type in ("argmax", "eos"),
-        plain_blocks=all(FrozenLayer.supports(b) for b in blocks),
-    )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedprompt.backbone.clip import FrozenCLIP, TextParts
+from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.packing import pack
+from fedprompt.backbone.text_parts import TextParts
 from fedprompt.backbone.text_transformer import PromptTransformer
 from fedprompt.errors import UserError
 

@@ -1,0 +1,40 @@
+"""The tokenizer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import open_clip
+from torch import Tensor
+
+from fedprompt.errors import UserError
+
+
+def load_tokenizer(model: str) -> Callable[..., Tensor]:
+    """The tokenizer that open_clip uses with a model.
+
+    Args:
+        model: a name that open_clip knows.
+
+    Returns:
+        A function from texts to token ids (len(texts), L), padded or cut to the model's L text
+        positions, or to `context_length` where it is given.
+
+    Raises:
+        UserError: the model's tokenizer is neither installed nor cached, and cannot be downloaded.
+    """
+    text_cfg = open_clip.get_model_config(model)["text_cfg"]
+    special = text_cfg.get("hf_tokenizer_name") or text_cfg.get("tokenizer_kwargs")
+    if not special and "siglip" not in model.lower():
+        # CLIP's own tokenizer. open_clip holds one of it already; another would take 24 MB.
+        length = text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        return partial(open_clip.tokenize, context_length=length)
+    try:
+        tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(model)
+    except Exception as error:  # transformers' and the hub's errors have no common parent
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"backbone: the tokenizer of {model} could not be loaded: {reason}"
+        ) from None
+    return tokenizer

@@ -1,0 +1,140 @@
+"""Weights of a model: found or downloaded, converted once, and mapped into memory.
+
+Mapped means that pages of the file serve as the tensors' memory. All processes of a machine that
+map the same file share one copy, and no process reads what it does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from filelock import FileLock
+from open_clip.pretrained import download_pretrained
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedprompt.backbone.architecture import empty_model
+from fedprompt.config.schema import BackboneConfig
+from fedprompt.errors import UserError
+from fedprompt.files import replacing
+
+
+def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
+    """The file that holds the weights: `config.checkpoint`, or a download of the tag.
+
+    Args:
+        config: the config's `backbone` section.
+        tag_cfg: the tag's settings from `architecture.model_settings`.
+
+    Raises:
+        UserError: there is no such file, or the download fails.
+    """
+    if config.checkpoint:
+        source = Path(config.checkpoint).expanduser()
+        if not source.is_file():
+            raise UserError(f"backbone: no checkpoint file {source}.")
+        return source
+    try:
+        return Path(download_pretrained(tag_cfg))
+    except Exception as error:  # the hub's and urllib's errors have no common parent
+        raise UserError(
+            f"backbone: weights '{config.pretrained}' of {config.model} could not be downloaded "
+            f"({type(error).__name__}); fetch them on a machine with a connection and add "
+            "backbone.checkpoint=FILE, or copy its Hugging Face cache."
+        ) from None
+
+
+def mappable_weights(
+    name: str, model_cfg: Mapping[str, Any], source: Path, key: str, cache_dir: Path
+) -> Path:
+    """A float32 safetensors file with the model's own tensor names.
+
+    This is `source` itself where it is such a file. Everything else (half precision, pickles,
+    checkpoints of a training run) is converted once and kept below `cache_dir`.
+
+    Args:
+        name: the model's name, part of the copy's file name.
+        model_cfg: the model's settings.
+        source: a file of `find_weights`.
+        key: differs whenever `source` or `model_cfg` does.
+        cache_dir: the cache's folder.
+
+    Raises:
+        UserError: `source` is damaged or holds other weights, or the copy cannot be written.
+    """
+    shapes = {k: tuple(v.shape) for k, v in empty_model(model_cfg, meta=True).state_dict().items()}
+    if source.suffix == ".safetensors" and _is_mappable(source, shapes):
+        return source
+    target = cache_dir / "weights" / f"{name.replace('/', '-')}-{key[:16]}.safetensors"
+    # No lock for a copy that exists, so that a cache may be on a read-only file system.
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Processes that start together wait for the first one instead of converting again.
+        with FileLock(f"{target}.lock"):
+            if not target.is_file():
+                _convert(name, model_cfg, source, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"backbone: cannot write {target}: {error}; set output.cache to a folder with room."
+        ) from None
+    return target
+
+
+def map_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `mappable_weights`, mapped into memory.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"backbone: {file} is damaged ({_reason(error)}); remove it.") from None
+    return tensors
+
+
+def _convert(name: str, model_cfg: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Let open_clip read and convert `source`, and keep the result as float32 safetensors."""
+    model = empty_model(model_cfg, meta=False)
+    try:
+        # weights_only: a pickle could otherwise execute code when it is opened.
+        open_clip.load_checkpoint(model, str(source), strict=True, weights_only=True)
+    except Exception as error:  # unpickling, key and shape errors come in many types
+        raise UserError(
+            f"backbone: {source} does not hold weights of {name}: {_reason(error)}"
+        ) from None
+    state = {
+        k: (v.float() if v.is_floating_point() else v).contiguous().clone()
+        for k, v in model.state_dict().items()
+    }
+    with replacing(target) as temporary:
+        save_file(state, temporary)
+
+
+def _is_mappable(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a safetensors file has exactly these tensors, in the dtypes that the model uses."""
+    try:
+        with safe_open(path, framework="pt") as reader:
+            keys = set(reader.keys())
+            if keys != set(shapes):
+                return False
+            slices = {k: reader.get_slice(k) for k in keys}
+            return all(
+                tuple(s.get_shape()) == shapes[k] and s.get_dtype() in ("F32", "I64")
+                for k, s in slices.items()
+            )
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"backbone: {path} is not a readable safetensors file: {_reason(error)}"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The start of a library's message on one line; some print every tensor name."""
+    return " ".join(str(error).split())[:200]

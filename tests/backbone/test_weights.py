@@ -1,0 +1,247 @@
+"""Weights: mapped or converted once, shared by processes, and never trusted as code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.support.small_models import (
+    MODELS,
+    as_pickle,
+    as_safetensors,
+    assert_same_outputs,
+    copies,
+    half,
+    images,
+    load,
+    plain,
+    refused,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+def test_float32_safetensors_are_mapped_where_they_lie(tmp_path: Path) -> None:
+    path = as_safetensors(tmp_path / "w", weights("small-vit"))
+    clip = load("small-vit", path, tmp_path / "cache")
+    assert_same_outputs(clip, plain("small-vit"))
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert copies(tmp_path / "cache") == []
+
+
+CHECKPOINTS: dict[str, Callable[[Path, dict[str, Tensor]], Path]] = {
+    "pickle": as_pickle,
+    "training checkpoint": lambda path, state: as_pickle(
+        path,
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+    ),
+    "half-precision pickle": lambda path, state: as_pickle(path, half(state)),
+    "half-precision safetensors": lambda path, state: as_safetensors(path, half(state)),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("name", ["small-vit", "small-rn"])
+def test_other_checkpoints_are_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    path, cache = CHECKPOINTS[kind](tmp_path / "w", weights(name)), tmp_path / "cache"
+    first = load(name, path, cache)
+    (copy,) = copies(cache)
+    stored = load_file(copy)
+    assert {k: v.dtype for k, v in stored.items()} == {k: v.dtype for k, v in weights(name).items()}
+    assert_same_outputs(first, plain(name))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(open_clip, "load_checkpoint", never)
+    # A copy that exists is not locked, so a cache on a read-only file system serves as well.
+    monkeypatch.setattr("fedprompt.backbone.weights.FileLock", never)
+    second = load(name, path, cache)
+    assert str(copy) in Path("/proc/self/maps").read_text()
+    assert second.fingerprint == first.fingerprint
+    assert torch.equal(second.encode_images(images()), first.encode_images(images()))
+    assert sorted(p.suffix for p in (cache / "weights").glob("*.*")) == [".lock", ".safetensors"]
+
+
+def test_a_new_file_under_an_old_name_is_seen(tmp_path: Path) -> None:
+    path = as_pickle(tmp_path / "w", weights("small-vit"))
+    first = load("small-vit", path, tmp_path / "cache")
+    state = weights("small-vit")
+    state["visual.conv1.weight"] += 1
+    os.utime(as_pickle(tmp_path / "w", state), ns=(1, 1))
+    second = load("small-vit", path, tmp_path / "cache")
+    assert second.fingerprint != first.fingerprint
+    assert not torch.equal(second.encode_images(images()), first.encode_images(images()))
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import open_clip, torch
+from fedprompt.backbone.loading import load_clip
+from fedprompt.config.schema import BackboneConfig
+open_clip.add_model_config(Path(sys.argv[1]))
+config = BackboneConfig(model="small-vit", checkpoint=sys.argv[2], device="cpu")
+clip = load_clip(config, Path(sys.argv[3]))
+clip.encode_text_raw(["a river"])
+clip.encode_images(torch.zeros(2, 3, 32, 32))
+clip.text.token_embedding.weight.sum()
+print(clip.fingerprint, flush=True)
+sys.stdin.read()
+"""
+
+
+def mapped_kib(pid: int, name: str) -> dict[str, int]:
+    """What the kernel says about one process's mapping of a file, KiB by kind."""
+    totals: dict[str, int] = {}
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            inside = line.endswith(name)
+        elif inside and fields[-1] == "kB":
+            totals[fields[0][:-1]] = totals.get(fields[0][:-1], 0) + int(fields[1])
+    return totals
+
+
+def test_processes_share_one_copy_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "small-vit.json").write_text(json.dumps(MODELS["small-vit"]))
+    path = as_pickle(tmp_path / "w", half(weights("small-vit")))
+    clip = load("small-vit", path, tmp_path / "cache")
+    clip.encode_text_raw(["a river"])
+    clip.encode_images(torch.zeros(2, 3, 32, 32))
+    clip.text.token_embedding.weight.sum()
+    (copy,) = copies(tmp_path / "cache")
+    paths = (tmp_path / "small-vit.json", path, tmp_path / "cache")
+    command = [sys.executable, "-c", CHILD, *map(str, paths)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline().strip() == clip.fingerprint, "stable across processes"
+        for pid in (child.pid, os.getpid()):
+            pages = mapped_kib(pid, str(copy))
+            assert pages["Rss"] > 0.9 * copy.stat().st_size / 1024
+            assert pages["Private_Dirty"] == 0, "a write would give this process its own copy"
+            assert pages["Shared_Clean"] == pages["Rss"]
+    finally:
+        child.communicate("")
+
+
+class Boom:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_never_executed(tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    path = as_pickle(tmp_path / "w", {"state_dict": Boom(trace)})
+    line = refused(lambda: load("small-vit", path, tmp_path / "cache"))
+    assert f"{path} does not hold weights of small-vit" in line
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.exists(), "the same file does execute where pickles are trusted"
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path
+
+
+def garbage(path: Path) -> Path:
+    path.write_bytes(b"<html>404 not found</html>" * 40)
+    return path
+
+
+def as_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "garbage pickle": (lambda p: garbage(p.with_suffix(".pt")), "does not hold weights of"),
+    "garbage safetensors": (
+        lambda p: garbage(p.with_suffix(".safetensors")),
+        "is not a readable safetensors file",
+    ),
+    "empty": (lambda p: as_bytes(p.with_suffix(".pt"), b""), "does not hold weights of"),
+    "truncated pickle": (
+        lambda p: truncated(as_pickle(p, weights("small-vit"))),
+        "does not hold weights of",
+    ),
+    "truncated safetensors": (
+        lambda p: truncated(as_safetensors(p, weights("small-vit"))),
+        "is not a readable safetensors file",
+    ),
+    "a list": (lambda p: as_pickle(p, [1, 2]), "does not hold weights of"),
+    "a number": (lambda p: as_pickle(p, 3), "does not hold weights of"),
+    "no tensors": (lambda p: as_pickle(p, {}), "does not hold weights of"),
+    "one tensor": (lambda p: as_pickle(p, {"x": torch.zeros(1)}), "does not hold weights of"),
+    "one missing": (
+        lambda p: as_safetensors(
+            p, {k: v for k, v in weights("small-vit").items() if "ln_" not in k}
+        ),
+        "does not hold weights of",
+    ),
+    "other widths": (lambda p: as_pickle(p, weights("small-vit-wide")), "does not hold weights of"),
+    "other tower": (lambda p: as_safetensors(p, weights("small-rn")), "does not hold weights of"),
+    "other text": (lambda p: as_pickle(p, weights("small-last")), "does not hold weights of"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_checkpoint_is_one_line(tmp_path: Path, kind: str) -> None:
+    make, reason = BAD_FILES[kind]
+    path = make(tmp_path / "w")
+    line = refused(lambda: load("small-vit", path, tmp_path / "cache"))
+    assert f"{path} {reason}" in line
+    assert len(line) < 500
+    assert copies(tmp_path / "cache") == []
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    missing = tmp_path / "weights.pt"
+    for path in (missing, tmp_path):  # a folder is no file either
+        assert f"no checkpoint file {path}" in refused(
+            lambda p=path: load("small-vit", p, tmp_path)
+        )
+
+
+def test_a_damaged_copy_is_one_line(tmp_path: Path) -> None:
+    path = as_pickle(tmp_path / "w", weights("small-vit"))
+    load("small-vit", path, tmp_path / "cache")
+    (copy,) = copies(tmp_path / "cache")
+    copy.unlink()
+    copy.write_bytes(b"half")
+    line = refused(lambda: load("small-vit", path, tmp_path / "cache"))
+    assert f"{copy} is damaged" in line
+    assert "remove it" in line
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    path = as_pickle(tmp_path / "w", weights("small-vit"))
+    line = refused(lambda: load("small-vit", path, tmp_path / "file" / "cache"))
+    assert "cannot write" in line
+    assert "output.cache" in line
+    mapped = as_safetensors(tmp_path / "w", weights("small-vit"))
+    assert_same_outputs(load("small-vit", mapped, tmp_path / "file" / "cache"), plain("small-vit"))
