@@ -22,11 +22,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("federation",),
     ("simulation", "strategies"),
     ("experiment",),
-    ("deploy", "sweep"),
+    ("deploy", "sweeps"),
     ("cli", "bench", "__init__", "__main__"),
     ("scripts",),
 )
-LATE = ("cli/", "bench/", "simulation/ray_worker.py", "sweep/worker.py", "deploy/client_app.py")
+LATE = ("cli/", "bench/", "simulation/ray_worker.py", "sweeps/worker.py", "deploy/client_app.py")
 """Where our own imports may stand in a function, to keep the start-up fast."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

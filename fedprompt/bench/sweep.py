@@ -22,7 +22,7 @@ from fedprompt.bench.output import Column, Output
 from fedprompt.config.schema import to_yaml
 from fedprompt.errors import UserError
 from fedprompt.reports.run_data import METRICS, PROMPTS
-from fedprompt.sweep.plan import PlannedRun, expand, load_sweep
+from fedprompt.sweeps.plan import PlannedRun, expand, load_sweep
 
 COLUMNS: tuple[Column, ...] = (
     ("case", "case", ""),

@@ -14,7 +14,7 @@ from fedprompt.cli.completion import complete_protocol, complete_sweep
 from fedprompt.cli.data import Overrides
 
 if TYPE_CHECKING:
-    from fedprompt.sweep.plan import PlannedRun, SweepFile
+    from fedprompt.sweeps.plan import PlannedRun, SweepFile
 
 
 def sweep(
@@ -55,7 +55,7 @@ def sweep(
 
       fedprompt sweep my_table.yaml federation.rounds=20 --seeds 1,2,3
     """
-    from fedprompt.sweep.plan import expand, load_sweep, sweep_path, write_plan
+    from fedprompt.sweeps.plan import expand, load_sweep, sweep_path, write_plan
 
     table = load_sweep(sweep_path(file), quick=quick)
     if seeds is not None:
@@ -140,7 +140,7 @@ def compare(
 def _with_seeds(table: SweepFile, text: str) -> SweepFile:
     from dataclasses import replace
 
-    from fedprompt.sweep.plan import check_seeds
+    from fedprompt.sweeps.plan import check_seeds
 
     parts = [part.strip() for part in text.split(",")]
     numbers = [int(part) if part.isdecimal() else part for part in parts]
@@ -157,9 +157,9 @@ def _run(
     address: str | None,
 ) -> dict[str, str]:
     """Do what is not finished; the reasons of failed runs."""
-    from fedprompt.sweep.live import make_board
-    from fedprompt.sweep.run import RaySweep, check_inline, places_here, run_serial
-    from fedprompt.sweep.state import progress
+    from fedprompt.sweeps.live import make_board
+    from fedprompt.sweeps.run import RaySweep, check_inline, places_here, run_serial
+    from fedprompt.sweeps.state import progress
 
     done = [run for run in planned if progress(run).done]
     todo = [run for run in planned if run not in done]
@@ -185,8 +185,8 @@ def _print_plan(
     table: SweepFile, planned: Sequence[PlannedRun], jobs: int | None, *, serial: bool
 ) -> None:
     from fedprompt.reports.format import human_time
-    from fedprompt.sweep.run import places_here
-    from fedprompt.sweep.state import progress, seconds_left
+    from fedprompt.sweeps.run import places_here
+    from fedprompt.sweeps.state import progress, seconds_left
 
     console = Console(highlight=False)
     finished = begun = 0

@@ -35,9 +35,9 @@ from fedprompt.reports.compare.metrics import KNOWN, choose, look_up, metric
 from fedprompt.reports.compare.statistics import column, holm, paired_p
 from fedprompt.reports.compare.table import compare_rows, escape, latex, terminal
 from fedprompt.reports.compare.table import text as printed_as
-from fedprompt.sweep.live import Board
-from fedprompt.sweep.plan import expand, load_sweep, write_plan
-from fedprompt.sweep.run import run_serial
+from fedprompt.sweeps.live import Board
+from fedprompt.sweeps.plan import expand, load_sweep, write_plan
+from fedprompt.sweeps.run import run_serial
 from tests.support import recompute
 
 

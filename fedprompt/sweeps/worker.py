@@ -75,7 +75,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import QuietDisplay
     from fedprompt.reports.run_data import CONFIG
-    from fedprompt.sweep.plan import without_places
+    from fedprompt.sweeps.plan import without_places
 
     folder, silent = Path(str(config.output.dir)), QuietDisplay(Console(quiet=True))
     torch.set_num_threads(threads)

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from fedprompt.reports.format import MISSING, human_time, percent
 from fedprompt.reports.terminal import BETWEEN, EDGES, LOOK
-from fedprompt.sweep.plan import PlannedRun
-from fedprompt.sweep.state import progress, rounds_done, seconds_left
+from fedprompt.sweeps.plan import PlannedRun
+from fedprompt.sweeps.state import progress, rounds_done, seconds_left
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 RESULTS = ("global", "personal")

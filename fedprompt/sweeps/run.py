@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from fedprompt.config.schema import to_dict
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.names import PLAN
-from fedprompt.sweep.live import Board
-from fedprompt.sweep.plan import PlannedRun, Resources
-from fedprompt.sweep.worker import Outcome, SweepWorker, complete
+from fedprompt.sweeps.live import Board
+from fedprompt.sweeps.plan import PlannedRun, Resources
+from fedprompt.sweeps.worker import Outcome, SweepWorker, complete
 
 if TYPE_CHECKING:
     from fedprompt.config.schema import SimulationConfig

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fedprompt.reports.run_data import CONFIG, SUMMARY, TIMINGS
-from fedprompt.sweep.plan import PlannedRun
+from fedprompt.sweeps.plan import PlannedRun
 
 TAIL_BYTES = 4096
 """Enough for the last lines of timings.jsonl."""

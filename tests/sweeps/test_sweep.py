@@ -30,9 +30,9 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.reports.compare.names import PLAN
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, PROMPTS, SUMMARY
-from fedprompt.sweep import worker
-from fedprompt.sweep.live import Board, LiveBoard, PlainBoard
-from fedprompt.sweep.plan import (
+from fedprompt.sweeps import worker
+from fedprompt.sweeps.live import Board, LiveBoard, PlainBoard
+from fedprompt.sweeps.plan import (
     PlannedRun,
     Resources,
     expand,
@@ -40,8 +40,8 @@ from fedprompt.sweep.plan import (
     settings_hash,
     sweep_path,
 )
-from fedprompt.sweep.run import _fits, _room, check_inline, places_here, run_serial
-from fedprompt.sweep.state import progress, rounds_done, seconds_left
+from fedprompt.sweeps.run import _fits, _room, check_inline, places_here, run_serial
+from fedprompt.sweeps.state import progress, rounds_done, seconds_left
 from fedprompt.workspace import ResourceCache, Workspace
 
 TINY = [
@@ -188,7 +188,7 @@ class TestPlaces:
     """How many runs at once."""
 
     def test_as_many_as_there_is_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fedprompt.sweep.run.available_cpus", lambda: 8)
+        monkeypatch.setattr("fedprompt.sweeps.run.available_cpus", lambda: 8)
         monkeypatch.setattr("fedprompt.simulation.blocks.free_memory", lambda device: 10e9)
         assert places_here(Resources(cpus=3), 24) == 2
         assert places_here(Resources(cpus=0.5), 24) == 16
