@@ -1,18 +1,26 @@
-"""The one error type that a user is meant to read."""
+"""The error that a user is meant to read, and the exception that stops a run."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do.
+    """A mistake that the user can correct: one line that says what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with status 2. Library callers may
-    catch it. It is raised where config, data, messages and checkpoints come in, and nowhere else.
-    Line breaks in the message (from a path or a library's text) become spaces.
+    The command line prints the line without a traceback and exits with status 2; a library caller
+    may catch the exception. It is raised where configs, data, messages and checkpoints are read,
+    and nowhere else. Line breaks in the message, which paths and texts of other libraries may
+    contain, become spaces.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class StopRun(Exception):
+    """Raised by an `on_round` callback to stop a run after a round.
+
+    The run folder stays as it is, so that the run can be resumed.
+    """
 
 
 def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:

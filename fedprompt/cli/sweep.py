@@ -66,9 +66,13 @@ def sweep(
     if dry_run:
         _print_plan(table, planned, jobs, serial=serial)
         return
+    from fedprompt.sweeps.api import run_planned
+
     write_plan(table, planned, folder, changes)
     try:
-        failures = _run(table, planned, folder, jobs, serial=serial, address=ray_address)
+        failures = run_planned(
+            table, planned, folder, jobs=jobs, serial=serial, address=ray_address
+        )
     except KeyboardInterrupt:
         sys.stderr.write("fedprompt: stopped; the same command goes on.\n")
         raise typer.Exit(130) from None
@@ -145,40 +149,6 @@ def _with_seeds(table: SweepFile, text: str) -> SweepFile:
     parts = [part.strip() for part in text.split(",")]
     numbers = [int(part) if part.isdecimal() else part for part in parts]
     return replace(table, seeds=check_seeds(numbers, "--seeds"))
-
-
-def _run(
-    table: SweepFile,
-    planned: Sequence[PlannedRun],
-    folder: Path,
-    jobs: int | None,
-    *,
-    serial: bool,
-    address: str | None,
-) -> dict[str, str]:
-    """Do what is not finished; the reasons of failed runs."""
-    from fedprompt.sweeps.live import make_board
-    from fedprompt.sweeps.run import RaySweep, check_inline, places_here, run_serial
-    from fedprompt.sweeps.state import progress
-
-    done = [run for run in planned if progress(run).done]
-    todo = [run for run in planned if run not in done]
-    places = jobs if address else places_here(table.resources, len(todo), jobs)
-    alone = serial or (places == 1 and not address)
-    board = make_board(planned, 1 if alone else places or 1)
-    for run in done:
-        board.skip(run)
-    board.say(board.counts())
-    board.open()
-    try:
-        if todo and alone:
-            run_serial(todo, board)
-        elif todo:
-            check_inline(todo)
-            RaySweep(todo, board, table.resources, places=places, address=address, out=folder).run()
-    finally:
-        board.close()
-    return board.failures
 
 
 def _print_plan(

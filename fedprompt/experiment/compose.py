@@ -13,11 +13,14 @@ change it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +29,7 @@ from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.schema import (
     SECTIONS,
     Config,
+    to_dict,
 )
 from fedprompt.config.shipped import load_yaml, merge, one_line, over, shipped_file
 from fedprompt.errors import UserError, did_you_mean
@@ -33,23 +37,61 @@ from fedprompt.experiment.groups import GROUPS, select
 from fedprompt.experiment.validate import TOP_LEVEL, validate
 
 
-def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config for a shipped experiment name or a YAML file, with `key=value` overrides.
+def compose(
+    experiment: str | Path | Config,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
+    """Compose the config of an experiment.
+
+    Args:
+        experiment: the name of a shipped experiment, a YAML file, or a config to change.
+        overrides: changes as on the command line, e.g. `federation.rounds=20`.
+        changes: changes as values by key, e.g. `{"federation.rounds": 20}`. A value may be a
+            mapping of keys: `{"federation": {"rounds": 20}}`. They come after `overrides`.
+
+    Returns:
+        The complete, checked and frozen config.
 
     Raises:
-        UserError: missing file, unknown key, wrong type or impossible value.
+        UserError: a file is missing, a key is unknown, or a value has the wrong type or is
+            impossible.
     """
-    raw = _load_experiment(str(experiment))
-    changes = [_parse_override(item) for item in overrides]
-    chosen = [(path[0], value) for path, value in changes if _selects_group(path)]
-    for group, value in chosen:
-        raw = _layer(raw, {group: value})
+    raw = to_dict(experiment) if isinstance(experiment, Config) else _load(str(experiment))
+    parsed = [_parse_override(item) for item in overrides]
+    parsed += [(_path_of(key), plain_value(value, key)) for key, value in changes.items()]
+    for path, value in parsed:
+        if _selects_group(path):
+            raw = _layer(raw, {path[0]: value})
     for group in GROUPS:
         raw[group] = select(group, raw.get(group))
-    for path, value in changes:
+    for path, value in parsed:
         if not _selects_group(path):
             _assign(raw, path, value)
     return validate(raw)
+
+
+def plain_value(value: Any, key: str) -> Any:
+    """A Python value as a config holds it: text, numbers, None, lists and dicts.
+
+    Args:
+        value: may also be a path, a tuple or a NumPy number.
+        key: the config key, for the message.
+
+    Raises:
+        UserError: the value is none of these.
+    """
+    if isinstance(value, np.generic):  # first: np.float64 is a float, but OmegaConf refuses it
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain_value(v, f"{key}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item, key) for item in value]
+    raise UserError(f"config: {key} is a {type(value).__name__}; a config cannot hold that.")
 
 
 def parse(text: str) -> Config:
@@ -67,7 +109,7 @@ def parse(text: str) -> Config:
     return validate({str(key): value for key, value in raw.items()})
 
 
-def _load_experiment(
+def _load(
     experiment: str, folder: Path | None = None, seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
     """The file's keys over those that it extends; `folder` is where relative paths start."""
@@ -86,7 +128,7 @@ def _load_experiment(
         return raw
     if not isinstance(base, str):
         raise UserError(f"config: {path}: 'extends' must name one experiment, got {base!r}.")
-    return _layer(_load_experiment(base, path.parent, (*seen, path.resolve())), raw)
+    return _layer(_load(base, path.parent, (*seen, path.resolve())), raw)
 
 
 def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,10 +153,7 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
     key, equals, text = item.partition("=")
     if not equals or not key.strip():
         raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
-    path = key.strip().split(".")
-    if path[0] not in TOP_LEVEL:
-        refuse_renamed(key.strip())
-        raise UserError(f"config: unknown key {key.strip()!r}.{_nearest_key(key.strip())}")
+    path = _path_of(key.strip())
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except Exception as error:  # OmegaConf's and PyYAML's errors have no common public parent
@@ -122,6 +161,19 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
     if parsed["value"] is None and _selects_group(path):
         raise UserError(f"config: {item!r} has no value.")
     return path, parsed["value"]
+
+
+def _path_of(key: str) -> list[str]:
+    """The parts of a dotted key.
+
+    Raises:
+        UserError: its first part is no key of a config.
+    """
+    path = key.split(".")
+    if path[0] not in TOP_LEVEL:
+        refuse_renamed(key)
+        raise UserError(f"config: unknown key {key!r}.{_nearest_key(key)}")
+    return path
 
 
 def _nearest_key(key: str) -> str:

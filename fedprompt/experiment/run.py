@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.config.schema import Config, SecureAggregationConfig
-from fedprompt.errors import UserError
+from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
@@ -65,6 +65,8 @@ def _run(
         if wanted and config.method.name != "coop_local":
             local_only = _local_only(workspace, grid, folder, display, loggers)
         finish(federation, folder, display, line, totals, started, loggers, local_only=local_only)
+    except StopRun:
+        display.message(f"stopped; 'fedprompt run --resume {folder.path}' continues the run")
     except UserError:
         loggers.close()
         folder.discard_unstarted()
