@@ -63,7 +63,11 @@ def test_a_nodes_own_folder_is_its_only_data() -> None:
     there = on_node(config, Node(1, "/mine", cache_dir="/cache", device="cpu", threads=2))
     assert there.data.folders == ["", "/mine", ""]
     assert there.data.root is None
-    assert (there.output.cache, there.backbone.device, there.simulation.threads) == ("/cache", "cpu", 2)
+    assert (there.output.cache, there.backbone.device, there.simulation.threads) == (
+        "/cache",
+        "cpu",
+        2,
+    )
     server = on_server(config)
     assert server.data.folders == ["", "", ""]
     assert server.data.root == "/server/tests"
