@@ -26,10 +26,10 @@ from fedprompt.bench.pieces import ReferencePieces, train_ours
 from fedprompt.bench.workload import Sizes, make_workspace
 from fedprompt.config.schema import Config
 from fedprompt.data import open_dataset
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.ray_grid import RayGrid
-from fedprompt.workspace import Workspace
 
 COLUMNS: tuple[Column, ...] = (
     ("case", "case", ""),
@@ -110,8 +110,8 @@ def _ratios(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 def inline_round(config: Config) -> dict[str, Any]:
     """A whole round with evaluation in this process."""
     libraries = {"libraries_mb": peak_mb(), "libraries_private_mb": private_mb()}
-    workspace = Workspace.open(config, progress=False)
-    federation = Federation(workspace, open_grid(config, workspace))
+    workspace = open_workspace(config)
+    federation = Federation(workspace, open_grid(config, workspace, open_workspace))
     federation.join()
     began = perf_counter()
     federation.train_round(1)
@@ -147,7 +147,7 @@ def reference_step(config: Config) -> dict[str, Any]:
 def ray_round(config: Config, workers: int) -> list[dict[str, Any]]:
     """A round on Ray; memory of every worker after it."""
     config = replace(config, simulation=replace(config.simulation, kind="ray", workers=workers))
-    grid = open_grid(config, Workspace.open(config, progress=False))
+    grid = open_grid(config, open_workspace(config), open_workspace)
     assert isinstance(grid, RayGrid)
     try:
         federation = Federation(grid.workspace, grid)

@@ -23,6 +23,7 @@ from fedprompt.bench.machine import peak_mb, reset_peak
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.workload import Sizes
 from fedprompt.config.schema import Config
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.reports.run_data import PROMPTS
 from fedprompt.simulation.block_grid import BlockGrid
@@ -77,7 +78,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         evaluation={"every": options.rounds + 1},
         simulation={"threads": 1},
     )
-    workspace = Workspace.open(config, progress=False)
+    workspace = open_workspace(config)
     reference: Measured | None = None
     expected: Tensor | None = None
     if clients in options.engine_clients and available():
@@ -111,7 +112,9 @@ def _rounds(
     chosen = replace(config, simulation=grid_config)
     reset_peak()
     w = workspace
-    grid = open_grid(chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.views))
+    grid = open_grid(
+        chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.views), open_workspace
+    )
     try:
         federation = Federation(grid.workspace, grid)
         federation.join()

@@ -228,12 +228,11 @@ def _dealt(config: Config) -> tuple[ImageDataset, Partition]:
     """The data set, without what a protocol holds out, and its partition, as in a run."""
     from fedprompt.data import open_dataset
     from fedprompt.data.features.cache import default_cache_dir
-    from fedprompt.data.partition import make_partition
-    from fedprompt.evaluation.registry import hold_out
+    from fedprompt.experiment.workspaces import deal
 
     dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
-    dataset, _ = hold_out(config, dataset)
-    return dataset, make_partition(dataset, config.partition, config.seed)
+    dataset, _, partition = deal(config, dataset)
+    return dataset, partition
 
 
 def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:

@@ -16,6 +16,7 @@ from fedprompt.deploy.node_report import ZERO_SHOT, describe, fault_reply, to_re
 from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle, server_round
 from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
@@ -106,7 +107,7 @@ def _workspace(text: str, experiment: str, overrides: str, node: Node) -> Worksp
     """This process's workspace; a warm worker process opens it once."""
     config = on_node(parse(text) if text else compose(experiment, shlex.split(overrides)), node)
     use_threads(config.simulation)
-    return Workspace.open(config, progress=False)
+    return open_workspace(config)
 
 
 def _without_paths(text: str, node: Node | None) -> str:

@@ -23,9 +23,9 @@ from fedprompt.experiment.rounds import run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import finish
 from fedprompt.experiment.trackers import Loggers
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.reports.run_data import SUMMARY
 from fedprompt.runtime import use_threads
-from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
 
@@ -78,7 +78,7 @@ def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
         use_threads(config.simulation)
-        workspace = Workspace.open(config, progress=False)
+        workspace = open_workspace(config)
         federation = NodeFederation(workspace, NodeGrid(grid), folder, keyed)
         if checkpoint is not None:
             log.info("going on after round %d", checkpoint.server_round)

@@ -15,13 +15,14 @@ from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish
 from fedprompt.experiment.trackers import Loggers, check_installed
+from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.private_log import PrivateLog
-from fedprompt.workspace import ResourceCache, Workspace
+from fedprompt.workspace import Workspace
 
 
 def run(config: Config, display: Display, resources: ResourceCache | None = None) -> Path:
@@ -53,11 +54,11 @@ def _run(
         loggers.open()
         checkpoint = folder.load_checkpoint()
         display.phase("opening data and backbone")
-        workspace = Workspace.open(config, resources=resources)
+        workspace = open_workspace(config, progress=True, resources=resources)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
         private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
-        grid = open_grid(config, workspace, private)
+        grid = open_grid(config, workspace, open_workspace, private)
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         local_only = None

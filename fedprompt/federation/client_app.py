@@ -21,6 +21,7 @@ from flwr.app import (
 )
 
 from fedprompt.errors import UserError
+from fedprompt.evaluation.registry import open_protocols
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import protected
@@ -125,7 +126,7 @@ def _measure(
     shared = [_received(workspace, m) for m in messages]
     own = [private.get(c) or workspace.start_private(c) for c in clients]
     rows: list[dict[str, int | float]] = [{} for _ in clients]
-    for protocol in workspace.protocols:
+    for protocol in open_protocols(workspace.config):
         if protocol.asks_clients:
             numbers = protocol.measure_clients(workspace, clients, shared, own)
             for row, given in zip(rows, numbers, strict=True):

@@ -17,7 +17,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedprompt.errors import UserError
-from fedprompt.evaluation.registry import Finished
+from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.client_app import PROTOCOLS
 from fedprompt.federation.grid import CountingGrid, Traffic
@@ -54,6 +54,7 @@ class Federation:
             rounds=config.federation.rounds,
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
+        self.protocols = open_protocols(config)
         self.rejected = 0
         if config.privacy.noise:
             local_epsilon(config.privacy, 0)  # refuses at once where the accountant is missing
@@ -198,21 +199,21 @@ class Federation:
         Raises:
             UserError: something cannot be had.
         """
-        for protocol in self.workspace.protocols:
+        for protocol in self.protocols:
             protocol.open(self.workspace)
 
     def measure_round(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """What the protocols add to the line of an evaluated round."""
         parts = {
             protocol.name: protocol.measure_round(self.workspace, self.shared, line)
-            for protocol in self.workspace.protocols
+            for protocol in self.protocols
         }
         kept = {name: part for name, part in parts.items() if part is not None}
         return {"protocols": kept} if kept else {}
 
     def ask_clients(self, server_round: int) -> None:
         """Have all clients measure their models for the protocols; while the grid holds these."""
-        if not any(p.asks_clients for p in self.workspace.protocols):
+        if not any(p.asks_clients for p in self.protocols):
             return
         for table in self._tables(server_round, self.strategy.clients, {PROTOCOLS: True}):
             names = [n for n in table if n != "client-ids"]
@@ -224,7 +225,7 @@ class Federation:
     ) -> dict[str, Any]:
         """Results of the protocols that have some of their own, by name."""
         parts = {}
-        for protocol in self.workspace.protocols:
+        for protocol in self.protocols:
             own = f"{protocol.name}."
             clients = {
                 client: {n.removeprefix(own): v for n, v in row.items() if n.startswith(own)}

@@ -21,6 +21,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
 
+from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.grid import CountingGrid, Traffic
@@ -50,6 +51,10 @@ Handler = Callable[
     tuple[list[Message], dict[int, Tensors]],
 ]
 """What answers a block's messages; `client_app.handle` does."""
+
+
+Opener = Callable[[Config], Workspace]
+"""What opens the workspace of a config in another process: an importable function."""
 
 
 class PrivateStore(Protocol):

@@ -22,6 +22,3 @@ class InlineGrid(BlockGrid):
             done[index], changed = run_block(self.workspace, block, self.known(block), self.answer)
             self.keep(changed)
         return done
-
-
-Grid = InlineGrid

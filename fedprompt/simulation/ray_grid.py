@@ -20,12 +20,12 @@ from typing import Any
 import ray
 import torch
 
-from fedprompt.config.schema import SimulationConfig, to_dict
+from fedprompt.config.schema import SimulationConfig
 from fedprompt.errors import UserError
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure
 from fedprompt.runtime import thread_count
-from fedprompt.simulation.block_grid import BlockGrid, Handler, PrivateStore
+from fedprompt.simulation.block_grid import BlockGrid, Handler, Opener, PrivateStore
 from fedprompt.simulation.blocks import work
 from fedprompt.simulation.placement import Costs, next_start, remaining
 from fedprompt.simulation.ray_worker import Answer, Place, Worker, pack, unpack
@@ -108,9 +108,11 @@ class RayGrid(BlockGrid):
         workspace: Workspace,
         private: PrivateStore | None = None,
         *,
+        opener: Opener,
         answer: Handler = handle,
     ) -> None:
         super().__init__(workspace, private, answer=answer)
+        self._opener = opener
         config = workspace.config.simulation
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
@@ -124,7 +126,6 @@ class RayGrid(BlockGrid):
             )
             .remote
         )
-        self._config = to_dict(workspace.config)
         self._costs = Costs()
         self._slots: list[_Slot] = []
         try:
@@ -152,11 +153,10 @@ class RayGrid(BlockGrid):
     def use(self, workspace: Workspace) -> None:
         """Go on with another method; workers keep their CLIP and features."""
         super().use(workspace)
-        self._config = to_dict(workspace.config)
         self._costs = Costs()
         for slot in self._slots:
             # Calls of an actor run in order: one that is still starting comes to this one later.
-            slot.steps.append(slot.actor.use.remote(self._config))
+            slot.steps.append(slot.actor.use.remote(workspace.config.method))
             slot.since = time.monotonic()
 
     def close(self) -> None:
@@ -168,10 +168,10 @@ class RayGrid(BlockGrid):
             ray.shutdown()
 
     def _spawn(self, number: int, failed_starts: int = 0) -> _Slot:
-        actor = self._new_actor()
+        actor = self._new_actor(self.workspace.clip.needs_timm)
         steps = [
             actor.placed.remote(),
-            actor.open.remote(self._config, self.workspace.clip.needs_timm),
+            actor.open.remote(self.workspace.config, self._opener),
         ]
         return _Slot(number, actor, steps, time.monotonic(), failed_starts)
 
@@ -369,6 +369,3 @@ def _free_per_worker(places: Sequence[Place]) -> float:
 def _brief(error: BaseException) -> str:
     """The end of a long error, which for Ray's is the reason, on one line."""
     return " ".join(str(error).replace("^", "").split())[-300:]
-
-
-Grid = RayGrid

@@ -17,9 +17,10 @@ from fedprompt.runtime import set_defaults
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fedprompt.config.schema import Config
     from fedprompt.messages import Parcel
     from fedprompt.methods.base import Tensors
-    from fedprompt.simulation.block_grid import Handler
+    from fedprompt.simulation.block_grid import Handler, Opener
     from fedprompt.workspace import Workspace
 
 Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
@@ -45,41 +46,48 @@ class Answer(NamedTuple):
 class Worker:
     """The actor. It is created in no time; `open` then loads CLIP, features and data."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs_timm: bool) -> None:
         set_defaults()
+        if not needs_timm:
+            # open_clip works without timm where timm cannot be imported. Pretending so saves
+            # about 25 MB per worker. It must happen before Ray unpickles the arguments of `open`,
+            # which imports open_clip.
+            sys.modules.setdefault("timm", None)  # type: ignore[arg-type]
         self._workspace: Workspace
 
     def placed(self) -> bool:
         """Answers once Ray has found a place for the process."""
         return True
 
-    def open(self, config: Mapping[str, Any], needs_timm: bool) -> Place:
-        """Open the workspace that `config` describes; weights and features are mapped, not sent."""
-        if not needs_timm:
-            # open_clip does without timm where it cannot be imported; so does this process, which
-            # spares it some 25 MB.
-            sys.modules.setdefault("timm", None)  # type: ignore[arg-type]
+    def open(self, config: Config, opener: Opener) -> Place:
+        """Open this worker's workspace; weights and features are mapped from files, not sent.
+
+        Args:
+            config: the experiment.
+            opener: opens the workspace of a config. Ray pickles it by reference.
+
+        Returns:
+            Where the worker runs and how much memory is left there.
+
+        Raises:
+            UserError: what `opener` raises.
+        """
         import ray
 
-        from fedprompt.experiment.validate import validate
         from fedprompt.messages import become_server
         from fedprompt.runtime import use_threads
         from fedprompt.simulation.blocks import free_memory
-        from fedprompt.workspace import Workspace
 
-        checked = validate(config)
-        use_threads(checked.simulation, worker=True)
+        use_threads(config.simulation, worker=True)
         become_server()
-        self._workspace = Workspace.open(checked, progress=False)
+        self._workspace = opener(config)
         device = self._workspace.clip.device
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), f"{node} {ray.get_gpu_ids() or 'cpu'}", free_memory(device))
 
-    def use(self, config: Mapping[str, Any]) -> bool:
-        """Change the method; CLIP, features and data stay."""
-        from fedprompt.experiment.validate import validate
-
-        self._workspace = self._workspace.with_method(validate(config).method)
+    def use(self, method_config: Any) -> bool:
+        """Change to the method of `method_config`; CLIP, features and data stay."""
+        self._workspace = self._workspace.with_method(method_config)
         return True
 
     def run(self, block: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:

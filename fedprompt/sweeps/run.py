@@ -62,7 +62,7 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
     """One run after the other in this process."""
     import torch
 
-    from fedprompt.workspace import ResourceCache
+    from fedprompt.experiment.workspaces import ResourceCache
 
     resources, threads = ResourceCache(), torch.get_num_threads()
     for run in todo:

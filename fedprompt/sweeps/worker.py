@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fedprompt.config.schema import Config
-    from fedprompt.workspace import ResourceCache
+    from fedprompt.experiment.workspaces import ResourceCache
 
 ERROR = "error.txt"
 """In the folder of a run that failed for another reason than bad input: the traceback."""
@@ -52,7 +52,7 @@ class SweepWorker:
     def run(self, config: Mapping[str, Any], threads: int) -> Outcome:
         """Run, or go on with, the run that `config` describes."""
         from fedprompt.experiment.validate import validate
-        from fedprompt.workspace import ResourceCache
+        from fedprompt.experiment.workspaces import ResourceCache
 
         self._opened = self._opened or ResourceCache()
         return complete(validate(config), self._opened, threads)

@@ -24,9 +24,9 @@ from fedprompt.deploy.node_report import Description, from_reply
 from fedprompt.deploy.worker import listen, serve_one
 from fedprompt.deploy.worker_client import WorkerAway, carry
 from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.messages import become_server, to_record, to_wire
 from fedprompt.methods.registry import method_class
-from fedprompt.workspace import Workspace
 from tests.support.fake_data import truncated
 from tests.support.federations import CLASSES, config_for, write_clients
 
@@ -64,7 +64,7 @@ def message(kind: str, server_round: int = 1, arrays: Any = None) -> Message:
 
 def start_of(images: Path) -> Any:
     config = config_for(images, Path("run"))
-    workspace = Workspace.open(config, progress=False)
+    workspace = open_workspace(config)
     start = method_class("fedrsclip").init_shared(workspace.method, config.seed)
     return to_record({n: t.numpy() for n, t in start.items()})
 

@@ -25,6 +25,7 @@ from fedprompt.deploy.worker import listen, serve_one
 from fedprompt.deploy.worker_client import carry
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run as experiment
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import (
     become_server,
@@ -100,7 +101,7 @@ def test_nodes_end_in_the_bits_of_the_simulation(
     monkeypatch.setattr(node, "_workspace", lru_cache(maxsize=3)(node._workspace.__wrapped__))
     write_clients(tmp_path / "images")
     config = masked_config(tmp_path)
-    workspace = Workspace.open(config, progress=False)
+    workspace = open_workspace(config)
     shared = []
     for grid in (NodesHere(workspace, tmp_path), InlineGrid(workspace)):
         federation = Federation(workspace, grid)
@@ -118,7 +119,7 @@ def test_nodes_end_in_the_bits_of_the_simulation(
 
 def test_a_node_sends_nothing_in_the_clear(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
-    workspace = Workspace.open(masked_config(tmp_path), progress=False)
+    workspace = open_workspace(masked_config(tmp_path))
     start = to_record({n: t.numpy() for n, t in workspace.method.init_shared(3).items()})
     settings = ConfigRecord({"server-round": 1})
     plain = RecordDict({"arrays": start, "config": settings})

@@ -37,6 +37,7 @@ from fedprompt.experiment.display import QuietDisplay, protocol_tables
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.summary import draw_report
 from fedprompt.experiment.validate import validate
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.methods.base import Task
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.format import Table
@@ -220,7 +221,7 @@ def test_without_the_usual_two_nothing_of_theirs_is_measured(runs: Callable[...,
 def models_of(folder: Path) -> tuple[Workspace, dict[str, torch.Tensor], list[Any]]:
     """The run's workspace, shared tensors and each client's private ones."""
     config = compose(folder / "config.yaml")
-    workspace = Workspace.open(config, progress=False)
+    workspace = open_workspace(config)
     checkpoint = read_checkpoint(folder / "checkpoint.safetensors")
     log = PrivateLog(folder / PRIVATE, workspace.num_clients)
     log.read(checkpoint.server_round, checkpoint.private)
@@ -286,7 +287,7 @@ def test_a_random_base_depends_on_the_seed() -> None:
     def base(seed: int, how: str) -> tuple[str, ...]:
         options = {"base_to_new": {"base": how, "base_share": 0.55}}
         config = config_of("base_to_new", seed=seed, protocol_options=options)
-        return Workspace.open(config, progress=False).task.class_names
+        return open_workspace(config).task.class_names
 
     assert len(base(1, "random")) == 11, "0.55 of 20 classes, rounded up"
     assert base(1, "random") != base(2, "random")
@@ -327,7 +328,7 @@ def test_leave_one_domain_out_by_a_second_way(runs: Callable[..., Path]) -> None
     workspace, shared, own = models_of(folder)
     assert part["seen_domains"] == ["savanna", "delta"]
     assert part["unseen_domain"] == "highland"
-    whole = Workspace.open(config_of(), progress=False)
+    whole = open_workspace(config_of())
     unseen = np.flatnonzero((whole.dataset.domains_N == 1) & (whole.dataset.split_N == 1))
     labels = whole.dataset.labels_N[unseen]
     names = workspace.task.class_names
@@ -349,11 +350,11 @@ def test_leave_one_domain_out_needs_a_known_domain_of_several() -> None:
     options = {"leave_one_domain_out": {"domain": "hghland"}}
     config = config_of("leave_one_domain_out", protocol_options=options)
     with pytest.raises(UserError, match=r"no domain 'hghland'. Did you mean 'highland'"):
-        Workspace.open(config, progress=False)
+        open_workspace(config)
     one = {"images_per_class": 4, "domains": ["savanna"]}
     config = config_of("leave_one_domain_out", data=one, protocol_options={})
     with pytest.raises(UserError, match="two or more domains"):
-        Workspace.open(config, progress=False)
+        open_workspace(config)
 
 
 def test_ood_by_a_second_way(runs: Callable[..., Path]) -> None:
@@ -411,7 +412,7 @@ def test_cross_data_set_uses_the_targets_own_names(runs: Callable[..., Path]) ->
     assert rows[0]["global"] == summary_of(folder)["global"]["accuracy"]
     workspace, shared, _ = models_of(folder)
     config = config_of(data={"images_per_class": 4, "domains": ["oasis"]})
-    oasis = Workspace.open(config, progress=False)
+    oasis = open_workspace(config)
     names = ("beach", "runway", "sea ice")
     labels = [oasis.task.class_names.index(name) for name in names]
     # Of four images per class the last one is the test image.
@@ -522,7 +523,7 @@ def test_few_shot_holds_no_more_than_that(runs: Callable[..., Path]) -> None:
     ]
     for folder, shots in zip(folders, (2, 1), strict=True):
         part = summary_of(folder)["protocols"]["few_shot"]
-        workspace = Workspace.open(compose(folder / "config.yaml"), progress=False)
+        workspace = open_workspace(compose(folder / "config.yaml"))
         counts_KC = workspace.partition.train_counts(workspace.dataset.labels_N, 20)
         assert counts_KC.max() == shots
         assert part["train_images"] == counts_KC.sum()

@@ -12,6 +12,7 @@ import torch
 from fedprompt.config.schema import PrivacyConfig
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocols.privacy_audit import PrivacyAudit, variation
+from fedprompt.evaluation.registry import open_protocols
 from fedprompt.experiment.display import make_display
 from fedprompt.experiment.run import run
 from fedprompt.federation.server_app import Federation
@@ -220,7 +221,7 @@ def test_the_audit_of_a_run(run_config: Callable[..., Any], tmp_path: Path) -> N
 def test_the_audit_skips_what_it_cannot_attack(make_workspace: MakeWorkspace) -> None:
     for method in ({"name": "coop_local", "context_tokens": 2}, {"name": "zero_shot"}):
         workspace = make_workspace(method=method, protocols=["global", "privacy_audit"])
-        (protocol,) = (p for p in workspace.protocols if p.name == "privacy_audit")
+        (protocol,) = (p for p in open_protocols(workspace.config) if p.name == "privacy_audit")
         private = [workspace.start_private(c) for c in range(4)]
         rows = protocol.measure_clients(workspace, range(4), [{}] * 4, private)
         assert all(set(row.values()) == {0} for row in rows)
@@ -235,7 +236,7 @@ def test_the_audit_sees_through_a_method_with_private_prompts(
     )
     shared = workspace.method.init_shared(1)
     private = [workspace.start_private(c) for c in range(2)]
-    (protocol,) = (p for p in workspace.protocols if p.name == "privacy_audit")
+    (protocol,) = (p for p in open_protocols(workspace.config) if p.name == "privacy_audit")
     rows = protocol.measure_clients(workspace, range(2), [shared] * 2, private)
     assert [row["trained"] for row in rows] == [1, 1]
     assert [row["inverted"] for row in rows] == [1, 0]

@@ -21,6 +21,7 @@ from fedprompt.config.schema import Config, SecureAggregationConfig, to_yaml
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import resume, run
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import client_of, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import (
@@ -434,7 +435,7 @@ def test_min_replies_counts_before_anything_is_unmasked(make_workspace: MakeWork
 def test_a_client_that_crashes_in_training(make_workspace: MakeWorkspace) -> None:
     attack = {"kind": "crash", "share": 0.25}
     workspace = make_workspace(method=PROMPTFL, secure_aggregation=ON, attack=attack)
-    federation = Federation(workspace, open_grid(workspace.config, workspace))
+    federation = Federation(workspace, open_grid(workspace.config, workspace, open_workspace))
     federation.join()
     line = federation.train_round(1)
     (reason,) = line["dropped"].values()

@@ -13,6 +13,7 @@ from fedprompt.config.schema import AttackConfig
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import make_display
 from fedprompt.experiment.run import run
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation import client_app
 from fedprompt.federation.screening import Update
 from fedprompt.federation.server_app import Federation
@@ -37,7 +38,7 @@ def attacked(make_workspace: MakeWorkspace, kind: str, **attack: Any) -> Workspa
 
 def first_round(workspace: Workspace) -> tuple[Any, list[Update], dict[int, str], dict[str, Any]]:
     """What was sent, the accepted updates and the refused ones of round 1, and its line."""
-    federation = Federation(workspace, open_grid(workspace.config, workspace))
+    federation = Federation(workspace, open_grid(workspace.config, workspace, open_workspace))
     federation.join()
     sent = federation.shared["ctx"].numpy()
     seen: list[Update] = []
@@ -74,10 +75,10 @@ def test_attackers_are_a_fixed_share_drawn_from_the_seed() -> None:
 
 def test_nobody_attacks_unless_asked(make_workspace: MakeWorkspace) -> None:
     workspace = make_workspace(**SECTIONS)
-    grid = open_grid(workspace.config, workspace)
+    grid = open_grid(workspace.config, workspace, open_workspace)
     assert grid.answer is client_app.handle
     attacking = attacked(make_workspace, "scaling")
-    assert open_grid(attacking.config, attacking).answer is attacks.handle
+    assert open_grid(attacking.config, attacking, open_workspace).answer is attacks.handle
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("sign_flip", -3.0), ("scaling", 3.0)])

@@ -19,6 +19,7 @@ import fedprompt.simulation.inline_grid as grid_module
 import fedprompt.simulation.ray_grid as ray_grid_module
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import client_of, from_wire, node_of, to_wire
@@ -363,12 +364,12 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workspace(ray_session: None) -> Workspace:
-    return Workspace.open(scenes(), progress=False)
+    return open_workspace(scenes())
 
 
 @pytest.fixture(scope="module")
 def ray_grid(workspace: Workspace) -> Iterator[RayGrid]:
-    grid = open_grid(workspace.config, workspace)
+    grid = open_grid(workspace.config, workspace, open_workspace)
     assert isinstance(grid, RayGrid)
     yield grid
     grid.close()

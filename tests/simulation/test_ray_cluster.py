@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 import fedprompt.simulation.ray_grid as ray_grid_module
 from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
@@ -90,7 +91,7 @@ def processes(node: Any) -> list[Any]:
 
 def open_on(cluster: Cluster, marks: Path, **grid: Any) -> RayGrid:
     config = scenes(simulation={"ray_address": cluster.address, "clients_per_block": 1, **grid})
-    return RayGrid(Workspace.open(config, progress=False), answer=partial(noted, str(marks)))
+    return RayGrid(open_workspace(config), opener=open_workspace, answer=partial(noted, str(marks)))
 
 
 def inline(workspace: Workspace) -> Any:

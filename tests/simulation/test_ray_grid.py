@@ -14,10 +14,13 @@ import torch
 from ray import cloudpickle
 
 import fedprompt.simulation.ray_grid as ray_grid_module
+from fedprompt.config.schema import Config
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
 from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
+from fedprompt.simulation.block_grid import Opener
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.simulation.ray_worker import Place, Worker, pack, unpack
@@ -53,10 +56,10 @@ class FakeRay:
         fake = self
 
         class Actor:
-            def __init__(self) -> None:
+            def __init__(self, *args: Any) -> None:
                 self.number = fake.started
                 fake.started += 1
-                self.worker = worker()
+                self.worker = worker(*args)
 
             def __getattr__(self, name: str) -> Any:
                 def call(*args: Any) -> Ref:
@@ -98,15 +101,19 @@ def on_fake_ray(
         workspace: Workspace, trouble: Callable[[str, int], Exception | None] = lambda *_: None
     ) -> tuple[RayGrid, FakeRay]:
         class LocalWorker(Worker):
-            def open(self, config: Any, needs_timm: bool) -> Place:
-                del config, needs_timm
+            def __init__(self, needs_timm: bool) -> None:
+                # This process has imported timm already, and other tests may need it.
+                super().__init__(needs_timm=True)
+
+            def open(self, config: Config, opener: Opener) -> Place:
+                del config, opener
                 self._workspace = workspace
                 return Place(1, "here", 1e9)
 
         fake = FakeRay(trouble)
         monkeypatch.setattr(ray_grid_module, "ray", fake)
         monkeypatch.setattr(ray_grid_module, "Worker", LocalWorker)
-        return RayGrid(workspace), fake
+        return RayGrid(workspace, opener=open_workspace), fake
 
     return make
 

@@ -22,6 +22,7 @@ from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.rounds import run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.validate import validate
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle, server_round
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import CLIENT_FAILED
@@ -261,7 +262,7 @@ def simulate(
     """
     config = replace(config, output=replace(config.output, dir=str(folder)))
     use_threads(config.simulation)
-    workspace = Workspace.open(config, progress=False)
+    workspace = open_workspace(config)
     run = RunFolder.create(config)
     private = PrivateLog(run.path / PRIVATE, config.partition.clients)
 

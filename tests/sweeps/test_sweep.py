@@ -28,6 +28,7 @@ from fedprompt.config.shipped import configs_dir
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
+from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.reports.compare.names import PLAN
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, PROMPTS, SUMMARY
 from fedprompt.sweeps import worker
@@ -42,7 +43,7 @@ from fedprompt.sweeps.plan import (
 )
 from fedprompt.sweeps.run import _fits, _room, check_inline, places_here, run_serial
 from fedprompt.sweeps.state import progress, rounds_done, seconds_left
-from fedprompt.workspace import ResourceCache, Workspace
+from fedprompt.workspace import Workspace
 
 TINY = [
     "data.images_per_class=8", "data.domains=[savanna]", "partition.clients=3",
@@ -348,7 +349,7 @@ def test_serial_sweep_of_one_process_has_the_bits_of_fresh_ones(tmp_path: Path) 
 def test_backbone_and_data_are_opened_once(tmp_path: Path) -> None:
     runs = plan(tmp_path)
     resources = ResourceCache()
-    spaces = [Workspace.open(r.config, progress=False, resources=resources) for r in runs[:3]]
+    spaces = [open_workspace(r.config, progress=False, resources=resources) for r in runs[:3]]
     assert spaces[0].clip is spaces[1].clip is spaces[2].clip
     assert spaces[0].dataset is spaces[2].dataset
     assert spaces[0].dataset is not spaces[1].dataset, "another seed"

@@ -21,11 +21,11 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.images import random_view
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
+from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.methods.base import ClientData, Task
 from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from fedprompt.training import _batches, train_clients
-from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 from tests.support.fake_data import FakeClip, flat_dataset
 
@@ -166,7 +166,7 @@ def test_a_run_with_views_trains_on_them_and_tests_on_plain_images(
     for views in (1, 3):
         config = run_config(**sections, data={**data, "views": views})
         config = replace(config, output=replace(config.output, dir=str(tmp_path / f"views{views}")))
-        workspace = Workspace.open(config, progress=False)
+        workspace = open_workspace(config)
         found = workspace.train_data(0)
         n = len(workspace.partition.train(0))
         assert (len(found), found.views, len(found.inputs.features)) == (n, views, views * n)

@@ -1,0 +1,138 @@
+"""Opening what a participant of an experiment holds: data, partition, CLIP and features.
+
+The server, every worker of a simulation, every node of a deployment and the commands that show a
+partition open their data here, so that all of them see the same clients.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import load_clip
+from fedprompt.config.schema import BackboneConfig, Config, DataConfig
+from fedprompt.data import open_dataset
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.features.table import open_feature_table
+from fedprompt.data.held_out import HeldOut
+from fedprompt.data.partition import Partition, make_partition
+from fedprompt.evaluation.registry import hold_out
+from fedprompt.workspace import Workspace
+
+MAX_OPEN_DATASETS = 8
+"""Data sets that a `ResourceCache` keeps open: a sweep over seeds may split one data set anew for
+each of them."""
+
+
+class ResourceCache:
+    """The frozen backbone and the data sets that several runs of one process share.
+
+    Both are only read, so a run that shares them computes the same bits as one that opened its
+    own. Files that change while the process lives are not read again.
+    """
+
+    def __init__(self) -> None:
+        self._clip: tuple[str, FrozenCLIP] | None = None
+        self._datasets: OrderedDict[str, ImageDataset] = OrderedDict()
+
+    def clip(self, config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
+        """The backbone of a config, loaded if the last call asked for another one.
+
+        Args:
+            config: the `backbone` section.
+            cache_dir: folder for downloaded weights.
+
+        Returns:
+            The frozen CLIP. Only one is held: the previous one is released before another loads.
+
+        Raises:
+            UserError: the weights cannot be downloaded, read or loaded into the model.
+        """
+        key = f"{config!r} {cache_dir}"
+        if self._clip is None or self._clip[0] != key:
+            # Two backbones do not always fit into the memory of a GPU.
+            self._clip = None
+            self._clip = key, load_clip(config, cache_dir)
+        return self._clip[1]
+
+    def dataset(self, config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
+        """The data set of a config and seed, opened if it is not among the last ones used.
+
+        Args:
+            config: the `data` section.
+            seed: the experiment's seed, which decides on generated images and random splits.
+            cache_dir: folder for downloaded files.
+
+        Returns:
+            The whole data set, before anything is held out of it.
+
+        Raises:
+            UserError: the data set cannot be found, downloaded or read.
+        """
+        key = f"{config!r} {seed} {cache_dir}"
+        if key not in self._datasets:
+            self._datasets[key] = open_dataset(config, seed, cache_dir)
+        self._datasets.move_to_end(key)
+        while len(self._datasets) > MAX_OPEN_DATASETS:
+            self._datasets.popitem(last=False)
+        return self._datasets[key]
+
+
+def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut | None, Partition]:
+    """Hold out what an evaluation protocol asks for, and deal the rest to the clients.
+
+    Args:
+        config: the experiment.
+        dataset: the whole data set.
+
+    Returns:
+        The data set that is dealt, what was held out of it (None where no protocol asks for it),
+        and the partition.
+
+    Raises:
+        UserError: the data set has too few classes, domains or images for the protocol or the
+            partition.
+    """
+    dataset, held_out = hold_out(config, dataset)
+    return dataset, held_out, make_partition(dataset, config.partition, config.seed)
+
+
+def open_workspace(
+    config: Config, *, progress: bool = False, resources: ResourceCache | None = None
+) -> Workspace:
+    """Open what a participant of the experiment holds.
+
+    Args:
+        config: the experiment.
+        progress: show a bar while images that no cache holds are encoded.
+        resources: keeps backbone and data sets open for the next workspace of this process.
+
+    Returns:
+        The workspace, with one feature table per view of `data.views`.
+
+    Raises:
+        UserError: weights or data that cannot be found, downloaded or read, or that do not fit
+            the config.
+    """
+    resources = resources or ResourceCache()
+    cache_dir = default_cache_dir(config.output.cache)
+    # The cheap checks come first: an impossible partition is refused before images are encoded.
+    dataset = resources.dataset(config.data, config.seed, cache_dir)
+    dataset, held_out, partition = deal(config, dataset)
+    clip = resources.clip(config.backbone, cache_dir)
+    workspace = Workspace(config, clip, dataset, partition, (), held_out)
+    workspace.views = tuple(
+        open_feature_table(
+            clip,
+            dataset,
+            cache_dir,
+            workspace.method.needs,
+            view=view,
+            crop_scale=config.data.crop_scale,
+            progress=progress,
+        )
+        for view in range(config.data.views)
+    )
+    return workspace
