@@ -43,7 +43,6 @@ from fedprompt.sweeps.plan import (
 )
 from fedprompt.sweeps.run import _fits, _room, check_inline, places_here, run_serial
 from fedprompt.sweeps.state import progress, rounds_done, seconds_left
-from fedprompt.workspace import Workspace
 
 TINY = [
     "data.images_per_class=8", "data.domains=[savanna]", "partition.clients=3",
@@ -391,7 +390,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
         raise ValueError("first line\nsecond line")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Workspace, "open", broken)
+        patched.setattr("fedprompt.experiment.run.open_workspace", broken)
         outcome = worker.complete(run.config, ResourceCache(), 1)
     assert outcome.failure.startswith("ValueError: first line second line (traceback: ")
     assert "in broken" in (run.folder / worker.ERROR).read_text()
