@@ -107,6 +107,11 @@ def failure(message: Message, reason: str) -> bytes:
     return to_wire(Message(Error(CLIENT_FAILED, reason), reply_to=message))
 
 
+def set_source(message: Message, node: int) -> None:
+    """Set the node that a message is attributed to; Flower's metadata has no setter for it."""
+    message.metadata.__dict__["_src_node_id"] = node
+
+
 SERVER_NODE = 1
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprompt.config.schema import Config, to_yaml
-from fedprompt.deploy.processes import end, free_port, processes_with
+from fedprompt.deploy.processes import free_port, processes_with, send_signal
 from fedprompt.errors import UserError
 from fedprompt.reports.run_data import SUMMARY, TIMINGS
 from fedprompt.runtime import DEFAULTS
@@ -91,7 +91,7 @@ def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         for process in processes_with(f"FLWR_HOME={home}"):
-            end(process, signal.SIGKILL)
+            send_signal(process, signal.SIGKILL)
         _remove(Path(home))
 
 

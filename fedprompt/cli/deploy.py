@@ -1,4 +1,4 @@
-"""`fedprompt deploy`: a federation of real machines."""
+"""`fedprompt deploy`: commands for a federation of real machines, see docs/deployment.md."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Experiment = Annotated[
     typer.Argument(help="A shipped experiment or a YAML file.", autocompletion=complete_experiment),
 ]
 Resume = Annotated[
-    Path | None, typer.Option("--resume", help="Go on with an interrupted run folder.")
+    Path | None, typer.Option("--resume", help="Resume the interrupted run in this folder.")
 ]
-ServerDir = Annotated[Path, typer.Argument(help="The server's folder.", metavar="SERVER")]
+ServerPath = Annotated[Path, typer.Argument(help="The server's folder.", metavar="SERVER")]
 
 
 @deploy_app.command()
@@ -37,18 +37,21 @@ def local(
     resume: Resume = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--folder", help="Keys, logs and the nodes' folders [<run folder>-nodes]."),
+        typer.Option(
+            "--folder", help="For keys, logs and the nodes' files [default: <run folder>-nodes]."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment on a server and nodes that are real processes of this machine."""
+    """Run an experiment on a server and nodes that are all processes on this machine."""
     from fedprompt.deploy.local import resume_local, run_local
     from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import make_display
 
     if (experiment is None) == (resume is None):
         raise UserError(
-            "give an experiment, e.g. 'fedprompt deploy local quickstart', or --resume."
+            "give either an experiment, for example 'fedprompt deploy local quickstart', or "
+            "--resume RUN."
         )
     display = make_display(quiet)
     try:
@@ -71,32 +74,33 @@ def init(
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")],
     port: Annotated[int, typer.Option("--port", help="The server's port for the nodes.")] = 9092,
     days: Annotated[
-        int, typer.Option("--days", min=1, help="Certificates are valid so long.")
+        int, typer.Option("--days", min=1, help="How long the certificates are valid.")
     ] = 365,
 ) -> None:
-    """Make certificates and keys for one server and N nodes, and print what to do with them."""
-    from fedprompt.deploy.folders import init as make
-    from fedprompt.deploy.folders import readme
+    """Create certificates and keys for one server and N nodes, and print the next steps."""
+    from fedprompt.deploy.new_federation import create_federation, instructions
 
-    make(folder, host, nodes, port, days)
-    print(readme(host[0], port, nodes))
-    print(f"written: {folder} (this text is {folder / 'README.md'})")
+    create_federation(folder, host, nodes, port, days)
+    print(instructions(host[0], port, nodes))
+    print(f"These files are in {folder}, and this text is in {folder / 'README.md'}.")
 
 
 @deploy_app.command()
 def server(
-    folder: ServerDir,
+    folder: ServerPath,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on for nodes.")
+        str, typer.Option("--host", help="Address on which to listen for nodes.")
     ] = "0.0.0.0",
-    port: Annotated[int | None, typer.Option("--port", help="Port for nodes.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port for the nodes [default: as set by init].")
+    ] = None,
 ) -> None:
-    """Run the server's side until it is stopped; what ends is started again."""
-    from fedprompt.deploy.folders import read_server
+    """Run the server until it is stopped; processes that exit are restarted."""
+    from fedprompt.deploy.folders import read_server_folder
     from fedprompt.deploy.supervise import serve
 
-    site = read_server(folder)
-    serve(replace(site, port=port or site.port), host)
+    settings = read_server_folder(folder)
+    serve(replace(settings, port=port or settings.port), host)
 
 
 @deploy_app.command()
@@ -107,41 +111,50 @@ def node(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads; else as the experiment says.")
+        int | None,
+        typer.Option("--threads", help="CPU threads [default: as in the experiment]."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Local weights of the backbone.")
+        Path | None, typer.Option("--checkpoint", help="Local file with the backbone's weights.")
     ] = None,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Folder for private prompts [NODE/state].")
+        Path | None,
+        typer.Option("--state", help="Folder for private prompts [default: NODE/state]."),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Folder for cached features [NODE/cache].")
+        Path | None,
+        typer.Option("--cache", help="Folder for cached features [default: NODE/cache]."),
     ] = None,
     superlink: Annotated[
-        str | None, typer.Option("--server", help="Another address of the server, host:port.")
+        str | None,
+        typer.Option("--server", help="The server's address, host:port [default: as set by init]."),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option("--port", help="For the node's own tasks, on loopback; any free one."),
+        typer.Option(
+            "--port", help="Loopback port for the node's own processes [default: any free one]."
+        ),
     ] = None,
     require_secure_aggregation: Annotated[
         bool,
         typer.Option(
-            "--require-secure-aggregation", help="Answer no experiment whose server sees updates."
+            "--require-secure-aggregation",
+            help="Refuse experiments in which the server sees this node's updates.",
         ),
     ] = False,
     require_noise: Annotated[
         float,
-        typer.Option("--require-noise", min=0, help="Least privacy.noise that is answered."),
+        typer.Option(
+            "--require-noise", min=0, help="Refuse experiments with a lower privacy.noise."
+        ),
     ] = 0.0,
 ) -> None:
-    """Run one node until it is stopped; what ends is started again."""
-    from fedprompt.deploy.folders import read_node_site
-    from fedprompt.deploy.node_config import read_node
+    """Run one node until it is stopped; processes that exit are restarted."""
+    from fedprompt.deploy.folders import read_node_folder
+    from fedprompt.deploy.node_config import read_node_settings
     from fedprompt.deploy.supervise import run_node
 
-    site = read_node_site(folder)
+    node_folder = read_node_folder(folder)
     if data is not None and not data.is_dir():
         raise UserError(f"--data: there is no folder {data}.")
     if checkpoint is not None and not checkpoint.is_file():
@@ -149,64 +162,66 @@ def node(
     if superlink is not None and not re.fullmatch(r".+:\d{1,5}", superlink):
         raise UserError(f"--server is {superlink!r}; it must be host:port.")
     paths = {"data": data, "checkpoint": checkpoint, "state-dir": state, "cache-dir": cache}
-    settings = {k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None}
-    given = {
-        **settings, "device": device, "threads": threads,
+    settings = {
+        **{k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None},
+        "device": device, "threads": threads,
         "require-secure-aggregation": require_secure_aggregation, "require-noise": require_noise,
     }  # fmt: skip
-    read_node({"partition-id": site.client, **{k: v for k, v in given.items() if v is not None}})
-    run_node(replace(site, server=superlink or site.server), given, port)
+    # Checked here as well as on the node's first message, so that a mistake is reported now.
+    given = {k: v for k, v in settings.items() if v is not None}
+    read_node_settings({"partition-id": node_folder.client, **given})
+    run_node(replace(node_folder, server=superlink or node_folder.server), settings, port)
 
 
 @deploy_app.command()
 def run(
-    folder: ServerDir,
+    folder: ServerPath,
     experiment: Experiment = None,
     overrides: Overrides = None,
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
     """Run an experiment on the nodes of the server that runs on this machine."""
-    from fedprompt.deploy.folders import read_server
-    from fedprompt.deploy.supervise import resume_here, run_here
+    from fedprompt.deploy.folders import read_server_folder
+    from fedprompt.deploy.submit import resume_on_server, run_on_server
     from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import make_display
 
     if (experiment is None) == (resume is None):
-        raise UserError("give an experiment or --resume RUN.")
-    site, display = read_server(folder), make_display(quiet)
+        raise UserError("give either an experiment or --resume RUN.")
+    settings, display = read_server_folder(folder), make_display(quiet)
     try:
         if resume is not None:
-            resume_here(site, resume, display)
+            resume_on_server(settings, resume, display)
         else:
             assert experiment is not None
-            run_here(site, compose(experiment, overrides or []), display)
+            run_on_server(settings, compose(experiment, overrides or []), display)
     finally:
         display.close()
 
 
 @deploy_app.command()
-def gate(
-    folder: ServerDir,
+def fleet_proxy(
+    folder: ServerPath,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port to listen on.")] = None,
     superlink_port: Annotated[
-        int | None, typer.Option("--superlink-port", help="The SuperLink's, on loopback.")
+        int | None, typer.Option("--superlink-port", help="The SuperLink's loopback port.")
     ] = None,
 ) -> None:
-    """Pass on what nodes may ask of the SuperLink, and nothing else (part of 'deploy server')."""
+    """Forward what nodes may ask of the SuperLink, and nothing else (part of 'deploy server')."""
     from fedprompt.deploy.fleet_proxy import serve
-    from fedprompt.deploy.folders import read_server
+    from fedprompt.deploy.folders import read_server_folder
 
-    site = read_server(folder)
-    serve(site.folder, host, port or site.port, superlink_port or site.superlink_port)
+    settings = read_server_folder(folder)
+    serve(settings.path, host, port or settings.port, superlink_port or settings.superlink_port)
 
 
 @deploy_app.command()
 def worker(
     socket: Annotated[Path, typer.Argument(help="Unix socket to listen on.", metavar="SOCKET")],
 ) -> None:
-    """Answer a node's messages in one warm process (part of 'deploy node')."""
+    """Answer a node's messages in one process that keeps CLIP loaded (part of 'deploy node')."""
     from fedprompt.deploy.worker import serve
 
     serve(socket)
@@ -220,7 +235,7 @@ def example(
         int, typer.Option("--images", min=2, help="Images per class and domain.")
     ] = 12,
 ) -> None:
-    """Write image folders of the embedded drawings, one per client, and an experiment on them."""
+    """Write image folders of drawn scenes, one per client, and an experiment that uses them."""
     from fedprompt.deploy.example import write_example
 
     path = write_example(folder, nodes, images)

@@ -1,7 +1,10 @@
-"""Whether a node's frozen CLIP is the server's: both encode one picture and one sentence.
+"""Checks that a node's frozen CLIP is the server's. Runs on both sides.
 
-Files of the same weights differ in format and precision, so features are compared and not files.
-D joint embedding.
+The node and the server each encode the same generated picture and the same sentence, and the server
+compares the features. Files of the same weights differ in format and precision, so comparing
+checksums of files would refuse nodes that are fine.
+
+D is the dimension of the joint embedding.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from PIL import Image
 
 from fedprompt.backbone.clip import FrozenCLIP
 
-LEAST_COSINE = 0.99
-"""bfloat16 moves a feature by far less, other weights by far more."""
+MIN_COSINE = 0.99
+"""bfloat16 changes the cosine by far less than this margin, other weights by far more."""
 SENTENCE = "a river beside a forest."
 
 
 @torch.no_grad()
 def sample_features(clip: FrozenCLIP) -> NDArray[np.float32]:
-    """L2-normalised features (2, D) of the picture and of the sentence."""
+    """L2-normalised features (2, D) of the sample picture and of the sample sentence."""
     rows, columns = np.mgrid[0:64, 0:64]
     picture = np.stack([4 * rows, 4 * columns, 255 - 2 * rows - 2 * columns], axis=-1)
     image = clip.preprocess(Image.fromarray(picture.astype(np.uint8)))
@@ -32,12 +35,17 @@ def sample_features(clip: FrozenCLIP) -> NDArray[np.float32]:
     return F.normalize(torch.stack([image_D, text_D]), dim=-1).numpy()
 
 
-def differs(theirs: Sequence[float], ours_2D: NDArray[np.float32]) -> bool:
-    """Whether `theirs`, (2 D) numbers, are another backbone's features."""
-    if len(theirs) != ours_2D.size:
+def has_other_weights(features: Sequence[float], sample_2D: NDArray[np.float32]) -> bool:
+    """Whether a node's features come from another backbone than the server's.
+
+    Args:
+        features: the node's 2 x D numbers, row by row; they are untrusted.
+        sample_2D: the server's own features (2, D), L2-normalised.
+    """
+    if len(features) != sample_2D.size:
         return True
-    theirs_2D = np.asarray(theirs, dtype=np.float64).reshape(ours_2D.shape)
-    # A peer may send any length; only the direction counts.
-    lengths = np.linalg.norm(theirs_2D, axis=1)
-    cosines = (theirs_2D * ours_2D).sum(axis=1) / np.maximum(lengths, 1e-12)
-    return not bool((cosines >= LEAST_COSINE).all())
+    node_2D = np.asarray(features, dtype=np.float64).reshape(sample_2D.shape)
+    # Nothing forces a node to normalise its features, so only their direction is compared.
+    lengths = np.linalg.norm(node_2D, axis=1)
+    cosines = (node_2D * sample_2D).sum(axis=1) / np.maximum(lengths, 1e-12)
+    return not bool((cosines >= MIN_COSINE).all())

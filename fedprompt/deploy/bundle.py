@@ -1,7 +1,8 @@
-"""The Flower app that is handed to the SuperLink: it only names the installed package.
+"""The Flower app that `deploy run` submits to the SuperLink. Runs on the administrator's terminal.
 
-Flower sends an app's code from the server to the nodes. Ours holds none to speak of: what a node
-runs is the `fedprompt` that its own operator has installed.
+Flower sends the code of a submitted app to the nodes and runs it there. Our app consists of two
+import statements only, so that a node runs the `fedprompt` that its own administrator has
+installed, and no code crosses the network.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ nodes = ""
 
 
 def write_bundle(folder: Path) -> Path:
-    """Write the app's folder for `flwr run`."""
+    """Write the app's folder for `flwr run`; returns `folder`."""
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PROJECT.format(version=__version__, package=PACKAGE))
@@ -57,6 +58,7 @@ def write_bundle(folder: Path) -> Path:
 
 
 def write_run_config(path: Path, settings: Mapping[str, str]) -> None:
-    """Flower's `--run-config` file; JSON's strings are TOML's."""
+    """Write Flower's `--run-config` file."""
+    # A JSON string is also a TOML basic string, so no TOML writer is needed.
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Flower's ClientApp of a node.
+"""Flower's ClientApp of a node. Flower starts a new process with it for every message.
 
-Flower starts a new process for every message. Where the node's settings name a `worker`, this
-process only carries the message there and the reply back, so that PyTorch, CLIP and features are
-loaded once and not for every message; without one it does the work itself, with the same result.
+If the node's settings name a `worker`, this process only passes the message to that worker and the
+reply back, so that PyTorch, CLIP and the features are loaded once and not for every message.
+Without a worker it answers the message itself, more slowly but with the same result. Imports of
+PyTorch must therefore stay inside the function that needs them.
 """
 
 from __future__ import annotations
@@ -12,26 +13,26 @@ import sys
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedprompt.deploy.worker_client import WorkerAway, carry
+from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Local training on this node's client."""
+    """Train this node's client on its own images."""
     return _answer(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test this node's personal model."""
+    """Test this node's personal model on its own images."""
     return _answer(message, context)
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which client this node is and what it has."""
+    """Report which client this node is and how many images it has."""
     return _answer(message, context)
 
 
@@ -40,9 +41,12 @@ def _answer(message: Message, context: Context) -> Message:
     worker = str(context.node_config.get("worker", ""))
     if worker:
         try:
-            return carry(worker, message, *settings)
-        except WorkerAway as reason:
-            sys.stderr.write(f"fedprompt: no worker at {worker} ({reason}); doing without\n")
-    from fedprompt.deploy.node import answer  # late: it loads PyTorch
+            return ask_worker(worker, message, *settings)
+        except WorkerUnavailable as reason:
+            sys.stderr.write(
+                f"fedprompt: the worker at {worker} cannot be reached ({reason}); this process "
+                "answers the message itself, which is slower\n"
+            )
+    from fedprompt.deploy.node import answer  # loads PyTorch
 
     return answer(message, *settings)

@@ -1,8 +1,8 @@
-"""How a node gets on with its server, read from what Flower's SuperNode writes.
+"""Turns the log of Flower's SuperNode into short lines for the node's administrator.
 
-The SuperNode tries again by itself while the server is out of reach. It ends where a connection
-breaks off in the TLS handshake, and where the server does not let it in; then it is started again.
-Whoever watches the node reads one line each time that something changes.
+Runs in `fedprompt deploy node`, which supervises the SuperNode. The SuperNode retries by itself
+while the server cannot be reached. It exits when a TLS handshake fails and when the server rejects
+it; `deploy node` then starts it again. One line is printed whenever the state changes.
 """
 
 from __future__ import annotations
@@ -12,91 +12,104 @@ from pathlib import Path
 
 from fedprompt.deploy.processes import listens
 
-JOINED, AGAIN, FAILED = "SuperNode ID:", "Connection successful", "Connection attempt failed"
-"""Words of Flower's lines. The SuperExec, which calls its SuperNode only, has the last two too."""
+JOINED, RECONNECTED, FAILED = (
+    "SuperNode ID:",
+    "Connection successful",
+    "Connection attempt failed",
+)
+"""Parts of Flower's log lines. The SuperExec, which connects to its own SuperNode only, writes the
+last two as well, so they count only together with something else that is known."""
 NOT_ACTIVATED = "[code: 2004]"
-"""Flower's answer to a key that it does not know, or whose last connection it still holds."""
-BROKEN_OFF = ("_ssl.c", "handshake", "ssl:")
+"""Flower's answer to a key that it does not know, or whose previous connection is still open."""
+BROKEN_HANDSHAKE = ("_ssl.c", "handshake", "ssl:")
 
 
 class Connection:
-    """What is known of one SuperNode's connection.
+    """The state of one SuperNode's connection to the server, as far as its log shows it.
 
     Args:
-        log: the SuperNode's log file; what stands in it already is of an earlier start.
+        log: the SuperNode's log file; lines that it already has belong to an earlier start.
         server: the server's address, `host:port`.
-        say: takes a line.
-        answers: whether the server takes connections.
+        report: is called with each line for the administrator.
+        answers: returns whether the server accepts connections; None probes `server` over TCP.
     """
 
     def __init__(
         self,
         log: Path,
         server: str,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         answers: Callable[[], bool] | None = None,
     ) -> None:
-        self.log, self.server, self.say = log, server, say
+        self.log, self.server, self.report = log, server, report
         host, _, port = server.rpartition(":")
         self.answers = answers or (lambda: listens(int(port), host.strip("[]")))
-        self._read = log.stat().st_size if log.is_file() else 0
-        self._exit: list[str] | None = None
+        self._offset = log.stat().st_size if log.is_file() else 0
+        self._exit_lines: list[str] | None = None
         self._joined = False
-        self._said = ""
+        self._last_report = ""
 
-    def look(self) -> None:
-        """Read on, and say what has changed."""
+    def update(self) -> None:
+        """Read the log's new lines and report a change of state."""
         for line in self._new_lines():
-            if JOINED in line or (AGAIN in line and self._joined):
+            if JOINED in line or (RECONNECTED in line and self._joined):
                 self._joined = True
-                self._say(f"connected to the server {self.server}")
-            elif FAILED in line and self._said != self._away and not self.answers():
-                self._say(self._away)
+                self._report(f"connected to the server {self.server}")
+            elif FAILED in line and self._last_report != self._unreachable and not self.answers():
+                self._report(self._unreachable)
+            # Flower explains an exit in a block between these two lines.
             if "Exit Code:" in line:
-                self._exit = []
-            elif self._exit is not None and not self._exit_is_whole:
-                self._exit.append(line.strip())
+                self._exit_lines = []
+            elif self._exit_lines is not None and not self._exit_is_complete:
+                self._exit_lines.append(line.strip())
 
-    def ended(self, name: str, status: int) -> None:
-        """Say why the SuperNode has ended, unless that is known already."""
-        self.look()
-        lines = self._exit or []
-        why = " ".join(" ".join(lines[:-1] if self._exit_is_whole else lines).split())
-        self._exit, self._joined = None, False
-        if "CERTIFICATE_VERIFY_FAILED" in why:
-            self._say(
-                f"{self.server} is not this federation's server: its certificate is not of our "
-                "authority (ca.crt), or not for this address, or a clock is wrong; trying again"
+    def report_exit(self, name: str, status: int) -> None:
+        """Report why the SuperNode has exited, unless the last report said the same.
+
+        Args:
+            name: the process's name, for exits that are not about the connection.
+            status: its exit status.
+        """
+        self.update()
+        lines = self._exit_lines or []
+        reason = " ".join(" ".join(lines[:-1] if self._exit_is_complete else lines).split())
+        self._exit_lines, self._joined = None, False
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            self._report(
+                f"the certificate of {self.server} was rejected: it was not issued by this "
+                "federation's authority (ca.crt), or not for this address, or one of the two "
+                "clocks is wrong; retrying"
             )
-        elif NOT_ACTIVATED in why:
-            self._say(
-                f"the server {self.server} does not let this node in: it does not know its key, or "
-                "still holds its last connection, for a minute at most; trying again"
+        elif NOT_ACTIVATED in reason:
+            self._report(
+                f"the server {self.server} rejected this node: its key is not registered there, "
+                "or its previous connection is still open, which takes a minute at most; retrying"
             )
-        elif any(words in why.lower() for words in BROKEN_OFF) or not self.answers():
-            self._say(self._away)
+        elif any(words in reason.lower() for words in BROKEN_HANDSHAKE) or not self.answers():
+            self._report(self._unreachable)
         else:
-            self._say(f"{name} has ended with status {status}: {why or f'see {self.log}'}")
+            self._report(f"{name} exited with status {status}: {reason or f'see {self.log}'}")
 
     @property
-    def _away(self) -> str:
-        return f"the server {self.server} is out of reach; trying until it answers"
+    def _unreachable(self) -> str:
+        return f"the server {self.server} cannot be reached; retrying until it answers"
 
     @property
-    def _exit_is_whole(self) -> bool:
-        return self._exit is not None and "more information, visit" in "".join(self._exit[-1:])
+    def _exit_is_complete(self) -> bool:
+        lines = self._exit_lines
+        return lines is not None and "more information, visit" in "".join(lines[-1:])
 
-    def _say(self, line: str) -> None:
-        if line != self._said:
-            self._said = line
-            self.say(line)
+    def _report(self, line: str) -> None:
+        if line != self._last_report:
+            self._last_report = line
+            self.report(line)
 
     def _new_lines(self) -> list[str]:
-        """Whole lines since the last time."""
+        """The lines that were completed since the last call; half a line waits for its rest."""
         if not self.log.is_file():
             return []
         with self.log.open("rb") as stream:
-            stream.seek(self._read)
-            whole, end, _ = stream.read().rpartition(b"\n")
-        self._read += len(whole) + len(end)
-        return whole.decode(errors="replace").split("\n") if end else []
+            stream.seek(self._offset)
+            complete, newline, _ = stream.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        return complete.decode(errors="replace").split("\n") if newline else []

@@ -1,9 +1,10 @@
-"""Certificates of the server and keys of the nodes.
+"""Certificates of the server and keys of the nodes: the only module that creates or reads them.
 
-The federation has a certificate authority of its own: its certificate is all that a node needs to
-know the server by, and its key is needed again only to make another server certificate. A node is
-known by a key pair (P-384, OpenSSH format, as Flower reads them); the server holds the public half.
-Private keys have mode 0600 and are written unencrypted.
+Runs on the administrator's terminal. The federation has its own certificate authority. A node
+authenticates the server with the authority's certificate; the authority's key is needed again only
+to issue another server certificate. The server authenticates a node by a key pair (P-384 in OpenSSH
+format, which Flower reads), of which it holds the public key. Private keys are written unencrypted,
+with mode 0600.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 CERTIFICATE, KEY = "server.crt", "server.key"
 NODE_KEY, NODE_PUBLIC = "node.key", "node.pub"
 SKEW = datetime.timedelta(hours=1)
-"""Certificates are valid from an hour ago: clocks of two machines differ."""
+"""Certificates are valid from an hour ago, because the clocks of two machines differ."""
 
 
 def write_authority(folder: Path, days: int) -> None:
-    """A new certificate authority: `ca.crt` and `ca.key`."""
+    """Create a certificate authority, `ca.crt` and `ca.key`, that is valid for `days` days."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedprompt federation")])
     public = key.public_key()
@@ -58,14 +59,18 @@ def write_authority(folder: Path, days: int) -> None:
 def write_server_certificate(
     authority: Path, folder: Path, hosts: Sequence[str], days: int
 ) -> None:
-    """A certificate for `hosts` (names or addresses), signed by the authority in another folder.
+    """Issue a server certificate; writes `server.crt`, `server.key` and a copy of `ca.crt`.
 
-    Writes `server.crt`, `server.key` and a copy of `ca.crt`.
+    Args:
+        authority: folder with the authority's `ca.crt` and `ca.key`.
+        folder: the server's folder, which is created if it does not exist.
+        hosts: names and IP addresses by which the server is reached; nodes accept no other.
+        days: how long the certificate is valid.
 
     Raises:
-        UserError: the authority is not there or damaged.
+        UserError: the authority is missing or damaged, or the folder cannot be written.
     """
-    issuer, issuer_key = _authority(authority)
+    issuer, issuer_key = _read_authority(authority)
     key = ec.generate_private_key(ec.SECP256R1())
     public, ca_public = key.public_key(), issuer_key.public_key()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
@@ -91,7 +96,7 @@ def write_server_certificate(
 
 
 def write_node_key(folder: Path) -> None:
-    """A new key pair for one node: `node.key` stays with it, `node.pub` is for the server."""
+    """Create a node's key pair: `node.key` stays on the node, `node.pub` goes to the server."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -99,7 +104,7 @@ def write_node_key(folder: Path) -> None:
     _write(folder / NODE_PUBLIC, public + b"\n")
 
 
-def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _read_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     try:
         certificate = x509.load_pem_x509_certificate((folder / CA_CERTIFICATE).read_bytes())
         key = load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
@@ -107,7 +112,10 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"cannot read the certificate authority in {folder}: {reason}.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise UserError(f"{folder / CA_KEY} is not an elliptic-curve key; it is not ours.")
+        raise UserError(
+            f"{folder / CA_KEY} is not an elliptic-curve key; 'fedprompt deploy init' did not "
+            "create it."
+        )
     return certificate, key
 
 

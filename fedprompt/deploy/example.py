@@ -1,4 +1,7 @@
-"""Image folders to try a federation on: the embedded drawings, a domain for each node."""
+"""Image folders for trying out a federation. Runs on the administrator's terminal.
+
+The images are the embedded aerial scenes. Every node gets the images of one domain.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,27 @@ EXPERIMENT = "experiment.yaml"
 
 
 def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
-    """Write `client-<k>/<class>/*.png`, `server/<class>/*.png` and an experiment on them.
+    """Write `client-<k>/<class>/*.png`, `server/<class>/*.png` and an experiment that uses them.
 
-    Node k gets the training images of domain k, modulo their number, and of equal domains each node
-    every n-th image; the server gets all test images.
+    Node k gets training images of domain k modulo the number of domains. Nodes with the same domain
+    share its images evenly. The server gets the test images of all domains.
+
+    Args:
+        folder: the folder to fill; it must be empty or not exist.
+        nodes: number of client folders.
+        images_per_class: images per class and domain, training and test images together.
+
+    Returns:
+        The path of the experiment file.
 
     Raises:
-        UserError: the folder is in use, or there are too few images for so many nodes.
+        UserError: the folder is not empty, or a node would get no image.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another folder.")
     dataset = load(DataConfig(images_per_class=images_per_class), 1)
     domains = len(dataset.domain_names)
-    given = [0] * nodes
+    images_of_client = [0] * nodes
     for i in range(len(dataset)):
         label, domain = int(dataset.labels_N[i]), int(dataset.domains_N[i])
         owners = range(domain, nodes, domains)
@@ -35,15 +46,18 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
             owner = "server"
         elif owners:
             client = owners[i % len(owners)]
-            given[client] += 1
+            images_of_client[client] += 1
             owner = f"client-{client}"
         else:
             continue
-        place = folder / owner / dataset.class_names[label].replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        dataset.open_image(i).save(place / f"{i:05d}.png")
-    if not all(given):
-        raise UserError(f"{images_per_class} images per class are too few for {nodes} nodes.")
+        class_folder = folder / owner / dataset.class_names[label].replace(" ", "_")
+        class_folder.mkdir(parents=True, exist_ok=True)
+        dataset.open_image(i).save(class_folder / f"{i:05d}.png")
+    if not all(images_of_client):
+        raise UserError(
+            f"{images_per_class} images per class are too few for {nodes} nodes; set --images "
+            "higher or --nodes lower."
+        )
     _write_experiment(folder.resolve(), dataset.class_names, nodes)
     return folder / EXPERIMENT
 

@@ -1,9 +1,11 @@
-"""What nodes reach from outside: Flower's Fleet API, and nothing else of the SuperLink.
+"""A reverse proxy that lets nodes reach Flower's Fleet API and nothing else of the SuperLink.
 
-Flower 1.41 serves all of a SuperLink on one port. Nodes sign every call to its Fleet API with their
-keys. Its Control API (start runs, that is, run code on the server and on all nodes; register
-keys) and its Runtime API ask for nothing in the open-source build. So the SuperLink listens on the
-loopback interface, and this gate, with the same certificate, passes on `POST /v1/fleet/...` only.
+Runs on the server, in a process that `deploy server` starts. Flower 1.41 serves all APIs of a
+SuperLink on one port. Nodes sign every call of the Fleet API with their keys. The Control API
+(which starts runs, that is, runs code on the server and on all nodes, and registers keys) and the
+Runtime API do not authenticate callers in the open-source build. The SuperLink therefore listens on
+the loopback interface only, and this proxy, which has the same certificate, forwards requests for
+`POST /v1/fleet/...` and refuses all others.
 """
 
 from __future__ import annotations
@@ -21,51 +23,63 @@ from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY
 
 FLEET = "/v1/fleet/"
 MAX_BYTES = 512 * 1024 * 1024
-"""Largest request that is passed on; Flower cuts larger messages into pieces."""
-DROPPED = {b"host", b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
-log = logging.getLogger("fedprompt.gate")
+"""Largest request that is forwarded; Flower splits larger messages."""
+HOP_BY_HOP = {b"host", b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
+"""Headers that describe one connection and must not be copied to the next one."""
+SUPERLINK_TIMEOUT_S = 60.0
+log = logging.getLogger("fedprompt.fleet_proxy")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Gate:
-    """An ASGI application in front of the SuperLink at `upstream`, an https:// address."""
+class FleetProxy:
+    """An ASGI application in front of a SuperLink.
+
+    Args:
+        upstream: the SuperLink's address, `https://host:port`.
+        authority: the certificate that the SuperLink's certificate must be issued by.
+        max_bytes: requests with a longer body are refused with status 413.
+    """
 
     def __init__(self, upstream: str, authority: Path, *, max_bytes: int = MAX_BYTES) -> None:
         context = ssl.create_default_context(cafile=str(authority))
-        self.client = httpx.AsyncClient(base_url=upstream, verify=context, timeout=60.0)
+        self.client = httpx.AsyncClient(
+            base_url=upstream, verify=context, timeout=SUPERLINK_TIMEOUT_S
+        )
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, or refuse it."""
+        """Forward or refuse one request; the arguments are those of the ASGI protocol."""
         if scope["type"] != "http":
             return
         path, peer = str(scope["path"]), (scope.get("client") or ("?",))[0]
         raw = bytes(scope.get("raw_path") or path.encode())
-        if scope["method"] != "POST" or not passes(path) or raw != path.encode():
+        # A percent-encoded path could mean another path to the SuperLink than it does here.
+        if scope["method"] != "POST" or not is_fleet_call(path) or raw != path.encode():
             log.warning("refused %s %s from %s", scope["method"], path[:100], peer)
-            await _answer(send, 404, b"")
+            await _respond(send, 404, b"")
             return
         body = await self._body(receive)
         if body is None:
             log.warning("refused a request of more than %d bytes from %s", self.max_bytes, peer)
-            await _answer(send, 413, b"")
+            await _respond(send, 413, b"")
             return
-        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in DROPPED]
+        headers = [(k, v) for k, v in scope["headers"] if k.lower() not in HOP_BY_HOP]
         try:
             answer = await self.client.post(path, content=body, headers=headers)
         except httpx.HTTPError as error:
             log.warning("the SuperLink does not answer: %s", type(error).__name__)
-            await _answer(send, 503, b"")
+            await _respond(send, 503, b"")
             return
-        kept = [(k, v) for k, v in answer.headers.raw if k.lower() not in DROPPED]
-        kept = [(k, v) for k, v in kept if k.lower() != b"content-encoding"]
-        await _answer(send, answer.status_code, answer.content, kept)
+        # httpx has already decompressed the content, so its encoding no longer applies.
+        dropped = HOP_BY_HOP | {b"content-encoding"}
+        headers = [(k, v) for k, v in answer.headers.raw if k.lower() not in dropped]
+        await _respond(send, answer.status_code, answer.content, headers)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The whole request, or None where it is too long."""
+        """The complete body of the request, or None if it is too long."""
         parts: list[bytes] = []
         size = 0
         while True:
@@ -80,17 +94,24 @@ class Gate:
                 return b"".join(parts)
 
 
-def passes(path: str) -> bool:
-    """Whether a path is one of the Fleet API: one plain word behind its prefix."""
+def is_fleet_call(path: str) -> bool:
+    """Whether a path names a call of the Fleet API: its prefix and then a single plain word."""
     name = path.removeprefix(FLEET)
     return path.startswith(FLEET) and name.replace("-", "").isalnum() and name.isascii()
 
 
 def serve(folder: Path, host: str, port: int, superlink_port: int) -> None:
-    """Listen on `host:port` with the certificate in `folder`; does not return."""
-    gate = Gate(f"https://127.0.0.1:{superlink_port}", folder / CA_CERTIFICATE)
+    """Listen for nodes; does not return.
+
+    Args:
+        folder: the server's folder, with `server.crt`, `server.key` and `ca.crt`.
+        host: address to listen on.
+        port: port to listen on, the only one that nodes use.
+        superlink_port: the SuperLink's port on the loopback interface.
+    """
+    proxy = FleetProxy(f"https://127.0.0.1:{superlink_port}", folder / CA_CERTIFICATE)
     uvicorn.run(
-        gate,
+        proxy,
         host=host,
         port=port,
         ssl_certfile=str(folder / CERTIFICATE),
@@ -101,7 +122,7 @@ def serve(folder: Path, host: str, port: int, superlink_port: int) -> None:
     )
 
 
-async def _answer(
+async def _respond(
     send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None
 ) -> None:
     length = (b"content-length", str(len(body)).encode())

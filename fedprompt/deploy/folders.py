@@ -1,11 +1,12 @@
-"""A federation's folder: what the server and each node need, and the commands that they run.
+"""The server's and a node's folder: where their files are, and the commands that run in them.
 
-authority/   ca.crt ca.key             keep offline; needed again for a new server certificate
+`fedprompt deploy init` (new_federation.py) writes these folders; each is copied to its machine and
+is then read there by `deploy server`, `deploy node` and `deploy run`:
+
 server/      ca.crt server.crt server.key nodes/node-<k>.pub federation.json
-             later: state.db nodes.json flower/ logs/
+             added later: state.db nodes.json flower/ logs/ submitted/
 node-<k>/    ca.crt node.key node.pub federation.json
-             later: state/ (private prompts) cache/ flower/
-README.md    what to copy where, and the commands
+             added later: state/ (private prompts) cache/ flower/ logs/ worker.sock
 """
 
 from __future__ import annotations
@@ -14,263 +15,208 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fedprompt.deploy.credentials import (
-    CA_CERTIFICATE,
-    CERTIFICATE,
-    KEY,
-    NODE_KEY,
-    NODE_PUBLIC,
-    write_authority,
-    write_node_key,
-    write_server_certificate,
-)
+from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY, NODE_KEY
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 
 SETTINGS, CONNECTION = "federation.json", "fedprompt"
-GATE_PORT, SUPERLINK_PORT = 9092, 8000
-LOCAL = ("localhost", "127.0.0.1")
-LONGEST_SOCKET = 100
+FLEET_PORT, SUPERLINK_PORT = 9092, 8000
+MAX_SOCKET_PATH = 100
 """Bytes of a socket's path; Unix allows 107."""
 
 
 @dataclass(frozen=True)
-class ServerSite:
-    """The server's folder and ports: `port` for the nodes, `superlink_port` on loopback only."""
+class ServerFolder:
+    """The server's folder and its ports.
 
-    folder: Path
-    port: int = GATE_PORT
+    Args:
+        path: the folder.
+        port: the fleet proxy's port, which nodes connect to.
+        superlink_port: the SuperLink's port, on the loopback interface only.
+    """
+
+    path: Path
+    port: int = FLEET_PORT
     superlink_port: int = SUPERLINK_PORT
 
     @property
-    def connection(self) -> str:
-        """`config.toml` of Flower's own commands."""
+    def flower_config(self) -> str:
+        """The `config.toml` in which Flower's own commands look for the SuperLink's address."""
         return (
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
             f'address = "127.0.0.1:{self.superlink_port}"\n'
-            f"root-certificates = {json.dumps(str(self.folder / CA_CERTIFICATE))}\n"
+            f"root-certificates = {json.dumps(str(self.path / CA_CERTIFICATE))}\n"
         )
 
     @property
     def environment(self) -> dict[str, str]:
-        """Where Flower keeps its files on the server."""
-        return {"FLWR_HOME": str(self.folder / "flower")}
+        """Environment variables that make Flower keep its files in this folder."""
+        return {"FLWR_HOME": str(self.path / "flower")}
 
-    def superlink(self) -> list[str]:
-        """The command of the SuperLink; its database lets it survive a restart."""
+    def superlink_command(self) -> list[str]:
+        """The command of the SuperLink, whose database lets runs survive its restart."""
         return [
             "flower-superlink",
-            *("--ssl-ca-certfile", str(self.folder / CA_CERTIFICATE)),
-            *("--ssl-certfile", str(self.folder / CERTIFICATE)),
-            *("--ssl-keyfile", str(self.folder / KEY)),
+            *("--ssl-ca-certfile", str(self.path / CA_CERTIFICATE)),
+            *("--ssl-certfile", str(self.path / CERTIFICATE)),
+            *("--ssl-keyfile", str(self.path / KEY)),
             "--enable-supernode-auth",
             *("--isolation", "process"),
-            *("--database", str(self.folder / "state.db")),
+            *("--database", str(self.path / "state.db")),
             *("--host", "127.0.0.1"),
             *("--port", str(self.superlink_port)),
         ]
 
-    def superexec(self) -> list[str]:
-        """The command of the SuperExec, which starts the server app; not the SuperLink's child."""
+    def superexec_command(self) -> list[str]:
+        """The command of the SuperExec, which starts the server app of a run.
+
+        It is not a child of the SuperLink, so that a run continues while the SuperLink restarts.
+        """
         return [
             "flower-superexec",
             *("--runtime-api-address", f"127.0.0.1:{self.superlink_port}"),
-            *("--root-certificates", str(self.folder / CA_CERTIFICATE)),
+            *("--root-certificates", str(self.path / CA_CERTIFICATE)),
         ]
 
-    def gate(self, host: str = "127.0.0.1") -> list[str]:
-        """The command of the gate, which nodes reach on `host`."""
+    def fleet_proxy_command(self, host: str = "127.0.0.1") -> list[str]:
+        """The command of the fleet proxy, which listens on `host` for nodes."""
         return [
-            *(sys.executable, "-m", "fedprompt", "deploy", "gate", str(self.folder)),
+            *(sys.executable, "-m", "fedprompt", "deploy", "fleet-proxy", str(self.path)),
             *("--host", host, "--port", str(self.port)),
             *("--superlink-port", str(self.superlink_port)),
         ]
 
     def prepare(self) -> None:
-        """Write Flower's connection file."""
-        home = self.folder / "flower"
+        """Write `flower_config` where Flower's commands read it."""
+        home = self.path / "flower"
         home.mkdir(parents=True, exist_ok=True)
-        write_bytes(home / "config.toml", self.connection.encode())
+        write_bytes(home / "config.toml", self.flower_config.encode())
 
 
 @dataclass(frozen=True)
-class NodeSite:
-    """A node's folder, the server's address and this node's client."""
+class NodeFolder:
+    """A node's folder.
 
-    folder: Path
+    Args:
+        path: the folder.
+        server: the server's address, `host:port`.
+        client: the number of the client that this node is, 0 .. K - 1.
+    """
+
+    path: Path
     server: str
     client: int
 
     @property
     def environment(self) -> dict[str, str]:
-        """Where Flower keeps its files on the node."""
-        return {"FLWR_HOME": str(self.folder / "flower")}
+        """Environment variables that make Flower keep its files in this folder."""
+        return {"FLWR_HOME": str(self.path / "flower")}
 
     @property
     def worker_socket(self) -> Path:
-        """Where the node's warm process listens: in its folder, if a socket's path may be so long.
+        """The socket on which the node's worker listens.
 
-        Else below the system's folder for temporary files, in a folder of this user's own.
+        It lies in this folder. If that path is too long for a socket, it lies in a folder of this
+        user's own below the system's folder for temporary files.
         """
-        path = self.folder / "worker.sock"
-        if len(os.fsencode(path)) <= LONGEST_SOCKET:
+        path = self.path / "worker.sock"
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
             return path
         name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"fedprompt-{os.getuid()}" / f"{name}.sock"
 
-    def worker(self) -> list[str]:
-        """The command of the warm process."""
+    def worker_command(self) -> list[str]:
+        """The command of the worker, the process that holds PyTorch and CLIP."""
         return [sys.executable, "-m", "fedprompt", "deploy", "worker", str(self.worker_socket)]
 
-    def supernode(self, settings: Mapping[str, Any], port: int) -> list[str]:
+    def supernode_command(self, settings: Mapping[str, Any], port: int) -> list[str]:
         """The command of the SuperNode.
 
         Args:
-            settings: `--node-config` beyond the client's number; None = left out.
-            port: for the node's own tasks, on loopback.
+            settings: entries of `--node-config` (see node_config.py) that differ from the defaults
+                for this folder; an entry that is None is ignored.
+            port: port on the loopback interface for the SuperNode's own child processes.
+
+        Raises:
+            UserError: a value cannot be passed through Flower's command line.
         """
         node_config = {
             "partition-id": self.client,
-            "state-dir": str(self.folder / "state"),
-            "cache-dir": str(self.folder / "cache"),
+            "state-dir": str(self.path / "state"),
+            "cache-dir": str(self.path / "cache"),
             "worker": str(self.worker_socket),
         } | {k: v for k, v in settings.items() if v is not None}
         return [
             "flower-supernode",
-            *("--root-certificates", str(self.folder / CA_CERTIFICATE)),
+            *("--root-certificates", str(self.path / CA_CERTIFICATE)),
             *("--superlink", self.server),
-            *("--auth-supernode-private-key", str(self.folder / NODE_KEY)),
+            *("--auth-supernode-private-key", str(self.path / NODE_KEY)),
             *("--port", str(port)),
-            *("--node-config", as_node_config(node_config)),
+            *("--node-config", format_node_config(node_config)),
         ]
 
 
-def as_node_config(settings: Mapping[str, Any]) -> str:
-    """Flower's `--node-config`: `key=value` pairs, texts in TOML quotes.
+def format_node_config(settings: Mapping[str, Any]) -> str:
+    """Flower's `--node-config`: pairs `key=value`, with texts in TOML quotes.
 
     Raises:
-        UserError: a text that Flower's reader would tear apart.
+        UserError: a text holds quotes or line breaks, which Flower's parser would misread.
     """
     pairs = []
     for key, value in settings.items():
         if isinstance(value, str) and ("'" in value or '"' in value or "\n" in value):
-            raise UserError(f"{key} is {value!r}; Flower takes no quotes in a node's settings.")
+            raise UserError(
+                f"{key} is {value!r}; Flower does not accept quotes or line breaks in a node's "
+                "settings. Rename the folder or file."
+            )
         pairs.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     return " ".join(pairs)
 
 
-def init(folder: Path, hosts: Sequence[str], nodes: int, port: int, days: int) -> None:
-    """Write everything that a federation needs.
-
-    Args:
-        folder: must not hold a federation yet.
-        hosts: names and addresses by which nodes reach the server; nodes use the first.
-        nodes: number of nodes.
-        port: the server's port for the nodes.
-        days: how long certificates are valid.
+def read_server_folder(path: Path) -> ServerFolder:
+    """Read the settings in the server's folder.
 
     Raises:
-        UserError: the folder is in use, or a host is no name or address.
+        UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.
     """
-    for host in hosts:
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host):
-            raise UserError(f"{host!r} is no host name or address.")
-    if (folder / "authority").exists() or (folder / "server").exists():
-        raise UserError(f"{folder} already holds a federation; choose another folder.")
-    authority, server = folder / "authority", folder / "server"
-    write_authority(authority, days)
-    write_server_certificate(authority, server, list(dict.fromkeys([*hosts, *LOCAL])), days)
-    _write(server / SETTINGS, {"port": port, "superlink_port": SUPERLINK_PORT})
-    for client in range(nodes):
-        add_node(folder, client, f"{_in_url(hosts[0])}:{port}")
-    write_bytes(folder / "README.md", readme(hosts[0], port, nodes).encode())
+    settings = _read_settings(path, {"port": int, "superlink_port": int})
+    return ServerFolder(path.resolve(), settings["port"], settings["superlink_port"])
 
 
-def add_node(folder: Path, client: int, server: str) -> None:
-    """Keys and settings of one more node."""
-    node = folder / f"node-{client}"
-    write_node_key(node)
-    public = (node / NODE_PUBLIC).read_bytes()
-    registered = folder / "server" / "nodes"
-    registered.mkdir(exist_ok=True)
-    write_bytes(registered / f"node-{client}.pub", public)
-    write_bytes(node / CA_CERTIFICATE, (folder / "authority" / CA_CERTIFICATE).read_bytes())
-    _write(node / SETTINGS, {"server": server, "client": client})
-
-
-def read_server(folder: Path) -> ServerSite:
-    """The server's settings in its folder.
+def read_node_folder(path: Path) -> NodeFolder:
+    """Read the settings in a node's folder.
 
     Raises:
-        UserError: not a folder of `fedprompt deploy init`.
+        UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.
     """
-    found = _read(folder, {"port": int, "superlink_port": int})
-    return ServerSite(folder.resolve(), found["port"], found["superlink_port"])
-
-
-def read_node_site(folder: Path) -> NodeSite:
-    """A node's settings in its folder.
-
-    Raises:
-        UserError: not a folder of `fedprompt deploy init`.
-    """
-    found = _read(folder, {"server": str, "client": int})
-    return NodeSite(folder.resolve(), found["server"], found["client"])
+    settings = _read_settings(path, {"server": str, "client": int})
+    return NodeFolder(path.resolve(), settings["server"], settings["client"])
 
 
 def public_keys(server: Path) -> dict[int, Path]:
-    """The public key of every client, as they lie in the server's folder."""
+    """The files with the nodes' public keys in the server's folder, by client."""
     matches = ((re.fullmatch(r"node-(\d+)\.pub", p.name), p) for p in (server / "nodes").glob("*"))
     return {int(m.group(1)): path for m, path in sorted(matches, key=lambda x: x[1].name) if m}
 
 
-def readme(host: str, port: int, nodes: int) -> str:
-    """What to copy where, and the commands."""
-    text = resources.files("fedprompt.deploy").joinpath("federation.md").read_text("utf-8")
-    copies = "\n".join(f"scp -pr node-{k} NODE{k}:federation/node-{k}" for k in range(nodes))
-    starts = "\n".join(
-        f"fedprompt deploy node federation/node-{k} --data /path/to/images   # on NODE{k}"
-        for k in range(nodes)
-    )
-    values = {"HOST": host, "PORT": str(port), "NODES": str(nodes), "COPIES": copies}
-    values["STARTS"] = starts
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
-
-
-def quoted(command: Sequence[str]) -> str:
-    """A command as a shell takes it."""
-    return shlex.join(command)
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def _read(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
+def _read_settings(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(found[name], kind) for name, kind in types.items()):
-            return {name: found[name] for name in types}
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(settings[name], kind) for name, kind in types.items()):
+            return {name: settings[name] for name in types}
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror}; is {folder} from 'fedprompt deploy init'?"
+            f"cannot read {path}: {error.strerror}; {folder} must be a folder that 'fedprompt "
+            "deploy init' has written."
         ) from None
     except (ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is damaged: it must hold {', '.join(types)}.")
+    raise UserError(f"{path} is damaged: it must contain {', '.join(types)}.")

@@ -1,33 +1,48 @@
-"""A whole federation on this machine: real processes on loopback, with TLS and node keys."""
+"""A complete federation of real processes on this machine, with TLS and node keys (`deploy local`).
+
+Runs on a terminal. All processes are children of this one, use the loopback interface only, and end
+with it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedprompt.config.schema import Config
 from fedprompt.deploy import submit
-from fedprompt.deploy.folders import SETTINGS, NodeSite, ServerSite, init, read_node_site
-from fedprompt.deploy.processes import Processes, free_port, listens
+from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder, read_node_folder
+from fedprompt.deploy.new_federation import create_federation
+from fedprompt.deploy.processes import Processes, free_port
+from fedprompt.deploy.supervise import (
+    NODE_PAUSE_S,
+    SERVER_PROCESSES,
+    start_server,
+    start_superlink,
+)
 from fedprompt.errors import UserError
+from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
 from fedprompt.files import write_bytes
 
 START_S = 120.0
+"""Seconds that a process of the server may take until it listens."""
 DAYS = 30
-NODE_PAUSE_S = 10.0
-SERVER_PROCESSES = ("superlink", "superexec", "gate")
+"""How long certificates are valid; a resumed run needs them again."""
+LOCAL = "local.json"
+"""File with the clients' image folders, for a resumed run."""
 
 
 class LocalFederation:
-    """One SuperLink, SuperExec and gate, and N SuperNodes; a context that ends them all.
+    """One server and N nodes; leaving the context ends all of their processes.
 
     Args:
-        folder: for certificates, keys, logs and the nodes' own folders; used again on a resume.
+        folder: for certificates, keys, logs and the nodes' folders; a resumed run uses them again.
         nodes: number of nodes.
-        environment: settings of all processes beyond this one's own.
+        environment: variables of all processes, beyond this process's own.
     """
 
     def __init__(
@@ -36,12 +51,12 @@ class LocalFederation:
         self.folder = folder.resolve()
         self.nodes = nodes
         if not (self.folder / "server" / SETTINGS).is_file():
-            init(self.folder, ["127.0.0.1"], nodes, free_port(), DAYS)
-        # Ports are those that are free now: nobody has kept them for us since the last time.
-        self.site = ServerSite(self.folder / "server", free_port(), free_port())
-        self.site.prepare()
+            create_federation(self.folder, ["127.0.0.1"], nodes, free_port(), DAYS)
+        # The ports of an earlier start may be in use by now, so the stored ones are not used.
+        self.server = ServerFolder(self.folder / "server", free_port(), free_port())
+        self.server.prepare()
         self.processes = Processes(self.folder / "logs", environment)
-        self.environment = {**self.processes.environment, **self.site.environment}
+        self.environment = {**self.processes.environment, **self.server.environment}
 
     def __enter__(self) -> LocalFederation:
         return self
@@ -53,102 +68,120 @@ class LocalFederation:
         """Start the server's processes and register the nodes' keys.
 
         Raises:
-            UserError: one of them does not come up.
+            UserError: one of the processes does not start.
         """
-        self.start_superlink()
-        submit.register(self.site, self.environment)
-        self.processes.start("superexec", self.site.superexec(), self.site.environment)
-        self.start_gate()
+        start_server(self.processes, self.server, "127.0.0.1", START_S)
 
     def start_superlink(self) -> None:
-        """Start the SuperLink and wait until it listens; also again, on the same database."""
-        self.processes.start("superlink", self.site.superlink(), self.site.environment)
-        port = self.site.superlink_port
-        self.processes.wait_until(lambda: listens(port), "starting the SuperLink", START_S)
+        """Start the SuperLink alone, after it has ended; it continues with its database."""
+        start_superlink(self.processes, self.server, START_S)
 
-    def start_gate(self) -> None:
-        """Start what the nodes reach from outside."""
-        self.processes.start("gate", self.site.gate())
-        port = self.site.port
-        self.processes.wait_until(lambda: listens(port), "starting the gate", START_S)
-
-    def node(self, client: int) -> NodeSite:
-        """A node's folder; it calls the gate of this start."""
-        site = read_node_site(self.folder / f"node-{client}")
-        return NodeSite(site.folder, f"127.0.0.1:{self.site.port}", client)
+    def node(self, client: int) -> NodeFolder:
+        """A node's folder, with the address of the fleet proxy of this start."""
+        node = read_node_folder(self.folder / f"node-{client}")
+        return NodeFolder(node.path, f"127.0.0.1:{self.server.port}", client)
 
     def start_node(self, client: int, settings: Mapping[str, Any], server: str = "") -> None:
-        """Start a SuperNode; `server` is another address than the gate's."""
-        site = self.node(client)
-        if server:
-            site = NodeSite(site.folder, server, client)
-        self.processes.start(f"worker-{client}", site.worker())
-        command = site.supernode(settings, free_port())
-        self.processes.start(f"node-{client}", command, site.environment)
+        """Start a node's worker and its SuperNode.
 
-    def keep_up(self, say: Callable[[str], None]) -> None:
-        """Start nodes again that have ended: one that crashed is refused for most of a minute.
+        Args:
+            client: the number of the client that the node is.
+            settings: the node's own settings, see node_config.py.
+            server: another address, `host:port`, than the fleet proxy's.
+        """
+        node = self.node(client)
+        if server:
+            node = replace(node, server=server)
+        self.processes.start(f"worker-{client}", node.worker_command())
+        command = node.supernode_command(settings, free_port())
+        self.processes.start(f"node-{client}", command, node.environment)
+
+    def keep_running(self, report: Callable[[str], None]) -> None:
+        """Restart nodes that have exited; is called again and again.
+
+        Args:
+            report: is called with one line about every node process that has exited.
 
         Raises:
-            UserError: a process of the server has ended.
+            UserError: a process of the server has exited.
         """
         self.processes.check(SERVER_PROCESSES)
-        words = self.processes.last_words
-        self.processes.revive(NODE_PAUSE_S, lambda *end: say(words(*end)))
+        exit_line = self.processes.exit_line
+        self.processes.restart_exited(
+            NODE_PAUSE_S, lambda name, status: report(exit_line(name, status))
+        )
 
     def submit(self, settings: Mapping[str, str]) -> int:
-        """Hand over a run; returns Flower's id of it."""
-        return submit.start(self.site, settings, self.folder / "submitted", self.environment)
+        """Submit a run; returns Flower's id of it."""
+        scratch = self.folder / "submitted"
+        return submit.start_run(self.server, settings, scratch, self.environment)
 
     def status(self, run_id: int) -> str:
         """Flower's word for a run's state."""
-        return submit.status(run_id, self.environment)
+        return submit.run_status(run_id, self.environment)
 
 
 def run_local(config: Config, display: Display, folder: Path | None = None) -> Path:
-    """Run an experiment on a federation of real processes on this machine; its run folder.
+    """Run an experiment on a federation of real processes on this machine.
 
-    `folder` is for the federation's own files; None = beside the run folder, `<run>-nodes`.
+    Args:
+        config: the experiment; with `data.source=client_folders` it names every client's folder.
+        display: where the run's lines and its result are shown.
+        folder: for the federation's own files; None uses `<run folder>-nodes`.
+
+    Returns:
+        The run folder.
 
     Raises:
-        UserError: what is wrong, with the log that says more.
+        UserError: a client's folder is not named, a process does not start, or the run has failed.
     """
-    handed = submit.new_run(config)
-    assert handed.output.dir is not None
-    path = Path(handed.output.dir)
+    submitted = submit.new_run(config)
+    assert submitted.output.dir is not None
+    path = Path(submitted.output.dir)
     folder = folder or path.with_name(f"{path.name}-nodes")
     if config.data.source == "client_folders" and not config.data.folders:
-        raise UserError("data.folders must name every client's folder; all nodes are here.")
-    nodes = {"folders": [str(Path(f).expanduser().resolve()) for f in config.data.folders]}
-    settings = submit.settings_of(handed)
+        raise UserError(
+            "data.folders must name the folder of every client, because all nodes run on this "
+            "machine."
+        )
+    image_folders = [str(Path(f).expanduser().resolve()) for f in config.data.folders]
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "local.json", json.dumps(nodes, indent=2).encode())
-    return _run(path, handed, settings, nodes["folders"], folder, display)
+    write_bytes(folder / LOCAL, json.dumps({"folders": image_folders}, indent=2).encode())
+    return _run(path, submitted, submit.settings_of(submitted), image_folders, folder, display)
 
 
 def resume_local(path: Path, display: Display, folder: Path | None = None) -> Path:
-    """Go on with a run that `run_local` began.
+    """Resume a run that `run_local` has started.
+
+    Args:
+        path: the run folder.
+        display: where the run's lines and its result are shown.
+        folder: the folder with the federation's own files; None uses `<run folder>-nodes`.
+
+    Returns:
+        The run folder.
 
     Raises:
-        UserError: it did not, or its nodes' folders are gone.
+        UserError: `path` contains no such run, or the nodes' folders no longer exist.
     """
-    from fedprompt.experiment.compose import parse
-
     path = path.resolve()
     settings = submit.settings_to_resume(path)
     folder = folder or path.with_name(f"{path.name}-nodes")
     try:
-        folders = list(json.loads((folder / "local.json").read_text())["folders"])
+        image_folders = list(json.loads((folder / LOCAL).read_text())["folders"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is gone or damaged: the nodes of {path} lay there.") from None
-    return _run(path, parse(settings["config"]), settings, folders, folder, display)
+        raise UserError(
+            f"{folder / LOCAL} is missing or damaged. The nodes of {path} had their folders in "
+            f"{folder}; if that folder was moved, name it with --folder."
+        ) from None
+    return _run(path, parse(settings["config"]), settings, image_folders, folder, display)
 
 
 def _run(
     path: Path,
     config: Config,
     settings: Mapping[str, str],
-    folders: list[str],
+    image_folders: list[str],
     folder: Path,
     display: Display,
 ) -> Path:
@@ -157,15 +190,15 @@ def _run(
     with LocalFederation(folder, clients) as federation:
         federation.start_server()
         for client in range(clients):
-            own = {"data": folders[client], "checkpoint": weights} if folders else {}
-            federation.start_node(client, own)
+            lends = {"data": image_folders[client], "checkpoint": weights} if image_folders else {}
+            federation.start_node(client, lends)
         run_id = federation.submit(settings)
-        display.phase(f"run {run_id}; logs in {federation.processes.logs}")
+        display.phase(f"run {run_id}; logs are in {federation.processes.logs}")
         submit.follow(
             path,
             display,
             status=lambda: federation.status(run_id),
-            check=lambda: federation.keep_up(display.message),
+            check=lambda: federation.keep_running(display.message),
         )
-    again = f"fedprompt deploy local --resume {path}"
-    return submit.conclude(path, display, again, folder / "logs")
+    resume = f"fedprompt deploy local --resume {path}"
+    return submit.conclude(path, display, resume, folder / "logs")

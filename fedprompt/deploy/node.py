@@ -1,4 +1,8 @@
-"""What a node does with a message: its one client, its own folder, its private prompts on disk."""
+"""Answers the server's messages: for this node's client, from its own images and private prompts.
+
+Runs on a node, in its worker; without a worker, in the process that Flower starts for the message.
+What leaves the node is the reply and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
-from fedprompt.deploy.node_config import Node, on_node, read_node, state_folder
-from fedprompt.deploy.node_report import ZERO_SHOT, describe, fault_reply, to_reply
+from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
+from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
 from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
@@ -35,23 +39,32 @@ def answer(
     run_id: int,
     state: RecordDict | None = None,
 ) -> Message:
-    """The reply to one message; what the node's operator must mend is one line on both sides.
+    """Answer one message of the server.
 
-    `state` is what secure aggregation keeps from one message to the next, changed in place.
+    Args:
+        message: a query (which client is this?), a training or an evaluation message.
+        node_config: the node's own settings, see node_config.py.
+        run_config: the run's settings, from the server: the experiment and the run's name.
+        run_id: Flower's id of the run.
+        state: what secure aggregation keeps from one message to the next; changed in place.
+
+    Returns:
+        The reply. If the node cannot take part, it gives the reason in one line, which is also
+        written to the node's log; paths of the node are removed from the server's copy.
     """
-    _log_here()
-    asked = message.metadata.message_type == MessageType.QUERY
-    node: Node | None = None
+    _log_to_stderr()
+    is_query = message.metadata.message_type == MessageType.QUERY
+    node: NodeSettings | None = None
     try:
-        node = read_node(node_config)
+        node = read_node_settings(node_config)
         workspace = _workspace(
             str(run_config.get("config", "")),
             str(run_config.get("experiment", "")),
             str(run_config.get("overrides", "")),
             node,
         )
-        if asked:
-            return _describe(workspace, node, message)
+        if is_query:
+            return _report(workspace, node, message)
         run = str(run_config.get("run", ""))
 
         def work() -> Message:
@@ -67,51 +80,56 @@ def answer(
     except UserError as error:
         log.error("this node cannot take part: %s", error)
         reason = _without_paths(str(error), node)
-        if asked:
+        if is_query:
             return fault_reply(reason, message)
         return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
 
-def _describe(workspace: Workspace, node: Node, message: Message) -> Message:
-    description = describe(workspace, node.client)
+def _report(workspace: Workspace, node: NodeSettings, message: Message) -> Message:
+    report = make_report(workspace, node.client)
     log.info(
         "client %d: %d training and %d test images",
         node.client,
-        sum(description.train_C),
-        sum(description.test_C),
+        sum(report.train_C),
+        sum(report.test_C),
     )
-    for note in description.notes(workspace.dataset.class_names):
-        log.warning("client %d: %s", node.client, note)
-    return to_reply(description, message)
+    for warning in report.warnings(workspace.dataset.class_names):
+        log.warning("client %d: %s", node.client, warning)
+    return report_reply(report, message)
 
 
-def _work(workspace: Workspace, node: Node, message: Message, run: str, run_id: int) -> Message:
-    """Train or evaluate with this client's private tensors, and keep what training changed."""
+def _work(
+    workspace: Workspace, node: NodeSettings, message: Message, run: str, run_id: int
+) -> Message:
+    """Train or evaluate with this client's private tensors, and store those that have changed."""
     settings = message.content.get(CONFIG)
     if isinstance(settings, ConfigRecord) and settings.get(ZERO_SHOT):
-        plain = workspace.with_method(method_class("zero_shot").Config())
-        return handle(plain, [node.client], [message], {})[0][0]
+        zero_shot = workspace.with_method(method_class("zero_shot").Config())
+        return handle(zero_shot, [node.client], [message], {})[0][0]
     store = FileStore(state_folder(node, run, run_id) / f"client-{node.client:05d}")
     trains = message.metadata.message_type == MessageType.TRAIN
-    # Training in round r builds on r - 1; an evaluation of round r sees what r has trained.
-    kept = store.latest(server_round(message) + (not trains))
-    private: dict[int, Tensors] = {node.client: kept} if kept else {}
+    # Training in round r starts from the tensors of round r - 1; an evaluation in round r uses
+    # those that training in round r has stored.
+    stored = store.latest(server_round(message) + (not trains))
+    private: dict[int, Tensors] = {node.client: stored} if stored else {}
     replies, changed = handle(workspace, [node.client], [message], private)
+    # Stored before the reply leaves, so that an update that counts is never without its private
+    # part. If storing fails, the update is not sent either.
     for tensors in changed.values():
         store.put(server_round(message), tensors)
     return replies[0]
 
 
 @lru_cache(maxsize=1)
-def _workspace(text: str, experiment: str, overrides: str, node: Node) -> Workspace:
-    """This process's workspace; a warm worker process opens it once."""
+def _workspace(text: str, experiment: str, overrides: str, node: NodeSettings) -> Workspace:
+    """This process's workspace, which a worker opens once per experiment and not per message."""
     config = on_node(parse(text) if text else compose(experiment, shlex.split(overrides)), node)
     use_threads(config.simulation)
     return open_workspace(config)
 
 
-def _without_paths(text: str, node: Node | None) -> str:
-    """A node's folders are its own: the server reads `<data>/beach/7.jpg`."""
+def _without_paths(text: str, node: NodeSettings | None) -> str:
+    """A message for the server, in which a path of this node reads `<data>/beach/7.jpg`."""
     if node is not None:
         for name, folder in (
             ("data", node.data),
@@ -124,8 +142,8 @@ def _without_paths(text: str, node: Node | None) -> str:
     return text
 
 
-def _log_here() -> None:
-    """Lines on stderr: Flower sets up its own logger only."""
+def _log_to_stderr() -> None:
+    """Write our log lines to stderr, because Flower configures its own logger only."""
     logger = logging.getLogger("fedprompt")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)

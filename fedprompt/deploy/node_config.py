@@ -1,20 +1,23 @@
-"""What a node decides for itself, by Flower's `--node-config`, and how it changes an experiment.
+"""What a node decides for itself, and how it changes an experiment that the server sends.
 
-An experiment comes from the server. Which folder is read, where private prompts and caches lie and
-what computes is the node's own business: on a node that lends a folder an experiment names no path
-at all (`config_paths`), and the weights are those that the node names itself.
+`read_node_settings` and `on_node` run on a node, `on_server` runs on the server. The experiment
+comes from the server, but which folder is read, where private prompts and caches are stored and
+which device computes is decided by the node's administrator, in Flower's `--node-config`. A node
+that lends an image folder opens no path that an experiment names (`fedprompt.config.paths`), and
+its weights are those of the pretrained tag or those that it names itself.
 
-    partition-id   number of this node's client, 0 .. K - 1
+    partition-id   the number of this node's client, 0 .. K - 1
     data           its image folder, folder/class/*.jpg
-    state-dir      folder for private prompts; else $FEDPROMPT_STATE, ~/.local/state/fedprompt
-    cache-dir      feature cache; else $FEDPROMPT_CACHE, ~/.cache/fedprompt
+    state-dir      folder for private prompts; default $FEDPROMPT_STATE, ~/.local/state/fedprompt
+    cache-dir      folder for cached features; default $FEDPROMPT_CACHE, ~/.cache/fedprompt
     device         auto, cpu or cuda
-    threads        CPU threads; else as the experiment says
+    threads        CPU threads; default as in the experiment
     checkpoint     local file with the backbone's weights
-    worker         socket of the node's warm process
+    worker         socket of the node's worker
 
-    require-secure-aggregation   true: the server must not see this node's change, only a sum
-    require-noise                least noise multiplier that the node adds to its change
+    require-secure-aggregation   true: refuse experiments in which the server sees this node's
+                                 update and not only a sum
+    require-noise                least noise multiplier that the node adds to its update
 """
 
 from __future__ import annotations
@@ -35,12 +38,13 @@ KEYS = {
     "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker",
     "require-secure-aggregation", "require-noise",
 }  # fmt: skip
-FLOWERS_OWN = {"num-partitions"}
+FLOWER_KEYS = {"num-partitions"}
+"""Keys that Flower's simulations set; they are ignored."""
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node's own settings."""
+class NodeSettings:
+    """A node's own settings; the keys of `--node-config` are explained above."""
 
     client: int
     data: str | None = None
@@ -53,13 +57,13 @@ class Node:
     require_noise: float = 0.0
 
 
-def read_node(node_config: Mapping[str, Any]) -> Node:
-    """The settings in a `--node-config`.
+def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
+    """Check the entries of a `--node-config`.
 
     Raises:
-        UserError: unknown key, or a value that cannot be.
+        UserError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    for key in sorted(set(node_config) - KEYS - FLOWERS_OWN):
+    for key in sorted(set(node_config) - KEYS - FLOWER_KEYS):
         raise UserError(f"--node-config: unknown key '{key}'.{did_you_mean(key, sorted(KEYS))}")
     client = node_config.get("partition-id")
     if isinstance(client, bool) or not isinstance(client, int) or client < 0:
@@ -85,21 +89,21 @@ def read_node(node_config: Mapping[str, Any]) -> Node:
         value = node_config.get(key)
         return None if value in (None, "") else str(Path(str(value)).expanduser())
 
-    return Node(
+    return NodeSettings(
         client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
         path("checkpoint"), secure, float(noise),
     )  # fmt: skip
 
 
-def on_node(config: Config, node: Node) -> Config:
-    """The experiment as this node runs it: its own folder is its only data.
+def on_node(config: Config, node: NodeSettings) -> Config:
+    """The experiment as this node runs it, with the node's own folder as its only data.
 
     Raises:
-        UserError: the experiment has no such client, does not ask for the folder that this node
-            lends, needs weights that the node does not name, or protects what the node sends less
-            than the node requires.
+        UserError: the experiment has no such client, does not use the folder that this node lends,
+            needs weights that the node does not name, or protects the node's update less than the
+            node requires.
     """
-    _protects(config, node)
+    _check_protection(config, node)
     clients = config.partition.clients
     if not 0 <= node.client < clients:
         raise UserError(
@@ -110,77 +114,78 @@ def on_node(config: Config, node: Node) -> Config:
         config = _on_lender(config, node, node.data)
     elif config.data.source == "client_folders":
         raise UserError(
-            "--node-config names no 'data' folder, and the experiment has "
-            "data.source=client_folders."
+            "the experiment has data.source=client_folders, but this node names no image folder; "
+            "start it with --data FOLDER ('data' in --node-config)."
         )
     backbone = config.backbone
     if node.device is not None:
         backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
     if node.checkpoint is not None:
         backbone = replace(backbone, checkpoint=node.checkpoint)
-    grid = config.simulation
+    simulation = config.simulation
     if node.threads is not None:
-        grid = replace(grid, threads=node.threads)
+        simulation = replace(simulation, threads=node.threads)
     output = replace(config.output, cache=node.cache_dir)
-    return replace(config, backbone=backbone, simulation=grid, output=output)
-
-
-def _protects(config: Config, node: Node) -> None:
-    if node.require_secure_aggregation and not config.secure_aggregation.enabled:
-        raise UserError(
-            "secure aggregation is required here, and the experiment has "
-            "secure_aggregation.enabled=false."
-        )
-    if config.privacy.noise < node.require_noise:
-        raise UserError(
-            f"noise of {node.require_noise:g} times the clip or more is required here, and the "
-            f"experiment has privacy.noise={config.privacy.noise:g}."
-        )
-    if node.require_noise and config.privacy.noise_seed is not None:
-        raise UserError(
-            "noise is required here, and the experiment's privacy.noise_seed lets the server take "
-            "it away again; leave it out."
-        )
-
-
-def _on_lender(config: Config, node: Node, folder: str) -> Config:
-    """The experiment on a node that lends `folder`, without any path but this one."""
-    if config.data.source != "client_folders":
-        raise UserError(
-            f"this node lends one image folder, and the experiment asks for data.source="
-            f"{config.data.source}; only client_folders is answered."
-        )
-    if config.backbone.checkpoint is not None and node.checkpoint is None:
-        raise UserError(
-            "the experiment's weights are a file of the server's (backbone.checkpoint); give this "
-            "node its own copy with --checkpoint."
-        )
-    config = without_paths(config)
-    folders = _only(node.client, folder, config.partition.clients)
-    return replace(config, data=replace(config.data, folders=folders))
+    return replace(config, backbone=backbone, simulation=simulation, output=output)
 
 
 def on_server(config: Config) -> Config:
-    """The experiment as the server runs it: of the images it has its own test folder at most."""
+    """The experiment as the server runs it: it opens its own test folder and no client's folder."""
     if config.data.source != "client_folders":
         return config
     data = replace(config.data, folders=[""] * config.partition.clients)
     return replace(config, data=data)
 
 
-def state_folder(node: Node, run: str, run_id: int) -> Path:
-    """This node's folder for the private tensors of one run, named by the server or by Flower.
+def _check_protection(config: Config, node: NodeSettings) -> None:
+    if node.require_secure_aggregation and not config.secure_aggregation.enabled:
+        raise UserError(
+            "this node requires secure aggregation, but the experiment has "
+            "secure_aggregation.enabled=false."
+        )
+    if config.privacy.noise < node.require_noise:
+        raise UserError(
+            f"this node requires noise of at least {node.require_noise:g} times the clip, but the "
+            f"experiment has privacy.noise={config.privacy.noise:g}."
+        )
+    if node.require_noise and config.privacy.noise_seed is not None:
+        raise UserError(
+            "this node requires noise, but with the experiment's privacy.noise_seed the server "
+            "could compute the noise and subtract it; leave privacy.noise_seed out."
+        )
+
+
+def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
+    """The experiment on a node that lends `folder`, with no other path in it."""
+    if config.data.source != "client_folders":
+        raise UserError(
+            "this node lends an image folder and accepts only experiments with "
+            f"data.source=client_folders, but this one has data.source={config.data.source}."
+        )
+    if config.backbone.checkpoint is not None and node.checkpoint is None:
+        raise UserError(
+            "the experiment's weights (backbone.checkpoint) are a file on the server; start this "
+            "node with its own copy: --checkpoint FILE."
+        )
+    config = without_paths(config)
+    folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
+    return replace(config, data=replace(config.data, folders=folders))
+
+
+def state_folder(node: NodeSettings, run: str, run_id: int) -> Path:
+    """This node's folder for the private tensors of one run.
+
+    Args:
+        node: the node's settings.
+        run: the run's name, given by the server; "" if the run was started without our commands.
+        run_id: Flower's id of the run, which names the folder if `run` is empty.
 
     Raises:
-        UserError: the server's name is no plain name.
+        UserError: the name could lead out of the node's state folder.
     """
     name = run or f"run-{run_id}"
     if not re.fullmatch(r"\w[\w.-]{0,99}", name, flags=re.ASCII):
-        raise UserError(f"the server calls the run {name[:120]!r}, which names no folder.")
+        raise UserError(f"the server calls the run {name[:120]!r}, which is not a folder name.")
     base = node.state_dir or os.environ.get("FEDPROMPT_STATE")
     root = Path(base) if base else Path.home() / ".local" / "state" / "fedprompt"
     return root.expanduser() / name
-
-
-def _only(client: int, folder: str, clients: int) -> list[str]:
-    return [folder if k == client else "" for k in range(clients)]

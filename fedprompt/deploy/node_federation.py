@@ -1,4 +1,8 @@
-"""A federation on real nodes: they come late, leave and return, and the rounds go on."""
+"""A federation on real nodes, which join late, leave and return. Runs in the server app.
+
+What a round does is the same as in a simulation (`fedprompt.federation`); here is only what differs
+because the clients are elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from flwr.app import ConfigRecord
 
 from fedprompt.deploy.backbone_check import sample_features
 from fedprompt.deploy.node_grid import POLL_S, NodeGrid
-from fedprompt.deploy.node_registry import Roster
+from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import ZERO_SHOT
 from fedprompt.errors import UserError
 from fedprompt.experiment.run_folder import RunFolder
@@ -25,67 +29,68 @@ log = logging.getLogger("fedprompt.server")
 
 
 class NodeFederation(Federation):
-    """`Federation` whose clients are nodes; what the server knows of their data they tell it.
+    """A `Federation` whose clients are nodes, and which knows of their data what they report.
 
     Args:
-        workspace: the server's own; it holds no client's images.
-        grid: the nodes.
-        folder: the run folder; its `partition.json` follows who joins.
-        keyed: client of every registered node id, see `Roster`.
+        workspace: the server's own workspace; it has no client's images.
+        grid: how to reach the nodes.
+        folder: the run folder; its `partition.json` is updated when nodes join.
+        registered: the client of every registered node id, see `NodeRegistry`.
     """
 
     def __init__(
-        self, workspace: Workspace, grid: NodeGrid, folder: RunFolder, keyed: Mapping[int, int]
+        self, workspace: Workspace, grid: NodeGrid, folder: RunFolder, registered: Mapping[int, int]
     ) -> None:
         super().__init__(workspace, grid)
         self.folder = folder
         sample_2D, names = sample_features(workspace.clip), workspace.dataset.class_names
-        self.roster = Roster(grid, workspace.num_clients, names, keyed, sample_2D)
+        self.nodes = NodeRegistry(grid, workspace.num_clients, names, registered, sample_2D)
         path = folder.path / PARTITION
         self.recorded = json.loads(path.read_text()) if path.is_file() else None
 
     def join(self) -> None:
-        """Wait for the nodes and learn which client each one is.
+        """Wait for nodes to join: until all have, or `federation.node_wait_s` has passed.
 
         Raises:
-            UserError: fewer than `federation.min_nodes` (0: all) can take part.
+            UserError: fewer than `federation.min_nodes` (0: all) nodes can take part.
         """
         federation, clients = self.config.federation, self.workspace.num_clients
-        needed = federation.min_nodes or clients
+        required = federation.min_nodes or clients
         deadline = time.monotonic() + federation.node_wait_s
         while True:
-            self.roster.update()
-            joined = len(self.roster.node_of_client)
-            settled = joined + len(self.roster.faults) >= clients
-            if joined == clients or settled or time.monotonic() > deadline:
+            self.nodes.update()
+            joined = len(self.nodes.node_of_client)
+            # Every node has answered, some of them that they cannot take part.
+            all_answered = joined + len(self.nodes.faults) >= clients
+            if all_answered or time.monotonic() > deadline:
                 break
             time.sleep(POLL_S)
-        if joined < needed:
-            reasons = sorted(set(self.roster.faults.values()))
+        if joined < required:
+            reasons = sorted(set(self.nodes.faults.values()))
             faults = "".join(f" {reason.rstrip('.')}." for reason in reasons)
             raise UserError(
-                f"{joined} of {clients} nodes can take part after {federation.node_wait_s:g} s at "
-                f"most, {needed} are needed (federation.min_nodes); missing: clients "
-                f"{self.roster.missing}.{faults}"
+                f"{joined} of {clients} nodes can take part after waiting for at most "
+                f"{federation.node_wait_s:g} s (federation.node_wait_s), but {required} are "
+                f"required (federation.min_nodes); missing: clients {self.nodes.missing}.{faults}"
             )
-        if self.roster.missing:
-            log.warning("starting without clients %s", self.roster.missing)
+        if self.nodes.missing:
+            log.warning("starting without clients %s", self.nodes.missing)
         self._set_nodes()
 
     def train_round(self, server_round: int) -> dict[str, Any]:
-        """One round with the nodes that are there."""
-        self._look(server_round)
+        """One round with the nodes that are connected now."""
+        self._update_nodes(server_round)
         return super().train_round(server_round)
 
     def describe(self) -> dict[str, Any]:
-        """Counts of the nodes that have been there, in the form of a simulation's."""
-        own = self.workspace.describe()
+        """The content of `partition.json`, with the counts that nodes have reported."""
+        description = self.workspace.describe()
         if self.workspace.dataset.owners_N is None:
-            return own  # every node has all data, and so has the server
-        return own | self.roster.described(self.recorded)
+            return description  # every node opens the whole data set, and so does the server
+        return description | self.nodes.partition_rows(self.recorded)
 
     def zero_shot_elsewhere(self) -> dict[str, Any]:
-        """Zero-shot accuracy on the nodes' own images, in the form of a simulation's."""
+        """Zero-shot accuracy on the nodes' own images, which only the nodes can measure."""
         if self.workspace.dataset.owners_N is None:
             return {}
         rounds = self.config.federation.rounds
@@ -96,14 +101,14 @@ class NodeFederation(Federation):
         tables = [] if table is None else [dict(table)]
         return {"personal": personal_scores(tables, "correct", "num-examples")}
 
-    def _look(self, server_round: int) -> None:
-        """Take in who has come and who has left since the last round."""
-        if self.roster.update():
+    def _update_nodes(self, server_round: int) -> None:
+        """Take in who has joined and who has left since the last round."""
+        if self.nodes.update():
             self._set_nodes()
             self.recorded = self.describe()
             self.folder.write_json(PARTITION, self.recorded)
-        if self.roster.missing:
-            log.warning("round %d: without clients %s", server_round, self.roster.missing)
+        if self.nodes.missing:
+            log.warning("round %d: without clients %s", server_round, self.nodes.missing)
 
     def _set_nodes(self) -> None:
-        self.strategy.set_nodes(self.roster.node_of_client, self.roster.trainable)
+        self.strategy.set_nodes(self.nodes.node_of_client, self.nodes.trainable)

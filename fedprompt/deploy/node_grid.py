@@ -1,31 +1,63 @@
-"""Flower's grid of a deployment, with what our rounds need besides.
+"""Flower's grid of a deployment, with what our rounds need in addition. Runs in the server app.
 
-A message that nobody has fetched when its exchange is over is not delivered any more: a node that
-was slow or away goes on with the current round, not with the past. Flower reports a lost node under
-the server's own id; here each error has the node that it is about.
+This is the only module that fetches replies from nodes. A message that a node has not fetched when
+its exchange is over expires, so a node that was slow or away continues with the current round and
+not with a past one.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedprompt.federation.grid import CountingGrid, Traffic
-from fedprompt.messages import to_wire
-
-log = logging.getLogger("fedprompt.server")
+from fedprompt.messages import set_source, to_wire
 
 POLL_S = 1.0
+"""Seconds between two looks for replies."""
 GRACE_S = 5.0
-"""By which a message outlives its exchange, so that its expiry is not taken for an answer."""
+"""Seconds by which a message outlives its exchange, so that its expiry does not look like a reply.
+"""
+
+
+class Reply(NamedTuple):
+    """A reply, with the id of the message that it answers."""
+
+    message_id: str
+    message: Message
+
+
+def pull_replies(grid: Grid, node_of_message: Mapping[str, int]) -> list[Reply]:
+    """The replies that have arrived; every reply is untrusted.
+
+    Args:
+        grid: how to reach the nodes.
+        node_of_message: the node that each message was sent to, by the message's id.
+
+    Returns:
+        Replies in the order in which Flower gives them. The id is the one that the reply claims to
+        answer. An error has the node that it is about as its source.
+    """
+    replies = []
+    for message in grid.pull_messages(list(node_of_message)):
+        message_id = message.metadata.reply_to_message_id
+        # Flower reports a lost node under the server's own id.
+        if message.has_error() and message_id in node_of_message:
+            set_source(message, node_of_message[message_id])
+        replies.append(Reply(message_id, message))
+    return replies
 
 
 class NodeGrid(CountingGrid):
-    """The nodes that Flower's `inner` grid reaches."""
+    """The nodes of a deployment.
+
+    Args:
+        inner: the grid that Flower gives to the server app.
+    """
 
     def __init__(self, inner: Grid) -> None:
         super().__init__(inner.run)
@@ -40,13 +72,21 @@ class NodeGrid(CountingGrid):
         return self.inner.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to earlier messages."""
+        """Replies to messages that were sent earlier."""
         return self.inner.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send all messages and wait for the replies, at most `timeout` seconds."""
+        """Send all messages and wait for the replies.
+
+        Args:
+            messages: one message per node.
+            timeout: seconds to wait; None waits until every node has replied or is lost.
+
+        Returns:
+            The replies that have arrived, in the order of their arrival.
+        """
         sent = list(messages)
         self.traffic = Traffic()
         if not sent:
@@ -55,21 +95,17 @@ class NodeGrid(CountingGrid):
             for message in sent:
                 message.metadata.ttl = timeout + GRACE_S
         ids = list(self.push_messages(sent))
-        node_of = {
+        waiting = {
             message_id: message.metadata.dst_node_id
             for message_id, message in zip(ids, sent, strict=True)
             if message_id
         }
-        waiting, replies = set(node_of), []
+        replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
-            found = list(self.pull_messages(waiting))
-            for reply in found:
-                asked = reply.metadata.reply_to_message_id
-                waiting.discard(asked)
-                if reply.has_error() and asked in node_of:
-                    reply.metadata.__dict__["_src_node_id"] = node_of[asked]
-                replies.append(reply)
+            for reply in pull_replies(self, waiting):
+                waiting.pop(reply.message_id, None)
+                replies.append(reply.message)
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
             time.sleep(POLL_S)
@@ -78,4 +114,5 @@ class NodeGrid(CountingGrid):
 
 
 def _size(messages: Iterable[Message]) -> int:
+    """Bytes on the wire."""
     return sum(len(to_wire(m)) for m in messages)

@@ -1,7 +1,7 @@
-"""Which node holds which client: who has joined, left, come late, or cannot take part.
+"""Keeps track of which node is which client: who has joined, left, or cannot take part.
 
-Nodes are known to Flower by random ids; what client they are they say themselves. Where the
-server's operator has registered the nodes' keys by client, `keyed` says which id may be which.
+Runs in the server app. Flower knows nodes by random ids; which client a node is, it reports itself.
+If the server's administrator has registered the nodes' keys, each id can be one client only.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedprompt.data.partition import sparse
-from fedprompt.deploy.backbone_check import differs
-from fedprompt.deploy.node_report import Description, from_reply
+from fedprompt.deploy.backbone_check import has_other_weights
+from fedprompt.deploy.node_grid import pull_replies
+from fedprompt.deploy.node_report import NodeReport, read_report
 
 log = logging.getLogger("fedprompt.server")
 RETRY_S = 60.0
-"""Before a node with a fault is asked again: its folder may have been mended."""
+"""Seconds until a node that could not take part is asked again, in case its fault is repaired."""
 
 
-class Roster:
+class NodeRegistry:
     """The nodes of one run.
 
     Args:
-        grid: how to reach them.
+        grid: how to reach the nodes.
         clients: number of clients K.
         class_names: the experiment's classes.
-        keyed: client of every node id that the operator has registered; empty = not known.
-        sample_2D: what the server's backbone makes of the sample.
+        registered: the client of every node id whose key is registered; empty if none is, and then
+            any node may be any client.
+        sample_2D: features (2, D) of the sample by the server's backbone.
     """
 
     def __init__(
@@ -41,20 +43,20 @@ class Roster:
         grid: Grid,
         clients: int,
         class_names: Sequence[str],
-        keyed: Mapping[int, int],
+        registered: Mapping[int, int],
         sample_2D: NDArray[np.float32],
     ) -> None:
         self.grid = grid
         self.clients = clients
         self.class_names = tuple(class_names)
-        self.keyed = dict(keyed)
+        self.registered = dict(registered)
         self.sample_2D = sample_2D
         self.node_of_client: dict[int, int] = {}
-        self.descriptions: dict[int, Description] = {}
+        self.reports: dict[int, NodeReport] = {}
         self.faults: dict[int, str] = {}
         self._asked: set[int] = set()
         self._pending: dict[str, int] = {}
-        self._refused: dict[int, float] = {}
+        self._refused_at: dict[int, float] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -63,95 +65,113 @@ class Roster:
 
     @property
     def trainable(self) -> list[int]:
-        """Clients that are there and have labelled training images."""
-        return sorted(c for c in self.node_of_client if self.descriptions[c].trains)
+        """Clients that have a node with labelled training images."""
+        return sorted(c for c in self.node_of_client if self.reports[c].trains)
 
     def update(self) -> bool:
-        """Look who is there now; whether clients have joined or left since the last look.
+        """Take in which nodes are connected now; returns whether clients have joined or left.
 
-        Nodes that are new are asked who they are, those with a fault again after a while. Nobody
-        is waited for: an answer counts whenever it comes, so a node that first has to encode its
-        images joins when it is ready.
+        New nodes are asked which client they are, and nodes with a fault are asked again after
+        `RETRY_S`. The method waits for no answer. An answer counts whenever it arrives, so a node
+        that has to encode its images first joins when it is ready.
         """
         before = dict(self.node_of_client)
-        present = set(self.grid.get_node_ids())
-        self._forget(present)
-        self._asked -= {n for n, since in self._refused.items() if _now() - since > RETRY_S}
-        new = sorted(present - self._asked)
-        if new:
-            queries = [
-                Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
-                for node in new
-            ]
-            self._asked |= set(new)
-            for node in new:
-                self._refused.pop(node, None)
-            ids = self.grid.push_messages(queries)
-            self._pending |= {i: node for i, node in zip(ids, new, strict=True) if i}
+        connected = set(self.grid.get_node_ids())
+        self._forget_disconnected(connected)
+        now = _now()
+        self._asked -= {n for n, since in self._refused_at.items() if now - since > RETRY_S}
+        self._ask(sorted(connected - self._asked))
         if self._pending:
-            replies = list(self.grid.pull_messages(list(self._pending)))
-            found = {self._pending.pop(r.metadata.reply_to_message_id): r for r in replies}
-            for node, reply in sorted(found.items()):
-                self._enter(node, from_reply(reply, len(self.class_names), self.clients))
+            replies = {
+                self._pending.pop(reply.message_id): reply.message
+                for reply in pull_replies(self.grid, self._pending)
+            }
+            # Sorted, so that of two nodes that claim one client the same one wins every time.
+            for node, reply in sorted(replies.items()):
+                self._admit(node, read_report(reply, len(self.class_names), self.clients))
         return self.node_of_client != before
 
-    def described(self, recorded: Mapping[str, Any] | None) -> dict[str, list[list[int]]]:
-        """Rows of `partition.json`: of clients that have never been there, as `recorded`."""
+    def partition_rows(self, recorded: Mapping[str, Any] | None) -> dict[str, list[list[int]]]:
+        """The rows of `partition.json`; those of clients that never had a node are as `recorded`.
+
+        Args:
+            recorded: the content of `partition.json` so far; None if there is none.
+
+        Returns:
+            Training and test images per class and images per domain of every client, as lists of
+            alternating index and count.
+        """
         rows: dict[str, list[list[int]]] = {}
         for name in ("train_counts", "test_counts", "domain_counts"):
             old = (recorded or {}).get(name) or [[] for _ in range(self.clients)]
             rows[name] = [list(row) for row in old]
-        for client, found in self.descriptions.items():
-            rows["train_counts"][client] = _sparse(found.train_C)
-            rows["test_counts"][client] = _sparse(found.test_C)
-            rows["domain_counts"][client] = [client, sum(found.train_C) + sum(found.test_C)]
+        for client, report in self.reports.items():
+            rows["train_counts"][client] = _sparse(report.train_C)
+            rows["test_counts"][client] = _sparse(report.test_C)
+            # Every node's folder is a domain of its own.
+            rows["domain_counts"][client] = [client, sum(report.train_C) + sum(report.test_C)]
         return rows
 
-    def _forget(self, present: set[int]) -> None:
-        """Drop nodes that are no longer connected; they are asked again when they come back."""
-        gone = {c: n for c, n in self.node_of_client.items() if n not in present}
+    def _forget_disconnected(self, connected: set[int]) -> None:
+        """Forget nodes that are no longer connected; they are asked again when they return."""
+        gone = {c: n for c, n in self.node_of_client.items() if n not in connected}
         for client, node in sorted(gone.items()):
             log.warning("client %d has left (node %d)", client, node)
             del self.node_of_client[client]
-        self.faults = {n: f for n, f in self.faults.items() if n in present}
-        self._refused = {n: since for n, since in self._refused.items() if n in present}
-        self._pending = {i: n for i, n in self._pending.items() if n in present}
-        self._asked &= present
+        self.faults = {n: fault for n, fault in self.faults.items() if n in connected}
+        self._refused_at = {n: since for n, since in self._refused_at.items() if n in connected}
+        self._pending = {i: n for i, n in self._pending.items() if n in connected}
+        self._asked &= connected
 
-    def _enter(self, node: int, found: Description | str) -> None:
-        if isinstance(found, str):
-            self._refuse(node, found)
+    def _ask(self, nodes: Sequence[int]) -> None:
+        """Ask nodes which client they are."""
+        if not nodes:
             return
-        client, known = found.client, self.keyed.get(node)
-        if self.keyed and known != client:
-            whose = "no client's" if known is None else f"client {known}'s"
-            self._refuse(node, f"it says that it is client {client}, but its key is {whose}")
+        queries = [
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in nodes
+        ]
+        self._asked |= set(nodes)
+        for node in nodes:
+            self._refused_at.pop(node, None)
+        ids = self.grid.push_messages(queries)
+        # Flower gives no id to a message that it could not send.
+        self._pending |= {i: node for i, node in zip(ids, nodes, strict=True) if i}
+
+    def _admit(self, node: int, report: NodeReport | str) -> None:
+        """Let a node take part, or refuse it and say why."""
+        if isinstance(report, str):
+            self._refuse(node, report)
+            return
+        client, registered = report.client, self.registered.get(node)
+        if self.registered and registered != client:
+            whose = "is no client's" if registered is None else f"is client {registered}'s"
+            self._refuse(node, f"it claims to be client {client}, but its key {whose}")
         elif client in self.node_of_client:
-            self._refuse(node, f"it says that it is client {client}, as another node does")
-        elif differs(found.sample, self.sample_2D):
+            self._refuse(node, f"it claims to be client {client}, but another node is that client")
+        elif has_other_weights(report.sample, self.sample_2D):
             self._refuse(
                 node,
-                "its backbone has other weights than the server's; give both the same "
+                "its backbone has other weights than the server's; give both the same weights "
                 "(--checkpoint on the node, backbone.checkpoint in the experiment)",
             )
         else:
             self.node_of_client[client] = node
             self.faults.pop(node, None)
-            self.descriptions[client] = found
-            trained, tested = sum(found.train_C), sum(found.test_C)
+            self.reports[client] = report
             log.info(
                 "client %d has joined (node %d): %d training and %d test images",
-                client, node, trained, tested,
+                client, node, sum(report.train_C), sum(report.test_C),
             )  # fmt: skip
-            for note in found.notes(self.class_names):
-                log.warning("client %d: %s", client, note)
+            for warning in report.warnings(self.class_names):
+                log.warning("client %d: %s", client, warning)
 
     def _refuse(self, node: int, fault: str) -> None:
-        self._refused[node] = _now()
+        self._refused_at[node] = _now()
         if self.faults.get(node) == fault:
-            return  # said already
+            return  # already logged when the node was asked before
         self.faults[node] = fault
-        client = self.keyed.get(node)
+        client = self.registered.get(node)
         who = f"node {node}" if client is None else f"client {client} (node {node})"
         log.warning("%s does not take part: %s", who, fault)
 

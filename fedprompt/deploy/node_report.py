@@ -1,8 +1,10 @@
-"""What a node says of itself when it joins, written by the node and checked by the server.
+"""What a node reports when it joins: written on the node, checked in the server app.
 
-It is the client's number, how many images of each class it trains and tests on, and what its
-backbone makes of a sample; or the one line that says why it cannot take part. No file name leaves
-the node, but for that line's. C classes, D joint embedding.
+The report consists of the client's number, how many images of each class the node trains and tests
+on, and its backbone's features of a sample (backbone_check.py). A node that cannot take part sends
+one line with the reason instead. No other text and no file name leaves the node.
+
+C is the number of classes, D the dimension of the joint embedding.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from fedprompt.workspace import Workspace
 
 ZERO_SHOT = "zero-shot"
 """Key of an evaluate message that asks for the backbone's own accuracy, without any prompt."""
-LONGEST = 500
-"""Characters that are kept of a peer's text."""
+MAX_TEXT = 500
+"""Characters of a peer's text that are read."""
 
 
 @dataclass(frozen=True)
-class Description:
-    """One client: training and test images per class (C,), and images that cannot be read.
+class NodeReport:
+    """One client's data, in numbers.
 
-    `sample` is what its backbone makes of a sample, (2 D) numbers; see `same_backbone`.
+    Args:
+        client: the client's number, 0 .. K - 1.
+        train_C: training images per class.
+        test_C: test images per class.
+        bad_images: images that cannot be read.
+        labelled: whether the training images have labels.
+        sample: the backbone's features of the sample, 2 D numbers.
     """
 
     client: int
@@ -41,86 +49,95 @@ class Description:
 
     @property
     def trains(self) -> bool:
-        """Whether it has labelled training images."""
+        """Whether the client has labelled training images."""
         return self.labelled and sum(self.train_C) > 0
 
-    def notes(self, class_names: Sequence[str]) -> list[str]:
-        """What both sides should know of its folder, in words."""
+    def warnings(self, class_names: Sequence[str]) -> list[str]:
+        """What the administrators of both sides should know about the node's images."""
         rows = zip(class_names, self.train_C, self.test_C, strict=True)
-        lacking = [name for name, train, test in rows if train + test == 0]
-        notes = []
-        if lacking:
-            sanitised = ", ".join(f"'{name}'" for name in lacking[:5])
-            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-            notes.append(
-                f"no image of {sanitised}{more} ({len(lacking)} of {len(class_names)} classes)"
+        empty = [name for name, train, test in rows if train + test == 0]
+        warnings = []
+        if empty:
+            names = ", ".join(f"'{name}'" for name in empty[:5])
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            warnings.append(
+                f"no images of {names}{more} ({len(empty)} of {len(class_names)} classes)"
             )
         if self.bad_images:
-            notes.append(f"{self.bad_images} unreadable images left out")
-        return notes
+            warnings.append(f"{self.bad_images} unreadable images were skipped")
+        return warnings
 
 
-def describe(workspace: Workspace, client: int) -> Description:
-    """What this node has of `client`."""
+def make_report(workspace: Workspace, client: int) -> NodeReport:
+    """The report of a node whose workspace has the images of `client`."""
     partition, labels_N = workspace.partition, workspace.dataset.labels_N
     classes = len(workspace.dataset.class_names)
     train_C = partition.train_counts(labels_N, classes)[client].tolist()
     test_C = partition.test_counts(labels_N, classes)[client].tolist()
-    own = workspace.dataset.owners_N is not None
-    bad = len(workspace.dataset.bad_images) if own else 0
+    # Without owners the node opened the whole data set, and bad images are nobody's in particular.
+    has_owners = workspace.dataset.owners_N is not None
+    bad_images = len(workspace.dataset.bad_images) if has_owners else 0
     labelled = client not in partition.unlabelled
     sample = tuple(sample_features(workspace.clip).ravel().tolist())
-    return Description(client, tuple(train_C), tuple(test_C), bad, labelled, sample)
+    return NodeReport(client, tuple(train_C), tuple(test_C), bad_images, labelled, sample)
 
 
-def to_reply(description: Description, message: Message) -> Message:
-    """The answer to a query."""
+def report_reply(report: NodeReport, message: Message) -> Message:
+    """The reply to a query that carries a report."""
     metrics = MetricRecord(
         {
-            "client-id": description.client,
-            "num-train": sum(description.train_C),
-            "num-test": sum(description.test_C),
-            "train-counts": list(description.train_C),
-            "test-counts": list(description.test_C),
-            "bad-images": description.bad_images,
-            "labelled": int(description.labelled),
-            "sample": list(description.sample),
+            "client-id": report.client,
+            "num-train": sum(report.train_C),
+            "num-test": sum(report.test_C),
+            "train-counts": list(report.train_C),
+            "test-counts": list(report.test_C),
+            "bad-images": report.bad_images,
+            "labelled": int(report.labelled),
+            "sample": list(report.sample),
         }
     )
     return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
 
 def fault_reply(fault: str, message: Message) -> Message:
-    """The answer of a node that cannot take part."""
-    record = ConfigRecord({"fault": fault[:LONGEST]})
+    """The reply of a node that cannot take part, with the reason in one line."""
+    record = ConfigRecord({"fault": fault[:MAX_TEXT]})
     return Message(RecordDict({CONFIG: record}), reply_to=message)
 
 
-def from_reply(reply: Message, classes: int, clients: int) -> Description | str:
-    """The description in a reply, or what is wrong; every byte of it is a peer's."""
+def read_report(reply: Message, classes: int, clients: int) -> NodeReport | str:
+    """Check a reply to a query; every byte of it is untrusted.
+
+    Args:
+        reply: what the node sent.
+        classes: number of classes C of the experiment.
+        clients: number of clients K of the experiment.
+
+    Returns:
+        The report, or one line that says why the node cannot take part.
+    """
     if reply.has_error():
-        return error_reason(reply)[:LONGEST]
+        return error_reason(reply)[:MAX_TEXT]
     settings = reply.content.get(CONFIG)
     if isinstance(settings, ConfigRecord):
-        return " ".join(str(settings.get("fault", "no reason given")).split())[:LONGEST]
+        return " ".join(str(settings.get("fault", "no reason given")).split())[:MAX_TEXT]
     metrics = reply.content.get(METRICS)
     if not isinstance(metrics, MetricRecord):
-        return "its description cannot be read"
+        return "its report cannot be read"
     client = metrics.get("client-id")
     if not isinstance(client, int) or not 0 <= client < clients:
-        return f"it says that it is client {client!r}; there are {clients}"
-    train, test = (
-        _counts(metrics, "train-counts", classes),
-        _counts(metrics, "test-counts", classes),
-    )
-    bad, labelled = metrics.get("bad-images"), metrics.get("labelled")
-    if train is None or test is None or not _is_count(bad) or labelled not in (0, 1):
-        return f"its description does not fit the experiment's {classes} classes"
+        return f"it claims to be client {client!r}, but there are {clients} clients"
+    train_C = _counts(metrics, "train-counts", classes)
+    test_C = _counts(metrics, "test-counts", classes)
+    bad_images, labelled = metrics.get("bad-images"), metrics.get("labelled")
+    if train_C is None or test_C is None or not _is_count(bad_images) or labelled not in (0, 1):
+        return f"its report does not fit the experiment's {classes} classes"
     sample = metrics.get("sample")
     if not isinstance(sample, list) or not np.isfinite(sample).all():
-        return "its description does not say what its backbone makes of a sample"
-    assert isinstance(bad, int)
-    return Description(client, train, test, bad, bool(labelled), tuple(map(float, sample)))
+        return "its report lacks its backbone's features of the sample"
+    assert isinstance(bad_images, int)
+    features = tuple(map(float, sample))
+    return NodeReport(client, train_C, test_C, bad_images, bool(labelled), features)
 
 
 def _counts(metrics: MetricRecord, name: str, classes: int) -> tuple[int, ...] | None:

@@ -1,8 +1,8 @@
-"""Where private tensors live: in memory (a baseline that is not resumed), in files on a node.
+"""A node's private tensors, in files on that node. Runs on a node, in its worker.
 
-private_log.py is the store of a simulation that can be resumed. Private tensors are never part of a
-message. Flower's `context.state` is not used: it is lost when a SuperNode restarts, and large
-states are slow there.
+Private tensors are never part of a message. Flower's `context.state` is not used for them, because
+it is lost when a SuperNode restarts and slow when it is large. A simulation stores the private
+tensors of all its clients in `fedprompt.simulation.private_log`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECKSUM = "sha256"
 
 
 def checksum(tensors: Tensors) -> str:
-    """SHA-256 of names, types, shapes and bytes of some tensors."""
+    """SHA-256 of the names, types, shapes and bytes of some tensors, as hexadecimal digits."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -32,19 +32,23 @@ def checksum(tensors: Tensors) -> str:
 
 
 class FileStore:
-    """One client's private tensors on its own node: a file per round, the last two are kept.
+    """One client's private tensors: a file per round, of which the last two are kept.
 
-    Files are written atomically with mode 0600 and hold the SHA-256 of their tensors. A round that
-    is repeated after a crash finds what the round before it left, so nothing is trained twice.
+    Files have mode 0600, are replaced atomically and contain the SHA-256 of their tensors. Two
+    rounds are kept so that a round that the server repeats after a crash starts from the tensors of
+    the round before it, and not from its own first attempt.
+
+    Args:
+        folder: the client's folder, which is created when the first file is written.
     """
 
-    KEPT = 2
+    KEPT_ROUNDS = 2
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def latest(self, before_round: int) -> Tensors | None:
-        """Tensors of the last round before `before_round`, or None.
+        """The tensors of the last round before `before_round`, or None if there is none.
 
         Raises:
             UserError: the file is damaged.
@@ -62,15 +66,15 @@ class FileStore:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"private state {path} cannot be read ({' '.join(str(error).split())}); "
-                "remove it to go on from the round before."
+                "remove it to continue with those of the round before."
             ) from None
         return tensors
 
     def put(self, server_round: int, tensors: Tensors) -> None:
-        """Keep the tensors of one round and of the one before it.
+        """Store the tensors of one round, and remove those of rounds that are no longer needed.
 
         Raises:
-            UserError: the state folder cannot be written.
+            UserError: the folder cannot be written.
         """
         if not tensors:
             return
@@ -83,9 +87,9 @@ class FileStore:
                 f"cannot write private state to {self.folder}: {error.strerror}; set the node's "
                 "state-dir to a writable folder."
             ) from None
-        # Rounds after this one are left over from a server that went back to a checkpoint.
+        # Later rounds were written before the server returned to an earlier checkpoint.
         past = [r for r in self._rounds() if r <= server_round]
-        for stale in set(self._rounds()) - set(past[-self.KEPT :]):
+        for stale in set(self._rounds()) - set(past[-self.KEPT_ROUNDS :]):
             with contextlib.suppress(OSError):
                 self._path(stale).unlink()
 

@@ -1,7 +1,8 @@
-"""Processes that are started together and ended together, each by its own id.
+"""A group of child processes that are started together and ended together, each by its own id.
 
-Every process of a group, and whatever it starts, has an environment variable that no other process
-has. Flower's commands start others, some in sessions of their own; with that mark none is missed.
+Every process of a group, and every process that it starts, has an environment variable with a value
+that no other process has. Flower's commands start further processes, some of them in sessions of
+their own; by that variable all of them are found. Needs /proc.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from fedprompt.runtime import DEFAULTS
 
 MARK = "FEDPROMPT_GROUP"
 GRACE_S = 5.0
-TAIL = 15
-"""Lines of a log that are shown when its process has failed."""
+"""Time between SIGTERM and SIGKILL."""
+TAIL_LINES = 15
+"""Lines of a log that are quoted when its process has failed."""
 
 
 class Processes:
-    """A group of named processes with a log file each; leaving the context ends all of them.
+    """A group of named processes, each with a log file; leaving the context ends all of them.
 
     Args:
-        logs: folder for the log files.
-        environment: settings beyond this process's own.
+        logs: folder for the log files, which is created if it does not exist.
+        environment: variables of all processes, beyond this process's own.
     """
 
     def __init__(self, logs: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -39,11 +41,12 @@ class Processes:
         self.mark = uuid.uuid4().hex
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, tuple[list[str], dict[str, str]]] = {}
-        self._ended: dict[str, float] = {}
+        self._exited_at: dict[str, float] = {}
         self.environment = {
             **DEFAULTS,
             **os.environ,
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            # Flower's commands belong to this Python installation, which need not be on PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             **(environment or {}),
             MARK: self.mark,
@@ -59,7 +62,13 @@ class Processes:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a command; what it prints is added to `<logs>/<name>.log`."""
+        """Start a command; its output is appended to `<logs>/<name>.log`.
+
+        Args:
+            name: the process's name in this group.
+            command: the program and its arguments.
+            environment: variables of this process, beyond the group's.
+        """
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 list(command),
@@ -78,71 +87,79 @@ class Processes:
         return self.logs / f"{name}.log"
 
     def check(self, names: Sequence[str] | None = None) -> None:
-        """Refuse to go on without these processes (None: all).
+        """Raise if one of these processes (None: any process of the group) has exited.
 
         Raises:
-            UserError: one has ended; with the end of its log.
+            UserError: with the end of that process's log.
         """
         for name, process in self.running.items():
             if (names is None or name in names) and process.poll() is not None:
                 raise UserError(
-                    f"{name} has ended with status {process.returncode}; see {self.log(name)}: "
+                    f"{name} exited with status {process.returncode}; see {self.log(name)}: "
                     f"{tail(self.log(name))}"
                 )
 
-    def wait_until(self, ready: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait until `ready` while all processes live.
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Wait for a condition while all processes of the group run.
+
+        Args:
+            ready: returns whether the condition holds.
+            what: names what is waited for, at the start of the error message.
+            timeout_s: seconds to wait.
 
         Raises:
-            UserError: it took too long, or a process has ended.
+            UserError: the condition does not hold in time, or a process has exited.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout_s
         while not ready():
             self.check()
             if time.monotonic() > deadline:
-                raise UserError(f"{what} took more than {timeout:g} s; see {self.logs}.")
+                raise UserError(f"{what} took more than {timeout_s:g} s; see {self.logs}.")
             time.sleep(0.1)
 
-    def revive(self, pause: float, ended: Callable[[str, int], None]) -> None:
-        """Start again what has ended by itself, `pause` seconds after `ended` was told.
+    def restart_exited(self, pause_s: float, report: Callable[[str, int], None]) -> None:
+        """Start processes again that have exited by themselves; is called again and again.
 
-        `ended` takes the process's name and status.
+        Args:
+            pause_s: seconds between the report and the new start.
+            report: is called with the name and the exit status of every process that has exited.
         """
         now = time.monotonic()
         for name, process in list(self.running.items()):
             if process.poll() is None:
                 continue
-            if name not in self._ended:
-                self._ended[name] = now
-                ended(name, process.returncode)
-            elif now - self._ended[name] > pause:
-                del self._ended[name]
+            if name not in self._exited_at:
+                self._exited_at[name] = now
+                report(name, process.returncode)
+            elif now - self._exited_at[name] > pause_s:
+                del self._exited_at[name]
                 self.start(name, *self._commands[name])
 
-    def last_words(self, name: str, status: int) -> str:
-        """One line on a process that has ended."""
-        return f"{name} has ended with status {status}: {tail(self.log(name), 3)}"
+    def exit_line(self, name: str, status: int) -> str:
+        """One line about a process that has exited, with the end of its log."""
+        return f"{name} exited with status {status}: {tail(self.log(name), 3)}"
 
     def kill(self, name: str) -> None:
-        """End one process at once, with all that it has started (its session)."""
+        """Kill one process and all processes that it has started."""
         process = self.running.pop(name)
         for child in descendants(process.pid):
-            end(child, signal.SIGKILL)
-        end(process.pid, signal.SIGKILL)
+            send_signal(child, signal.SIGKILL)
+        send_signal(process.pid, signal.SIGKILL)
         process.wait()
 
     def stop(self) -> None:
-        """End all processes of the group: politely, then at once."""
+        """End all processes of the group: by SIGTERM, and those that remain by SIGKILL."""
         for process in self.running.values():
-            end(process.pid, signal.SIGTERM)
+            send_signal(process.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while self.alive() and time.monotonic() < deadline:
             for process in self.running.values():
                 process.poll()
             time.sleep(0.1)
-        while left := self.alive():
-            for process_id in left:
-                end(process_id, signal.SIGKILL)
+        # A process may start another one just before it is killed, so this is repeated.
+        while remaining := self.alive():
+            for process_id in remaining:
+                send_signal(process_id, signal.SIGKILL)
             for process in self.running.values():
                 process.poll()
             time.sleep(0.05)
@@ -151,57 +168,58 @@ class Processes:
         self.running.clear()
 
     def alive(self) -> list[int]:
-        """Ids of all processes of the group, those that they started included."""
+        """Ids of all processes of the group, including those that its members have started."""
         return processes_with(f"{MARK}={self.mark}")
 
 
 def processes_with(setting: str) -> list[int]:
-    """Other processes that have exactly this environment variable; needs /proc."""
-    found = []
+    """Ids of the other processes whose environment contains exactly `NAME=value`."""
+    process_ids = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):
                 if setting.encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-    return found
+                    process_ids.append(int(process.name))
+    return process_ids
 
 
 def descendants(process_id: int) -> list[int]:
-    """All processes that a process has started, and those that they have; needs /proc."""
+    """Ids of all processes that a process has started, directly or indirectly."""
     parent_of: dict[int, int] = {}
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                rest = (process / "stat").read_text().rpartition(")")[2].split()
-                parent_of[int(process.name)] = int(rest[1])
-    found = [process_id]
-    for known in found:
-        found += [child for child, parent in parent_of.items() if parent == known]
-    return found[1:]
+                # The command's name stands in parentheses and may itself contain any character.
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                parent_of[int(process.name)] = int(fields[1])
+    family = [process_id]
+    for member in family:
+        family += [child for child, parent in parent_of.items() if parent == member]
+    return family[1:]
 
 
-def end(process_id: int, how: signal.Signals) -> None:
-    """Signal one process, if it is still there."""
+def send_signal(process_id: int, number: signal.Signals) -> None:
+    """Send a signal to one process; does nothing if it no longer exists."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process_id, how)
+        os.kill(process_id, number)
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """A port of the loopback interface on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def listens(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether somebody accepts connections there."""
+    """Whether a TCP connection to this address is accepted within a second."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
     return False
 
 
-def tail(path: Path, lines: int = TAIL) -> str:
-    """The end of a log file."""
+def tail(path: Path, lines: int = TAIL_LINES) -> str:
+    """The last lines of a log file, joined to one line; empty if it cannot be read."""
     with contextlib.suppress(OSError):
         return " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
     return ""

@@ -1,4 +1,8 @@
-"""Flower's ServerApp: the rounds of an experiment on the nodes that Flower connects."""
+"""Flower's ServerApp: the rounds of an experiment on the nodes that are connected.
+
+Flower's SuperExec starts it on the server, in a process of its own for every run. It shares the
+loop over rounds and everything after it with a simulation (`fedprompt.experiment`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from flwr.app import Context
@@ -34,28 +39,29 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run or resume the experiment.
+    """Run or resume the experiment that Flower's run config holds.
 
     Raises:
-        UserError: what the operator must mend; one line in the logs, and Flower's run has failed.
+        UserError: something that the administrator has to fix. The message is one line in the logs,
+            and Flower marks the run as failed.
     """
-    _log_to(logging.StreamHandler(sys.stderr))
+    _add_log_handler(logging.StreamHandler(sys.stderr))
     try:
         settings = {k: str(v) for k, v in context.run_config.items()}
-        folder, config = _open(settings)
+        folder, config = _open_run_folder(settings)
         try:
-            _log_to(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
-            _run(folder, config, grid, _keyed(settings.get("nodes", "")))
+            _add_log_handler(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
+            _run(folder, config, grid, _registered(settings.get("nodes", "")))
         finally:
             folder.close()
     except UserError as error:
         log.error("%s", error)
-        logging.getLogger("flwr").addFilter(_without_our_tracebacks)
+        logging.getLogger("flwr").addFilter(_drop_traceback)
         raise
 
 
-def _open(settings: dict[str, str]) -> tuple[RunFolder, Config]:
-    """A new run folder, or the one to go on with."""
+def _open_run_folder(settings: Mapping[str, str]) -> tuple[RunFolder, Config]:
+    """A new run folder, or that of the run to resume, and the experiment."""
     if settings.get("resume"):
         return RunFolder.resume(Path(settings["resume"]))
     text = settings.get("config")
@@ -67,9 +73,9 @@ def _open(settings: dict[str, str]) -> tuple[RunFolder, Config]:
     return folder, config
 
 
-def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -> None:
+def _run(folder: RunFolder, config: Config, grid: Grid, registered: Mapping[int, int]) -> None:
     if (folder.path / SUMMARY).is_file():
-        log.info("%s is finished; nothing to do", folder.path)
+        log.info("the run in %s has already finished", folder.path)
         return
     started = time.monotonic()
     display, loggers = make_display(), Loggers(config, folder.path)
@@ -79,32 +85,32 @@ def _run(folder: RunFolder, config: Config, grid: Grid, keyed: dict[int, int]) -
         config = on_server(config)
         use_threads(config.simulation)
         workspace = open_workspace(config)
-        federation = NodeFederation(workspace, NodeGrid(grid), folder, keyed)
+        federation = NodeFederation(workspace, NodeGrid(grid), folder, registered)
         if checkpoint is not None:
-            log.info("going on after round %d", checkpoint.server_round)
+            log.info("resuming after round %d", checkpoint.server_round)
         line, totals = run_server(federation, folder, display, checkpoint, log_line=loggers.line)
-        log.info("no local-only baseline: a deployment does not run one")
+        log.info("a deployment has no local-only baseline")
         finish(federation, folder, display, line, totals, started, loggers, local_only=None)
     finally:
         loggers.close()
         display.close()
 
 
-def _keyed(text: str) -> dict[int, int]:
-    """Client of every registered node id, from `id:client,id:client`."""
+def _registered(text: str) -> dict[int, int]:
+    """The client of every registered node id, from `id:client,id:client`."""
     pairs = (item.split(":") for item in text.split(",") if item)
     return {int(node): int(client) for node, client in pairs}
 
 
-def _without_our_tracebacks(record: logging.LogRecord) -> bool:
-    """Flower prints a traceback of whatever ends an app; ours is said in one line already."""
+def _drop_traceback(record: logging.LogRecord) -> bool:
+    """Keep Flower from printing a traceback for an error that is already explained in one line."""
     if record.exc_info and isinstance(record.exc_info[1], UserError):
         record.exc_info = None
     return True
 
 
-def _log_to(handler: logging.Handler) -> None:
-    """Our own lines; Flower sends what is written to stderr to whoever follows the run."""
+def _add_log_handler(handler: logging.Handler) -> None:
+    """Add a place for our log lines; Flower sends those on stderr to whoever follows the run."""
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedprompt")
     logger.addHandler(handler)

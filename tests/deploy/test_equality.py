@@ -1,4 +1,4 @@
-"""`fedprompt deploy local` ends in the bits of the simulation on the same folders."""
+"""`fedprompt deploy local` equals the simulation on the same folders, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fedprompt.deploy.processes import processes_with
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run as experiment
 from fedprompt.reports.run_data import PRIVATE
-from tests.support.federations import config_for, needs_processes, private_of, write_clients
+from tests.support.federation_twins import private_of
+from tests.support.federations import config_for, needs_processes, write_clients
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
         replace(config, output=replace(config.output, dir=str(tmp_path / "twin"))), QuietDisplay()
     )
     summaries = [json.loads((p / "summary.json").read_text()) for p in (run, twin)]
-    for summary in summaries:  # what Flower's envelopes weigh differs by a few bytes
+    for summary in summaries:  # the metadata around a message differs
         for key in ("wall_s", "environment", "bytes_up", "bytes_down"):
             del summary[key]
     assert summaries[0] == summaries[1]
@@ -66,7 +67,7 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     assert partitions[0] == partitions[1]
     assert sum(map(len, partitions[0]["train_counts"])) > 0
 
-    # Private prompts: on the nodes, as the simulation has them, and nowhere else.
+    # Private prompts are on the nodes, equal to the simulation's, and nowhere else.
     assert not (run / PRIVATE).exists()
     for client, expected in enumerate(private_of(twin, 3)):
         files = sorted((tmp_path / "f" / f"node-{client}" / "state").rglob("*.safetensors"))
@@ -75,8 +76,8 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
             "round-000002.safetensors",
         ]
         assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o600}
-        kept = {n: t.numpy().tobytes() for n, t in load_file(files[-1]).items()}
-        assert kept == expected
+        stored = {n: t.numpy().tobytes() for n, t in load_file(files[-1]).items()}
+        assert stored == expected
         needle = next(iter(expected.values()))[:64]
         elsewhere = [p for p in run.rglob("*") if p.is_file() and needle in p.read_bytes()]
         elsewhere += [

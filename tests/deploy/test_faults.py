@@ -1,7 +1,7 @@
-"""What can go wrong with real nodes goes wrong here, and nothing is lost but what is named.
+"""Faults of real nodes and of the server: only the updates that the log reports are lost.
 
-Processes are killed by their ids, disks are full, lines are cut. Each run is compared, bit for bit,
-with a simulation in which exactly those updates are missing that the run's own log names.
+Processes are killed, disks are full, connections are cut. Each run is compared, bit for bit, with a
+simulation that lacks exactly the updates that the run's own log reports as missing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.processes import descendants, end
+from fedprompt.deploy.processes import descendants, send_signal
+from tests.support.federation_twins import dropped
 from tests.support.federations import (
     Running,
     config_for,
-    dropped,
     federation,
     needs_processes,
     write_clients,
@@ -39,7 +39,7 @@ def server_app(running: Running) -> int:
     raise AssertionError("no server app")
 
 
-def test_a_node_killed_in_a_round_comes_back(tmp_path: Path) -> None:
+def test_a_node_killed_during_a_round_returns(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
     config = config_for(
         tmp_path / "images", tmp_path / "run", rounds=9,
@@ -52,7 +52,8 @@ def test_a_node_killed_in_a_round_comes_back(tmp_path: Path) -> None:
         running.wait_for_round(2)
         assert "client 1: reply dropped" in running.log()
         assert (1, 2) in dropped(running.lines())
-        running.start_node(1)  # refused for most of a minute, and started again until it is not
+        # Flower rejects the node for most of a minute; it is restarted until it is admitted.
+        running.start_node(1)
         running.wait_for_end()
         lost = running.lost_and_nothing_else(tmp_path / "twin")
         assert (1, 2) in lost
@@ -75,12 +76,14 @@ def test_a_node_that_joins_late(tmp_path: Path) -> None:
         lost = running.lost_and_nothing_else(tmp_path / "twin")
         sampled = {line["round"]: line["clients"]["sampled"] for line in running.lines()[1:]}
         first = min(r for r, clients in sampled.items() if clients == 3)
-        assert lost == {(2, r) for r in range(1, first)}, "nothing from the round in which it joins"
+        assert lost == {(2, r) for r in range(1, first)}, (
+            "no update is lost from the round in which it joins"
+        )
         assert first > 1
         assert running.lines()[-1]["clients"] == {"sampled": 3, "accepted": 3, "rejected": 0}
 
 
-def test_a_node_that_never_answers(tmp_path: Path) -> None:
+def test_a_node_that_never_replies(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
     config = config_for(
         tmp_path / "images", tmp_path / "run", rounds=2,
@@ -108,23 +111,23 @@ def test_a_slow_node(tmp_path: Path) -> None:
         os.kill(worker, signal.SIGSTOP)
         running.wait_for_round(2)
         assert "client 2: reply dropped: no reply" in running.log()
-        os.kill(worker, signal.SIGCONT)  # its answer to round 2 comes late and does not count
+        os.kill(worker, signal.SIGCONT)  # its reply to round 2 is late and does not count
         running.wait_for_end()
         lost = running.lost_and_nothing_else(tmp_path / "twin")
-        assert (2, 2) in lost & running.trained, "trained in vain, and kept by the node"
-        assert lost <= {(2, 2), (2, 3)}, "it goes on with the round that is under way, or the next"
+        assert (2, 2) in lost & running.trained, "trained too late, and stored by the node"
+        assert lost <= {(2, 2), (2, 3)}, "it continues with the current round or the next one"
 
 
 def test_a_short_network_cut_loses_nothing(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
     config = config_for(tmp_path / "images", tmp_path / "run", federation={"timeout_s": 240})
-    with federation(tmp_path, config, [0, 1]) as running, Proxy(running.local.site.port) as proxy:
+    with federation(tmp_path, config, [0, 1]) as running, Proxy(running.local.server.port) as proxy:
         running.start_node(2, server=f"127.0.0.1:{proxy.port}")
         running.begin()
         running.wait_until_training(2, 2)
         proxy.cut()
         time.sleep(15)
-        proxy.mend()
+        proxy.restore()
         running.wait_for_end()
         assert proxy.cuts > 0
         assert running.lost_and_nothing_else(tmp_path / "twin") == set()
@@ -149,16 +152,16 @@ def test_the_server_app_and_then_everything_is_killed_and_resumed(tmp_path: Path
     with federation(tmp_path, config, range(3)) as running:
         running.begin()
         running.wait_until_training(0, 2)
-        end(server_app(running), signal.SIGKILL)
-        running.go_on()
+        send_signal(server_app(running), signal.SIGKILL)
+        running.resume()
         running.wait_for_round(2)
         for child in running.local.processes.alive():
-            end(child, signal.SIGKILL)
+            send_signal(child, signal.SIGKILL)
     assert not (running.path / "summary.json").exists()
     with federation(tmp_path, config, range(3)) as running:
-        running.go_on()
+        running.resume()
         running.wait_for_end()
-        assert "going on after round" in running.log()
+        assert "resuming after round" in running.log()
         assert running.lost_and_nothing_else(tmp_path / "twin") == set()
 
 
@@ -179,7 +182,7 @@ if any("flwr-serverapp" in part for part in sys.orig_argv) and not os.path.exist
 """
 
 
-def test_a_checkpoint_half_written_when_the_server_app_dies(tmp_path: Path) -> None:
+def test_the_server_app_is_killed_while_it_writes_a_checkpoint(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
     config = config_for(tmp_path / "images", tmp_path / "run")
     flag = tmp_path / "died"
@@ -192,7 +195,7 @@ def test_a_checkpoint_half_written_when_the_server_app_dies(tmp_path: Path) -> N
         running.wait_for(flag.exists, "the server app's death")
         (half,) = running.path.glob(".checkpoint.safetensors.*.tmp")
         assert 0 < half.stat().st_size < (running.path / "checkpoint.safetensors").stat().st_size
-        running.go_on()
+        running.resume()
         running.wait_for_end()
         assert not half.exists()
         assert running.lost_and_nothing_else(tmp_path / "twin") == set()
@@ -200,7 +203,7 @@ def test_a_checkpoint_half_written_when_the_server_app_dies(tmp_path: Path) -> N
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 256 KiB."""
+    """A separate file system with 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
@@ -219,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all that is left of a disk."""
+    """Fill a disk; returns the file that does it."""
     path = disk / "filler"
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as stream:
         while True:
@@ -235,13 +238,13 @@ def test_a_full_disk_on_a_node(tmp_path: Path, small_disk: Path) -> None:
         running.begin()
         running.wait_until_training(0, 2)
         filler = fill(small_disk)
-        running.wait_for(lambda: dropped(running.lines()), "an update that is dropped")
+        running.wait_for(lambda: dropped(running.lines()), "a dropped update")
         filler.unlink()
         running.wait_for_end()
         line = next(x for x in running.log().splitlines() if "client 2: reply dropped" in x)
         assert "cannot write private state" in line
         assert "No space left on device" in line
-        assert str(small_disk) not in line, "a node's folders are its own business"
+        assert str(small_disk) not in line, "the server must not learn a node's folders"
         assert "this node cannot take part" in running.local.processes.log("worker-2").read_text()
         lost = running.lost_and_nothing_else(tmp_path / "twin")
         assert lost
@@ -261,6 +264,6 @@ def test_a_full_disk_on_the_server(tmp_path: Path, small_disk: Path) -> None:
             lambda: running.local.status(running.run_id).startswith("finished"), "its failure"
         )
         filler.unlink()
-        running.go_on()
+        running.resume()
         running.wait_for_end()
         assert running.lost_and_nothing_else(tmp_path / "twin") == set()

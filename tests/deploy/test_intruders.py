@@ -1,4 +1,4 @@
-"""Who is not let in, and what is not taken for data."""
+"""Who is refused, and which bytes are not accepted as data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.federations import config_for, federation, needs_processes, w
 
 
 class Bomb:
-    """What a pickle would do if anybody opened it."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
@@ -46,13 +46,13 @@ def flag(tmp_path: Path) -> Path:
 
 
 def pickled_array(flag: Path) -> bytes:
-    """A .npy file whose content is a pickle: NumPy opens it only where it is told to."""
+    """A .npy file whose content is a pickle, which NumPy loads only if it is told to."""
     buffer = io.BytesIO()
     np.save(buffer, np.array([Bomb(flag)], dtype=object), allow_pickle=True)
     return buffer.getvalue()
 
 
-def test_the_bomb_works(flag: Path) -> None:
+def test_the_pickle_does_harm_when_it_is_loaded(flag: Path) -> None:
     np.load(io.BytesIO(pickled_array(flag)), allow_pickle=True)
     assert flag.is_dir()
 
@@ -99,30 +99,30 @@ def test_pickles_in_files_and_on_the_wire_are_refused(flag: Path, tmp_path: Path
     assert not flag.exists()
 
 
-def test_no_module_of_ours_opens_pickles() -> None:
+def test_none_of_our_modules_loads_pickles() -> None:
     root = ROOT
     code = [p for folder in ("fedprompt", "strategies") for p in (root / folder).rglob("*.py")]
     words = ("import pickle", "cloudpickle", "allow_pickle=True", "weights_only=False", "dill")
-    found = [(p.name, word) for p in code for word in words if word in p.read_text()]
-    assert found == []
+    matches = [(p.name, word) for p in code for word in words if word in p.read_text()]
+    assert matches == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @needs_processes
-def test_who_is_not_let_in(tmp_path: Path) -> None:
+def test_who_is_refused(tmp_path: Path) -> None:
     write_clients(tmp_path / "images")
     config = config_for(tmp_path / "images", tmp_path / "run", clients=2, rounds=1)
     with federation(tmp_path, config, []) as running:
-        local, port = running.local, running.local.site.port
-        trusted = ssl.create_default_context(cafile=str(local.site.folder / "ca.crt"))
+        local, port = running.local, running.local.server.port
+        trusted = ssl.create_default_context(cafile=str(local.server.path / "ca.crt"))
 
-        # Plain text gets no answer, neither in HTTP nor from Flower's own client.
+        # Plain HTTP gets no answer.
         with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
             line.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n\r\n")
             assert b"200" not in line.recv(100)
 
-        # Only the Fleet API is there, and it answers nobody without a key.
+        # Only the Fleet API can be reached, and it refuses callers without a key.
         with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted) as client:
             for path in ("control/start-run", "control/list-nodes", "runtime/acquire-task"):
                 assert client.post(f"/v1/{path}", content=b"").status_code == 404
@@ -135,10 +135,10 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
             )
             assert refused.status_code in (400, 401, 415), refused.text
 
-        # A server of another authority: the node does not talk to it.
+        # A node refuses a server whose certificate another authority has issued.
         write_authority(tmp_path / "other", 1)
         stranger = local.folder / "node-1"
-        own = (stranger / "ca.crt").read_bytes()
+        certificate = (stranger / "ca.crt").read_bytes()
         shutil.copy(tmp_path / "other" / "ca.crt", stranger / "ca.crt")
         running.start_node(1)
         log = local.processes.log("node-1")
@@ -150,9 +150,9 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
             "the node's refusal",
         )
         running.kill_node(1)
-        (stranger / "ca.crt").write_bytes(own)
+        (stranger / "ca.crt").write_bytes(certificate)
 
-        # A key that nobody has registered, and a node that speaks plain text.
+        # A node whose key is not registered is refused.
         right = (stranger / "node.key").read_bytes()
         write_node_key(stranger)
         assert (stranger / "node.key").read_bytes() != right
@@ -161,12 +161,12 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
         node = local.processes.running["node-1"]
         running.wait_for(lambda: node.poll() is not None, "the server's refusal")
         assert node.returncode != 0
-        said = log.read_text()
-        assert "Failed to initialize the connection" in said
+        assert "Failed to initialize the connection" in log.read_text()
         local.processes.kill("node-1")
         local.processes.kill("worker-1")
 
-        command = local.node(0).supernode({}, 1)
+        # A node without TLS is refused.
+        command = local.node(0).supernode_command({}, 1)
         command[1:3] = ["--insecure"]
         plain = local.processes.start("plain", command, local.node(0).environment)
         words = local.processes.log("plain")
@@ -176,7 +176,7 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
         assert "SuperNode ID" not in words.read_text()
         local.processes.kill("plain")
 
-        # The rightly keyed node is in; the others have never been.
+        # The node with the right key joins; the others never did.
         running.start_node(0)
         running.begin()
         running.wait_for(lambda: "client 0 has joined" in running.log(), "the right node")

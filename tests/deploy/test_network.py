@@ -1,8 +1,8 @@
-"""A federation of four machines, by the commands of docs/deployment.md, and real network faults.
+"""A federation of four machines, set up by the commands of docs/deployment.md, and network faults.
 
-The machines are network namespaces: each has an address, ports and a loopback of its own, and its
-own folders; what they share is a kernel, a clock and the installed program. Keys are copied from
-where they are made, and the originals are removed.
+The machines are network namespaces. Each has its own address, ports, loopback interface and
+folders; they share a kernel, a clock and the installed program. The folders with the keys are moved
+from where they were created, so no machine has another machine's keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.credentials import write_node_key
-from fedprompt.deploy.processes import descendants, end
+from fedprompt.deploy.processes import descendants, send_signal
 from tests.support.doc_pages import DOCS, commands
 from tests.support.federations import (
     Watched,
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs_processes]
 
 NODES = 3
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
-"""127.0.0.1 and ::1, as /proc/net/tcp has them."""
+"""127.0.0.1 and ::1, as /proc/net/tcp writes them."""
 CONNECT = """
 import socket, sys
 try:
@@ -52,7 +52,12 @@ except OSError as error:
 
 
 def documented(command: str, changes: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """The words behind `fedprompt deploy` of the documentation's first such command."""
+    """The words after `fedprompt deploy` in the documentation's first command of this name.
+
+    Args:
+        command: for example `init`.
+        changes: words of the documentation, and what the test uses instead.
+    """
     lines = (shlex.split(line, comments=True) for line in commands(DOCS / "deployment.md"))
     words = next(w[2:] for w in lines if w[1:3] == ["deploy", command])
     assert set(changes) <= set(words), "the test changes what the documentation says"
@@ -60,7 +65,7 @@ def documented(command: str, changes: Mapping[str, str] = MappingProxyType({})) 
 
 
 class Machines:
-    """One server and three nodes that run, with an experiment on their images."""
+    """One running server and three running nodes, each on its own machine."""
 
     def __init__(self, folder: Path, network: Network, shell: Shell) -> None:
         self.folder, self.network, self.shell = folder, network, shell
@@ -91,7 +96,7 @@ class Machines:
         )
 
     def run(self, rounds: int, **federation: Any) -> Run:
-        """Hand over an experiment on the server's machine."""
+        """Run an experiment with `deploy run` on the server's machine."""
         self.runs += 1
         home = self.home("server")
         config = config_for(
@@ -111,17 +116,17 @@ class Machines:
         return self.home(node) / "federation" / node / "logs" / "supernode.log"
 
     def _init(self) -> subprocess.Popen[bytes]:
-        """Keys and images where they belong, and the server, which is ready."""
+        """Put keys and images where they belong, and start the server; returns its process."""
         address, names = self.network.address("server"), ["server", *self.nodes]
         write_clients(self.folder / "images", NODES)
         words = documented("init", {"fed.example.org": address})
         init = self.shell.start("init", *words, cwd=self.folder)
-        assert init.wait() == 0, self.shell.said("init")
-        made = self.folder / "federation"
+        assert init.wait() == 0, self.shell.output("init")
+        created = self.folder / "federation"
         for name in names:
             (self.home(name) / "federation").mkdir(parents=True)
-            shutil.move(made / name, self.home(name) / "federation" / name)
-        shutil.rmtree(made)
+            shutil.move(created / name, self.home(name) / "federation" / name)
+        shutil.rmtree(created)
         for k, node in enumerate(self.nodes):
             shutil.copytree(self.folder / "images" / f"client-{k}", self.home(node) / "images")
         server = self.deploy("server", "server", *documented("server"))
@@ -129,7 +134,7 @@ class Machines:
         return server
 
     def connect(self, machine: str, address: str, port: int) -> str:
-        """What becomes of a connection in plain text."""
+        """What happens to a connection without TLS."""
         return self.network.run(machine, sys.executable, "-c", CONNECT, address, str(port)).strip()
 
 
@@ -155,16 +160,16 @@ class Run(Watched):
         node = self.machines.nodes[client]
         return self.machines.home(node) / "federation" / node / "state"
 
-    def words(self) -> str:
-        said = [self.output, "server", *self.machines.nodes]
-        texts = [f"== {name}\n{self.machines.shell.said(name)[-1500:]}" for name in said]
+    def diagnosis(self) -> str:
+        names = [self.output, "server", *self.machines.nodes]
+        texts = [f"== {name}\n{self.machines.shell.output(name)[-1500:]}" for name in names]
         logs = [last_words(self.machines.supernode(k).parent) for k in range(NODES)]
         return "\n".join([*texts, *logs])
 
     def wait_for_end(self) -> None:
-        """The command says the result and ends well."""
+        """Wait until the command has printed the result and ended with status 0."""
         self.wait_for(lambda: self.process.poll() is not None, "the end of the run")
-        assert self.process.returncode == 0, self.words()
+        assert self.process.returncode == 0, self.diagnosis()
 
 
 def wait_until(reached: Callable[[], object], what: str, wait: float = 120.0) -> None:
@@ -191,46 +196,46 @@ def plugged_in(machines: Machines) -> Iterator[None]:
         machines.network.plug(node)
 
 
-def test_three_nodes_elsewhere_equal_the_simulation(machines: Machines, tmp_path: Path) -> None:
+def test_three_nodes_on_other_machines_equal_the_simulation(
+    machines: Machines, tmp_path: Path
+) -> None:
     run = machines.run(rounds=2)
     run.wait_for_end()
     assert run.lost_and_nothing_else(tmp_path / "twin") == set()
     for node in machines.nodes:
-        assert "connected to the server 10.77.0.1:9092" in machines.shell.said(node)
+        assert "connected to the server 10.77.0.1:9092" in machines.shell.output(node)
 
 
-def test_one_port_of_the_server_answers_and_none_of_a_node(machines: Machines) -> None:
+def test_the_server_has_one_open_port_and_a_node_has_none(machines: Machines) -> None:
     network = machines.network
     ports = {port: address in LOOPBACK for address, port in network.listeners("server")}
     assert {port for port, private in ports.items() if not private} == {9092}
-    assert 8000 in ports, "the SuperLink is there"
+    assert 8000 in ports, "the SuperLink listens"
     for port in ports:
         if port != 9092:
-            found = machines.connect("node-0", network.address("server"), port)
-            assert found == "ConnectionRefusedError", port
+            outcome = machines.connect("node-0", network.address("server"), port)
+            assert outcome == "ConnectionRefusedError", port
     assert machines.connect("server", "127.0.0.1", 8000) != "ConnectionRefusedError"
     assert "200" not in machines.connect("node-0", network.address("server"), 9092)
     for node in machines.nodes:
         listening = network.listeners(node)
-        assert listening, "its own tasks"
+        assert listening, "the SuperNode's own children connect to it"
         assert {address for address, _ in listening} <= LOOPBACK
 
 
-def test_a_key_that_nobody_has_registered_does_not_get_in(machines: Machines) -> None:
+def test_a_key_that_is_not_registered_is_rejected(machines: Machines) -> None:
     home = machines.home("node-2") / "federation"
     shutil.copytree(home / "node-2", home / "stranger", ignore=shutil.ignore_patterns("*.sock"))
     write_node_key(home / "stranger")
     stranger = machines.deploy(
         "node-2", "stranger", "node", "federation/stranger", "--data", "images", "--port", "9194"
     )
-    machines.shell.wait_for("stranger", "does not let this node in", stranger)
-    assert "connected" not in machines.shell.said("stranger")
+    machines.shell.wait_for("stranger", "rejected this node", stranger)
+    assert "connected" not in machines.shell.output("stranger")
     machines.shell.stop(stranger)
 
 
-def test_a_line_that_is_down_for_20_seconds_loses_nothing(
-    machines: Machines, tmp_path: Path
-) -> None:
+def test_an_interruption_of_20_seconds_loses_nothing(machines: Machines, tmp_path: Path) -> None:
     run = machines.run(rounds=3)
     run.wait_until_training(2, 2)
     machines.network.unplug("node-2")
@@ -240,16 +245,14 @@ def test_a_line_that_is_down_for_20_seconds_loses_nothing(
     assert run.lost_and_nothing_else(tmp_path / "twin") == set()
 
 
-def test_a_line_that_delays_and_loses_packets_loses_nothing(
-    machines: Machines, tmp_path: Path
-) -> None:
+def test_delays_and_lost_packets_lose_nothing(machines: Machines, tmp_path: Path) -> None:
     with machines.network.poor_line("node-1"):
         run = machines.run(rounds=2)
         run.wait_for_end()
     assert run.lost_and_nothing_else(tmp_path / "twin") == set()
 
 
-def test_a_line_that_is_lost_for_good(machines: Machines, tmp_path: Path) -> None:
+def test_a_permanent_interruption(machines: Machines, tmp_path: Path) -> None:
     run = machines.run(rounds=3, min_replies=2)
     run.wait_until_training(2, 2)
     machines.network.unplug("node-2")
@@ -259,40 +262,39 @@ def test_a_line_that_is_lost_for_good(machines: Machines, tmp_path: Path) -> Non
     assert run.lines()[2]["clients"] == {"sampled": 3, "accepted": 2, "rejected": 1}
 
 
-def test_a_node_that_starts_without_a_network_and_is_cut_off_in_a_handshake(
+def test_a_node_that_starts_offline_and_loses_the_network_in_a_handshake(
     machines: Machines, tmp_path: Path
 ) -> None:
-    """It joins when the network is back, and says once what it waits for."""
+    """It joins when the network is back, and reports once that it waits for the server."""
     network, shell = machines.network, machines.shell
     shell.stop(machines.started[2])
     network.unplug("node-2")
     machines.start_node("node-2")
     node = machines.started[2]
-    shell.wait_for("node-2", "is out of reach; trying until it answers", node)
+    shell.wait_for("node-2", "cannot be reached", node)
 
-    # The gate takes no new connection to its end: one that is there is in its TLS handshake.
-    (gate,) = (
+    # While the fleet proxy is stopped, a new connection stays in its TLS handshake.
+    (proxy,) = (
         child for child in descendants(machines.server.pid)
-        if b"deploy\0gate\0" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"deploy\0fleet-proxy\0" in Path(f"/proc/{child}/cmdline").read_bytes()
     )  # fmt: skip
-    end(gate, signal.SIGSTOP)
+    send_signal(proxy, signal.SIGSTOP)
     try:
         network.plug("node-2")
         wait_until(lambda: network.connections("node-2", 9092), "a connection")
         network.unplug("node-2")
     finally:
-        end(gate, signal.SIGCONT)
+        send_signal(proxy, signal.SIGCONT)
     log = machines.supernode(2)
     started = log.stat().st_size
     wait_until(lambda: b"Exit Code: 305" in log.read_bytes()[started:], "the SuperNode's end")
     network.plug("node-2")
     shell.wait_for("node-2", "connected to the server", node)
-    said = shell.said("node-2").splitlines()
-    assert [line.partition(";")[0] for line in said] == [
-        "client 2 calls 10.77.0.1:9092",
-        "the server 10.77.0.1:9092 is out of reach",
-        "connected to the server 10.77.0.1:9092",
-    ]
+    lines = shell.output("node-2").splitlines()
+    states = ["client 2", "cannot be reached", "connected to the server"]
+    assert len(lines) == len(states), lines
+    assert all(state in line for state, line in zip(states, lines, strict=True)), lines
+    assert all("10.77.0.1:9092" in line for line in lines)
     run = machines.run(rounds=1)
     run.wait_for_end()
     assert run.lost_and_nothing_else(tmp_path / "twin") == set()

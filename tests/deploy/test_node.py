@@ -1,4 +1,4 @@
-"""A node's answers, in this process and through its warm worker."""
+"""A node's replies, computed in this process and by its worker."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.schema import to_yaml
-from fedprompt.deploy import worker_client as carrier
-from fedprompt.deploy.folders import NodeSite
+from fedprompt.deploy import worker_client
+from fedprompt.deploy.folders import NodeFolder
 from fedprompt.deploy.node import answer
-from fedprompt.deploy.node_report import Description, from_reply
-from fedprompt.deploy.worker import listen, serve_one
-from fedprompt.deploy.worker_client import WorkerAway, carry
+from fedprompt.deploy.node_report import NodeReport, read_report
+from fedprompt.deploy.worker import answer_one, listen
+from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.messages import become_server, to_record, to_wire
@@ -39,13 +39,13 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A folder whose path is short enough for a socket."""
+    """A folder whose path is short enough for a socket in it."""
     with tempfile.TemporaryDirectory(prefix="fp") as folder:
         yield Path(folder)
 
 
 def settings(images: Path, client: int = 1, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A node's settings, and the run config of an experiment that knows no folder."""
+    """A node's settings, and the run config of an experiment that names no existing folder."""
     config = config_for(images, Path("run"))
     text = to_yaml(config).replace(str(images), "/not/here")
     node = {"partition-id": client, "data": str(images / f"client-{client}"), "device": "cpu"}
@@ -69,66 +69,65 @@ def start_of(images: Path) -> Any:
     return to_record({n: t.numpy() for n, t in start.items()})
 
 
-def test_a_node_says_what_it_has(images: Path) -> None:
+def test_a_node_reports_its_images(images: Path) -> None:
     reply = answer(message(MessageType.QUERY), *settings(images), 7)
-    found = from_reply(reply, len(CLASSES), 3)
-    assert isinstance(found, Description)
-    assert found.client == 1
-    assert [a + b for a, b in zip(found.train_C, found.test_C, strict=True)] == [9, 10, 11, 12]
+    report = read_report(reply, len(CLASSES), 3)
+    assert isinstance(report, NodeReport)
+    assert report.client == 1
+    assert [a + b for a, b in zip(report.train_C, report.test_C, strict=True)] == [9, 10, 11, 12]
 
 
-def test_a_folder_that_is_wrong_is_one_line_on_both_sides(
+def test_a_fault_of_the_folder_is_one_line_on_both_sides(
     images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logging.getLogger("fedprompt").handlers.clear()
     (images / "client-1" / "beach" / "bad.jpg").write_bytes(truncated())
     reply = answer(message(MessageType.QUERY), *settings(images), 7)
-    said = from_reply(reply, len(CLASSES), 3)
-    assert isinstance(said, str)
-    assert "cannot read <data>/beach/bad.jpg" in said
-    assert str(images) not in said, "where a node's images lie is its own business"
-    here = capfd.readouterr().err
-    assert f"this node cannot take part: data: cannot read {images}/client-1/beach/bad.jpg" in here
-    assert "Traceback" not in here
+    fault = read_report(reply, len(CLASSES), 3)
+    assert isinstance(fault, str)
+    assert "<data>/beach/bad.jpg" in fault
+    assert str(images) not in fault, "the server must not learn where a node's images are"
+    logged = capfd.readouterr().err
+    assert f"{images}/client-1/beach/bad.jpg" in logged
+    assert logged.count("\n") == 1
     (images / "client-1" / "beach" / "bad.jpg").unlink()
     (images / "client-1" / "glacier").mkdir()
     reply = answer(message(MessageType.TRAIN, 1), *settings(images), 7)
     assert reply.has_error()
-    assert "has a class 'glacier' that is not in data.class_names" in str(reply.error.reason)
+    assert "glacier" in str(reply.error.reason)
+    assert "data.class_names" in str(reply.error.reason)
 
 
-def test_weights_that_the_experiment_names_are_not_the_nodes(
+def test_a_node_needs_its_own_copy_of_the_experiments_weights(
     images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logging.getLogger("fedprompt").handlers.clear()
     config = config_for(images, Path("run"), backbone={"checkpoint": "/server/weights.pt"})
     node, run = settings(images)
     run["config"] = to_yaml(config)
-    said = from_reply(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
-    line = "the experiment's weights are a file of the server's (backbone.checkpoint)"
-    assert isinstance(said, str)
-    assert line in said
-    here = capfd.readouterr().err
-    assert f"this node cannot take part: {line}" in here
-    assert here.count("\n") == 1
-    own = settings(images, checkpoint=str(images / "weights.pt"))[0]
-    reply = answer(message(MessageType.QUERY), own, run, 7)
-    assert isinstance(from_reply(reply, len(CLASSES), 3), Description)
+    fault = read_report(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    assert isinstance(fault, str)
+    assert "backbone.checkpoint" in fault
+    logged = capfd.readouterr().err
+    assert fault in logged
+    assert logged.count("\n") == 1
+    with_weights = settings(images, checkpoint=str(images / "weights.pt"))[0]
+    reply = answer(message(MessageType.QUERY), with_weights, run, 7)
+    assert isinstance(read_report(reply, len(CLASSES), 3), NodeReport)
 
 
-def test_a_node_that_requires_more_protection_says_nothing_of_its_data(images: Path) -> None:
+def test_a_node_that_requires_more_protection_reports_nothing_about_its_data(images: Path) -> None:
     node, run = settings(images, **{"require-secure-aggregation": True})
-    line = "secure aggregation is required here"
-    said = from_reply(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
-    assert isinstance(said, str)
-    assert line in said
+    fault = read_report(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    assert isinstance(fault, str)
+    assert "secure_aggregation.enabled" in fault
     reply = answer(message(MessageType.TRAIN, 1, start_of(images)), node, run, 7)
     assert reply.has_error()
-    assert line in str(reply.error.reason)
+    assert reply.error.reason == fault
     assert not (images.parent / "state").exists()
 
 
-def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> None:
+def test_the_worker_replies_like_the_process_itself(images: Path, short: Path) -> None:
     shared = start_of(images)
     path = short / "worker.sock"
     with listen(path) as listener:
@@ -138,53 +137,53 @@ def test_the_worker_answers_as_the_process_itself(images: Path, short: Path) -> 
             for _ in range(3):
                 line, _ = listener.accept()
                 with line:
-                    serve_one(line)
+                    answer_one(line)
 
         threading.Thread(target=serve, daemon=True).start()
         for kind in (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE):
             asked = message(kind, 1, shared)
-            own = answer(asked, *settings(images, **{"state-dir": str(short / "own")}), 7)
+            direct = answer(asked, *settings(images, **{"state-dir": str(short / "direct")}), 7)
             node, run = settings(images, **{"state-dir": str(short / "worker")})
-            theirs = carry(str(path), asked, node, run, 7)
-            assert not own.has_error(), own.error
-            assert own.content == theirs.content
-    kept = [sorted(p.name for p in (short / d).rglob("*.safetensors")) for d in ("own", "worker")]
-    assert kept[0] == kept[1] == ["round-000001.safetensors"]
+            by_worker = ask_worker(str(path), asked, node, run, 7)
+            assert not direct.has_error(), direct.error
+            assert direct.content == by_worker.content
+    for folder in ("direct", "worker"):
+        files = [p.name for p in (short / folder).rglob("*.safetensors")]
+        assert files == ["round-000001.safetensors"]
 
 
-def test_no_worker_and_one_that_dies(short: Path) -> None:
+def test_a_worker_that_is_absent_or_dies(short: Path) -> None:
     asked = message(MessageType.QUERY)
-    with pytest.raises(WorkerAway):
-        carry(str(short / "none.sock"), asked, {}, {}, 7, patience=0.5)
+    with pytest.raises(WorkerUnavailable):
+        ask_worker(str(short / "none.sock"), asked, {}, {}, 7, patience_s=0.5)
     path = short / "worker.sock"
     with listen(path) as listener:
 
         def die() -> None:
             line, _ = listener.accept()
-            carrier.receive(line)
+            worker_client.receive_block(line)
             line.close()
 
         threading.Thread(target=die, daemon=True).start()
-        reply = carry(str(path), asked, {}, {}, 7)
+        reply = ask_worker(str(path), asked, {}, {}, 7)
     assert reply.has_error()
-    assert "the node's worker ended over this message" in str(reply.error.reason)
+    assert "worker ended" in str(reply.error.reason)
 
 
-def test_a_message_that_breaks_the_worker_is_an_error_reply(short: Path) -> None:
-    """It goes on with the next one."""
+def test_a_message_that_the_worker_fails_on_is_an_error_reply(short: Path) -> None:
     asked = message(MessageType.TRAIN)
     near, far = socket.socketpair()
     with near, far:
-        carrier.send(near, b'{"node_config": 3, "run_config": {}, "run_id": 7}')
-        carrier.send(near, to_wire(asked))
-        carrier.send(near, b"")  # nothing is kept for secure aggregation
-        serve_one(far)
-        assert b"TypeError" in carrier.receive(near)
+        worker_client.send_block(near, b'{"node_config": 3, "run_config": {}, "run_id": 7}')
+        worker_client.send_block(near, to_wire(asked))
+        worker_client.send_block(near, b"")  # no state of secure aggregation
+        answer_one(far)
+        assert b"TypeError" in worker_client.receive_block(near)
 
 
-def test_a_deep_folder_has_its_socket_elsewhere(tmp_path: Path, short: Path) -> None:
-    assert NodeSite(short, "s:1", 0).worker_socket == short / "worker.sock"
-    deep = [NodeSite(tmp_path / ("x" * 120) / name, "s:1", 0).worker_socket for name in "ab"]
+def test_the_socket_of_a_deep_folder_is_elsewhere(tmp_path: Path, short: Path) -> None:
+    assert NodeFolder(short, "s:1", 0).worker_socket == short / "worker.sock"
+    deep = [NodeFolder(tmp_path / ("x" * 120) / name, "s:1", 0).worker_socket for name in "ab"]
     assert deep[0] != deep[1]
     assert all(len(str(path)) < 100 for path in deep)
     with listen(deep[0]):
@@ -192,13 +191,13 @@ def test_a_deep_folder_has_its_socket_elsewhere(tmp_path: Path, short: Path) -> 
     deep[0].unlink()
 
 
-def test_what_cannot_be_a_socket_is_one_line(short: Path) -> None:
+def test_a_socket_that_cannot_be_created_is_reported(short: Path) -> None:
     (short / "file").write_text("")
     with pytest.raises(UserError, match="cannot listen on"):
         listen(short / "file" / "worker.sock")
 
 
-def test_carrying_a_message_loads_no_pytorch() -> None:
+def test_the_client_app_does_not_import_pytorch() -> None:
     code = "import sys, fedprompt.deploy.client_app; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

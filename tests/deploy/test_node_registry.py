@@ -1,4 +1,4 @@
-"""Who is there: nodes join, leave, come back, lie, and say what is wrong with their folders."""
+"""Nodes join, leave, return, make false claims, and report what is wrong with their folders."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.deploy.backbone_check import differs, sample_features
-from fedprompt.deploy.node_registry import Roster
-from fedprompt.deploy.node_report import Description, fault_reply, from_reply, to_reply
+from fedprompt.deploy.backbone_check import has_other_weights, sample_features
+from fedprompt.deploy.node_registry import NodeRegistry
+from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
 from fedprompt.messages import become_server, from_wire, to_wire
 from tests.support.builders import random_clip
 
@@ -23,12 +23,12 @@ CLASSES = ("river", "beach")
 SAMPLE = (0.0, 1.0, 0.6, 0.8)
 
 
-def client(k: int, bad: int = 0, train: tuple[int, ...] = (3, 4)) -> Description:
-    return Description(k, train, (1, 0), bad, True, SAMPLE)
+def client(k: int, bad: int = 0, train: tuple[int, ...] = (3, 4)) -> NodeReport:
+    return NodeReport(k, train, (1, 0), bad, True, SAMPLE)
 
 
 class Nodes(Grid):
-    """A grid whose nodes answer what the test says; None = not yet."""
+    """A grid whose nodes give the replies that a test sets; None means no reply yet."""
 
     def __init__(self) -> None:
         become_server()
@@ -59,15 +59,15 @@ class Nodes(Grid):
         for i in message_ids:
             message = self.sent[i]
             answer = self.answers.get(message.metadata.dst_node_id)
-            if isinstance(answer, Description):
-                yield from_wire(to_wire(to_reply(answer, message)))
+            if isinstance(answer, NodeReport):
+                yield from_wire(to_wire(report_reply(answer, message)))
             elif isinstance(answer, str):
                 yield fault_reply(answer, message)
             elif isinstance(answer, Error):
                 yield Message(answer, reply_to=message)
 
     def send_and_receive(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("a roster waits for nobody")
+        raise AssertionError("the registry must not wait for replies")
 
 
 @pytest.fixture
@@ -75,97 +75,98 @@ def nodes() -> Nodes:
     return Nodes()
 
 
-def roster(nodes: Nodes, keyed: dict[int, int] | None = None) -> Roster:
+def registry_of(nodes: Nodes, registered: dict[int, int] | None = None) -> NodeRegistry:
     sample_2D = np.array(SAMPLE, dtype=np.float32).reshape(2, 2)
-    return Roster(nodes, 3, CLASSES, keyed or {}, sample_2D)
+    return NodeRegistry(nodes, 3, CLASSES, registered or {}, sample_2D)
 
 
 def test_nodes_join_late_leave_and_come_back(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = roster(nodes)
+    registry = registry_of(nodes)
     nodes.answers = {11: client(0), 22: None}
-    assert found.update()
-    assert found.node_of_client == {0: 11}
-    assert found.missing == [1, 2]
-    assert not found.update(), "node 22 has not answered yet, and is not asked twice"
+    assert registry.update()
+    assert registry.node_of_client == {0: 11}
+    assert registry.missing == [1, 2]
+    assert not registry.update(), "node 22 has not replied yet, and is not asked twice"
     assert len(nodes.sent) == 2
     nodes.answers[22] = client(2)
-    assert found.update()
-    assert found.node_of_client == {0: 11, 2: 22}
+    assert registry.update()
+    assert registry.node_of_client == {0: 11, 2: 22}
     del nodes.answers[11]
-    assert found.update()
-    assert found.node_of_client == {2: 22}
+    assert registry.update()
+    assert registry.node_of_client == {2: 22}
     assert "client 0 has left (node 11)" in caplog.text
     nodes.answers[11] = client(0)
-    assert found.update()
-    assert found.node_of_client == {0: 11, 2: 22}
+    assert registry.update()
+    assert registry.node_of_client == {0: 11, 2: 22}
     assert len(nodes.sent) == 3
 
 
-def test_a_fault_is_said_on_the_server_and_the_node_left_out(
+def test_a_node_with_a_fault_is_left_out_and_the_server_logs_why(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = roster(nodes)
+    registry = registry_of(nodes)
     nodes.answers = {11: "data: client-0: <data> has a class 'glacier'", 22: Error(2, "it raised")}
-    assert not found.update()
-    assert found.node_of_client == {}
-    assert set(found.faults) == {11, 22}
-    assert "node 11 does not take part: data: client-0: <data> has a class 'glacier'" in caplog.text
+    assert not registry.update()
+    assert registry.node_of_client == {}
+    assert set(registry.faults) == {11, 22}
+    assert "node 11" in caplog.text
+    assert "<data> has a class 'glacier'" in caplog.text
     del nodes.answers[11]
-    found.update()
+    registry.update()
     nodes.answers[11] = client(0)
-    assert found.update(), "mended and started again"
-    assert found.faults == {22: "it raised"}
+    assert registry.update(), "repaired and started again"
+    assert registry.faults == {22: "it raised"}
 
 
-def test_a_folder_that_is_mended_is_noticed(
+def test_a_node_with_a_fault_is_asked_again_after_a_minute(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found, clock = roster(nodes), [100.0]
+    registry, clock = registry_of(nodes), [100.0]
     monkeypatch.setattr("fedprompt.deploy.node_registry._now", lambda: clock[0])
     nodes.answers = {11: "data: no readable image"}
     for _ in range(3):
-        found.update()
-    assert len(nodes.sent) == 1, "not asked again at once"
+        registry.update()
+    assert len(nodes.sent) == 1, "not asked again immediately"
     clock[0] += 61
-    found.update()
+    registry.update()
     assert len(nodes.sent) == 2
-    assert caplog.text.count("no readable image") == 1, "said once"
+    assert caplog.text.count("no readable image") == 1, "logged once"
     nodes.answers[11] = client(0)
     clock[0] += 61
-    assert found.update()
-    assert found.node_of_client == {0: 11}
-    assert found.faults == {}
+    assert registry.update()
+    assert registry.node_of_client == {0: 11}
+    assert registry.faults == {}
 
 
-def test_classes_that_are_lacking_and_bad_images_are_said(
+def test_empty_classes_and_bad_images_are_logged(
     nodes: Nodes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = roster(nodes)
-    nodes.answers = {11: Description(1, (0, 4), (0, 1), 2, True, SAMPLE)}
-    found.update()
-    assert "client 1: no image of 'river' (1 of 2 classes)" in caplog.text
-    assert "client 1: 2 unreadable images left out" in caplog.text
+    registry = registry_of(nodes)
+    nodes.answers = {11: NodeReport(1, (0, 4), (0, 1), 2, True, SAMPLE)}
+    registry.update()
+    assert "'river' (1 of 2 classes)" in caplog.text
+    assert "client 1: 2 unreadable images" in caplog.text
 
 
-def test_two_nodes_cannot_be_one_client(nodes: Nodes) -> None:
-    found = roster(nodes)
+def test_two_nodes_cannot_be_the_same_client(nodes: Nodes) -> None:
+    registry = registry_of(nodes)
     nodes.answers = {11: client(0), 22: client(0)}
-    found.update()
-    assert found.node_of_client == {0: 11}
-    assert "as another node does" in found.faults[22]
+    registry.update()
+    assert registry.node_of_client == {0: 11}
+    assert "another node" in registry.faults[22]
 
 
-def test_a_key_is_one_clients(nodes: Nodes) -> None:
-    found = roster(nodes, {11: 0, 22: 1})
+def test_a_key_belongs_to_one_client(nodes: Nodes) -> None:
+    registry = registry_of(nodes, {11: 0, 22: 1})
     nodes.answers = {22: client(0), 33: client(2)}
-    assert not found.update()
-    assert "its key is client 1's" in found.faults[22]
-    assert "its key is no client's" in found.faults[33]
+    assert not registry.update()
+    assert "its key is client 1's" in registry.faults[22]
+    assert "its key is no client's" in registry.faults[33]
     nodes.answers[11] = client(0)
-    assert found.update()
-    assert found.node_of_client == {0: 11}
+    assert registry.update()
+    assert registry.node_of_client == {0: 11}
 
 
 @pytest.mark.parametrize(
@@ -179,39 +180,39 @@ def test_a_key_is_one_clients(nodes: Nodes) -> None:
         ((), False),
     ],
 )
-def test_other_weights_do_not_take_part(
+def test_a_node_with_other_weights_does_not_take_part(
     nodes: Nodes, sample: tuple[float, ...], welcome: bool
 ) -> None:
     nodes.answers = {11: replace(client(0), sample=sample)}
-    there = roster(nodes)
-    there.update()
-    assert (there.node_of_client == {0: 11}) == welcome
+    registry = registry_of(nodes)
+    registry.update()
+    assert (registry.node_of_client == {0: 11}) == welcome
     if not welcome:
-        assert "other weights than the server's" in there.faults[11]
+        assert "backbone.checkpoint" in registry.faults[11]
 
 
-def test_a_sample_tells_weights_apart_and_not_precisions(clip: FrozenCLIP) -> None:
-    ours_2D = sample_features(clip)
-    assert np.linalg.norm(ours_2D, axis=1) == pytest.approx(1)
+def test_the_sample_distinguishes_weights_but_not_precisions(clip: FrozenCLIP) -> None:
+    sample_2D = sample_features(clip)
+    assert np.linalg.norm(sample_2D, axis=1) == pytest.approx(1)
     rough = copy.copy(clip)
     rough.precision = "bf16"
-    assert not np.array_equal(sample_features(rough), ours_2D)
-    assert not differs(sample_features(rough).ravel().tolist(), ours_2D)
+    assert not np.array_equal(sample_features(rough), sample_2D)
+    assert not has_other_weights(sample_features(rough).ravel().tolist(), sample_2D)
     other = random_clip(vision_cfg={"layers": 4})
-    assert differs(sample_features(other).ravel().tolist(), ours_2D)
+    assert has_other_weights(sample_features(other).ravel().tolist(), sample_2D)
 
 
-def test_counts_of_those_who_were_never_there_stay_as_recorded(nodes: Nodes) -> None:
-    found = roster(nodes)
+def test_counts_of_clients_without_a_node_stay_as_recorded(nodes: Nodes) -> None:
+    registry = registry_of(nodes)
     nodes.answers = {11: client(0, train=(3, 0))}
-    found.update()
-    rows = found.described(None)
+    registry.update()
+    rows = registry.partition_rows(None)
     assert rows["train_counts"] == [[0, 3], [], []]
     assert rows["test_counts"] == [[0, 1], [], []]
     assert rows["domain_counts"] == [[0, 4], [], []]
     recorded = {"train_counts": [[9, 9], [1, 5], []], "test_counts": [[], [], []]}
-    assert found.described(recorded)["train_counts"] == [[0, 3], [1, 5], []]
-    assert found.trainable == [0]
+    assert registry.partition_rows(recorded)["train_counts"] == [[0, 3], [1, 5], []]
+    assert registry.trainable == [0]
 
 
 def reply_with(record: Any, name: str = "metrics") -> Message:
@@ -244,16 +245,16 @@ GOOD = {
     ],
     ids=str,
 )
-def test_a_description_is_checked(change: dict[str, Any]) -> None:
-    assert isinstance(from_reply(reply_with(MetricRecord(GOOD)), 2, 3), Description)
-    assert isinstance(from_reply(reply_with(MetricRecord({**GOOD, **change})), 2, 3), str)
+def test_a_report_is_checked(change: dict[str, Any]) -> None:
+    assert isinstance(read_report(reply_with(MetricRecord(GOOD)), 2, 3), NodeReport)
+    assert isinstance(read_report(reply_with(MetricRecord({**GOOD, **change})), 2, 3), str)
 
 
-def test_a_peers_text_is_one_short_line() -> None:
+def test_a_peers_text_is_cut_to_one_short_line() -> None:
     reply = reply_with(ConfigRecord({"fault": "a\nb" + "x" * 9000}), "config")
-    said = from_reply(reply, 2, 3)
-    assert isinstance(said, str)
-    assert "\n" not in said
-    assert len(said) <= 500
-    assert from_reply(reply_with(ConfigRecord({"other": 1}), "config"), 2, 3) == "no reason given"
-    assert "cannot be read" in str(from_reply(reply_with(ConfigRecord(), "metrics"), 2, 3))
+    fault = read_report(reply, 2, 3)
+    assert isinstance(fault, str)
+    assert "\n" not in fault
+    assert len(fault) <= 500
+    assert read_report(reply_with(ConfigRecord({"other": 1}), "config"), 2, 3) == "no reason given"
+    assert "cannot be read" in str(read_report(reply_with(ConfigRecord(), "metrics"), 2, 3))

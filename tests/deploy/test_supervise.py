@@ -1,4 +1,4 @@
-"""Ports that another program has are said before anything is started."""
+"""A port that another program uses is reported before any process is started."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.folders import SETTINGS, init, read_node_site, read_server
+from fedprompt.deploy.folders import SETTINGS, read_node_folder, read_server_folder
+from fedprompt.deploy.new_federation import create_federation
 from fedprompt.deploy.processes import free_port
 from fedprompt.deploy.supervise import run_node, serve
 from fedprompt.errors import UserError
 
 
 @pytest.fixture
-def taken() -> Iterator[int]:
+def used_port() -> Iterator[int]:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -25,25 +26,25 @@ def taken() -> Iterator[int]:
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Path:
-    init(tmp_path / "federation", ["127.0.0.1"], 1, free_port(), 30)
+    create_federation(tmp_path / "federation", ["127.0.0.1"], 1, free_port(), 30)
     return tmp_path / "federation"
 
 
 @pytest.mark.parametrize(
     ("which", "advice"),
-    [("port", "set --port PORT"), ("superlink_port", "set superlink_port in")],
+    [("port", "--port PORT"), ("superlink_port", "superlink_port")],
 )
-def test_a_server_refuses_a_taken_port(
-    federation: Path, taken: int, which: str, advice: str
+def test_a_server_refuses_a_used_port(
+    federation: Path, used_port: int, which: str, advice: str
 ) -> None:
     settings = federation / "server" / SETTINGS
-    ports = {"port": free_port(), "superlink_port": free_port(), which: taken}
+    ports = {"port": free_port(), "superlink_port": free_port(), which: used_port}
     settings.write_text(json.dumps(ports))
-    with pytest.raises(UserError, match=f"port {taken} of this machine is taken.*{advice}"):
-        serve(read_server(federation / "server"), "127.0.0.1")
+    with pytest.raises(UserError, match=f"port {used_port} .*{advice}"):
+        serve(read_server_folder(federation / "server"), "127.0.0.1")
     assert not list((federation / "server" / "logs").glob("*.log"))
 
 
-def test_a_node_refuses_a_taken_port(federation: Path, taken: int) -> None:
-    with pytest.raises(UserError, match=f"port {taken} of this machine is taken"):
-        run_node(read_node_site(federation / "node-0"), {}, taken)
+def test_a_node_refuses_a_used_port(federation: Path, used_port: int) -> None:
+    with pytest.raises(UserError, match=f"port {used_port} "):
+        run_node(read_node_folder(federation / "node-0"), {}, used_port)

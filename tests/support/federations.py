@@ -1,4 +1,4 @@
-"""Real federations for tests: processes on loopback, ended by their ids, and what they left."""
+"""Real federations for tests: processes on the loopback interface, and what they write."""
 
 from __future__ import annotations
 
@@ -6,43 +6,29 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Error, Message, MessageType
+from safetensors.torch import load_file
 
 from fedprompt.config.schema import Config
 from fedprompt.deploy import submit
 from fedprompt.deploy.local import LocalFederation
-from fedprompt.experiment.display import QuietDisplay
-from fedprompt.experiment.rounds import run_server
-from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.validate import validate
-from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.federation.client_app import handle, server_round
-from fedprompt.federation.server_app import Federation
-from fedprompt.messages import CLIENT_FAILED
-from fedprompt.methods.base import Tensors
-from fedprompt.reports.run_data import PRIVATE
-from fedprompt.runtime import use_threads
-from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.simulation.private_log import PrivateLog
-from fedprompt.workspace import Workspace
 from tests.support.fake_data import write_image_folder
+from tests.support.federation_twins import dropped, private_of, shared_of, simulate
 
 CLASSES = ("river", "beach", "harbor", "runway")
 WAIT_S = 240.0
 needs_processes = pytest.mark.skipif(
-    not Path("/proc/self").exists(), reason="processes are followed through /proc"
+    not Path("/proc/self").exists(), reason="processes are found through /proc"
 )
 
 
 def write_clients(folder: Path, clients: int = 3) -> list[Path]:
-    """A folder per client with images of its own, and `server` with test images."""
+    """Write a folder of images per client, and `server` with test images."""
     for k in range(clients):
         counts = {name: 8 + k + c for c, name in enumerate(CLASSES)}
         write_image_folder(folder / f"client-{k}", counts, first=20 * k)
@@ -53,7 +39,15 @@ def write_clients(folder: Path, clients: int = 3) -> list[Path]:
 def config_for(
     images: Path, run: Path, clients: int = 3, rounds: int = 3, **sections: Any
 ) -> Config:
-    """An experiment on `write_clients`; `run` is its run folder."""
+    """An experiment on the folders of `write_clients`.
+
+    Args:
+        images: the folder that was given to `write_clients`.
+        run: the run folder.
+        clients: number of clients.
+        rounds: number of rounds.
+        sections: keys of sections, which take precedence.
+    """
     raw: dict[str, Any] = {
         "experiment": "folders",
         "seed": 3,
@@ -81,7 +75,7 @@ def config_for(
 
 
 class Watched:
-    """A run of real nodes, by what it and they write."""
+    """A run on real nodes, observed through the files that the server and the nodes write."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -90,63 +84,69 @@ class Watched:
         self.trained: set[tuple[int, int]] = set()
 
     def node_log(self, client: int) -> str:
-        """What a node's SuperNode has written."""
+        """The log of a node's SuperNode."""
         raise NotImplementedError
 
     def state_folder(self, client: int) -> Path:
-        """Where a node keeps its private tensors of all runs."""
+        """The folder with a node's private tensors of all runs."""
         raise NotImplementedError
 
-    def words(self) -> str:
-        """The processes' last words."""
+    def diagnosis(self) -> str:
+        """The ends of all logs, for the message of a test that fails."""
         raise NotImplementedError
 
-    def look_after(self) -> None:
-        """Called all the time while something is waited for: who has trained in which round."""
+    def poll(self) -> None:
+        """Note which client has trained in which round; called again and again while waiting."""
         for client in range(self.config.partition.clients):
             for path in self.private_files(client):
                 self.trained.add((client, int(path.stem.removeprefix("round-"))))
 
     def log(self) -> str:
+        """The server app's log."""
         path = self.path / submit.LOG
         return path.read_text() if path.is_file() else ""
 
     def lines(self) -> list[dict[str, Any]]:
+        """The complete lines of `metrics.jsonl`."""
         path = self.path / "metrics.jsonl"
         text = path.read_text() if path.is_file() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    def wait_for(self, reached: Callable[[], object], what: str, wait: float = WAIT_S) -> None:
-        """Wait until something holds; the run's and the processes' last words if it never does."""
-        deadline = time.monotonic() + wait
-        while not reached():
-            self.look_after()
+    def wait_for(self, holds: Callable[[], object], what: str, wait_s: float = WAIT_S) -> None:
+        """Wait until a condition holds; the test fails with all logs if it does not in time."""
+        deadline = time.monotonic() + wait_s
+        while not holds():
+            self.poll()
             if time.monotonic() > deadline:
-                pytest.fail(f"{what} never came; the server's log:\n{self.log()}\n{self.words()}")
+                pytest.fail(
+                    f"{what} did not happen; the server's log:\n{self.log()}\n{self.diagnosis()}"
+                )
             time.sleep(0.1)
 
     def pause(self, seconds: float) -> None:
-        """Let time go by."""
+        """Wait for some time, and observe the run meanwhile."""
         until = time.monotonic() + seconds
         self.wait_for(lambda: time.monotonic() > until, "the time")
 
     def wait_for_end(self) -> None:
+        """Wait until the run has finished."""
         self.wait_for(lambda: submit.is_complete(self.path), "the end of the run")
 
     def wait_for_round(self, server_round: int) -> None:
+        """Wait until a round is over."""
         self.wait_for(lambda: len(self.lines()) > server_round, f"round {server_round}")
 
     def wait_until_training(self, client: int, server_round: int) -> None:
-        """Wait until a node has taken a round's training message."""
+        """Wait until a node has received a round's training message."""
 
-        def taken() -> bool:
+        def received() -> bool:
             before, _, after = self.node_log(client).rpartition(f"ROUND {server_round}]")
             return bool(before) and "Receiving: train" in after
 
-        self.wait_for(taken, f"training of client {client} in round {server_round}")
+        self.wait_for(received, f"training of client {client} in round {server_round}")
 
     def private_files(self, client: int) -> list[Path]:
-        """This run's private tensors on a node's disk, by round."""
+        """The files with a node's private tensors of this run, by round."""
         path = self.path / submit.DEPLOYMENT
         if not path.is_file():
             return []
@@ -154,14 +154,12 @@ class Watched:
         return sorted(folder.rglob("round-*.safetensors"))
 
     def private(self, client: int) -> dict[str, bytes]:
-        """The newest private tensors of this run on a node's disk."""
-        from safetensors.torch import load_file
-
+        """The bytes of a node's newest private tensors of this run."""
         newest = self.private_files(client)[-1]
         return {n: t.numpy().tobytes() for n, t in load_file(newest).items()}
 
     def lost(self) -> set[tuple[int, int]]:
-        """(client, round) of every update that did not count, as the run itself says."""
+        """(client, round) of every update that did not count, according to the run itself."""
         absent = dropped(self.lines())
         without = re.findall(r"round (\d+): without clients \[(.*)\]", self.log())
         for number, missing in without:
@@ -169,15 +167,16 @@ class Watched:
         return absent
 
     def lost_and_nothing_else(self, twin: Path) -> set[tuple[int, int]]:
-        """The updates that the run says it misses, after a proof that it misses no others.
+        """The updates that the run reports as lost, after a check that no others are.
 
-        Its twin is a simulation, in the folder `twin`, in which exactly those updates are missing:
-        shared tensors, losses of every round and all clients' private tensors have the same bits. A
-        client whose update came too late has trained in vain, and keeps its private tensors.
+        The run is compared with a simulation in the folder `twin` that lacks exactly these updates:
+        shared tensors, the losses of every round and all clients' private tensors must be equal bit
+        for bit. A client whose update arrived too late has trained in vain, and its private tensors
+        have changed.
         """
         config, lines, lost = self.config, self.lines(), self.lost()
         assert [line["round"] for line in lines] == list(range(config.federation.rounds + 1))
-        path = simulate(config, twin, lost, in_vain=lost & self.trained)
+        path = simulate(config, twin, lost, trained_in_vain=lost & self.trained)
         assert shared_of(self.path) == shared_of(path)
         expected = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
         for line, other in zip(lines, expected, strict=True):
@@ -188,7 +187,7 @@ class Watched:
 
 
 class Running(Watched):
-    """A local federation with its nodes' folders, and the run that it works on."""
+    """A local federation, and the run that it works on."""
 
     def __init__(self, local: LocalFederation, config: Config) -> None:
         super().__init__(config)
@@ -202,9 +201,9 @@ class Running(Watched):
     def state_folder(self, client: int) -> Path:
         return self.states.get(client, self.local.folder / f"node-{client}" / "state")
 
-    def look_after(self) -> None:
-        super().look_after()
-        self.local.processes.revive(5, print)
+    def poll(self) -> None:
+        super().poll()
+        self.local.processes.restart_exited(5, print)
 
     def start_node(self, client: int, server: str = "", **settings: Any) -> None:
         data = self.config.data.folders[client] if self.config.data.folders else None
@@ -213,19 +212,19 @@ class Running(Watched):
         self.local.start_node(client, {"data": data, "device": "cpu", **settings}, server)
 
     def kill_node(self, client: int) -> None:
-        """SIGKILL to the SuperNode, its worker and everything that they have started."""
+        """Kill a SuperNode, its worker and all processes that they have started."""
         self.local.processes.kill(f"node-{client}")
         self.local.processes.kill(f"worker-{client}")
 
     def begin(self) -> None:
-        """Hand over the run."""
+        """Submit the run."""
         self.run_id = self.local.submit(submit.settings_of(submit.new_run(self.config)))
 
-    def go_on(self) -> None:
-        """Hand over the rest of the run."""
+    def resume(self) -> None:
+        """Submit the run again, to resume it."""
         self.run_id = self.local.submit(submit.settings_to_resume(self.path))
 
-    def words(self) -> str:
+    def diagnosis(self) -> str:
         return last_words(self.local.processes.logs)
 
 
@@ -239,7 +238,14 @@ def last_words(logs: Path) -> str:
 def federation(
     folder: Path, config: Config, nodes: Sequence[int], environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """A server and some of its nodes; in the end no process of it is left."""
+    """A running server and some running nodes, of which no process is left in the end.
+
+    Args:
+        folder: the federation's files go to the sub-folder `f`.
+        config: the experiment that will be run.
+        nodes: the clients whose nodes are started.
+        environment: variables of all processes.
+    """
     local = LocalFederation(folder / "f", config.partition.clients, environment)
     with local:
         local.start_server()
@@ -248,69 +254,3 @@ def federation(
             running.start_node(client)
         yield running
     assert local.processes.alive() == []
-
-
-def simulate(
-    config: Config,
-    folder: Path,
-    absent: AbstractSet[tuple[int, int]] = frozenset(),
-    in_vain: AbstractSet[tuple[int, int]] = frozenset(),
-) -> Path:
-    """The same experiment in this process, without the replies of `absent` (client, round).
-
-    Nothing is trained there, but for those that are `in_vain` too: their private tensors change.
-    """
-    config = replace(config, output=replace(config.output, dir=str(folder)))
-    use_threads(config.simulation)
-    workspace = open_workspace(config)
-    run = RunFolder.create(config)
-    private = PrivateLog(run.path / PRIVATE, config.partition.clients)
-
-    def answer(
-        w: Workspace,
-        clients: Sequence[int],
-        messages: Sequence[Message],
-        kept: Mapping[int, Tensors],
-    ) -> tuple[list[Message], dict[int, Tensors]]:
-        kind = messages[0].metadata.message_type
-        if kind != MessageType.TRAIN or (clients[0], server_round(messages[0])) not in absent:
-            return handle(w, clients, messages, kept)
-        if (clients[0], server_round(messages[0])) not in in_vain:
-            raise RuntimeError("away")
-        changed = handle(w, clients, messages, kept)[1]
-        return [Message(Error(CLIENT_FAILED, "too late"), reply_to=messages[0])], changed
-
-    grid = InlineGrid(workspace, private, answer=answer)
-    try:
-        run_server(Federation(workspace, grid), run, QuietDisplay(), None, private)
-    finally:
-        grid.close()
-        run.close()
-    return run.path
-
-
-def dropped(lines: Sequence[Mapping[str, Any]]) -> set[tuple[int, int]]:
-    """(client, round) of every update that did not count, as the run's metrics have it."""
-    return {(int(client), line["round"]) for line in lines for client in line.get("dropped", {})}
-
-
-def shared_of(path: Path) -> dict[str, bytes]:
-    """A run's shared tensors at its last checkpoint, bit for bit."""
-    from fedprompt.experiment.checkpoint import read_checkpoint
-    from fedprompt.reports.run_data import CHECKPOINT
-
-    checkpoint = read_checkpoint(path / CHECKPOINT)
-    return {n: t.numpy().tobytes() for n, t in checkpoint.shared.items()}
-
-
-def private_of(path: Path, clients: int) -> list[dict[str, bytes]]:
-    """A simulated run's private tensors at its last checkpoint, by client."""
-    from fedprompt.experiment.checkpoint import read_checkpoint
-    from fedprompt.reports.run_data import CHECKPOINT
-
-    checkpoint = read_checkpoint(path / CHECKPOINT)
-    log = PrivateLog(path / PRIVATE, clients)
-    log.read(checkpoint.server_round, checkpoint.private)
-    states = [log.get(c) for c in range(clients)]
-    assert all(states)
-    return [{n: t.numpy().tobytes() for n, t in (s or {}).items()} for s in states]

@@ -1,7 +1,7 @@
-"""Machines for tests: network namespaces with an address each, joined by a bridge.
+"""Machines for tests: network namespaces, each with an address, that a bridge connects.
 
 Each machine has its own network stack: interfaces, loopback, ports, routes. The bridge is in a
-namespace too, so nothing of this machine's own network is touched, and nothing of it is reachable.
+namespace too, so the network of the machine that runs the tests is neither changed nor reachable.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.processes import end
+from fedprompt.deploy.processes import send_signal
 
 LINE = "eth0"
 """A machine's own interface."""
 
 
 class Network:
-    """Machines by name; leaving the context ends what still runs in them and takes them away."""
+    """Machines by name; leaving the context ends the processes in them and removes them."""
 
     def __init__(self, machines: Sequence[str]) -> None:
         self.machines = tuple(machines)
         self.prefix = f"fp{os.getpid():x}"
-        self._made: list[str] = []
+        self._namespaces: list[str] = []
 
     def __enter__(self) -> Network:
         try:
@@ -46,19 +46,19 @@ class Network:
         self.close()
 
     def close(self) -> None:
-        """Take everything away."""
-        for name in self._made:
+        """End all processes and remove all namespaces."""
+        for name in self._namespaces:
             for process_id in _ip("netns", "pids", name).split():
-                end(int(process_id), signal.SIGKILL)
+                send_signal(int(process_id), signal.SIGKILL)
             _ip("netns", "del", name)
-        self._made.clear()
+        self._namespaces.clear()
 
     def address(self, machine: str) -> str:
         """A machine's IP address."""
         return f"10.77.0.{self.machines.index(machine) + 1}"
 
     def inside(self, machine: str) -> list[str]:
-        """Words before a command that is run on a machine."""
+        """The words before a command that make it run on a machine."""
         return ["ip", "netns", "exec", self._name(machine)]
 
     def run(self, machine: str, *command: str) -> str:
@@ -66,49 +66,52 @@ class Network:
         return _run(*self.inside(machine), *command)
 
     def unplug(self, machine: str) -> None:
-        """Take a machine's line down, at the bridge's end of it."""
+        """Disconnect a machine, at the bridge's end of its line."""
         _ip("-n", self._name("switch"), "link", "set", machine, "down")
 
     def plug(self, machine: str) -> None:
-        """Take the line up again."""
+        """Connect the machine again."""
         _ip("-n", self._name("switch"), "link", "set", machine, "up")
 
     @contextmanager
     def poor_line(self, machine: str) -> Iterator[None]:
-        """Delay and loss in both directions: by netem, else by a narrow line with a short queue."""
+        """Delay and lose packets in both directions.
+
+        By netem; if the kernel lacks it, by a slow line with a short queue.
+        """
         ends = ((self._name(machine), LINE), (self._name("switch"), machine))
         netem = ("netem", "delay", "150ms", "50ms", "loss", "5%")
-        narrow = ("tbf", "rate", "128kbit", "burst", "1600", "limit", "3200")
-        made = []
+        slow = ("tbf", "rate", "128kbit", "burst", "1600", "limit", "3200")
+        shaped = []
         try:
             for name, line in ends:
-                for how in (netem, narrow):
+                for shaping in (netem, slow):
                     with contextlib.suppress(subprocess.CalledProcessError):
-                        _run("tc", "-n", name, "qdisc", "add", "dev", line, "root", *how)
-                        made.append((name, line))
+                        _run("tc", "-n", name, "qdisc", "add", "dev", line, "root", *shaping)
+                        shaped.append((name, line))
                         break
                 else:
                     pytest.skip("tc has neither netem nor tbf here")
             yield
-            dropped = [_run("tc", "-n", n, "-s", "qdisc", "show", "dev", d) for n, d in made]
+            dropped = [_run("tc", "-n", n, "-s", "qdisc", "show", "dev", d) for n, d in shaped]
             assert any("(dropped 0," not in text for text in dropped), dropped
         finally:
-            for name, line in made:
+            for name, line in shaped:
                 _run("tc", "-n", name, "qdisc", "del", "dev", line, "root")
 
     def listeners(self, machine: str) -> list[tuple[str, int]]:
         """Address (as hexadecimal digits) and port of every TCP socket that listens there."""
-        found = []
+        sockets = []
         for table in ("tcp", "tcp6"):
             for row in self.run(machine, "cat", f"/proc/net/{table}").splitlines()[1:]:
                 fields = row.split()
                 if fields[3] == "0A":
                     address, _, port = fields[1].partition(":")
-                    found.append((address, int(port, 16)))
-        return sorted(found)
+                    sockets.append((address, int(port, 16)))
+        return sorted(sockets)
 
     def connections(self, machine: str, port: int) -> int:
-        """Number of a machine's established connections to a port elsewhere."""
+        """How many established connections a machine has to a port of other machines."""
         rows = self.run(machine, "cat", "/proc/net/tcp").splitlines()[1:]
         return sum(
             row.split()[3] == "01" and row.split()[2].endswith(f":{port:04X}") for row in rows
@@ -124,7 +127,7 @@ class Network:
 
     def _add(self, name: str) -> str:
         _ip("netns", "add", self._name(name))
-        self._made.append(self._name(name))
+        self._namespaces.append(self._name(name))
         return self._name(name)
 
     def _name(self, name: str) -> str:
@@ -132,7 +135,7 @@ class Network:
 
 
 def why_not() -> str | None:
-    """Why no such network can be made here; None where it can."""
+    """Why such a network cannot be created here; None if it can."""
     if not Path("/proc/self/ns/net").exists():
         return "no network namespaces here"
     try:
@@ -141,7 +144,7 @@ def why_not() -> str | None:
     except OSError as error:
         return f"no 'ip' command: {error}"
     except subprocess.CalledProcessError as error:
-        return f"no right to make network namespaces: {error.stderr.strip()}"
+        return f"no permission to create network namespaces: {error.stderr.strip()}"
 
 
 def _ip(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""A line between a node and the server that can be cut."""
+"""A connection between a node and the server that can be interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import threading
 
 
 class Proxy:
-    """Passes bytes between its own port and another one of the loopback interface."""
+    """Forwards bytes between its own port and another port of the loopback interface.
+
+    Args:
+        target: the port to which connections are forwarded.
+    """
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -18,22 +22,22 @@ class Proxy:
         self._lines: list[socket.socket] = []
 
     def __enter__(self) -> Proxy:
-        self.mend()
+        self.restore()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cut()
 
     def cut(self) -> None:
-        """Break all connections; new ones are refused."""
+        """Close all connections and refuse new ones."""
         _close(self._listener)
         for line in self._lines:
             self.cuts += 1
             _close(line)
         self._lines.clear()
 
-    def mend(self) -> None:
-        """Take connections, on the same port as before."""
+    def restore(self) -> None:
+        """Accept connections, on the same port as before."""
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()

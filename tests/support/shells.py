@@ -1,4 +1,4 @@
-"""`fedprompt deploy ...` as operators type it: in the background, ended by process ids."""
+"""Runs `fedprompt deploy ...` in the background, as administrators type it in a shell."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedprompt.deploy.processes import end, processes_with
+from fedprompt.deploy.processes import processes_with, send_signal
 
 
 class Shell:
-    """Commands with their output in files; all have ended when the context is left.
+    """Commands whose output goes to files; leaving the context ends them by their process ids.
 
     Args:
-        folder: for the output.
+        folder: for the output files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,14 +29,14 @@ class Shell:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         for process in self.started:
-            end(process.pid, signal.SIGTERM)
+            send_signal(process.pid, signal.SIGTERM)
         for process in self.started:
             process.wait(timeout=60)
-        left = processes_with(f"FEDPROMPT_TEST={self.folder}")
-        for process_id in left:
-            end(process_id, signal.SIGKILL)
+        remaining = processes_with(f"FEDPROMPT_TEST={self.folder}")
+        for process_id in remaining:
+            send_signal(process_id, signal.SIGKILL)
         if error is None:
-            assert left == [], "each side ends all that it started"
+            assert remaining == [], "every command ends all processes that it has started"
 
     def start(
         self,
@@ -46,7 +46,15 @@ class Shell:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """`fedprompt deploy <arguments>` behind the words `before`; its output is `<name>.out`."""
+        """Start `fedprompt deploy <arguments>`.
+
+        Args:
+            name: its output goes to `<name>.out`.
+            arguments: what follows `fedprompt deploy`.
+            before: words before the command, for example to run it in a network namespace.
+            cwd: its working folder.
+            environment: variables beyond this process's own.
+        """
         with (self.folder / f"{name}.out").open("wb") as out:
             process = subprocess.Popen(
                 [*before, sys.executable, "-m", "fedprompt", "deploy", *arguments],
@@ -59,17 +67,19 @@ class Shell:
         return process
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
-        """As by systemd."""
-        end(process.pid, signal.SIGTERM)
+        """End a command as systemd does."""
+        send_signal(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
         self.started.remove(process)
 
-    def said(self, name: str) -> str:
+    def output(self, name: str) -> str:
+        """What a command has printed so far."""
         return (self.folder / f"{name}.out").read_text()
 
     def wait_for(self, name: str, words: str, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a command that is still running has printed these words."""
         deadline = time.monotonic() + 240
-        while words not in self.said(name):
-            assert process.poll() is None, self.said(name)
-            assert time.monotonic() < deadline, self.said(name)
+        while words not in self.output(name):
+            assert process.poll() is None, self.output(name)
+            assert time.monotonic() < deadline, self.output(name)
             time.sleep(0.2)

@@ -1,0 +1,106 @@
+"""Writes the folders of a new federation (`deploy init`). Runs on the administrator's terminal.
+
+authority/   ca.crt ca.key             kept offline; needed again for a new server certificate
+server/      for the server, see folders.py
+node-<k>/    for node k, see folders.py
+README.md    which folder belongs on which machine, and the commands to run there
+
+All keys are created on this one machine and are then copied to the others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedprompt.deploy.credentials import (
+    CA_CERTIFICATE,
+    NODE_PUBLIC,
+    write_authority,
+    write_node_key,
+    write_server_certificate,
+)
+from fedprompt.deploy.folders import SETTINGS, SUPERLINK_PORT
+from fedprompt.errors import UserError
+from fedprompt.files import write_bytes
+
+LOOPBACK = ("localhost", "127.0.0.1")
+"""Names by which processes on the server's machine reach it, always in its certificate."""
+
+
+def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int, days: int) -> None:
+    """Write certificates, keys and settings for one server and its nodes.
+
+    Args:
+        folder: where the folders are written; it must not contain a federation yet.
+        hosts: names and IP addresses by which nodes reach the server; nodes use the first one.
+        nodes: number of nodes.
+        port: the server's port for the nodes.
+        days: how long the certificates are valid.
+
+    Raises:
+        UserError: the folder contains a federation, or a host is neither a name nor an address.
+    """
+    for host in hosts:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host):
+            raise UserError(f"--host is {host!r}; it must be a host name or an IP address.")
+    if (folder / "authority").exists() or (folder / "server").exists():
+        raise UserError(f"{folder} already contains a federation; choose another folder.")
+    authority, server = folder / "authority", folder / "server"
+    write_authority(authority, days)
+    write_server_certificate(authority, server, list(dict.fromkeys([*hosts, *LOOPBACK])), days)
+    _write_settings(server / SETTINGS, {"port": port, "superlink_port": SUPERLINK_PORT})
+    for client in range(nodes):
+        add_node(folder, client, f"{_in_url(hosts[0])}:{port}")
+    write_bytes(folder / "README.md", instructions(hosts[0], port, nodes).encode())
+
+
+def add_node(folder: Path, client: int, server: str) -> None:
+    """Write keys and settings of one more node.
+
+    Args:
+        folder: the federation's folder, with `authority` and `server` in it.
+        client: the number of the client that the node is.
+        server: the server's address, `host:port`.
+    """
+    node = folder / f"node-{client}"
+    write_node_key(node)
+    public = (node / NODE_PUBLIC).read_bytes()
+    registered = folder / "server" / "nodes"
+    registered.mkdir(exist_ok=True)
+    write_bytes(registered / f"node-{client}.pub", public)
+    write_bytes(node / CA_CERTIFICATE, (folder / "authority" / CA_CERTIFICATE).read_bytes())
+    _write_settings(node / SETTINGS, {"server": server, "client": client})
+
+
+def instructions(host: str, port: int, nodes: int) -> str:
+    """Markdown text that says which folder to copy to which machine, and which commands to run.
+
+    Args:
+        host: the name or address by which nodes reach the server.
+        port: the server's port for the nodes.
+        nodes: number of nodes.
+    """
+    text = resources.files("fedprompt.deploy").joinpath("federation.md").read_text("utf-8")
+    copies = "\n".join(f"scp -pr node-{k} NODE{k}:federation/node-{k}" for k in range(nodes))
+    starts = "\n".join(
+        f"fedprompt deploy node federation/node-{k} --data /path/to/images   # on NODE{k}"
+        for k in range(nodes)
+    )
+    values = {"HOST": host, "PORT": str(port), "NODES": str(nodes), "COPIES": copies}
+    values["STARTS"] = starts
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _write_settings(path: Path, values: Mapping[str, Any]) -> None:
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
