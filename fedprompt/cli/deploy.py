@@ -38,7 +38,7 @@ def local(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--folder", help="For keys, logs and the nodes' files [default: <run folder>-nodes]."
+            "--folder", help="For keys, logs and the nodes' files (default: <run folder>-nodes)."
         ),
     ] = None,
     quiet: Quiet = False,
@@ -92,7 +92,7 @@ def server(
         str, typer.Option("--host", help="Address on which to listen for nodes.")
     ] = "0.0.0.0",
     port: Annotated[
-        int | None, typer.Option("--port", help="Port for the nodes [default: as set by init].")
+        int | None, typer.Option("--port", help="Port for the nodes (default: as set by init).")
     ] = None,
 ) -> None:
     """Run the server until it is stopped; processes that exit are restarted."""
@@ -112,27 +112,27 @@ def node(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", help="CPU threads [default: as in the experiment]."),
+        typer.Option("--threads", help="CPU threads (default: as in the experiment)."),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Local file with the backbone's weights.")
     ] = None,
     state: Annotated[
         Path | None,
-        typer.Option("--state", help="Folder for private prompts [default: NODE/state]."),
+        typer.Option("--state", help="Folder for private prompts (default: NODE/state)."),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder for cached features [default: NODE/cache]."),
+        typer.Option("--cache", help="Folder for cached features (default: NODE/cache)."),
     ] = None,
     superlink: Annotated[
         str | None,
-        typer.Option("--server", help="The server's address, host:port [default: as set by init]."),
+        typer.Option("--server", help="The server's address, host:port (default: as set by init)."),
     ] = None,
     port: Annotated[
         int | None,
         typer.Option(
-            "--port", help="Loopback port for the node's own processes [default: any free one]."
+            "--port", help="Loopback port for the node's own processes (default: any free one)."
         ),
     ] = None,
     require_secure_aggregation: Annotated[
