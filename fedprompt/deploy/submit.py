@@ -75,7 +75,7 @@ def resume_on_server(server: ServerFolder, path: Path, display: Display) -> Path
 
 
 def new_run(config: Config) -> Config:
-    """The experiment as it is submitted: with absolute paths, a fixed run folder and no clients'.
+    """The experiment as it is submitted: with absolute paths and a fixed run folder.
 
     Raises:
         UserError: the run folder already contains a run.

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fedprompt.simulation.memory_store import MemoryStore
 
-
 AWKWARD = torch.tensor([[0.1, -0.0], [1e-45, 3.4e38]])
 """Values that a detour through text or float16 would change."""
 
