@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.evaluation.registry import all_protocols
-from fedprompt.methods.base import Method, Task
+from fedprompt.methods.base import Method, Task, uploaded_numbers
 from fedprompt.methods.registry import METHODS
 
 Row = tuple[str, ...]
@@ -35,7 +35,7 @@ def compute_rows(names: Sequence[str]) -> list[Row]:
                 name,
                 _tensors(method.init_shared(0)),
                 _tensors(method.init_private(0, 0)),
-                f"{method.uploaded_numbers():,}",
+                f"{uploaded_numbers(method):,}",
                 ", ".join(sorted(method.needs)),
                 _strategy(method),
                 _protocols(method),
@@ -56,7 +56,7 @@ def _tensors(tensors: dict[str, Tensor]) -> str:
 
 def _strategy(method: Method) -> str:
     """The strategy of the paper and the keys that it sets."""
-    keys = dict(method.server_rule(method.config))
+    keys = dict(method.config.default_strategy)
     name = str(keys.pop("name"))
     return name + "".join(f", {key}={value}" for key, value in keys.items())
 

@@ -64,7 +64,11 @@ def strategies_markdown() -> str:
         title = _title(sys.modules[cls.__module__])
         keys = [f for f in dataclasses.fields(cls.Config) if f.name not in common]
         shown = ", ".join(f"`{f.name}` {_default(f)}" for f in keys) or "-"
-        makers = [m for m, method in all_methods().items() if method.strategy.get("name") == name]
+        makers = [
+            m
+            for m, method in all_methods().items()
+            if method.Config().default_strategy["name"] == name
+        ]
         users = "the others" if name == "fedavg" else ", ".join(makers) or "-"
         lines.append((name, _cell(title), shown, users))
     return f"{STRATEGIES_PAGE}\n{_table(('strategy', 'what it does', 'keys', '`auto` for'), lines)}"

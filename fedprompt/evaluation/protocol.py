@@ -78,7 +78,7 @@ class Protocol(ABC):
         """Whether it says something about this method."""
         if cls.needs_global and not method.has_global:
             return False
-        return method.transfers_to_new_classes or not cls.needs_new_names
+        return method.no_transfer_reason is None or not cls.needs_new_names
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation, personal_part
+from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run
 from fedprompt.reports.run_report import write_report
@@ -57,7 +58,7 @@ def finish(
         "local_only": local_only,
         "shared": {n: list(shape) for n, shape in workspace.shared_shapes.items()},
         "private": {n: list(t.shape) for n, t in method.init_private(config.seed, 0).items()},
-        "uploaded_numbers_per_client_round": method.uploaded_numbers(),
+        "uploaded_numbers_per_client_round": uploaded_numbers(method),
         "bytes_up": totals["bytes_up"],
         "bytes_down": totals["bytes_down"],
         "rejected_replies": totals["rejected"],

@@ -40,10 +40,10 @@ def validate(raw: Mapping[str, Any]) -> Config:
     parts["method"] = build(cls.Config, method, "method")
     strategy = dict(_mapping("strategy", raw.get("strategy")))
     if strategy.get("name", "auto") == "auto":
-        strategy = {**strategy, **cls.server_rule(parts["method"])}
+        strategy = {**strategy, **parts["method"].default_strategy}
     rule = str(strategy["name"])
     parts["strategy"] = build(strategy_class(rule).Config, strategy, "strategy")
-    possible = cls.possible_rules(parts["method"])
+    possible = parts["method"].supported_strategies
     if possible is not None and rule not in possible:
         raise UserError(
             f"config: method '{cls.name}' cannot do without strategy "

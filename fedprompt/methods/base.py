@@ -1,280 +1,277 @@
-"""What a prompt-learning method is: what it shares, what it keeps, its logits and its loss.
+"""The contract of a prompt-learning method: what it shares, what it keeps, its logits and its loss.
 
-A method is pure functions on named tensors. Shared and private tensors live in two containers, so
-no filter of names decides what leaves a client. A round of local training, with the client axis K
-in front of every tensor:
-
-    shared, private = start_round(shared, private, visit)
-    per step: encode -> terms (which use logits) -> gradients; the optimiser moves the prompts
-    shared, private = end_round(shared, private, visit)      `shared` is uploaded
-
-Shape suffixes: K clients (leading axis of every tensor in training), B images of a batch, C
-classes, M context tokens, d text width, D joint embedding. Features and class features are
-L2-normalised before they meet; `clip.logit_scale` multiplies their cosine.
+Shape suffixes: K clients, B images of a batch, C classes, D joint embedding. Image features and
+class features are L2-normalised, and `clip.logit_scale` multiplies their cosine.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.rng import normal, uniform
+from fedprompt.methods.batch import Batch, ClientData, RoundInfo, Task, Tensors, stack
+from fedprompt.methods.parts.losses import cross_entropy
 
-Tensors = dict[str, Tensor]
-"""Named tensors: shared or private prompts, in one container each."""
+__all__ = [
+    "UNIFORM_AVERAGE",
+    "Batch",
+    "ClientData",
+    "Method",
+    "MethodConfig",
+    "RoundInfo",
+    "Task",
+    "Tensors",
+    "stack",
+    "uploaded_numbers",
+]
+
+UNIFORM_AVERAGE: Mapping[str, Any] = MappingProxyType({"name": "fedavg", "weights": "uniform"})
+"""The strategy of papers in which every client counts the same, whatever its number of images."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a client is asked to tell apart: class names in label order and zero-shot templates."""
+class MethodConfig:
+    """The keys of a method, which stand under `method:` in an experiment file.
 
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    A method's file derives its own config from this class and adds its hyper-parameters, with the
+    paper's defaults. The strategies that suit a method belong to its config, because they may
+    depend on it: a wrapper answers with its base's strategies. A subclass replaces the properties
+    by plain class attributes (without an annotation, which would make them config keys):
 
-
-@dataclass(frozen=True)
-class ClientData:
-    """A client's own labelled training images.
-
-    `inputs` has n images, or views x n where each image has several views: view v of image i is row
-    v n + i, and training draws one of them per image and epoch.
+        default_strategy = UNIFORM_AVERAGE
     """
 
-    client: int
-    inputs: Inputs
-    labels_N: Tensor
-    views: int = 1
+    name: str = option("", "method name")
 
-    def __len__(self) -> int:
-        """Number of images n."""
-        return len(self.labels_N)
+    @property
+    def default_strategy(self) -> Mapping[str, Any]:
+        """The keys of the paper's strategy, which `strategy: auto` stands for."""
+        return {"name": "fedavg"}
 
-    def plain(self) -> Inputs:
-        """The n images without augmentation."""
-        return self.inputs[: len(self)]
+    @property
+    def supported_strategies(self) -> frozenset[str] | None:
+        """Names of the only strategies that the method works with; None if all of them do."""
+        return None
 
-
-@dataclass(frozen=True)
-class RoundInfo:
-    """What K clients know of a round while they train in it.
-
-    Attributes:
-        clients: their ids.
-        seed: the run's seed.
-        server_round: 1-based round, of `rounds`.
-        lr: the round's learning rate, before a tensor's own factor.
-        momentum: SGD's; 0 under other optimisers.
-        received: shared tensors, and what else the server sent, as they came: (K, ...).
-        steps_K: local steps of each client in this round.
-        class_counts_KC: training images per class.
-    """
-
-    clients: tuple[int, ...]
-    seed: int
-    server_round: int
-    rounds: int
-    lr: float
-    received: Tensors
-    steps_K: Tensor
-    class_counts_KC: Tensor
-    momentum: float = 0.0
-
-    def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """Draws (K, *shape) from N(0, 1), keyed by client, round and purpose."""
-        key = (*purpose, self.server_round)
-        return self._rows([normal(shape, 1.0, self.seed, *key, c) for c in self.clients])
-
-    def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """Draws (K, *shape) from U[0, 1), keyed by client, round and purpose."""
-        key = (*purpose, self.server_round)
-        return self._rows([uniform(shape, self.seed, *key, c) for c in self.clients])
-
-    def first(self, clients: int) -> RoundInfo:
-        """The visit of the first `clients` of them alone."""
-        return replace(
-            self,
-            clients=self.clients[:clients],
-            received={n: t[:clients] for n, t in self.received.items()},
-            steps_K=self.steps_K[:clients],
-            class_counts_KC=self.class_counts_KC[:clients],
-        )
-
-    def _rows(self, rows: list[Tensor]) -> Tensor:
-        return torch.stack(rows).to(self.steps_K.device)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's images of K clients; `mask_KB` is false where a client's batch is padded."""
-
-    inputs: Inputs
-    labels_KB: Tensor
-    mask_KB: Tensor
-    round_info: RoundInfo
-    step: int
-    """0-based step of the round."""
-
-    def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """As `RoundInfo.normal`, another draw in every step."""
-        return self.round_info.normal(shape, *purpose, self.step)
-
-    def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """As `RoundInfo.uniform`, another draw in every step."""
-        return self.round_info.uniform(shape, *purpose, self.step)
+    def __post_init__(self) -> None:
+        """Take the name of the file that defines the config, unless a name is given."""
+        if not self.name:
+            object.__setattr__(self, "name", type(self).__module__.rpartition(".")[2].rstrip("_"))
 
 
 class Method(ABC):
-    """One paper, one file. Subclasses are found by module; nothing else knows their names.
+    """One paper's method: pure functions on named tensors, in one file.
 
-    `encode` turns prompts into everything that does not depend on images, once per step and once
-    per evaluation; `logits` and `loss_terms` use it. Clients never mix: row k of a result depends
-    on row k of the arguments alone. What depends on the config may be set on the instance instead.
+    Shared and private tensors are two containers, `dict[str, Tensor]` each, so no filter of names
+    decides what leaves a client. The server sends `shared` and aggregates it; `private` never
+    leaves the client.
+
+    When the members are called:
+
+    1. Before the first round, the server calls `init_shared` and `init_extras`. When a client is
+       seen for the first time, it calls `init_private` and then `init_private_from_data`. None of
+       these tensors has a client axis.
+    2. In a round, K clients train together. All tensors carry a leading client axis K:
+
+           shared, private = start_round(shared, private, round_info)
+           for each batch:
+               encoded = encode(shared, private)
+               terms = loss_terms(shared, private, encoded, batch)
+               gradients(terms, leaves, batch)         the optimiser then updates the leaves
+           shared, private = end_round(shared, private, round_info)
+
+       The client uploads the `shared` tensors that `end_round` returns and stores `private`.
+    3. In evaluation, `encode` is called once per model and `logits` once per batch of images.
+
+    Every member must be pure: it modifies neither its arguments nor the method, and the same
+    arguments give the same result. Random numbers come from `seed`, `round_info.normal` or
+    `batch.normal`, never from a global generator. Clients never mix: row k of a result depends only
+    on row k of the arguments, which is what makes training K clients together exact.
+
+    An attribute that depends on the config is set on the instance in `__init__`.
+
+    Args:
+        config: an instance of the class's `Config`.
+        clip: the frozen backbone.
+        task: class names and templates.
+
+    Raises:
+        UserError: the config does not fit the backbone or the class names.
     """
 
     name: ClassVar[str]
+    """The name of the module, which is also the value of `method.name` in a config."""
     source: ClassVar[str]
     """Authors, venue and year, for the table of methods."""
     Config: ClassVar[type[Any]]
+    """The method's `MethodConfig`."""
+
     needs: frozenset[str] = frozenset({"features"})
-    """What of an image is needed: `features` always, `patches` and `pixels` where named."""
-    strategy: ClassVar[Mapping[str, Any]] = MappingProxyType({"name": "fedavg"})
-    """The paper's server rule, which `strategy: auto` stands for."""
-    works_with: ClassVar[frozenset[str] | None] = None
-    """Names of the only server rules that give it what it needs; None = any."""
+    """What `logits` reads of an image: `features`, and optionally `patches` or `pixels`."""
     frozen: frozenset[str] = frozenset()
-    """Tensors that no optimiser moves, e.g. `private.keys`, `shared.class_counts`."""
+    """Tensors that the optimiser does not update, such as `private.keys` or `shared.counts`."""
     lr_scale: Mapping[str, float] = MappingProxyType({})
-    """Factors of the learning rate, e.g. `private.gate: 5.0`; 1 where nothing is said."""
+    """Factors of the learning rate by tensor, such as `private.gate: 5.0`; 1 for all others."""
     trainable: bool = True
-    transfers_to_new_classes: bool = True
-    """Whether the tensors mean something for other class names too; false where a tensor belongs to
-    a class (class-specific contexts, caches of class features)."""
-    no_transfer_reason: str = "its tensors belong to the classes that it was trained on"
-    """Why not, where they do not."""
+    """Whether there is anything to learn; if not, a run has no rounds."""
+    has_global: bool = True
+    """Whether the shared tensors alone are a model, so that `encode(shared, None)` works."""
+    no_transfer_reason: str | None = None
+    """Why the tensors mean nothing for other class names; None if they do transfer."""
     images_at_once: int = 4096
-    """Images whose logits are computed at once in evaluation."""
+    """Largest number of images in one call of `logits` in evaluation; it bounds the memory."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         self.config = config
         self.clip = clip
         self.task = task
 
-    @classmethod
-    def server_rule(cls, config: Any) -> Mapping[str, Any]:
-        """What `strategy: auto` stands for under this config."""
-        return cls.strategy
-
-    @classmethod
-    def possible_rules(cls, config: Any) -> frozenset[str] | None:
-        """`works_with` under this config."""
-        return cls.works_with
-
     @abstractmethod
     def init_shared(self, seed: int) -> Tensors:
-        """Starting values of what the server aggregates, without a client axis."""
+        """Starting values of the tensors that the server aggregates, without a client axis.
 
-    @abstractmethod
+        Names and shapes must not depend on `seed`. All tensors are float32.
+        """
+
     def init_private(self, seed: int, client: int) -> Tensors:
-        """Starting values of what client `client` keeps; the same names and shapes for all."""
+        """Starting values of the tensors that client `client` keeps, without a client axis.
+
+        The default is none. Names and shapes must be the same for all clients, and all tensors are
+        float32.
+        """
+        return {}
 
     def init_extras(self, seed: int) -> Tensors:
         """What the server sends to a client besides the shared tensors, before it has anything.
 
-        On a client these stand beside the shared tensors, under names of their own; they are
-        neither trained nor uploaded, and the global model goes without them.
+        A strategy fills them in `client_extras`. In `encode` and `loss_terms` they stand beside
+        the shared tensors, so their names must differ from those. They are neither trained nor
+        uploaded, and the global model is encoded without them.
         """
         return {}
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """`init_private`'s tensors, completed from the client's own training images.
+        """The tensors of `init_private`, completed from the client's own training images.
 
-        Called when a client is first met; shapes stay as they are.
+        Args:
+            private: the result of `init_private`, without a client axis.
+            data: the client's labelled training images.
+            seed: the seed of the run.
+
+        Returns:
+            New tensors with the same names and shapes.
         """
         return private
 
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Tensors (K, ...) to train from, made of those received and those kept."""
+        """Prepare local training.
+
+        Args:
+            shared: the received shared tensors, (K, ...), without the extras.
+            private: the stored private tensors, (K, ...).
+            round_info: the round; `received` also holds the extras.
+
+        Returns:
+            The shared and private tensors (K, ...) from which training starts.
+        """
         return shared, private
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Tensors (K, ...) to upload and to keep, made of those that training leaves."""
+        """Finish local training.
+
+        Args:
+            shared: the shared tensors after training, (K, ...), without the extras.
+            private: the private tensors after training, (K, ...).
+            round_info: the round, as in `start_round`.
+
+        Returns:
+            The shared tensors (K, ...) to upload and the private ones to store.
+        """
         return shared, private
 
     @abstractmethod
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """Image-independent state of K clients; `private=None` asks for the global model (K=1).
+        """Everything that does not depend on images, such as the class features.
 
-        `shared` has a client axis of 1 where all clients hold the same values, as in evaluation.
+        Args:
+            shared: shared tensors and extras, (K, ...). In evaluation the client axis is 1 where
+                all clients hold the same values.
+            private: private tensors, (K, ...); None asks for the global model, with K = 1.
+
+        Returns:
+            Named tensors (K, ...), or (1, ...) where all clients share a value.
         """
 
     @abstractmethod
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
-        """Class logits (K, B, C) of images (K, B, ...); a client axis of 1 broadcasts."""
+        """Class logits (K, B, C).
+
+        Args:
+            encoded: the result of `encode`.
+            inputs: images (K, B, ...); a client axis of 1 on either side broadcasts.
+        """
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
-        """Weighted loss terms by name, each (K,); their sum is minimised. Default: CE alone."""
+        """The weighted terms of the loss by name, each (K,); their sum is minimised.
+
+        The default is the cross-entropy `ce` alone. Other methods return `ce` first as well.
+
+        Args:
+            shared: shared tensors and extras, (K, ...).
+            private: private tensors, (K, ...).
+            encoded: the result of `encode` for these tensors.
+            batch: images, labels and mask of the step.
+        """
         del shared, private
         return {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
 
     def gradients(
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
-        """Gradients (K, ...) by which the optimiser moves `leaves`, e.g. `shared.ctx`.
+        """The gradients that the optimiser applies.
 
-        Default: those of the sum of all terms; None where a leaf has no part in it. The graph is
-        needed once more where a subclass asks for gradients of several sums.
+        The default differentiates the sum of all terms. A method that projects, clips or adds noise
+        to gradients overrides this member; one that differentiates several sums must keep the graph
+        until the last of them (`retain_graph=True`).
+
+        Args:
+            loss_terms: the result of `loss_terms`.
+            leaves: the trained tensors (K, ...) by container and name, for example `shared.ctx`.
+            batch: the step, for random draws.
+
+        Returns:
+            A gradient (K, ...) per leaf, or None where the loss does not depend on it.
         """
+        # Clients are independent, so the gradient of the sum over clients is each client's own.
         total = torch.stack(list(loss_terms.values())).sum(0).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return dict(zip(leaves, found, strict=True))
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return dict(zip(leaves, gradients, strict=True))
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """Embeddings (C, D) whose products with image features are the logits, or None."""
+        """Vectors (C, D) whose products with plain CLIP image features are the logits.
+
+        They are what `fedprompt export` writes. None if there are no such vectors, for example
+        because image prompts or adapters change the image features.
+        """
         classes = encoded.get("classes")
         return None if classes is None else classes[0]
 
-    @property
-    def has_global(self) -> bool:
-        """Whether a model without private tensors exists (shared prompts, or none at all)."""
-        return bool(self.init_shared(0)) or not self.trainable
 
-    def uploaded_numbers(self) -> int:
-        """How many numbers a client sends per round."""
-        return sum(t.numel() for t in self.init_shared(0).values())
-
-
-def cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of each client over its real (unmasked) images: (K,)."""
-    loss_KB = F.cross_entropy(logits_KBC.flatten(0, 1), batch.labels_KB.flatten(), reduction="none")
-    return masked_mean(loss_KB.view_as(batch.mask_KB), batch.mask_KB)
-
-
-def masked_mean(values_KB: Tensor, mask_KB: Tensor) -> Tensor:
-    """Mean over the images where the mask is true: (K,)."""
-    weight_KB = mask_KB.to(values_KB.dtype)
-    return (values_KB * weight_KB).sum(-1) / weight_KB.sum(-1)
-
-
-def cosine_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor) -> Tensor:
-    """CLIP's logits: exp(logit_scale) times the products with class features, (K, B, C)."""
-    return clip.logit_scale * (features_KBD @ classes_KCD.transpose(-1, -2))
-
-
-def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:
-    """Named tensors of K clients with a leading client axis, on `device`."""
-    return {k: torch.stack([item[k] for item in items]).to(device) for k in items[0]}
+def uploaded_numbers(method: Method) -> int:
+    """How many numbers a client sends per round."""
+    return sum(t.numel() for t in method.init_shared(0).values())

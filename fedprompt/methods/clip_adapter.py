@@ -24,20 +24,20 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.adapters import (
     bottleneck,
     bottleneck_start,
     check_template,
     template_classes,
 )
+from fedprompt.methods.parts.losses import cosine_logits
 
 
 @dataclass(frozen=True)
-class CLIPAdapterConfig:
+class CLIPAdapterConfig(MethodConfig):
     """Defaults: the public code's."""
 
-    name: str = option("clip_adapter", "method name")
     reduction: int = option(4, "the hidden width is the embedding's divided by this", ge=1)
     ratio: float = option(0.2, "weight of the adapted feature; the rest is CLIP's own", ge=0, le=1)
     template: str | None = option(None, "text with {} for the class; null = the data set's own")
@@ -62,10 +62,6 @@ class CLIPAdapter(Method):
     def init_shared(self, seed: int) -> Tensors:
         """Both matrices, as torch.nn.Linear starts them."""
         return bottleneck_start(self.clip.embed_dim, self.cfg.reduction, seed, "init", "shared")
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The fixed class features (1, C, D), and the adapter's matrices as they are."""

@@ -26,20 +26,18 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 POSITIONS_AT_ONCE = 8192
 """Text positions that go through the tower at once: they bound the memory of activations."""
 
 
 @dataclass(frozen=True)
-class CoCoOpConfig:
+class CoCoOpConfig(PromptConfig):
     """Defaults: the paper's 4 context tokens "a photo of a" and 16-fold bottleneck."""
 
-    name: str = option("cocoop", "method name")
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
     bottleneck: int = option(16, "the Meta-Net's hidden layer is D / bottleneck wide", ge=1)
 
 
@@ -53,13 +51,7 @@ class CoCoOp(Method):
 
     def __init__(self, config: CoCoOpConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
-        self.prompts = PromptSource(
-            clip,
-            task,
-            config.context_tokens,
-            init_text=config.context_init,
-            init_std=config.init_std,
-        )
+        self.prompts = PromptSource.of(config, clip, task)
         self.hidden = max(1, clip.embed_dim // config.bottleneck)
         self.prompts_at_once = max(1, POSITIONS_AT_ONCE // self.prompts.tower.positions)
 
@@ -71,10 +63,6 @@ class CoCoOp(Method):
             **linear_start("linear1", self.hidden, embed, seed, "init", "shared"),
             **linear_start("linear2", width, self.hidden, seed, "init", "shared"),
         }
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The shared tensors: nothing else is the same for all images."""

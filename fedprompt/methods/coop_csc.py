@@ -29,18 +29,20 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import TextTower, context_init
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, RoundInfo, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, RoundInfo, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptConfig
 from fedprompt.rng import normal
 
 
 @dataclass(frozen=True)
-class CoOpCSCConfig:
+class CoOpCSCConfig(PromptConfig):
     """Defaults: CoOp's 16 context tokens per class, N(0, 0.02^2)."""
 
-    name: str = option("coop_csc", "method name")
+    default_strategy = MappingProxyType({"name": "per_class"})
+
     context_tokens: int = option(16, "context tokens M of each class", ge=1)
     context_init: str | None = option(None, "words that every class starts from")
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
     class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
 
 
@@ -50,9 +52,7 @@ class CoOpCSC(Method):
     name = "coop_csc"
     source = "Zhou et al., IJCV 2022"
     Config = CoOpCSCConfig
-    strategy = MappingProxyType({"name": "per_class"})
     frozen = frozenset({"shared.class_shares"})
-    transfers_to_new_classes = False
     no_transfer_reason = "a context belongs to the class that it was trained for"
 
     def __init__(self, config: CoOpCSCConfig, clip: FrozenCLIP, task: Task) -> None:
@@ -73,10 +73,6 @@ class CoOpCSC(Method):
         draw = normal(shape, self.cfg.init_std, seed, "init", "shared")
         starts = [context_init(self.clip, self.cfg.context_init, tokens, d) for d in draw]
         return {"ctx": torch.stack(starts), "class_shares": torch.zeros(classes)}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprompt.config.fields import option
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
@@ -17,8 +16,6 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class CoOpLocalConfig(PromptFLConfig):
     """CoOp's hyper-parameters."""
 
-    name: str = option("coop_local", "method name")
-
 
 class CoOpLocal(PromptFL):
     """One private context; nothing shared, so no global model."""
@@ -26,6 +23,7 @@ class CoOpLocal(PromptFL):
     name = "coop_local"
     source = "Zhou et al., IJCV 2022"
     Config = CoOpLocalConfig
+    has_global = False
 
     def init_shared(self, seed: int) -> Tensors:
         """Nothing is shared."""

@@ -43,9 +43,10 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, RoundInfo, Task, Tensors, masked_mean
+from fedprompt.methods.base import ClientData, RoundInfo, Task, Tensors
 from fedprompt.methods.maple import MaPLe, MaPLeConfig
 from fedprompt.methods.parts import local_copy as local_copy
+from fedprompt.methods.parts.losses import masked_mean
 from fedprompt.rng import generator
 
 FACTORS = ("weight", "bias")
@@ -56,7 +57,9 @@ FACTORS = ("weight", "bias")
 class DP2FLConfig(MaPLeConfig):
     """alpha and beta of the paper; the rest is our reading of it."""
 
-    name: str = option("dp2fl", "method name")
+    default_strategy = MappingProxyType({"name": "nearest_peers"})
+    supported_strategies = frozenset({"nearest_peers"})
+
     sharing: Literal["text", "factors", "materialised"] = option("factors", "always 'factors'")
     depth: int = option(1, "layers with prompts; 1 = at the input only", ge=1)
     peers: int = option(9, "other clients whose data prompts a client is sent", ge=1)
@@ -76,8 +79,6 @@ class DP2FL(MaPLe):
     name = "dp2fl"
     source = "Chang et al., Sci. Rep. 2025 (reconstructed)"
     Config = DP2FLConfig
-    strategy = MappingProxyType({"name": "nearest_peers"})
-    works_with = frozenset({"nearest_peers"})
     frozen = local_copy.names(FACTORS) | {f"private.val.{n}" for n in ("pixels", "labels", "mask")}
     images_at_once = 256
 

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -50,21 +49,21 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.base import UNIFORM_AVERAGE, Batch, Method, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 
 @dataclass(frozen=True)
-class DPFPLConfig:
+class DPFPLConfig(RandomPromptConfig):
     """Defaults: the public code's, but noise is off unless asked for.
 
     So it is in one version of that code; in another, and in its README, epsilon is 0.4. The paper's
     are 0.1 to 0.4.
     """
 
-    name: str = option("dp_fpl", "method name")
-    context_tokens: int = option(16, "context tokens M", ge=1)
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    default_strategy = UNIFORM_AVERAGE
+
     rank: int = option(8, "rank r of the private context's gradient", ge=1)
     epsilon: float | None = option(None, "scale of the noise; null = no clipping, no noise", gt=0)
     delta: float = option(1e-5, "delta of the noise's formula", gt=0, lt=1)
@@ -89,12 +88,11 @@ class DPFPL(Method):
     name = "dp_fpl"
     source = "Tran et al., ICLR 2025"
     Config = DPFPLConfig
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
 
     def __init__(self, config: DPFPLConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        self.prompts = PromptSource(clip, task, config.context_tokens, init_std=config.init_std)
+        self.prompts = PromptSource.of(config, clip, task)
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d), G."""

@@ -21,7 +21,6 @@ validation accuracy; here the protocol decides what is reported.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +29,18 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, masked_mean
+from fedprompt.methods.base import UNIFORM_AVERAGE, Batch, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.adapters import check_template, raw_features, template_classes
 from fedprompt.methods.parts.linear import linear, linear_start
+from fedprompt.methods.parts.losses import cosine_logits, masked_mean
 
 
 @dataclass(frozen=True)
-class FedCLIPConfig:
+class FedCLIPConfig(MethodConfig):
     """No hyper-parameters but the text."""
 
-    name: str = option("fedclip", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     template: str | None = option(
         "a picture of a {}", "text with {} for the class; null = the data set's own"
     )
@@ -55,7 +56,6 @@ class FedCLIP(Method):
     name = "fedclip"
     source = "Lu et al., IEEE Data Eng. Bull. 2023"
     Config = FedCLIPConfig
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
 
     def __init__(self, config: FedCLIPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
@@ -67,10 +67,6 @@ class FedCLIP(Method):
         return linear_start("attention.0", width, width, *key) | linear_start(
             "attention.2", width, width, *key
         )
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The fixed class features (1, C, D), and the attention's layers as they are."""

@@ -11,9 +11,9 @@ are those of its other baselines.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from fedprompt.config.fields import option
+from fedprompt.methods.base import UNIFORM_AVERAGE
 from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
 
 
@@ -21,7 +21,8 @@ from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
 class FedCoCoOpConfig(CoCoOpConfig):
     """Defaults: 4 context tokens that start at random."""
 
-    name: str = option("fedcocoop", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
 
 
@@ -31,4 +32,3 @@ class FedCoCoOp(CoCoOp):
     name = "fedcocoop"
     source = "Qiu et al., ICLR 2024 (baseline)"
     Config = FedCoCoOpConfig
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})

@@ -32,19 +32,18 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.parts.adapters import bottleneck, bottleneck_start, raw_features
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 
 @dataclass(frozen=True)
-class FedDDAConfig:
+class FedDDAConfig(RandomPromptConfig):
     """Defaults: the public code's."""
 
-    name: str = option("feddda", "method name")
     context_tokens: int = option(16, "tokens of each context", ge=1)
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
     style: str = option("with a style of", "words between the class name and the private context")
     reduction: int = option(4, "adapters: width divided by this is hidden", ge=1)
 
@@ -55,20 +54,16 @@ class FedDDA(Method):
     name = "feddda"
     source = "Yang et al., ICML 2025"
     Config = FedDDAConfig
+    has_global = False  # the shared tensors alone are half a sentence
 
     def __init__(self, config: FedDDAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        self.context = PromptSource(clip, task, config.context_tokens, init_std=config.init_std)
+        self.context = PromptSource.of(config, clip, task)
         names = tuple(f"{name} {config.style}".strip() for name in task.class_names)
         self.sentence = PromptSource(
             clip, replace(task, class_names=names), 2 * config.context_tokens, position="middle"
         )
-
-    @property
-    def has_global(self) -> bool:
-        """False: the shared tensors alone are half a sentence."""
-        return False
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d) and the shared adapter."""

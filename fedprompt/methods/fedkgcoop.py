@@ -13,9 +13,9 @@ names, as in every other method. The public `CoOpCLIP` cannot run as it stands: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from fedprompt.config.fields import option
+from fedprompt.methods.base import UNIFORM_AVERAGE
 from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
 
 
@@ -23,7 +23,8 @@ from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
 class FedKgCoOpConfig(KgCoOpConfig):
     """Defaults: 4 context tokens that start at random, weight 8."""
 
-    name: str = option("fedkgcoop", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
 
 
@@ -33,4 +34,3 @@ class FedKgCoOp(KgCoOp):
     name = "fedkgcoop"
     source = "Qiu et al., ICLR 2024 (baseline)"
     Config = FedKgCoOpConfig
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})

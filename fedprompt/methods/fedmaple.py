@@ -9,12 +9,11 @@ MaPLe's own are the defaults, with FedTPG's server rule, the mean of all replies
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from fedprompt.config.fields import option
+from fedprompt.methods.base import UNIFORM_AVERAGE
 from fedprompt.methods.maple import MaPLe, MaPLeConfig
 
 
@@ -22,7 +21,8 @@ from fedprompt.methods.maple import MaPLe, MaPLeConfig
 class FedMaPLeConfig(MaPLeConfig):
     """MaPLe's hyper-parameters, all factors shared."""
 
-    name: str = option("fedmaple", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     sharing: Literal["text", "factors", "materialised"] = option("factors", "what is averaged")
 
 
@@ -32,6 +32,3 @@ class FedMaPLe(MaPLe):
     name = "fedmaple"
     source = "Qiu et al., ICLR 2024"
     Config = FedMaPLeConfig
-    strategy: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"name": "fedavg", "weights": "uniform"}
-    )

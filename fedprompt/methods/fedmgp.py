@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -45,16 +44,16 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import (
+    UNIFORM_AVERAGE,
     Batch,
     Method,
+    MethodConfig,
     RoundInfo,
     Task,
     Tensors,
-    cosine_logits,
-    cross_entropy,
-    masked_mean,
 )
 from fedprompt.methods.parts.deep_prompts import split_words
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
 
@@ -62,10 +61,11 @@ KINDS = ("text", "visual")
 
 
 @dataclass(frozen=True)
-class FedMGPConfig:
+class FedMGPConfig(MethodConfig):
     """Defaults: the public config, but for the form of diversity (the paper's)."""
 
-    name: str = option("fedmgp", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     groups: int = option(5, "groups G", ge=1)
     uploaded_groups: int = option(2, "groups S that are sampled and averaged", ge=1)
     text_tokens: int = option(2, "tokens of a text prompt", ge=1)
@@ -90,7 +90,6 @@ class FedMGP(Method):
     source = "Bo et al., NeurIPS 2025"
     Config = FedMGPConfig
     needs = frozenset({"features", "pixels"})
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
     frozen = frozenset({"private.slots.text", "private.slots.visual"})
     images_at_once = 256
 

@@ -30,21 +30,20 @@ import torch
 from fedprompt.config.fields import option
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport
+from fedprompt.methods.parts.prompts import RandomPromptConfig
 from fedprompt.methods.plot import PLOT
 
 
 @dataclass(frozen=True)
-class FedOTPConfig:
+class FedOTPConfig(RandomPromptConfig):
     """Defaults: the public code's, and its scripts' gamma."""
 
-    name: str = option("fedotp", "method name")
     context_tokens: int = option(16, "context tokens M of each prompt", ge=1)
     transport: Literal["partial", "balanced"] = option("partial", "code: COT or Sinkhorn")
     gamma: float = option(0.8, "partial: mass that is carried", gt=0, le=1)
     eps: float = option(0.1, "weight of the plan's entropy", ge=SMALLEST_EPS)
     threshold: float = option(1e-3, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
 
 class FedOTP(PLOT):

@@ -33,17 +33,16 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.base import Batch, Method, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import normal
 
 
 @dataclass(frozen=True)
-class FedPGPConfig:
+class FedPGPConfig(RandomPromptConfig):
     """Defaults: the public base-to-new script's."""
 
-    name: str = option("fedpgp", "method name")
-    context_tokens: int = option(16, "context tokens M", ge=1)
     bottleneck: int = option(8, "rank b of the private term", ge=1)
     mu: float = option(0.5, "weight of the contrast", ge=0)
     temperature: float = option(0.5, "temperature tau of the contrast", gt=0)
@@ -60,7 +59,7 @@ class FedPGP(Method):
     def __init__(self, config: FedPGPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        self.prompts = PromptSource(clip, task, config.context_tokens, init_std=config.init_std)
+        self.prompts = PromptSource.of(config, clip, task)
 
     def init_shared(self, seed: int) -> Tensors:
         """`sigma` (M, d)."""

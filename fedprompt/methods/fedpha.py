@@ -39,17 +39,17 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
+from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource
 
 Projection = Literal["row_space", "complement"]
 
 
 @dataclass(frozen=True)
-class FedPHAConfig:
+class FedPHAConfig(MethodConfig):
     """Defaults: the public code's."""
 
-    name: str = option("fedpha", "method name")
     shared_tokens: int = option(16, "context tokens M of the global prompt", ge=1)
     local_tokens: list[int] = option([16], "tokens of local prompts, dealt to clients in turn")
     ratio: float = option(0.8, "share of singular vectors kept in the projection", gt=0, le=1)

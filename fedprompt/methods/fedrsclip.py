@@ -45,7 +45,7 @@ from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
+from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.alignment import (
     divergence,
     image_text_contrast,
@@ -54,15 +54,15 @@ from fedprompt.methods.parts.alignment import (
     pair_distance,
 )
 from fedprompt.methods.parts.deep_prompts import layers_within
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
 
 
 @dataclass(frozen=True)
-class FedRSCLIPConfig:
+class FedRSCLIPConfig(MethodConfig):
     """Every open choice of the reconstruction; see the module's docstring."""
 
-    name: str = option("fedrsclip", "method name")
     prompts: Literal["both", "shared", "private"] = option("both", "which prompts exist")
     shared_tokens: int = option(4, "shared context tokens (4 x 512 = 2,048 numbers)", ge=1)
     private_tokens: int = option(4, "private context tokens", ge=1)
@@ -112,6 +112,7 @@ class FedRSCLIP(Method):
     def __init__(self, config: FedRSCLIPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
+        self.has_global = config.prompts != "private"
 
         def source(tokens: int) -> PromptSource:
             return PromptSource(

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +32,19 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import UNIFORM_AVERAGE, Method, Task, Tensors
 from fedprompt.methods.parts.linear import layer_norm, linear, linear_start
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import uniform
 
 
 @dataclass(frozen=True)
-class FedTPGConfig:
+class FedTPGConfig(RandomPromptConfig):
     """Defaults: the paper's 4 context tokens, 4 heads, feed-forward layer of width 4 d."""
 
-    name: str = option("fedtpg", "method name")
+    default_strategy = UNIFORM_AVERAGE
+
     context_tokens: int = option(4, "context tokens M that the generator writes", ge=1)
     heads: int = option(4, "attention heads", ge=1)
     expansion: int = option(4, "width of the feed-forward layer, as a multiple of d", ge=1)
@@ -56,7 +57,6 @@ class FedTPG(Method):
     name = "fedtpg"
     source = "Qiu et al., ICLR 2024"
     Config = FedTPGConfig
-    strategy = MappingProxyType({"name": "fedavg", "weights": "uniform"})
 
     def __init__(self, config: FedTPGConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
@@ -67,7 +67,7 @@ class FedTPG(Method):
                 f"method fedtpg: heads is {config.heads}, which does not divide the text width "
                 f"{self.width} of {clip.name}."
             )
-        self.prompts = PromptSource(clip, task, config.context_tokens, init_std=config.init_std)
+        self.prompts = PromptSource.of(config, clip, task)
         names = [name.replace("_", " ") for name in task.class_names]
         self.names_CD = F.normalize(clip.encode_text_raw(names), dim=-1)
 
@@ -92,10 +92,6 @@ class FedTPG(Method):
         for name, width in widths.items():
             start |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
         return start
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Class features (K, C, D) of the contexts that the generators write."""

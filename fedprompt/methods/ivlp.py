@@ -24,16 +24,16 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
+from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.rng import normal
 
 
 @dataclass(frozen=True)
-class IVLPConfig:
+class IVLPConfig(MethodConfig):
     """Defaults: MaPLe's code, 2 + 2 tokens in all 12 layers (PromptSRC's has 4 + 4 in 9)."""
 
-    name: str = option("ivlp", "method name")
     text_tokens: int = option(2, "text tokens per layer", ge=1)
     visual_tokens: int = option(2, "visual tokens per layer", ge=1)
     text_depth: int = option(12, "text layers with prompts, the first counts", ge=1)
@@ -69,10 +69,6 @@ class IVLP(Method):
         shape = (depth, self.config.visual_tokens, self.vision.width)
         visual = normal(shape, self.config.init_std, seed, "init", "shared", "visual")
         return {"text": self.text.start(seed, "init", "shared"), "visual": visual}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D) and the visual prompts (K, J, M, w)."""

@@ -31,7 +31,6 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class KgCoOpConfig(PromptFLConfig):
     """Defaults: the paper's 4 context tokens "a photo of a" and weight 8."""
 
-    name: str = option("kgcoop", "method name")
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
     kg_weight: float = option(8.0, "weight of the pull towards the template (lambda)", ge=0)

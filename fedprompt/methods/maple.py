@@ -38,21 +38,21 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, RoundInfo, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, RoundInfo, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
 from fedprompt.methods.parts.linear import linear_start
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptConfig
 
 
 @dataclass(frozen=True)
-class MaPLeConfig:
+class MaPLeConfig(PromptConfig):
     """Defaults: the authors' M = 2 tokens in J = 9 layers, from "a photo of a"."""
 
-    name: str = option("maple", "method name")
     sharing: Literal["text", "factors", "materialised"] = option("text", "what is averaged")
     context_tokens: int = option(2, "tokens M of every prompt", ge=1)
     depth: int = option(9, "layers J with prompts, the first counts; at most the tower's", ge=1)
     context_init: str | None = option("a photo of a", "start words; those after M tokens stay")
-    init_std: float = option(0.02, "standard deviation of the random starts", gt=0)
 
 
 class MaPLe(Method):

@@ -38,17 +38,17 @@ from fedprompt.backbone.text_tower import TextTower
 from fedprompt.backbone.vision_tower import Adapt, VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.methods.parts.linear import linear
+from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.rng import normal
 
 
 @dataclass(frozen=True)
-class PFedMMAConfig:
+class PFedMMAConfig(MethodConfig):
     """Defaults: the authors' code (layers 5 to 12 of ViT-B, r = 32, alpha = 0.001)."""
 
-    name: str = option("pfedmma", "method name")
     layers: int = option(8, "top layers L of both towers with adapters, at most the tower's", ge=1)
     rank: int = option(32, "width r of the bottleneck", ge=1)
     scale: float = option(0.001, "alpha, the weight of an adapter's output", gt=0)
@@ -66,6 +66,7 @@ class PFedMMA(Method):
     name = "pfedmma"
     source = "Ghiasvand et al., ICLR 2026"
     Config = PFedMMAConfig
+    has_global = False  # the shared projections mean nothing without the private ones
     needs = frozenset({"features", "pixels"})
     images_at_once = 256
 
@@ -76,11 +77,6 @@ class PFedMMA(Method):
         self.depth = {"text": len(clip.text.blocks), "visual": self.vision.layers}
         self.layers = layers_within("text and image", config.layers, min(self.depth.values()))
         self.width = {"text": clip.text.width, "visual": self.vision.width}
-
-    @property
-    def has_global(self) -> bool:
-        """The shared projections alone are no model."""
-        return False
 
     def init_shared(self, seed: int) -> Tensors:
         """W_s of all layers."""

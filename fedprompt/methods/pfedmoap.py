@@ -36,31 +36,23 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import (
-    Batch,
-    Method,
-    RoundInfo,
-    Task,
-    Tensors,
-    cosine_logits,
-    cross_entropy,
-)
+from fedprompt.methods.base import Batch, Method, RoundInfo, Task, Tensors
 from fedprompt.methods.parts import local_copy as local_copy
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
+from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 PARTS = ("q", "k", "v", "o")
 """The gate's projections, W_q, W_k, W_v, W_o."""
 
 
 @dataclass(frozen=True)
-class PFedMoAPConfig:
+class PFedMoAPConfig(PromptConfig):
     """Defaults of the public code."""
 
-    name: str = option("pfedmoap", "method name")
-    context_tokens: int = option(16, "context tokens M", ge=1)
-    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+    default_strategy = MappingProxyType({"name": "nearest_peers"})
+    supported_strategies = frozenset({"nearest_peers"})
+
     experts: int = option(10, "experts, the client's own among them", ge=2)
     lam: float = option(0.5, "weight lambda of the own prompt's logits", ge=0)
     gate_heads: int = option(8, "heads of the gate", ge=1)
@@ -76,20 +68,12 @@ class PFedMoAP(Method):
     name = "pfedmoap"
     source = "Luo et al., ICLR 2025"
     Config = PFedMoAPConfig
-    strategy = MappingProxyType({"name": "nearest_peers"})
-    works_with = frozenset({"nearest_peers"})
     images_at_once = 512
 
     def __init__(self, config: PFedMoAPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        self.prompts = PromptSource(
-            clip,
-            task,
-            config.context_tokens,
-            init_text=config.context_init,
-            init_std=config.init_std,
-        )
+        self.prompts = PromptSource.of(config, clip, task)
         self.width = min(config.gate_width, clip.embed_dim)
         self.stride = clip.embed_dim // self.width
         if clip.embed_dim % self.width or self.width % config.gate_heads:

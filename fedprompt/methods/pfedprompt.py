@@ -26,8 +26,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, ClientData, Task, Tensors, cross_entropy
+from fedprompt.methods.base import Batch, ClientData, Task, Tensors
 from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
+from fedprompt.methods.parts.losses import cross_entropy
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
 
@@ -35,7 +36,6 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class PFedPromptConfig(PromptFLConfig):
     """PromptFL's prompt; the memory's defaults are Tip-Adapter's."""
 
-    name: str = option("pfedprompt", "method name")
     shots: int = option(16, "images of each class that a client remembers, at most", ge=1)
     alpha: float = option(1.17, "weight of the memory", ge=0)
     beta: float = option(1.0, "sharpness of the memory", gt=0)
@@ -49,7 +49,6 @@ class PFedPrompt(PromptFL):
     source = "Guo et al., WWW 2023 (reconstructed from the abstract)"
     Config = PFedPromptConfig
     frozen = frozenset({"private.keys", "private.filled"})
-    transfers_to_new_classes = False
     no_transfer_reason = "a client's memory holds images of the classes that it has"
     images_at_once = 1024
 

@@ -29,22 +29,21 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cross_entropy
+from fedprompt.methods.base import Batch, Method, Task, Tensors
+from fedprompt.methods.parts.losses import cross_entropy
 from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport, real_images
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 
 @dataclass(frozen=True)
-class PLOTConfig:
+class PLOTConfig(RandomPromptConfig):
     """Defaults: plot-coop's."""
 
-    name: str = option("plot", "method name")
     prompts: int = option(4, "contexts N per class", ge=1)
     context_tokens: int = option(16, "context tokens M of each", ge=1)
     eps: float = option(0.1, "weight of the plan's entropy", ge=SMALLEST_EPS)
     threshold: float = option(0.01, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
 
 class PLOT(Method):
@@ -59,7 +58,7 @@ class PLOT(Method):
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
-        self.prompts = PromptSource(clip, task, config.context_tokens, init_std=config.init_std)
+        self.prompts = PromptSource.of(config, clip, task)
         self.transport = self._transport()
 
     def _transport(self) -> Transport:
@@ -70,10 +69,6 @@ class PLOT(Method):
         """`ctx` (N, M, d)."""
         starts = [self.prompts.start(seed, "init", "shared", n) for n in range(self.config.prompts)]
         return {"ctx": torch.stack(starts)}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`prompts`: class features (K, N, C, D) of the contexts (K, N, M, d)."""

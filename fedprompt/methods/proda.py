@@ -38,20 +38,19 @@ from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, cosine_logits, cross_entropy
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.base import Batch, Method, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
+from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import generator
 
 
 @dataclass(frozen=True)
-class ProDAConfig:
+class ProDAConfig(RandomPromptConfig):
     """Defaults: 32 contexts of 16 tokens, 4 of them per step."""
 
-    name: str = option("proda", "method name")
     contexts: int = option(32, "contexts P", ge=1)
     contexts_per_step: int = option(4, "contexts that a step trains", ge=1)
     context_tokens: int = option(16, "tokens M of each context", ge=1)
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
     orthogonality: float = option(0.1, "weight of the contexts' orthogonality", ge=0)
 
     def check(self) -> None:
@@ -89,10 +88,6 @@ class ProDA(Method):
             for p, position in enumerate(self.positions)
         ]
         return {"ctx": torch.stack(starts)}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The mean class features (K, C, D) over all contexts.

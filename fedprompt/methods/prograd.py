@@ -35,7 +35,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import context_init, token_count
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Task, Tensors, cosine_logits, cross_entropy, masked_mean
+from fedprompt.methods.base import Batch, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
 TINY = 1e-30
@@ -46,7 +47,6 @@ TINY = 1e-30
 class ProGradConfig(PromptFLConfig):
     """Defaults: 16 tokens that end in the template's words, T = 1, lambda = 1."""
 
-    name: str = option("prograd", "method name")
     start: Literal["template", "context_init"] = option(
         "template",
         "template: the words before the class name, zeros in front of them; context_init: as CoOp",

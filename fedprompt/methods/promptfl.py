@@ -23,18 +23,15 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.base import Method, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 
 @dataclass(frozen=True)
-class PromptFLConfig:
+class PromptFLConfig(PromptConfig):
     """Defaults: CoOp's and PromptFL's 16 context tokens, N(0, 0.02^2)."""
 
-    name: str = option("promptfl", "method name")
-    context_tokens: int = option(16, "context tokens M", ge=1)
-    context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
     class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
 
 
@@ -47,22 +44,11 @@ class PromptFL(Method):
 
     def __init__(self, config: PromptFLConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
-        self.prompts = PromptSource(
-            clip,
-            task,
-            config.context_tokens,
-            position=config.class_position,
-            init_text=config.context_init,
-            init_std=config.init_std,
-        )
+        self.prompts = PromptSource.of(config, clip, task, position=config.class_position)
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d)."""
         return {"ctx": self.prompts.start(seed, "init", "shared")}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Class features (K, C, D) of the contexts (K, M, d)."""

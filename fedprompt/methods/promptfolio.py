@@ -24,19 +24,18 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
-from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.base import Method, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 
 @dataclass(frozen=True)
-class PromptFolioConfig:
+class PromptFolioConfig(PromptConfig):
     """Defaults: the public code's."""
 
-    name: str = option("promptfolio", "method name")
     context_tokens: int = option(8, "context tokens M of each prompt", ge=1)
     theta: float = option(0.4, "share of the local prompt's features", ge=0, le=1)
     context_init: str | None = option(None, "words that both prompts start from")
-    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
 
 class PromptFolio(Method):
@@ -49,13 +48,7 @@ class PromptFolio(Method):
     def __init__(self, config: PromptFolioConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.theta = config.theta
-        self.prompts = PromptSource(
-            clip,
-            task,
-            config.context_tokens,
-            init_text=config.context_init,
-            init_std=config.init_std,
-        )
+        self.prompts = PromptSource.of(config, clip, task)
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d), the global prompt."""

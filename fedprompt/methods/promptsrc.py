@@ -24,12 +24,11 @@ prompts and t0 to half precision; J is at most the number of layers of each towe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import token_count
 from fedprompt.config.fields import option
-from fedprompt.methods.base import Batch, Task, Tensors, cosine_logits, cross_entropy, masked_mean
+from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.ivlp import IVLP, IVLPConfig
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.parts.prompts import PromptSource
 
 
@@ -47,7 +47,8 @@ from fedprompt.methods.parts.prompts import PromptSource
 class PromptSRCConfig(IVLPConfig):
     """Defaults: the authors' base-to-new setting, 4 + 4 tokens in 9 layers."""
 
-    name: str = option("promptsrc", "method name")
+    default_strategy = MappingProxyType({"name": "gaussian"})
+
     text_tokens: int = option(4, "text tokens per layer", ge=1)
     visual_tokens: int = option(4, "visual tokens per layer", ge=1)
     text_depth: int = option(9, "text layers with prompts, the first counts", ge=1)
@@ -64,7 +65,6 @@ class PromptSRC(IVLP):
     name = "promptsrc"
     source = "Khattak et al., ICCV 2023"
     Config = PromptSRCConfig
-    strategy: ClassVar[Mapping[str, Any]] = MappingProxyType({"name": "gaussian"})
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from fedprompt.methods.base import Method
 
 METHODS: Registry[Method] = Registry(
-    "method", "fedprompt.methods", "fedprompt.methods.base:Method", helpers=("base", "registry")
+    "method",
+    "fedprompt.methods",
+    "fedprompt.methods.base:Method",
+    helpers=("base", "batch", "registry"),
 )
 
 

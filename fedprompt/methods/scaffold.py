@@ -1,4 +1,4 @@
-"""SCAFFOLD: any prompt method with control variates against client drift.
+"""SCAFFOLD: any prompt method, with control variates against client drift.
 
 Source: SCAFFOLD: Stochastic Controlled Averaging for Federated Learning (Karimireddy, Kale, Mohri,
 Reddi, Stich, Suresh, ICML 2020, arXiv 1910.06378), algorithm 1 with option II:
@@ -7,113 +7,118 @@ Reddi, Stich, Suresh, ICML 2020, arXiv 1910.06378), algorithm 1 with option II:
     c_k+ = c_k - c + (x - y) / (S * lr)                        after S steps from x
     x <- x + lr_g * mean(y - x)    c <- c + |P| / N * mean(c_k+ - c_k)      over participants P of N
 
-The shared container carries a `control.` twin of every learned tensor: downwards it is c, upwards
-the difference c_k+ - c_k; no optimiser moves it. c_k is private. Traffic doubles in both
-directions. Private prompts of the base are trained as ever. The server's part is the strategy
-`scaffold`, which this method needs.
+The shared container has a part `control` beside the base's tensors, with a tensor for each learned
+one: it is c on the way to the clients and the difference c_k+ - c_k on the way back, and no
+optimiser moves it. The private container holds c_k. Traffic doubles in both directions. Private
+prompts of the base are trained as usual. The server's side is the strategy `scaffold`, which this
+method requires.
 
-How we differ: the theory is for plain SGD. Under momentum m a step moves by more than lr times its
-gradient, and (x - y) / (S lr) is up to 1 / (1 - m) mean gradients. S is therefore replaced by the
-sum of the steps' coefficients, sum_{s=1..S} (1 - m^s) / (1 - m), which is S for m = 0, so c_k
-stays a (weighted) mean of the gradients on the way. Weight
-decay counts as part of the gradient. Under Adam c_k is a mean of its normalised steps, for which
-nothing is proved.
+How we differ: the theory is for plain SGD. With momentum m, a step moves by more than lr times its
+gradient, and (x - y) / (S lr) can reach 1 / (1 - m) mean gradients. S is therefore replaced by the
+sum of the steps' coefficients, sum_{s=1..S} (1 - m^s) / (1 - m), which is S for m = 0, so that c_k
+remains a (weighted) mean of the gradients along the way. Weight decay counts as part of the
+gradient. With Adam, c_k is a mean of its normalised steps, for which nothing is proved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
-from fedprompt.methods.parts.wrapper import WrappedMethod, WrapperConfig
+from fedprompt.methods.parts.nested import Parts
+from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig
+
+CONTROL = "control"
+"""The part that holds c in the shared container, and c_k in the private one."""
 
 
 @dataclass(frozen=True)
 class ScaffoldConfig(WrapperConfig):
     """SCAFFOLD on the client."""
 
-    name: str = option("scaffold", "method name")
+    default_strategy = MappingProxyType({"name": "scaffold"})
+    supported_strategies = frozenset({"scaffold"})
+
+    def check(self) -> None:
+        """Refuse a base whose own strategy would be lost."""
+        super().check()
+        strategy = self.base_config().default_strategy["name"]
+        if strategy != "fedavg":
+            raise UserError(
+                f"scaffold averages the prompts itself, but method '{self.base}' needs the "
+                f"strategy '{strategy}'; choose another method.base."
+            )
 
 
 class Scaffold(WrappedMethod):
-    """The base, its gradients corrected by c - c_k."""
+    """The base, with gradients that are corrected by c - c_k."""
 
     name = "scaffold"
     source = "Karimireddy et al., ICML 2020"
     Config = ScaffoldConfig
-    strategy = MappingProxyType({"name": "scaffold"})
-    works_with = frozenset({"scaffold"})
-    prefix = "control."
     term_names = ("control",)
 
     def __init__(self, config: ScaffoldConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
-        rule = type(self.base).server_rule(self.base.config)["name"]
-        if rule != "fedavg":
-            raise UserError(
-                f"scaffold averages the prompts itself, but method '{config.base}' needs the "
-                f"strategy '{rule}'; choose another method.base."
-            )
-        names = self.trained(self.base.init_shared(0))
-        self.frozen = self.base.frozen | {
-            f"{kind}.{self.prefix}{n}" for kind in ("shared", "private") for n in names
-        }
-
-    @classmethod
-    def server_rule(cls, config: Any) -> Mapping[str, Any]:
-        """Its own."""
-        return cls.strategy
+        self.shared_layout = self.shared_layout.with_part(CONTROL, self.learned, "control.")
+        self.private_layout = self.private_layout.with_part(CONTROL, self.learned, "control.")
+        self.frozen = self.base.frozen.union(
+            (f"shared.{n}" for n in self.shared_layout.flat_names[CONTROL].values()),
+            (f"private.{n}" for n in self.private_layout.flat_names[CONTROL].values()),
+        )
 
     def init_shared(self, seed: int) -> Tensors:
-        """The base's, and c = 0 beside them."""
+        """The base's tensors, and c = 0."""
         shared = self.base.init_shared(seed)
-        return shared | self._zeros(shared)
+        return self.shared_layout.flatten({BASE: shared, CONTROL: self._zeros(seed)})
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """The base's, and c_k = 0 beside them."""
-        return self.base.init_private(seed, client) | self._zeros(self.base.init_shared(seed))
+        """The base's tensors, and c_k = 0."""
+        private = self.base.init_private(seed, client)
+        return self.private_layout.flatten({BASE: private, CONTROL: self._zeros(seed)})
 
-    def _zeros(self, shared: Tensors) -> Tensors:
-        return {self.prefix + n: torch.zeros_like(t) for n, t in self.trained(shared).items()}
+    def _zeros(self, seed: int) -> Tensors:
+        shared = self.base.init_shared(seed)
+        return {n: torch.zeros_like(shared[n]) for n in self.learned}
 
-    def extra_loss_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
-        """`control` (K,): zero, with the gradient c - c_k."""
-        products = [
-            ((shared[self.prefix + n] - private[self.prefix + n]) * t).flatten(1).sum(1)
-            for n, t in self.trained(shared).items()
-        ]
+    def extra_loss_terms(self, shared: Parts, private: Parts, batch: Batch) -> Tensors:
+        """`control` (K,): its value is zero, and its gradient is c - c_k."""
+        c, c_k = shared[CONTROL], private[CONTROL]
+        products = [((c[n] - c_k[n]) * shared[BASE][n]).flatten(1).sum(1) for n in self.learned]
         linear_K = torch.stack(products).sum(0)
         return {"control": linear_K - linear_K.detach()}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Option II: the new c_k is kept, its difference to the old one goes up as `control.`."""
-        moves_K = coefficients(round_info.steps_K, round_info.momentum)
-        difference, kept = {}, {}
-        for n, y in self.trained(shared).items():
-            name = self.prefix + n
+        """Option II: store the new c_k and upload its difference to the old one."""
+        y = self.shared_layout.nest(shared)[BASE]
+        received = self.shared_layout.nest(round_info.received)
+        x, c = received[BASE], received[CONTROL]
+        c_k = self.private_layout.nest(private)[CONTROL]
+        coefficients_K = coefficients(round_info.steps_K, round_info.momentum)
+        difference = {}
+        for n in self.learned:
             lr = round_info.lr * self.base.lr_scale.get(f"shared.{n}", 1.0)
-            scale = (lr * moves_K).to(y).reshape(-1, *[1] * (y.dim() - 1))
-            difference[name] = (round_info.received[n] - y) / scale - round_info.received[name]
-            kept[name] = private[name] + difference[name]
-        s, p = super().end_round(shared, private, round_info)
-        return s | difference, p | kept
+            scale = (lr * coefficients_K).to(y[n]).reshape(-1, *[1] * (y[n].dim() - 1))
+            difference[n] = (x[n] - y[n]) / scale - c[n]
+        shared, private = super().end_round(shared, private, round_info)
+        s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
+        s[CONTROL] = difference
+        p[CONTROL] = {n: c_k[n] + difference[n] for n in self.learned}
+        return self.shared_layout.flatten(s), self.private_layout.flatten(p)
 
 
 def coefficients(steps_K: Tensor, momentum: float) -> Tensor:
-    """How often the gradients of S steps count in their sum, with momentum: float64 (K,).
+    """How much the gradients of S steps count in the sum of all moves: float64 (K,).
 
-    sum_{s=1..S} (1 - m^s) / (1 - m); S itself where m = 0.
+    sum_{s=1..S} (1 - m^s) / (1 - m), which is S for m = 0.
     """
     steps = steps_K.double()
     geometric = momentum * (1 - momentum**steps) / (1 - momentum)

@@ -27,16 +27,16 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData, Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.adapters import template_classes
 from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
+from fedprompt.methods.parts.losses import cosine_logits
 
 
 @dataclass(frozen=True)
-class TipAdapterConfig:
+class TipAdapterConfig(MethodConfig):
     """Defaults: the public code's for ImageNet, 16 shots."""
 
-    name: str = option("tip_adapter", "method name")
     fine_tune: bool = option(False, "train the keys (Tip-Adapter-F)")
     shots: int = option(16, "images of each class that a client remembers, at most", ge=1)
     alpha: float = option(1.17, "weight of the memory", ge=0)
@@ -49,7 +49,6 @@ class TipAdapter(Method):
     name = "tip_adapter"
     source = "Zhang et al., ECCV 2022"
     Config = TipAdapterConfig
-    transfers_to_new_classes = False
     no_transfer_reason = "its memory holds images of the classes that a client has"
     images_at_once = 1024
 
@@ -61,11 +60,6 @@ class TipAdapter(Method):
             {"private.filled"} | (set() if self.trainable else {"private.keys"})
         )
         self.classes_1CD = template_classes(clip, task.class_names, task.templates, None)
-
-    @property
-    def has_global(self) -> bool:
-        """True: zero-shot CLIP, which no client changes."""
-        return True
 
     def init_shared(self, seed: int) -> Tensors:
         """Nothing is shared."""

@@ -29,16 +29,16 @@ from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import layers_within
+from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.rng import normal, uniform
 
 
 @dataclass(frozen=True)
-class VPTConfig:
+class VPTConfig(MethodConfig):
     """Defaults: MaPLe's code, 8 tokens in all 12 layers; `depth: 1` is VPT-shallow."""
 
-    name: str = option("vpt", "method name")
     tokens: int = option(8, "visual tokens per layer", ge=1)
     depth: int = option(12, "image layers with prompts, the first counts", ge=1)
     template: str | None = option("a photo of a {}.", "text of a class; null = the data set's own")
@@ -76,10 +76,6 @@ class VPT(Method):
         height, width = self.vision.visual.patch_size
         bound = math.sqrt(6 / (3 * height * width + self.vision.width))
         return {"visual": bound * (2 * uniform(self.shape, *key) - 1)}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
-        return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The fixed `classes` (1, C, D) and the visual prompts (K, J, M, w)."""

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Method, Task, Tensors, cosine_logits
+from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
+from fedprompt.methods.parts.losses import cosine_logits
 
 
 @dataclass(frozen=True)
-class ZeroShotConfig:
+class ZeroShotConfig(MethodConfig):
     """No hyper-parameters: the templates belong to the data set."""
-
-    name: str = option("zero_shot", "method name")
 
 
 class ZeroShot(Method):
@@ -37,10 +35,6 @@ class ZeroShot(Method):
 
     def init_shared(self, seed: int) -> Tensors:
         """Nothing is shared."""
-        return {}
-
-    def init_private(self, seed: int, client: int) -> Tensors:
-        """Nothing is private."""
         return {}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:

@@ -298,16 +298,16 @@ def test_a_random_base_depends_on_the_seed() -> None:
 def test_a_method_that_cannot_transfer_says_why(
     runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(method_class("promptfl"), "transfers_to_new_classes", False)
+    monkeypatch.setattr(method_class("promptfl"), "no_transfer_reason", "it is bound to classes")
     folder = runs("base_to_new", "cross_data_set", method={"name": "promptfl"})
     part = summary_of(folder)["protocols"]
     rows = {row["model"]: row for row in part["base_to_new"]["rows"]}
     for model in ("global", "personal"):
         assert rows[model]["base"] is not None
         assert rows[model]["new"] is rows[model]["harmonic"] is None
-        assert "belong to the classes" in rows[model]["why"]
+        assert "bound to classes" in rows[model]["why"]
     tables = result_tables(summary_of(folder), "here")
-    assert "belong to the classes" in tables[0].note
+    assert "bound to classes" in tables[0].note
     assert [row["global"] is None for row in part["cross_data_set"]["rows"]] == [False, True, True]
 
 

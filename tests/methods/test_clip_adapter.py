@@ -11,7 +11,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Task
+from fedprompt.methods.base import Task, uploaded_numbers
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make
 
@@ -74,7 +74,7 @@ def test_upload_at_512_is_131072_numbers() -> None:
         "adapter.down.weight": (128, 512),
         "adapter.up.weight": (512, 128),
     }
-    assert method.uploaded_numbers() == 131_072
+    assert uploaded_numbers(method) == 131_072
     assert method.init_private(1, 0) == {}
 
 

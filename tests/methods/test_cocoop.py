@@ -13,7 +13,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, uploaded_numbers
 from tests.support.text_twin import (
     B,
     K,
@@ -112,7 +112,7 @@ def test_one_shared_model_serves_many_clients_images(clip: FrozenCLIP) -> None:
 def test_upload_on_vit_b16() -> None:
     """4 x 512 tokens, 512 x 32 + 32 and 32 x 512 + 512 of the Meta-Net."""
     method = build_method(shape_only_clip("ViT-B-16"), "cocoop")
-    assert method.uploaded_numbers() == 35_360
+    assert uploaded_numbers(method) == 35_360
 
 
 def test_starts(clip: FrozenCLIP) -> None:

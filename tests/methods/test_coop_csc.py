@@ -81,9 +81,9 @@ def test_training_leaves_the_class_shares(clip: FrozenCLIP) -> None:
 
 def test_it_says_why_it_knows_no_new_classes(clip: FrozenCLIP) -> None:
     method = build_method(clip, "coop_csc")
-    assert not method.transfers_to_new_classes
+    assert method.no_transfer_reason is not None
     assert "class" in method.no_transfer_reason
-    assert dict(method.strategy) == {"name": "per_class"}
+    assert dict(method.config.default_strategy) == {"name": "per_class"}
 
 
 # The server's rule

@@ -12,7 +12,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.experiment.validate import validate
-from fedprompt.methods.base import ClientData, Tensors, stack
+from fedprompt.methods.base import ClientData, Tensors, stack, uploaded_numbers
 from tests.support.builders import batch_of
 from tests.support.plain_prompted import close, images_of, plain_images, plain_text
 from tests.support.text_twin import build_method
@@ -160,7 +160,7 @@ def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: Frozen
 
 def test_sizes_and_rule() -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "dp2fl")
-    assert method.uploaded_numbers() == 2 * 512 + 768 * 512 + 768
+    assert uploaded_numbers(method) == 2 * 512 + 768 * 512 + 768
     made = validate({"method": {"name": "dp2fl"}})
     assert made.strategy.name == "nearest_peers"
     with pytest.raises(UserError, match="must be 'factors'"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Tensors
+from fedprompt.methods.base import Batch, Tensors, uploaded_numbers
 from fedprompt.methods.dp_fpl import DPFPL, clipped, factorise
 from fedprompt.rng import generator
 from tests.support.builders import batch_of
@@ -237,7 +237,7 @@ def test_the_prompt_does_not_depend_on_the_rank_and_g_alone_is_the_global_model(
     )
     alone = low.encode({"ctx": shared["ctx"][:1]}, None)["classes"][0]
     assert_close(alone, prompted(clip, shared["ctx"][0]))
-    assert low.uploaded_numbers() == M * shared["ctx"].shape[-1]
+    assert uploaded_numbers(low) == M * shared["ctx"].shape[-1]
     assert dict(low.strategy)["weights"] == "uniform"
 
 

@@ -14,7 +14,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods import fedclip
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, uploaded_numbers
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, draw, images, leaves, make
 
@@ -99,8 +99,8 @@ def test_two_images_of_one_class_are_negatives_of_each_other(clip: FrozenCLIP) -
 
 def test_upload_at_512_is_525312_numbers() -> None:
     method = make(shape_only_clip("ViT-B-32"), "fedclip")
-    assert method.uploaded_numbers() == 2 * (512 * 512 + 512) == 525_312
-    assert dict(method.strategy) == {"name": "fedavg", "weights": "uniform"}
+    assert uploaded_numbers(method) == 2 * (512 * 512 + 512) == 525_312
+    assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
     assert method.init_private(1, 0) == {}
 
 

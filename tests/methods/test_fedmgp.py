@@ -13,7 +13,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.experiment.validate import validate
-from fedprompt.methods.base import Batch, Tensors
+from fedprompt.methods.base import Batch, Tensors, uploaded_numbers
 from tests.support.builders import batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 from tests.support.text_twin import build_method
@@ -195,7 +195,7 @@ def test_the_global_model_is_the_shared_groups(clip: FrozenCLIP) -> None:
 def test_sizes_and_starts_of_the_paper() -> None:
     clip = shape_only_clip("ViT-B-16")
     method = build_method(clip, "fedmgp")
-    assert method.uploaded_numbers() == 5120
+    assert uploaded_numbers(method) == 5120
     private = method.init_private(1, 0)
     assert sum(private[n].numel() for n in ("text", "visual")) == 12800
     words = (

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
+from fedprompt.methods.base import uploaded_numbers
 from tests.methods.test_plot import twin_logits
 from tests.support.prompt_twins import (
     K,
@@ -84,7 +85,7 @@ def test_one_shared_prompt_serves_all_clients_in_evaluation(clip: FrozenCLIP) ->
 
 def test_containers_and_upload() -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "fedotp", context_tokens=4)
-    assert method.uploaded_numbers() == 4 * 512 == 2048
+    assert uploaded_numbers(method) == 4 * 512 == 2048
     shared, private = method.init_shared(0)["ctx"], method.init_private(0, 0)["ctx"]
     assert shared.shape == private.shape == (4, 512)
     assert not torch.equal(shared, private)

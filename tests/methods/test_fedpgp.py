@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
+from fedprompt.methods.base import uploaded_numbers
 from tests.support.builders import CLASS_NAMES
 from tests.support.prompt_twins import (
     K,
@@ -99,7 +100,7 @@ def test_global_model_is_sigma_alone(clip: FrozenCLIP) -> None:
 
 def test_containers_and_upload(clip: FrozenCLIP) -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "fedpgp")
-    assert method.uploaded_numbers() == 16 * 512
+    assert uploaded_numbers(method) == 16 * 512
     shapes = {n: tuple(t.shape) for n, t in method.init_private(0, 0).items()}
     assert shapes == {"U": (16, 8), "V": (8, 512)}
     for options in ({"bottleneck": 0}, {"temperature": 0.0}):

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
+from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.fedpha import project
 from tests.support.builders import CLASS_NAMES
 from tests.support.prompt_twins import (
@@ -159,7 +160,7 @@ def test_global_model_is_the_global_prompt(clip: FrozenCLIP) -> None:
     method = build_method(clip, "fedpha", **OPTIONS)
     ctx = private_tensors(method)[0]["ctx"][:1]
     close(method.encode({"ctx": ctx}, None)["classes"][0], class_features(clip, ctx[0]))
-    assert build_method(shape_only_clip("ViT-B-16"), "fedpha").uploaded_numbers() == 16 * 512
+    assert uploaded_numbers(build_method(shape_only_clip("ViT-B-16"), "fedpha")) == 16 * 512
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, stack
+from fedprompt.methods.base import Batch, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from tests.support.builders import CLASS_NAMES, batch_of
@@ -173,7 +173,7 @@ def _gradients(loss_terms: dict[str, Tensor], leaves: list[Tensor]) -> list[Tens
 def test_default_upload_of_fedrsclip_is_exactly_2048_numbers() -> None:
     """Four shared tokens of width 512 on ViT-B/16, as the paper's abstract material says."""
     method = build_method(shape_only_clip("ViT-B-16"), "fedrsclip")
-    assert method.uploaded_numbers() == 4 * 512 == 2048
+    assert uploaded_numbers(method) == 4 * 512 == 2048
     assert {n: tuple(t.shape) for n, t in method.init_shared(1).items()} == {"ctx": (4, 512)}
     assert {n: tuple(t.shape) for n, t in method.init_private(1, 0).items()} == {"ctx": (4, 512)}
 

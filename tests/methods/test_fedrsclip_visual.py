@@ -15,7 +15,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Method, Task, Tensors, stack
+from fedprompt.methods.base import Batch, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
@@ -243,7 +243,7 @@ def test_what_the_config_makes_it_need_and_send() -> None:
     for visual, numbers in sent.items():
         method = make(clip, visual=visual)
         assert ("pixels" in method.needs) == (visual != "none")
-        assert method.uploaded_numbers() == numbers
+        assert uploaded_numbers(method) == numbers
         assert ("visual" in method.init_private(1, 0)) == (visual in ("private", "both"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Task, Tensors
+from fedprompt.methods.base import Task, Tensors, uploaded_numbers
 from tests.support.builders import random_clip
 from tests.support.text_twin import (
     CLASS_NAMES,
@@ -115,9 +115,9 @@ def test_twin(embed_dim: int) -> None:
 def test_numbers_on_vit_b16() -> None:
     """The public generator's own count; FedMGP's 4,208.1 thousand is 4 x 512 more."""
     method = build_method(shape_only_clip("ViT-B-16"), "fedtpg")
-    assert method.uploaded_numbers() == 4_206_080
+    assert uploaded_numbers(method) == 4_206_080
     assert round((4_206_080 + 4 * 512) / 1000, 1) == 4208.1
-    assert dict(method.strategy) == {"name": "fedavg", "weights": "uniform"}
+    assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
 
 
 def test_the_context_follows_the_class_names(clip: FrozenCLIP) -> None:

@@ -12,7 +12,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Method, Task
+from fedprompt.methods.base import Method, Task, uploaded_numbers
 from fedprompt.methods.registry import method_class
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
@@ -84,8 +84,8 @@ def test_all_prompts_are_uploaded_and_depth_ends_with_the_tower(deep_clip: Froze
         "visual": (4, 2, 64),
     }
     assert method.init_private(1, 0) == {}
-    assert method.uploaded_numbers() == 5 * 2 * 64 + 4 * 2 * 64
-    assert make(shape_only_clip("ViT-B-16")).uploaded_numbers() == 30_720
+    assert uploaded_numbers(method) == 5 * 2 * 64 + 4 * 2 * 64
+    assert uploaded_numbers(make(shape_only_clip("ViT-B-16"))) == 30_720
 
 
 def test_the_towers_do_not_know_each_other(deep_clip: FrozenCLIP) -> None:

@@ -91,7 +91,7 @@ def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP) -> None:
 def test_what_fedtpg_changes(clip: FrozenCLIP) -> None:
     """Random starts, and every client counts the same."""
     method = build_method(clip, "fedkgcoop")
-    assert dict(method.strategy) == {"name": "fedavg", "weights": "uniform"}
+    assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
     assert not torch.equal(method.init_shared(1)["ctx"], method.init_shared(2)["ctx"])
     assert dict(build_method(clip, "kgcoop").strategy) == {"name": "fedavg"}
 

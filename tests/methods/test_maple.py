@@ -15,7 +15,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.config.fields import build
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.parts.deep_prompts import split_words
 from fedprompt.methods.registry import method_class
 from fedprompt.training import train_clients
@@ -151,7 +151,7 @@ def test_uploaded_numbers_on_vit_b16(options: dict[str, Any], numbers: int) -> N
     for tower in (clip.model.visual.transformer, clip.model.transformer):
         if len(tower.resblocks) == 1:  # only the count of layers matters
             tower.resblocks.extend([tower.resblocks[0]] * 11)
-    assert make(clip, **options).uploaded_numbers() == numbers
+    assert uploaded_numbers(make(clip, **options)) == numbers
 
 
 def test_depth_is_limited_by_the_shorter_tower(deep_clip: FrozenCLIP) -> None:
@@ -162,7 +162,7 @@ def test_fedmaple_shares_everything_with_equal_weights(deep_clip: FrozenCLIP) ->
     method = make(deep_clip, "fedmaple")
     assert set(method.init_shared(1)) == {"text", "weight", "bias"}
     assert method.init_private(1, 0) == {}
-    assert dict(method.strategy) == {"name": "fedavg", "weights": "uniform"}
+    assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
 
 
 def test_the_global_model_of_text_sharing_sees_plain_images(deep_clip: FrozenCLIP) -> None:

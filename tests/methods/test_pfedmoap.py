@@ -10,7 +10,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, Tensors, stack
+from fedprompt.methods.base import Batch, Tensors, stack, uploaded_numbers
 from tests.support.builders import batch_of
 from tests.support.text_twin import (
     K,
@@ -241,7 +241,7 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
 
 def test_sizes_of_the_paper() -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "pfedmoap")
-    assert method.uploaded_numbers() == 16 * 512
+    assert uploaded_numbers(method) == 16 * 512
     assert tuple(method.init_extras(1)["peers.ctx"].shape) == (9, 16, 512)
     gate = {n: t for n, t in method.init_private(1, 0).items() if n.startswith("gate.")}
     assert sum(t.numel() for t in gate.values()) == 4 * (128 * 128 + 128)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData, Method, Tensors, stack
+from fedprompt.methods.base import ClientData, Method, Tensors, stack, uploaded_numbers
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, images, leaves, make, prompted
 
@@ -66,7 +66,7 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
 
 def test_the_prompt_alone_is_shared(clip: FrozenCLIP) -> None:
     method, promptfl = make(clip, "pfedprompt"), make(clip, "promptfl")
-    assert method.uploaded_numbers() == promptfl.uploaded_numbers()
+    assert uploaded_numbers(method) == uploaded_numbers(promptfl)
     assert method.frozen == {f"private.{n}" for n in method.init_private(1, 0)}
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     assert torch.equal(shared["ctx"][0], promptfl.init_shared(1)["ctx"])

@@ -13,6 +13,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
+from fedprompt.methods.base import uploaded_numbers
 from tests.methods.parts.test_optimal_transport import plain_plan
 from tests.support.builders import CLASS_NAMES
 from tests.support.prompt_twins import (
@@ -139,7 +140,7 @@ def test_one_prompt_is_the_mean_over_patches(clip: FrozenCLIP) -> None:
 
 def test_shares_every_prompt_and_keeps_nothing() -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "plot")
-    assert method.uploaded_numbers() == 4 * 16 * 512
+    assert uploaded_numbers(method) == 4 * 16 * 512
     assert method.init_private(0, 0) == {}
     start = method.init_shared(0)["ctx"]
     assert not torch.equal(start[0], start[1])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
+from fedprompt.methods.base import uploaded_numbers
 from tests.support.prompt_twins import (
     K,
     assert_clients_alone_agree,
@@ -66,7 +67,7 @@ def test_global_model_and_a_client_axis_of_one(clip: FrozenCLIP) -> None:
 
 def test_containers_and_upload(clip: FrozenCLIP) -> None:
     method = build_method(shape_only_clip("ViT-B-16"), "promptfolio")
-    assert method.uploaded_numbers() == 8 * 512
+    assert uploaded_numbers(method) == 8 * 512
     assert not torch.equal(method.init_shared(0)["ctx"], method.init_private(0, 0)["ctx"])
     with pytest.raises(UserError):
         build_method(clip, "promptfolio", theta=1.1)

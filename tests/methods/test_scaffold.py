@@ -11,6 +11,7 @@ from fedprompt.config.fields import build
 from fedprompt.errors import UserError
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
+from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.scaffold import coefficients
 from tests.support.text_twin import build_method
 from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
@@ -114,7 +115,7 @@ def test_private_prompts_of_the_base_have_no_control(clip: FrozenCLIP) -> None:
     assert set(method.init_shared(1)) == {"ctx", "control.ctx"}
     assert set(method.init_private(1, 0)) == {"ctx", "control.ctx"}
     assert method.frozen == {"shared.control.ctx", "private.control.ctx"}
-    assert method.uploaded_numbers() == 2 * build_method(clip, "fedrsclip").uploaded_numbers()
+    assert uploaded_numbers(method) == 2 * uploaded_numbers(build_method(clip, "fedrsclip"))
     training, data = config(), clients(clip)
     start = [method.init_private(1, k) for k in range(N)]
     results = train(method, [method.init_shared(1)] * N, start, data, training, 1)

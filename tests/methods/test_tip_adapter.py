@@ -11,7 +11,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.training import train_clients
 from tests.support.builders import CLASS_NAMES, batch_of
 from tests.support.method_twins import assert_close, images, make
@@ -80,7 +80,7 @@ def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> 
 def test_nothing_is_shared_and_the_global_model_is_zero_shot(clip: FrozenCLIP) -> None:
     method, zero_shot = make(clip, "tip_adapter"), make(clip, "zero_shot")
     assert method.init_shared(1) == {}
-    assert method.uploaded_numbers() == 0
+    assert uploaded_numbers(method) == 0
     assert method.has_global
     inputs = Inputs(images(1, B, clip.embed_dim))
     encoded = method.encode({}, None)
@@ -116,7 +116,7 @@ def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) ->
 
 def test_new_classes_are_refused_with_a_reason(clip: FrozenCLIP) -> None:
     method = make(clip, "tip_adapter", Task(CLASS_NAMES[:3]))
-    assert not method.transfers_to_new_classes
+    assert method.no_transfer_reason is not None
     assert "memory" in method.no_transfer_reason
     assert method.init_private(1, 0)["keys"].shape == (3, 16, clip.embed_dim)
     with pytest.raises(UserError, match="beta"):

@@ -23,7 +23,7 @@ from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import client_of, from_wire, node_of, to_wire
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, uploaded_numbers
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
@@ -115,7 +115,7 @@ def test_traffic_is_counted_on_the_bytes(make_workspace: MakeWorkspace) -> None:
     federation = Federation(grid.workspace, grid)
     federation.join()
     line = federation.train_round(1)
-    numbers = federation.method.uploaded_numbers() * 4 * 4  # float32, four clients
+    numbers = uploaded_numbers(federation.method) * 4 * 4  # float32, four clients
     for direction in ("bytes_up", "bytes_down"):
         assert numbers < line[direction] < numbers + 4 * 700
 

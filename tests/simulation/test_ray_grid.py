@@ -20,6 +20,7 @@ from fedprompt.data.partition import make_partition
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
+from fedprompt.methods.base import uploaded_numbers
 from fedprompt.simulation.block_grid import Opener
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
@@ -155,7 +156,7 @@ def test_the_common_content_is_sent_once_per_block(
     grid, fake = on_fake_ray(workspace)
     federation = Federation(workspace, grid)
     federation.join()
-    content = workspace.method.uploaded_numbers() * 4
+    content = uploaded_numbers(workspace.method) * 4
     fake.sent.clear()
     line = federation.train_round(1)
     assert line["bytes_down"] > 4 * content  # counted for every client

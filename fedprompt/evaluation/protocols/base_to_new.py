@@ -102,7 +102,7 @@ class BaseToNew(Reported):
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """Accuracy of the global model on the new classes."""
-        if not workspace.method.transfers_to_new_classes:
+        if workspace.method.no_transfer_reason is not None:
             return None
         new = _tests(workspace, self.options)[1]
         score = score_global(workspace.method_for(new.task), shared, new.inputs_N, new.labels_N)
@@ -118,7 +118,7 @@ class BaseToNew(Reported):
         """Accuracy of every client's own model in each of the tests."""
         rows: list[Numbers] = [{} for _ in clients]
         for test in _tests(workspace, self.options):
-            if test.task != workspace.task and not workspace.method.transfers_to_new_classes:
+            if test.task != workspace.task and workspace.method.no_transfer_reason is not None:
                 continue
             method = workspace.method_for(test.task)
             encoded = encode_personal(method, shared, private)
@@ -136,8 +136,8 @@ class BaseToNew(Reported):
         by_task = {t.task: zero_shot(zero_shot.Config(), workspace.clip, t.task) for t in tests}
         rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
         method = workspace.method
-        possible = [t for t in tests if t.task == workspace.task or method.transfers_to_new_classes]
-        why = None if method.transfers_to_new_classes else method.no_transfer_reason
+        why = method.no_transfer_reason
+        possible = [t for t in tests if t.task == workspace.task or why is None]
         if method.has_global:
             found = {
                 t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible

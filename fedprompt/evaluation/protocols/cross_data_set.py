@@ -102,7 +102,7 @@ class CrossDataSet(Reported):
             reference = zero_shot(zero_shot.Config(), workspace.clip, task)
             before = score_global(reference, {}, inputs_N, labels_N)
             after = None
-            if is_source or method.transfers_to_new_classes:
+            if is_source or method.no_transfer_reason is None:
                 after = score_global(workspace.method_for(task), run.shared, inputs_N, labels_N)
             assert before is not None
             rows.append(
@@ -119,7 +119,7 @@ class CrossDataSet(Reported):
         why = None
         if not method.has_global:
             why = "the method has no global model"
-        elif not method.transfers_to_new_classes:
+        elif method.no_transfer_reason is not None:
             why = "the method's tensors belong to the classes it was trained on"
         return {"rows": rows, "why": why}
 

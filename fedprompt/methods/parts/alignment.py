@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedprompt.methods.base import Batch, masked_mean
+from fedprompt.methods.base import Batch
+from fedprompt.methods.parts.losses import masked_mean
 
 
 def pair_distance(a_KND: Tensor, b_KND: Tensor, mask_KN: Tensor | None) -> Tensor:

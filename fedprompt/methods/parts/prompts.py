@@ -1,7 +1,8 @@
-"""A text tower together with the starting values of its learned contexts."""
+"""Learned text contexts: their config keys, their starting values and their class features."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,12 +10,43 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import TextTower, context_init
-from fedprompt.methods.base import Task
+from fedprompt.config.fields import option
+from fedprompt.methods.base import MethodConfig
+from fedprompt.methods.batch import Task
 from fedprompt.rng import normal
 
 
+@dataclass(frozen=True)
+class RandomPromptConfig(MethodConfig):
+    """The keys of a context that starts at random: CoOp's 16 tokens from N(0, 0.02^2)."""
+
+    context_tokens: int = option(16, "context tokens M", ge=1)
+    init_std: float = option(0.02, "standard deviation of the random start", gt=0)
+
+
+@dataclass(frozen=True)
+class PromptConfig(RandomPromptConfig):
+    """The keys of a context that starts at random or from words.
+
+    A paper's own defaults are set in its file, by declaring a field again.
+    """
+
+    context_init: str | None = option(
+        None, "words to start from, e.g. 'a photo of a'; null = random"
+    )
+
+
 class PromptSource:
-    """A text tower and the starting values of the contexts that it takes."""
+    """A text tower and the starting values of the contexts that it takes.
+
+    Args:
+        clip: the frozen backbone.
+        task: class names.
+        tokens: number M of context tokens.
+        position: where the class name stands, `end`, `middle` or `front`.
+        init_text: words to start from; None for a random start.
+        init_std: standard deviation of the random start.
+    """
 
     def __init__(
         self,
@@ -30,8 +62,23 @@ class PromptSource:
         self.clip, self.tokens = clip, tokens
         self.init_text, self.init_std = init_text, init_std
 
+    @classmethod
+    def of(
+        cls, config: RandomPromptConfig, clip: FrozenCLIP, task: Task, *, position: Any = "end"
+    ) -> PromptSource:
+        """The source that a method's prompt keys describe."""
+        words = config.context_init if isinstance(config, PromptConfig) else None
+        return cls(
+            clip,
+            task,
+            config.context_tokens,
+            position=position,
+            init_text=words,
+            init_std=config.init_std,
+        )
+
     def start(self, seed: int, *purpose: str | int) -> Tensor:
-        """A starting context (M, d): `init_text`'s embeddings, or N(0, init_std^2)."""
+        """A starting context (M, d), keyed by `seed` and `purpose` where it is random."""
         draw = normal((self.tokens, self.clip.text.width), self.init_std, seed, *purpose)
         return context_init(self.clip, self.init_text, self.tokens, draw)
 

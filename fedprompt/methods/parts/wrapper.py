@@ -1,7 +1,8 @@
 """The common part of methods that turn any prompt method into a variant of itself.
 
-A wrapper owns a `base` method and passes everything on to it; a subclass overrides what it changes.
-Tensors that a wrapper adds to either container carry its `prefix`, and the base never sees them.
+A wrapper owns a `base` method and delegates to it; a subclass overrides what it changes. Tensors
+that a wrapper adds are parts of their own beside the base's tensors (`nested.py`), and the base
+never sees them.
 
 Suffix: K clients.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,39 +21,73 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build, option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Task, Tensors
+from fedprompt.methods.base import (
+    Batch,
+    ClientData,
+    Method,
+    MethodConfig,
+    RoundInfo,
+    Task,
+    Tensors,
+)
+from fedprompt.methods.parts.nested import Layout, Parts
+from fedprompt.methods.registry import method_class
+
+BASE = "base"
+"""The part of each container that holds the base's own tensors."""
 
 
 @dataclass(frozen=True)
-class WrapperConfig:
-    """Which method is wrapped. A subclass adds `name` and keys of its own."""
+class WrapperConfig(MethodConfig):
+    """Which method is wrapped; a subclass adds keys of its own."""
 
-    name: str = option("", "method name")
     base: str = option("promptfl", "the method that is wrapped")
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "keys of the wrapped method, as under 'method'"}
     )
 
+    @property
+    def default_strategy(self) -> Mapping[str, Any]:
+        """The base's."""
+        return self._base_strategies().default_strategy
+
+    @property
+    def supported_strategies(self) -> frozenset[str] | None:
+        """The base's."""
+        return self._base_strategies().supported_strategies
+
     def check(self) -> None:
-        """Build the base's config, and complete `options` by its defaults."""
+        """Check the base's config, and complete `options` with its defaults."""
         try:
             complete = dataclasses.asdict(self.base_config())
         except UserError as error:
             raise UserError(str(error).removeprefix("config: ")) from None
+        # `options` is completed here so that the config.yaml of a run folder lists every key.
         object.__setattr__(self, "options", {k: v for k, v in complete.items() if k != "name"})
 
     def base_config(self) -> Any:
-        """The base's own config, checked; errors name `method.options.<key>`."""
+        """The base's own config.
+
+        Raises:
+            UserError: an unknown or unsuitable base, or an invalid key; the message names
+                `method.options.<key>`.
+        """
         cls = base_class(self.base)
         if "name" in self.options:
             raise UserError("config: method.options.name: set method.base to choose the method.")
         return build(cls.Config, {"name": self.base, **self.options}, "method.options")
 
+    def _base_strategies(self) -> MethodConfig:
+        config: MethodConfig = self.base_config()
+        return config
+
 
 def base_class(name: str) -> type[Method]:
-    """The method called `name`; `UserError` where it is unknown, or has nothing to wrap."""
-    from fedprompt.methods.registry import method_class  # that package imports the wrappers
+    """The method called `name`, which is to be wrapped.
 
+    Raises:
+        UserError: there is no such method, it is a wrapper itself, or it trains nothing.
+    """
     cls = method_class(name)
     if issubclass(cls, WrappedMethod):
         raise UserError(f"config: method.base is '{name}', which wraps a method itself.")
@@ -62,17 +97,28 @@ def base_class(name: str) -> type[Method]:
 
 
 class WrappedMethod(Method):
-    """Everything as the base does it; `extra_loss_terms` adds terms to the loss.
+    """A method that behaves like its base; subclasses add tensors, loss terms or both.
 
-    The base's `gradients` sees the base's terms alone, so that a base which projects or clips does
-    so as ever; plain gradients of the wrapper's terms are added to what it gives.
+    A subclass that adds tensors extends `shared_layout` and `private_layout` in `__init__`, and
+    works on the nested containers that they give. One that adds loss terms names them in
+    `term_names` and returns them from `extra_loss_terms`.
+
+    The base's `gradients` sees the base's terms only, so a base that projects or clips its
+    gradients behaves as it does alone. Plain gradients of the wrapper's terms are then added.
+
+    Attributes:
+        base: the wrapped method.
+        learned: names of the base's shared tensors that are trained.
+        shared_layout: the parts of the shared container, including the base's extras.
+        private_layout: the parts of the private container.
+
+    Raises:
+        UserError: the base shares nothing that is trained.
     """
 
     Config = WrapperConfig
-    prefix: ClassVar[str]
-    """Of the tensors that the wrapper adds, e.g. `control.`."""
     term_names: ClassVar[tuple[str, ...]] = ()
-    """Names that `extra_loss_terms` may give."""
+    """Names of the terms that `extra_loss_terms` returns."""
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
@@ -81,44 +127,34 @@ class WrappedMethod(Method):
         self.needs = base.needs
         self.frozen = base.frozen
         self.lr_scale = dict(base.lr_scale)
-        self.transfers_to_new_classes = base.transfers_to_new_classes
+        self.has_global = base.has_global
         self.no_transfer_reason = base.no_transfer_reason
         self.images_at_once = base.images_at_once
-        if not self.trained(base.init_shared(0)):
+        shared = base.init_shared(0)
+        self.learned = tuple(n for n in shared if f"shared.{n}" not in base.frozen)
+        if not self.learned:
             raise UserError(f"method '{self.name}' needs shared prompts; '{config.base}' has none.")
+        self.shared_layout = Layout().with_part(BASE, [*shared, *base.init_extras(0)])
+        self.private_layout = Layout().with_part(BASE, base.init_private(0, 0))
 
-    @classmethod
-    def server_rule(cls, config: Any) -> Mapping[str, Any]:
-        """The base's."""
-        return base_class(config.base).server_rule(config.base_config())
+    def extra_loss_terms(self, shared: Parts, private: Parts, batch: Batch) -> Tensors:
+        """The weighted loss terms (K,) that the wrapper adds.
 
-    @classmethod
-    def possible_rules(cls, config: Any) -> frozenset[str] | None:
-        """The base's, and among them the wrapper's own."""
-        if cls.works_with is not None:
-            return cls.works_with
-        return base_class(config.base).possible_rules(config.base_config())
-
-    def trained(self, shared: Tensors) -> Tensors:
-        """The base's shared tensors that are learned: neither received besides, nor frozen."""
-        besides = self.base.init_extras(0)
-        return {
-            n: t
-            for n, t in self.without(shared).items()
-            if n not in besides and f"shared.{n}" not in self.base.frozen
-        }
-
-    def extra_loss_terms(self, shared: Tensors, private: Tensors, batch: Batch) -> Tensors:
-        """Weighted loss terms (K,) that the wrapper adds."""
+        Args:
+            shared: the parts of the shared container, with the base's extras; (K, ...).
+            private: the parts of the private container, (K, ...).
+            batch: the step, as the wrapper sees it.
+        """
         return {}
 
-    def without(self, tensors: Tensors) -> Tensors:
-        """The base's tensors of a container."""
-        return {n: t for n, t in tensors.items() if not n.startswith(self.prefix)}
+    def base_round(self, round_info: RoundInfo) -> RoundInfo:
+        """The round as the base sees it: it received the base's part only."""
+        received = self.shared_layout.nest(round_info.received)[BASE]
+        return replace(round_info, received=received)
 
-    def own(self, tensors: Tensors) -> Tensors:
-        """The wrapper's tensors of a container."""
-        return {n: t for n, t in tensors.items() if n.startswith(self.prefix)}
+    def base_batch(self, batch: Batch) -> Batch:
+        """The step as the base sees it."""
+        return replace(batch, round_info=self.base_round(batch.round_info))
 
     def init_shared(self, seed: int) -> Tensors:
         """The base's."""
@@ -133,30 +169,32 @@ class WrappedMethod(Method):
         return self.base.init_extras(seed)
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """The base's tensors as the base fills them."""
-        return self.own(private) | self.base.init_private_from_data(
-            self.without(private), data, seed
-        )
+        """The base's part as the base completes it."""
+        parts = self.private_layout.nest(private)
+        parts[BASE] = self.base.init_private_from_data(parts[BASE], data, seed)
+        return self.private_layout.flatten(parts)
 
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The base's tensors as the base starts from them."""
-        s, p = self.base.start_round(self.without(shared), self.without(private), round_info)
-        return self.own(shared) | s, self.own(private) | p
+        """The base's parts as the base prepares them."""
+        s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
+        s[BASE], p[BASE] = self.base.start_round(s[BASE], p[BASE], self.base_round(round_info))
+        return self.shared_layout.flatten(s), self.private_layout.flatten(p)
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The base's tensors as the base leaves them."""
-        s, p = self.base.end_round(self.without(shared), self.without(private), round_info)
-        return self.own(shared) | s, self.own(private) | p
+        """The base's parts as the base finishes them."""
+        s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
+        s[BASE], p[BASE] = self.base.end_round(s[BASE], p[BASE], self.base_round(round_info))
+        return self.shared_layout.flatten(s), self.private_layout.flatten(p)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """The base's."""
-        return self.base.encode(
-            self.without(shared), None if private is None else self.without(private)
-        )
+        """The base's encoding of its own tensors."""
+        base_shared = self.shared_layout.nest(shared)[BASE]
+        base_private = None if private is None else self.private_layout.nest(private)[BASE]
+        return self.base.encode(base_shared, base_private)
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """The base's logits (K, B, C)."""
@@ -166,41 +204,35 @@ class WrappedMethod(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """The base's terms and the wrapper's, each (K,)."""
-        loss_terms = self.base.loss_terms(
-            self.without(shared), self.without(private), encoded, batch
-        )
-        return loss_terms | self.extra_loss_terms(shared, private, batch)
+        s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
+        terms = self.base.loss_terms(s[BASE], p[BASE], encoded, self.base_batch(batch))
+        return terms | self.extra_loss_terms(s, p, batch)
 
     def gradients(
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """The base's gradients of its terms, plus those of the wrapper's."""
-        own = [t for n, t in loss_terms.items() if n in self.term_names]
-        rest = {n: t for n, t in loss_terms.items() if n not in self.term_names}
-        found = self.base.gradients(rest, leaves, batch)
-        if not own:
-            return found
-        total = torch.stack(own).sum()
+        extra_terms = [t for n, t in loss_terms.items() if n in self.term_names]
+        base_terms = {n: t for n, t in loss_terms.items() if n not in self.term_names}
+        gradients = self.base.gradients(base_terms, leaves, self.base_batch(batch))
+        if not extra_terms:
+            return gradients
+        total = torch.stack(extra_terms).sum()
         extra = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {n: add(found[n], more) for n, more in zip(leaves, extra, strict=True)}
+        return {n: add(gradients[n], more) for n, more in zip(leaves, extra, strict=True)}
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """The base's."""
         return self.base.class_embeddings(encoded)
 
-    @property
-    def has_global(self) -> bool:
-        """Whether the base has a global model."""
-        return self.base.has_global
-
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Sum of two gradients; None counts as zero."""
+    """The sum of two gradients, where None counts as zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
 
 
 def squared_distance(a: Tensors, b: Tensors) -> Tensor:
-    """Squared L2 distance (K,) of tensors (K, ...), over the names of `a`."""
+    """Squared L2 distance (K,) between tensors (K, ...), over the names of `a`."""
     return torch.stack([(t - b[n]).square().flatten(1).sum(1) for n, t in a.items()]).sum(0)

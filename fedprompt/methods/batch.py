@@ -1,0 +1,134 @@
+"""What a method is given to work on: the task, a client's images, the round and a batch.
+
+Shape suffixes: K clients, N images of one client, B images of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedprompt.data.features.inputs import Inputs
+from fedprompt.rng import normal, uniform
+
+Tensors = dict[str, Tensor]
+"""Named tensors, for example the shared or the private prompts of a client."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The classification task: class names in label order, and templates for zero-shot CLIP."""
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The labelled training images of one client.
+
+    Attributes:
+        client: the client's id.
+        inputs: features, patches or pixels of `views * n` images. Row `v * n + i` is view v of
+            image i; training draws one view per image and epoch.
+        labels_N: class index of each of the n images.
+        views: number of views per image; view 0 is not augmented.
+    """
+
+    client: int
+    inputs: Inputs
+    labels_N: Tensor
+    views: int = 1
+
+    def __len__(self) -> int:
+        """Number of images n, without their augmented views."""
+        return len(self.labels_N)
+
+    def plain(self) -> Inputs:
+        """The n images without augmentation."""
+        return self.inputs[: len(self)]
+
+
+@dataclass(frozen=True)
+class RoundInfo:
+    """What K clients know about the round in which they train.
+
+    Attributes:
+        clients: ids of the K clients, in the order of the client axis.
+        seed: the seed of the run.
+        server_round: the current round, counted from 1 to `rounds`.
+        rounds: number of rounds of the run.
+        lr: learning rate of this round, before the factors of `Method.lr_scale`.
+        received: the shared tensors and the extras (`Method.init_extras`), (K, ...), as the server
+            sent them. They do not change while the clients train.
+        steps_K: number of local steps that each client makes in this round.
+        class_counts_KC: number of training images of each client and class.
+        momentum: momentum of SGD; 0 with any other optimiser.
+    """
+
+    clients: tuple[int, ...]
+    seed: int
+    server_round: int
+    rounds: int
+    lr: float
+    received: Tensors
+    steps_K: Tensor
+    class_counts_KC: Tensor
+    momentum: float = 0.0
+
+    def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+        """Draws (K, *shape) from N(0, 1), keyed by purpose, round and client."""
+        key = (*purpose, self.server_round)
+        return self._rows([normal(shape, 1.0, self.seed, *key, c) for c in self.clients])
+
+    def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+        """Draws (K, *shape) from U[0, 1), keyed by purpose, round and client."""
+        key = (*purpose, self.server_round)
+        return self._rows([uniform(shape, self.seed, *key, c) for c in self.clients])
+
+    def first(self, clients: int) -> RoundInfo:
+        """The same round for the first `clients` clients only."""
+        return replace(
+            self,
+            clients=self.clients[:clients],
+            received={n: t[:clients] for n, t in self.received.items()},
+            steps_K=self.steps_K[:clients],
+            class_counts_KC=self.class_counts_KC[:clients],
+        )
+
+    def _rows(self, rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows).to(self.steps_K.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one local step of K clients.
+
+    Attributes:
+        inputs: features, patches or pixels, (K, B, ...).
+        labels_KB: class index of each image.
+        mask_KB: false where a client has fewer than B images and the row is padding.
+        round_info: the round that the step belongs to.
+        step: the step's index within the round, from 0.
+    """
+
+    inputs: Inputs
+    labels_KB: Tensor
+    mask_KB: Tensor
+    round_info: RoundInfo
+    step: int
+
+    def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+        """Like `RoundInfo.normal`, but with different draws in every step."""
+        return self.round_info.normal(shape, *purpose, self.step)
+
+    def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+        """Like `RoundInfo.uniform`, but with different draws in every step."""
+        return self.round_info.uniform(shape, *purpose, self.step)
+
+
+def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:
+    """The named tensors of K clients, stacked along a leading client axis on `device`."""
+    return {k: torch.stack([item[k] for item in items]).to(device) for k in items[0]}

@@ -1,0 +1,29 @@
+"""CLIP's logits, and losses of K clients whose batches are padded to a common size.
+
+Shape suffixes: K clients, B images of a batch, C classes, D joint embedding.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.methods.batch import Batch
+
+
+def cosine_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor) -> Tensor:
+    """CLIP's logits (K, B, C): exp(logit_scale) times the products with the class features."""
+    return clip.logit_scale * (features_KBD @ classes_KCD.transpose(-1, -2))
+
+
+def cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy (K,) of each client over its images, without the padding."""
+    loss_KB = F.cross_entropy(logits_KBC.flatten(0, 1), batch.labels_KB.flatten(), reduction="none")
+    return masked_mean(loss_KB.view_as(batch.mask_KB), batch.mask_KB)
+
+
+def masked_mean(values_KB: Tensor, mask_KB: Tensor) -> Tensor:
+    """Mean (K,) over the images for which the mask is true."""
+    weight_KB = mask_KB.to(values_KB.dtype)
+    return (values_KB * weight_KB).sum(-1) / weight_KB.sum(-1)

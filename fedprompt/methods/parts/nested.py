@@ -1,0 +1,73 @@
+"""Containers that consist of parts, and the flat names under which they leave a method.
+
+A wrapper (FedProx, SCAFFOLD, Ditto, FedPer) adds tensors to those of the method that it wraps.
+Inside the wrapper a container is nested: it maps the name of a part to the tensors of that part,
+for example `{"base": {"ctx": ...}, "control": {"ctx": ...}}`. Training, messages, private stores
+and checkpoints hold flat containers, and `Layout` is the only place that translates between them.
+
+A layout looks names up in a table that is fixed when the method is built. It never derives a part
+from the way a name begins, so a tensor cannot end up in the wrong part by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fedprompt.methods.batch import Tensors
+
+Parts = dict[str, Tensors]
+"""A nested container: tensors by part and name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The table of a nested container.
+
+    Attributes:
+        flat_names: for each part, the flat name of each of its tensors.
+    """
+
+    flat_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def with_part(self, part: str, names: Iterable[str], prefix: str = "") -> Layout:
+        """This layout with one more part.
+
+        Args:
+            part: the name of the part.
+            names: names of its tensors within the part.
+            prefix: what stands before them in the flat container.
+
+        Raises:
+            ValueError: a flat name is taken by another part.
+        """
+        added = {name: prefix + name for name in names}
+        taken = {flat for names in self.flat_names.values() for flat in names.values()}
+        if clash := taken & set(added.values()):
+            raise ValueError(f"part '{part}': the names {sorted(clash)} belong to another part")
+        return Layout({**self.flat_names, part: added})
+
+    def nest(self, flat: Tensors) -> Parts:
+        """The parts of a flat container, in new dicts.
+
+        Tensors of the table may be missing, as those that only the server sends are in places.
+
+        Raises:
+            KeyError: a name that the table does not list.
+        """
+        nested = {
+            part: {name: flat[flat_name] for name, flat_name in names.items() if flat_name in flat}
+            for part, names in self.flat_names.items()
+        }
+        if sum(map(len, nested.values())) < len(flat):
+            listed = {name for names in self.flat_names.values() for name in names.values()}
+            raise KeyError(f"tensors {sorted(set(flat) - listed)} belong to no part")
+        return nested
+
+    def flatten(self, nested: Parts) -> Tensors:
+        """The flat container of these parts; the inverse of `nest`."""
+        return {
+            self.flat_names[part][name]: tensor
+            for part, tensors in nested.items()
+            for name, tensor in tensors.items()
+        }
