@@ -12,8 +12,8 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Task, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
-from tests.support.method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
@@ -38,9 +38,9 @@ def twin(clip: FrozenCLIP, down: Tensor, up: Tensor, raw_BD: Tensor, ratio: floa
 
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 def test_logits_loss_and_gradients(clip: FrozenCLIP, ratio: float) -> None:
-    method = make(clip, "clip_adapter", ratio=ratio)
-    shared, _ = leaves(method, K, spread=0.3)
-    raw = draw(K, B, clip.embed_dim) * torch.tensor([0.3, 7.0])[:, None, None]
+    method = twins.build(clip, "clip_adapter", ratio=ratio)
+    shared, _ = twins.tensors(method, 0.3, K)
+    raw = twins.draw(K, B, clip.embed_dim) * torch.tensor([0.3, 7.0])[:, None, None]
     batch = batch_of(F.normalize(raw, dim=-1), LABELS)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
@@ -51,25 +51,25 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, ratio: float) -> None:
             shared[f"adapter.{n}.weight"][k].detach().requires_grad_() for n in ("down", "up")
         )
         expected = twin(clip, down, up, raw[k], ratio)
-        assert_close(logits[k], expected)
+        twins.close(logits[k], expected)
         loss = F.cross_entropy(expected, LABELS[k])
         assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         for name, grad in zip(("down", "up"), torch.autograd.grad(loss, [down, up]), strict=True):
             ours = found[f"shared.adapter.{name}.weight"]
             assert ours is not None
-            assert_close(ours[k], grad)
+            twins.close(ours[k], grad)
 
 
 def test_ratio_zero_is_zero_shot(clip: FrozenCLIP) -> None:
-    method, zero_shot = make(clip, "clip_adapter", ratio=0.0), make(clip, "zero_shot")
+    method, zero_shot = twins.build(clip, "clip_adapter", ratio=0.0), twins.build(clip, "zero_shot")
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
-    inputs = Inputs(images(1, B, clip.embed_dim))
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
     ours = method.logits(method.encode(shared, None), inputs)
-    assert_close(ours, zero_shot.logits(zero_shot.encode({}, None), inputs))
+    twins.close(ours, zero_shot.logits(zero_shot.encode({}, None), inputs))
 
 
 def test_upload_at_512_is_131072_numbers() -> None:
-    method = make(shape_only_clip("ViT-B-32"), "clip_adapter")
+    method = twins.build(shape_only_clip("ViT-B-32"), "clip_adapter")
     assert {n: tuple(t.shape) for n, t in method.init_shared(1).items()} == {
         "adapter.down.weight": (128, 512),
         "adapter.up.weight": (512, 128),
@@ -79,7 +79,7 @@ def test_upload_at_512_is_131072_numbers() -> None:
 
 
 def test_the_adapter_is_no_matrix_of_class_embeddings(clip: FrozenCLIP) -> None:
-    method = make(clip, "clip_adapter")
+    method = twins.build(clip, "clip_adapter")
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     assert method.class_embeddings(method.encode(shared, None)) is None
 
@@ -87,17 +87,19 @@ def test_the_adapter_is_no_matrix_of_class_embeddings(clip: FrozenCLIP) -> None:
 @pytest.mark.parametrize("name", ["clip_adapter", "fedclip", "tip_adapter"])
 def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP, name: str) -> None:
     written, read = (Task(("river", c)) for c in ("dense_residential", "dense residential"))
-    ours, theirs = (make(clip, name, task).encode({}, None)["classes"] for task in (written, read))
+    ours, theirs = (
+        twins.build(clip, name, task).encode({}, None)["classes"] for task in (written, read)
+    )
     assert torch.equal(ours, theirs)
 
 
 def test_own_template_and_bad_ones(clip: FrozenCLIP) -> None:
-    method = make(clip, "clip_adapter", template="a satellite photo of {}.")
+    method = twins.build(clip, "clip_adapter", template="a satellite photo of {}.")
     classes = method.encode({}, None)["classes"][0]
     text = clip.encode_text_raw([f"a satellite photo of {name}." for name in CLASS_NAMES])
-    assert_close(classes, F.normalize(text, dim=-1))
+    twins.close(classes, F.normalize(text, dim=-1))
     for template in ("a photo", "a {} and a {}", "a {name}"):
         with pytest.raises(UserError, match="template"):
-            make(clip, "clip_adapter", template=template)
+            twins.build(clip, "clip_adapter", template=template)
     with pytest.raises(UserError, match="ratio"):
-        make(clip, "clip_adapter", ratio=1.5)
+        twins.build(clip, "clip_adapter", ratio=1.5)

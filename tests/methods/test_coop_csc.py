@@ -16,59 +16,53 @@ from fedprompt.errors import UserError
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
 from fedprompt.training import ClientData, train_clients
-from tests.support.text_twin import (
-    CLASS_NAMES,
-    K,
-    assert_close,
-    build_method,
-    gradients,
-    images_of,
-    moved,
-    some_batch,
-    text_feature,
-)
+from tests.support import twins
+from tests.support.builders import CLASS_NAMES
+from tests.support.twins import K
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])
 def test_twin(clip: FrozenCLIP, position: str) -> None:
     """Each class's own context in front of its name, as CoOp's CSC: logits, loss, gradients."""
-    method = build_method(clip, "coop_csc", context_tokens=4, class_position=position)
-    shared, batch = moved(method), some_batch(clip)
+    method = twins.build(clip, "coop_csc", context_tokens=4, class_position=position)
+    shared, batch = twins.tensors(method)[0], twins.batch(clip)
     encoded = method.encode(shared, {})
     logits, loss_terms = (
         method.logits(encoded, batch.inputs),
         method.loss_terms(shared, {}, encoded, batch),
     )
-    ours = gradients(method, shared, batch)
+    ours = twins.applied_gradients(method, shared, batch)
     assert ours.keys() == {"ctx"}
     for k in range(K):
         context = shared["ctx"][k].detach().requires_grad_()
         pairs = zip(context, CLASS_NAMES, strict=True)
-        classes = torch.stack([text_feature(clip, own, name, position) for own, name in pairs])
-        images, labels = images_of(batch, k)
+        classes = torch.stack(
+            [twins.text_feature(clip, own, name, position) for own, name in pairs]
+        )
+        images, labels = twins.images_of(batch, k)
         expected = clip.model.logit_scale.exp() * images @ classes.T
-        assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
+        twins.close(logits[k][batch.mask_KB[k]], expected, "logits")
         loss = F.cross_entropy(expected, labels)
-        assert_close(loss_terms["ce"][k], loss, "loss")
+        twins.close(loss_terms["ce"][k], loss, "loss")
         (theirs,) = torch.autograd.grad(loss, [context])
-        assert_close(ours["ctx"][k], theirs, "gradient")
+        twins.close(ours["ctx"][k], theirs, "gradient")
 
 
 def test_starts(clip: FrozenCLIP) -> None:
-    random = build_method(clip, "coop_csc", context_tokens=4).init_shared(1)
+    random = twins.build(clip, "coop_csc", context_tokens=4).init_shared(1)
     assert random["ctx"].shape == (6, 4, clip.text.width)
     assert not torch.equal(random["ctx"][0], random["ctx"][1])
     assert not random["class_shares"].any()
-    words = build_method(clip, "coop_csc", context_tokens=4, context_init="a photo of a")
+    words = twins.build(clip, "coop_csc", context_tokens=4, context_init="a photo of a")
     contexts = words.init_shared(1)["ctx"]
     assert all(torch.equal(own, contexts[0]) for own in contexts)
     with pytest.raises(UserError, match="context_init"):
-        build_method(clip, "coop_csc", context_init="a photo of a").init_shared(1)
+        twins.build(clip, "coop_csc", context_init="a photo of a").init_shared(1)
 
 
 def test_training_leaves_the_class_shares(clip: FrozenCLIP) -> None:
     """Two images of class 1, one of class 3, nothing else: shares 2/3 and 1/3; never trained."""
-    method = build_method(clip, "coop_csc", context_tokens=2)
+    method = twins.build(clip, "coop_csc", context_tokens=2)
     shared = method.init_shared(1)
     features = F.normalize(torch.randn(3, clip.embed_dim, generator=torch.Generator()), dim=-1)
     data = ClientData(0, Inputs(features), torch.tensor([1, 3, 1]))
@@ -80,7 +74,7 @@ def test_training_leaves_the_class_shares(clip: FrozenCLIP) -> None:
 
 
 def test_it_says_why_it_knows_no_new_classes(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "coop_csc")
+    method = twins.build(clip, "coop_csc")
     assert method.no_transfer_reason is not None
     assert "class" in method.no_transfer_reason
     assert dict(method.config.default_strategy) == {"name": "per_class"}

@@ -13,10 +13,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.experiment.validate import validate
 from fedprompt.methods.base import ClientData, Tensors, stack, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import batch_of
-from tests.support.plain_prompted import close, images_of, plain_images, plain_text
-from tests.support.text_twin import build_method
-from tests.support.wrapper_twin import config, train
 
 PEERS, N = 3, 2
 OPTIONS: dict[str, Any] = {"peers": PEERS, "validation_images": 3, "alpha": 1.004, "beta": 0.4}
@@ -24,7 +22,7 @@ OPTIONS: dict[str, Any] = {"peers": PEERS, "validation_images": 3, "alpha": 1.00
 
 def data_of(clip: FrozenCLIP) -> list[ClientData]:
     """Two clients, one of them with fewer images than are kept to judge peers on."""
-    inputs = images_of(clip, N, 5)
+    inputs = twins.pictures(clip, N, 5)
     labels = torch.tensor([[0, 1, 5, 1, 2], [2, 4, 2, 0, 3]])
     return [ClientData(0, inputs[0], labels[0]), ClientData(1, inputs[1][:2], labels[1][:2])]
 
@@ -41,13 +39,13 @@ def twin_loss(
     """Loss of P_t and one P_d on the images that a client judges with; loops, all positions."""
     real = private["val.mask"] > 0
     visual = torch.stack([weight @ token + bias for token in task])
-    texts = plain_text(clip, "a photo of a", [task])
-    images = plain_images(clip, private["val.pixels"][real], [visual])
+    texts = twins.plain_text(clip, "a photo of a", [task])
+    images = twins.plain_images(clip, private["val.pixels"][real], [visual])
     return F.cross_entropy(clip.logit_scale * images @ texts.T, private["val.labels"][real].long())
 
 
 def test_the_map_of_the_task_prompt_is_the_image_prompt(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "dp2fl", **OPTIONS)
+    method = twins.build(clip, "dp2fl", **OPTIONS)
     data = data_of(clip)[0]
     shared = {n: t[None].requires_grad_() for n, t in method.init_shared(1).items()}
     private = stack(filled(method, clip)[:1])
@@ -58,20 +56,20 @@ def test_the_map_of_the_task_prompt_is_the_image_prompt(clip: FrozenCLIP) -> Non
     ours = method.gradients(loss_terms, leaves, batch)
     task, weight, bias = shared["text"][0, 0], shared["weight"][0, 0], shared["bias"][0, 0]
     assert data.inputs.pixels is not None
-    images = plain_images(clip, data.inputs.pixels, [task @ weight.T + bias])
-    logits = clip.logit_scale * images @ plain_text(clip, "a photo of a", [task]).T
-    close(method.logits(encoded, batch.inputs)[0], logits)
+    images = twins.plain_images(clip, data.inputs.pixels, [task @ weight.T + bias])
+    logits = clip.logit_scale * images @ twins.plain_text(clip, "a photo of a", [task]).T
+    twins.close(method.logits(encoded, batch.inputs)[0], logits)
     loss = F.cross_entropy(logits, data.labels_N)
     torch.testing.assert_close(loss_terms["ce"][0], loss, rtol=1e-4, atol=0)
     for found, other in zip(
         ours.values(), torch.autograd.grad(loss, list(leaves.values())), strict=True
     ):
         assert found is not None
-        close(found, other)
+        twins.close(found, other)
 
 
 def test_a_few_own_images_are_kept_and_padded(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "dp2fl", **OPTIONS)
+    method = twins.build(clip, "dp2fl", **OPTIONS)
     for private, data in zip(filled(method, clip), data_of(clip), strict=True):
         count = min(3, len(data))
         assert private["val.mask"].tolist() == [1.0] * count + [0.0] * (3 - count)
@@ -83,7 +81,7 @@ def test_a_few_own_images_are_kept_and_padded(clip: FrozenCLIP) -> None:
 
 
 def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "dp2fl", **OPTIONS)
+    method = twins.build(clip, "dp2fl", **OPTIONS)
     start = method.init_shared(1)
     noise = torch.Generator().manual_seed(2)
 
@@ -140,10 +138,10 @@ def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
 
 
 def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "dp2fl", **OPTIONS)
+    method = twins.build(clip, "dp2fl", **OPTIONS)
     data, private = data_of(clip), filled(method, clip)
     received = method.init_shared(1) | method.init_extras(1)
-    results = train(method, [received] * N, private, data, config(lr=0.01), 1)
+    results = twins.train(method, [received] * N, private, data, twins.config(lr=0.01), 1)
     average = {n: torch.stack([r.shared[n] for r in results]).mean(0) for n in results[0].shared}
     assert set(average) == {"text", "weight", "bias"}
     shared = stack([average | method.init_extras(1)])
@@ -159,7 +157,7 @@ def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: Frozen
 
 
 def test_sizes_and_rule() -> None:
-    method = build_method(shape_only_clip("ViT-B-16"), "dp2fl")
+    method = twins.build(shape_only_clip("ViT-B-16"), "dp2fl")
     assert uploaded_numbers(method) == 2 * 512 + 768 * 512 + 768
     made = validate({"method": {"name": "dp2fl"}})
     assert made.strategy.name == "nearest_peers"

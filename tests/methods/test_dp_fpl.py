@@ -16,15 +16,15 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Tensors, uploaded_numbers
 from fedprompt.methods.dp_fpl import DPFPL, clipped, factorise
 from fedprompt.rng import generator
+from tests.support import twins
 from tests.support.builders import batch_of
-from tests.support.method_twins import assert_close, draw, images, leaves, make, prompted
 
 K, B, M, R = 2, 5, 6, 3
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
 
 
 def method_of(clip: FrozenCLIP, **options: Any) -> DPFPL:
-    method = make(clip, "dp_fpl", **({"context_tokens": M, "rank": R} | options))
+    method = twins.build(clip, "dp_fpl", **({"context_tokens": M, "rank": R} | options))
     assert isinstance(method, DPFPL)
     return method
 
@@ -34,7 +34,7 @@ def named(shared: Tensors, private: Tensors) -> Tensors:
 
 
 def batch_for(clip: FrozenCLIP, **where: int) -> Batch:
-    return batch_of(images(K, B, clip.embed_dim), LABELS, **where)
+    return batch_of(twins.features(K, B, clip.embed_dim), LABELS, **where)
 
 
 def gradients(
@@ -82,7 +82,7 @@ def twin(
     u, v = u.requires_grad_(), v.requires_grad_()
     g = shared.clone().requires_grad_()
     scale = clip.model.logit_scale.exp()
-    logits = scale * batch.inputs.features[k] @ prompted(clip, g + u @ v + residual).T
+    logits = scale * batch.inputs.features[k] @ twins.class_features(clip, g + u @ v + residual).T
     loss = F.cross_entropy(logits, LABELS[k])
     grad_g, grad_u, grad_v = torch.autograd.grad(loss, [g, u, v])
     if options.epsilon is not None:
@@ -103,7 +103,7 @@ def twin(
 def test_logits_loss_and_gradients(clip: FrozenCLIP, epsilon: float | None, form: str) -> None:
     options = SimpleNamespace(epsilon=epsilon, form=form, clip_norm=0.05, clients=7)
     method = method_of(clip, epsilon=epsilon, local_gradient=form, clip_norm=0.05, clients=7)
-    shared, private = leaves(method, K)
+    shared, private = twins.tensors(method, 0.01, K)
     batch = batch_for(clip, server_round=3, step=2)
     logits = method.logits(method.encode(shared, private), batch.inputs)
     loss_terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
@@ -112,10 +112,10 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, epsilon: float | None, form
         expected = twin(
             clip, shared["ctx"][k].detach(), private["ctx"][k].detach(), k, batch, options
         )
-        assert_close(logits[k], expected.logits)
+        twins.close(logits[k], expected.logits)
         assert loss_terms["ce"][k].item() == pytest.approx(expected.loss.item(), rel=1e-4)
-        assert_close(ours[k], expected.g, rtol=2e-4)
-        assert_close(own[k], expected.own, rtol=2e-4)
+        twins.close(ours[k], expected.g, rtol=2e-4)
+        twins.close(own[k], expected.own, rtol=2e-4)
 
 
 def test_projection_is_the_gradients_projection_on_the_factors_tangent_space(
@@ -123,7 +123,7 @@ def test_projection_is_the_gradients_projection_on_the_factors_tangent_space(
 ) -> None:
     """P_U g + g P_V - P_U g P_V: applied twice it changes nothing; the public code's form does."""
     batch = batch_for(clip)
-    shared, private = leaves(method_of(clip), K)
+    shared, private = twins.tensors(method_of(clip), 0.01, K)
     whole = torch.autograd.grad(
         method_of(clip)
         .loss_terms(shared, private, method_of(clip).encode(shared, private), batch)["ce"]
@@ -135,23 +135,23 @@ def test_projection_is_the_gradients_projection_on_the_factors_tangent_space(
     p_u, p_v = u @ u.mT, v.mT @ v
     expected = p_u @ whole + whole @ p_v - p_u @ whole @ p_v
     _, own = gradients(method_of(clip, local_gradient="projection"), shared, private, batch)
-    assert_close(own, expected, rtol=1e-3)
-    assert_close(p_u @ own + own @ p_v - p_u @ own @ p_v, own, rtol=1e-3)
+    twins.close(own, expected, rtol=1e-3)
+    twins.close(p_u @ own + own @ p_v - p_u @ own @ p_v, own, rtol=1e-3)
 
 
 def test_factors_are_orthonormal_and_find_a_low_rank_matrix() -> None:
     """A matrix of rank R lies in the spaces that one power iteration finds."""
-    matrix = draw(K, M, R, seed=1) @ draw(K, R, 40, seed=2)
-    u, v = factorise(matrix, draw(K, 40, R, seed=3))
+    matrix = twins.draw(K, M, R, seed=1) @ twins.draw(K, R, 40, seed=2)
+    u, v = factorise(matrix, twins.draw(K, 40, R, seed=3))
     eye = torch.eye(R).expand(K, -1, -1)
     assert torch.allclose(u.mT @ u, eye, atol=1e-4)
     assert torch.allclose(v @ v.mT, eye, atol=1e-4)
-    assert_close(u @ (u.mT @ matrix), matrix, rtol=1e-3)
-    assert_close(matrix @ v.mT @ v, matrix, rtol=1e-3)
+    twins.close(u @ (u.mT @ matrix), matrix, rtol=1e-3)
+    twins.close(matrix @ v.mT @ v, matrix, rtol=1e-3)
 
 
 def test_clipping_is_per_client_and_never_lengthens() -> None:
-    gradient = draw(2, 3, 4) * torch.tensor([0.01, 9.0])[:, None, None]
+    gradient = twins.draw(2, 3, 4) * torch.tensor([0.01, 9.0])[:, None, None]
     short = clipped(gradient, 1.0)
     assert torch.equal(short[0], gradient[0])
     assert short[1].norm().item() == pytest.approx(1.0, rel=1e-5)
@@ -163,7 +163,7 @@ def test_std_is_the_formula_by_hand(clip: FrozenCLIP) -> None:
     """T = 10 rounds, epsilon 0.4, delta 1e-5, norm 10, 5 and 2 images."""
     method = method_of(clip, epsilon=0.4)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    batch = batch_of(images(K, B, clip.embed_dim), LABELS, mask)
+    batch = batch_of(twins.features(K, B, clip.embed_dim), LABELS, mask)
     sigma = math.sqrt(10 * 11.512925464970229) / 0.4
     assert method.noise_std(batch).tolist() == pytest.approx([sigma * 2, sigma * 5], rel=1e-6)
 
@@ -176,7 +176,7 @@ def test_noise_on_the_shared_gradient_has_its_std(
 ) -> None:
     """Measured over 300 steps of 6 x 64 numbers; `clients` divides by sqrt(16)."""
     method = method_of(clip, epsilon=0.4, shared_noise=shared_noise, clients=16)
-    shared, private = leaves(method, K)
+    shared, private = twins.tensors(method, 0.01, K)
     batch = batch_for(clip)
     loss_terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
     (clean,) = torch.autograd.grad(loss_terms["ce"].sum(), shared["ctx"])
@@ -191,13 +191,13 @@ def test_noise_on_the_shared_gradient_has_its_std(
 
 def test_noise_depends_on_client_round_and_step_and_not_on_the_block(clip: FrozenCLIP) -> None:
     method = method_of(clip, epsilon=0.4)
-    shared, private = leaves(method, K)
+    shared, private = twins.tensors(method, 0.01, K)
     together = gradients(method, shared, private, batch_for(clip))
-    alone_batch = batch_of(images(K, B, clip.embed_dim)[1:], LABELS[1:], first=1)
+    alone_batch = batch_of(twins.features(K, B, clip.embed_dim)[1:], LABELS[1:], first=1)
     s, p = ({"ctx": t["ctx"][1:]} for t in (shared, private))
     alone = gradients(method, s, p, alone_batch)
     for a, b in zip(together, alone, strict=True):
-        assert_close(a[1:], b)
+        twins.close(a[1:], b)
     for other in ({"server_round": 2}, {"step": 1}, {"first": 5}):
         changed = gradients(method, shared, private, batch_for(clip, **other))
         for a, b in zip(together, changed, strict=True):
@@ -209,12 +209,12 @@ def test_one_step_of_all_clients_is_the_papers_server_step(clip: FrozenCLIP) -> 
     n, lr = 40, 0.1
     method = method_of(clip, epsilon=0.4, clients=n)
     quiet = method_of(clip, epsilon=1e9, clients=n)
-    shared, private = leaves(method, n)
+    shared, private = twins.tensors(method, 0.01, n)
     shared = {"ctx": shared["ctx"].detach()[:1].repeat(n, 1, 1).requires_grad_()}
     labels = torch.arange(n * B).reshape(n, B) % 6
-    batch = batch_of(images(n, B, clip.embed_dim), labels)
+    batch = batch_of(twins.features(n, B, clip.embed_dim), labels)
     noisy, clean = (gradients(m, shared, private, batch)[0] for m in (method, quiet))
-    assert_close(clean, clipped(_exact(quiet, shared, private, batch), 10.0))
+    twins.close(clean, clipped(_exact(quiet, shared, private, batch), 10.0))
     averaged = (shared["ctx"].detach() - lr * noisy).mean(0)
     server = shared["ctx"].detach()[0] - lr * clean.mean(0)
     noise = (server - averaged) / lr
@@ -231,14 +231,14 @@ def test_the_prompt_does_not_depend_on_the_rank_and_g_alone_is_the_global_model(
     clip: FrozenCLIP,
 ) -> None:
     low, high = method_of(clip, rank=1), method_of(clip, rank=M)
-    shared, private = leaves(low, K)
+    shared, private = twins.tensors(low, 0.01, K)
     assert torch.equal(
         low.encode(shared, private)["classes"], high.encode(shared, private)["classes"]
     )
     alone = low.encode({"ctx": shared["ctx"][:1]}, None)["classes"][0]
-    assert_close(alone, prompted(clip, shared["ctx"][0]))
+    twins.close(alone, twins.class_features(clip, shared["ctx"][0]))
     assert uploaded_numbers(low) == M * shared["ctx"].shape[-1]
-    assert dict(low.strategy)["weights"] == "uniform"
+    assert dict(low.config.default_strategy)["weights"] == "uniform"
 
 
 @pytest.mark.parametrize(

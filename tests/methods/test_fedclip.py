@@ -15,8 +15,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods import fedclip
 from fedprompt.methods.base import Tensors, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
-from tests.support.method_twins import assert_close, draw, images, leaves, make
 
 K, B = 2, 6
 LABELS = torch.tensor([[0, 1, 1, 5, 2, 0], [3, 3, 4, 0, 1, 2]])  # classes repeat in a batch
@@ -41,19 +41,19 @@ def one(tensors: Tensors, k: int) -> Tensors:
 
 
 def test_logits_are_over_classes(clip: FrozenCLIP) -> None:
-    method = make(clip, "fedclip")
-    shared, _ = leaves(method, K, spread=0.3)
-    features = images(K, B, clip.embed_dim)
+    method = twins.build(clip, "fedclip")
+    shared, _ = twins.tensors(method, 0.3, K)
+    features = twins.features(K, B, clip.embed_dim)
     ours = method.logits(method.encode(shared, {}), Inputs(features))
     for k in range(K):
         v = attended(one(shared, k), features[k])
-        assert_close(ours[k], clip.model.logit_scale.exp() * v @ class_texts(clip).T)
+        twins.close(ours[k], clip.model.logit_scale.exp() * v @ class_texts(clip).T)
 
 
 def test_loss_and_gradients_are_clips_own_over_the_pairs_of_the_batch(clip: FrozenCLIP) -> None:
-    method = make(clip, "fedclip")
-    shared, _ = leaves(method, K, spread=0.3)
-    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    method = twins.build(clip, "fedclip")
+    shared, _ = twins.tensors(method, 0.3, K)
+    batch = batch_of(twins.features(K, B, clip.embed_dim), LABELS)
     loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), batch)
     found = method.gradients(loss_terms, {f"shared.{n}": t for n, t in shared.items()}, batch)
     for k in range(K):
@@ -66,13 +66,13 @@ def test_loss_and_gradients_are_clips_own_over_the_pairs_of_the_batch(clip: Froz
         for name, grad in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
             ours = found[f"shared.{name}"]
             assert ours is not None
-            assert_close(ours[k], grad)
+            twins.close(ours[k], grad)
 
 
 def test_padding_is_neither_an_anchor_nor_a_negative(clip: FrozenCLIP) -> None:
-    method = make(clip, "fedclip")
-    shared, _ = leaves(method, K, spread=0.3)
-    features = images(K, B, clip.embed_dim)
+    method = twins.build(clip, "fedclip")
+    shared, _ = twins.tensors(method, 0.3, K)
+    features = twins.features(K, B, clip.embed_dim)
     mask = torch.ones(K, B, dtype=torch.bool)
     mask[1, 3:] = False
     encoded = method.encode(shared, {})
@@ -88,17 +88,17 @@ def test_padding_is_neither_an_anchor_nor_a_negative(clip: FrozenCLIP) -> None:
 
 def test_two_images_of_one_class_are_negatives_of_each_other(clip: FrozenCLIP) -> None:
     """The paper's loss: it cannot fall below ln 2 where a batch has one class twice alone."""
-    method = make(clip, "fedclip")
-    shared, _ = leaves(method, 1)
-    batch = batch_of(images(1, 2, clip.embed_dim), torch.tensor([[4, 4]]))
+    method = twins.build(clip, "fedclip")
+    shared, _ = twins.tensors(method, 0.01, 1)
+    batch = batch_of(twins.features(1, 2, clip.embed_dim), torch.tensor([[4, 4]]))
     ce = method.loss_terms(shared, {}, method.encode(shared, {}), batch)["ce"]
     assert ce.item() >= math.log(2) - 1e-5
-    single = batch_of(images(1, 1, clip.embed_dim), torch.tensor([[4]]))
+    single = batch_of(twins.features(1, 1, clip.embed_dim), torch.tensor([[4]]))
     assert method.loss_terms(shared, {}, method.encode(shared, {}), single)["ce"].item() == 0.0
 
 
 def test_upload_at_512_is_525312_numbers() -> None:
-    method = make(shape_only_clip("ViT-B-32"), "fedclip")
+    method = twins.build(shape_only_clip("ViT-B-32"), "fedclip")
     assert uploaded_numbers(method) == 2 * (512 * 512 + 512) == 525_312
     assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
     assert method.init_private(1, 0) == {}
@@ -108,18 +108,18 @@ def test_lengths_of_features_reach_the_attention(
     clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The public code attends to un-normalised features, and softmax is not free of scale."""
-    method = make(clip, "fedclip")
-    shared, _ = leaves(method, 1, spread=0.3)
-    raw = 5 * draw(1, B, clip.embed_dim)
+    method = twins.build(clip, "fedclip")
+    shared, _ = twins.tensors(method, 0.3, 1)
+    raw = 5 * twins.draw(1, B, clip.embed_dim)
     monkeypatch.setattr(
         fedclip, "raw_features", lambda inputs: inputs.features * raw.norm(dim=-1, keepdim=True)
     )
     inputs = Inputs(F.normalize(raw, dim=-1))
     ours = method.logits(method.encode(shared, {}), inputs)[0]
     v = attended(one(shared, 0), raw[0])
-    assert_close(ours, clip.model.logit_scale.exp() * v @ class_texts(clip).T)
+    twins.close(ours, clip.model.logit_scale.exp() * v @ class_texts(clip).T)
 
 
 def test_bad_template(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="template"):
-        make(clip, "fedclip", template="a picture")
+        twins.build(clip, "fedclip", template="a picture")

@@ -13,8 +13,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods import feddda
 from fedprompt.methods.base import Task, Tensors, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
-from tests.support.method_twins import assert_close, draw, images, leaves, make, text_pass
 
 K, B, M = 2, 5, 4
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
@@ -35,7 +35,7 @@ def sentences(clip: FrozenCLIP, ours_Md: Tensor, own_Md: Tensor) -> Tensor:
             own_Md,
             embedded[1 + 2 * M + length :],
         ]
-        features.append(text_pass(clip, torch.cat(parts)[None], full)[0])
+        features.append(twins.text_pass(clip, torch.cat(parts)[None], full)[0])
     return torch.stack(features)
 
 
@@ -58,9 +58,9 @@ def one(tensors: Tensors, k: int) -> Tensors:
 
 
 def test_logits_loss_and_gradients(clip: FrozenCLIP) -> None:
-    method = make(clip, "feddda", context_tokens=M)
-    shared, private = leaves(method, K, spread=0.2)
-    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    method = twins.build(clip, "feddda", context_tokens=M)
+    shared, private = twins.tensors(method, 0.2, K)
+    batch = batch_of(twins.features(K, B, clip.embed_dim), LABELS)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
     loss_terms = method.loss_terms(shared, private, encoded, batch)
@@ -70,44 +70,44 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP) -> None:
     for k in range(K):
         s, p = one(shared, k), one(private, k)
         expected = twin(clip, s, p, batch.inputs.features[k])
-        assert_close(logits[k], expected)
+        twins.close(logits[k], expected)
         loss = F.cross_entropy(expected, LABELS[k])
         assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         gradients = torch.autograd.grad(loss, [*s.values(), *p.values()])
         for name, theirs in zip(named, gradients, strict=True):
             ours = found[name]
             assert ours is not None
-            assert_close(ours[k], theirs)
+            twins.close(ours[k], theirs)
 
 
 def test_lengths_of_features_reach_the_gate(
     clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The public code gates by un-normalised features, and softmax is not free of scale."""
-    method = make(clip, "feddda", context_tokens=M)
-    shared, private = leaves(method, 1, spread=0.2)
-    raw = 5 * draw(1, B, clip.embed_dim)
+    method = twins.build(clip, "feddda", context_tokens=M)
+    shared, private = twins.tensors(method, 0.2, 1)
+    raw = 5 * twins.draw(1, B, clip.embed_dim)
     monkeypatch.setattr(
         feddda, "raw_features", lambda inputs: inputs.features * raw.norm(dim=-1, keepdim=True)
     )
     inputs = Inputs(F.normalize(raw, dim=-1))
     ours = method.logits(method.encode(shared, private), inputs)[0]
-    assert_close(ours, twin(clip, one(shared, 0), one(private, 0), raw[0]))
+    twins.close(ours, twin(clip, one(shared, 0), one(private, 0), raw[0]))
 
 
 def test_the_private_context_stands_behind_the_name(clip: FrozenCLIP) -> None:
     """Swapped contexts are another sentence; words between them count."""
-    method = make(clip, "feddda", context_tokens=M)
-    shared, private = leaves(method, 1, spread=0.2)
+    method = twins.build(clip, "feddda", context_tokens=M)
+    shared, private = twins.tensors(method, 0.2, 1)
     classes = method.encode(shared, private)["classes"]
     swapped = method.encode({**shared, "ctx": private["ctx"]}, {**private, "ctx": shared["ctx"]})
     assert not torch.allclose(classes, swapped["classes"], atol=1e-3)
-    bare = make(clip, "feddda", context_tokens=M, style="")
+    bare = twins.build(clip, "feddda", context_tokens=M, style="")
     assert not torch.allclose(classes, bare.encode(shared, private)["classes"], atol=1e-3)
 
 
 def test_shares_and_keeps_what_the_paper_does() -> None:
-    method = make(shape_only_clip("ViT-B-16"), "feddda")
+    method = twins.build(shape_only_clip("ViT-B-16"), "feddda")
     assert uploaded_numbers(method) == 16 * 512 + 131_072 == 139_264
     private = method.init_private(1, 0)
     assert {n: tuple(t.shape) for n, t in private.items()} == {
@@ -122,16 +122,16 @@ def test_shares_and_keeps_what_the_paper_does() -> None:
 
 
 def test_one_shared_prompt_for_several_clients(clip: FrozenCLIP) -> None:
-    method = make(clip, "feddda", context_tokens=M)
-    shared, private = leaves(method, K, spread=0.2)
+    method = twins.build(clip, "feddda", context_tokens=M)
+    shared, private = twins.tensors(method, 0.2, K)
     both = {n: t[:1].expand_as(t) for n, t in shared.items()}
-    inputs = Inputs(images(1, B, clip.embed_dim))
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
     few = method.logits(method.encode({n: t[:1] for n, t in shared.items()}, private), inputs)
-    assert_close(few, method.logits(method.encode(both, private), inputs))
+    twins.close(few, method.logits(method.encode(both, private), inputs))
     assert few.shape == (K, B, len(CLASS_NAMES))
 
 
 def test_a_name_too_long_for_both_contexts_is_refused(clip: FrozenCLIP) -> None:
     long = Task(("river", "very " * 50 + "long river"))
     with pytest.raises(UserError, match="text positions"):
-        make(clip, "feddda", long)
+        twins.build(clip, "feddda", long)

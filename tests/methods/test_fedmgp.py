@@ -14,9 +14,8 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.experiment.validate import validate
 from fedprompt.methods.base import Batch, Tensors, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
-from tests.support.text_twin import build_method
 
 K, B, G, S = 2, 4, 3, 2
 OPTIONS: dict[str, Any] = {"groups": G, "uploaded_groups": S}
@@ -25,9 +24,9 @@ SLOTS = {"slots.text": [[2, 0], [1, 2]], "slots.visual": [[0, 1], [2, 1]]}
 
 def states(method: Any) -> tuple[Tensors, Tensors]:
     """Two clients whose shared groups stand in places of their own."""
-    shared = moved(method.init_shared(1), K, 3)
+    shared = twins.moved(method.init_shared(1), K, 3)
     start = method.init_private(1, 0)
-    private = moved({n: start[n] for n in ("text", "visual")}, K, 4)
+    private = twins.moved({n: start[n] for n in ("text", "visual")}, K, 4)
     return shared, private | {n: torch.tensor(v).float() for n, v in SLOTS.items()}
 
 
@@ -35,7 +34,7 @@ def batch(clip: FrozenCLIP) -> Batch:
     mask = torch.ones(K, B, dtype=torch.bool)
     mask[1, 3:] = False
     labels = torch.tensor([[0, 1, 5, 1], [2, 4, 2, 0]])
-    return batch_of(images_of(clip, K, B), labels, mask)
+    return batch_of(twins.pictures(clip, K, B), labels, mask)
 
 
 def groups_of(kind: str, shared: Tensors, private: Tensors, k: int) -> list[Tensor]:
@@ -51,8 +50,12 @@ def twin(clip: FrozenCLIP, shared: Tensors, private: Tensors, data: Batch, k: in
     real = data.mask_KB[k]
     assert data.inputs.pixels is not None
     pixels = data.inputs.pixels[k][real]
-    texts = [plain_text(clip, "a photo of a", [p]) for p in groups_of("text", shared, private, k)]
-    images = [plain_images(clip, pixels, [v]) for v in groups_of("visual", shared, private, k)]
+    texts = [
+        twins.plain_text(clip, "a photo of a", [p]) for p in groups_of("text", shared, private, k)
+    ]
+    images = [
+        twins.plain_images(clip, pixels, [v]) for v in groups_of("visual", shared, private, k)
+    ]
     return texts, images, data.labels_KB[k][real]
 
 
@@ -76,7 +79,7 @@ def diversity(form: str, features: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("form", "weight"), [("cosine", 1.0), ("l1", -1.0), ("l2", 0.5)])
 def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight: float) -> None:
-    method = build_method(clip, "fedmgp", **OPTIONS, diversity=form, diversity_weight=weight)
+    method = twins.build(clip, "fedmgp", **OPTIONS, diversity=form, diversity_weight=weight)
     shared, private = states(method)
     data = batch(clip)
     encoded = method.encode(shared, private)
@@ -89,7 +92,7 @@ def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight:
     for k in range(K):
         texts, images, labels = twin(clip, shared, private, data, k)
         by_group = [clip.logit_scale * v @ t.T for v, t in zip(images, texts, strict=True)]
-        close(logits[k][data.mask_KB[k]], sum(by_group) / G)
+        twins.close(logits[k][data.mask_KB[k]], sum(by_group) / G)
         ce = sum(F.cross_entropy(z, labels) for z in by_group) / G
         apart = weight * (diversity(form, texts) + diversity(form, images)) / 2
         torch.testing.assert_close(loss_terms["ce"][k], ce, rtol=1e-4, atol=0)
@@ -98,7 +101,7 @@ def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight:
     theirs = torch.autograd.grad(sum(losses), list(leaves.values()))
     for (_, found), other in zip(ours.items(), theirs, strict=True):
         assert found is not None
-        close(found, other)
+        twins.close(found, other)
     for k in range(K):  # what stands in a shared group's place is not trained
         gradient = ours["private.text"]
         assert gradient is not None
@@ -108,8 +111,8 @@ def test_terms_logits_and_gradients_by_hand(clip: FrozenCLIP, form: str, weight:
 
 def test_with_the_released_weights_minimising_pulls_groups_together(clip: FrozenCLIP) -> None:
     """The public loss takes |negative term|; ours with weight -1 is that, and 1 is its opposite."""
-    released = build_method(clip, "fedmgp", **OPTIONS, diversity="l1", diversity_weight=-1.0)
-    paper = build_method(clip, "fedmgp", **OPTIONS)
+    released = twins.build(clip, "fedmgp", **OPTIONS, diversity="l1", diversity_weight=-1.0)
+    paper = twins.build(clip, "fedmgp", **OPTIONS)
     shared, private = states(paper)
     data = batch(clip)
     for method, towards in ((released, True), (paper, False)):
@@ -126,7 +129,7 @@ def test_with_the_released_weights_minimising_pulls_groups_together(clip: Frozen
 
 def test_sampling_probabilities(clip: FrozenCLIP) -> None:
     """Pairs come as often as the softmax says, then the softmax of those that are left."""
-    method = build_method(clip, "fedmgp", **OPTIONS, temperature=0.4)
+    method = twins.build(clip, "fedmgp", **OPTIONS, temperature=0.4)
     draw = torch.Generator().manual_seed(1)
     groups = torch.randn(1, G, 2, 8, generator=draw)
     received = torch.randn(1, S, 2, 8, generator=draw)
@@ -155,11 +158,11 @@ def test_sampling_probabilities(clip: FrozenCLIP) -> None:
 
 
 def test_a_round_uploads_what_was_sampled_and_keeps_all_groups(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedmgp", **OPTIONS)
+    method = twins.build(clip, "fedmgp", **OPTIONS)
     shared, private = states(method)
     received = {n: t.detach() + 1 for n, t in shared.items()}
     round_info = batch_of(
-        images_of(clip, K, B), torch.zeros(K, B, dtype=torch.long), received=received
+        twins.pictures(clip, K, B), torch.zeros(K, B, dtype=torch.long), received=received
     ).round_info
     sent, kept = method.end_round(shared, private, round_info)
     assert torch.equal(kept["slots.text"], kept["slots.visual"]), "one draw in the first round"
@@ -178,7 +181,7 @@ def test_a_round_uploads_what_was_sampled_and_keeps_all_groups(clip: FrozenCLIP)
 
 
 def test_the_global_model_is_the_shared_groups(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedmgp", **OPTIONS)
+    method = twins.build(clip, "fedmgp", **OPTIONS)
     shared = {n: t[:1] for n, t in states(method)[0].items()}
     data = batch(clip)
     assert data.inputs.pixels is not None
@@ -186,15 +189,15 @@ def test_the_global_model_is_the_shared_groups(clip: FrozenCLIP) -> None:
     assert method.class_embeddings(method.encode(shared, None)) is None
     expected: Any = 0
     for s in range(S):
-        images = plain_images(clip, data.inputs.pixels[0], [shared["visual"][0, s]])
-        texts = plain_text(clip, "a photo of a", [shared["text"][0, s]])
+        images = twins.plain_images(clip, data.inputs.pixels[0], [shared["visual"][0, s]])
+        texts = twins.plain_text(clip, "a photo of a", [shared["text"][0, s]])
         expected = expected + clip.logit_scale * images @ texts.T / S
-    close(logits[0], expected)
+    twins.close(logits[0], expected)
 
 
 def test_sizes_and_starts_of_the_paper() -> None:
     clip = shape_only_clip("ViT-B-16")
-    method = build_method(clip, "fedmgp")
+    method = twins.build(clip, "fedmgp")
     assert uploaded_numbers(method) == 5120
     private = method.init_private(1, 0)
     assert sum(private[n].numel() for n in ("text", "visual")) == 12800
@@ -215,4 +218,4 @@ def test_more_uploaded_than_there_are_is_refused() -> None:
     with pytest.raises(UserError, match="6 of 5 groups"):
         validate({"method": {"name": "fedmgp", "uploaded_groups": 6}})
     with pytest.raises(UserError, match="cannot be split after 9"):
-        build_method(random_clip(), "fedmgp", text_tokens=9)
+        twins.build(random_clip(), "fedmgp", text_tokens=9)

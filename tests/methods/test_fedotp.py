@@ -13,19 +13,8 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import uploaded_numbers
 from tests.methods.test_plot import twin_logits
-from tests.support.prompt_twins import (
-    K,
-    assert_clients_alone_agree,
-    batch,
-    close,
-    gradients,
-    leaves,
-    loss_of,
-    one_client,
-    row,
-    tensors,
-)
-from tests.support.text_twin import build_method
+from tests.support import twins
+from tests.support.twins import K
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -37,10 +26,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, options: dict[str, Any]) -> None:
-    method = build_method(clip, "fedotp", context_tokens=2, **options)
-    shared, private = tensors(method)
-    k, data = 1, one_client(batch(clip, patches=True), 1)
-    s, p = row(shared, k), row(private, k)
+    method = twins.build(clip, "fedotp", context_tokens=2, **options)
+    shared, private = twins.tensors(method)
+    k, data = 1, twins.one_client(twins.batch(clip, patches=True), 1)
+    s, p = twins.row(shared, k), twins.row(private, k)
     pair = [t["ctx"].detach()[k].clone().requires_grad_() for t in (shared, private)]
     expected = twin_logits(
         clip,
@@ -50,41 +39,47 @@ def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, options: dict
         threshold=options.get("threshold", 1e-3),
         gamma=None if "transport" in options else options.get("gamma", 0.8),
     )
-    close(method.logits(method.encode(s, p), data.inputs)[0], expected)
+    twins.close(method.logits(method.encode(s, p), data.inputs)[0], expected)
     loss = F.cross_entropy(expected, data.labels_KB[0])
-    loss_terms = loss_of(method, s, p, data)
+    loss_terms = twins.loss_of(method, s, p, data)
     assert loss_terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
     for ours, theirs in zip(
-        gradients(loss_terms, leaves(s, p)), torch.autograd.grad(loss, pair), strict=True
+        twins.gradients(loss_terms, twins.leaves(s, p)),
+        torch.autograd.grad(loss, pair),
+        strict=True,
     ):
-        close(ours[0], theirs)
+        twins.close(ours[0], theirs)
 
 
 def test_global_model_is_the_shared_prompt_under_the_same_transport(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedotp", context_tokens=2)
-    shared = row(tensors(method)[0], 0)
-    data = one_client(batch(clip, patches=True), 0)
+    method = twins.build(clip, "fedotp", context_tokens=2)
+    shared = twins.row(twins.tensors(method)[0], 0)
+    data = twins.one_client(twins.batch(clip, patches=True), 0)
     expected = twin_logits(
         clip, [shared["ctx"][0]], data.inputs.patches[0], threshold=1e-3, gamma=0.8
     )
-    close(method.logits(method.encode(shared, None), data.inputs)[0], expected)
+    twins.close(method.logits(method.encode(shared, None), data.inputs)[0], expected)
 
 
 def test_clients_and_padding_do_not_touch_each_other(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedotp", context_tokens=2)
-    assert_clients_alone_agree(method, *tensors(method), batch(clip, patches=True))
+    method = twins.build(clip, "fedotp", context_tokens=2)
+    twins.assert_clients_alone_agree(
+        method, *twins.tensors(method), twins.batch(clip, patches=True)
+    )
 
 
 def test_one_shared_prompt_serves_all_clients_in_evaluation(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedotp", context_tokens=2)
-    shared, private = tensors(method)
+    method = twins.build(clip, "fedotp", context_tokens=2)
+    shared, private = twins.tensors(method)
     once = {"ctx": shared["ctx"][:1]}
     each = {"ctx": shared["ctx"][:1].expand(K, -1, -1)}
-    close(method.encode(once, private)["prompts"], method.encode(each, private)["prompts"], 1e-6)
+    twins.close(
+        method.encode(once, private)["prompts"], method.encode(each, private)["prompts"], rtol=1e-6
+    )
 
 
 def test_containers_and_upload() -> None:
-    method = build_method(shape_only_clip("ViT-B-16"), "fedotp", context_tokens=4)
+    method = twins.build(shape_only_clip("ViT-B-16"), "fedotp", context_tokens=4)
     assert uploaded_numbers(method) == 4 * 512 == 2048
     shared, private = method.init_shared(0)["ctx"], method.init_private(0, 0)["ctx"]
     assert shared.shape == private.shape == (4, 512)
@@ -97,4 +92,4 @@ def test_containers_and_upload() -> None:
 )
 def test_meaningless_choices_are_refused(clip: FrozenCLIP, options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        build_method(clip, "fedotp", **options)
+        twins.build(clip, "fedotp", **options)

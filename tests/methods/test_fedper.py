@@ -8,69 +8,71 @@ import torch
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import stack, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import batch_of
-from tests.support.text_twin import K, assert_close, build_method, class_features, some_batch
-from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.twins import SIZES, K
 
 N = len(SIZES)
 
 
 def test_the_last_tokens_stay_and_all_are_trained_as_one_prompt(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedper", options={"context_tokens": 5}, private_tokens=2)
+    method = twins.build(clip, "fedper", options={"context_tokens": 5}, private_tokens=2)
     whole = method.base.init_shared(1)["ctx"]
-    training, data = config(momentum=0.0), clients(clip)
+    training, data = twins.config(momentum=0.0), twins.clients(clip)
     shared, private = method.init_shared(1), [method.init_private(1, k) for k in range(N)]
     assert torch.equal(shared["ctx"], whole[:3])
     assert torch.equal(private[1]["fedper.ctx"], whole[3:])
-    results = train(method, [shared] * N, private, data, training, 1)
+    results = twins.train(method, [shared] * N, private, data, training, 1)
     for one, result in zip(data, results, strict=True):
-        expected = local_sgd(one, training, 1, whole, lambda p, x, y: ce_gradient(clip, p, x, y))
-        near(result.shared["ctx"], expected[:3], whole[:3])
-        near(result.private["fedper.ctx"], expected[3:], whole[3:])
-    data_KB = some_batch(clip)
+        expected = twins.local_sgd(
+            one, training, 1, whole, lambda p, x, y: twins.ce_gradient(clip, p, x, y)
+        )
+        twins.near(result.shared["ctx"], expected[:3], whole[:3])
+        twins.near(result.private["fedper.ctx"], expected[3:], whole[3:])
+    data_KB = twins.batch(clip)
     joined = stack([r.private for r in results[:K]])
     logits = method.logits(method.encode({"ctx": shared["ctx"][None]}, joined), data_KB.inputs)
     for k in range(K):
         prompt = torch.cat([shared["ctx"], joined["fedper.ctx"][k]])
-        twin = clip.logit_scale * data_KB.inputs.features[k] @ class_features(clip, prompt).T
-        assert_close(logits[k], twin)
+        twin = clip.logit_scale * data_KB.inputs.features[k] @ twins.class_features(clip, prompt).T
+        twins.close(logits[k], twin)
     assert not method.has_global
 
 
 def test_whole_tensors_stay_by_name(clip: FrozenCLIP) -> None:
-    base = build_method(clip, "cocoop")
+    base = twins.build(clip, "cocoop")
     names = set(base.init_shared(1))
-    method = build_method(clip, "fedper", base="cocoop", private=["linear*"], private_tokens=0)
+    method = twins.build(clip, "fedper", base="cocoop", private=["linear*"], private_tokens=0)
     stays = {n for n in names if n.startswith("linear")}
     assert stays, names
     assert set(method.init_shared(1)) == names - stays
     assert set(method.init_private(1, 0)) == {f"fedper.{n}" for n in stays}
     shared = stack([method.init_shared(1) for _ in range(K)])
     private = stack([method.init_private(1, k) for k in range(K)])
-    data = some_batch(clip)
+    data = twins.batch(clip)
     ours = method.logits(method.encode(shared, private), data.inputs)
     both = stack([base.init_shared(1) for _ in range(K)])
-    assert_close(ours, base.logits(base.encode(both, {}), data.inputs))
+    twins.close(ours, base.logits(base.encode(both, {}), data.inputs))
 
 
 def test_private_prompts_of_the_base_stay_too(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedper", base="fedrsclip", private_tokens=1)
-    plain = build_method(clip, "fedrsclip")
+    method = twins.build(clip, "fedper", base="fedrsclip", private_tokens=1)
+    plain = twins.build(clip, "fedrsclip")
     assert uploaded_numbers(method) == uploaded_numbers(plain) * 3 // 4
     shared = stack([method.init_shared(1) for _ in range(K)])
     private = stack([method.init_private(1, k) for k in range(K)])
-    data = some_batch(clip)
+    data = twins.batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=shared)
     ours = method.loss_terms(shared, private, method.encode(shared, private), data)
     s, p = stack([plain.init_shared(1)] * K), stack([plain.init_private(1, k) for k in range(K)])
     theirs = plain.loss_terms(s, p, plain.encode(s, p), data)
     for name, value in theirs.items():
-        assert_close(ours[name], value, name)
+        twins.close(ours[name], value, name)
 
 
 def test_the_base_sees_whole_received_tensors(clip: FrozenCLIP) -> None:
     """A base that compares with what it received must find the shapes that it knows."""
-    method = build_method(clip, "fedper", options={"context_tokens": 5}, private_tokens=2)
+    method = twins.build(clip, "fedper", options={"context_tokens": 5}, private_tokens=2)
     seen: list[tuple[int, ...]] = []
     inner = method.base.loss_terms
 
@@ -81,7 +83,7 @@ def test_the_base_sees_whole_received_tensors(clip: FrozenCLIP) -> None:
     method.base.loss_terms = spy
     shared = stack([method.init_shared(1) for _ in range(K)])
     private = stack([method.init_private(1, k) for k in range(K)])
-    data = some_batch(clip)
+    data = twins.batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=shared)
     method.loss_terms(shared, private, method.encode(shared, private), data)
     assert seen == [(K, 5, clip.text.width)]
@@ -99,4 +101,4 @@ def test_the_base_sees_whole_received_tensors(clip: FrozenCLIP) -> None:
 )
 def test_splits_that_cannot_be(clip: FrozenCLIP, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_method(clip, "fedper", **options)
+        twins.build(clip, "fedper", **options)

@@ -14,18 +14,9 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.fedpha import project
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES
-from tests.support.prompt_twins import (
-    K,
-    assert_clients_alone_agree,
-    batch,
-    close,
-    loss_of,
-    one_client,
-    row,
-    tensors,
-)
-from tests.support.text_twin import build_method, class_features
+from tests.support.twins import K
 
 OPTIONS: dict[str, Any] = {"shared_tokens": 4, "local_tokens": [2, 5, 3], "ratio": 0.7}
 
@@ -39,7 +30,7 @@ def twin_projection(local: Tensor, shared: Tensor, ratio: float) -> Tensor:
 
 def private_tensors(method: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """As `tensors`, padding rows zero again."""
-    shared, private = tensors(method, noise=0.02)
+    shared, private = twins.tensors(method, noise=0.02)
     ctx = private["ctx"].detach().clone()
     for k, length in enumerate(private["length"].tolist()):
         ctx[k, int(length) :] = 0
@@ -49,30 +40,30 @@ def private_tensors(method: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("k", range(K))
 def test_logits_terms_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> None:
-    method = build_method(clip, "fedpha", alpha=1.5, pull_weight=3.0, push_weight=0.5, **OPTIONS)
+    method = twins.build(clip, "fedpha", alpha=1.5, pull_weight=3.0, push_weight=0.5, **OPTIONS)
     shared, private = private_tensors(method)
-    data = one_client(batch(clip), k)
-    s, p = row(shared, k), row(private, k)
+    data = twins.one_client(twins.batch(clip), k)
+    s, p = twins.row(shared, k), twins.row(private, k)
     length = (2, 5, 3)[k]
     assert int(private["length"][k]) == length
     g = shared["ctx"].detach()[k].clone().requires_grad_()
     local = private["ctx"].detach()[k, :length].clone().requires_grad_()
-    t_local, t_global = class_features(clip, local), class_features(clip, g)
-    t_projected = class_features(clip, twin_projection(local, g, 0.7))
+    t_local, t_global = twins.class_features(clip, local), twins.class_features(clip, g)
+    t_projected = twins.class_features(clip, twin_projection(local, g, 0.7))
     images, labels = data.inputs.features[0], data.labels_KB[0]
     expected = clip.logit_scale * images @ t_local.T
-    close(method.logits(method.encode(s, p), data.inputs)[0], expected)
+    twins.close(method.logits(method.encode(s, p), data.inputs)[0], expected)
     pushed = [F.relu(1.5 - (t_local[c] - t_global[c]).norm()) for c in range(len(CLASS_NAMES))]
-    twins = {
+    expected_terms = {
         "ce": F.cross_entropy(expected, labels),
         "ce_global": F.cross_entropy(clip.logit_scale * images @ t_global.T, labels),
         "pull": 3.0 * F.mse_loss(t_local, t_projected),
         "push": 0.5 * torch.stack(pushed).mean(),
     }
     assert all(v.item() > 0 for v in pushed)
-    loss_terms = loss_of(method, s, p, data)
-    assert list(loss_terms) == list(twins)
-    for name, value in twins.items():
+    loss_terms = twins.loss_of(method, s, p, data)
+    assert list(loss_terms) == list(expected_terms)
+    for name, value in expected_terms.items():
         assert loss_terms[name].item() == pytest.approx(value.item(), rel=1e-4)
         ours = torch.autograd.grad(
             loss_terms[name].sum(), [s["ctx"], p["ctx"]], retain_graph=True, allow_unused=True
@@ -81,7 +72,7 @@ def test_logits_terms_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> N
         for our, their, rows in zip(ours, theirs, (4, length), strict=True):
             assert (our is None) == (their is None)
             if our is not None:
-                close(our[0, :rows], their)
+                twins.close(our[0, :rows], their)
                 assert not our[0, rows:].any()
 
 
@@ -98,10 +89,10 @@ def test_projection_and_its_gradients_are_the_thin_decompositions(
     for k in range(2):
         g, x = (t[k].double().requires_grad_() for t in (shared, local))
         twin = twin_projection(x, g, ratio)
-        close(projected[k], twin.float())
+        twins.close(projected[k], twin.float())
         theirs = torch.autograd.grad((twin * weight[k]).sum(), (g, x))
         for mine, other in zip(found, theirs, strict=True):
-            close(mine[k], other.float())
+            twins.close(mine[k], other.float())
 
 
 def test_projection_by_hand() -> None:
@@ -125,29 +116,29 @@ def test_the_first_vectors_dropped_are_counted_as_the_public_code_does() -> None
 
 
 def test_clients_of_unequal_lengths_do_not_touch_each_other(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", **OPTIONS)
-    assert_clients_alone_agree(method, *private_tensors(method), batch(clip))
+    method = twins.build(clip, "fedpha", **OPTIONS)
+    twins.assert_clients_alone_agree(method, *private_tensors(method), twins.batch(clip))
 
 
 def test_rows_behind_a_clients_length_change_nothing(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", **OPTIONS)
+    method = twins.build(clip, "fedpha", **OPTIONS)
     _, private = private_tensors(method)
     junk = private["ctx"].detach().clone()
     junk[0, 2:] = 9.0
     ours = method.encode({}, {"ctx": junk, "length": private["length"]})["classes"]
-    close(ours, method.encode({}, private)["classes"], 1e-6)
+    twins.close(ours, method.encode({}, private)["classes"], rtol=1e-6)
 
 
 def test_order_of_lengths_is_the_clients(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", **OPTIONS)
+    method = twins.build(clip, "fedpha", **OPTIONS)
     _, private = private_tensors(method)
     classes = method.encode({}, private)["classes"]
     for k, length in enumerate((2, 5, 3)):
-        close(classes[k], class_features(clip, private["ctx"][k, :length]))
+        twins.close(classes[k], twins.class_features(clip, private["ctx"][k, :length]))
 
 
 def test_lengths_are_dealt_in_turn_and_never_trained(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", **OPTIONS)
+    method = twins.build(clip, "fedpha", **OPTIONS)
     starts = [method.init_private(0, client) for client in range(5)]
     assert [int(s["length"]) for s in starts] == [2, 5, 3, 2, 5]
     assert all(s["ctx"].shape == (5, clip.text.width) for s in starts)
@@ -157,10 +148,10 @@ def test_lengths_are_dealt_in_turn_and_never_trained(clip: FrozenCLIP) -> None:
 
 
 def test_global_model_is_the_global_prompt(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", **OPTIONS)
+    method = twins.build(clip, "fedpha", **OPTIONS)
     ctx = private_tensors(method)[0]["ctx"][:1]
-    close(method.encode({"ctx": ctx}, None)["classes"][0], class_features(clip, ctx[0]))
-    assert uploaded_numbers(build_method(shape_only_clip("ViT-B-16"), "fedpha")) == 16 * 512
+    twins.close(method.encode({"ctx": ctx}, None)["classes"][0], twins.class_features(clip, ctx[0]))
+    assert uploaded_numbers(twins.build(shape_only_clip("ViT-B-16"), "fedpha")) == 16 * 512
 
 
 @pytest.mark.parametrize(
@@ -169,10 +160,10 @@ def test_global_model_is_the_global_prompt(clip: FrozenCLIP) -> None:
 )
 def test_meaningless_choices_are_refused(clip: FrozenCLIP, options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        build_method(clip, "fedpha", **options)
+        twins.build(clip, "fedpha", **options)
 
 
 def test_terms_with_weight_zero_are_left_out(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedpha", pull_weight=0.0, push_weight=0.0, **OPTIONS)
-    loss_terms = loss_of(method, *private_tensors(method), batch(clip))
+    method = twins.build(clip, "fedpha", pull_weight=0.0, push_weight=0.0, **OPTIONS)
+    loss_terms = twins.loss_of(method, *private_tensors(method), twins.batch(clip))
     assert list(loss_terms) == ["ce", "ce_global"]

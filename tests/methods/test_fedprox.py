@@ -8,9 +8,9 @@ import torch
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Tensors, stack
+from tests.support import twins
 from tests.support.builders import batch_of
-from tests.support.text_twin import B, K, assert_close, build_method, some_batch
-from tests.support.wrapper_twin import ce_gradient, clients, config, local_sgd, near, train
+from tests.support.twins import B, K
 
 BASES: list[tuple[str, dict[str, Any]]] = [
     ("promptfl", {"context_tokens": 4}),
@@ -39,10 +39,10 @@ def held(method: Any, scale: float = 0.05) -> tuple[Tensors, Tensors, Tensors]:
 def test_loss_and_gradients_are_the_base_s_plus_the_pull(
     clip: FrozenCLIP, base: str, options: dict[str, Any]
 ) -> None:
-    method = build_method(clip, "fedprox", base=base, options=options, mu=0.3)
-    plain = build_method(clip, base, **options)
+    method = twins.build(clip, "fedprox", base=base, options=options, mu=0.3)
+    plain = twins.build(clip, base, **options)
     shared, private, received = held(method)
-    data = some_batch(clip)
+    data = twins.batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=received)
     loss_terms = method.loss_terms(shared, private, method.encode(shared, private), data)
     for k in range(K):
@@ -60,32 +60,32 @@ def test_loss_and_gradients_are_the_base_s_plus_the_pull(
     pull = 0.3 * (shared["ctx"] - received["ctx"])
     assert ours["shared.ctx"] is not None
     assert theirs["shared.ctx"] is not None
-    assert_close(ours["shared.ctx"], theirs["shared.ctx"] + pull)
+    twins.close(ours["shared.ctx"], theirs["shared.ctx"] + pull)
     for name in private:
         a, b = ours[f"private.{name}"], theirs[f"private.{name}"]
         assert a is not None
         assert b is not None
-        assert_close(a, b)
+        twins.close(a, b)
     assert data.labels_KB.shape == (K, B)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_local_training_by_hand(clip: FrozenCLIP, momentum: float) -> None:
     """Every step's gradient has mu (w - received), with what the round began with."""
-    method = build_method(clip, "fedprox", options={"context_tokens": 3}, mu=2.0)
-    training, data = config(momentum=momentum), clients(clip)
+    method = twins.build(clip, "fedprox", options={"context_tokens": 3}, mu=2.0)
+    training, data = twins.config(momentum=momentum), twins.clients(clip)
     start = method.init_shared(1)
-    results = train(method, [start] * 3, [{}] * 3, data, training, 1)
-    free = train(method.base, [start] * 3, [{}] * 3, data, training, 1)
+    results = twins.train(method, [start] * 3, [{}] * 3, data, training, 1)
+    free = twins.train(method.base, [start] * 3, [{}] * 3, data, training, 1)
     for one, result, unheld in zip(data, results, free, strict=True):
-        expected = local_sgd(
+        expected = twins.local_sgd(
             one,
             training,
             1,
             start["ctx"],
-            lambda w, x, y: ce_gradient(clip, w, x, y) + 2.0 * (w - start["ctx"]),
+            lambda w, x, y: twins.ce_gradient(clip, w, x, y) + 2.0 * (w - start["ctx"]),
         )
-        near(result.shared["ctx"], expected, start["ctx"])
+        twins.near(result.shared["ctx"], expected, start["ctx"])
         assert (result.shared["ctx"] - start["ctx"]).norm() < (
             unheld.shared["ctx"] - start["ctx"]
         ).norm()
@@ -93,11 +93,11 @@ def test_local_training_by_hand(clip: FrozenCLIP, momentum: float) -> None:
 
 
 def test_a_base_that_projects_its_gradients_sees_its_own_terms_only(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedprox", base="prograd", mu=0.3)
-    plain = build_method(clip, "prograd")
+    method = twins.build(clip, "fedprox", base="prograd", mu=0.3)
+    plain = twins.build(clip, "prograd")
     received = stack([method.init_shared(k) for k in range(K)])
     shared = {n: (t + 0.05).requires_grad_() for n, t in received.items()}
-    data = some_batch(clip)
+    data = twins.batch(clip)
     data = batch_of(data.inputs, data.labels_KB, data.mask_KB, received=received)
     leaves = {f"shared.{n}": t for n, t in shared.items()}
     ours = method.gradients(
@@ -110,9 +110,9 @@ def test_a_base_that_projects_its_gradients_sees_its_own_terms_only(clip: Frozen
         other = theirs[name]
         assert found is not None
         assert other is not None
-        assert_close(found, other + 0.3 * 0.05)
+        twins.close(found, other + 0.3 * 0.05)
 
 
 def test_a_base_without_shared_prompts_is_refused(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="'coop_local' has none"):
-        build_method(clip, "fedprox", base="coop_local")
+        twins.build(clip, "fedprox", base="coop_local")

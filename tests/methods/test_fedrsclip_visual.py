@@ -17,8 +17,8 @@ from fedprompt.config.fields import build
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.registry import method_class
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B, THETA = 2, 5, 0.3
 COMPOSITIONS = ("two_branch", "concat", "sum")
@@ -38,11 +38,11 @@ def make(clip: FrozenCLIP, **options: Any) -> Method:
 def some_batch(clip: FrozenCLIP) -> Batch:
     labels = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    return batch_of(images_of(clip, K, B), labels, mask)
+    return batch_of(twins.pictures(clip, K, B), labels, mask)
 
 
 def leaves_of(method: Method) -> tuple[Tensors, Tensors]:
-    return moved(method.init_shared(1), K, 1), moved(method.init_private(1, 0), K, 2)
+    return twins.moved(method.init_shared(1), K, 1), twins.moved(method.init_private(1, 0), K, 2)
 
 
 class ByHand:
@@ -57,10 +57,10 @@ class ByHand:
         self.s, self.p = ({n: t[k] for n, t in c.items()} for c in (shared, private))
 
     def text(self, context: Tensor) -> Tensor:
-        return plain_text(self.clip, " ".join(["X"] * len(context)), [context])
+        return twins.plain_text(self.clip, " ".join(["X"] * len(context)), [context])
 
     def images(self, prompts: Tensor | None) -> Tensor:
-        return plain_images(self.clip, self.pixels, [] if prompts is None else list(prompts))
+        return twins.plain_images(self.clip, self.pixels, [] if prompts is None else list(prompts))
 
     def logits(self, images: Tensor, classes: Tensor) -> Tensor:
         return self.clip.logit_scale * images @ classes.T
@@ -101,7 +101,7 @@ def test_both_image_prompts_compose_as_the_text_prompts_do(
         loss = F.cross_entropy(hand.composed(composition), hand.labels)
         assert ce[k].item() == pytest.approx(loss.item(), rel=1e-4)
         for a, b in zip(ours, torch.autograd.grad(loss, leaves), strict=True):
-            close(a[k], b[k])
+            twins.close(a[k], b[k])
 
 
 @pytest.mark.parametrize("visual", ["shared", "private"])
@@ -117,19 +117,19 @@ def test_one_kind_prompts_every_image(deep_clip: FrozenCLIP, visual: str, prompt
     if prompts == "both":
         classes = (1 - THETA) * classes + THETA * hand.text(hand.p["ctx"])
     images = hand.images((hand.s | hand.p)["visual"])
-    close(logits[0], hand.logits(images, classes))
+    twins.close(logits[0], hand.logits(images, classes))
 
 
 @pytest.mark.parametrize("visual", ["none", "shared", "private", "both"])
 def test_the_global_model_knows_nothing_private(deep_clip: FrozenCLIP, visual: str) -> None:
-    method, inputs = make(deep_clip, visual=visual), images_of(deep_clip, 1, B)
-    shared = moved(method.init_shared(1), 1, 1)
+    method, inputs = make(deep_clip, visual=visual), twins.pictures(deep_clip, 1, B)
+    shared = twins.moved(method.init_shared(1), 1, 1)
     encoded = method.encode(shared, None)
     assert inputs.pixels is not None
     prompts = list(shared["visual"][0]) if "visual" in shared else []
-    images = plain_images(deep_clip, inputs.pixels[0], prompts)
-    classes = plain_text(deep_clip, "X X X X", [shared["ctx"][0]])
-    close(method.logits(encoded, inputs)[0], deep_clip.logit_scale * images @ classes.T)
+    images = twins.plain_images(deep_clip, inputs.pixels[0], prompts)
+    classes = twins.plain_text(deep_clip, "X X X X", [shared["ctx"][0]])
+    twins.close(method.logits(encoded, inputs)[0], deep_clip.logit_scale * images @ classes.T)
     assert (method.class_embeddings(encoded) is None) == ("visual" in shared)
 
 
@@ -224,13 +224,13 @@ def test_padding_changes_no_image_term(deep_clip: FrozenCLIP) -> None:
 
 def test_one_shared_model_serves_several_private_ones(deep_clip: FrozenCLIP) -> None:
     """In evaluation the shared side has a client axis of 1."""
-    inputs = images_of(deep_clip, K, B)
+    inputs = twins.pictures(deep_clip, K, B)
     for composition in COMPOSITIONS:
         method = make(deep_clip, visual="both", composition=composition)
-        one = moved(method.init_shared(1), 1, 1)
-        private = moved(method.init_private(1, 0), K, 2)
+        one = twins.moved(method.init_shared(1), 1, 1)
+        private = twins.moved(method.init_private(1, 0), K, 2)
         every = {n: t.expand(K, *t.shape[1:]) for n, t in one.items()}
-        close(
+        twins.close(
             method.logits(method.encode(one, private), inputs),
             method.logits(method.encode(every, private), inputs),
         )

@@ -13,18 +13,9 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Task, Tensors, uploaded_numbers
-from tests.support.builders import random_clip
-from tests.support.text_twin import (
-    CLASS_NAMES,
-    K,
-    assert_close,
-    build_method,
-    class_features,
-    gradients,
-    images_of,
-    moved,
-    some_batch,
-)
+from tests.support import twins
+from tests.support.builders import CLASS_NAMES, random_clip
+from tests.support.twins import K
 
 
 class Twin(nn.Module):
@@ -85,36 +76,36 @@ def name_features(clip: FrozenCLIP) -> Tensor:
 @pytest.mark.parametrize("embed_dim", [32, 64], ids=["embedding narrower than text", "as wide"])
 def test_twin(embed_dim: int) -> None:
     clip = random_clip(embed_dim=embed_dim)
-    method: Any = build_method(clip, "fedtpg")
-    shared, batch = moved(method, scale=0.1), some_batch(clip)
+    method: Any = twins.build(clip, "fedtpg")
+    shared, batch = twins.tensors(method, 0.1)[0], twins.batch(clip)
     encoded = method.encode(shared, {})
     logits, loss_terms = (
         method.logits(encoded, batch.inputs),
         method.loss_terms(shared, {}, encoded, batch),
     )
-    ours, contexts = gradients(method, shared, batch), method.context(shared)
+    ours, contexts = twins.applied_gradients(method, shared, batch), method.context(shared)
     assert ours.keys() == shared.keys()
     for k in range(K):
         twin = Twin({n: t[k].detach() for n, t in shared.items()}, heads=4)
         context = twin(name_features(clip))
-        assert_close(contexts[k], context, "context")
-        images, labels = images_of(batch, k)
-        expected = clip.model.logit_scale.exp() * images @ class_features(clip, context).T
-        assert_close(logits[k][batch.mask_KB[k]], expected, "logits")
+        twins.close(contexts[k], context, "context")
+        images, labels = twins.images_of(batch, k)
+        expected = clip.model.logit_scale.exp() * images @ twins.class_features(clip, context).T
+        twins.close(logits[k][batch.mask_KB[k]], expected, "logits")
         loss = F.cross_entropy(expected, labels)
-        assert_close(loss_terms["ce"][k], loss, "loss")
+        twins.close(loss_terms["ce"][k], loss, "loss")
         clip.model.requires_grad_(False)
         loss.backward()
         for name, theirs in twin.gradients().items():
             if name == "k.bias":  # the same for all keys: the softmax does not see it
                 assert ours[name][k].abs().max() < 1e-5 * ours["v.bias"][k].abs().max()
             else:
-                assert_close(ours[name][k], theirs, name)
+                twins.close(ours[name][k], theirs, name)
 
 
 def test_numbers_on_vit_b16() -> None:
     """The public generator's own count; FedMGP's 4,208.1 thousand is 4 x 512 more."""
-    method = build_method(shape_only_clip("ViT-B-16"), "fedtpg")
+    method = twins.build(shape_only_clip("ViT-B-16"), "fedtpg")
     assert uploaded_numbers(method) == 4_206_080
     assert round((4_206_080 + 4 * 512) / 1000, 1) == 4208.1
     assert dict(method.config.default_strategy) == {"name": "fedavg", "weights": "uniform"}
@@ -124,22 +115,22 @@ def test_the_context_follows_the_class_names(clip: FrozenCLIP) -> None:
     """Other names, another context; another order of the names, the same one."""
 
     def context(*names: str) -> Tensor:
-        method: Any = build_method(clip, "fedtpg", Task(names))
+        method: Any = twins.build(clip, "fedtpg", Task(names))
         return method.context({n: t[None] for n, t in method.init_shared(1).items()})
 
     first = context(*CLASS_NAMES)
-    assert_close(context(*reversed(CLASS_NAMES)), first)
+    twins.close(context(*reversed(CLASS_NAMES)), first)
     assert (context("airport", "bridge", "forest") - first).abs().max() > 1e-3 * first.abs().max()
 
 
 def test_names_are_read_without_underscores(clip: FrozenCLIP) -> None:
-    spaced: Any = build_method(clip, "fedtpg", Task(("dense residential", "beach")))
-    scored: Any = build_method(clip, "fedtpg", Task(("dense_residential", "beach")))
+    spaced: Any = twins.build(clip, "fedtpg", Task(("dense residential", "beach")))
+    scored: Any = twins.build(clip, "fedtpg", Task(("dense_residential", "beach")))
     assert torch.equal(spaced.names_CD, scored.names_CD)
 
 
 def test_it_starts_as_torch_does(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "fedtpg")
+    method = twins.build(clip, "fedtpg")
     start, d = method.init_shared(1), clip.text.width
     assert start["queries"].std() == pytest.approx(0.02, rel=0.2)
     for name in ("q.bias", "k.bias", "v.bias", "out.bias", "norm_up.bias"):
@@ -152,7 +143,7 @@ def test_it_starts_as_torch_does(clip: FrozenCLIP) -> None:
 def test_the_attention_starts_as_torch_does(embed_dim: int) -> None:
     """Joint features as wide as the text tower, and not."""
     clip = random_clip(embed_dim=embed_dim)
-    start = build_method(clip, "fedtpg").init_shared(1)
+    start = twins.build(clip, "fedtpg").init_shared(1)
     torch.manual_seed(0)
     theirs = torch.nn.MultiheadAttention(64, 4, kdim=embed_dim, vdim=embed_dim)
     separate = [theirs.q_proj_weight, theirs.k_proj_weight, theirs.v_proj_weight]
@@ -165,4 +156,4 @@ def test_the_attention_starts_as_torch_does(embed_dim: int) -> None:
 
 def test_heads_must_divide_the_width(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="heads is 5"):
-        build_method(clip, "fedtpg", heads=5)
+        twins.build(clip, "fedtpg", heads=5)

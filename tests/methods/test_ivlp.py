@@ -14,8 +14,8 @@ from fedprompt.config.fields import build
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Method, Task, uploaded_numbers
 from fedprompt.methods.registry import method_class
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
@@ -44,9 +44,9 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     deep_clip: FrozenCLIP, options: dict[str, Any], prefix: str
 ) -> None:
     method = make(deep_clip, **options)
-    shared = moved(method.init_shared(1), K, 1)
+    shared = twins.moved(method.init_shared(1), K, 1)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
+    batch = batch_of(twins.pictures(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
     loss_terms = method.loss_terms(shared, {}, encoded, batch)
@@ -56,14 +56,14 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     for k in range(K):
         leaves = [shared[n].detach()[k].clone().requires_grad_() for n in ("text", "visual")]
         assert batch.inputs.pixels is not None
-        images = plain_images(deep_clip, batch.inputs.pixels[k], list(leaves[1]))
-        expected = scale * images @ plain_text(deep_clip, prefix, list(leaves[0])).T
-        close(logits[k], expected)
+        images = twins.plain_images(deep_clip, batch.inputs.pixels[k], list(leaves[1]))
+        expected = scale * images @ twins.plain_text(deep_clip, prefix, list(leaves[0])).T
+        twins.close(logits[k], expected)
         real = int(mask[k].sum())
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
         assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
         for mine, theirs in zip(ours, torch.autograd.grad(loss, leaves), strict=True):
-            close(mine[k], theirs)
+            twins.close(mine[k], theirs)
 
 
 def test_starts_are_the_authors(deep_clip: FrozenCLIP) -> None:
@@ -90,8 +90,8 @@ def test_all_prompts_are_uploaded_and_depth_ends_with_the_tower(deep_clip: Froze
 
 def test_the_towers_do_not_know_each_other(deep_clip: FrozenCLIP) -> None:
     """The gradient of class features reaches text prompts alone, that of images visual ones."""
-    method, inputs = make(deep_clip), images_of(deep_clip, K, B)
-    shared = moved(method.init_shared(1), K, 1)
+    method, inputs = make(deep_clip), twins.pictures(deep_clip, K, B)
+    shared = twins.moved(method.init_shared(1), K, 1)
     encoded = method.encode(shared, {})
     text, visual = torch.autograd.grad(
         encoded["classes"].square().sum(), [shared["text"], shared["visual"]], allow_unused=True

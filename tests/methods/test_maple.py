@@ -19,8 +19,8 @@ from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack, upl
 from fedprompt.methods.parts.deep_prompts import split_words
 from fedprompt.methods.registry import method_class
 from fedprompt.training import train_clients
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 SHARINGS = ("text", "factors", "materialised")
@@ -44,8 +44,8 @@ def twin_logits(clip: FrozenCLIP, leaves: list[Tensor], pixels: Tensor, prefix: 
     for prompt, w, b in zip(text, weight, bias, strict=True):
         linear = torch.nn.Linear(w.shape[1], w.shape[0])
         visual.append(torch.func.functional_call(linear, {"weight": w, "bias": b}, (prompt,)))
-    images = plain_images(clip, pixels, visual)
-    return clip.model.logit_scale.exp() * images @ plain_text(clip, prefix, list(text)).T
+    images = twins.plain_images(clip, pixels, visual)
+    return clip.model.logit_scale.exp() * images @ twins.plain_text(clip, prefix, list(text)).T
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,13 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
     deep_clip: FrozenCLIP, sharing: str, options: dict[str, Any], prefix: str
 ) -> None:
     method = make(deep_clip, sharing=sharing, **options)
-    shared, private = moved(method.init_shared(1), K, 1), moved(method.init_private(1, 0), K, 2)
-    batch = batch_of(images_of(deep_clip, K, B), torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]]))
+    shared, private = (
+        twins.moved(method.init_shared(1), K, 1),
+        twins.moved(method.init_private(1, 0), K, 2),
+    )
+    batch = batch_of(
+        twins.pictures(deep_clip, K, B), torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
+    )
     batch = replace(batch, mask_KB=torch.tensor([[True] * 5, [True] * 3 + [False] * 2]))
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
@@ -74,14 +79,14 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
         leaves = [named[n].detach()[k].clone().requires_grad_() for n in ("text", "weight", "bias")]
         assert batch.inputs.pixels is not None
         expected = twin_logits(deep_clip, leaves, batch.inputs.pixels[k], prefix)
-        close(logits[k], expected)
+        twins.close(logits[k], expected)
         real = int(batch.mask_KB[k].sum())
         loss = F.cross_entropy(expected[:real], batch.labels_KB[k, :real])
         assert ce[k].item() == pytest.approx(loss.item(), rel=1e-4)
         for name, theirs in zip(
             ("text", "weight", "bias"), torch.autograd.grad(loss, leaves), strict=True
         ):
-            close(ours[list(named).index(name)][k], theirs)
+            twins.close(ours[list(named).index(name)][k], theirs)
 
 
 def test_starts_are_the_authors(deep_clip: FrozenCLIP) -> None:
@@ -101,7 +106,7 @@ def test_starts_are_the_authors(deep_clip: FrozenCLIP) -> None:
     plain = deep_clip.encode_text_raw([f"a photo of a {c}." for c in CLASS_NAMES])
     shallow = make(deep_clip, depth=1)
     start = {n: t[None] for n, t in shallow.init_shared(1).items()}
-    close(shallow.encode(start, None)["classes"][0], F.normalize(plain, dim=-1))
+    twins.close(shallow.encode(start, None)["classes"][0], F.normalize(plain, dim=-1))
 
 
 @pytest.mark.parametrize(
@@ -166,11 +171,11 @@ def test_fedmaple_shares_everything_with_equal_weights(deep_clip: FrozenCLIP) ->
 
 
 def test_the_global_model_of_text_sharing_sees_plain_images(deep_clip: FrozenCLIP) -> None:
-    method, inputs = make(deep_clip, depth=3), images_of(deep_clip, 1, B)
+    method, inputs = make(deep_clip, depth=3), twins.pictures(deep_clip, 1, B)
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     encoded = method.encode(shared, None)
     expected = deep_clip.logit_scale * inputs.features[0] @ encoded["classes"][0].T
-    close(method.logits(encoded, inputs)[0], expected)
+    twins.close(method.logits(encoded, inputs)[0], expected)
     assert method.class_embeddings(encoded) is not None
     private = stack([method.init_private(1, 0)])
     personal = method.encode(shared, private)
@@ -184,7 +189,7 @@ TRAINING = TrainingConfig(lr=0.05, batch_size=4, weight_decay=0.0)
 
 
 def client_data(clip: FrozenCLIP, client: int) -> ClientData:
-    inputs = images_of(clip, 2, 8)[client]
+    inputs = twins.pictures(clip, 2, 8)[client]
     return ClientData(client, inputs, (torch.arange(8) + client) % 6)
 
 
@@ -236,12 +241,12 @@ def test_the_mean_of_products_is_what_materialised_averages(deep_clip: FrozenCLI
         outcomes[sharing] = train(method, method.init_shared(1), private, 1)
     products = []
     for whole, part in zip(outcomes["factors"], outcomes["materialised"], strict=True):
-        close(part.shared["text"], whole.shared["text"])
-        close(part.private["weight"], whole.shared["weight"])
-        close(part.shared["visual"], product(whole.shared))
+        twins.close(part.shared["text"], whole.shared["text"])
+        twins.close(part.private["weight"], whole.shared["weight"])
+        twins.close(part.shared["visual"], product(whole.shared))
         products.append(product(whole.shared))
     averaged = mean(outcomes["materialised"])["visual"]
-    close(averaged, (products[0] + products[1]) / 2)
+    twins.close(averaged, (products[0] + products[1]) / 2)
     of_factors = product(mean(outcomes["factors"]))
     assert (averaged - of_factors).abs().max() > 1e-4 * averaged.abs().max()
 
@@ -256,24 +261,24 @@ def test_materialised_training_goes_on_from_the_average(deep_clip: FrozenCLIP) -
         assert apart.abs().max() > 1e-4
         assert not result.private["training"].any()
     stacked = stack([averaged] * 2), stack([r.private for r in first])
-    batch = batch_of(images_of(deep_clip, 2, B), torch.zeros(2, B, dtype=torch.long))
+    batch = batch_of(twins.pictures(deep_clip, 2, B), torch.zeros(2, B, dtype=torch.long))
     started = method.start_round(*stacked, batch.round_info)
-    close(method.encode(*started)["visual"][1], averaged["visual"])
+    twins.close(method.encode(*started)["visual"][1], averaged["visual"])
     # Tested between the rounds, personal models have the average as well, whatever they keep.
-    close(method.encode(*stacked)["visual"][1], averaged["visual"])
-    close(method.encode(stacked[0], None)["visual"][0], averaged["visual"])
+    twins.close(method.encode(*stacked)["visual"][1], averaged["visual"])
+    twins.close(method.encode(stacked[0], None)["visual"][0], averaged["visual"])
     second = train(method, averaged, [r.private for r in first], 2)
     for before, after in zip(first, second, strict=True):
         own = product(after.shared | after.private) - product(averaged | before.private)
-        close(after.shared["visual"] - averaged["visual"], own, rtol=1e-3)
+        twins.close(after.shared["visual"] - averaged["visual"], own, rtol=1e-3)
 
 
 def test_materialised_gradients_within_a_round_are_the_factors(deep_clip: FrozenCLIP) -> None:
     """With a zero offset, P and F get the gradients that `factors` gives them."""
     whole = make(deep_clip, sharing="factors", depth=2)
     part = make(deep_clip, sharing="materialised", depth=2)
-    batch = batch_of(images_of(deep_clip, 1, B), torch.tensor([[0, 1, 2, 3, 4]]))
-    shared = moved(whole.init_shared(1), 1, 5)
+    batch = batch_of(twins.pictures(deep_clip, 1, B), torch.tensor([[0, 1, 2, 3, 4]]))
+    shared = twins.moved(whole.init_shared(1), 1, 5)
     loss_terms = whole.loss_terms(shared, {}, whole.encode(shared, {}), batch)
     theirs = torch.autograd.grad(loss_terms["ce"].sum(), list(shared.values()))
     text = {"text": shared["text"], "visual": product({n: t[0] for n, t in shared.items()})[None]}
@@ -290,4 +295,4 @@ def test_materialised_gradients_within_a_round_are_the_factors(deep_clip: Frozen
         part.loss_terms(*begun, part.encode(*begun), batch)["ce"].sum(), leaves
     )
     for a, b in zip(ours, theirs, strict=True):
-        close(a, b)
+        twins.close(a, b)

@@ -18,8 +18,8 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.training import train_clients
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
@@ -92,9 +92,12 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
 ) -> None:
     method = make(deep_clip, layers=layers, scale=ALPHA, gradient_scale=gradient_scale)
     depth = min(layers, 4)
-    shared, private = moved(method.init_shared(1), K, 1), moved(method.init_private(1, 0), K, 2)
+    shared, private = (
+        twins.moved(method.init_shared(1), K, 1),
+        twins.moved(method.init_private(1, 0), K, 2),
+    )
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
+    batch = batch_of(twins.pictures(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
     ce = method.loss_terms(shared, private, encoded, batch)["ce"]
@@ -108,7 +111,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
         adapters = {t: Adapter(t, own, list(both)) for t in ("text", "visual")}
         assert batch.inputs.pixels is not None
         expected = twin_logits(deep_clip, adapters, depth, batch.inputs.pixels[k])
-        close(logits[k], expected)
+        twins.close(logits[k], expected)
         real = int(mask[k].sum())
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
         assert ce[k].item() == pytest.approx(loss.item(), rel=1e-4)
@@ -119,7 +122,7 @@ def test_logits_loss_and_gradients_are_the_plain_ones(
         for name, linears in modules.items():
             for part in ("weight", "bias"):
                 theirs = torch.stack([getattr(layer, part).grad for layer in linears])
-                close(ours[f"{name}{part}"][k], factor * theirs)
+                twins.close(ours[f"{name}{part}"][k], factor * theirs)
 
 
 def test_the_scaled_gradient_leaves_lower_layers_their_true_one(deep_clip: FrozenCLIP) -> None:
@@ -172,7 +175,7 @@ def test_only_the_shared_projection_is_uploaded_and_there_is_no_global_model(
 
 def test_up_and_down_projections_become_the_clients_own(deep_clip: FrozenCLIP) -> None:
     method = make(deep_clip, scale=0.05)
-    inputs = images_of(deep_clip, K, B)
+    inputs = twins.pictures(deep_clip, K, B)
     start = [method.init_private(1, k) for k in range(K)]
     results = train_clients(
         method,
@@ -193,16 +196,16 @@ def test_up_and_down_projections_become_the_clients_own(deep_clip: FrozenCLIP) -
 
 def test_one_client_alone_is_one_of_several(deep_clip: FrozenCLIP) -> None:
     """In evaluation the shared tensors have a client axis of 1."""
-    method, inputs = make(deep_clip, scale=ALPHA), images_of(deep_clip, K, B)
+    method, inputs = make(deep_clip, scale=ALPHA), twins.pictures(deep_clip, K, B)
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
-    private = moved(method.init_private(1, 0), K, 2)
+    private = twins.moved(method.init_private(1, 0), K, 2)
     together = method.logits(method.encode(shared, private), inputs)
     for k in range(K):
         own = stack([{n: t.detach()[k] for n, t in private.items()}])
         alone = method.logits(method.encode(shared, own), inputs[k : k + 1])
-        close(together[k], alone[0], 1e-5)
+        twins.close(together[k], alone[0], rtol=1e-5)
     everyone = method.logits(method.encode(shared, private), inputs[:1])
-    close(everyone[0], together[0], 1e-5)
+    twins.close(everyone[0], together[0], rtol=1e-5)
     assert everyone.shape == (K, B, len(CLASS_NAMES))
 
 

@@ -11,16 +11,9 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Tensors, stack, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import batch_of
-from tests.support.text_twin import (
-    K,
-    assert_close,
-    build_method,
-    class_features,
-    images_of,
-    some_batch,
-)
-from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support.twins import SIZES, K
 
 OPTIONS: dict[str, Any] = {
     "context_tokens": 3,
@@ -30,12 +23,12 @@ OPTIONS: dict[str, Any] = {
     "scaling": 3.0,
     "lam": 0.7,
 }
-KNOWN = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+KNOWN = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
 N = len(SIZES)
 
 
 def states(method: Any) -> tuple[Tensors, Tensors]:
-    """K clients in their second visit, with two and three peers; the row left over is no prompt."""
+    """K clients in their second round, with two or three peers; other rows hold no prompt."""
     noise = torch.Generator().manual_seed(11)
 
     def random(*shape: int, scale: float = 0.3) -> Tensor:
@@ -59,9 +52,9 @@ def twin_logits(method: Any, shared: Tensors, private: Tensors, features: Tensor
     """The gate as torch's own attention module; one class and one client at a time."""
     clip, width, heads = method.clip, OPTIONS["gate_width"], OPTIONS["gate_heads"]
     stride = clip.embed_dim // width
-    own = class_features(clip, shared["ctx"][k])
+    own = twins.class_features(clip, shared["ctx"][k])
     with torch.no_grad():
-        others = [class_features(clip, prompt) for prompt in shared["peers.ctx"][k]]
+        others = [twins.class_features(clip, prompt) for prompt in shared["peers.ctx"][k]]
     gate = {
         n: private[f"gate.{n}"][k] for part in "qkvo" for n in (f"{part}.weight", f"{part}.bias")
     }
@@ -93,9 +86,9 @@ def twin_logits(method: Any, shared: Tensors, private: Tensors, features: Tensor
 
 
 def test_logits_loss_and_gradients_are_those_of_torch_s_attention(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "pfedmoap", **OPTIONS)
+    method = twins.build(clip, "pfedmoap", **OPTIONS)
     shared, private = states(method)
-    data = some_batch(clip)
+    data = twins.batch(clip)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, data.inputs)
     leaves = {"shared.ctx": shared["ctx"]}
@@ -104,11 +97,11 @@ def test_logits_loss_and_gradients_are_those_of_torch_s_attention(clip: FrozenCL
     losses = []
     for k in range(K):
         expected = twin_logits(method, shared, private, data.inputs.features[k], k)
-        assert_close(logits[k], expected, f"client {k}")
-        features, labels = images_of(data, k)
+        twins.close(logits[k], expected, f"client {k}")
+        features, labels = twins.images_of(data, k)
         losses.append(F.cross_entropy(twin_logits(method, shared, private, features, k), labels))
     loss_terms = method.loss_terms(shared, private, encoded, data)
-    assert_close(loss_terms["ce"], torch.stack(losses))
+    twins.close(loss_terms["ce"], torch.stack(losses))
     theirs = torch.autograd.grad(sum(losses), list(leaves.values()))  # type: ignore[arg-type]
     for (name, found), other in zip(ours.items(), theirs, strict=True):
         assert found is not None
@@ -116,13 +109,13 @@ def test_logits_loss_and_gradients_are_those_of_torch_s_attention(clip: FrozenCL
             # k's adds the same to all scores, v's and o's the same to the logits of all classes.
             assert max(float(found.abs().max()), float(other.abs().max())) < 1e-5
         else:
-            assert_close(found, other, name)
+            twins.close(found, other, name)
 
 
 def test_unknown_rows_change_nothing(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "pfedmoap", **OPTIONS)
+    method = twins.build(clip, "pfedmoap", **OPTIONS)
     shared, private = states(method)
-    data = some_batch(clip)
+    data = twins.batch(clip)
     before = method.logits(method.encode(shared, private), data.inputs)
     shared["peers.ctx"][0, 2] *= -1
     after = method.logits(method.encode(shared, private), data.inputs)
@@ -133,40 +126,42 @@ def test_unknown_rows_change_nothing(clip: FrozenCLIP) -> None:
 
 
 def test_the_gate_joins_in_at_the_second_visit_and_only_with_peers(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "pfedmoap", **OPTIONS)
+    method = twins.build(clip, "pfedmoap", **OPTIONS)
     shared, private = states(method)
-    data = some_batch(clip)
+    data = twins.batch(clip)
     gated = method.logits(method.encode(shared, private), data.inputs)
-    private["visits"] = torch.tensor([[1.0], [2.0]])
+    private["visits"] = torch.tensor([[1.0], [2.0], [2.0]])
     mixed = method.logits(method.encode(shared, private), data.inputs)
-    own = clip.logit_scale * data.inputs.features[0] @ class_features(clip, shared["ctx"][0]).T
-    assert_close(mixed[0], own)
+    own = (
+        clip.logit_scale * data.inputs.features[0] @ twins.class_features(clip, shared["ctx"][0]).T
+    )
+    twins.close(mixed[0], own)
     torch.testing.assert_close(mixed[1], gated[1])
     private["visits"][:] = 2
     shared["peers.known"] = torch.zeros_like(KNOWN)
     alone = method.encode(shared, private)
-    assert_close(method.logits(alone, data.inputs)[0], own)
+    twins.close(method.logits(alone, data.inputs)[0], own)
     assert method.class_embeddings(alone) is not None
 
 
 def test_visits_by_hand(clip: FrozenCLIP) -> None:
     """First visit: CoOp, gate untouched. Later: the gate is trained; the own prompt predicts."""
-    method = build_method(clip, "pfedmoap", **OPTIONS)
-    training, data = config(), clients(clip)
+    method = twins.build(clip, "pfedmoap", **OPTIONS)
+    training, data = twins.config(), twins.clients(clip)
     received = method.init_shared(1) | method.init_extras(1)
     start = [method.init_private(1, k) for k in range(N)]
-    first = train(method, [received] * N, start, data, training, 1)
+    first = twins.train(method, [received] * N, start, data, training, 1)
     for one, before, result in zip(data, start, first, strict=True):
-        expected = local_sgd(
-            one, training, 1, received["ctx"], lambda p, x, y: ce_gradient(clip, p, x, y)
+        expected = twins.local_sgd(
+            one, training, 1, received["ctx"], lambda p, x, y: twins.ce_gradient(clip, p, x, y)
         )
-        near(result.shared["ctx"], expected, received["ctx"])
+        twins.near(result.shared["ctx"], expected, received["ctx"])
         assert set(result.shared) == {"ctx"}
         assert torch.equal(result.private["own.ctx"], result.shared["ctx"])
         assert all(torch.equal(result.private[n], before[n]) for n in before if "gate" in n)
     peers = torch.stack([r.shared["ctx"] for r in first])
     received = method.init_shared(2) | {"peers.ctx": peers, "peers.known": torch.ones(3)}
-    second = train(method, [received] * N, [r.private for r in first], data, training, 2)
+    second = twins.train(method, [received] * N, [r.private for r in first], data, training, 2)
     for before, result in zip(first, second, strict=True):
         for n in ("gate.q.weight", "gate.v.bias", "gate.o.weight"):
             assert not torch.equal(result.private[n], before.private[n])
@@ -174,24 +169,24 @@ def test_visits_by_hand(clip: FrozenCLIP) -> None:
         assert float((result.shared["ctx"] - received["ctx"]).abs().max()) > 1e-2
     shared = stack([received])
     private = stack([r.private for r in second[:K]])
-    images = some_batch(clip).inputs
+    images = twins.batch(clip).inputs
     encoded = method.encode(shared, private)
     assert method.class_embeddings(encoded) is None
     for k in range(K):
-        assert_close(encoded["classes"][k], class_features(clip, second[k].shared["ctx"]))
+        twins.close(encoded["classes"][k], twins.class_features(clip, second[k].shared["ctx"]))
     trained = {**shared, "ctx": torch.stack([r.shared["ctx"] for r in second[:K]])}
     private["own.valid"] = torch.zeros(K, 1)
-    assert_close(
+    twins.close(
         method.logits(encoded, images), method.logits(method.encode(trained, private), images)
     )
     general = method.encode({"ctx": shared["ctx"]}, None)
-    assert_close(general["classes"][0], class_features(clip, received["ctx"]))
+    twins.close(general["classes"][0], twins.class_features(clip, received["ctx"]))
 
 
 def test_experts_are_encoded_once_for_the_same_peers_and_again_for_others(
     clip: FrozenCLIP,
 ) -> None:
-    method = build_method(clip, "pfedmoap", **OPTIONS)
+    method = twins.build(clip, "pfedmoap", **OPTIONS)
     shared, private = states(method)
     one = method.encode(shared, private)["experts"]
     before = clip.positions_encoded
@@ -204,11 +199,11 @@ def test_experts_are_encoded_once_for_the_same_peers_and_again_for_others(
 
 
 def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "pfedmoap", **OPTIONS, dropout=0.4)
+    method = twins.build(clip, "pfedmoap", **OPTIONS, dropout=0.4)
     shared, private = states(method)
 
     def loss(step: int, wide: int = 5) -> Tensor:
-        data = some_batch(clip)
+        data = twins.batch(clip)
         inputs, labels = data.inputs[:, :wide], data.labels_KB[:, :wide]
         at: Batch = batch_of(inputs, labels, data.mask_KB[:, :wide], step=step)
         return method.loss_terms(shared, private, method.encode(shared, private), at)["ce"]
@@ -217,7 +212,7 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
     assert not torch.allclose(loss(0), loss(1))
     torch.testing.assert_close(loss(0)[1], loss(0, wide=3)[1])
     encoded = method.encode(shared, private)
-    data = some_batch(clip)
+    data = twins.batch(clip)
     keep = (data.uniform((5, 6, 4, 4), "gate dropout") >= 0.4) / 0.6
     logits = method._logits(encoded, data.inputs, keep)
     for k in range(K):
@@ -240,7 +235,7 @@ def test_dropout_is_keyed_by_client_and_step_and_keeps_the_mean(clip: FrozenCLIP
 
 
 def test_sizes_of_the_paper() -> None:
-    method = build_method(shape_only_clip("ViT-B-16"), "pfedmoap")
+    method = twins.build(shape_only_clip("ViT-B-16"), "pfedmoap")
     assert uploaded_numbers(method) == 16 * 512
     assert tuple(method.init_extras(1)["peers.ctx"].shape) == (9, 16, 512)
     gate = {n: t for n, t in method.init_private(1, 0).items() if n.startswith("gate.")}
@@ -251,4 +246,4 @@ def test_sizes_of_the_paper() -> None:
 @pytest.mark.parametrize("options", [{"gate_width": 12}, {"gate_heads": 5}, {"experts": 1}])
 def test_gates_that_do_not_fit_are_refused(clip: FrozenCLIP, options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        build_method(clip, "pfedmoap", **options)
+        twins.build(clip, "pfedmoap", **options)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, Tensors, stack, uploaded_numbers
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
-from tests.support.method_twins import assert_close, images, leaves, make, prompted
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
@@ -21,7 +21,7 @@ TRAIN_LABELS = [0, 0, 1, 2, 2, 2, 5, 5, 0]
 
 
 def data(clip: FrozenCLIP, k: int) -> ClientData:
-    features = images(1, N, clip.embed_dim, seed=10 + k)[0]
+    features = twins.features(1, N, clip.embed_dim, seed=10 + k)[0]
     return ClientData(k, Inputs(features), torch.tensor(TRAIN_LABELS))
 
 
@@ -40,15 +40,17 @@ def twin(clip: FrozenCLIP, ctx: Tensor, k: int, features_BD: Tensor, alpha: floa
         for key, label in zip(data(clip, k).inputs.features, TRAIN_LABELS, strict=True):
             votes[b, label] += math.exp(-1.0 * (1 - float(v @ key)))
     scale = clip.model.logit_scale.exp()
-    return scale * features_BD @ prompted(clip, ctx).T + alpha * votes
+    return scale * features_BD @ twins.class_features(clip, ctx).T + alpha * votes
 
 
 @pytest.mark.parametrize("in_training", [False, True])
 def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
-    method = make(clip, "pfedprompt", context_tokens=4, alpha=2.0, memory_in_training=in_training)
-    shared, _ = leaves(method, K)
+    method = twins.build(
+        clip, "pfedprompt", context_tokens=4, alpha=2.0, memory_in_training=in_training
+    )
+    shared, _ = twins.tensors(method, 0.01, K)
     private = memories(method, clip)
-    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    batch = batch_of(twins.features(K, B, clip.embed_dim), LABELS)
     encoded = method.encode(shared, private)
     logits = method.logits(encoded, batch.inputs)
     loss_terms = method.loss_terms(shared, private, encoded, batch)
@@ -57,20 +59,20 @@ def test_logits_loss_and_gradients(clip: FrozenCLIP, in_training: bool) -> None:
     for k in range(K):
         ctx = shared["ctx"][k].detach().requires_grad_()
         features = batch.inputs.features[k]
-        assert_close(logits[k], twin(clip, ctx, k, features, alpha=2.0))
+        twins.close(logits[k], twin(clip, ctx, k, features, alpha=2.0))
         trained = twin(clip, ctx, k, features, alpha=2.0 if in_training else 0.0)
         loss = F.cross_entropy(trained, LABELS[k])
         assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
-        assert_close(ours[k], torch.autograd.grad(loss, ctx)[0])
+        twins.close(ours[k], torch.autograd.grad(loss, ctx)[0])
 
 
 def test_the_prompt_alone_is_shared(clip: FrozenCLIP) -> None:
-    method, promptfl = make(clip, "pfedprompt"), make(clip, "promptfl")
+    method, promptfl = twins.build(clip, "pfedprompt"), twins.build(clip, "promptfl")
     assert uploaded_numbers(method) == uploaded_numbers(promptfl)
     assert method.frozen == {f"private.{n}" for n in method.init_private(1, 0)}
     shared = {n: t[None] for n, t in method.init_shared(1).items()}
     assert torch.equal(shared["ctx"][0], promptfl.init_shared(1)["ctx"])
-    inputs = Inputs(images(1, B, clip.embed_dim))
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
     encoded = method.encode(shared, None)
     assert torch.equal(method.logits(encoded, inputs), promptfl.logits(encoded, inputs))
     assert method.class_embeddings(encoded) is not None

@@ -15,21 +15,9 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import uploaded_numbers
 from tests.methods.parts.test_optimal_transport import plain_plan
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES
-from tests.support.prompt_twins import (
-    B,
-    K,
-    assert_clients_alone_agree,
-    batch,
-    close,
-    gradients,
-    leaves,
-    loss_of,
-    one_client,
-    row,
-    tensors,
-)
-from tests.support.text_twin import build_method, class_features
+from tests.support.twins import B, K
 
 OPTIONS = {"prompts": 3, "context_tokens": 2}
 
@@ -44,7 +32,7 @@ def twin_logits(
     gamma: float | None = None,
 ) -> Tensor:
     """Logits (B, C) of one client; the plans come from loops over plain floats."""
-    texts = [class_features(clip, context) for context in contexts]
+    texts = [twins.class_features(clip, context) for context in contexts]
     cosines = [
         [[[patch @ text[c] for patch in image] for text in texts] for c in range(len(CLASS_NAMES))]
         for image in patches_BPD
@@ -67,26 +55,28 @@ def twin_logits(
 
 @pytest.mark.parametrize("k", range(K))
 def test_logits_loss_and_gradients_are_the_twins(clip: FrozenCLIP, k: int) -> None:
-    method = build_method(clip, "plot", **OPTIONS)
-    shared, private = tensors(method)
-    data = one_client(batch(clip, patches=True), k)
-    s = row(shared, k)
+    method = twins.build(clip, "plot", **OPTIONS)
+    shared, private = twins.tensors(method)
+    data = twins.one_client(twins.batch(clip, patches=True), k)
+    s = twins.row(shared, k)
     contexts = [c.detach().clone().requires_grad_() for c in shared["ctx"][k]]
     expected = twin_logits(clip, contexts, data.inputs.patches[0])
-    close(method.logits(method.encode(s, {}), data.inputs)[0], expected)
+    twins.close(method.logits(method.encode(s, {}), data.inputs)[0], expected)
     loss = F.cross_entropy(expected, data.labels_KB[0])
-    loss_terms = loss_of(method, s, private, data)
+    loss_terms = twins.loss_of(method, s, private, data)
     assert list(loss_terms) == ["ce"]
     assert loss_terms["ce"].item() == pytest.approx(loss.item(), rel=1e-4)
-    close(
-        gradients(loss_terms, leaves(s))[0][0],
+    twins.close(
+        twins.gradients(loss_terms, twins.leaves(s))[0][0],
         torch.stack(list(torch.autograd.grad(loss, contexts))),
     )
 
 
 def test_clients_do_not_touch_each_other(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "plot", **OPTIONS)
-    assert_clients_alone_agree(method, *tensors(method), batch(clip, patches=True))
+    method = twins.build(clip, "plot", **OPTIONS)
+    twins.assert_clients_alone_agree(
+        method, *twins.tensors(method), twins.batch(clip, patches=True)
+    )
 
 
 def spread_prompts(clip: FrozenCLIP) -> dict[str, Tensor]:
@@ -101,13 +91,13 @@ def spread_prompts(clip: FrozenCLIP) -> dict[str, Tensor]:
 def test_padding_in_a_batch_does_not_delay_the_stop(
     clip: FrozenCLIP, name: str, threshold: float
 ) -> None:
-    method = build_method(clip, name, context_tokens=2, eps=0.5, threshold=threshold)
-    data, encoded = batch(clip, patches=True), spread_prompts(clip)
+    method = twins.build(clip, name, context_tokens=2, eps=0.5, threshold=threshold)
+    data, encoded = twins.batch(clip, patches=True), spread_prompts(clip)
     data.inputs.patches[~data.mask_KB] *= 4  # costs of which it would be slower still
     together = method.loss_terms({}, {}, encoded, data)["ce"]
     for k in range(K):
         own = {"prompts": encoded["prompts"][k : k + 1]}
-        alone = method.loss_terms({}, {}, own, one_client(data, k))["ce"]
+        alone = method.loss_terms({}, {}, own, twins.one_client(data, k))["ce"]
         assert together[k].item() == pytest.approx(alone.item(), rel=1e-5)
 
 
@@ -116,30 +106,30 @@ def test_padding_in_a_batch_does_not_delay_the_stop(
 def test_zeros_that_fill_up_a_test_set_do_not_hasten_the_stop(
     clip: FrozenCLIP, name: str, threshold: float
 ) -> None:
-    method = build_method(clip, name, context_tokens=2, eps=0.5, threshold=threshold)
-    images, encoded = batch(clip, patches=True).inputs, spread_prompts(clip)
+    method = twins.build(clip, name, context_tokens=2, eps=0.5, threshold=threshold)
+    images, encoded = twins.batch(clip, patches=True).inputs, spread_prompts(clip)
     padded = Inputs(
         torch.cat([images.features, torch.zeros_like(images.features)], dim=1),
         torch.cat([images.patches, torch.zeros_like(images.patches)], dim=1),
     )
-    close(method.logits(encoded, padded)[:, :B], method.logits(encoded, images), 1e-5)
+    twins.close(method.logits(encoded, padded)[:, :B], method.logits(encoded, images), rtol=1e-5)
 
 
 def test_one_prompt_is_the_mean_over_patches(clip: FrozenCLIP) -> None:
     """All mass of every patch goes to the only prompt: the logits are those of the mean patch."""
-    method = build_method(clip, "plot", prompts=1, context_tokens=2)
-    shared = tensors(method)[0]
-    data = batch(clip, patches=True)
+    method = twins.build(clip, "plot", prompts=1, context_tokens=2)
+    shared = twins.tensors(method)[0]
+    data = twins.batch(clip, patches=True)
     expected = torch.einsum(
         "kbpd,kcd->kbc",
         data.inputs.patches / data.inputs.patches.shape[2],
-        torch.stack([class_features(clip, c[0]) for c in shared["ctx"]]),
+        torch.stack([twins.class_features(clip, c[0]) for c in shared["ctx"]]),
     )
-    close(method.logits(method.encode(shared, {}), data.inputs), clip.logit_scale * expected)
+    twins.close(method.logits(method.encode(shared, {}), data.inputs), clip.logit_scale * expected)
 
 
 def test_shares_every_prompt_and_keeps_nothing() -> None:
-    method = build_method(shape_only_clip("ViT-B-16"), "plot")
+    method = twins.build(shape_only_clip("ViT-B-16"), "plot")
     assert uploaded_numbers(method) == 4 * 16 * 512
     assert method.init_private(0, 0) == {}
     start = method.init_shared(0)["ctx"]
@@ -151,4 +141,4 @@ def test_shares_every_prompt_and_keeps_nothing() -> None:
 @pytest.mark.parametrize("options", [{"prompts": 0}, {"eps": 0.001}, {"gamma": 0.5}])
 def test_meaningless_choices_are_refused(clip: FrozenCLIP, options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        build_method(clip, "plot", **options)
+        twins.build(clip, "plot", **options)

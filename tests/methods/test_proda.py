@@ -11,18 +11,9 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
-from tests.support.text_twin import (
-    CLASS_NAMES,
-    K,
-    assert_close,
-    build_method,
-    class_features,
-    gradients,
-    images_of,
-    moved,
-    some_batch,
-    text_feature,
-)
+from tests.support import twins
+from tests.support.builders import CLASS_NAMES
+from tests.support.twins import K
 
 SMALL = {"contexts": 8, "contexts_per_step": 4, "context_tokens": 4}
 POSITIONS = ["front"] * 2 + ["middle"] * 2 + ["end"] * 4
@@ -47,43 +38,43 @@ def bound(clip: FrozenCLIP, features_PCD: Tensor, images: Tensor, labels: Tensor
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_twin(clip: FrozenCLIP, step: int) -> None:
-    method: Any = build_method(clip, "proda", **SMALL)
+    method: Any = twins.build(clip, "proda", **SMALL)
     assert method.positions == POSITIONS
-    shared, batch = moved(method), some_batch(clip, step)
+    shared, batch = twins.tensors(method)[0], twins.batch(clip, step=step)
     chosen = method.chosen(batch)
     encoded = method.encode(shared, {})
     logits, loss_terms = (
         method.logits(encoded, batch.inputs),
         method.loss_terms(shared, {}, encoded, batch),
     )
-    ours = gradients(method, shared, batch)["ctx"]
+    ours = twins.applied_gradients(method, shared, batch)["ctx"]
     for k in range(K):
         contexts = shared["ctx"][k].detach().requires_grad_()
         features = torch.stack(
-            [class_features(clip, c, p) for c, p in zip(contexts, POSITIONS, strict=True)]
+            [twins.class_features(clip, c, p) for c, p in zip(contexts, POSITIONS, strict=True)]
         )
-        images, labels = images_of(batch, k)
+        images, labels = twins.images_of(batch, k)
         mean_logits = clip.model.logit_scale.exp() * images @ features.mean(0).T
-        assert_close(logits[k][batch.mask_KB[k]], mean_logits, "logits")
+        twins.close(logits[k][batch.mask_KB[k]], mean_logits, "logits")
         ce = F.cross_entropy(bound(clip, features[chosen], images, labels), labels)
-        assert_close(loss_terms["ce"][k], ce, "ce")
-        bare = torch.stack([text_feature(clip, c, "") for c in contexts])
+        twins.close(loss_terms["ce"][k], ce, "ce")
+        bare = torch.stack([twins.text_feature(clip, c, "") for c in contexts])
         pairs = [(bare[i] @ bare[j]).abs() for i in range(8) for j in range(8) if i != j]
         apart = 0.1 * torch.stack(pairs).mean()
-        assert_close(loss_terms["orthogonality"][k], apart, "orthogonality")
+        twins.close(loss_terms["orthogonality"][k], apart, "orthogonality")
         (theirs,) = torch.autograd.grad(ce + apart, [contexts])
-        assert_close(ours[k], theirs, "gradient")
+        twins.close(ours[k], theirs, "gradient")
 
 
 def test_the_bound_is_above_the_expected_loss(clip: FrozenCLIP) -> None:
     """Over draws of all class features with the contexts' covariance in each dimension."""
-    method: Any = build_method(clip, "proda", **SMALL, orthogonality=0.0)
-    shared, batch = moved(method, scale=0.2), some_batch(clip)
+    method: Any = twins.build(clip, "proda", **SMALL, orthogonality=0.0)
+    shared, batch = twins.tensors(method, 0.2)[0], twins.batch(clip)
     features = method._features(shared["ctx"].detach(), method.chosen(batch))
     ce = method.loss_terms(shared, {}, method.encode(shared, {}), batch)["ce"]
     noise = torch.Generator().manual_seed(3)
     for k in range(K):
-        images, labels = images_of(batch, k)
+        images, labels = twins.images_of(batch, k)
         mean = features[k].mean(0)
         spread = (features[k] - mean) / (len(features[k]) + 1) ** 0.5
         losses = []
@@ -96,10 +87,13 @@ def test_the_bound_is_above_the_expected_loss(clip: FrozenCLIP) -> None:
 
 
 def test_a_round_takes_every_context_once_per_turn(clip: FrozenCLIP) -> None:
-    method: Any = build_method(clip, "proda", **SMALL)
+    method: Any = twins.build(clip, "proda", **SMALL)
 
     def order(server_round: int) -> list[list[int]]:
-        return [method.chosen(some_batch(clip, step, server_round)) for step in range(4)]
+        return [
+            method.chosen(twins.batch(clip, step=step, server_round=server_round))
+            for step in range(4)
+        ]
 
     first, again, other = order(1), order(1), order(2)
     assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == list(range(8))
@@ -109,37 +103,37 @@ def test_a_round_takes_every_context_once_per_turn(clip: FrozenCLIP) -> None:
 
 
 def test_a_step_moves_the_others_by_orthogonality_alone(clip: FrozenCLIP) -> None:
-    method: Any = build_method(clip, "proda", **SMALL, orthogonality=0.0)
-    shared, batch = moved(method), some_batch(clip)
-    moves = gradients(method, shared, batch)["ctx"].flatten(2).abs().amax(-1) > 0
+    method: Any = twins.build(clip, "proda", **SMALL, orthogonality=0.0)
+    shared, batch = twins.tensors(method)[0], twins.batch(clip)
+    moves = twins.applied_gradients(method, shared, batch)["ctx"].flatten(2).abs().amax(-1) > 0
     for k in range(K):
         assert torch.nonzero(moves[k]).flatten().tolist() == sorted(method.chosen(batch))
 
 
 def test_evaluation_keeps_the_means(clip: FrozenCLIP) -> None:
     """What is encoded without a gradient is class features; the logits are those of training."""
-    method, batch = build_method(clip, "proda", **SMALL), some_batch(clip)
-    shared = moved(method)
+    method, batch = twins.build(clip, "proda", **SMALL), twins.batch(clip)
+    shared = twins.tensors(method)[0]
     kept = {n: t.detach() for n, t in shared.items()}
     encoded = method.encode(kept, {})
     assert encoded.keys() == {"classes"}
     embeddings = method.class_embeddings(encoded)
     assert embeddings is not None
     assert (embeddings.norm(dim=-1) < 1).all(), "a mean of unit vectors, not normalised again"
-    assert_close(
+    twins.close(
         method.logits(encoded, batch.inputs), method.logits(method.encode(shared, {}), batch.inputs)
     )
 
 
 def test_one_context_has_nothing_to_keep_apart(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "proda", contexts=1, contexts_per_step=1, context_tokens=4)
-    shared, batch = moved(method), some_batch(clip)
+    method = twins.build(clip, "proda", contexts=1, contexts_per_step=1, context_tokens=4)
+    shared, batch = twins.tensors(method)[0], twins.batch(clip)
     assert method.loss_terms(shared, {}, method.encode(shared, {}), batch).keys() == {"ce"}
 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3, 6, 7])
 def test_every_context_has_a_position(clip: FrozenCLIP, contexts: int) -> None:
-    method: Any = build_method(
+    method: Any = twins.build(
         clip, "proda", contexts=contexts, contexts_per_step=1, context_tokens=2
     )
     assert len(method.positions) == contexts
@@ -148,4 +142,4 @@ def test_every_context_has_a_position(clip: FrozenCLIP, contexts: int) -> None:
 
 def test_bad_options(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="multiple of contexts_per_step"):
-        build_method(clip, "proda", contexts=10, contexts_per_step=4)
+        twins.build(clip, "proda", contexts=10, contexts_per_step=4)

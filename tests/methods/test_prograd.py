@@ -12,53 +12,44 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Task
 from fedprompt.methods.prograd import _projected
-from tests.support.text_twin import (
-    CLASS_NAMES,
-    K,
-    assert_close,
-    build_method,
-    class_features,
-    gradients,
-    images_of,
-    moved,
-    some_batch,
-    template_features,
-)
+from tests.support import twins
+from tests.support.builders import CLASS_NAMES
+from tests.support.twins import K
 
 
 @pytest.mark.parametrize(("temperature", "part"), [(1.0, 1.0), (2.0, 0.8)])
 @pytest.mark.parametrize("seed", range(4))
 def test_twin(clip: FrozenCLIP, temperature: float, part: float, seed: int) -> None:
     """CE, T^2 * cross-entropy with the teacher, and the gradient that the optimiser is given."""
-    method = build_method(
+    method = twins.build(
         clip, "prograd", context_tokens=6, temperature=temperature, projection=part
     )
-    shared, batch = moved(method, scale=0.02 + 0.03 * seed), some_batch(clip)
+    shared, batch = twins.moved(method.init_shared(1), K, seed), twins.batch(clip)
     encoded = method.encode(shared, {})
     logits, loss_terms = (
         method.logits(encoded, batch.inputs),
         method.loss_terms(shared, {}, encoded, batch),
     )
-    ours = gradients(method, shared, batch)["ctx"]
-    teacher = template_features(clip)
+    ours = twins.applied_gradients(method, shared, batch)["ctx"]
+    teacher = twins.template_features(clip)
     scale = clip.model.logit_scale.exp().detach()
     for k in range(K):
         context = shared["ctx"][k].detach().requires_grad_()
-        images, labels = images_of(batch, k)
-        student = scale * images @ class_features(clip, context).T
-        assert_close(logits[k][batch.mask_KB[k]], student, "logits")
+        images, labels = twins.images_of(batch, k)
+        student = scale * images @ twins.class_features(clip, context).T
+        twins.close(logits[k][batch.mask_KB[k]], student, "logits")
         ce = F.cross_entropy(student, labels)
         probability = (scale * images @ teacher.T / temperature).softmax(-1)
         kl = -(probability * (student / temperature).log_softmax(-1)).sum(-1).mean()
         kl = kl * temperature**2
-        assert_close(loss_terms["ce"][k], ce, "ce")
-        assert_close(loss_terms["kl"][k], kl, "kl")
+        twins.close(loss_terms["ce"][k], ce, "ce")
+        twins.close(loss_terms["kl"][k], kl, "kl")
         (g,) = torch.autograd.grad(ce, [context], retain_graph=True)
         (h,) = torch.autograd.grad(kl, [context])
         unit = h / h.norm()
         along = torch.dot(g.flatten(), unit.flatten())
         expected = g - part * along * unit if along < 0 else g
-        assert_close(ours[k], expected, "gradient")
+        twins.close(ours[k], expected, "gradient")
 
 
 def test_projection_by_hand() -> None:
@@ -72,9 +63,9 @@ def test_projection_by_hand() -> None:
 def test_both_cases_occur_above(clip: FrozenCLIP) -> None:
     """The twin sees conflicting gradients and agreeing ones."""
     conflicts = set()
-    method = build_method(clip, "prograd", context_tokens=6)
+    method = twins.build(clip, "prograd", context_tokens=6)
     for seed in range(4):
-        shared, batch = moved(method, scale=0.02 + 0.03 * seed), some_batch(clip)
+        shared, batch = twins.moved(method.init_shared(1), K, seed), twins.batch(clip)
         loss_terms = method.loss_terms(shared, {}, method.encode(shared, {}), batch)
         found = [
             torch.autograd.grad(loss_terms[t].sum(), [shared["ctx"]], retain_graph=True)[0]
@@ -87,14 +78,14 @@ def test_both_cases_occur_above(clip: FrozenCLIP) -> None:
 def test_underscores_in_class_names_are_spaces(clip: FrozenCLIP) -> None:
     """For the teacher as in the prompt."""
     names = tuple(name.replace(" ", "_") for name in CLASS_NAMES)
-    method: Any = build_method(clip, "prograd", Task(names))
-    assert_close(method.teacher_CD, template_features(clip))
+    method: Any = twins.build(clip, "prograd", Task(names))
+    twins.close(method.teacher_CD, twins.template_features(clip))
 
 
 def test_a_template_with_a_comma_is_learned_token_by_token(clip: FrozenCLIP) -> None:
     """Nine tokens of eight words: all of them end the context, zeros in front."""
     task = Task(CLASS_NAMES, ("a type of pet, a photo of a {}.",))
-    ctx = build_method(clip, "prograd", task).init_shared(1)["ctx"]
+    ctx = twins.build(clip, "prograd", task).init_shared(1)["ctx"]
     words: Any = clip.tokenizer(["a type of pet, a photo of a"])[0, 1:10]
     assert not ctx[:7].any()
     assert torch.equal(ctx[7:], clip.text.token_embedding(words).detach())
@@ -102,7 +93,7 @@ def test_a_template_with_a_comma_is_learned_token_by_token(clip: FrozenCLIP) -> 
 
 def test_the_start_is_the_templates_words_behind_zeros(clip: FrozenCLIP) -> None:
     task = Task(CLASS_NAMES, ("a centered satellite photo of {}.",))
-    ctx = build_method(clip, "prograd", task).init_shared(1)["ctx"]
+    ctx = twins.build(clip, "prograd", task).init_shared(1)["ctx"]
     words: Any = clip.tokenizer(["a centered satellite photo of"])[0, 1:6]
     assert ctx.shape == (16, clip.text.width)
     assert not ctx[:11].any()
@@ -110,11 +101,11 @@ def test_the_start_is_the_templates_words_behind_zeros(clip: FrozenCLIP) -> None
 
 
 def test_other_starts(clip: FrozenCLIP) -> None:
-    random = build_method(clip, "prograd", start="context_init").init_shared(1)["ctx"]
+    random = twins.build(clip, "prograd", start="context_init").init_shared(1)["ctx"]
     assert random.std() == pytest.approx(0.02, rel=0.1)
-    no_words = build_method(clip, "prograd", Task(CLASS_NAMES, ("{}.",))).init_shared(1)["ctx"]
+    no_words = twins.build(clip, "prograd", Task(CLASS_NAMES, ("{}.",))).init_shared(1)["ctx"]
     assert torch.equal(random, no_words)
-    words = build_method(
+    words = twins.build(
         clip, "prograd", start="context_init", context_init="a photo of a", context_tokens=4
     )
     assert words.init_shared(1)["ctx"].shape == (4, clip.text.width)
@@ -122,8 +113,8 @@ def test_other_starts(clip: FrozenCLIP) -> None:
 
 def test_bad_options(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="4 tokens, but context_tokens is 2"):
-        build_method(clip, "prograd", context_tokens=2).init_shared(1)
+        twins.build(clip, "prograd", context_tokens=2).init_shared(1)
     with pytest.raises(UserError, match="start=context_init"):
-        build_method(clip, "prograd", context_init="a photo of a")
+        twins.build(clip, "prograd", context_init="a photo of a")
     with pytest.raises(UserError, match="temperature"):
-        build_method(clip, "prograd", temperature=0.0)
+        twins.build(clip, "prograd", temperature=0.0)

@@ -17,8 +17,8 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, Task
 from fedprompt.methods.promptsrc import imagenet_templates, template_mean
 from fedprompt.methods.registry import method_class
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images, plain_text
 
 K, B = 2, 5
 TERMS = ("ce", "text", "image", "logits")
@@ -38,7 +38,7 @@ def make(clip: FrozenCLIP, classes: tuple[str, ...] = CLASS_NAMES, **options: An
 def some_batch(clip: FrozenCLIP) -> Batch:
     labels = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    return batch_of(images_of(clip, K, B), labels, mask)
+    return batch_of(twins.pictures(clip, K, B), labels, mask)
 
 
 @cache
@@ -58,9 +58,9 @@ def twin(
     """Logits and terms of client `k`, with torch's own losses over its real images."""
     real = int(batch.mask_KB[k].sum())
     assert batch.inputs.pixels is not None
-    t, t0 = plain_text(clip, "a photo of a", list(text)), frozen_classes(clip)
-    v = plain_images(clip, batch.inputs.pixels[k, :real], list(visual))
-    v0 = plain_images(clip, batch.inputs.pixels[k, :real], []).detach()
+    t, t0 = twins.plain_text(clip, "a photo of a", list(text)), frozen_classes(clip)
+    v = twins.plain_images(clip, batch.inputs.pixels[k, :real], list(visual))
+    v0 = twins.plain_images(clip, batch.inputs.pixels[k, :real], []).detach()
     scale = clip.model.logit_scale.exp()
     z, z0 = scale * v @ t.T, scale * v0 @ t0.T
     kl = F.kl_div(z.log_softmax(1), z0.log_softmax(1), reduction="sum", log_target=True)
@@ -84,7 +84,7 @@ def test_logits_terms_and_gradients_are_the_plain_ones(
     deep_clip: FrozenCLIP, options: dict[str, Any], per: str
 ) -> None:
     method, batch = make(deep_clip, kl_norm=per, **options), some_batch(deep_clip)
-    shared = moved(method.init_shared(1), K, 1)
+    shared = twins.moved(method.init_shared(1), K, 1)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
     loss_terms = method.loss_terms(shared, {}, encoded, batch)
@@ -92,7 +92,7 @@ def test_logits_terms_and_gradients_are_the_plain_ones(
     for k in range(K):
         text, visual = (shared[n].detach()[k].clone().requires_grad_() for n in ("text", "visual"))
         expected, parts = twin(deep_clip, text, visual, batch, k, per)
-        close(logits[k, : len(expected)], expected)
+        twins.close(logits[k, : len(expected)], expected)
         for name in TERMS:
             assert loss_terms[name][k].item() == pytest.approx(parts[name].item(), rel=1e-4)
             theirs = torch.autograd.grad(
@@ -104,7 +104,7 @@ def test_logits_terms_and_gradients_are_the_plain_ones(
             for a, b in zip(ours, theirs, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None and b is not None:
-                    close(a[k], b)
+                    twins.close(a[k], b)
 
 
 def test_templates_are_the_sixty(deep_clip: FrozenCLIP) -> None:
@@ -112,7 +112,7 @@ def test_templates_are_the_sixty(deep_clip: FrozenCLIP) -> None:
     assert len(set(templates)) == len(templates) == 60
     assert templates[0] == "a photo of a {}."
     assert all(t.endswith(".") and t.count("{}") == 1 for t in templates)
-    close(make(deep_clip).frozen_classes, frozen_classes(deep_clip))  # type: ignore[attr-defined]
+    twins.close(make(deep_clip).frozen_classes, frozen_classes(deep_clip))  # type: ignore[attr-defined]
 
 
 def test_the_template_mean_is_of_features_that_are_not_normalised(deep_clip: FrozenCLIP) -> None:
@@ -129,23 +129,27 @@ def test_anchors_follow_the_class_list(deep_clip: FrozenCLIP) -> None:
     anchors = other.frozen_classes  # type: ignore[attr-defined]
     assert anchors.shape == (3, deep_clip.embed_dim)
     start = {n: t[None] for n, t in other.init_shared(1).items()}
-    assert other.logits(other.encode(start, None), images_of(deep_clip, 1, 2)).shape == (1, 2, 3)
+    assert other.logits(other.encode(start, None), twins.pictures(deep_clip, 1, 2)).shape == (
+        1,
+        2,
+        3,
+    )
 
 
 def test_weights_scale_their_terms(deep_clip: FrozenCLIP) -> None:
     batch = some_batch(deep_clip)
     one = make(deep_clip, text_weight=1, image_weight=1, logits_weight=1)
     two = make(deep_clip, text_weight=2, image_weight=3, logits_weight=4)
-    shared = moved(one.init_shared(1), K, 1)
+    shared = twins.moved(one.init_shared(1), K, 1)
     a, b = (m.loss_terms(shared, {}, m.encode(shared, {}), batch) for m in (one, two))
     for name, factor in (("ce", 1), ("text", 2), ("image", 3), ("logits", 4)):
-        close(b[name], factor * a[name])
+        twins.close(b[name], factor * a[name])
 
 
 def test_at_no_distance_only_cross_entropy_is_left(deep_clip: FrozenCLIP) -> None:
     """KL(p0 || p) is zero at p = p0 and positive elsewhere; it is not symmetric."""
     method, batch = make(deep_clip), some_batch(deep_clip)
-    shared = moved(method.init_shared(1), K, 1)
+    shared = twins.moved(method.init_shared(1), K, 1)
     encoded = method.encode(shared, {})
     pixels = batch.inputs.pixels
     reached = method.vision.features(pixels, encoded["visual"])  # type: ignore[attr-defined]

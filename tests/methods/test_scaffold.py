@@ -13,8 +13,8 @@ from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.scaffold import coefficients
-from tests.support.text_twin import build_method
-from tests.support.wrapper_twin import SIZES, ce_gradient, clients, config, local_sgd, near, train
+from tests.support import twins
+from tests.support.twins import SIZES
 
 N = len(SIZES)
 
@@ -40,16 +40,16 @@ def aggregate(strategy: Any, shared: dict[str, Any], results: list[Any]) -> dict
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_three_rounds_of_a_federation_by_hand(clip: FrozenCLIP, momentum: float) -> None:
     """c_k is tracked as the (weighted) mean of the gradients themselves, not from the prompts."""
-    training = config(momentum=momentum, lr=0.01)
-    method = build_method(clip, "scaffold", options={"context_tokens": 3})
-    data = clients(clip)
+    training = twins.config(momentum=momentum, lr=0.01)
+    method = twins.build(clip, "scaffold", options={"context_tokens": 3})
+    data = twins.clients(clip)
     shared = method.init_shared(1)
     strategy = server({n: tuple(t.shape) for n, t in shared.items()})
     private = [method.init_private(1, k) for k in range(N)]
     x, c = shared["ctx"].clone(), torch.zeros_like(shared["ctx"])
     c_k = [torch.zeros_like(c) for _ in range(N)]
     for server_round, present in ((1, (0, 1)), (2, (1, 2)), (3, (0, 1, 2))):
-        results = train(
+        results = twins.train(
             method,
             [shared] * len(present),
             [private[k] for k in present],
@@ -69,38 +69,38 @@ def test_three_rounds_of_a_federation_by_hand(clip: FrozenCLIP, momentum: float)
                 seen: Any = seen,
                 c: torch.Tensor = c,
             ) -> torch.Tensor:
-                raw = ce_gradient(clip, w, f, y)
+                raw = twins.ce_gradient(clip, w, f, y)
                 seen.append(raw + training.weight_decay * w)
                 return raw - c_k[k] + c
 
-            after = local_sgd(data[k], training, server_round, x, step)
+            after = twins.local_sgd(data[k], training, server_round, x, step)
             moves.append(after - x)
             counts = [sum(momentum**i for i in range(len(seen) - s)) for s in range(len(seen))]
             mean = sum(a * g for a, g in zip(counts, seen, strict=True)) / sum(counts)
             differences.append(mean - c_k[k])
             c_k[k] = mean
-            near(result.shared["ctx"], after, x)
-            near(result.private["control.ctx"], mean, torch.zeros_like(mean))
+            twins.near(result.shared["ctx"], after, x)
+            twins.near(result.private["control.ctx"], mean, torch.zeros_like(mean))
             private[k] = result.private
         shared = aggregate(strategy, shared, results)
         x = x + sum(moves) / len(moves)
         c = c + len(present) / N * (sum(differences) / len(differences))
-        near(shared["ctx"], x, x - sum(moves) / len(moves))
-        near(shared["control.ctx"], c, torch.zeros_like(c))
+        twins.near(shared["ctx"], x, x - sum(moves) / len(moves))
+        twins.near(shared["control.ctx"], c, torch.zeros_like(c))
 
 
 def test_with_all_clients_c_is_the_mean_of_the_c_k(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "scaffold", options={"context_tokens": 3})
-    training, data = config(momentum=0.0), clients(clip)
+    method = twins.build(clip, "scaffold", options={"context_tokens": 3})
+    training, data = twins.config(momentum=0.0), twins.clients(clip)
     shared = method.init_shared(1)
     private = [method.init_private(1, k) for k in range(N)]
     strategy = server({n: tuple(t.shape) for n, t in shared.items()})
     for server_round in (1, 2):
-        results = train(method, [shared] * N, private, data, training, server_round)
+        results = twins.train(method, [shared] * N, private, data, training, server_round)
         shared = aggregate(strategy, shared, results)
         private = [r.private for r in results]
     mean = torch.stack([p["control.ctx"] for p in private]).mean(0)
-    near(shared["control.ctx"], mean, torch.zeros_like(mean))
+    twins.near(shared["control.ctx"], mean, torch.zeros_like(mean))
 
 
 def test_coefficients_of_momentum() -> None:
@@ -111,14 +111,14 @@ def test_coefficients_of_momentum() -> None:
 
 
 def test_private_prompts_of_the_base_have_no_control(clip: FrozenCLIP) -> None:
-    method = build_method(clip, "scaffold", base="fedrsclip")
+    method = twins.build(clip, "scaffold", base="fedrsclip")
     assert set(method.init_shared(1)) == {"ctx", "control.ctx"}
     assert set(method.init_private(1, 0)) == {"ctx", "control.ctx"}
     assert method.frozen == {"shared.control.ctx", "private.control.ctx"}
-    assert uploaded_numbers(method) == 2 * uploaded_numbers(build_method(clip, "fedrsclip"))
-    training, data = config(), clients(clip)
+    assert uploaded_numbers(method) == 2 * uploaded_numbers(twins.build(clip, "fedrsclip"))
+    training, data = twins.config(), twins.clients(clip)
     start = [method.init_private(1, k) for k in range(N)]
-    results = train(method, [method.init_shared(1)] * N, start, data, training, 1)
+    results = twins.train(method, [method.init_shared(1)] * N, start, data, training, 1)
     for before, result in zip(start, results, strict=True):
         assert not torch.equal(before["ctx"], result.private["ctx"])
         assert result.shared["control.ctx"].any()
@@ -158,4 +158,4 @@ def test_server_by_hand() -> None:
 
 def test_a_base_with_a_server_rule_of_its_own_is_refused(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="'nearest_peers'"):
-        build_method(clip, "scaffold", base="pfedmoap")
+        twins.build(clip, "scaffold", base="pfedmoap")

@@ -13,8 +13,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.training import train_clients
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
-from tests.support.method_twins import assert_close, images, make
 
 K, B, N = 2, 5, 9
 LABELS = torch.tensor([[0, 1, 1, 5, 2], [3, 3, 4, 0, 1]])
@@ -23,7 +23,7 @@ TRAIN_LABELS = torch.tensor([0, 0, 1, 2, 2, 2, 5, 5, 0])
 
 def clients(clip: FrozenCLIP) -> list[ClientData]:
     return [
-        ClientData(k, Inputs(images(1, N, clip.embed_dim, seed=10 + k)[0]), TRAIN_LABELS)
+        ClientData(k, Inputs(twins.features(1, N, clip.embed_dim, seed=10 + k)[0]), TRAIN_LABELS)
         for k in range(K)
     ]
 
@@ -47,18 +47,18 @@ def twin(
 
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_logits_are_clips_and_the_caches(clip: FrozenCLIP, fine_tune: bool) -> None:
-    method = make(clip, "tip_adapter", fine_tune=fine_tune, shots=4, alpha=2.0, beta=3.0)
-    features = images(K, B, clip.embed_dim)
+    method = twins.build(clip, "tip_adapter", fine_tune=fine_tune, shots=4, alpha=2.0, beta=3.0)
+    features = twins.features(K, B, clip.embed_dim)
     ours = method.logits(method.encode({}, stack(filled(method, clip))), Inputs(features))
     for k, data in enumerate(clients(clip)):
-        assert_close(ours[k], twin(clip, data.inputs.features, features[k], 2.0, 3.0))
+        twins.close(ours[k], twin(clip, data.inputs.features, features[k], 2.0, 3.0))
 
 
 def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> None:
-    method = make(clip, "tip_adapter", fine_tune=True, shots=4)
+    method = twins.build(clip, "tip_adapter", fine_tune=True, shots=4)
     private = stack(filled(method, clip))
     keys = private["keys"].requires_grad_()
-    batch = batch_of(images(K, B, clip.embed_dim), LABELS)
+    batch = batch_of(twins.features(K, B, clip.embed_dim), LABELS)
     loss_terms = method.loss_terms({}, private, method.encode({}, private), batch)
     ours = method.gradients(loss_terms, {"private.keys": keys}, batch)["private.keys"]
     assert ours is not None
@@ -78,11 +78,11 @@ def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> 
 
 
 def test_nothing_is_shared_and_the_global_model_is_zero_shot(clip: FrozenCLIP) -> None:
-    method, zero_shot = make(clip, "tip_adapter"), make(clip, "zero_shot")
+    method, zero_shot = twins.build(clip, "tip_adapter"), twins.build(clip, "zero_shot")
     assert method.init_shared(1) == {}
     assert uploaded_numbers(method) == 0
     assert method.has_global
-    inputs = Inputs(images(1, B, clip.embed_dim))
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
     encoded = method.encode({}, None)
     assert torch.equal(method.logits(encoded, inputs), zero_shot.logits(encoded, inputs))
     assert method.class_embeddings(encoded) is not None
@@ -90,17 +90,17 @@ def test_nothing_is_shared_and_the_global_model_is_zero_shot(clip: FrozenCLIP) -
 
 
 def test_an_empty_memory_says_nothing(clip: FrozenCLIP) -> None:
-    method = make(clip, "tip_adapter")
-    inputs = Inputs(images(1, B, clip.embed_dim))
+    method = twins.build(clip, "tip_adapter")
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
     empty = method.encode({}, stack([method.init_private(1, 0)]))
     assert torch.equal(method.logits(empty, inputs), method.logits(method.encode({}, None), inputs))
 
 
 def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) -> None:
-    still = make(clip, "tip_adapter")
+    still = twins.build(clip, "tip_adapter")
     assert not still.trainable
     assert still.frozen == {"private.keys", "private.filled"}
-    method = make(clip, "tip_adapter", fine_tune=True, shots=4)
+    method = twins.build(clip, "tip_adapter", fine_tune=True, shots=4)
     assert method.trainable
     before = filled(method, clip)
     config = TrainingConfig(optimizer="adamw", lr=0.01, batch_size=4, local_epochs=3)
@@ -115,9 +115,9 @@ def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) ->
 
 
 def test_new_classes_are_refused_with_a_reason(clip: FrozenCLIP) -> None:
-    method = make(clip, "tip_adapter", Task(CLASS_NAMES[:3]))
+    method = twins.build(clip, "tip_adapter", Task(CLASS_NAMES[:3]))
     assert method.no_transfer_reason is not None
     assert "memory" in method.no_transfer_reason
     assert method.init_private(1, 0)["keys"].shape == (3, 16, clip.embed_dim)
     with pytest.raises(UserError, match="beta"):
-        make(clip, "tip_adapter", beta=0.0)
+        twins.build(clip, "tip_adapter", beta=0.0)

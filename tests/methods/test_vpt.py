@@ -15,8 +15,8 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Method, Task
 from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.methods.registry import method_class
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
-from tests.support.plain_prompted import close, images_of, moved, plain_images
 
 K, B = 2, 5
 LABELS = torch.tensor([[0, 1, 2, 3, 3], [5, 4, 0, 0, 1]])
@@ -36,10 +36,10 @@ def make(clip: FrozenCLIP, task: Task | None = None, **options: Any) -> Method:
 @pytest.mark.parametrize("depth", [1, 3, 12])
 def test_logits_loss_and_gradients_are_the_plain_ones(deep_clip: FrozenCLIP, depth: int) -> None:
     method = make(deep_clip, depth=depth)
-    shared = moved(method.init_shared(1), K, 1)
+    shared = twins.moved(method.init_shared(1), K, 1)
     assert shared["visual"].shape == (K, min(depth, 4), 8, 64)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    batch = batch_of(images_of(deep_clip, K, B), LABELS, mask)
+    batch = batch_of(twins.pictures(deep_clip, K, B), LABELS, mask)
     encoded = method.encode(shared, {})
     logits = method.logits(encoded, batch.inputs)
     loss_terms = method.loss_terms(shared, {}, encoded, batch)
@@ -49,13 +49,13 @@ def test_logits_loss_and_gradients_are_the_plain_ones(deep_clip: FrozenCLIP, dep
     for k in range(K):
         leaf = shared["visual"].detach()[k].clone().requires_grad_()
         assert batch.inputs.pixels is not None
-        images = plain_images(deep_clip, batch.inputs.pixels[k], list(leaf))
+        images = twins.plain_images(deep_clip, batch.inputs.pixels[k], list(leaf))
         expected = deep_clip.model.logit_scale.exp() * images @ F.normalize(text, dim=-1).T
-        close(logits[k], expected)
+        twins.close(logits[k], expected)
         real = int(mask[k].sum())
         loss = F.cross_entropy(expected[:real], LABELS[k, :real])
         assert loss_terms["ce"][k].item() == pytest.approx(loss.item(), rel=1e-4)
-        close(ours[k], torch.autograd.grad(loss, leaf)[0])
+        twins.close(ours[k], torch.autograd.grad(loss, leaf)[0])
 
 
 def test_layers_that_are_not_there_are_said_once(
@@ -84,10 +84,10 @@ def test_the_text_is_the_template_or_the_data_sets(deep_clip: FrozenCLIP) -> Non
     task = Task(("wheat_field", "river"), ("satellite: {}.", "a map of {}."))
     fixed = make(deep_clip, task).encode({"visual": torch.zeros(1, 1, 1, 64)}, {})["classes"]
     expected = deep_clip.encode_text_raw(["a photo of a wheat field.", "a photo of a river."])
-    close(fixed[0], F.normalize(expected, dim=-1), 1e-6)
+    twins.close(fixed[0], F.normalize(expected, dim=-1), rtol=1e-6)
     own = make(deep_clip, task, template=None).encode({"visual": torch.zeros(1)}, {})["classes"]
     both = deep_clip.zero_shot_classifier(("wheat field", "river"), task.templates)
-    close(own[0], both, 1e-6)
+    twins.close(own[0], both, rtol=1e-6)
 
 
 def test_config_errors(deep_clip: FrozenCLIP) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData
 from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
-from tests.support.method_twins import draw, images
+from tests.support import twins
 
 D, C, S = 8, 3, 2
 
 
 def client(labels: list[int], views: int = 1, number: int = 0) -> ClientData:
     count = len(labels) * views
-    return ClientData(number, Inputs(images(1, count, D)[0]), torch.tensor(labels), views)
+    return ClientData(number, Inputs(twins.features(1, count, D)[0]), torch.tensor(labels), views)
 
 
 def rows(memory: dict[str, Tensor], c: int) -> list[list[float]]:
@@ -63,9 +63,9 @@ def test_augmented_views_are_averaged_and_normalised() -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 5.5])
 def test_votes_by_hand(beta: float) -> None:
-    keys, filled = F.normalize(draw(2, C, S, D), dim=-1), torch.ones(2, C, S)
+    keys, filled = F.normalize(twins.draw(2, C, S, D), dim=-1), torch.ones(2, C, S)
     filled[0, 1, 1] = filled[1, 2] = 0
-    features = images(2, 4, D, seed=1)
+    features = twins.features(2, 4, D, seed=1)
     votes = recall(features, keys, filled, beta)
     assert votes.shape == (2, 4, C)
     for k in range(2):
@@ -81,8 +81,8 @@ def test_votes_by_hand(beta: float) -> None:
 
 
 def test_one_memory_for_several_clients_and_one_set_for_several_memories() -> None:
-    keys, filled = F.normalize(draw(2, C, S, D), dim=-1), torch.ones(2, C, S)
-    features = images(2, 4, D, seed=1)
+    keys, filled = F.normalize(twins.draw(2, C, S, D), dim=-1), torch.ones(2, C, S)
+    features = twins.features(2, 4, D, seed=1)
     assert torch.allclose(
         recall(features, keys[:1], filled[:1], 1.0)[1],
         recall(features[1:], keys[:1], filled[:1], 1.0)[0],

@@ -12,8 +12,8 @@ from fedprompt.config.schema import to_dict
 from fedprompt.errors import UserError
 from fedprompt.experiment.validate import validate
 from fedprompt.methods.registry import method_class
-from tests.support.text_twin import build_method
-from tests.support.wrapper_twin import SIZES, clients, config, train
+from tests.support import twins
+from tests.support.twins import SIZES
 
 WRAPPERS = ("fedprox", "scaffold", "ditto", "fedper")
 N = len(SIZES)
@@ -23,11 +23,11 @@ N = len(SIZES)
 @pytest.mark.parametrize("base", ["promptfl", "kgcoop", "fedrsclip", "promptfolio"])
 def test_every_wrapper_trains_around_a_base(clip: FrozenCLIP, wrapper: str, base: str) -> None:
     options = {"private_tokens": 1} if wrapper == "fedper" else {}
-    method = build_method(clip, wrapper, base=base, **options)
-    data, training = clients(clip), config(lr=0.002, local_epochs=8)
+    method = twins.build(clip, wrapper, base=base, **options)
+    data, training = twins.clients(clip), twins.config(lr=0.002, local_epochs=8)
     start = [method.init_private(1, k) for k in range(N)]
-    results = train(method, [method.init_shared(1)] * N, start, data, training, 1)
-    again = train(
+    results = twins.train(method, [method.init_shared(1)] * N, start, data, training, 1)
+    again = twins.train(
         method, [r.shared for r in results], [r.private for r in results], data, training, 2
     )
     for first, second, before in zip(results, again, start, strict=True):
@@ -42,13 +42,13 @@ def test_every_wrapper_trains_around_a_base(clip: FrozenCLIP, wrapper: str, base
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_clients_at_once_are_as_one_by_one(clip: FrozenCLIP, wrapper: str) -> None:
     options = {"private_tokens": 1} if wrapper == "fedper" else {}
-    method = build_method(clip, wrapper, base="fedrsclip", **options)
-    data, training = clients(clip), config(lr=0.002)
+    method = twins.build(clip, wrapper, base="fedrsclip", **options)
+    data, training = twins.clients(clip), twins.config(lr=0.002)
     shared = [method.init_shared(1)] * N
     private = [method.init_private(1, k) for k in range(N)]
-    together = train(method, shared, private, data, training, 1)
+    together = twins.train(method, shared, private, data, training, 1)
     for k in range(N):
-        (alone,) = train(method, shared[:1], private[k : k + 1], data[k : k + 1], training, 1)
+        (alone,) = twins.train(method, shared[:1], private[k : k + 1], data[k : k + 1], training, 1)
         for ours, theirs in (
             (together[k].shared, alone.shared),
             (together[k].private, alone.private),
@@ -60,12 +60,12 @@ def test_clients_at_once_are_as_one_by_one(clip: FrozenCLIP, wrapper: str) -> No
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_base_s_declarations_are_passed_on(clip: FrozenCLIP, wrapper: str) -> None:
     options: dict[str, Any] = {"private_tokens": 1} if wrapper == "fedper" else {}
-    visual = build_method(clip, wrapper, base="maple", **options)
+    visual = twins.build(clip, wrapper, base="maple", **options)
     assert "pixels" in visual.needs
     assert visual.images_at_once == method_class("maple").images_at_once
     local = {"base": "pfedmoap", "options": {"experts": 3}}
     if wrapper != "scaffold":
-        peers = build_method(clip, wrapper, **local, **options)
+        peers = twins.build(clip, wrapper, **local, **options)
         assert peers.lr_scale["private.gate.q.weight"] == 5
         assert {"private.visits", "private.own.ctx"} <= peers.frozen
         assert peers.init_extras(1).keys() == {"peers.ctx", "peers.known"}
