@@ -26,6 +26,7 @@ from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation import require_flower
+from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import use_threads
 from fedprompt.workspace import Workspace
 
@@ -74,9 +75,9 @@ def answer(
         if not (trains and workspace.config.secure_aggregation.enabled):
             return work()
         require_flower()
-        from fedprompt.privacy.secure_aggregation.client import answer as masked
-
-        return masked(workspace.config, message, RecordDict() if state is None else state, work)
+        return masked_answer(
+            workspace.config, message, RecordDict() if state is None else state, work
+        )
     except UserError as error:
         log.error("this node cannot take part: %s", error)
         reason = _without_paths(str(error), node)
