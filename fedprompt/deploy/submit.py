@@ -25,6 +25,7 @@ from fedprompt.deploy.key_registration import registered_clients
 from fedprompt.deploy.processes import Processes
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.run_folder import default_path
 from fedprompt.reports.run_data import CONFIG, SUMMARY
 
 DEPLOYMENT, LOG = "deployment.json", "server.log"
@@ -85,8 +86,7 @@ def new_run(config: Config) -> Config:
     if output.dir is not None:
         path = Path(output.dir).expanduser().resolve()
     else:
-        stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
-        path = _first_free(Path(output.root).expanduser().resolve() / stem)
+        path = _first_free(default_path(config).resolve())
     if (path / CONFIG).exists():
         raise UserError(f"{path} already contains a run; resume it with --resume {path}.")
     if output.cache is not None:

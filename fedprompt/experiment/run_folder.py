@@ -59,8 +59,7 @@ class RunFolder:
             path = Path(config.output.dir).expanduser()
             _make(path, fresh=False)
         else:
-            stem = f"{config.experiment}-{config.method.name}-seed{config.seed}"
-            path = _make_first_free(Path(config.output.root).expanduser() / stem)
+            path = _make_first_free(default_path(config))
         folder = cls(path)
         if (path / CONFIG).exists():
             folder.close()
@@ -177,6 +176,12 @@ class RunFolder:
         """
         path = self.path / CHECKPOINT
         return read_checkpoint(path) if path.is_file() else None
+
+
+def default_path(config: Config) -> Path:
+    """The run folder without `output.dir`; a number is appended to its name if it exists."""
+    name = f"{config.experiment}-{config.method.name}-seed{config.seed}"
+    return Path(config.output.root).expanduser() / name
 
 
 def _make(path: Path, *, fresh: bool) -> bool:
