@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint format table methods-table docs docs-pages clean
+.PHONY: demo test test-slow test-lowest constraints lint format table methods-table docs docs-pages clean
 
 demo: $(VENV)/.installed  ## run the quickstart experiment
 	$(BIN)/fedprompt run quickstart
@@ -16,6 +16,9 @@ test: $(VENV)/.installed  ## the default tests, on two processes
 
 test-slow: $(VENV)/.installed  ## the long end-to-end tests, on two processes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
+
+test-lowest: $(VENV)-lowest/.installed  ## the default tests with the lowest versions we allow
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed  ## lint, format and type checks
 	$(BIN)/ruff check .
@@ -40,15 +43,24 @@ docs: $(VENV)/.docs  ## the documentation as a site, in site/
 docs-pages: $(VENV)/.installed  ## the generated pages of docs/ again
 	$(BIN)/python scripts/write_docs.py
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+constraints: $(VENV)/.installed  ## write the installed versions as the newest tested ones
+	$(BIN)/python scripts/write_constraints.py
 
-$(VENV)/.installed: pyproject.toml
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) $(VENV)-lowest site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml constraints/tested.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python >= 3.11; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints/tested.txt --editable '.[docs]'
+	@touch $@
+
+$(VENV)-lowest/.installed: pyproject.toml constraints/lowest.txt
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint constraints/lowest.txt \
+		--editable '.[dev]'
 	@touch $@
