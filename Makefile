@@ -40,7 +40,7 @@ table: $(VENV)/.installed  ## the table of the README
 docs: $(VENV)/.docs  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-docs-pages: $(VENV)/.installed  ## the generated pages of docs/ again
+docs-pages: $(VENV)/.installed  ## write every generated file: pages, table of methods, sweep rows
 	$(BIN)/python scripts/write_docs.py
 
 constraints: $(VENV)/.installed  ## write the installed versions as the newest tested ones

@@ -1,4 +1,4 @@
-"""Pages that mkdocs makes as it builds: the commands, and the reference of every module."""
+"""Pages that are generated while mkdocs builds the site: the commands, and the API."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ import fedprompt.strategies
 from fedprompt.cli.main import app
 
 API = {
-    "methods": (fedprompt.methods, "One module per paper; the base class says what a method is."),
-    "strategies": (fedprompt.strategies, "One module per strategy."),
-    "protocols": (fedprompt.evaluation.protocols, "One module per evaluation protocol."),
+    "methods": (
+        fedprompt.methods,
+        "One module per paper. The base class documents what a method can define.",
+    ),
+    "strategies": (
+        fedprompt.strategies,
+        "One module per strategy. The base class is in `fedprompt.federation.strategy`.",
+    ),
+    "protocols": (
+        fedprompt.evaluation.protocols,
+        "One module per protocol. The base class is in `fedprompt.evaluation.protocol`.",
+    ),
 }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
+    """Add the generated pages to those that are read from `docs/`."""
     files.append(File.generated(config, "commands.md", content=_commands()))
     for name, (package, text) in API.items():
         modules = sorted(m.name for m in pkgutil.iter_modules(package.__path__))

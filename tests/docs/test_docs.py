@@ -22,7 +22,7 @@ from fedprompt.experiment.compose import compose
 from fedprompt.experiment.trackers import LOGGERS
 from tests.support.doc_pages import DOCS, PAGES, ROOT, blocks, commands, links
 
-INVENTED = {"coastal_scenes", "task_res", "geometric_median"}
+INVENTED = {"coastal_scenes", "task_res", "geometric_median", "top_k", "protocol_top_k"}
 """Names of the examples that readers are to add themselves."""
 GENERATED = generated_files(ROOT)
 MADE = re.compile(r"(commands|api/(methods|strategies|protocols))\.md")
@@ -134,3 +134,9 @@ def test_the_site_is_built_and_needs_no_network(tmp_path: Path) -> None:
         assert fetched == [], f"{page.name} fetches {fetched}"
     assert "fedrsclip" in (tmp_path / "api" / "methods.html").read_text()
     assert "fedprompt sweep" in (tmp_path / "commands.html").read_text()
+
+
+def test_the_page_about_the_code_names_places_that_exist() -> None:
+    page = (DOCS / "code.md").read_text()
+    for place in re.findall(r"`((?:fedprompt|strategies|scripts|tests)/[\w/.]*)`", page):
+        assert (ROOT / place).exists() or (ROOT / f"{place}.py").exists(), place

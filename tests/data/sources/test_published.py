@@ -92,7 +92,8 @@ def expected_names(name: str, made: list[Made]) -> dict[str, str]:
 
 
 def test_every_set_has_an_entry_and_a_miniature_copy() -> None:
-    assert sorted(ISSUE) == NAMES == sorted(MAKERS)
+    assert set(ISSUE) <= set(NAMES)
+    assert sorted(MAKERS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
