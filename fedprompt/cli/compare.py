@@ -1,4 +1,4 @@
-"""What `fedprompt compare` does with its options."""
+"""What `fedprompt compare` prints and writes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,25 @@ def compare_command(
     out: Path | None,
     protocol: str | None,
 ) -> None:
-    """Print the table in the form asked for; write tables and figures where `out` says."""
+    """Print the table of a comparison, and write tables and figures if a folder is given.
+
+    Args:
+        paths: run folders, or folders of sweeps.
+        metrics: the columns, separated by commas; None = those that the runs have.
+        form: `terminal`, or one of `FORMS`.
+        test: the significance test: `t`, `wilcoxon` or `none`.
+        where: settings `KEY=VALUE` that a run must have to be compared.
+        heat: two settings whose combinations a heat map shows.
+        out: the folder for tables and figures.
+        protocol: the protocol whose own comparison is printed instead.
+
+    Raises:
+        UserError: an option is not right, or there is no finished run to compare.
+    """
     _check(form, ["terminal", *FORMS], "--format")
     _check(test, ["t", "wilcoxon", "none"], "--test")
     if heat is not None and out is None:
-        raise UserError("compare: --heat draws a figure; say where with --out FOLDER.")
+        raise UserError("compare: --heat draws a figure; give its folder with --out FOLDER.")
     loaded = load_rows(paths, where)
     if protocol is not None:
         _compare_protocol(protocol, loaded, out)
@@ -69,7 +83,7 @@ def compare_command(
 
 
 def print_sweep(folder: Path, console: Console) -> None:
-    """The table of a sweep's finished runs, in the terminal's form."""
+    """Print the table of the finished runs of a sweep."""
     rows = load_rows([folder]).rows
     table = compare_rows(rows, choose(None, rows))
     console.print(terminal(table, console.width, bold=console.is_terminal))
@@ -120,7 +134,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
-    """The comparison that a protocol itself makes of single runs."""
+    """Print, and write, the comparison that a protocol itself makes of single runs."""
     from fedprompt.evaluation.registry import compare_runs
 
     runs = [run for row in loaded.rows for run in row.runs.values()]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedprompt.data.partition import Partition
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
-data_app = typer.Typer(help="Look at data sets and partitions.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect data sets and partitions.", no_args_is_help=True)
 
 Overrides = Annotated[
     list[str] | None,
@@ -60,14 +60,14 @@ def list_datasets() -> None:
     for kind in sorted({entry.kind for entry in entries}, reverse=True):
         console.print(_entries(kind, [e for e in entries if e.kind == kind], console.width))
     console.print(
-        "hub: yes, or ? where the copy could not be checked. data=NAME loads from the hub,\n"
-        "data=NAME data.root=DIR the authors' folder; 'fedprompt data show NAME' says more.",
+        "hub: yes, or ? if the copy could not be checked. data=NAME loads the copy on the hub,\n"
+        "data=NAME data.root=DIR the authors' folder. Details: fedprompt data show NAME.",
         **PLAIN,
     )
 
 
 def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
-    """Data sets of one kind, a line each; their licences where the terminal has room."""
+    """Data sets of one kind, one row each; licences only if the terminal is wide enough."""
     rows = []
     for entry in entries:
         hub = "-" if entry.hub is None else "yes" if entry.hub.verified else "?"
@@ -76,11 +76,11 @@ def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
         rows.append((entry.name, *facts, entry.licence))
     heads = ("name", "images", "classes", "hub", "size", "m/pixel", "licence")
     most = {"size": 24, "licence": max(20, width - 90)}
-    name, *others = fields(heads, rows, left=heads[3:], most=most)
-    bare = [field.head for field in others if all(cell.plain == "-" for cell in field.cells)]
+    name, *columns = fields(heads, rows, left=heads[3:], most=most)
+    bare = [field.head for field in columns if all(cell.plain == "-" for cell in field.cells)]
     dropped = (*bare, *(() if width >= 110 else ("licence",)))
-    others = [field for field in others if field.head not in dropped]
-    return fitted(name, others, width, title=kind)
+    columns = [field for field in columns if field.head not in dropped]
+    return fitted(name, columns, width, title=kind)
 
 
 @data_app.command()
@@ -94,17 +94,15 @@ def show(
         ),
     ],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the plot goes.")] = Path(
-        "partition.png"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="File for the plot.")] = Path("partition.png"),
 ) -> None:
-    """Print a data set's entry, or print and plot an experiment's partition: clients x classes."""
+    """Print the entry of a data set, or print and plot the partition of an experiment."""
     from fedprompt.data import catalogue
     from fedprompt.data.sections import available
 
     if what in catalogue.names() and what not in available("experiment"):
         if overrides:
-            raise UserError(f"'{what}' is a data set; changes are for experiments.")
+            raise UserError(f"'{what}' is a data set; only an experiment takes changes.")
         _show_entry(what)
         return
     if what not in available("experiment") and not what.endswith((".yaml", ".yml")):
@@ -119,7 +117,7 @@ def check(
     root: Annotated[Path, typer.Option("--root", help="The folder with the authors' copy.")],
     split: SplitFrom = "auto",
 ) -> None:
-    """Compare a folder with the catalogue: classes, counts, missing files. Exit 1: they differ."""
+    """Compare a folder with the catalogue; the exit status is 1 if they differ."""
     from fedprompt.data import catalogue
     from fedprompt.data.sources import check_copy as checking
 
@@ -131,9 +129,9 @@ def check(
         verdict = "" if row.stated is None else "ok" if row.ok else "differs"
         rows.append((row.what, stated, f"{row.found:,}", verdict))
     console = Console()
-    what, *others = fields(("", "stated", "found", "verdict"), rows, left=("verdict",))
+    what, *columns = fields(("", "stated", "found", "verdict"), rows, left=("verdict",))
     title = f"{name}: split: {finding.split_source}"
-    console.print(fitted(what, others, console.width, title=title))
+    console.print(fitted(what, columns, console.width, title=title))
     for problem in finding.problems:
         console.print(problem, **PLAIN)
     if not finding.ok:
@@ -148,14 +146,14 @@ def prepare(
         Path | None, typer.Option("--root", help="The folder with the authors' copy.")
     ] = None,
     from_hub: Annotated[
-        bool, typer.Option("--hub", help="Load (and so download) the copy on the hub instead.")
+        bool, typer.Option("--hub", help="Load the copy on the hub, which may download it.")
     ] = False,
     split: SplitFrom = "auto",
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="As output.cache in a config.")
+        Path | None, typer.Option("--cache", help="Feature cache, as output.cache in a config.")
     ] = None,
 ) -> None:
-    """Read every image once: report counts and unreadable images; later starts skip that step."""
+    """Read every image once and report those that cannot be read; later runs skip this check."""
     from fedprompt.config.fields import build
     from fedprompt.config.schema import DataConfig
     from fedprompt.data import catalogue, open_dataset
@@ -180,7 +178,7 @@ def prepare(
         console.print(f"unreadable: {bad.where}: {bad.reason}", **PLAIN)
     if dataset.bad_images:
         console.print(
-            f"{len(dataset.bad_images)} unreadable: mend them, or set data.on_bad_image=skip",
+            f"{len(dataset.bad_images)} unreadable; replace them, or set data.on_bad_image=skip",
             **PLAIN,
         )
 
@@ -189,11 +187,9 @@ def prepare(
 def partition(
     experiment: Experiment,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the file goes.")] = Path(
-        "partition.json"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("partition.json"),
 ) -> None:
-    """Write an experiment's partition to a file, which partition.file=FILE reads back."""
+    """Write the partition of an experiment to a file, for partition.file=FILE."""
     from fedprompt.data.partition.file import origin_of, write_partition
     from fedprompt.experiment.compose import compose
 
@@ -207,7 +203,7 @@ def partition(
 def sheet(
     experiment: Experiment,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the picture goes.")] = Path("sheet.png"),
+    out: Annotated[Path, typer.Option("--out", help="File for the picture.")] = Path("sheet.png"),
 ) -> None:
     """Draw a contact sheet of a data set: one row per class, images of all domains."""
     from fedprompt.cli.data_views import contact_sheet

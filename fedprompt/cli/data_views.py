@@ -1,4 +1,4 @@
-"""Data sets and partitions for the eye: a table for the terminal, a contact sheet as a picture."""
+"""Views of data sets: the table of a partition for the terminal, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ TILE, COLUMNS, LABEL = 96, 8, 150
 def partition_table(name: str, description: Mapping[str, Any], width: int) -> Group:
     """One row per client: training and test images, classes held, the largest class.
 
-    Domains and missing labels are told where the data set and the partition have them.
+    Domains and missing labels have a column if the data set has several domains, or if there are
+    clients without labels.
     """
     classes = description["class_names"]
     train_KC = dense(description["train_counts"], len(classes))
@@ -52,19 +53,19 @@ def partition_table(name: str, description: Mapping[str, Any], width: int) -> Gr
         f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
     )
     heads = ["client", "train", "test", "classes", *words]
-    client, *others = fields(heads, rows, left=words, most={"largest class": 30})
+    client, *columns = fields(heads, rows, left=words, most={"largest class": 30})
     title = f"{name}: {len(train_KC)} clients, {len(classes)} classes"
-    return fitted(client, others, width, title=title, note=note)
+    return fitted(client, columns, width, title=title, note=note)
 
 
 def _domains(row_D: NDArray[np.int64], names: Sequence[str]) -> str:
-    """The name of a single domain, else how many there are."""
+    """The name of a client's only domain, or the number of its domains."""
     held = np.flatnonzero(row_D)
     return names[held[0]] if len(held) == 1 else str(len(held))
 
 
 def contact_sheet(dataset: ImageDataset) -> Image.Image:
-    """One row per class, `COLUMNS` images spread evenly over the class (and so over domains)."""
+    """A picture with one row per class and `COLUMNS` images spread evenly over its domains."""
     rows = len(dataset.class_names)
     sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2), rows * (TILE + 2)), "white")
     draw = ImageDraw.Draw(sheet)

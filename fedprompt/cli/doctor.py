@@ -1,4 +1,4 @@
-"""`fedprompt doctor`: what this machine has, and what is wrong with it."""
+"""`fedprompt doctor`: what this machine has for a run, and which problems it has."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fedprompt.reports.format import human_bytes
 
 GIB = 2**30
 LEAST_DISK = LEAST_MEMORY = GIB
-"""Below so many free bytes even a small run may fail."""
-SHOWN = ("torch", "open_clip_torch", "flwr", "ray", "datasets", "numpy", "scipy", "matplotlib")
+"""With fewer free bytes than this, even a small run may fail."""
+PACKAGES = ("torch", "open_clip_torch", "flwr", "ray", "datasets", "numpy", "scipy", "matplotlib")
 EXTRAS = ("tensorboard", "mlflow", "mlflow-skinny", "wandb", "opacus")
 SWITCHES = (
     "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "HF_ENDPOINT",
     "WANDB_MODE", "MLFLOW_TRACKING_URI", "FLWR_TELEMETRY_ENABLED", "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-SECRETIVE = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+SECRET = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 """Their values may hold a password."""
 PROGRAMS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
@@ -41,7 +41,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `problem` says what to do where something is wrong."""
+    """One line of the table; `problem` says what is wrong and what to do, or is empty."""
 
     group: str
     name: str
@@ -50,7 +50,11 @@ class Finding:
 
 
 def examine(cache: str | None = None) -> list[Finding]:
-    """Everything, in the order in which it is shown."""
+    """All findings, in the order in which they are printed.
+
+    Args:
+        cache: the feature cache, as `output.cache` in a config; None = the default.
+    """
     return [
         *_versions(),
         *_devices(),
@@ -62,14 +66,14 @@ def examine(cache: str | None = None) -> list[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    found = _installed("fedprompt")
-    yield Finding("versions", "fedprompt", found or "not installed")
+    own_version = _installed("fedprompt")
+    yield Finding("versions", "fedprompt", own_version or "not installed")
     yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
-    for name in SHOWN:
+    for name in PACKAGES:
         yield Finding("versions", name, _installed(name) or "missing")
     extras = [f"{name} {_installed(name)}" for name in EXTRAS if _installed(name)]
     yield Finding("versions", "extras", ", ".join(extras) or "none")
-    for problem in unmet(requires("fedprompt") or [] if found else []):
+    for problem in unmet(requires("fedprompt") or [] if own_version else []):
         yield Finding("versions", problem.partition(" ")[0], "", problem)
     try:
         asset("backbone/assets/tiny_clip.safetensors")
@@ -78,21 +82,24 @@ def _versions() -> Iterator[Finding]:
 
 
 def unmet(requirements: list[str]) -> list[str]:
-    """One line for each requirement that the installed packages do not meet; extras are left out.
+    """One line for each requirement that the installed packages do not meet.
 
-    A requirement is a line such as `torch>=2.5`.
+    Args:
+        requirements: lines such as `torch>=2.5`. Those of extras are left out.
     """
     problems = []
     for text in requirements:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        required = Requirement(text)
+        if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
-        found = _installed(wanted.name)
-        how = f"pip install '{wanted.name}{wanted.specifier}'"
-        if found is None:
-            problems.append(f"{wanted.name} is missing: {how}")
-        elif not wanted.specifier.contains(found, prereleases=True):
-            problems.append(f"{wanted.name} {found} does not fit {wanted.specifier}: {how}")
+        installed = _installed(required.name)
+        command = f"pip install '{required.name}{required.specifier}'"
+        if installed is None:
+            problems.append(f"{required.name} is missing: {command}")
+        elif not required.specifier.contains(installed, prereleases=True):
+            problems.append(
+                f"{required.name} {installed} does not fit {required.specifier}: {command}"
+            )
     return problems
 
 
@@ -116,8 +123,8 @@ def _devices() -> Iterator[Finding]:
         return
     driver = Path("/dev/nvidiactl").exists()
     problem = (
-        f"an NVIDIA driver is here, but PyTorch {torch.__version__} cannot use it: install a build "
-        "of PyTorch for its CUDA version"
+        f"an NVIDIA driver is present, but PyTorch {torch.__version__} cannot use it; install "
+        "a build of PyTorch for its CUDA version"
     )
     yield Finding("devices", "GPU", "none", problem if driver else "")
 
@@ -131,7 +138,7 @@ def _store(cache: Path) -> Iterator[Finding]:
         size = human_bytes(sum(p.stat().st_size for p in files))
         text = f"{cache}, {size} in {len(files):,} files"
     else:
-        text = f"{cache}, not there yet"
+        text = f"{cache}, not created yet"
     writable = os.access(here, os.W_OK) and here.is_dir()
     problem = f"{cache} cannot be written: set FEDPROMPT_CACHE to a folder that can"
     yield Finding("storage", "feature cache", text, "" if writable else problem)
@@ -148,17 +155,17 @@ def _store(cache: Path) -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     total, free = memory()
     low = free is not None and free < LEAST_MEMORY
-    problem = f"only {human_bytes(free or 0)} of memory are free: end other programs"
-    shown = [f"{human_bytes(n)} {word}" for n, word in ((total, "in all"), (free, "free")) if n]
-    yield Finding("memory", "memory", ", ".join(shown) or "unknown", problem if low else "")
+    problem = f"only {human_bytes(free or 0)} of memory are free: close other programs"
+    sizes = [f"{human_bytes(n)} {word}" for n, word in ((total, "in total"), (free, "free")) if n]
+    yield Finding("memory", "memory", ", ".join(sizes) or "unknown", problem if low else "")
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of memory in all and available; None where the system does not say."""
+    """Total and available bytes of memory; None if the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        return found.get("MemTotal"), found.get("MemAvailable")
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        return sizes.get("MemTotal"), sizes.get("MemAvailable")
     except (OSError, ValueError, IndexError):
         pass
     try:
@@ -171,7 +178,7 @@ def _environment() -> Iterator[Finding]:
     for name in SWITCHES:
         if name in os.environ:
             yield Finding("environment", name, os.environ[name] or "(empty)")
-    for name in SECRETIVE:
+    for name in SECRET:
         if name in os.environ:
             yield Finding("environment", name, "set")
 
@@ -179,7 +186,7 @@ def _environment() -> Iterator[Finding]:
 def _programs() -> Iterator[Finding]:
     beside = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
     for name, commands in PROGRAMS.items():
-        found = next((path for c in commands if (path := shutil.which(c, path=beside))), None)
-        needed = name.startswith("fl") and found is None
-        problem = f"{name} is not there, which comes with flwr: pip install flwr"
-        yield Finding("programs", name, found or "not there", problem if needed else "")
+        path = next((p for c in commands if (p := shutil.which(c, path=beside))), None)
+        needed = name.startswith("fl") and path is None
+        problem = f"{name} is missing, which comes with flwr: pip install flwr"
+        yield Finding("programs", name, path or "missing", problem if needed else "")

@@ -27,14 +27,17 @@ def sweep(
     ],
     overrides: Overrides = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Other seeds than the file's, e.g. 1,2,3.")
+        str | None, typer.Option(help="Seeds that replace those of the file, e.g. 1,2,3.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The file's small variant.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run the small variant that the file describes.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and the expected time.")
+        bool,
+        typer.Option("--dry-run", help="Print the runs and the expected time, and run nothing."),
     ] = False,
     serial: Annotated[
-        bool, typer.Option("--serial", help="One run after the other, in this process.")
+        bool, typer.Option("--serial", help="Do one run after the other, in this process.")
     ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Most runs at once \\[as the machine has room for].")
@@ -45,9 +48,9 @@ def sweep(
         typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
     ] = None,
 ) -> None:
-    """Run every row, grid value and seed of a table; finished runs are kept.
+    """Run every row, grid value and seed of a sweep; runs that are complete are kept.
 
-    The same command goes on after a stop or a kill. Exit status 1: some runs failed.
+    After an interruption, the same command continues. The exit status is 1 if runs failed.
 
     Examples:
 
@@ -74,7 +77,7 @@ def sweep(
             table, planned, folder, jobs=jobs, serial=serial, address=ray_address
         )
     except KeyboardInterrupt:
-        sys.stderr.write("fedprompt: stopped; the same command goes on.\n")
+        sys.stderr.write("fedprompt: interrupted; the same command continues.\n")
         raise typer.Exit(130) from None
     _print_end(folder, planned, failures)
     if failures:
@@ -93,14 +96,16 @@ def compare(
     form: Annotated[
         str, typer.Option("--format", help="terminal, markdown, csv or latex.")
     ] = "terminal",
-    test: Annotated[str, typer.Option(help="Test paired over seeds: t, wilcoxon or none.")] = "t",
+    test: Annotated[
+        str, typer.Option(help="Significance test, paired over seeds: t, wilcoxon or none.")
+    ] = "t",
     where: Annotated[
         list[str] | None,
-        typer.Option(help="Only runs with this setting, KEY=VALUE; may be repeated."),
+        typer.Option(help="Use only runs with this setting, KEY=VALUE; may be repeated."),
     ] = None,
     heat: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="Heat map over two settings, e.g. partition.alpha method.name."),
+        typer.Option(help="Draw a heat map over two settings, e.g. partition.alpha method.name."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write tables (md, csv, tex) and figures to.")
@@ -108,16 +113,16 @@ def compare(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="This protocol's own comparison: few_shot, leave_one_domain_out, ...",
+            help="Print the comparison of this protocol: few_shot, leave_one_domain_out, ...",
             autocompletion=complete_protocol,
         ),
     ] = None,
 ) -> None:
-    """Mean and standard deviation over seeds, the best in bold, and what is significant.
+    """Compare runs: mean and standard deviation over seeds, the best value, significance.
 
     Columns (--metrics a,b): global, personal, worst, p10, personal_on_global, base, new, harmonic,
-    numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min (:min = less is
-    better).
+    numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min, where :min means
+    that smaller values are better.
 
     Examples:
 
@@ -173,15 +178,15 @@ def _print_plan(
     if seconds is not None:
         expected = f"about {human_time(seconds)}, from {finished} finished runs"
     console.print(
-        f"{len(planned)} runs: {finished} done, {begun} to go on with, {left - begun} new; "
-        f"{at_once} at once here. Time: {expected}.",
+        f"{len(planned)} runs: {finished} done, {begun} to continue, {left - begun} new; "
+        f"{at_once} at the same time on this machine. Time: {expected}.",
         markup=False,
         soft_wrap=True,
     )
 
 
 def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str]) -> None:
-    """The table of what is finished, its report, then the runs that failed."""
+    """Print the table of the complete runs, the path of the report, and the runs that failed."""
     from fedprompt.cli.compare import print_sweep
     from fedprompt.reports.sweep_report import write_sweep_report
 
