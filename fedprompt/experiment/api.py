@@ -169,7 +169,10 @@ class Result:
             UserError: the run is not finished.
         """
         text = io.StringIO()
-        console = Console(file=text, width=WIDTH, highlight=False, force_terminal=False)
+        # Not for Jupyter: there rich would show the table instead of writing it to the file.
+        console = Console(
+            file=text, width=WIDTH, highlight=False, force_terminal=False, force_jupyter=False
+        )
         for table in (summary_table(self.summary, WIDTH), *protocol_tables(self.summary, WIDTH)):
             console.print(table)
         return text.getvalue()
