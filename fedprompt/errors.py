@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """A mistake that the user can correct: one line that says what is wrong and what to do.
@@ -23,10 +26,8 @@ class StopRun(Exception):
     """
 
 
-def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """`" Did you mean 'x'?"` when some known name is close, else the list of known names."""
-    from difflib import get_close_matches
-
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """`" Did you mean 'x'?"` when some known name is close, or else the list of known names."""
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{close[0]}'?"

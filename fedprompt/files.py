@@ -1,7 +1,7 @@
-"""Atomic file replacement, and files that ship with the package.
+"""Atomic replacement of files, and files that are installed with the package.
 
-A Flower app bundle keeps .py, .toml, .md, .yaml and .json files only. In a deployment the code may
-run from such a bundle while weights and templates lie in the `fedprompt` that is installed there.
+A Flower app bundle contains .py, .toml, .md, .yaml and .json files only. In a deployment the code
+may run from such a bundle, while weights and templates are in the `fedprompt` that is installed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,26 @@ from fedprompt.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """A temporary path in the same folder; on success it is synced and becomes `path`.
+    """A context manager that yields a temporary path and renames it to `path` on success.
 
-    A crash at any moment leaves the old file (or none) and at most a `.tmp` file.
+    A crash at any moment leaves the old file, or none, and at most a `.tmp` file beside it.
+
+    Args:
+        path: the file to create or replace; its folder must exist.
+        mode: permissions of the file.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
+    # In the same folder, because a rename between file systems is not atomic. mkstemp creates the
+    # file with mode 0600, so a private file is never readable by others, not even while written.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         os.chmod(temporary, mode)
+        # The content reaches the disk before the name does, and then the folder's entry.
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -38,7 +48,7 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `content` atomically."""
+    """Replace `path` by `content` atomically; arguments and errors as in `replacing`."""
     with replacing(path, mode=mode) as temporary:
         temporary.write_bytes(content)
 
@@ -52,28 +62,33 @@ def _sync(path: Path) -> None:
 
 
 def asset(name: str) -> Path:
-    """A file of the package, e.g. `backbone/assets/x`: beside this code, else as installed.
+    """A file of the package, beside this code or else in an installed copy.
+
+    Args:
+        name: path below `fedprompt`, e.g. `backbone/assets/x`.
 
     Raises:
-        UserError: no installed copy holds the file.
+        UserError: no installed copy has the file.
     """
     for candidate in _candidates(name):
         if candidate.is_file():
             return candidate
     raise UserError(
         f"{name} is in no installed fedprompt; install the package on this machine (pip install "
-        "fedprompt, or pip install . in a checkout): an app bundle does not carry it."
+        "fedprompt, or pip install . in a checkout): an app bundle does not contain it."
     )
 
 
 def _candidates(name: str) -> list[Path]:
+    """Where the file may be, in the order of preference."""
     inside = Path(name)
-    found = [Path(str(resources.files("fedprompt") / str(inside)))]
+    paths = [Path(str(resources.files("fedprompt") / str(inside)))]
     try:
         installed = importlib.metadata.distribution("fedprompt")
     except importlib.metadata.PackageNotFoundError:
         pass
     else:
-        found.append(Path(str(installed.locate_file(Path("fedprompt") / inside))))
-    found += [Path(entry or ".") / "fedprompt" / inside for entry in sys.path]
-    return found
+        paths.append(Path(str(installed.locate_file(Path("fedprompt") / inside))))
+    # An editable install or a plain checkout on the path has no list of installed files.
+    paths += [Path(entry or ".") / "fedprompt" / inside for entry in sys.path]
+    return paths

@@ -1,4 +1,8 @@
-"""Every random draw is keyed by its purpose, so no result depends on order, worker or restart."""
+"""Random draws that are keyed by their purpose.
+
+There is no global generator. Every draw names what it is for (`"shuffle", round, client, epoch`),
+so that no result depends on the order of clients, the worker they run on, or a restart.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import torch
 def derive_seed(seed: int, *purpose: str | int) -> int:
     """A 64-bit seed that depends on `seed` and on every part of `purpose`.
 
-    Stable across processes, machines and Python versions (SHA-256 of the parts, not `hash`).
+    It is the same in all processes, on all machines and in all versions of Python: it is made of
+    SHA-256, because Python salts `hash`. The type of each part counts, so 1 and "1" differ.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -23,7 +28,15 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -> torch.Tensor:
-    """Float32 tensor of `shape` drawn from N(0, std^2) for one purpose, on the CPU."""
+    """Float32 tensor of `shape` drawn from N(0, std^2) for one purpose, on the CPU.
+
+    Args:
+        shape: of the tensor.
+        std: standard deviation.
+        seed: of the run.
+        purpose: as in `derive_seed`.
+    """
+    # NumPy draws, because PyTorch's draws may differ between its releases and devices.
     draw = generator(seed, *purpose).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draw * np.float32(std))
 

@@ -1,16 +1,18 @@
 """Patch features in CLIP's joint space: dense output tokens, and local features.
 
-`dense_encoder` gives output tokens: what the last layer says at each patch, as PLOT (Chen et al.,
+They are computed once per image, into the feature cache, before the first round.
+
+`dense_encoder` gives the output tokens of the last layer at each patch, as PLOT (Chen et al.,
 ICLR 2023, arXiv 2210.01253) and FedOTP (Li et al., CVPR 2024, arXiv 2403.00041) read them from
-CLIP: of a vision transformer, the tokens after the last layer, through `ln_post` and the
-projection; of a ResNet, all tokens of the attention pool, each with its own query.
+CLIP. For a vision transformer these are the tokens after the last layer, through `ln_post` and the
+projection; for a ResNet, all tokens of the attention pool, each with its own query.
 
-`local_encoder` gives local features, from a tower that was trained for whole images. Source:
-Extract Free Dense Labels from CLIP (Zhou et al., ECCV 2022, arXiv 2112.01071); so also in GL-MCM
-(Miyai et al., IJCV 2025, arXiv 2304.04521). In the last attention each position looks at itself
-only: its own value goes through the output projection, and on as the class token's would.
+`local_encoder` gives local features from a tower that was trained for whole images. Source: Extract
+Free Dense Labels from CLIP (Zhou et al., ECCV 2022, arXiv 2112.01071); GL-MCM (Miyai et al., IJCV
+2025, arXiv 2304.04521) does the same. In the last attention each position looks at itself only:
+its own value goes through the output projection and then the same way as the class token's.
 
-Suffixes: B images, P patches (no class token), W tower width, D joint embedding, N positions.
+Shape suffixes: B images, P patches (no class token), W tower width, D joint embedding, N positions.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from torch import Tensor, nn
 
 from fedprompt.backbone.clip import FrozenCLIP
 
+LocalEncoder = Callable[[Tensor], Tensor]
+"""From preprocessed images (B, 3, H, W) to patch features (B, P, D), L2-normalised, float32, on the
+CPU."""
+
 
 def dense_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
-    """A function from images (B, 3, H, W) to output tokens (B, P, D), and P.
+    """An encoder of images into the output tokens of their patches, and P.
 
-    Tokens are L2-normalised, float32, on the CPU. None where the backbone's image tower is neither
-    open_clip's plain vision transformer nor its ResNet.
+    None where the image tower is neither open_clip's plain vision transformer nor its ResNet.
     """
-    return patch_encoder(clip, _tokens_of_transformer, _tokens_of_resnet)
+    return _patch_encoder(clip, _tokens_of_transformer, _tokens_of_resnet)
 
 
 def _tokens_of_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
@@ -65,27 +70,20 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.view(batch, positions, heads, -1).transpose(1, 2)
 
 
-LocalEncoder = Callable[[Tensor], Tensor]
-
-
 def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
-    """A function from images (B, 3, H, W) to local features (B, P, D), and P.
+    """An encoder of images into the local features of their patches, and P.
 
-    Features are L2-normalised, float32, on the CPU. None where the backbone's image tower is
-    neither open_clip's plain vision transformer nor its ResNet.
+    None where the image tower is neither open_clip's plain vision transformer nor its ResNet.
     """
-    return patch_encoder(clip, _from_transformer, _from_resnet)
+    return _patch_encoder(clip, _from_transformer, _from_resnet)
 
 
-def patch_encoder(
+def _patch_encoder(
     clip: FrozenCLIP,
     from_transformer: Callable[[Any, Tensor], Tensor],
     from_resnet: Callable[[Any, Tensor], Tensor],
 ) -> tuple[LocalEncoder, int] | None:
-    """What reads patches (B, P, D) of a tower, as an encoder of images, normalised; and P.
-
-    None where the backbone's image tower is of neither kind.
-    """
+    """The function for the kind of image tower that the backbone has, as an encoder; and P."""
     visual: Any = clip.model.visual
     if isinstance(visual, VisionTransformer) and is_plain(visual):
         tower, patches = from_transformer, visual.positional_embedding.shape[0] - 1
@@ -104,7 +102,10 @@ def patch_encoder(
 
 
 def is_plain(visual: VisionTransformer) -> bool:
-    """Whether a tower reads its class token, through ln_post and a projection, in plain blocks."""
+    """Whether a tower has plain blocks and reads its class token through ln_post and a projection.
+
+    Patches are read the same way, so what is true of other towers cannot be assumed here.
+    """
     last = visual.transformer.resblocks[-1]
     return (
         type(last) is ResidualAttentionBlock
@@ -121,6 +122,7 @@ def _from_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
     x = visual._embeds(images_B3HW)
     *blocks, last = visual.transformer.resblocks
     batch_first = visual.transformer.batch_first
+    # Block by block, because the last one runs without its attention.
     x = x if batch_first else x.transpose(0, 1)
     for block in blocks:
         x = block(x)

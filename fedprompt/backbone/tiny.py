@@ -1,11 +1,13 @@
 """The embedded tiny CLIP: open_clip's own architecture with committed weights, no download.
 
-The file stores float16 tensors. Of the 49,408 token embeddings it stores the rows that training
-touched, with their ids; the others are a seeded draw, as open_clip initialises them.
+It makes the quickstart, the tests and the demo run offline. `scripts/pretrain_tiny_clip.py` trains
+it. The file stores float16 tensors. Of the 49,408 token embeddings it stores the rows that training
+changed, with their ids; the others are a seeded draw, as open_clip initialises them.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import cache
@@ -39,15 +41,16 @@ def tiny_card() -> dict[str, Any]:
 
 def tiny_model_config() -> dict[str, Any]:
     """open_clip's model config: `embed_dim`, `vision_cfg`, `text_cfg`."""
-    config: dict[str, Any] = json.loads(json.dumps(tiny_card()["model_cfg"]))
+    # A copy, because callers change it and the card is cached.
+    config: dict[str, Any] = copy.deepcopy(tiny_card()["model_cfg"])
     return config
 
 
 def tiny_weights_path() -> Path:
-    """The weights file: beside this code, else in the installed `fedprompt`.
+    """The weights file: beside this code, or else in the installed `fedprompt`.
 
-    A Flower app bundle carries the code but no `.safetensors`, so in a deployment the file comes
-    from the package that is installed on the node.
+    A Flower app bundle contains the code but no `.safetensors` file, so in a deployment the file
+    comes from the package that is installed on the node.
 
     Raises:
         UserError: no installed copy holds the file.
@@ -56,14 +59,15 @@ def tiny_weights_path() -> Path:
 
 
 def tiny_state_dict() -> dict[str, torch.Tensor]:
-    """All tensors in float32; loads strictly into `open_clip.model.CLIP(**tiny_model_config())`.
+    """All tensors by name, float32; they load strictly into `CLIP(**tiny_model_config())`.
 
     Raises:
-        UserError: no file, or its SHA-256 is not the one on the card.
+        UserError: the file is missing, or its SHA-256 differs from the card's.
     """
     path = tiny_weights_path()
     data = path.read_bytes()
     card = tiny_card()
+    # Read and hashed in one go, so that the bytes that are used are the bytes that were checked.
     advice = "it is damaged or from another version; reinstall fedprompt."
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
         raise UserError(f"backbone: {path} does not match {CARD_NAME}: {advice}")

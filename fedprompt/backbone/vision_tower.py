@@ -1,13 +1,14 @@
 """Images and visual prompts -> image features, with gradients to the prompts alone.
 
-Prompts stand behind the patches of open_clip's plain vision transformer, without a positional
-embedding and before `ln_pre`; deep prompts replace them at the input of later layers. So do the
-CLIP versions of VPT (Jia et al., ECCV 2022) in MaPLe's and PromptSRC's public code (Khattak et al.,
-CVPR 2023, ICCV 2023). Without prompts the features are open_clip's own.
+Methods with visual prompts or image adapters call `VisionTower` in every training step; all others
+use cached image features. Prompts stand behind the patches of open_clip's plain vision transformer,
+without a positional embedding and before `ln_pre`; deep prompts replace them at the input of later
+layers. This is how MaPLe's and PromptSRC's public code (Khattak et al., CVPR 2023, ICCV 2023) adds
+VPT (Jia et al., ECCV 2022) to CLIP. Without prompts the features are open_clip's own.
 
-`vision_transformer.py` is the fast path. The plain one goes through open_clip's own blocks; it
-serves adapters and blocks of another kind, and `tests/backbone/test_vision_tower.py` holds the two
-together.
+`vision_transformer.py` is the fast path. The plain path goes through open_clip's own blocks; it
+serves adapters and blocks of another kind, and `tests/backbone/test_vision_tower.py` compares the
+two.
 
 Shape suffixes: K clients, B images of each, H x W pixels, N = K * B images, T positions of an image
 (class token, P patches, prompts), M prompt tokens, J deep layers, w tower width, D joint embedding.
@@ -30,8 +31,8 @@ from fedprompt.backbone.vision_transformer import ImageTransformer
 from fedprompt.errors import UserError
 
 Adapt = Callable[[int, Any, Tensor], Tensor | None]
-"""Layer, its block and its input (K, B, T, w) -> what is added to its output, or None. A client
-axis of 1 in the input may come out as K."""
+"""From a layer's number, its block and its input (K, B, T, w) to what is added to its output, or
+None. Where the client axis is 1 in the input, it may be K in the result."""
 
 
 class VisionTower:
@@ -39,6 +40,12 @@ class VisionTower:
 
     Args:
         clip: the frozen backbone.
+
+    Attributes:
+        width: w.
+        layers: number of layers of the tower.
+        patches: P.
+        fast: whether calls without `adapt` take the fast path.
 
     Raises:
         UserError: the image tower is not open_clip's plain vision transformer.
@@ -48,8 +55,8 @@ class VisionTower:
         visual: Any = clip.model.visual
         if not (isinstance(visual, VisionTransformer) and is_plain(visual)):
             raise UserError(
-                f"visual prompts need a plain vision transformer, but the image tower of "
-                f"{clip.name} is another ({type(visual).__name__}); choose a ViT backbone."
+                "visual prompts need a plain vision transformer, but the image tower of "
+                f"{clip.name} is of another kind ({type(visual).__name__}); choose a ViT backbone."
             )
         self.clip, self.visual = clip, visual
         self.blocks = tuple(visual.transformer.resblocks)
@@ -89,21 +96,27 @@ class VisionTower:
         patches: bool = False,
         adapt: Adapt | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Features (K, B, D), not normalised, float32; with `patches` also patches (K, B, P, D).
+        """Features of images under prompts.
 
         Args:
-            pixels: (K, B, 3, H, W), normalised as CLIP wants. A client axis of 1 broadcasts, here
-                and in the prompts.
+            pixels: (K, B, 3, H, W), normalised as by CLIP's preprocessing. A client axis of 1
+                broadcasts, here and in the prompts.
             prompts: (K, M, w).
             deep: (K, J, M, w); entry j replaces the prompts at the input of layer j + 1.
-            patches: also give the output tokens of the patches, through `ln_post` and the
-                projection, as the class token goes.
+            patches: also return the output tokens of the patches, which pass through `ln_post` and
+                the projection as the class token does.
             adapt: adds to the output of blocks; takes the plain path.
 
+        Returns:
+            Features (K, B, D), float32, not normalised; with `patches` also the patches'
+            (K, B, P, D).
+
         Raises:
-            UserError: deep prompts without others, or more of them than there are layers.
+            UserError: there are deep prompts without shallow ones, or for more layers than follow
+                the first.
         """
         self._check(prompts, deep)
+        # Patches are constants: no gradient is needed before the prompts enter.
         with torch.no_grad(), self.clip.autocast():
             embedded = self.visual._embeds(pixels.to(self.clip.device).flatten(0, 1))
         image_KBTw = embedded.unflatten(0, pixels.shape[:2])
@@ -146,7 +159,7 @@ class VisionTower:
         """Hidden states (K, B, 1 or 1 + P, w) after the last layer."""
         transformer = ImageTransformer(self.clip.image_layers, self.blocks[0].attn.num_heads)
         if prompts is not None:
-            # All clients or one, for both kinds.
+            # One kind of prompt may be the same for all clients; the fast path takes one K.
             clients = max(t.shape[0] for t in (prompts, deep) if t is not None)
             prompts = prompts.float().expand(clients, -1, -1)
             deep = None if deep is None else deep.float().expand(clients, -1, -1, -1)

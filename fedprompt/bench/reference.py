@@ -23,7 +23,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import TextTower, _project
+from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.rng import generator
 from fedprompt.scoring import Score
@@ -58,7 +58,7 @@ def reference_class_features(
         pooled = text_global_pool(
             x, tower.token_ids_CL.to(x.device), parts.pool_type, eos_token_id=parts.eos_id
         )
-        features.append(_project(parts, pooled))
+        features.append(parts.project(pooled))
     return torch.stack(features).reshape(*lead, *features[0].shape)
 
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import context_init, token_count
+from fedprompt.backbone.text_tokens import context_init, token_count
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors

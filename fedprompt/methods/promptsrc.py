@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import token_count
+from fedprompt.backbone.text_tokens import token_count
 from fedprompt.config.fields import option
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.ivlp import IVLP, IVLPConfig

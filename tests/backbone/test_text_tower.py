@@ -11,7 +11,8 @@ from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import TextTower, context_init
+from fedprompt.backbone.text_tokens import context_init
+from fedprompt.backbone.text_tower import TextTower
 from fedprompt.bench.reference import reference_class_features
 from fedprompt.errors import UserError
 from tests.support.builders import CLASS_NAMES, RANDOM_CLIP, random_clip

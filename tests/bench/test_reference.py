@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import TextTower, context_init
+from fedprompt.backbone.text_tokens import context_init
+from fedprompt.backbone.text_tower import TextTower
 from fedprompt.bench.reference import (
     ReferenceClient,
     ReferenceCoOp,

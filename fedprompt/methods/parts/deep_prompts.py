@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.text_tower import token_count
+from fedprompt.backbone.text_tokens import token_count
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Task
 from fedprompt.methods.parts.prompts import PromptSource
