@@ -1,4 +1,4 @@
-"""The commands of `scripts/bench.py`."""
+"""The subcommands of `scripts/bench.py`: options, help texts and exit status."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from fedprompt.bench.output import Output
 from fedprompt.errors import UserError
 
 app = typer.Typer(
-    help="Our path against the usual one, interleaved, with equal results.",
+    help="Compare our implementation with a conventional one that gives equal results.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the rows here.", dir_okay=False)
+    Path | None,
+    typer.Option("--json", help="Also write the rows to this JSON file.", dir_okay=False),
 ]
-Backbone = Annotated[str, typer.Option(help="tiny, ViT-B-32, ViT-B-16 or ViT-L-14.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Most repeats of a case.")]
+Backbone = Annotated[str, typer.Option(help="Architecture: tiny, ViT-B-32, ViT-B-16 or ViT-L-14.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Largest number of repeats of a case.")]
 Classes = Annotated[str, typer.Option(help="Numbers of classes, e.g. 10,45.")]
 Context = Annotated[str, typer.Option(help="Numbers of context tokens, e.g. 4,16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-Budget = Annotated[float, typer.Option(help="No repeat starts after so many seconds of a case.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per training step.")]
+Budget = Annotated[
+    float, typer.Option(help="Seconds of a case after which no further repeat starts.")
+]
 
 
 @app.command()
@@ -48,7 +51,7 @@ def step(
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """One local training step: text part alone, and whole step; seconds per client."""
+    """Measure a local training step, and its text part alone, in seconds per client."""
     from fedprompt.bench.step import StepOptions, bench_step
 
     out = _open("step", threads, json)
@@ -59,19 +62,28 @@ def step(
 @app.command("round")
 def round_(
     clients: Annotated[str, typer.Option(help="Numbers of clients, e.g. 10,100.")] = "10,100",
-    classes: Annotated[int, typer.Option(min=2)] = 100,
-    shots: Annotated[int, typer.Option(min=1, help="Training images per class, in total.")] = 8,
-    tests: Annotated[int, typer.Option(min=1, help="Server's test images per class.")] = 25,
-    rounds: Annotated[int, typer.Option(min=1)] = 50,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 100,
+    shots: Annotated[
+        int, typer.Option(min=1, help="Training images per class, all clients together.")
+    ] = 8,
+    tests: Annotated[int, typer.Option(min=1, help="Test images per class on the server.")] = 25,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 50,
     backbone: Backbone = "ViT-B-16",
     small: Annotated[
-        str, typer.Option(help="Backbone of the small job that both paths complete; '' = none.")
+        str,
+        typer.Option(
+            help="Architecture for a small experiment that both implementations complete; '' "
+            "leaves it out."
+        ),
     ] = "ViT-B-32",
     repeats: Repeats = 2,
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """A whole experiment, evaluated every round, feature pass included; seconds in total."""
+    """Measure a whole experiment with evaluation in every round, in seconds.
+
+    The time to compute image features is included.
+    """
     from fedprompt.bench.job import SMALL, few_shot_job
     from fedprompt.bench.round import bench_round
 
@@ -85,15 +97,27 @@ def round_(
 
 @app.command()
 def overhead(
-    clients: Annotated[str, typer.Option(help="Participants per round.")] = "100,1000",
-    workers: Annotated[str, typer.Option(help="Ray workers; 0 = inline.")] = "0,1,2",
+    clients: Annotated[
+        str, typer.Option(help="Numbers of participants per round, e.g. 100,1000.")
+    ] = "100,1000",
+    workers: Annotated[
+        str, typer.Option(help="Numbers of Ray workers; 0 runs the clients inline.")
+    ] = "0,1,2",
     engine_clients: Annotated[
-        int, typer.Option(min=0, help="Clients for which Flower's engine runs too; 0 = none.")
+        int,
+        typer.Option(
+            min=0, help="Number of clients for which Flower's simulation engine runs too; 0: never."
+        ),
     ] = 100,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the first.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds to measure, after a first one that is not.")
+    ] = 5,
     json: JsonFile = None,
 ) -> None:
-    """Trivial training: milliseconds per client and round, inline, on Ray, on Flower's engine."""
+    """Measure what a client costs besides its training, in milliseconds per client and round.
+
+    Clients train a single step on two images, inline, on Ray and on Flower's simulation engine.
+    """
     from fedprompt.bench.overhead import OverheadOptions, bench_overhead
 
     out = _open("overhead", 0, json)
@@ -103,16 +127,22 @@ def overhead(
 
 @app.command()
 def scale(
-    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "100,1000,10000",
-    participants: Annotated[int, typer.Option(min=1, help="Clients in a round.")] = 100,
-    methods: Annotated[str, typer.Option(help="Methods.")] = "promptfl,fedrsclip",
-    classes: Annotated[int, typer.Option(min=2)] = 10,
-    rounds: Annotated[int, typer.Option(min=3)] = 10,
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients, e.g. 100,1000.")
+    ] = "100,1000,10000",
+    participants: Annotated[
+        int, typer.Option(min=1, help="Clients that take part in a round.")
+    ] = 100,
+    methods: Annotated[
+        str, typer.Option(help="Names of methods, e.g. promptfl,fedrsclip.")
+    ] = "promptfl,fedrsclip",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    rounds: Annotated[int, typer.Option(min=3, help="Number of rounds.")] = 10,
     backbone: Backbone = "tiny",
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """Time per participant and peak memory by the number of clients."""
+    """Measure time per participant and peak memory for growing numbers of clients."""
     from fedprompt.bench.scale import ScaleOptions, bench_scale
 
     out = _open("scale", threads, json)
@@ -123,13 +153,13 @@ def scale(
 @app.command()
 def memory(
     backbone: Backbone = "ViT-B-16",
-    classes: Annotated[int, typer.Option(min=2)] = 100,
-    context: Annotated[int, typer.Option(min=1, help="Context tokens.")] = 4,
-    workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 = none.")] = 2,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 100,
+    context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="Number of Ray workers; 0: none.")] = 2,
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """Peak memory of one process and private memory of further Ray workers."""
+    """Measure the peak memory of a process that runs a round, and of every Ray worker."""
     from fedprompt.bench.memory import MemoryOptions, bench_memory
 
     out = _open("memory", threads, json)
@@ -139,15 +169,17 @@ def memory(
 @app.command()
 def limit(
     classes: Classes = "10,45,100",
-    context: Annotated[int, typer.Option(min=1, help="Context tokens.")] = 4,
+    context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,
     batch: BatchSize = 8,
     backbone: Backbone = "ViT-B-16",
     repeats: Repeats = 10,
-    profile: Annotated[bool, typer.Option("--profile", help="Show where the rest goes.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show which operations take the remaining time.")
+    ] = False,
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """The real step against the bare matrix products of the same shapes; seconds per block."""
+    """Compare a training step with its matrix products alone, in seconds per client block."""
     from fedprompt.bench.limit import bench_limit
 
     out = _open("limit", threads, json)
@@ -158,18 +190,20 @@ def limit(
 @app.command()
 def vision(
     prompts: Annotated[
-        str, typer.Option(help="Tokens x layers with prompts, e.g. 4x1,8x12.")
+        str, typer.Option(help="Prompt tokens x layers that have prompts, e.g. 4x1,8x12.")
     ] = "4x1,4x9,8x12",
-    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 1,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Number of clients that are computed together.")
+    ] = 1,
     batch: BatchSize = 8,
-    patches: Annotated[bool, typer.Option("--patches", help="Patch features too.")] = False,
+    patches: Annotated[bool, typer.Option("--patches", help="Compute patch features too.")] = False,
     backbone: Backbone = "ViT-B-16",
     repeats: Repeats = 3,
     budget_s: Budget = 30.0,
     threads: Threads = 0,
     json: JsonFile = None,
 ) -> None:
-    """Image tower under visual prompts, forward and backward; seconds per step."""
+    """Measure the image tower under visual prompts, forward and backward, in seconds per step."""
     from fedprompt.bench.vision import VisionOptions, bench_vision, prompt_shapes
 
     out = _open("vision", threads, json)
@@ -180,22 +214,22 @@ def vision(
 
 @app.command()
 def sweep(
-    runs: Annotated[int, typer.Option(min=8, help="Runs, a multiple of 8.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1)] = 30,
-    images_per_class: Annotated[int, typer.Option(min=2, help="Per class and domain.")] = 60,
+    runs: Annotated[int, typer.Option(min=8, help="Number of runs, a multiple of 8.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 30,
+    images_per_class: Annotated[int, typer.Option(min=2, help="Images per class and domain.")] = 60,
     json: JsonFile = None,
 ) -> None:
-    """A sweep on the embedded data against the same runs one after the other; seconds in all."""
+    """Compare a sweep on the embedded data with the same runs one after another, in seconds."""
     from fedprompt.bench.sweep import SweepOptions, bench_sweep
 
     bench_sweep(SweepOptions(runs, rounds, images_per_class), _open("sweep", 0, json))
 
 
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
-    """`10,45` -> (10, 45).
+    """Parse numbers: `10,45` -> (10, 45).
 
     Raises:
-        UserError: not whole numbers of at least `least`, separated by commas.
+        UserError: `text` is not a list of whole numbers of at least `least`, separated by commas.
     """
     try:
         values = tuple(int(part) for part in text.split(","))
@@ -203,13 +237,13 @@ def numbers(text: str, least: int = 1) -> tuple[int, ...]:
         values = ()
     if not values or min(values) < least:
         raise UserError(
-            f"'{text}': give whole numbers from {least} on with commas between, e.g. 10,45."
+            f"'{text}': give whole numbers of at least {least}, separated by commas, e.g. 10,45."
         )
     return values
 
 
 def main() -> None:
-    """Entry point: wrong input exits with 2, paths that disagree with 1, each with one line."""
+    """Entry point. Wrong input exits with status 2, results that differ with 1, after one line."""
     try:
         app(standalone_mode=True)
     except MismatchError as error:
@@ -221,6 +255,7 @@ def main() -> None:
 
 
 def _open(command: str, threads: int, json: Path | None) -> Output:
+    """Set the number of threads, and print the header."""
     if threads:
         torch.set_num_threads(threads)
     return Output(command, json)

@@ -98,7 +98,7 @@ def _write_sweep(folder: Path, options: SweepOptions, seeds: int) -> Path:
             f"data.images_per_class={options.images_per_class}",
         ],
         "rows": {method: [f"method={method}"] for method in METHODS},
-        "simulation": {"partition.alpha": list(ALPHAS)},
+        "grid": {"partition.alpha": list(ALPHAS)},
     }
     path = folder / "bench.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""Every subcommand on a tiny backbone, and one line for wrong input; no test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedprompt.bench.cli as cli
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.bench.compare import (
+    MismatchError,
+)
+from fedprompt.bench.counting import count_gflop
+from fedprompt.bench.flower_engine import available
+from fedprompt.bench.output import Output
+from fedprompt.bench.overhead import OverheadOptions, bench_overhead
+from fedprompt.bench.scale import ScaleOptions, measure
+from tests.bench.conftest import KEYS
+
+linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+
+
+def test_step(clip: FrozenCLIP, bench: Callable[..., Any]) -> None:
+    rows = bench("step", "--classes", "5,12", "--context", "2", "--repeats", "2")
+    assert [r["case"] for r in rows] == [
+        f"{part} C={c} M=2" for c in (5, 12) for part in ("text", "step")
+    ]
+    for line in rows:
+        assert line["max_rel_diff"] < 1e-4
+        assert line["clients"] > 1
+        assert line["ratio"] == pytest.approx(line["reference_s"] / line["ours_s"])
+        assert line["counted_ratio"] > 3
+        assert line["share_of_saving"] == pytest.approx(line["ratio"] / line["counted_ratio"])
+    # The whole step adds the image tower to the reference, and next to nothing to either path.
+    images = count_gflop(lambda: clip.encode_images(torch.zeros(8, 3, 32, 32)))
+    added = rows[1]["reference_gflop"] - rows[0]["reference_gflop"]
+    assert images < added < 1.01 * images
+    assert rows[1]["ours_gflop"] < 1.1 * rows[0]["ours_gflop"]
+
+
+def test_round(bench: Callable[..., Any]) -> None:
+    complete, large = bench(
+        "round", "--clients", "3", "--classes", "4", "--rounds", "4", "--repeats", "1"
+    )
+    assert (complete["kind"], large["kind"]) == ("complete", "extrapolated")
+    for line in (complete, large):
+        assert line["max_rel_diff"] < 1e-4
+        assert line["counted_ratio"] > 1
+    for path in ("ours", "reference"):
+        of_path = [p for p in large["pieces"] if p["piece"].startswith(path)]
+        seconds = sum(p["seconds"] * p["times"] for p in of_path)
+        assert large[f"{path}_s"] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("method", ["promptfl", "fedrsclip"])
+def test_scale(method: str) -> None:
+    options = ScaleOptions(participants=3, rounds=4, classes=4)
+    line = measure(options, 6, method)
+    assert line["participants"] == 3
+    assert line["ours_s"] > 0
+    if method == "promptfl":
+        assert line["max_rel_diff"] < 1e-4
+        assert line["stored_mb"] == 0
+    else:
+        assert line["reference_s"] is None
+        assert line["stored_mb"] > 0
+
+
+def test_overhead(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "rows.json"
+    out = Output("overhead", target)
+    bench_overhead(OverheadOptions((6,), (0,), (), rounds=2), out)
+    (line,) = json.loads(target.read_text())
+    assert set(line) >= KEYS
+    assert line["training_ms"] > 0
+    assert line["ours_ms"] > 0
+    assert line["repeats"] == 2
+    assert "inline, 6 clients" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("overhead", "--clients", "4", "--rounds", "1", "--engine-clients", "4"),
+        ("memory", "--backbone", "tiny", "--classes", "3", "--workers", "1"),
+        ("scale", "--clients", "5,8", "--participants", "3", "--rounds", "4"),
+        ("step", "--backbone", "tiny", "--classes", "5", "--context", "4", "--repeats", "1"),
+    ],
+    ids=lambda a: a[0],
+)
+def test_subcommands_in_processes_of_their_own(
+    bench: Callable[..., Any], arguments: tuple[str, ...]
+) -> None:
+    rows = bench(*arguments)
+    assert len(rows) >= 2
+    if arguments[0] == "overhead":
+        assert available()
+        assert [r["workers"] for r in rows] == [0, 1, 2]
+        assert all(r["reference_s"] > 0 and r["max_rel_diff"] < 1e-4 for r in rows)
+
+
+def test_a_mismatch_is_one_line_and_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**options: Any) -> None:
+        raise MismatchError("step: the paths differ by 2e-03.")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "bench: step: the paths differ by 2e-03.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["step", "--classes", "ten"], "whole numbers"),
+        (["step", "--classes", "0"], "whole numbers"),
+        (["step", "--backbone", "tiny", "--classes", "346"], "346 classes"),
+        (["step", "--backbone", "tny", "--classes", "5"], "'tiny'"),
+        (["step", "--json", "/nowhere/rows.json"], "/nowhere/rows.json"),
+        (["scale", "--methods", "promptfll", "--clients", "5"], "promptfl"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert named in message
+    assert message.count("\n") == 1
