@@ -1,4 +1,7 @@
-"""CLIP architectures with seeded random weights: speed and memory do not depend on training."""
+"""CLIP architectures with seeded random weights.
+
+Nothing is downloaded: speed and memory do not depend on what the weights were trained for.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ IMAGE_BATCH = 64
 
 
 def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
-    """The architecture `name`, float32 on the CPU.
+    """The architecture `name` with random weights, float32 on the CPU.
 
     Raises:
-        UserError: not one of `NAMES`.
+        UserError: `name` is not one of `NAMES`.
     """
     if name not in NAMES:
         raise UserError(f"--backbone {name}: not known.{did_you_mean(name, NAMES)}")
@@ -38,7 +41,7 @@ def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
 
 
 def save_weights(clip: FrozenCLIP, path: Path) -> None:
-    """A checkpoint that `load_clip` maps into memory."""
+    """Write a checkpoint that `load_clip` can map into memory without a conversion."""
     state = {k: v.contiguous().clone() for k, v in clip.model.state_dict().items()}
     save_file(state, path)
 
@@ -52,6 +55,6 @@ def random_images(clip: FrozenCLIP, count: int, seed: int) -> Tensor:
 
 
 def encode_all(clip: FrozenCLIP, images_N3HW: Tensor) -> Tensor:
-    """Image features (N, D) as the feature cache makes them, `image_batch` at once."""
+    """Image features (N, D), computed in batches of `image_batch` as for the feature cache."""
     parts = images_N3HW.split(clip.image_batch)
     return torch.cat([clip.encode_images(part) for part in parts])

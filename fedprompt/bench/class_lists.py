@@ -1,4 +1,4 @@
-"""Real class lists to measure with: names decide how many tokens a prompt has."""
+"""Real class lists to measure with, because names decide how many tokens a prompt has."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ wristwatch, yoga, zebra, zigzag
 """Quick, Draw! (Ha and Eck, 2017): 345 classes, the label set of DomainNet (Peng et al., 2019)."""
 
 LISTS = (EUROSAT, RESISC45, CIFAR100, QUICK_DRAW)
-"""By size."""
+"""All lists, in the order of their sizes."""
 
 
 def class_names(count: int) -> tuple[str, ...]:
     """The first `count` names of the shortest list that has as many.
 
     Raises:
-        UserError: fewer than 2 names, or more than the longest list has.
+        UserError: `count` is less than 2, or more than the longest list has.
     """
     for names in LISTS:
         if 2 <= count <= len(names):

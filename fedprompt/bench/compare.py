@@ -1,4 +1,4 @@
-"""Run several ways of doing one job in turn, time them, and hold their results together."""
+"""Run several implementations of one job in turn, time them and compare their results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch import Tensor
 from fedprompt.bench.machine import peak_mb, reset_peak
 
 RTOL = 1e-4
+"""Largest accepted difference relative to the largest value: float32 rounding over a whole step."""
 Row = dict[str, Any]
 """One line of a table and one object of the JSON file."""
 
 
 class MismatchError(Exception):
-    """Two paths that must agree do not, so their times cannot be compared."""
+    """The results of two implementations differ, so their times cannot be compared."""
 
 
 @dataclass
 class Measured:
-    """One way of doing a job: seconds of each run, the last result, peak memory of the process.
+    """One implementation's last result, peak memory of the process in MB, and seconds of each run.
 
     The peak is that of the first run, which is not timed when it is a warm-up.
     """
@@ -52,14 +53,20 @@ def interleave(
     warm_up: tuple[str, ...] = (),
     check: Callable[[int, dict[str, Any]], None] = lambda repeat, results: None,
 ) -> dict[str, Measured]:
-    """Run the jobs in turn, `repeats` times; a job is told the number of the repeat.
+    """Run the jobs in turn, `repeats` times.
+
+    They alternate, so that a change in the machine's load affects all of them.
 
     Args:
-        jobs: by name; each returns what `check` wants to see.
-        repeats: most repeats; all jobs get as many.
-        budget_s: no further repeat starts after this many seconds.
-        warm_up: jobs that run once before they are timed.
-        check: sees the number and the results by name of every repeat; raises `MismatchError`.
+        jobs: functions by name, from the number of the repeat to a result.
+        repeats: largest number of repeats; all jobs get the same number.
+        budget_s: seconds after which no further repeat starts.
+        warm_up: names of jobs that run once before they are timed.
+        check: gets the number of a repeat and its results by name; raises `MismatchError` when
+            they differ.
+
+    Returns:
+        What was measured, by name.
     """
     measured = {name: Measured() for name in jobs}
     for name in warm_up:
@@ -71,16 +78,16 @@ def interleave(
         if repeat and time.perf_counter() - began > budget_s:
             break
         for name, job in jobs.items():
-            one = measured[name]
-            first = one.peak_mb is None
+            entry = measured[name]
+            first = entry.peak_mb is None
             if first:
                 reset_peak()
             start = time.perf_counter()
-            one.result = job(repeat)
-            one.seconds.append(time.perf_counter() - start)
+            entry.result = job(repeat)
+            entry.seconds.append(time.perf_counter() - start)
             if first:
-                one.peak_mb = peak_mb()
-        check(repeat, {name: one.result for name, one in measured.items()})
+                entry.peak_mb = peak_mb()
+        check(repeat, {name: entry.result for name, entry in measured.items()})
     return measured
 
 
@@ -98,14 +105,20 @@ def max_rel_diff(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
 
 
 def require_equal(case: str, difference: float, rtol: float = RTOL) -> None:
-    """Refuse to compare the times of two paths that compute different things.
+    """Refuse to compare the times of two implementations that compute different things.
+
+    Args:
+        case: names the case in the message.
+        difference: from `max_rel_diff`.
+        rtol: the largest accepted difference.
 
     Raises:
-        MismatchError: one line with the case and the difference.
+        MismatchError: the difference is larger, or not a number.
     """
-    if not difference <= rtol:
+    if not difference <= rtol:  # written this way round, because every comparison with NaN is false
         raise MismatchError(
-            f"{case}: our path and the reference differ by {difference:.2e} of the largest value; "
+            f"{case}: our result and the reference's differ by {difference:.2e} of the largest "
+            f"value; "
             f"at most {rtol:.0e} is allowed."
         )
 
@@ -119,7 +132,16 @@ def row(
     difference: float | None = None,
     **more: Any,
 ) -> Row:
-    """A row; our seconds are divided by `divide`, the number of clients that shared the call."""
+    """A row of the result.
+
+    Args:
+        case: what was measured.
+        ours: our measurements.
+        reference: the reference's, or None where there is none.
+        divide: number of clients that shared one call of ours; its seconds are divided by it.
+        difference: of the results, from `max_rel_diff`.
+        more: further values of the row.
+    """
     line: Row = {
         "case": case,
         "ours_s": ours.best / divide,

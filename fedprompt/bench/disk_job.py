@@ -1,4 +1,4 @@
-"""A small experiment on disk that any process can open: image folder, cache, weights."""
+"""A small experiment on disk, which several processes can open: image folder, cache, weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ def write_job(
     invent_features: bool = True,
     **sections: Any,
 ) -> Config:
-    """Write the images and their invented features; the config that opens them.
+    """Write the images of an experiment, and random numbers as their features.
 
-    Every image is one flat colour of 8 x 8 pixels. Clients share the training images evenly and
-    keep as many of their own for tests as `sizes` says. `sections` are merged over the config.
-    Without `invent_features` every process that opens the job encodes its images, as it must where
-    a client sees nothing but its own.
+    Every image is one flat colour of 8 x 8 pixels. Clients share the training images evenly.
+
+    Args:
+        folder: an empty folder; images, cache and run folder are created in it.
+        class_names: names of the classes, which are also folders.
+        sizes: numbers of images.
+        invent_features: write random features into the cache. Otherwise every process that opens
+            the experiment encodes its images, as a client must that sees nothing but its own.
+        sections: merged over the config.
+
+    Returns:
+        The config that opens the experiment.
     """
-    for split, count in (("train", sizes.clients * sizes.own), ("test", sizes.server_test)):
+    for split, count in (("train", sizes.clients * sizes.per_client), ("test", sizes.server_test)):
         for name in class_names:
             (folder / "images" / split / name).mkdir(parents=True)
         for number in range(max(count, len(class_names))):
@@ -46,7 +54,7 @@ def write_job(
             "data": {"source": "folder", "title": "bench", "root": str(folder / "images")},
             "partition": {
                 "scheme": "iid",
-                "local_test_fraction": sizes.test / sizes.own,
+                "local_test_fraction": sizes.test / sizes.per_client,
                 "min_images": 1,
             },
             "output": {

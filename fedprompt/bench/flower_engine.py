@@ -1,4 +1,4 @@
-"""Flower's own simulation engine: `flwr run` in a process of its own."""
+"""An experiment on Flower's own simulation engine: `flwr run` in a process of its own."""
 
 from __future__ import annotations
 
@@ -25,19 +25,27 @@ TIME_LIMIT_S = 900
 
 
 def available() -> bool:
-    """Whether the app can be run: from a checkout, with Flower's command, on Linux."""
+    """Whether `run_engine` works here: it needs a checkout, Flower's command and Linux."""
     command = Path(sys.executable).parent / "flwr"
     return (ROOT / "pyproject.toml").is_file() and command.is_file() and Path("/proc/self").exists()
 
 
 def run_engine(config: Config, folder: Path) -> Path:
-    """Run an experiment on Flower's engine, one SuperNode per client; returns the run folder.
+    """Run an experiment on Flower's engine, with one SuperNode per client.
 
-    `folder` gets the run folder (unless `output.dir` names another), and in `state` the clients'
-    private prompts. All of Flower's processes are ended.
+    All processes that Flower started are ended afterwards.
+
+    Args:
+        config: the experiment.
+        folder: where the clients' private prompts are kept (in `state`), and the run folder unless
+            `output.dir` names another.
+
+    Returns:
+        The run folder.
 
     Raises:
         UserError: Flower did not finish the run.
+        subprocess.TimeoutExpired: it took longer than `TIME_LIMIT_S`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = Path(config.output.dir or folder / "run")
@@ -60,20 +68,23 @@ def run_engine(config: Config, folder: Path) -> Path:
             check=False,
         )
     if not (target / SUMMARY).is_file():
-        said = " ".join((finished.stdout + finished.stderr).split())[-500:]
-        raise UserError(f"Flower's engine did not finish the run: {said}")
+        output = " ".join((finished.stdout + finished.stderr).split())[-500:]
+        raise UserError(f"Flower's engine did not finish the run: {output}")
     return target
 
 
 def training_seconds(run: Path) -> list[float]:
-    """Seconds of training by round (1, 2, ...) of a run."""
+    """Seconds of training in rounds 1, 2, ... of a run folder."""
     lines = [json.loads(x) for x in (run / TIMINGS).read_text().splitlines()]
     return [line["train_s"] for line in lines if line["round"] > 0]
 
 
 @contextmanager
 def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
-    """An environment of its own for Flower; its background processes are ended by their ids."""
+    """Environment variables for a Flower apart from any other on this machine.
+
+    Its background processes carry `FLWR_HOME` in their environment; they are found by it and ended.
+    """
     home = str(folder / "flwr")
     environment = {
         **DEFAULTS,
@@ -82,7 +93,7 @@ def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # Else Flower's Ray joins whatever cluster runs on this machine, and ends with it.
+        # Otherwise Flower's Ray would join a cluster that runs on this machine, and end with it.
         "RAY_ADDRESS": "local",
         "FEDPROMPT_STATE": str(folder / "state"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -96,7 +107,7 @@ def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _remove(folder: Path) -> None:
-    """Processes that have just been ended may still write for a moment."""
+    """Remove a folder, although processes that are ending may still write to it for a moment."""
     for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

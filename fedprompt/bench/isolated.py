@@ -1,4 +1,4 @@
-"""A fresh process for one measurement, so that its peak memory is its own."""
+"""A fresh process for one measurement, so that its peak memory holds nothing of an earlier one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a new process with as many threads as this one.
+    """Call `function(*arguments)` in a new process with as many threads as this one.
 
-    The function must be importable; arguments and result are pickled.
+    The function must be importable; its arguments and result are pickled.
     """
+    # spawn: a forked process would inherit this one's memory.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         return pool.submit(function, *arguments).result()

@@ -1,6 +1,7 @@
-"""A whole experiment as a job: its sizes, and how often each path does what.
+"""A whole experiment as a job: its sizes, and how often each implementation does which work.
 
-Suffix: K clients.
+The counts are exact, so that the time of an experiment that the reference would need many hours for
+can be computed from measured pieces (`pieces.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fedprompt.workspace import Workspace
 
 @dataclass(frozen=True)
 class Piece:
-    """Work that is repeated: by which path, what, and on how many images at once."""
+    """Work that is repeated: who does it (`ours` or `reference`), what it is, images of a batch."""
 
     path: str
     what: str
@@ -28,7 +29,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The piece in words."""
         return f"{self.path}: {self.what}" + (f" of {self.images} images" if self.images else "")
 
 
@@ -37,7 +38,7 @@ Counts = dict[Piece, float]
 
 @dataclass(frozen=True)
 class Job:
-    """One experiment; `test_batch` is how many test images the reference encodes at once."""
+    """One experiment; the reference encodes test images in batches of `test_batch`."""
 
     classes: int
     sizes: Sizes
@@ -68,7 +69,7 @@ class Job:
         )
 
     def reference_counts(self) -> Counts:
-        """How often the reference does what: copies, steps and test batches by their images."""
+        """How often the reference copies the model, trains a step and tests a batch."""
         sizes, counts = self.sizes, Counter[Piece]()
         counts[Piece("reference", "copy")] = self.rounds * sizes.clients
         jobs = (
@@ -83,11 +84,11 @@ class Job:
         return {piece: float(times) for piece, times in counts.items() if times}
 
     def our_counts(self) -> Counts:
-        """How often we do what: images encoded, rounds with evaluation, evaluations alone."""
+        """How often ours encodes a batch, trains and evaluates a round, and only evaluates."""
         at_once = 2 * self.batch
-        images = self.sizes.images / at_once
+        batches = self.sizes.images / at_once
         return {
-            Piece("ours", "encoding", at_once): images,
+            Piece("ours", "encoding", at_once): batches,
             Piece("ours", "round"): float(self.rounds),
             Piece("ours", "evaluation"): 1.0,
         }
@@ -97,22 +98,28 @@ SMALL = Job(classes=10, sizes=Sizes(10, train=8, test=2, server_test=20), rounds
 
 
 def few_shot_job(clients: int, *, classes: int, shots: int, tests: int, rounds: int) -> Job:
-    """`shots` training images per class in total, dealt to the clients.
+    """A few-shot experiment, about the size of Caltech-101 with the command's defaults.
 
-    The server tests on `tests` images per class; as many again are dealt to the clients for their
-    own tests. Caltech-101, as CoOp splits it, has 2,465 test images in 100 classes.
+    Caltech-101, as CoOp splits it, has 2,465 test images in 100 classes.
+
+    Args:
+        clients: number of clients; training images are distributed among them.
+        classes: number of classes.
+        shots: training images per class, all clients together.
+        tests: test images per class on the server, and again on all clients together.
+        rounds: number of rounds.
     """
     train, test = max(1, classes * shots // clients), max(1, classes * tests // clients)
     return Job(classes, Sizes(clients, train, test, classes * tests), rounds)
 
 
 def total(counts: Mapping[Piece, float], each: Mapping[Piece, float]) -> float:
-    """Sum over the pieces of how often times how much."""
+    """The sum over all pieces of their number times the cost of each."""
     return sum(times * each[piece] for piece, times in counts.items())
 
 
 def counted(ratio: float, ours_gflop: float, reference_gflop: float) -> Row:
-    """The ratio that operations alone would give, and the share of it that was reached."""
+    """Counted operations, the ratio that they would give, and the share of it that was reached."""
     possible = reference_gflop / ours_gflop
     return {
         "ours_gflop": ours_gflop,

@@ -1,8 +1,8 @@
-"""How close a training step comes to the bare matrix products that it consists of.
+"""How close a training step comes to the speed of its matrix products alone.
 
-The shapes of all matrix products of one real step are recorded; then just these run again, on
-preallocated tensors and in the same order. Operands that lay at one address in the real step share
-a tensor in the replay, so that caches are as warm or cold as they were.
+The shapes of all matrix products of a real step are recorded. Then only these run again, on
+preallocated tensors and in the same order. Operands that were at one address in the real step share
+a tensor in the replay, so that the processor's caches are as warm or cold as they were.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TOP = 12
 
 @dataclass(frozen=True)
 class _Operand:
-    """A tensor of the real step: where it lay and how it was laid out."""
+    """A tensor of the real step: its address and its layout."""
 
     address: int
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class _Operand:
         return cls(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
     def allocate(self) -> Tensor:
-        """A tensor of this layout with values around 0; layouts may repeat elements."""
+        """A new tensor of this layout, with small values; a stride of 0 repeats elements."""
         span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return (
             torch.empty(span, dtype=self.dtype)
@@ -68,7 +68,7 @@ class _Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """One recorded matrix product: which, its inputs, its output, its keyword arguments."""
+    """One recorded matrix product: its function, inputs, output and keyword arguments."""
 
     function: Callable[..., Any]
     inputs: tuple[_Operand, ...]
@@ -77,7 +77,7 @@ class Product:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every matrix product that runs while it is active."""
+    """Records every matrix product that runs while it is active."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ class Replay:
                 made[operand] = operand.allocate()
             return made[operand]
 
-        # A product never writes over its own input, though the addresses may have been reused.
+        # An output may reuse the address of an input, but a product must not overwrite its input.
         self._calls = []
         for p in products:
             inputs = [tensor(o) for o in p.inputs]
@@ -149,10 +149,19 @@ def bench_limit(
     *,
     profile: bool = False,
 ) -> None:
-    """Measure the real step and its bare products in turn.
+    """Measure the real step and its matrix products alone, in turn.
+
+    Args:
+        clip: the frozen backbone.
+        classes: numbers of classes, one case each.
+        context: number of context tokens.
+        batch: images of a client.
+        repeats: number of repeats.
+        out: where rows and notes go.
+        profile: also print which operations take the time.
 
     Raises:
-        MismatchError: the real step's loss or gradient is not the reference's.
+        MismatchError: the real step's loss or gradient differs from the reference's.
     """
     images_N3HW = random_images(clip, CHECKED * batch, seed=0)
     for number in classes:
@@ -193,7 +202,7 @@ def bench_limit(
 
 
 def _profile(call: Callable[[], Any]) -> str:
-    """Operations by their own time."""
+    """A table of operations, sorted by the time spent in each itself."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         call()
     return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=TOP))

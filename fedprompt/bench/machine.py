@@ -1,4 +1,7 @@
-"""What a number was measured on, and how much memory a process takes (Linux; None elsewhere)."""
+"""What a number was measured on, and how much memory a process takes.
+
+Memory is read from /proc, which only Linux has; elsewhere the values are None.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from typing import Any
 
 import torch
 
+from fedprompt.simulation.blocks import free_memory
+
 PROC = Path("/proc")
 GB, MB = 1e9, 1e6
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, versions and memory in GB."""
+    """Processor, cores, threads, versions and memory in GB; every row of a result holds it."""
     memory = _kilobytes(PROC / "meminfo", "MemTotal")
-    free = free_bytes()
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -26,7 +30,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "memory_gb": None if memory is None else round(memory * 1024 / GB, 1),
-        "free_gb": None if free is None else round(free / GB, 1),
+        "free_gb": round(free_memory(torch.device("cpu")) / GB, 1),
     }
 
 
@@ -38,20 +42,15 @@ def describe_machine(facts: dict[str, Any]) -> str:
     )
 
 
-def free_bytes() -> int | None:
-    """Memory that can be had without swapping."""
-    kilobytes = _kilobytes(PROC / "meminfo", "MemAvailable")
-    return None if kilobytes is None else kilobytes * 1024
-
-
 def peak_mb(process: int | str = "self") -> float | None:
-    """A process's largest resident size since it started or since `reset_peak` (VmHWM)."""
+    """A process's largest resident memory in MB, since its start or `reset_peak` (VmHWM)."""
     kilobytes = _kilobytes(PROC / str(process) / "status", "VmHWM")
     return None if kilobytes is None else kilobytes * 1024 / MB
 
 
 def reset_peak() -> None:
-    """Give freed memory back to the system and let `peak_mb` start from what is left."""
+    """Let `peak_mb` start again from the memory that is in use now."""
+    # The allocator keeps freed memory; without this, an earlier peak would stay resident.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
@@ -59,7 +58,7 @@ def reset_peak() -> None:
 
 
 def private_mb(process: int | str = "self") -> float | None:
-    """Resident memory that a process shares with no other (Private_Clean + Private_Dirty)."""
+    """Resident memory in MB that a process shares with no other (Private_Clean + Private_Dirty)."""
     path = PROC / str(process) / "smaps_rollup"
     parts = [_kilobytes(path, name) for name in ("Private_Clean", "Private_Dirty")]
     return None if None in parts else sum(p or 0 for p in parts) * 1024 / MB

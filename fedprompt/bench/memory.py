@@ -1,8 +1,8 @@
-"""Memory of one process that runs a whole round, and of every further Ray worker.
+"""Memory of one process that runs a whole round, and of every Ray worker.
 
-Each measurement is a fresh process that opens the same experiment from disk, its weights
-memory-mapped. Resident memory holds the libraries and the mapped weights; private memory is what
-a process shares with no other (smaps_rollup: Private_Clean + Private_Dirty).
+Each measurement is a fresh process that opens the same experiment from disk, with memory-mapped
+weights. Resident memory includes the libraries and the mapped weights; private memory is what a
+process shares with no other (smaps_rollup: Private_Clean + Private_Dirty).
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class MemoryOptions:
 
 
 def bench_memory(options: MemoryOptions, out: Output) -> None:
-    """One process with the inline grid, the reference beside it, then Ray workers.
+    """Measure a process with the inline grid, one with the reference, and Ray workers.
 
     Raises:
-        MismatchError: loss or prompts of a client are not the reference's.
+        MismatchError: a client's loss or prompts differ from the reference's.
     """
     with tempfile.TemporaryDirectory(prefix="fedprompt-bench-") as name:
         config = write_experiment(Path(name), options)
@@ -78,13 +78,13 @@ def bench_memory(options: MemoryOptions, out: Output) -> None:
                 out.add({"ours_s": None, **line, **worker})
     out.table(COLUMNS)
     out.note(
-        "Peak: VmHWM of a fresh process, mapped weights and libraries included. Seconds: of one "
-        "client's training in the round."
+        "Peak: VmHWM of a fresh process, including mapped weights and libraries. Seconds: training "
+        "of one client in the round."
     )
 
 
 def write_experiment(folder: Path, options: MemoryOptions) -> Config:
-    """The experiment, with random weights in a file where the backbone is not the embedded one."""
+    """Write the experiment, with random weights unless the backbone is the embedded one."""
     backbone: dict[str, Any] = {"model": options.backbone, "device": "cpu"}
     if options.backbone != "tiny":
         backbone["checkpoint"] = str(folder / "weights.safetensors")
@@ -108,7 +108,7 @@ def _ratios(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def inline_round(config: Config) -> dict[str, Any]:
-    """A whole round with evaluation in this process."""
+    """Run a round with evaluation in this process, and measure its memory."""
     libraries = {"libraries_mb": peak_mb(), "libraries_private_mb": private_mb()}
     workspace = open_workspace(config)
     federation = Federation(workspace, open_grid(config, workspace, open_workspace))
@@ -126,7 +126,7 @@ def inline_round(config: Config) -> dict[str, Any]:
 
 
 def reference_step(config: Config) -> dict[str, Any]:
-    """One client as public code trains it: a copy of the model, one step of 8 images."""
+    """Train one client as public code does: a copy of the model, one step of 8 images."""
     clip = load_clip(config.backbone, Path(config.output.cache or ""))
     names = open_dataset(config.data, config.seed, Path(config.output.cache or "")).class_names
     images_N3HW = random_images(clip, IMAGES, seed=0)
@@ -145,7 +145,7 @@ def reference_step(config: Config) -> dict[str, Any]:
 
 
 def ray_round(config: Config, workers: int) -> list[dict[str, Any]]:
-    """A round on Ray; memory of every worker after it."""
+    """Run a round on Ray, and measure the memory of every worker after it."""
     config = replace(config, simulation=replace(config.simulation, kind="ray", workers=workers))
     grid = open_grid(config, open_workspace(config), open_workspace)
     assert isinstance(grid, RayGrid)

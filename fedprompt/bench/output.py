@@ -1,4 +1,4 @@
-"""Tables for people and JSON for programs."""
+"""Where results go: progress and tables in the terminal, rows in a JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedprompt.bench.machine import describe_machine, machine
 from fedprompt.errors import UserError
 
 Column = tuple[str, str, str]
-"""Heading, key of the row, format."""
+"""Heading of a column, key of its values in a row, and their format."""
 TIMES: tuple[Column, ...] = (
     ("case", "case", ""),
     ("ours s", "ours_s", ".4g"),
@@ -27,11 +27,19 @@ TIMES: tuple[Column, ...] = (
     ("peak MB", "peak_mb", ".0f"),
 )
 WIDTH = 150
-"""Of tables that go into a file or pipe."""
+"""Characters per line of tables that are written to a file or pipe."""
 
 
 class Output:
-    """Where a benchmark's progress, rows and notes go."""
+    """Collects the rows of a benchmark, and prints them with progress and notes.
+
+    Args:
+        title: the subcommand, for the header.
+        json_file: file that always contains all rows so far.
+
+    Raises:
+        UserError: the folder of `json_file` does not exist.
+    """
 
     def __init__(self, title: str, json_file: Path | None = None) -> None:
         if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -45,15 +53,19 @@ class Output:
         self._say(f"bench {title}: {describe_machine(self.machine)}")
 
     def progress(self, text: str) -> None:
-        """One line about what is being measured now."""
+        """Print what is being measured now."""
         self._say(f"  {text}")
 
     def note(self, text: str) -> None:
-        """One line that belongs to the result."""
+        """Print a line that belongs to the result."""
         self._say(text)
 
     def add(self, row: Row) -> None:
-        """Keep a row; the JSON file is up to date after every one."""
+        """Add a row, and rewrite the JSON file, so that an interrupted benchmark loses none.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         self.rows.append({**row, "machine": self.machine})
         if self.json_file is not None:
             text = json.dumps(self.rows, indent=2, allow_nan=False) + "\n"

@@ -1,7 +1,8 @@
-"""What a client and round costs beside the training: sampling, messages, grid, aggregation.
+"""What a client costs in a round besides its training: sampling, messages, grid, aggregation.
 
-The embedded tiny CLIP, two classes, two images and one step per client. Nothing is subtracted; the
-seconds of the training alone, of the same blocks in this process, stand beside the whole.
+The embedded tiny CLIP, two classes, two images and one step per client, so that training is short.
+Nothing is subtracted: the time of training the same blocks in this process is reported beside the
+whole.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ COLUMNS: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class OverheadOptions:
-    """What `bench overhead` measures; `workers` 0 is the inline grid."""
+    """What `bench overhead` measures; 0 workers mean the inline grid."""
 
     clients: Sequence[int] = (100, 1000)
     workers: Sequence[int] = (0, 1, 2)
@@ -56,10 +57,10 @@ class OverheadOptions:
 
 
 def bench_overhead(options: OverheadOptions, out: Output) -> None:
-    """Measure every grid; the results of all of them must agree.
+    """Measure every grid; their results must agree.
 
     Raises:
-        MismatchError: a grid's final prompts are not those of the inline grid.
+        MismatchError: a grid's final prompts differ from those of the first one.
     """
     for clients in options.clients:
         with tempfile.TemporaryDirectory(prefix="fedprompt-bench-") as name:
@@ -104,16 +105,21 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
 def _rounds(
     workspace: Workspace, config: Config, workers: int, rounds: int
 ) -> tuple[Measured, Tensor, float]:
-    """Seconds per client of each round after the first, final context, seconds of training."""
+    """Measure the rounds on one kind of grid.
+
+    Returns:
+        Seconds per client of each round after the first, which includes the start of the workers;
+        the final context; and seconds per client of the training alone.
+    """
     grid_config = replace(
         config.simulation, kind="ray" if workers else "inline", workers=max(1, workers)
     )
     threads = torch.get_num_threads()
-    chosen = replace(config, simulation=grid_config)
+    config = replace(config, simulation=grid_config)
     reset_peak()
     w = workspace
     grid = open_grid(
-        chosen, Workspace(chosen, w.clip, w.dataset, w.partition, w.views), open_workspace
+        config, Workspace(config, w.clip, w.dataset, w.partition, w.views), open_workspace
     )
     try:
         federation = Federation(grid.workspace, grid)
@@ -132,7 +138,7 @@ def _rounds(
 
 
 def _training_alone(grid: BlockGrid) -> float:
-    """Seconds per client of `train_clients` on the grid's own blocks, in this process."""
+    """Seconds per client of `train_clients` on the grid's blocks, in this process."""
     workspace, config = grid.workspace, grid.workspace.config
     start = workspace.method.init_shared(config.seed)
     clients = range(workspace.num_clients)

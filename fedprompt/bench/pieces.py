@@ -1,4 +1,4 @@
-"""A job too long for the reference: pieces of both paths, in turn, times exact counts."""
+"""Jobs that would take the reference too long: measured pieces of both, times exact counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedprompt.workspace import Workspace
 
 
 class ReferencePieces:
-    """One copy, training step or test batch of the reference at a time."""
+    """Runs one copy, training step or test batch of the reference at a time."""
 
     def __init__(self, workspace: Workspace, images_N3HW: Tensor) -> None:
         self.workspace, self.images_N3HW = workspace, images_N3HW
@@ -32,7 +32,7 @@ class ReferencePieces:
         self.model = reference_model(workspace)
 
     def run(self, piece: Piece) -> None:
-        """Do one piece, on the first images."""
+        """Do one piece of work, on the first images."""
         kind, images = piece.what, piece.images
         if kind == "copy":
             copy.deepcopy(self.model)
@@ -43,7 +43,7 @@ class ReferencePieces:
             reference_evaluate(self.model, self.images_N3HW[rows], self.labels_N[rows], images)
 
     def train(self, images: int) -> dict[str, Tensor]:
-        """Client 0's loss and movement over its first `images` images."""
+        """Train client 0 on its first `images` images; returns its loss and context's movement."""
         config = self.workspace.config
         none = self.images_N3HW[:0], self.labels_N[:0]
         client = ReferenceClient(0, self.images_N3HW[:images], self.labels_N[:images], *none)
@@ -63,7 +63,7 @@ class ReferencePieces:
 
 
 def train_ours(workspace: Workspace, images: int) -> dict[str, Tensor]:
-    """What `ReferencePieces.train` gives, on cached features."""
+    """As `ReferencePieces.train`, with our implementation and cached features."""
     config, start = workspace.config, workspace.method.init_shared(workspace.config.seed)
     data = workspace.train_data(0)
     (result,) = train_clients(
@@ -81,7 +81,7 @@ def train_ours(workspace: Workspace, images: int) -> dict[str, Tensor]:
 
 
 class OurPieces:
-    """An encoded batch, a whole round on the inline grid, or an evaluation at a time."""
+    """Encodes one batch, runs one round on the inline grid, or evaluates once at a time."""
 
     def __init__(self, workspace: Workspace, images_N3HW: Tensor) -> None:
         self.workspace, self.images_N3HW = workspace, images_N3HW
@@ -90,7 +90,7 @@ class OurPieces:
         self.rounds = 0
 
     def run(self, piece: Piece) -> None:
-        """Do one piece."""
+        """Do one piece of work."""
         if piece.what == "encoding":
             encode_all(self.workspace.clip, self.images_N3HW)
         elif piece.what == "round":
@@ -103,10 +103,15 @@ class OurPieces:
 
 
 def extrapolated(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
-    """Whole rounds of ours, and single pieces of the reference, in turn.
+    """A row for a job that is computed from measured pieces.
+
+    Args:
+        clip: the frozen backbone.
+        job: the experiment.
+        repeats: number of repeats of every piece.
 
     Raises:
-        MismatchError: a step's loss or gradient disagrees.
+        MismatchError: a step's loss or gradient differs from the reference's.
     """
     name = f"{clip.name}, {job.title}"
     most = max(p.images for p in job.reference_counts())
@@ -149,6 +154,6 @@ def extrapolated(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
 
 
 def _sum(counts: Counts, measured: Mapping[str, Measured]) -> Measured:
-    """A path's whole job from its pieces: exact counts times the best seconds of each."""
+    """One implementation's whole job: exact counts times the best seconds of each piece."""
     seconds = total(counts, {p: measured[p.name].best for p in counts})
     return Measured(None, max(measured[p.name].peak_mb or 0.0 for p in counts), [seconds])

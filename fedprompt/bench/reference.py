@@ -1,9 +1,10 @@
-"""Slow, plain twins of the fast paths: the usual way of doing it, for tests and benchmarks.
+"""Slow, plain counterparts of the fast paths, for tests and benchmarks.
 
-`reference_class_features` is the twin of the text tower. The rest is a federation of CoOp as
-public code runs it: every image goes through the image tower at every step and evaluation, the
+`reference_class_features` is the counterpart of the text tower. The rest is a federation of CoOp as
+public code runs it: every image passes through the image tower at every step and evaluation, the
 class prompts through all positions of the text tower, each client has a copy of the whole model,
-one client trains at a time. The mathematics and the order of images are those of our own path.
+and one client trains at a time. The mathematics and the order of images are those of our own path,
+so that the results must agree.
 
 Shape suffixes: C classes, L text positions, M context tokens, R = L - 1 - M positions after the
 context, d text width, B images of a batch, D joint embedding.
@@ -35,8 +36,15 @@ def reference_class_features(
     """What `tower(context, deep)` computes, over all positions and one prompt at a time.
 
     This is the pass of CoOp's public code: every class's full sequence of (usually 77) positions
-    goes through the model's own transformer blocks, and open_clip's own pooling reads the feature.
-    Shapes as in `TextTower.__call__`.
+    passes through the model's own blocks, and open_clip's own pooling reads the feature.
+
+    Args:
+        tower: class list, context length and class position.
+        context: as in `TextTower.__call__`.
+        deep: as in `TextTower.__call__`.
+
+    Returns:
+        (..., C, D), not normalised.
     """
     parts = tower.clip.text
     tail = 3 if tower.class_specific else 2
@@ -45,8 +53,8 @@ def reference_class_features(
     length = tower.token_ids_CL.shape[1]
     features = []
     flat_deep = None if deep is None else deep.reshape(-1, *deep.shape[-3:])
-    for i, one in enumerate(context.reshape(-1, *context.shape[-tail:])):
-        x, slots_CM = tower.assemble(one[None], classes, length)
+    for i, prompt in enumerate(context.reshape(-1, *context.shape[-tail:])):
+        x, slots_CM = tower.assemble(prompt[None], classes, length)
         mask = parts.attn_mask_LL
         for layer, block in enumerate(parts.blocks):
             if flat_deep is not None and 0 < layer <= flat_deep.shape[1]:
@@ -63,13 +71,18 @@ def reference_class_features(
 
 
 class ReferenceCoOp(nn.Module):
-    """CoOp's model as public federated code builds it: images in, logits out, nothing kept.
+    """CoOp's model as public federated code builds it: images in, logits out, nothing cached.
 
     The whole CLIP is inside, so a copy of a client's model copies its weights too. Only the
     context (M, d) is trained. Every call encodes its images, and the prompts of all classes over
     all positions of the text tower.
 
     Source: the structure of CoOp's `CustomCLIP` (Zhou et al., IJCV 2022), class name at the end.
+
+    Args:
+        clip: the frozen backbone.
+        class_names: C names.
+        context_Md: the initial context.
     """
 
     ids_CL: Tensor
@@ -108,7 +121,7 @@ class ReferenceCoOp(nn.Module):
 
 @dataclass(frozen=True)
 class ReferenceClient:
-    """A client's own images: preprocessed (n, 3, H, W), with labels (n,), to train and to test."""
+    """A client's preprocessed images (n, 3, H, W) and labels (n,), for training and for testing."""
 
     client: int
     train_images: Tensor
@@ -126,10 +139,20 @@ def reference_local_training(
     server_round: int,
     rounds: int,
 ) -> float:
-    """Train `model` in place on one client's images; the mean loss over all images seen.
+    """Train `model` in place on one client's images, with one of PyTorch's optimisers.
 
-    One batch after the other, a torch optimiser, in the order of images that
-    `training.train_clients` uses too.
+    The order of images is that of `training.train_clients`.
+
+    Args:
+        model: its context is changed.
+        client: the images.
+        config: optimiser, learning rate, schedule, epochs and batch size.
+        seed: of the run.
+        server_round: from 1.
+        rounds: number of rounds of the run, for the schedule.
+
+    Returns:
+        The mean loss over all images seen.
     """
     lr = config.lr
     if config.schedule == "cosine":
@@ -158,7 +181,14 @@ def reference_local_training(
 def reference_evaluate(
     model: ReferenceCoOp, images: Tensor, labels: Tensor, batch_size: int
 ) -> Score:
-    """Score on a test set; images and class prompts are encoded again for every batch."""
+    """Score on a test set. Images and class prompts are encoded again for every batch.
+
+    Args:
+        model: the model.
+        images: (n, 3, H, W), preprocessed.
+        labels: (n,).
+        batch_size: images of a batch.
+    """
     correct, loss = 0, 0.0
     for first in range(0, len(labels), batch_size):
         targets = labels[first : first + batch_size]
@@ -170,7 +200,7 @@ def reference_evaluate(
 
 @dataclass(frozen=True)
 class ReferenceRound:
-    """What is known after a round: the averaged context, scores, the clients' mean losses."""
+    """The outcome of a round: the averaged context, the clients' mean losses, and scores."""
 
     context: Tensor
     losses: list[float]
@@ -188,10 +218,22 @@ def reference_federation(
     rounds: int,
     test_batch: int,
 ) -> Iterator[ReferenceRound]:
-    """Rounds 0 (nothing trained yet) to `rounds` of FedAvg on the context, evaluated each time.
+    """Run FedAvg on the context, and evaluate in every round.
 
-    Every client of every round trains a deep copy of the whole model; the average is weighted by
+    Every client of every round trains a deep copy of the whole model. The average is weighted by
     the clients' numbers of training images.
+
+    Args:
+        model: its context is changed.
+        clients: all of them take part in every round.
+        server_test: images (n, 3, H, W) and labels (n,) of the server.
+        config: local training.
+        seed: of the run.
+        rounds: number of rounds.
+        test_batch: images of a test batch.
+
+    Yields:
+        Rounds 0 (nothing trained yet) to `rounds`.
     """
     for server_round in range(rounds + 1):
         losses = []

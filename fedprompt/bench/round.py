@@ -1,8 +1,8 @@
-"""A whole experiment: feature pass, rounds of training, evaluation after every round.
+"""A whole experiment: image features, rounds of training, evaluation after every round.
 
-`complete`: both paths run to the end on a small job, and prompts, losses and scores must agree.
-`extrapolated`: the job would take the reference many hours, so pieces of both paths are measured
-and multiplied by exact counts; the row says so and holds the counts.
+A small job is `complete`: both implementations run it to the end, and prompts, losses and scores
+must agree. A large job is `extrapolated`, because the reference would take many hours: pieces of
+both implementations are measured and multiplied by exact counts, which the row contains.
 """
 
 from __future__ import annotations
@@ -39,19 +39,25 @@ COLUMNS: tuple[Column, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment leaves: the moved context, numbers of every round, counts of correct."""
+    """The result of an experiment.
+
+    Attributes:
+        moved_Md: the final context minus the initial one.
+        losses: training and test losses of all rounds.
+        correct: by round, correct answers on the server's test set and on each client's.
+    """
 
     moved_Md: Tensor
     losses: Tensor
     correct: list[list[int]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What must agree up to rounding."""
+        """What must agree with the reference up to rounding."""
         return {"moved": self.moved_Md, "losses": self.losses}
 
 
 def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
-    """Feature pass, then the rounds on the inline grid as `fedprompt run` does them."""
+    """Encode the images, then run the rounds on the inline grid as `fedprompt run` does."""
     workspace = job.workspace(clip, encode_all(clip, images_N3HW))
     grid = InlineGrid(workspace)
     federation = Federation(workspace, grid)
@@ -63,14 +69,14 @@ def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
             losses.append(federation.train_round(server_round)["train"]["loss"])
         line = federation.evaluate(server_round)
         losses.append(line["global"]["loss"])
-        own = [round(a * job.sizes.test) for a in line["personal"]["accuracy"]]
-        correct.append([round(line["global"]["accuracy"] * job.sizes.server_test), *own])
+        personal = [round(a * job.sizes.test) for a in line["personal"]["accuracy"]]
+        correct.append([round(line["global"]["accuracy"] * job.sizes.server_test), *personal])
     grid.close()
     return Outcome(federation.shared["ctx"] - start, torch.tensor(losses), correct)
 
 
 def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
-    """The same experiment the usual way, from images every time."""
+    """Run the same experiment with the reference, which encodes images every time."""
     workspace = job.workspace(clip)
     model = reference_model(workspace)
     start = model.context.detach().clone()
@@ -94,10 +100,15 @@ def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
 
 
 def complete(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
-    """Both paths from images to final scores.
+    """A row for a job that both implementations run from images to final scores.
+
+    Args:
+        clip: the frozen backbone.
+        job: the experiment.
+        repeats: number of repeats.
 
     Raises:
-        MismatchError: prompts, losses or any score disagree.
+        MismatchError: prompts, losses or any score differ.
     """
     name = f"{clip.name}, {job.title}"
     images_N3HW = random_images(clip, job.sizes.images, seed=0)
@@ -130,13 +141,24 @@ def complete(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
 def bench_round(
     backbone: str, jobs: list[Job], repeats: int, out: Output, small: tuple[str, Job] | None
 ) -> None:
-    """One complete row for `small` (a backbone and a job), extrapolated rows for `jobs`."""
+    """Measure one small job completely, and extrapolate large ones.
+
+    Args:
+        backbone: architecture of the large jobs.
+        jobs: the large jobs.
+        repeats: number of repeats.
+        out: where rows and notes go.
+        small: architecture and job of the complete row; None leaves it out.
+
+    Raises:
+        MismatchError: results differ from the reference's.
+    """
     if small is not None:
-        out.progress(f"both paths to the end: {small[0]}, {small[1].title}")
+        out.progress(f"both implementations to the end: {small[0]}, {small[1].title}")
         out.add(complete(random_clip(small[0]), small[1], repeats))
     clip = random_clip(backbone)
     for job in jobs:
-        out.progress(f"pieces of both paths: {backbone}, {job.title}")
+        out.progress(f"pieces of both implementations: {backbone}, {job.title}")
         out.add(extrapolated(clip, job, repeats))
     out.table(COLUMNS)
     for line in out.rows:

@@ -1,8 +1,8 @@
-"""Many clients, a hundred of them in every round: what a run costs by its number of clients.
+"""What a participant costs in federations of many clients, of which a hundred train per round.
 
 Every size runs in a process of its own, through the same server loop as `fedprompt run`, with
-private tensors and checkpoints on disk and personal tests of the participants. Afterwards one
-participant is trained the usual way, in the same process, where the method is PromptFL.
+private tensors and checkpoints on disk and personal tests of the participants. For PromptFL, the
+reference then trains one participant in the same process.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def bench_scale(options: ScaleOptions, out: Output) -> None:
     """Measure every size and method.
 
     Raises:
-        MismatchError: a participant's loss or prompts are not the reference's.
+        MismatchError: a participant's loss or prompts differ from the reference's.
     """
     for method in options.methods:
         method_class(method)  # an unknown name is refused before anything is measured
@@ -80,11 +80,21 @@ def bench_scale(options: ScaleOptions, out: Output) -> None:
             slowdown = line["ours_s"] / first["ours_s"]
             out.add({"case": name, **line, "slowdown": slowdown})
     out.table(COLUMNS)
-    out.note("Peak: of a fresh process for every size, libraries included.")
+    out.note("Peak: of a fresh process for every size, including libraries.")
 
 
 def measure(options: ScaleOptions, clients: int, method: str) -> Row:
-    """One size in this process; seconds per participant and round, medians without the ends."""
+    """Measure one size in this process.
+
+    Args:
+        options: what to measure.
+        clients: number of clients.
+        method: name of the method.
+
+    Returns:
+        A row without its case. Seconds are per participant and round: medians over all rounds
+        without the first and the last.
+    """
     clip = random_clip(options.backbone)
     sizes = Sizes(clients, TRAIN, TEST, 10 * options.classes)
     images_N3HW = random_images(clip, TRAIN, seed=0)
@@ -133,7 +143,7 @@ def measure(options: ScaleOptions, clients: int, method: str) -> Row:
 
 
 def _usual_participant(reference: ReferencePieces) -> float:
-    """Seconds of one participant's round: copy the model, train a step, test."""
+    """Seconds of one participant's round in the reference: copy the model, train a step, test."""
     began = perf_counter()
     for piece in (
         Piece("reference", "copy"),

@@ -1,8 +1,8 @@
 """One local training step: the text part alone, and the whole step.
 
-Ours is a block of as many clients as the grid would choose, its time divided by their number, on
-cached image features. The reference is one client: images through the image tower, class prompts
-over all 77 positions.
+Ours trains a block of as many clients as the grid would choose, on cached image features; its time
+is divided by their number. The reference trains one client: its images pass through the image tower
+and the class prompts through all 77 positions of the text tower.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fedprompt.bench.backbones import encode_all, random_images
 from fedprompt.bench.class_lists import class_names
 from fedprompt.bench.compare import Measured, Row, interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
-from fedprompt.bench.machine import free_bytes
 from fedprompt.bench.output import TIMES, Column, Output
 from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.bench.workload import (
@@ -32,13 +31,14 @@ from fedprompt.bench.workload import (
 )
 from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
+from fedprompt.simulation.blocks import free_memory
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 MOST_CLIENTS = 64
 CHECKED = 2
-"""Clients that the reference trains too, in turn."""
+"""Number of clients that the reference trains too, one per repeat."""
 COLUMNS: tuple[Column, ...] = (
     *TIMES[:-1],
     ("counted", "counted_ratio", ".1f"),
@@ -63,9 +63,17 @@ class StepOptions:
 
 
 class StepCase:
-    """One class list and context length, with both paths ready to run.
+    """One class list and context length, with both implementations ready to run.
 
-    `clients` of ours train together; the reference trains the first `checked` of them in turn.
+    Ours trains `clients` clients together; the reference trains the first `checked` of them in
+    turn, so that the comparison does not rest on one client.
+
+    Args:
+        clip: the frozen backbone.
+        classes: number of classes.
+        context: number of context tokens.
+        batch: images of a client, all in one step.
+        images_N3HW: at least `CHECKED * batch` images.
     """
 
     def __init__(
@@ -95,7 +103,7 @@ class StepCase:
         self.contexts_KMd = self.start + normal(shape, 0.002, 0, "bench", "contexts")
         self.weight_CD = normal((classes, clip.embed_dim), 1.0, 0, "bench", "weight")
 
-    # The text part: class features of contexts, and a gradient back to the contexts
+    # The text part: class features of contexts, and the gradient of the contexts
 
     def our_text(self, clients: int) -> dict[str, Tensor]:
         """Features (K, C, D) and gradients (K, M, d) of K contexts."""
@@ -153,25 +161,32 @@ class StepCase:
         self.model.context.grad = None
 
     def reference_bytes(self) -> int:
-        """Memory that a reference step is expected to take: about 20 floats per hidden number."""
+        """Estimated memory of a reference step.
+
+        Autograd keeps about 20 floats per element of a hidden state.
+        """
         parts = self.workspace.clip.text
         rows = len(self.workspace.task.class_names) * parts.context_length * len(parts.blocks)
         return rows * parts.width * 20 * 4
 
 
 def bench_step(clip: FrozenCLIP, options: StepOptions, out: Output) -> None:
-    """Measure all cases; a case whose reference does not fit into memory is named and left out.
+    """Measure all cases; a case whose reference does not fit into memory is skipped with a note.
+
+    Args:
+        clip: the frozen backbone.
+        options: what to measure.
+        out: where rows and notes go.
 
     Raises:
-        MismatchError: a loss, feature or gradient of ours is not the reference's.
+        MismatchError: a loss, feature or gradient of ours differs from the reference's.
     """
     images_N3HW = random_images(clip, CHECKED * options.batch, seed=0)
     image_s = _seconds_per_image(clip, images_N3HW)
     for context in options.context:
         for classes in options.classes:
             case = StepCase(clip, classes, context, options.batch, images_N3HW)
-            free = free_bytes()
-            if free is not None and case.reference_bytes() > 0.9 * free:
+            if case.reference_bytes() > 0.9 * free_memory(clip.device):
                 needed = case.reference_bytes() / 1e9
                 out.note(f"skipped: {classes} classes, the reference needs about {needed:.0f} GB.")
                 continue
@@ -184,8 +199,8 @@ def bench_step(clip: FrozenCLIP, options: StepOptions, out: Output) -> None:
             out.add(line)
     out.table(COLUMNS)
     out.note(
-        f"Encoding a batch of {options.batch} images once takes {options.batch * image_s:.2f} s. "
-        "It is paid back within its first step where 'paid back' is at most 1."
+        f"Encoding a batch of {options.batch} images takes {options.batch * image_s:.2f} s, once. "
+        "'Paid back' is the number of training steps that save as much time."
     )
 
 

@@ -1,7 +1,7 @@
-"""A sweep beside the same runs as `fedprompt run` commands one after the other.
+"""A sweep compared with the same runs as `fedprompt run` commands, one after another.
 
-Every command is a process of its own. Images are encoded before anything is timed, and both ways
-read the same feature cache. Metrics and prompts of all runs must be the same bytes.
+Every command is a process of its own. Images are encoded before anything is timed, and all commands
+read the same feature cache. Metrics and prompts of all runs must be byte-equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ALPHAS = (0.1, 0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What `bench sweep` runs: two methods, four partitions, and seeds until it is enough."""
+    """What `bench sweep` runs: two methods, four partitions, and as many seeds as `runs` needs."""
 
     runs: int = 24
     rounds: int = 30
@@ -45,11 +45,11 @@ class SweepOptions:
 
 
 def bench_sweep(options: SweepOptions, out: Output) -> None:
-    """Run both ways and compare.
+    """Run the sweep and the single commands, and compare time and results.
 
     Raises:
         MismatchError: a file of a run differs.
-        UserError: a command fails, or a number of runs that is no multiple of eight.
+        UserError: a command fails, or the number of runs is not a multiple of eight.
     """
     each = len(METHODS) * len(ALPHAS)
     if options.runs % each:
@@ -61,7 +61,7 @@ def bench_sweep(options: SweepOptions, out: Output) -> None:
         planned = expand(load_sweep(file), folder / "sweep")
         out.progress("encoding the images once")
         _run_one(planned[0], folder / "first", environment)
-        out.progress(f"{len(planned)} runs one after the other")
+        out.progress(f"{len(planned)} runs one after another")
         began = perf_counter()
         for run in planned:
             _run_one(run, folder / "single" / run.name, environment)
@@ -86,7 +86,7 @@ def bench_sweep(options: SweepOptions, out: Output) -> None:
         }
     )
     out.table(COLUMNS)
-    out.note("Times of whole commands, imports and start of Ray included; images were cached.")
+    out.note("Times of whole commands, including imports and the start of Ray; images were cached.")
 
 
 def _write_sweep(folder: Path, options: SweepOptions, seeds: int) -> Path:
@@ -106,7 +106,7 @@ def _write_sweep(folder: Path, options: SweepOptions, seeds: int) -> Path:
 
 
 def _run_one(run: PlannedRun, target: Path, environment: Mapping[str, str]) -> None:
-    """`fedprompt run` on the run's own config."""
+    """Run `fedprompt run` on the config of a planned run."""
     target.mkdir(parents=True)
     file = target.parent / f"{target.name}.yaml"
     config = replace(run.config, output=replace(run.config.output, dir=str(target)))
@@ -126,7 +126,7 @@ def _command(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _differences(planned: Sequence[PlannedRun], single: Path) -> list[str]:
-    """Files of results that are not the same bytes."""
+    """Result files that are not byte-equal."""
     return [
         f"{run.name}/{name}"
         for run in planned

@@ -1,7 +1,7 @@
-"""Image features under visual prompts, and the gradient back to the prompts.
+"""Image features under visual prompts, and the gradient of the prompts.
 
-Ours is the written-down path of `vision_transformer.py`; the reference is autograd through
-open_clip's own blocks. Both take the same K clients with B images each, at once.
+Ours is the fast path of `vision_transformer.py`; the reference is autograd through open_clip's own
+blocks. Both compute the same K clients with B images each in one call.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class VisionOptions:
 
 
 def prompt_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """`4x1,8x12` -> ((4, 1), (8, 12)).
+    """Parse prompt shapes: `4x1,8x12` -> ((4, 1), (8, 12)).
 
     Raises:
-        UserError: not TOKENSxLAYERS, separated by commas.
+        UserError: `text` is not a list of TOKENSxLAYERS, separated by commas.
     """
-    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
-    if not all(found):
-        raise UserError(f"'{text}': give tokens x layers with commas between, e.g. 4x1,8x12.")
-    return tuple((int(match[1]), int(match[2])) for match in found if match)
+    matches = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
+    if not all(matches):
+        raise UserError(f"'{text}': give tokens x layers, separated by commas, e.g. 4x1,8x12.")
+    return tuple((int(match[1]), int(match[2])) for match in matches if match)
 
 
 def bench_vision(clip: FrozenCLIP, options: VisionOptions, out: Output) -> None:
     """Measure all cases.
 
     Raises:
-        MismatchError: a feature or a gradient of ours is not the reference's.
-        UserError: more layers with prompts than the tower has.
+        MismatchError: a feature or gradient of ours differs from the reference's.
+        UserError: prompts are asked for in more layers than the tower has.
     """
     ours, reference = VisionTower(clip), VisionTower(clip)
     reference.fast = False

@@ -1,4 +1,4 @@
-"""Invented federations with exact sizes: seeded images or features, real class names.
+"""Artificial federations of exact sizes: seeded random features, real class names.
 
 Shape suffixes: K clients, N images, D joint embedding.
 """
@@ -27,14 +27,14 @@ from fedprompt.workspace import Workspace
 
 SEED = 1
 LEARNING_RATE = 1.0
-"""Large, so that a step moves a prompt by far more than float32 rounds it."""
+"""Large, so that a step moves a prompt by far more than float32 rounding."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images: `train` and `test` for each of K `clients`, `server_test` for the server.
+    """Numbers of images: `train` and `test` for each of K `clients`, `server_test` for the server.
 
-    Images are numbered client by client, train before test; the server's come last.
+    Images are numbered client by client, training images before test images; the server's are last.
     """
 
     clients: int
@@ -43,18 +43,23 @@ class Sizes:
     server_test: int = 0
 
     @property
-    def own(self) -> int:
+    def per_client(self) -> int:
         """Images of one client."""
         return self.train + self.test
 
     @property
     def images(self) -> int:
         """All images N."""
-        return self.clients * self.own + self.server_test
+        return self.clients * self.per_client + self.server_test
 
 
 def settings(clients: int, **sections: Any) -> Config:
-    """A config for benchmarks; `sections` are merged over it."""
+    """A config for benchmarks.
+
+    Args:
+        clients: number of clients.
+        sections: merged over the config.
+    """
     raw: dict[str, Any] = {
         "experiment": "bench",
         "seed": SEED,
@@ -78,13 +83,21 @@ def make_workspace(
     features_ND: Tensor | None = None,
     **sections: Any,
 ) -> Workspace:
-    """A workspace with exactly these images; random features where none are given."""
+    """A workspace with exactly these images.
+
+    Args:
+        clip: the frozen backbone.
+        class_names: names of the classes.
+        sizes: numbers of images.
+        features_ND: image features; random ones when None.
+        sections: merged over the config.
+    """
     labels_N = make_labels(sizes.images, len(class_names))
     if features_ND is None:
         features_ND = random_features(sizes.images, clip.embed_dim)
     number_N = np.arange(sizes.images, dtype=np.int64)
-    server_test = number_N[sizes.clients * sizes.own :]
-    split_N = np.where(number_N < sizes.clients * sizes.own, TRAIN, TEST).astype(np.int8)
+    server_test = number_N[sizes.clients * sizes.per_client :]
+    split_N = np.where(number_N < sizes.clients * sizes.per_client, TRAIN, TEST).astype(np.int8)
     dataset = ImageDataset(
         name="bench",
         class_names=tuple(class_names),
@@ -95,11 +108,11 @@ def make_workspace(
         fingerprint="bench",
         open_image=_no_picture,
     )
-    own_KN = number_N[: sizes.clients * sizes.own].reshape(sizes.clients, sizes.own)
+    image_KN = number_N[: sizes.clients * sizes.per_client].reshape(sizes.clients, sizes.per_client)
     partition = Partition(
-        train_flat=own_KN[:, : sizes.train].ravel(),
+        train_flat=image_KN[:, : sizes.train].ravel(),
         train_offsets=np.arange(sizes.clients + 1) * sizes.train,
-        test_flat=own_KN[:, sizes.train :].ravel(),
+        test_flat=image_KN[:, sizes.train :].ravel(),
         test_offsets=np.arange(sizes.clients + 1) * sizes.test,
         server_test=server_test,
     )
@@ -121,23 +134,28 @@ def random_features(count: int, width: int) -> Tensor:
 def reference_clients(
     workspace: Workspace, images_N3HW: Tensor, clients: Sequence[int] | None = None
 ) -> list[ReferenceClient]:
-    """The clients of a workspace with their images; `images_N3HW` may hold only the first ones."""
-    chosen = range(workspace.num_clients) if clients is None else clients
-    made = []
-    for client in chosen:
+    """The clients of a workspace with their images, for the reference.
+
+    Args:
+        workspace: labels and partition.
+        images_N3HW: preprocessed images; it may end after the last one that the clients need.
+        clients: which clients; all when None.
+    """
+    with_images = []
+    for client in range(workspace.num_clients) if clients is None else clients:
         train = torch.from_numpy(workspace.partition.train(client))
         test = torch.from_numpy(workspace.partition.test(client))
         labels_N = torch.from_numpy(workspace.dataset.labels_N)
-        made.append(
+        with_images.append(
             ReferenceClient(
                 client, images_N3HW[train], labels_N[train], images_N3HW[test], labels_N[test]
             )
         )
-    return made
+    return with_images
 
 
 def reference_model(workspace: Workspace) -> ReferenceCoOp:
-    """The usual model with the workspace's starting context."""
+    """The reference's model with the workspace's initial context."""
     start = workspace.method.init_shared(workspace.config.seed)["ctx"]
     return ReferenceCoOp(workspace.clip, workspace.task.class_names, start)
 
