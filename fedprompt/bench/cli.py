@@ -167,6 +167,18 @@ def memory(
 
 
 @app.command()
+def placement(
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds per seed.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 30,
+    json: JsonFile = None,
+) -> None:
+    """Simulated seconds per round: blocks placed by the Ray planner or longest first."""
+    from fedprompt.bench.placement import PlacementOptions, bench_placement
+
+    bench_placement(PlacementOptions(rounds, seeds), _open("placement", 0, json))
+
+
+@app.command()
 def limit(
     classes: Classes = "10,45,100",
     context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,

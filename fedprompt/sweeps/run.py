@@ -133,7 +133,7 @@ class RaySweep:
         """
         import ray
 
-        from fedprompt.simulation.ray_grid import start_ray
+        from fedprompt.simulation.ray_cluster import start_ray
 
         started = not ray.is_initialized()
         if started:

@@ -57,7 +57,7 @@ def test_clients_with_similar_work_come_together(make_workspace: MakeWorkspace) 
 
 
 def test_replies_come_in_the_order_of_the_messages(make_workspace: MakeWorkspace) -> None:
-    from tests.simulation.test_block_grid import introduce, queries
+    from tests.support.grids import introduce, queries
 
     workspace = make_workspace(partition={"clients": 9}, simulation={"clients_per_block": 2})
     grid = InlineGrid(workspace, answer=introduce)

@@ -17,14 +17,14 @@ import ray
 from flwr.app import MessageType
 from ray.cluster_utils import Cluster
 
-import fedprompt.simulation.ray_grid as ray_grid_module
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle
+from fedprompt.simulation import ray_pool
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.workspace import Workspace
-from tests.simulation.test_block_grid import assert_same, federate, scenes, wait_for_workers
+from tests.support.grids import assert_same, federate, scenes, wait_for_workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,7 +100,7 @@ def inline(workspace: Workspace) -> Any:
 
 def node_with(cluster: Cluster, grid: RayGrid, pid: int) -> Any:
     """The cluster's node on which a worker runs."""
-    place = next(s.place for s in grid._slots if s.place and s.place.pid == pid)
+    place = next(s.place for s in grid.pool.slots if s.place and s.place.pid == pid)
     return next(n for n in cluster.list_all_nodes() if n.node_id in place.memory)
 
 
@@ -113,7 +113,7 @@ def test_workers_spread_and_a_node_killed_in_mid_round_changes_nothing(
 ) -> None:
     grid = open_on(cluster, tmp_path)
     try:
-        assert len({slot.place.memory for slot in grid._slots if slot.place}) == 2
+        assert len({slot.place.memory for slot in grid.pool.slots if slot.place}) == 2
         expected = inline(grid.workspace)
         victim = grid.pids()[0]
         node = node_with(cluster, grid, victim)
@@ -146,7 +146,7 @@ def test_with_no_worker_left_and_no_room_the_run_ends_with_one_line(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = open_on(cluster, tmp_path, workers=1)
-    monkeypatch.setattr(ray_grid_module, "PLACE_LIMIT_S", 3.0)
+    monkeypatch.setattr(ray_pool, "PLACE_LIMIT_S", 3.0)
     try:
         victim = grid.pids()[0]
         lost = node_with(cluster, grid, victim)
@@ -166,6 +166,6 @@ def test_with_no_worker_left_and_no_room_the_run_ends_with_one_line(
 def test_more_workers_than_there_is_room_for(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_grid_module, "PLACE_LIMIT_S", 5.0)
+    monkeypatch.setattr(ray_pool, "PLACE_LIMIT_S", 5.0)
     with pytest.raises(UserError, match=r"1 of 3 Ray workers did not start within 5 s; is there"):
         open_on(cluster, tmp_path, workers=3)

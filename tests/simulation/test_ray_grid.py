@@ -13,7 +13,6 @@ import ray
 import torch
 from ray import cloudpickle
 
-import fedprompt.simulation.ray_grid as ray_grid_module
 from fedprompt.config.schema import Config
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
@@ -21,13 +20,14 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import uploaded_numbers
+from fedprompt.simulation import ray_grid, ray_pool
 from fedprompt.simulation.block_grid import Opener
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_grid import RayGrid
 from fedprompt.simulation.ray_worker import Place, Worker, pack, unpack
 from fedprompt.workspace import Workspace
-from tests.simulation.test_block_grid import assert_same, federate
 from tests.support.builders import fake_dataset, small_config
+from tests.support.grids import assert_same, federate
 
 MakeWorkspace = Callable[..., Workspace]
 
@@ -112,8 +112,9 @@ def on_fake_ray(
                 return Place(1, "here", 1e9)
 
         fake = FakeRay(trouble)
-        monkeypatch.setattr(ray_grid_module, "ray", fake)
-        monkeypatch.setattr(ray_grid_module, "Worker", LocalWorker)
+        monkeypatch.setattr(ray_grid, "ray", fake)
+        monkeypatch.setattr(ray_pool, "ray", fake)
+        monkeypatch.setattr(ray_pool, "Worker", LocalWorker)
         return RayGrid(workspace, opener=open_workspace), fake
 
     return make
@@ -176,7 +177,7 @@ def test_a_worker_that_never_starts_is_dropped_and_the_others_go_on(
 
     grid, fake = on_fake_ray(workspace, trouble)
     assert_same(federate(grid), federate(InlineGrid(workspace)), rtol=0)
-    assert [slot.number for slot in grid._slots] == [1]
+    assert [slot.number for slot in grid.pool.slots] == [1]
     assert fake.started == 2 + 1 + workspace.config.simulation.retries
 
 
