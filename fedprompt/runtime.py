@@ -1,4 +1,4 @@
-"""The process: environment variables that must be set before torch, and the number of threads."""
+"""Settings of the process: environment variables that libraries read on import, and threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Protocol
 
 DEFAULTS = {
-    # Idle threads sleep instead of spinning: on a busy machine that costs several times the work.
+    # Idle threads sleep. Spinning ones multiply the time of a step on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -16,13 +16,13 @@ DEFAULTS = {
 
 
 def set_defaults() -> None:
-    """Set them where the user has not decided: no spinning threads, telemetry or update check."""
+    """Turn off spinning threads, telemetry and update checks, unless the user has set them."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
 class ThreadSettings(Protocol):
-    """The keys of a simulation's config that decide on threads."""
+    """The keys of the `simulation` section that decide the number of threads."""
 
     @property
     def threads(self) -> int:
@@ -36,15 +36,28 @@ class ThreadSettings(Protocol):
 
 
 def thread_count(config: ThreadSettings, *, worker: bool = False) -> int:
-    """`simulation.threads`; where that is 0, a Ray worker's CPUs, elsewhere what PyTorch uses."""
-    import torch  # late: the environment must be set before torch is imported
+    """CPU threads of a process: `simulation.threads`, or a default if that is 0.
 
-    own = max(1, int(config.cpus_per_worker)) if worker else torch.get_num_threads()
-    return config.threads or own
+    Args:
+        config: the `simulation` section.
+        worker: whether the process is a Ray worker. Its default is the number of its CPUs; that
+            of other processes is what PyTorch uses.
+    """
+    import torch  # not at the top: `set_defaults` must run before torch is imported
+
+    default = max(1, int(config.cpus_per_worker)) if worker else torch.get_num_threads()
+    return config.threads or default
 
 
 def use_threads(config: ThreadSettings, *, worker: bool = False) -> None:
-    """Set this process's threads; the last bits of every product depend on their number."""
+    """Set the number of threads of this process.
+
+    The last bits of every matrix product depend on it, so all processes of a run use the same.
+
+    Args:
+        config: the `simulation` section.
+        worker: whether the process is a Ray worker.
+    """
     import torch
 
     torch.set_num_threads(thread_count(config, worker=worker))

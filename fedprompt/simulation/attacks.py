@@ -1,18 +1,18 @@
 """Malicious and broken clients in a simulation.
 
-`handle` answers a block's messages as `client_app.handle` does, but spoils what the attackers
-send: a fixed share of the clients, drawn from the seed. A grid takes it in place of the honest one
-where `attack.kind` asks for it; clients of a real deployment never run it.
+`handle` answers a block's messages as `client_app.handle` does, but corrupts what the attackers
+send. The attackers are a fixed share of the clients, drawn from the seed. A grid uses it instead of
+the honest function if `attack.kind` names an attack; clients of a deployment never run it.
 
-With Delta what an attacker's honest training changes and s = `attack.scale`, it sends the received
-tensors plus
+Let Delta be the change that an attacker's honest training makes, and s = `attack.scale`. It sends
+the received tensors plus
     sign_flip      -s Delta                  Xie, Koyejo and Gupta (UAI 2019, arXiv 1903.03936)
     scaling         s Delta                  Bagdasaryan et al. (AISTATS 2020, arXiv 1807.00459)
     label_flip      s Delta', trained on labels C - 1 - y   Fang et al. (USENIX Security 2020,
                                                             arXiv 1911.11815)
     random_noise    Gaussian noise of norm s |Delta|        Blanchard et al. (NeurIPS 2017)
-    many_examples  -s Delta, and says that it was trained on a thousand million images
-or something broken: NaN, infinity, another name, shape or type, a reply of 64 MB, or none.
+    many_examples  -s Delta, and claims to have been trained on 10^9 images
+or something broken: NaN, infinity, another name, shape or type, a reply of 64 MB, or no reply.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ GIANT = 2**24
 
 
 class Crashed(RuntimeError):
-    """What a client of kind `crash` dies of."""
+    """The error that a client of kind `crash` raises."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What an attacker has received and what it would send if it were honest."""
+    """What an attacker has received, and what it would send if it were honest.
+
+    Attributes:
+        received: the shared tensors that the server sent.
+        trained: the shared tensors after honest training.
+        scale: `attack.scale`.
+        draw: the attacker's generator for this round.
+    """
 
     received: Arrays
     trained: Arrays
@@ -51,7 +58,7 @@ class Training:
     draw: np.random.Generator
 
     def change(self) -> Arrays:
-        """What training has changed, float64."""
+        """The change that training made, float64."""
         return {n: self.trained[n].astype(np.float64) - a for n, a in self.received.items()}
 
     def plus(self, factor: float) -> Arrays:
@@ -96,7 +103,13 @@ SPOILED: dict[str, Callable[[Training], Arrays]] = {
 
 
 def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
-    """The clients that attack, the same in every round."""
+    """Ids of the clients that attack, the same in every round.
+
+    Args:
+        seed: the experiment's seed.
+        clients: number of clients K.
+        share: fraction of them that attack; the number is rounded.
+    """
     count = round(share * clients)
     draw = generator(seed, "attackers")
     return frozenset(int(c) for c in draw.choice(clients, size=count, replace=False))
@@ -108,10 +121,13 @@ def handle(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
-    """`client_app.handle`, but attackers spoil what they send after training."""
+    """Answer as `client_app.handle`, but corrupt what attackers send after training.
+
+    Args and returns are those of `client_app.handle`.
+    """
     config = workspace.config
-    chosen = attackers(config.seed, workspace.num_clients, config.attack.share)
-    bad = [k for k, client in enumerate(clients) if client in chosen]
+    attacking = attackers(config.seed, workspace.num_clients, config.attack.share)
+    bad = [k for k, client in enumerate(clients) if client in attacking]
     if messages[0].metadata.message_type != MessageType.TRAIN or not bad:
         return client_app.handle(workspace, clients, messages, private)
     replies: dict[int, Message] = {}
@@ -120,17 +136,17 @@ def handle(
     for places, seen in ((honest, workspace), (bad, _as_attackers_see(workspace))):
         if not places:
             continue
-        some = [clients[k] for k in places]
-        answers, own = client_app.handle(seen, some, [messages[k] for k in places], private)
+        group = [clients[k] for k in places]
+        answers, states = client_app.handle(seen, group, [messages[k] for k in places], private)
         replies |= dict(zip(places, answers, strict=True))
-        changed |= own
+        changed |= states
     for k in bad:
         replies[k] = _spoiled(workspace, clients[k], messages[k], replies[k])
     return [replies[k] for k in range(len(clients))], changed
 
 
 def _as_attackers_see(workspace: Workspace) -> Workspace:
-    """The workspace, with the labels turned round where the attack is to flip them."""
+    """The workspace as attackers train on it, with reversed labels for `label_flip`."""
     if workspace.config.attack.kind != "label_flip":
         return workspace
     flipped = copy.copy(workspace)
@@ -141,7 +157,7 @@ def _as_attackers_see(workspace: Workspace) -> Workspace:
 
 
 def _spoiled(workspace: Workspace, client: int, message: Message, reply: Message) -> Message:
-    """An attacker's reply, made of the honest one."""
+    """An attacker's reply, made from the honest one."""
     if reply.has_error():
         return reply
     config = workspace.config

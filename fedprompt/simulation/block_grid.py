@@ -1,12 +1,12 @@
-"""Where client messages run in a simulation: in this process, or on persistent Ray actors.
+"""What the grids of a simulation have in common: blocks of clients, bytes and private tensors.
 
-Both grids implement Flower's public `Grid`, so any Flower strategy runs on them, and keep one
-message per client. `send_and_receive` sees a whole round at once, so it can hand the messages of
-several clients (a block) to one call of `client_app.handle`. Messages cross the grid as bytes, as
-they would cross a network: nothing is shared by reference, and traffic is counted on those bytes.
+The grids implement Flower's public `Grid`, so any Flower strategy runs on them, with one message
+per client. `send_and_receive` sees all messages of a round together and can therefore give those of
+several clients, a block, to one call of `client_app.handle`. Messages cross the grid as bytes, as
+they would cross a network: nothing is shared by reference, and traffic is counted on these bytes.
 
-Private tensors stay on the client's side of the grid: in its `private` store, handed to a block's
-call and taken back from it, never in a message.
+Private tensors stay on the client's side of the grid. They are in its `private` store, are handed
+to the call that answers a block and are taken back from it, and are never part of a message.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from fedprompt.workspace import Workspace
 log = logging.getLogger("fedprompt.grid")
 
 KEY_STAGES = (SETUP, SHARE_KEYS, UNMASK)
-"""Stages of secure aggregation in which nobody trains."""
+"""Stages of secure aggregation that only exchange keys; nobody trains in them."""
 
 Handler = Callable[
     [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
     tuple[list[Message], dict[int, Tensors]],
 ]
-"""What answers a block's messages; `client_app.handle` does."""
+"""What answers a block's messages, with the signature and contract of `client_app.handle`."""
 
 
 Opener = Callable[[Config], Workspace]
@@ -61,19 +61,20 @@ class PrivateStore(Protocol):
     """Where a grid keeps its clients' private tensors."""
 
     def get(self, client: int) -> Tensors | None:
-        """A client's tensors, or None before it has trained."""
+        """A client's tensors, without a client axis, or None before its first training."""
 
     def put(self, client: int, tensors: Tensors) -> None:
-        """Keep a client's tensors."""
+        """Store a client's tensors; they replace those of its last training."""
 
 
 class BlockGrid(CountingGrid):
-    """Common part of a simulation's grids: bytes, blocks, private tensors.
+    """A grid that answers messages in blocks of clients; subclasses say where a block runs.
 
     Args:
         workspace: what this process holds.
-        private: the clients' private tensors; a new `MemoryStore` without one.
-        answer: what a client does with a message; an importable function.
+        private: keeps the clients' private tensors; a new `MemoryStore` if it is None.
+        answer: answers a block's messages. Grids with several processes pickle it by reference, so
+            it must be importable.
     """
 
     def __init__(
@@ -91,18 +92,22 @@ class BlockGrid(CountingGrid):
         self._secrets: dict[int, RecordDict] = {}
         self._free_bytes = free_memory(workspace.clip.device)
         self._told: set[int] = set()
-        # For the server's own scores as well: their last bits depend on it.
+        # The server's own scores depend on the number of threads too, in their last bits.
         use_threads(workspace.config.simulation)
         become_server()
 
     def use(self, workspace: Workspace) -> None:
-        """Go on with another method on the same data; all private tensors start anew."""
+        """Change to another method on the same data, with no private tensors yet.
+
+        Args:
+            workspace: the same data and backbone with the other method.
+        """
         self.workspace = workspace
         self.private = MemoryStore()
         self._secrets = {}
 
     def close(self) -> None:
-        """Give back what the grid holds."""
+        """Release processes and memory; the grid is not used afterwards."""
 
     # Flower's Grid
 
@@ -111,7 +116,7 @@ class BlockGrid(CountingGrid):
         return [node_of(c) for c in range(self.workspace.num_clients)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run the messages at once and keep the replies; returns message ids."""
+        """Answer the messages now and store the replies; returns the messages' ids."""
         sent = list(messages)
         replies = list(self.send_and_receive(sent))
         ids = [m.metadata.message_id for m in sent]
@@ -119,16 +124,21 @@ class BlockGrid(CountingGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to earlier pushed messages."""
+        """Replies to messages that were pushed earlier."""
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run all messages in blocks; the order of replies is that of the messages.
+        """Answer all messages, in blocks.
 
-        `timeout` bounds the whole exchange in seconds; clients that have not started by then are
-        left out, as on Flower's own grid.
+        Args:
+            messages: one message per client, all of one type and round.
+            timeout: seconds for the whole exchange; None waits for all clients.
+
+        Returns:
+            Replies in the order of the messages. Clients whose block had not started in time have
+            none, as on Flower's own grid. The bytes sent and received are in `traffic`.
         """
         sent = list(messages)
         self.traffic = Traffic()
@@ -145,7 +155,7 @@ class BlockGrid(CountingGrid):
         return [from_wire(replies[place]) for place in sorted(replies)]
 
     def _in_blocks(self, kind: str, parcels: Sequence[Parcel], deadline: float) -> dict[int, bytes]:
-        """Replies by the place of their message; one that has not started by then has none."""
+        """Replies by position of their message; one that has not started by then has none."""
         clients = [p.client for p in parcels]
         places = group(self.workspace, clients, self.clients_per_block(len(parcels)))
         blocks = [[parcels[i] for i in block] for block in places]
@@ -157,10 +167,10 @@ class BlockGrid(CountingGrid):
         }
 
     def _secured(self, parcel: Parcel, trained: bytes | None) -> bytes:
-        """A client's reply in one stage of secure aggregation; `trained` is what it masks.
+        """A client's reply in one stage of secure aggregation; `trained` is the reply it masks.
 
-        The clients' keys live here, on their side of the grid, and in no checkpoint: a round that
-        is repeated begins with new ones.
+        The clients' keys are kept here, on the clients' side of the grid. They are not part of a
+        checkpoint, so a round that is repeated uses new keys.
         """
         from fedprompt.privacy.secure_aggregation.client import answer
 
@@ -186,7 +196,7 @@ class BlockGrid(CountingGrid):
         return thread_count(self.workspace.config.simulation)
 
     def clients_per_block(self, clients: int) -> int:
-        """Clients per call: as configured, else as many as fill the processor and fit in memory."""
+        """Clients per block in an exchange with `clients` clients, see `blocks.choose_size`."""
         size, wanted = (
             choose_size(self.workspace, clients, self.workers, free, self.threads)
             for free in (self._free_bytes, math.inf)
@@ -204,7 +214,7 @@ class BlockGrid(CountingGrid):
         return size
 
     def known(self, block: Sequence[Parcel]) -> dict[int, Tensors]:
-        """Private tensors of those clients of a block that have trained before."""
+        """Stored private tensors of a block's clients, by client id."""
         return {p.client: t for p in block if (t := self.private.get(p.client))}
 
     def keep(self, changed: Mapping[int, Tensors]) -> None:
@@ -225,7 +235,21 @@ def run_block(
     private: Mapping[int, Tensors],
     answer: Handler = handle,
 ) -> tuple[list[bytes], dict[int, Tensors]]:
-    """`answer` on bytes; a client that raises gets an error reply and takes no other along."""
+    """Answer a block's messages as bytes.
+
+    If `answer` raises, every client of the block is tried alone, so that one failing client does
+    not cost the others their round.
+
+    Args:
+        workspace: what this process holds.
+        block: the block's messages.
+        private: private tensors of clients that have trained before, by client id.
+        answer: answers the messages.
+
+    Returns:
+        Replies as bytes in the order of the block, with an error in the place of a client that
+        raised, and the private tensors that training has changed.
+    """
     messages = [parcel.open() for parcel in block]
     clients = [parcel.client for parcel in block]
     try:

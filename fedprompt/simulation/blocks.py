@@ -1,4 +1,4 @@
-"""Which clients are trained together, and how much work they are."""
+"""How clients are grouped into blocks, and how much work a block is."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from fedprompt.runtime import thread_count
 from fedprompt.workspace import Workspace
 
 CPU_TOKENS, GPU_TOKENS = 384, 65536
-"""Text positions per call that fill a CPU thread (measured on 2 cores) or a GPU (assumed)."""
+"""Text positions per call that keep a CPU thread (measured on 2 cores) or a GPU (assumed) busy."""
 MEMORY_SHARE = 0.5
-"""Part of the free memory that the activations of running blocks may take."""
+"""Fraction of the free memory that the activations of a block may take."""
 
 
 def work(workspace: Workspace, kind: str, client: int) -> int:
-    """Units of work of one message: images x epochs in training, test images in evaluation."""
+    """Units of work of one message.
+
+    Args:
+        workspace: the partition and the number of local epochs.
+        kind: type of the message.
+        client: client id; one that does not exist counts as one unit.
+
+    Returns:
+        Training images x local epochs, test images of an evaluation, 1 for other messages.
+    """
     if not 0 <= client < workspace.num_clients:
         return 1
     if kind == MessageType.TRAIN:
@@ -32,11 +41,19 @@ def work(workspace: Workspace, kind: str, client: int) -> int:
 
 
 def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[int]]:
-    """Positions in `clients`, dealt to blocks of at most `size`.
+    """Group clients with similar numbers of training images, most images first.
 
-    Clients with similar numbers of training images come together, most images first: one that
-    finishes early leaves its block emptier than the processor can use. The grouping depends on
-    the partition and on `size` alone.
+    A client that finishes early leaves its block too small to keep the processor busy. The
+    grouping depends on the partition and on `size` alone, never on the workers, so that the last
+    bits of a result do not depend on who is alive.
+
+    Args:
+        workspace: the partition.
+        clients: client ids in the order of their messages.
+        size: most clients per block.
+
+    Returns:
+        Blocks as positions in `clients`.
     """
     images = [work(workspace, MessageType.TRAIN, c) for c in clients]
     order = sorted(range(len(clients)), key=lambda i: (-images[i], clients[i]))
@@ -50,14 +67,17 @@ def choose_size(
     free_bytes: float,
     threads: int | None = None,
 ) -> int:
-    """Clients per block: as configured, else as many as fill the processor and fit in memory.
+    """Clients per block: as configured, else as many as keep the processor busy and fit in memory.
 
     Args:
         workspace: the sizes of the task.
-        clients: clients that are asked at once.
-        workers: processes that share them evenly.
-        free_bytes: free memory per worker; it only ever lowers the number.
-        threads: CPU threads of each worker; those of this process without it.
+        clients: clients of the exchange.
+        workers: processes that share them.
+        free_bytes: free memory per worker in bytes; it can only lower the result.
+        threads: CPU threads of each worker; by default those of this process.
+
+    Returns:
+        Clients per block, 1 or more, such that all workers have about as many blocks.
     """
     if workspace.config.simulation.clients_per_block:
         return workspace.config.simulation.clients_per_block
@@ -70,7 +90,7 @@ def choose_size(
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on `device` now."""
+    """Bytes of memory that are free now on a GPU, or on this machine for the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,4 +1,4 @@
-"""Client messages answered in this process, one block after the other."""
+"""The grid that answers all clients in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedprompt.simulation.block_grid import BlockGrid, run_block
 
 
 class InlineGrid(BlockGrid):
-    """All clients in this process, one block after the other."""
+    """Blocks answered in this process, one after the other; see `BlockGrid`."""
 
     def _run_blocks(
         self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float

@@ -1,21 +1,21 @@
 """Private tensors of a simulation's clients on disk: one file per checkpoint, in the run folder.
 
-private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): the states put since the
-                                   checkpoint before, and older ones that were moved here
+private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): states that were put since
+                                   the previous checkpoint, and older ones that were moved here
 
-Work, memory and bytes follow the clients that take part, not all of them. What is put stays in
-memory until the next checkpoint writes it. A client's state is its row in the newest file that
-holds it, found through two integers per client; nothing else is kept in memory.
+Time, memory and disk space grow with the clients that take part, not with all clients. States that
+are put stay in memory until the next checkpoint writes them. Afterwards a client's state is its row
+in the newest file that holds it, and only two integers per client stay in memory.
 
-A checkpoint of the run is made in three steps: `save` writes the new file and returns a seal; the
-caller makes the seal durable with its own state; `settle` removes the files that this checkpoint
-no longer needs. A crash at any moment leaves the old checkpoint with all its files, or the new one
-with all of its.
+A checkpoint of the run takes three steps. `save` writes the new file and returns a digest of all
+files in use. The caller writes its own checkpoint with this digest. `remove_stale` removes the
+files that the new checkpoint does not need. A crash at any point leaves either the old checkpoint
+or the new one, with all of its files.
 
-Cleaning is part of `save`. A file of which half the rows or more are dead (their clients have a
-newer state) may have its live rows moved to the new file, never more rows than were put: every row
-moved is paid for by a dead row that goes, so at most twice the rows that training makes are ever
-written, and dead rows cannot pile up.
+`save` also compacts. A file in which at least half of the rows are stale (their clients have a
+newer state) may have its live rows moved to the new file, but never more rows than were put. Every
+moved row frees at least one stale row, so at most twice the rows that training produces are ever
+written, and stale rows do not accumulate.
 
 Suffixes: K clients of the run, R rows of a file.
 """
@@ -44,7 +44,12 @@ CLIENTS, TENSOR = "clients", "tensor/"
 
 
 class PrivateLog:
-    """Private tensors of clients 0 .. K - 1, by client id; empty until `restore` or `read`."""
+    """Private tensors of clients 0 .. K - 1, by client id; empty until `restore` or `read`.
+
+    Args:
+        folder: where the files are; it is created with the first file.
+        clients: number of clients K.
+    """
 
     def __init__(self, folder: Path, clients: int) -> None:
         self.folder = folder
@@ -63,7 +68,7 @@ class PrivateLog:
         self._pending: dict[int, Tensors] = {}
 
     def get(self, client: int) -> Tensors | None:
-        """A client's tensors, or None before it has trained.
+        """A client's tensors, or None before its first training.
 
         Raises:
             UserError: its file is missing or damaged.
@@ -77,21 +82,27 @@ class PrivateLog:
             return _row(reader, row)
 
     def put(self, client: int, tensors: Tensors) -> None:
-        """Keep a client's tensors: in memory now, on disk with the next `save`."""
+        """Store a client's tensors, in memory until the next `save`."""
         if tensors:
             self._pending[client] = tensors
 
     @property
     def digest(self) -> str:
-        """What the files in use are, in 16 hex digits: a checkpoint keeps it, `restore` checks."""
+        """Which files are in use, as 16 hexadecimal digits; `restore` compares it."""
         files = [(f, self._rows[f], live) for f, live in sorted(self._live.items()) if live]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     def save(self, server_round: int) -> str:
-        """Make all that was put durable; returns the seal. Rounds rise from call to call.
+        """Write all states that were put since the last call.
+
+        Args:
+            server_round: the checkpoint's round, higher than in any earlier call.
+
+        Returns:
+            The digest, which belongs into the run's checkpoint.
 
         Raises:
-            UserError: full disk, or no right to write.
+            UserError: the disk is full, or the folder cannot be written.
         """
         if self._pending:
             states = {**self._moved(), **self._pending}
@@ -105,15 +116,19 @@ class PrivateLog:
         return self.digest
 
     def remove_stale(self) -> None:
-        """Remove files without a live row; call it when the checkpoint of `save` is durable."""
+        """Remove files without a live row; call it once the run's checkpoint is on disk."""
         for file in [f for f, live in self._live.items() if not live]:
-            # One that cannot be removed does no harm: no row of it is ever read again.
+            # A file that cannot be removed does no harm, since none of its rows is read again.
             with contextlib.suppress(OSError):
                 self._path(file).unlink()
             del self._live[file], self._rows[file]
 
     def read(self, server_round: int, digest: str) -> None:
-        """Take the states as the checkpoint of that round has them; changes nothing on disk.
+        """Load the states of a checkpoint without changing anything on disk.
+
+        Args:
+            server_round: the checkpoint's round.
+            digest: what `save` returned for it.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -124,28 +139,32 @@ class PrivateLog:
         if self.digest != digest:
             raise UserError(
                 f"{self.folder} does not hold the private states of the checkpoint of round "
-                f"{server_round}: files are missing or were changed. {self._anew}"
+                f"{server_round}: files are missing or were changed. {self._restart}"
             )
 
     def restore(self, server_round: int, digest: str) -> None:
-        """Go back to a checkpoint: as `read`, and what is not part of it is removed.
+        """Return to a checkpoint: `read` it and remove all files that it does not use.
+
+        Args:
+            server_round: the checkpoint's round.
+            digest: what `save` returned for it.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or cannot be removed.
         """
         self.read(server_round, digest)
         self.remove_stale()
         self._remove([f for f in self._files() if f > server_round])
 
     def clear(self) -> None:
-        """Start without any state; removes what an earlier start left."""
+        """Start without any state and remove the files of an earlier start."""
         self._forget(self.num_clients)
         self._remove(self._files())
 
     # Files
 
     def _moved(self) -> dict[int, Tensors]:
-        """Live rows of the files that this checkpoint cleans, by client."""
+        """Live rows of the files that this checkpoint compacts, by client."""
         newer = Counter(int(self._file_K[c]) for c in self._pending)
         left = {f: live - newer[f] for f, live in self._live.items()}
         room, moved = len(self._pending), {}
@@ -160,7 +179,7 @@ class PrivateLog:
         return moved
 
     def _point(self, file: int, clients_R: NDArray[np.int64]) -> None:
-        """The newest states of these clients are the rows of `file`."""
+        """Note that the newest states of these clients are the rows of `file`."""
         before, counts = np.unique(self._file_K[clients_R], return_counts=True)
         for older, count in zip(before.tolist(), counts.tolist(), strict=True):
             if older >= 0:
@@ -170,7 +189,7 @@ class PrivateLog:
         self._rows[file] = self._live[file] = len(clients_R)
 
     def _clients_of(self, file: int) -> NDArray[np.int64]:
-        """Client ids of a file's rows, checked."""
+        """Client ids of a file's rows; refuses a file whose rows do not fit its ids."""
         with self._reading(file) as reader:
             clients_R: NDArray[np.int64] = reader.get_tensor(CLIENTS).numpy()
             rows = {
@@ -191,9 +210,11 @@ class PrivateLog:
             with safe_open(path, framework="pt") as reader:
                 yield reader
         except FileNotFoundError:
-            raise UserError(f"private states {path} are missing. {self._anew}") from None
+            raise UserError(f"private states {path} are missing. {self._restart}") from None
         except (SafetensorError, OSError, ValueError, IndexError) as error:
-            raise UserError(f"private states {path} are damaged ({error}). {self._anew}") from None
+            raise UserError(
+                f"private states {path} are damaged ({error}). {self._restart}"
+            ) from None
 
     def _write(self, file: int, content: bytes) -> None:
         try:
@@ -201,7 +222,7 @@ class PrivateLog:
             write_bytes(self._path(file), content, mode=0o600)
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path(file)}: {error.strerror}; the run can go on from its "
+                f"cannot write {self._path(file)}: {error.strerror}; resume the run from its "
                 f"checkpoint with 'fedprompt run --resume {self.folder.parent}'."
             ) from None
 
@@ -226,9 +247,9 @@ class PrivateLog:
         return self.folder / f"round-{file:06d}.safetensors"
 
     @property
-    def _anew(self) -> str:
+    def _restart(self) -> str:
         config = self.folder.parent / "config.yaml"
-        return f"Start the run anew with 'fedprompt run {config} output.dir=...'."
+        return f"Start the run again with 'fedprompt run {config} output.dir=...'."
 
 
 def _row(reader: Any, row: int) -> Tensors:

@@ -1,7 +1,7 @@
 """A Ray actor that answers blocks: one process, one frozen CLIP.
 
-Ray imports this module in a bare process. What a library reads when it is loaded is therefore set
-here first, and the libraries are imported afterwards, inside the methods.
+Ray imports this module in a new process. Environment variables that a library reads when it is
+loaded are therefore set here first, and the libraries are imported later, inside the methods.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
 
 
 class Place(NamedTuple):
-    """Where a worker runs: process id, what it shares memory on, and how much is free there."""
+    """Where a worker runs.
+
+    Attributes:
+        pid: its process id.
+        memory: names the machine or GPU whose memory it shares with other workers.
+        free_bytes: free bytes there.
+    """
 
     pid: int
     memory: str
@@ -36,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Replies of a block, its changed private tensors, and how long the worker took."""
+    """Replies of a block, the private tensors that it changed, and the worker's seconds."""
 
     replies: list[bytes]
     changed: Packed
@@ -44,7 +50,11 @@ class Answer(NamedTuple):
 
 
 class Worker:
-    """The actor. It is created in no time; `open` then loads CLIP, features and data."""
+    """The actor. Creating it is cheap; `open` then loads CLIP, features and data.
+
+    Args:
+        needs_timm: whether the backbone needs timm.
+    """
 
     def __init__(self, needs_timm: bool) -> None:
         set_defaults()
@@ -56,7 +66,7 @@ class Worker:
         self._workspace: Workspace
 
     def placed(self) -> bool:
-        """Answers once Ray has found a place for the process."""
+        """Return as soon as Ray has found room for the process."""
         return True
 
     def open(self, config: Config, opener: Opener) -> Place:
@@ -91,7 +101,13 @@ class Worker:
         return True
 
     def run(self, block: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:
-        """Train or test one block."""
+        """Answer one block.
+
+        Args:
+            block: the block's messages as bytes.
+            private: private tensors of its clients, as `pack` makes them.
+            answer: answers the messages; pickled by reference.
+        """
         from fedprompt.simulation.block_grid import run_block
 
         start = time.perf_counter()
@@ -100,7 +116,7 @@ class Worker:
 
 
 def pack(tensors: Mapping[int, Tensors]) -> Packed:
-    """Few large arrays instead of many small tensors, which are slow to send one by one."""
+    """Tensors of several clients as few large arrays; Ray is slow with many small objects."""
     import numpy as np
 
     clients = list(tensors)
@@ -109,7 +125,7 @@ def pack(tensors: Mapping[int, Tensors]) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[int, Tensors]:
-    """What `pack` was given; every tensor is a copy, so that nothing stays in Ray's memory."""
+    """The tensors that `pack` was given, copied so that no array of Ray's store stays in use."""
     import torch
 
     clients, arrays = packed

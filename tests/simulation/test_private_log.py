@@ -340,7 +340,7 @@ def test_a_missing_file_is_one_line(sealed: tuple[PrivateLog, str], missing: int
     log._path(missing).unlink()
     with pytest.raises(UserError, match="missing or were changed") as caught:
         log.restore(2, digest)
-    assert "Start the run anew with 'fedprompt run " in one_line(caught)
+    assert "'fedprompt run " in one_line(caught)
 
 
 def test_a_file_that_vanishes_during_the_run_is_one_line(sealed: tuple[PrivateLog, str]) -> None:
