@@ -1,4 +1,4 @@
-"""Accuracy of global and personal models.
+"""Accuracy and loss of global and personal models.
 
 Shape suffixes: K clients, B images, N images of a test set, C classes.
 """
@@ -23,7 +23,13 @@ from fedprompt.methods.base import Method, Tensors, stack
 
 @dataclass(frozen=True)
 class Score:
-    """Counts on a test set, so that scores add up exactly."""
+    """Counts on a test set; unlike accuracies, they can be added without rounding.
+
+    Attributes:
+        correct: images classified correctly.
+        tested: all images.
+        loss_sum: sum of their cross-entropies.
+    """
 
     correct: int
     tested: int
@@ -31,16 +37,21 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of correct predictions, or None without test images."""
+        """Fraction of correct predictions, or None without test images."""
         return self.correct / self.tested if self.tested else None
 
 
 @dataclass(frozen=True)
 class Personal:
-    """Accuracy over clients with test images (fractions). `std` is the population's (divide by n).
+    """Accuracies of clients with test images, as fractions; every client counts once.
 
-    `worst` is the lowest client, `p10` the 10th percentile (linear interpolation), `accuracy` the
-    list that all of these are made from, in the order given.
+    Attributes:
+        mean: mean over clients.
+        std: standard deviation over clients, divided by n.
+        worst: the lowest accuracy.
+        p10: the 10th percentile, linearly interpolated.
+        clients_tested: number of clients.
+        accuracy: the accuracies, in the order given.
     """
 
     mean: float
@@ -56,7 +67,7 @@ class Personal:
 
 
 def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
-    """Statistics over clients that have test images, each counted once; None without any."""
+    """Statistics over the accuracies of clients with test images; None without any."""
     known = np.array(accuracy, dtype=np.float64)
     if known.size == 0:
         return None
@@ -74,7 +85,17 @@ def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
 def score_global(
     method: Method, shared: Tensors, inputs_N: Inputs, labels_N: Tensor
 ) -> Score | None:
-    """The shared prompts alone on a test set; None for methods without a global model."""
+    """Score the shared prompts alone on a test set.
+
+    Args:
+        method: the method.
+        shared: shared tensors, without a client axis.
+        inputs_N: images.
+        labels_N: class indices (N,).
+
+    Returns:
+        The score, or None if the method has no global model.
+    """
     if not method.has_global:
         return None
     return _score(method, encode_global(method, shared), inputs_N, labels_N)[0]
@@ -82,7 +103,10 @@ def score_global(
 
 @torch.no_grad()
 def encode_global(method: Method, shared: Tensors) -> Tensors:
-    """The encoded model of the shared prompts alone, client axis 1; the method has a global one."""
+    """Encode the shared prompts alone, as a model with client axis 1.
+
+    The method must have a global model.
+    """
     device = method.clip.device
     return method.encode({n: v[None].to(device) for n, v in shared.items()}, None)
 
@@ -91,9 +115,17 @@ def encode_global(method: Method, shared: Tensors) -> Tensors:
 def encode_personal(
     method: Method, shared: Sequence[Tensors], private: Sequence[Tensors]
 ) -> Tensors:
-    """The encoded models of K clients; client axis 1 where all of them have the same model.
+    """Encode the models of K clients.
 
-    Shared prompts that are the same for all clients are encoded once for all.
+    Shared prompts that are equal on all clients are encoded only once.
+
+    Args:
+        method: the method.
+        shared: per client, its shared tensors, without a client axis.
+        private: per client, its private tensors, without a client axis.
+
+    Returns:
+        Encoded tensors with client axis K, or 1 where all clients have the same tensor.
     """
     device, models = method.clip.device, list(shared)
     if all(_equal(other, models[0]) for other in models[1:]):
@@ -102,7 +134,7 @@ def encode_personal(
 
 
 def model_of(encoded: Tensors, client: int) -> Tensors:
-    """One of K encoded models, client axis 1; what all clients have in common stays as it is."""
+    """One of K encoded models, with client axis 1; tensors that all clients share are reused."""
     return {n: v if v.shape[0] == 1 else v[client : client + 1] for n, v in encoded.items()}
 
 
@@ -110,18 +142,29 @@ def model_of(encoded: Tensors, client: int) -> Tensors:
 def score_models(
     method: Method, encoded: Tensors, clients: int, inputs_N: Inputs, labels_N: Tensor
 ) -> list[Score]:
-    """Scores of the encoded models of `clients` clients on one common test set."""
+    """Score encoded models on one common test set.
+
+    Args:
+        method: the method.
+        encoded: encoded models, client axis `clients` or 1.
+        clients: number of clients.
+        inputs_N: images.
+        labels_N: class indices (N,).
+
+    Returns:
+        One score per client.
+    """
     scores = _score(method, encoded, inputs_N, labels_N)
     return scores if len(scores) == clients else scores * clients
 
 
 @torch.no_grad()
 def logits_of(method: Method, encoded: Tensors, inputs_N: Inputs) -> Iterator[Tensor]:
-    """Logits (B, C) of one encoded model, float32 on the CPU, a bounded number of images a time."""
-    at_once = _at_once(method)
-    for first in range(0, len(inputs_N), at_once):
-        some = inputs_N[first : first + at_once].of_one().on(method.clip.device)
-        yield method.logits(encoded, some)[0].float().cpu()
+    """Logits (B, C) of one encoded model, as float32 on the CPU, for batches of bounded size."""
+    batch_size = _batch_size(method)
+    for first in range(0, len(inputs_N), batch_size):
+        batch = inputs_N[first : first + batch_size].of_one().on(method.clip.device)
+        yield method.logits(encoded, batch)[0].float().cpu()
 
 
 @torch.no_grad()
@@ -132,22 +175,22 @@ def score_personal(
     tests: Sequence[tuple[Inputs, Tensor]],
     common: tuple[Inputs, Tensor] | None = None,
 ) -> tuple[list[Score], list[Score] | None]:
-    """Each client's shared + private prompts on its own test images, and on a common test set.
+    """Score each client's shared and private prompts on its own test images.
 
     Args:
         method: the method.
-        shared: per client, without a client axis.
-        private: per client, without a client axis.
+        shared: per client, its shared tensors, without a client axis.
+        private: per client, its private tensors, without a client axis.
         tests: per client, images (n, ...) and labels (n,); n may be 0.
-        common: optional images and labels that every client's model is tested on.
+        common: images and labels that every client's model is tested on as well, or None.
 
     Returns:
-        Scores by client on their own images, and on the common ones (None without them). Prompts
-        are encoded once, and shared ones that are the same for all clients once for all.
+        One score per client on its own images, and one per client on the common images (None
+        without `common`). Each model is encoded only once.
     """
     encoded = encode_personal(method, shared, private)
-    own = _score_each(method, encoded, tests)
-    return own, None if common is None else score_models(method, encoded, len(tests), *common)
+    on_tests = _score_each(method, encoded, tests)
+    return on_tests, None if common is None else score_models(method, encoded, len(tests), *common)
 
 
 def _equal(a: Tensors, b: Tensors) -> bool:
@@ -159,9 +202,9 @@ def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor)
     clients = max(v.shape[0] for v in encoded.values())
     correct_K = np.zeros(clients, dtype=np.int64)
     loss_K = np.zeros(clients)
-    at_once = max(1, _at_once(method) // clients)
-    for first in range(0, len(labels_N), at_once):
-        part = slice(first, first + at_once)
+    batch_size = max(1, _batch_size(method) // clients)
+    for first in range(0, len(labels_N), batch_size):
+        part = slice(first, first + batch_size)
         hits_KB, losses_KB = _outcomes(
             method, encoded, inputs_N[part].of_one(), labels_N[part][None]
         )
@@ -173,16 +216,16 @@ def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor)
 def _score_each(
     method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
 ) -> list[Score]:
-    """Scores of every client's model on that client's own test set, as few products as pay."""
+    """Scores of every client's model on that client's own test set, in few large products."""
     if all(v.shape[0] == 1 for v in encoded.values()):
         return _score_one_model(method, encoded, tests)
     scores = [Score(0, 0, 0.0)] * len(tests)
-    for clients in _similar_sizes([len(labels) for _, labels in tests], _at_once(method)):
+    for clients in _similar_sizes([len(labels) for _, labels in tests], _batch_size(method)):
         rows = torch.tensor(clients)
-        chosen = {n: v if v.shape[0] == 1 else v[rows] for n, v in encoded.items()}
+        models = {n: v if v.shape[0] == 1 else v[rows] for n, v in encoded.items()}
         inputs_KB = Inputs.padded([tests[k][0] for k in clients])
         labels_KB = pad_sequence([tests[k][1] for k in clients], batch_first=True)
-        hits_KB, losses_KB = _in_parts(method, chosen, inputs_KB, labels_KB)
+        hits_KB, losses_KB = _in_parts(method, models, inputs_KB, labels_KB)
         for row, k in enumerate(clients):
             n = len(tests[k][1])
             scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
@@ -192,14 +235,14 @@ def _score_each(
 def _score_one_model(
     method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
 ) -> list[Score]:
-    """Scores of one and the same model on every client's test set: one product over all images."""
+    """Scores of one common model on every client's test set, in one product over all images."""
     sizes = [len(labels) for _, labels in tests]
     inputs_N = Inputs.cat([inputs for inputs, _ in tests])
     labels_N = torch.cat([labels for _, labels in tests])
     hits, losses = [np.zeros(0, dtype=bool)], [np.zeros(0)]
-    at_once = _at_once(method)
-    for first in range(0, len(labels_N), at_once):
-        part = slice(first, first + at_once)
+    batch_size = _batch_size(method)
+    for first in range(0, len(labels_N), batch_size):
+        part = slice(first, first + batch_size)
         hits_1B, losses_1B = _outcomes(
             method, encoded, inputs_N[part].of_one(), labels_N[part][None]
         )
@@ -212,19 +255,19 @@ def _score_one_model(
     return [_as_score(h.sum(), len(h), s.sum()) for h, s in by_client]
 
 
-def _at_once(method: Method) -> int:
-    """Images whose logits are computed at once; pixels take the room of a batch of features."""
+def _batch_size(method: Method) -> int:
+    """Most images per call of `logits`; the image tower sets a lower bound for pixels."""
     bound = method.clip.image_batch if "pixels" in method.needs else method.images_at_once
     return min(bound, method.images_at_once)
 
 
-def _similar_sizes(sizes: Sequence[int], at_once: int) -> list[list[int]]:
-    """Clients with test images in groups that padding to one length at most doubles."""
+def _similar_sizes(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Clients with test images, in groups that padding to one length at most doubles."""
     order = sorted((k for k, n in enumerate(sizes) if n), key=lambda k: (-sizes[k], k))
     groups: list[list[int]] = []
     for k in order:
         longest = sizes[groups[-1][0]] if groups else 0
-        fits = groups and (len(groups[-1]) + 1) * longest <= max(at_once, longest)
+        fits = groups and (len(groups[-1]) + 1) * longest <= max(batch_size, longest)
         if fits and 2 * sizes[k] >= longest:
             groups[-1].append(k)
         else:
@@ -235,16 +278,16 @@ def _similar_sizes(sizes: Sequence[int], at_once: int) -> list[list[int]]:
 def _in_parts(
     method: Method, encoded: Tensors, inputs_KB: Inputs, labels_KB: Tensor
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """`_outcomes`, a bounded number of each client's images at a time."""
-    at_once = max(1, _at_once(method) // len(inputs_KB))
+    """`_outcomes` for batches of bounded size."""
+    batch_size = max(1, _batch_size(method) // len(inputs_KB))
     parts = [
         _outcomes(
             method,
             encoded,
-            inputs_KB[:, first : first + at_once],
-            labels_KB[:, first : first + at_once],
+            inputs_KB[:, first : first + batch_size],
+            labels_KB[:, first : first + batch_size],
         )
-        for first in range(0, labels_KB.shape[1], at_once)
+        for first in range(0, labels_KB.shape[1], batch_size)
     ]
     hits, losses = zip(*parts, strict=True)
     return np.concatenate(hits, axis=1), np.concatenate(losses, axis=1)

@@ -1,9 +1,9 @@
-"""Local training of K clients at once.
+"""Local training of a block of K clients.
 
-Every prompt tensor gets a leading client axis. Clients are independent, so the gradient of the sum
+Every prompt tensor has a leading client axis. Clients are independent, so the gradient of the sum
 of their losses is each client's own gradient, and an elementwise optimiser (SGD with momentum,
-AdamW) updates all of them as it would one. Unequal clients: batches are padded and masked, and a
-client that has made its last step leaves the block with its optimiser state.
+AdamW) updates all of them as it would update one. Clients with unequal numbers of images are padded
+and masked, and a client that has taken its last step leaves the block with its optimiser state.
 
 Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, C classes; A the
 clients that are still training.
@@ -27,9 +27,15 @@ from fedprompt.rng import generator
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What local training leaves behind on one client.
+    """The result of local training on one client.
 
-    `losses` are means over all images seen in the round, by loss term, with their sum as `loss`.
+    Attributes:
+        client: client id.
+        shared: its shared tensors after training, without a client axis, on the CPU.
+        private: its private tensors after training, likewise.
+        num_examples: its training images, each counted once.
+        losses: mean over all images seen in the round of every loss term, and of their sum as
+            `loss`.
     """
 
     client: int
@@ -40,9 +46,14 @@ class LocalResult:
 
 
 def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> float:
-    """Learning rate of round 1 .. `rounds`; the cosine falls over rounds and is not restarted.
+    """Learning rate of a round; the cosine falls over all rounds and is never restarted.
 
     Source: CoOp's cosine schedule, with one step per communication round.
+
+    Args:
+        config: the `training` section.
+        server_round: the round, 1 .. `rounds`.
+        rounds: number of rounds of the experiment.
     """
     if config.schedule == "constant":
         return config.lr
@@ -64,24 +75,24 @@ def train_clients(
 
     Args:
         method: supplies the loss.
-        received: per client, the shared tensors as the server sent them, and what else it sent
-            (no client axis).
-        private: per client, its private tensors (no client axis).
-        data: per client, its images; at least one each.
-        config: optimiser, batch size, epochs, schedule.
-        seed: keys the order of images with round, client and epoch.
-        server_round: 1-based round.
-        rounds: total rounds, for the schedule.
+        received: per client, the shared tensors and extras that the server sent, without a client
+            axis.
+        private: per client, its private tensors, without a client axis.
+        data: per client, its images and labels; one image or more each.
+        config: optimiser, batch size, epochs and schedule.
+        seed: keys the order of images, together with round, client and epoch.
+        server_round: the round, counted from 1.
+        rounds: number of rounds, for the schedule.
 
     Returns:
-        One result per client in the order given, tensors on the CPU, gradients for nothing else.
+        One result per client, in the order given. The arguments are not changed.
     """
     order = sorted(range(len(data)), key=lambda k: -_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
     schedule = _batches(ordered, config, seed, server_round)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
-    if inputs_N.pixels is None:  # pixels are many: they move batch by batch
+    if inputs_N.pixels is None:  # pixels would fill a GPU, so they move batch by batch
         inputs_N = inputs_N.on(device)
     labels_N = torch.cat([d.labels_N.repeat(d.views) for d in ordered]).to(device)
     received_K = stack([received[k] for k in order], device)
@@ -109,8 +120,8 @@ def train_clients(
     final, totals = _descend(
         method, config, schedule, inputs_N, labels_N, round_info, trained=trained, fixed=fixed
     )
-    own = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
-    shared_K, private_K = method.end_round(*_containers(final | own), round_info)
+    frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
+    shared_K, private_K = method.end_round(*_containers(final | frozen), round_info)
     shared_K = {n: v.cpu() for n, v in shared_K.items()}
     private_K = {n: v.cpu() for n, v in private_K.items()}
     totals = {n: v.cpu() for n, v in totals.items()}
@@ -141,9 +152,10 @@ def _descend(
     trained: Tensors,
     fixed: Tensors,
 ) -> tuple[Tensors, Tensors]:
-    """All local steps: the `trained` tensors (K, ...) after them, and sums of losses (K,) by term.
+    """Take all local steps.
 
-    Names say which container a tensor belongs to; `fixed` ones take part and stay as they are.
+    Returns the `trained` tensors (K, ...) afterwards, and the sum over images of every loss term
+    (K,). Names say which container a tensor belongs to. The `fixed` tensors are used, not changed.
     """
     device = method.clip.device
     final = {n: v.clone() for n, v in trained.items()}
@@ -163,9 +175,9 @@ def _descend(
             batch = Batch(inputs_KB, labels_N[index_KB], mask_KB, present, step)
             encoded = method.encode(shared_A, private_A)
             loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
-            found = method.gradients(loss_terms, leaves, batch)
+            gradients = method.gradients(loss_terms, leaves, batch)
             for name, leaf in leaves.items():
-                leaf.grad = found[name]
+                leaf.grad = gradients[name]
             optimizer.step()
             loss_K = torch.stack(list(loss_terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
@@ -180,7 +192,7 @@ def _descend(
 
 
 def _named(shared: Tensors, private: Tensors) -> Tensors:
-    """Both containers in one, by names that say which."""
+    """Both containers in one dict, with the container's name before the tensor's."""
     return {f"shared.{n}": v for n, v in shared.items()} | {
         f"private.{n}": v for n, v in private.items()
     }
@@ -202,7 +214,13 @@ def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Batches of a block; `segments` are (first step, last step + 1, active clients)."""
+    """Batches of a block.
+
+    Attributes:
+        index_SKB: rows of the images of each step, client and batch.
+        mask_SKB: which of them are images and not padding.
+        segments: (first step, last step + 1, clients still training), in order.
+    """
 
     index_SKB: Tensor
     mask_SKB: Tensor
@@ -216,7 +234,7 @@ def _steps(images: int, config: TrainingConfig) -> int:
 def _batches(
     data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
 ) -> _Schedule:
-    """Every client's own seeded batches, padded to a common shape; the last batch is partial."""
+    """Every client's own seeded batches, padded to one shape; its last batch may be partial."""
     steps_K = [_steps(len(d), config) for d in data]
     width = min(config.batch_size, max(len(d) for d in data))
     index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
@@ -266,11 +284,11 @@ def _restore(
     state: list[dict[str, Tensor]] | None,
     active: int,
 ) -> None:
-    """Hand on the optimiser state of the clients that go on; counters are the same for all."""
+    """Give the optimiser the state of the clients still training; counters are common to all."""
     if state is None:
         return
-    for leaf, kept in zip(leaves, state, strict=True):
+    for leaf, leaf_state in zip(leaves, state, strict=True):
         optimizer.state[leaf] = {
             n: v[:active].clone() if torch.is_tensor(v) and v.dim() > 0 else v
-            for n, v in kept.items()
+            for n, v in leaf_state.items()
         }

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
+from fedprompt.evaluation.registry import result_tables
 from fedprompt.reports.format import (
     MISSING,
     ResultRow,
@@ -54,9 +55,6 @@ def protocol_tables(summary: Mapping[str, Any], width: int) -> list[Group]:
     Raises:
         UserError: these results are damaged.
     """
-    # Imported here: protocols format their cells with this module.
-    from fedprompt.evaluation.registry import result_tables
-
     shown = []
     for found in result_tables(summary, "the run's summary"):
         first, *others = fields(found.columns, found.rows)

@@ -1,9 +1,11 @@
-"""A run on disk: config, metrics, checkpoint, results. Any moment is a good moment to be killed.
+"""A run on disk: config, metrics, checkpoint, results.
+
+Crash-safe: every file is replaced atomically, or appended to line by line.
 
 config.yaml            complete; reproduces the run
 partition.json         clients x classes and domains
 metrics.jsonl          one line per round; bitwise the same after a resume
-timings.jsonl          seconds per round; not the same after a resume
+timings.jsonl          seconds per round; different after a resume
 checkpoint.safetensors round, shared and strategy tensors; replaced atomically
 private/               in a simulation, the clients' private tensors (private_log.py)
 prompts.safetensors    final shared prompts
@@ -32,11 +34,18 @@ from fedprompt.files import write_bytes
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, TIMINGS
 
 UNSTARTED = {CONFIG, ".lock", "loggers.json", "tensorboard", "wandb"}
-"""What a run's folder may hold before its first round: its config, and logs without a point."""
+"""What a run's folder may hold before its first round: its config, and empty trackers' logs."""
 
 
 class RunFolder:
-    """One run's folder, held by one process at a time."""
+    """One run's folder, locked by one process at a time.
+
+    Args:
+        path: the folder, which exists.
+
+    Raises:
+        UserError: another process holds the folder, or it cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +59,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
-        """A fresh folder: `output.dir`, else the first free `root/<experiment>-<method>-seed<s>`.
+        """Create the folder of a new run and write its `config.yaml`.
+
+        Args:
+            config: the experiment. The folder is `output.dir` or, without one, the first free of
+                `<output.root>/<experiment>-<method>-seed<seed>`, the same with `-2`, and so on.
+
+        Returns:
+            The locked folder.
 
         Raises:
             UserError: the folder holds a run already, or cannot be written.
@@ -64,7 +80,7 @@ class RunFolder:
         if (path / CONFIG).exists():
             folder.close()
             raise UserError(
-                f"{path} already holds a run; go on with 'fedprompt run --resume {path}' or "
+                f"{path} already holds a run; resume it with 'fedprompt run --resume {path}', or "
                 "choose another output.dir."
             )
         folder.write(CONFIG, to_yaml(config).encode())
@@ -72,10 +88,16 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path) -> tuple[RunFolder, Config]:
-        """An existing folder and its config.
+        """Lock the folder of an existing run.
+
+        Args:
+            path: the run folder.
+
+        Returns:
+            The locked folder and the run's config.
 
         Raises:
-            UserError: there is no run in the folder.
+            UserError: the folder holds no run, its config is damaged, or another process holds it.
         """
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
@@ -83,37 +105,57 @@ class RunFolder:
         return cls(path), config
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the lock."""
         self._lock.release()
 
     def discard_unstarted(self) -> None:
-        """Remove the folder of a run that never began, so that a mended retry gets its name."""
+        """Remove the folder of a run that failed before its first round; a retry takes its name."""
         if {p.name for p in self.path.iterdir()} <= UNSTARTED:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, content: bytes) -> None:
         """Replace one file atomically.
 
+        Args:
+            name: the file's name in the folder.
+            content: its new content.
+
         Raises:
-            UserError: full disk or no right to write.
+            UserError: the disk is full, or the file cannot be written.
         """
         try:
             write_bytes(self.path / name, content)
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path / name}: {error.strerror}; the run can go on from its "
+                f"cannot write {self.path / name}: {error.strerror}; resume the run from its "
                 f"checkpoint with 'fedprompt run --resume {self.path}'."
             ) from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Replace one JSON file atomically, a list of numbers to a line; NaN is refused."""
+        """Replace one JSON file atomically, with each list of numbers on one line.
+
+        Args:
+            name: the file's name in the folder.
+            value: plain JSON values; NaN and infinity are refused with a `ValueError`.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written.
+        """
         text = json.dumps(value, indent=2, allow_nan=False)
-        # No quote within the brackets, so no text is touched.
+        # The brackets must not contain a quote, so that no text is changed.
         text = re.sub(r'\[\n[^\]\["{}]+\]', lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
         self.write(name, f"{text}\n".encode())
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one line to a `.jsonl` file and sync it."""
+        """Append one line to a `.jsonl` file and flush it to disk.
+
+        Args:
+            name: the file's name in the folder.
+            record: plain JSON values; NaN and infinity are refused with a `ValueError`.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written.
+        """
         try:
             with (self.path / name).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record, allow_nan=False) + "\n")
@@ -121,12 +163,12 @@ class RunFolder:
                 os.fsync(stream.fileno())
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path / name}: {error.strerror}; free some room, then "
-                f"'fedprompt run --resume {self.path}'."
+                f"cannot write {self.path / name}: {error.strerror}; free some space, then resume "
+                f"with 'fedprompt run --resume {self.path}'."
             ) from None
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """All whole lines of a `.jsonl` file; a torn last line is left out."""
+        """All complete lines of a `.jsonl` file; a last line that was cut off is left out."""
         path = self.path / name
         if not path.is_file():
             return []
@@ -139,23 +181,34 @@ class RunFolder:
         return records
 
     def rewind(self, server_round: int) -> None:
-        """Drop what was written after the checkpoint of `server_round` (-1: everything)."""
+        """Remove all lines that were written after a checkpoint.
+
+        Args:
+            server_round: the checkpoint's round; -1 removes all lines.
+        """
         for name in (METRICS, TIMINGS):
             if not (self.path / name).is_file():
                 continue
-            kept = [
-                r
-                for r in self.lines(name)
-                if r.get("kind", "round") == "round" and r["round"] <= server_round
+            lines = [
+                line
+                for line in self.lines(name)
+                if line.get("kind", "round") == "round" and line["round"] <= server_round
             ]
-            self.write(name, "".join(json.dumps(r) + "\n" for r in kept).encode())
+            self.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
         for stray in self.path.glob(".*.tmp"):
             stray.unlink(missing_ok=True)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint; it is either the old one or the new one, never half of it."""
+        """Replace the checkpoint atomically.
+
+        Args:
+            checkpoint: the round, its shared tensors, the strategy's state, and byte totals.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written.
+        """
         groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
-        # Clones, since the format refuses tensors of one memory, and a strategy may keep such.
+        # Cloned, since the format refuses tensors that share memory, as a strategy's may.
         tensors = {
             f"{group}/{name}": tensor.detach().contiguous().clone()
             for group, named in groups.items()
