@@ -26,6 +26,7 @@ from fedprompt.deploy.processes import Processes
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import default_path
+from fedprompt.experiment.summary import show_result
 from fedprompt.reports.run_data import CONFIG, SUMMARY
 
 DEPLOYMENT, LOG = "deployment.json", "server.log"
@@ -213,7 +214,7 @@ def conclude(path: Path, display: Display, resume: str, logs: Path) -> Path:
         if not lines:
             raise UserError(f"the run did not start; for the reason, see {logs / 'superexec.log'}.")
         raise UserError(f"the run did not finish: {lines[-1]}; resume it with '{resume}'.")
-    display.finish(json.loads((path / SUMMARY).read_text()), path)
+    show_result(display, json.loads((path / SUMMARY).read_text()), path)
     return path
 
 

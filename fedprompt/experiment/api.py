@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import StopRun, UserError
+from fedprompt.evaluation.registry import result_tables
 from fedprompt.experiment import compose as composition
 from fedprompt.experiment import run as experiments
 from fedprompt.experiment.display import (
@@ -24,8 +25,9 @@ from fedprompt.experiment.display import (
 )
 from fedprompt.experiment.predict import Classifier
 from fedprompt.reports.client_figures import figure_clients, figure_partition
+from fedprompt.reports.format import Table
 from fedprompt.reports.round_figures import figure_accuracy, figure_loss
-from fedprompt.reports.run_data import CONFIG, RunData, load_run
+from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +175,9 @@ class Result:
         console = Console(
             file=text, width=WIDTH, highlight=False, force_terminal=False, force_jupyter=False
         )
-        for table in (summary_table(self.summary, WIDTH), *protocol_tables(self.summary, WIDTH)):
+        tables = result_tables(self.summary, str(self.path / SUMMARY))
+        console.print(summary_table(self.summary, WIDTH))
+        for table in protocol_tables(tables, WIDTH):
             console.print(table)
         return text.getvalue()
 
@@ -252,8 +256,13 @@ class _Observer:
         if self._on_round is not None and self._on_round(record) is False:
             raise StopRun
 
-    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
-        self._display.finish(summary, run_dir)
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
+        self._display.finish(summary, run_dir, tables)
 
     def close(self) -> None:
         self._display.close()

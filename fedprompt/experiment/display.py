@@ -11,7 +11,7 @@ import atexit
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-from fedprompt.evaluation.registry import result_tables
 from fedprompt.reports.format import (
     MISSING,
     ResultRow,
+    Table,
     human_bytes,
     human_time,
     percent,
@@ -49,17 +49,13 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     )
 
 
-def protocol_tables(summary: Mapping[str, Any], width: int) -> list[Group]:
-    """One table per protocol that has results of its own.
-
-    Raises:
-        UserError: these results are damaged.
-    """
-    shown = []
-    for found in result_tables(summary, "the run's summary"):
-        first, *others = fields(found.columns, found.rows)
-        shown.append(fitted(first, others, width, title=found.title, note=found.note))
-    return shown
+def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
+    """The tables of protocols for a terminal of `width` columns."""
+    groups = []
+    for table in tables:
+        first, *columns = fields(table.columns, table.rows)
+        groups.append(fitted(first, columns, width, title=table.title, note=table.note))
+    return groups
 
 
 _RESULT_COLUMNS = ("global\naccuracy", "personalised\nmean ± std", "worst\nclient", "10th\npct.")
@@ -113,8 +109,17 @@ class Display(Protocol):
         seen so far are added up.
         """
 
-    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
-        """The run is complete: its summary table, then its folder."""
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
+        """The run is complete: its summary table, the tables of its protocols, then its folder.
+
+        The tables are passed in, since making them needs the protocols and thus PyTorch. A display
+        is shown before PyTorch is imported.
+        """
 
     def close(self) -> None:
         """Give the terminal back; safe to call twice, and after an error."""
@@ -153,10 +158,13 @@ def _fields(
 
 
 def _print_summary(
-    console: Console, summary: Mapping[str, Any], run_dir: Path | str | None
+    console: Console,
+    summary: Mapping[str, Any],
+    run_dir: Path | str | None,
+    tables: Sequence[Table],
 ) -> None:
     console.print(summary_table(summary, console.width))
-    for table in protocol_tables(summary, console.width):
+    for table in protocol_tables(tables, console.width):
         console.print(table)
     if run_dir is not None:
         # Not in the table's caption: there it would be broken over lines and hard to copy.
@@ -194,9 +202,14 @@ class PlainDisplay:
         fields = (f"{name} {value}" for name, value in _fields(record, self._traffic, eta_s))
         self._print("  ".join((f"{_label(record)} {record['round']}/{self._rounds}", *fields)))
 
-    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
         """Print the summary table."""
-        _print_summary(self._console, summary, run_dir)
+        _print_summary(self._console, summary, run_dir, tables)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -251,10 +264,15 @@ class RichDisplay:
         self._open().update(Group(self._progress, numbers))
         self._show(_label(record), record["round"])
 
-    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
         """Close the live block and print the summary table."""
         self.close()
-        _print_summary(self._console, summary, run_dir)
+        _print_summary(self._console, summary, run_dir, tables)
 
     def close(self) -> None:
         """Stop the live block and show the cursor again."""
@@ -300,9 +318,14 @@ class QuietDisplay:
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
         """Say nothing."""
 
-    def finish(self, summary: Mapping[str, Any], run_dir: Path | str | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
         """Print the summary table."""
-        _print_summary(self._console, summary, run_dir)
+        _print_summary(self._console, summary, run_dir, tables)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -13,7 +13,7 @@ from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
-from fedprompt.experiment.summary import draw_report, finish
+from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
@@ -37,7 +37,7 @@ def resume(path: Path, display: Display, resources: ResourceCache | None = None)
     if (path / SUMMARY).is_file():
         if config.output.report and not (path / REPORT).is_file():
             draw_report(path)
-        display.finish(json.loads((path / SUMMARY).read_text()), path)
+        show_result(display, json.loads((path / SUMMARY).read_text()), path)
         folder.close()
         return path
     return _run(config, folder, display, resources)

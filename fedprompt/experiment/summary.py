@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,16 @@ def finish(
     if config.output.report:
         display.phase("drawing the report")
         draw_report(folder.path)
-    display.finish(summary, folder.path)
+    show_result(display, summary, folder.path)
+
+
+def show_result(display: Display, summary: Mapping[str, Any], path: Path) -> None:
+    """Show the result of a complete run, with the tables of its protocols.
+
+    Raises:
+        UserError: the protocols' results in the summary are damaged.
+    """
+    display.finish(summary, path, result_tables(summary, str(path / SUMMARY)))
 
 
 def _zero_shot(workspace: Workspace) -> dict[str, Any]:

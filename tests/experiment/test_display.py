@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from fedprompt.evaluation.registry import result_tables
 from fedprompt.experiment.display import (
     PlainDisplay,
     QuietDisplay,
@@ -241,7 +242,7 @@ def test_no_number_of_a_table_is_cut_or_folded(width: int) -> None:
     protocols = {"base_to_new": {"rows": rows, **sizes}}
     shown = [
         summary_table(SUMMARY | {"method": "fedrsclip_visual"}, width),
-        *protocol_tables(SUMMARY | {"protocols": protocols}, width),
+        *protocol_tables(result_tables({"protocols": protocols}, "here"), width),
     ]
     text = "".join(printed(one, width) for one in shown)
     assert len(shown) == 2
