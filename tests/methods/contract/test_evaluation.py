@@ -1,0 +1,70 @@
+"""What every method promises about evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.table import FeatureTable, encode_inputs
+from fedprompt.methods.base import Method, Task
+from fedprompt.scoring import encode_personal, logits_of, model_of, score_personal
+from tests.support import twins
+from tests.support.builders import CLASS_NAMES
+from tests.support.method_contract import (
+    NEW_NAMES,
+    SIZES,
+    clients,
+    shapes,
+    starts,
+    train,
+)
+
+
+def test_models_score_images(method: Method, columns: FeatureTable, dataset: ImageDataset) -> None:
+    data = clients(columns, dataset)
+    received, private = starts(method, data)
+    tests = [(d.inputs, d.labels_N) for d in data]
+    scores, _ = score_personal(method, received, private, tests)
+    assert [s.tested for s in scores] == list(SIZES)
+    assert all(np.isfinite(s.loss_sum) for s in scores)
+    if method.has_global:
+        shared = {n: t[None] for n, t in method.init_shared(1).items()}
+        logits = method.logits(
+            method.encode(shared, None), data[0].inputs.of_one().on(method.clip.device)
+        )
+        assert logits.shape == (1, SIZES[0], len(CLASS_NAMES))
+        assert torch.isfinite(logits).all()
+
+
+def test_cached_equals_uncached(
+    method: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
+) -> None:
+    index = np.arange(3, 10)
+    images = torch.stack([clip.preprocess(dataset.open_image(int(i))) for i in index])
+    fresh = encode_inputs(clip, images, method.needs)
+    received, private = starts(method, clients(columns, dataset)[:1])
+    encoded = encode_personal(method, received, private)
+    ours, theirs = (
+        torch.cat(list(logits_of(method, encoded, i))) for i in (columns.rows(index), fresh)
+    )
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_new_class_names_or_a_reason(
+    method: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
+) -> None:
+    if method.no_transfer_reason is not None:
+        assert len(method.no_transfer_reason) > 10
+        return
+    data = clients(columns, dataset)[:2]
+    received, private = starts(method, data)
+    if method.trainable:
+        private = [r.private for r in train(method, data, received, private)]
+    other = twins.build(clip, method.name, Task(NEW_NAMES))
+    assert shapes(other.init_shared(1)) == shapes(method.init_shared(1))
+    encoded = encode_personal(other, received, private)
+    logits = torch.cat(list(logits_of(other, model_of(encoded, 1), data[1].inputs)))
+    assert logits.shape == (SIZES[1], len(NEW_NAMES))
+    assert torch.isfinite(logits).all()
