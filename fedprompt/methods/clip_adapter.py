@@ -43,7 +43,7 @@ class CLIPAdapterConfig(MethodConfig):
     template: str | None = option(None, "text with {} for the class; null = the data set's own")
 
     def check(self) -> None:
-        """A template has a place for the class."""
+        """Refuse a template without a place for the class name."""
         check_template(self.template)
 
 
@@ -77,5 +77,5 @@ class CLIPAdapter(Method):
         return cosine_logits(self.clip, F.normalize(mixed_KBD, dim=-1), encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: the adapter stands between image features and logits."""
+        """None: the adapter changes the image features."""
         return None

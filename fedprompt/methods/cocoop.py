@@ -1,13 +1,13 @@
-"""CoCoOp: a small net shifts the context by what it sees in the image.
+"""CoCoOp: a small network shifts the context depending on the image.
 
 Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
 2203.05557): v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU,
-Linear(D / 16, d) on the L2-normalised image feature; every image has class features of its own.
+Linear(D / 16, d) on the L2-normalised image feature, so every image has its own class features.
 Checked against the authors' `trainers/cocoop.py`.
 
-How we differ: images do not go through the text tower one by one, but many at once (one prompt per
-image), as many as `POSITIONS_AT_ONCE` allows; beyond that, training keeps the contexts alone and
-computes the tower again for the gradient, so memory does not grow with the batch. Values and
+How we differ: the prompts of many images pass through the text tower together (one prompt per
+image), as many as `POSITIONS_AT_ONCE` allows. Beyond that, training stores only the contexts and
+recomputes the tower for the gradient, so the memory does not grow with the batch. Values and
 gradients are the same. N images still cost N x C text sequences: the paper trains with
 `training.batch_size=1`.
 """
@@ -29,7 +29,7 @@ from fedprompt.methods.parts.linear import linear, linear_start
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 POSITIONS_AT_ONCE = 8192
-"""Text positions that go through the tower at once: they bound the memory of activations."""
+"""Largest number of text positions in one pass through the tower; it bounds the memory."""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, a
 class-specific context (CSC): `[SOS][v_1^c .. v_M^c][class c].`, cosine logits times
 exp(logit_scale), cross-entropy.
 
-How we differ: CoOp is not federated. A client's gradient only pushes a class that it has no image
-of away from its images, so a plain average would wear such classes down. The strategy `per_class`
-averages each class's context over the clients that hold the class. For that a client uploads
-`class_shares` (C,), the share of each class among its training images: a frozen shared tensor that
-`end_round` fills and that the server sends back as zeros. THIS TELLS THE SERVER THE CLIENT'S LABEL
-HISTOGRAM, which no other method of this family does.
+How we differ: CoOp is not federated. If a client has no image of a class, its gradient only pushes
+that class away from its images, so a plain average would degrade such classes. The strategy
+`per_class` averages each class's context over the clients that have images of the class. For this
+purpose a client uploads `class_shares` (C,), the share of each class among its training images: a
+frozen shared tensor that `end_round` fills and that the server sends back as zeros. THIS REVEALS
+THE CLIENT'S LABEL HISTOGRAM TO THE SERVER, which no other method of this family does.
 
-Where `context_init` is given, every class starts from the same words; CoOp's code then drops the
-class-specific contexts without a word.
+If `context_init` is given, every class starts from the same words; CoOp's code then silently drops
+the class-specific contexts.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class CoOpCSCConfig(PromptConfig):
 
     context_tokens: int = option(16, "context tokens M of each class", ge=1)
     context_init: str | None = option(None, "words that every class starts from")
-    class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
+    class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")
 
 
 class CoOpCSC(Method):
-    """A context per class; nothing private but what `class_shares` tells."""
+    """One shared context per class; nothing is private, and `class_shares` reveals the labels."""
 
     name = "coop_csc"
     source = "Zhou et al., IJCV 2022"
@@ -78,7 +78,7 @@ class CoOpCSC(Method):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Adds each class's share of the client's training images."""
+        """Add each class's share of the client's training images."""
         counts_KC = round_info.class_counts_KC.float()
         shares_KC = counts_KC / counts_KC.sum(-1, keepdim=True)
         return {**shared, "class_shares": shares_KC}, private

@@ -1,4 +1,4 @@
-"""CoOp on every client alone: the reference that a federation has to beat.
+"""CoOp on every client alone: the baseline that a federation should beat.
 
 Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, arXiv 2109.01134).
 The same prompt, logits and loss as `promptfl`, but the context is private and nothing is sent.
@@ -18,7 +18,7 @@ class CoOpLocalConfig(PromptFLConfig):
 
 
 class CoOpLocal(PromptFL):
-    """One private context; nothing shared, so no global model."""
+    """One private context; nothing is shared, so there is no global model."""
 
     name = "coop_local"
     source = "Zhou et al., IJCV 2022"

@@ -25,7 +25,7 @@ MISSING: the paper's server weighs clients' P_t by losses of every client on eve
 validation set; here they are weighed by training images. Its validation images are held out of
 training; here they are training images, kept as private tensors.
 
-PRIVACY: other clients see a client's P_d as it trained it, and a client is sent E of them in every
+PRIVACY: other clients see a client's P_d as it was trained, and a client is sent E of them in every
 exchange (394,000 numbers each on ViT-B/16).
 """
 
@@ -63,12 +63,12 @@ class DP2FLConfig(MaPLeConfig):
     sharing: Literal["text", "factors", "materialised"] = option("factors", "always 'factors'")
     depth: int = option(1, "layers with prompts; 1 = at the input only", ge=1)
     peers: int = option(9, "other clients whose data prompts a client is sent", ge=1)
-    alpha: float = option(1.2, "peers count whose loss is below alpha times the own one", gt=0)
+    alpha: float = option(1.2, "peers whose loss is below alpha times the own one are used", gt=0)
     beta: float = option(0.2, "share of the peers in a data prompt", ge=0, le=1)
-    validation_images: int = option(4, "own images that peers' prompts are judged on", ge=1)
+    validation_images: int = option(4, "own images on which peers' prompts are evaluated", ge=1)
 
     def check(self) -> None:
-        """P_t and P_d are both uploaded."""
+        """Refuse to upload anything but P_t and P_d."""
         if self.sharing != "factors":
             raise UserError("'sharing' must be 'factors': peers are sent each other's P_d.")
 
@@ -103,7 +103,7 @@ class DP2FL(MaPLe):
         return {**rows, "peers.known": torch.zeros(peers)}
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """Keep a few of the client's own images to judge peers on."""
+        """Store a few of the client's own images, on which peers are evaluated."""
         draw = generator(seed, "validation images", data.client)
         count = min(self.cfg.validation_images, len(data))
         rows = torch.from_numpy(draw.permutation(len(data))[:count])
@@ -118,7 +118,7 @@ class DP2FL(MaPLe):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """P_d from the own one and its peers', or from the average where there is no own one."""
+        """P_d from the client's own and its peers', or from the average if it has none yet."""
         current = local_copy.model(shared, private)
         weights_KE = self.peer_weights(current, private, round_info)
         mixed = dict(shared)
@@ -132,7 +132,7 @@ class DP2FL(MaPLe):
 
     @torch.no_grad()
     def peer_weights(self, current: Tensors, private: Tensors, round_info: RoundInfo) -> Tensor:
-        """How much each peer counts (K, E); rows sum to 1, or to 0 where no peer is let in."""
+        """Weight of each peer (K, E); rows sum to 1, or to 0 if no peer qualifies."""
         own_K = self._judge(current, private)
         peers = {n: round_info.received[f"peers.{n}"] for n in FACTORS}
         losses_KE = torch.stack(
@@ -143,9 +143,9 @@ class DP2FL(MaPLe):
             dim=1,
         )
         able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[local_copy.VALID] > 0)
-        let_in = (round_info.received["peers.known"] > 0) & able_K1
-        let_in = let_in & (losses_KE < self.cfg.alpha * own_K[:, None])
-        inverse_KE = torch.where(let_in, 1 / losses_KE.clamp(min=1e-8), 0.0)
+        qualified = (round_info.received["peers.known"] > 0) & able_K1
+        qualified = qualified & (losses_KE < self.cfg.alpha * own_K[:, None])
+        inverse_KE = torch.where(qualified, 1 / losses_KE.clamp(min=1e-8), 0.0)
         return inverse_KE / inverse_KE.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def _judge(self, model: Tensors, private: Tensors) -> Tensor:
@@ -164,7 +164,7 @@ class DP2FL(MaPLe):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """P_t and P_d are uploaded; P_d is kept."""
+        """P_t and P_d are uploaded; P_d is also stored."""
         return shared, local_copy.after_training(private, shared)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:

@@ -3,7 +3,7 @@
 Source: Privacy-Preserving Personalized Federated Prompt Learning for Multimodal Large Language
 Models (Tran et al., ICLR 2025, arXiv 2501.13904; public code: linhhtran/DP-FPL, from which the
 formulae are read). G is the shared context (M, d), L the private one, g the gradient of the
-cross-entropy for their sum; at every step L is factorised anew:
+cross-entropy for their sum; L is factorised again at every step:
 
     p = G + L,   L = U V + R                       prompt; U (M, r), V (r, d)
     U = orth(L V_0), V = orth(L^T U)^T             one power iteration, V_0 ~ N(0, 1)
@@ -12,8 +12,8 @@ cross-entropy for their sum; at every step L is factorised anew:
     g_G = clip(g)                                  what moves G
     n ~ N(0, std^2),  std = sqrt(T ln(1 / delta)) / epsilon * clip_norm / B
 
-T rounds, B images in the step. U, V and R have no state of their own and R is never left out, so
-the prompt is G + L whatever the rank; rank and noise act on L's gradient alone.
+T rounds, B images in the step. U, V and R have no state of their own and R is never dropped, so the
+prompt is G + L for every rank; rank and noise affect only the gradient of L.
 
 WHAT IS NOT THE PAPER'S. There, the server averages the clients' g_G after every batch, adds noise
 of std / N for N clients and steps. Here a client steps G itself and weights are averaged once a
@@ -23,17 +23,17 @@ round is then the paper's step. With more steps the noise passes through local t
 paper does not analyse; and one client's reply is protected less than the mean of N. `none` leaves
 the shared part to a differentially private strategy, `local` gives it the private part's std.
 
-WHAT EPSILON IS WORTH. The formula is the public code's. It clips the mean gradient of a batch, not
-each image's, so clip_norm / B is not what one image can change, and it counts rounds where noise
-is added at every batch: epsilon is a scale of noise, NO guarantee. Nor do we give one. Private
-tensors never leave the client in any case.
+WHAT EPSILON GUARANTEES. The formula is the public code's. It clips the mean gradient of a batch,
+not each image's, so clip_norm / B is not what one image can change, and it counts rounds where
+noise is added at every batch: epsilon is a scale of noise, NO guarantee. Nor do we give one.
+Private tensors never leave the client in any case.
 
 How we differ: the public code adds U U^T g_U V; to be g's projection on the factors' tangent space
 the sign has to be minus (Yu et al., ICML 2021, arXiv 2106.09352) and nothing divided by 10.
 `local_gradient: projection` does so; the default is the code's. In one version of that code a
 single optimiser serves all clients in turn, so that its momentum mixes them; ours is each client's
-own. B is the number of a step's images, so a partial batch gets more noise; there it is the largest
-batch's.
+own. B is the number of a step's images, so a partial batch gets more noise; in the public code it
+is the size of the largest batch.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 @dataclass(frozen=True)
 class DPFPLConfig(RandomPromptConfig):
-    """Defaults: the public code's, but noise is off unless asked for.
+    """Defaults: the public code's, but noise is off by default.
 
-    So it is in one version of that code; in another, and in its README, epsilon is 0.4. The paper's
-    are 0.1 to 0.4.
+    One version of that code has no noise either; in another, and in its README, epsilon is 0.4. The
+    paper's values are 0.1 to 0.4.
     """
 
     default_strategy = UNIFORM_AVERAGE
@@ -75,7 +75,7 @@ class DPFPLConfig(RandomPromptConfig):
     local_gradient: Literal["public_code", "projection"] = option("public_code", "form of g_L")
 
     def check(self) -> None:
-        """The factor U has orthonormal columns, so no more of them than tokens."""
+        """U has orthonormal columns, so there cannot be more of them than tokens."""
         if self.rank > self.context_tokens:
             raise UserError(
                 f"rank {self.rank} is larger than context_tokens, {self.context_tokens}."
@@ -115,8 +115,8 @@ class DPFPL(Method):
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """g_G and g_L: clipped, noisy, and L's through the factors."""
-        found = super().gradients(loss_terms, leaves, batch)
-        g_KMd = found["private.ctx"]
+        gradients = super().gradients(loss_terms, leaves, batch)
+        g_KMd = gradients["private.ctx"]
         assert g_KMd is not None
         private_KMd = leaves["private.ctx"].detach()
         start_Kdr = batch.normal((private_KMd.shape[-1], self.cfg.rank), "dp_fpl", "power")
@@ -127,11 +127,11 @@ class DPFPL(Method):
         sides_KMd = left_KMd + u_KMr @ gv_Krd
         both_KMd = u_KMr @ (u_KMr.transpose(-1, -2) @ left_KMd)
         if self.cfg.local_gradient == "projection":
-            found["private.ctx"] = sides_KMd - both_KMd
+            gradients["private.ctx"] = sides_KMd - both_KMd
         else:
-            found["private.ctx"] = (sides_KMd + both_KMd) / 10
-        found["shared.ctx"] = self._shared_noise(g_KMd, batch)
-        return found
+            gradients["private.ctx"] = (sides_KMd + both_KMd) / 10
+        gradients["shared.ctx"] = self._shared_noise(g_KMd, batch)
+        return gradients
 
     def noise_std(self, batch: Batch) -> Tensor:
         """std of each client's noise (K,): sqrt(T ln(1 / delta)) / epsilon * clip_norm / B."""

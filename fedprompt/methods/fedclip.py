@@ -10,11 +10,11 @@ un-normalised image feature, t_c the text feature of "a picture of a {class}", B
     loss = (CE(Z, diagonal) + CE(Z^T, diagonal)) / 2,   Z_ij = exp(logit_scale) cos(v'_i, t_{y_j})
 
 The loss is CLIP's own over the batch's image-text pairs. Only the attention is trained and
-averaged: 2 (D^2 + D) numbers, 525,312 at D = 512; every client counts the same.
+averaged: 2 (D^2 + D) numbers, 525,312 at D = 512; all clients have equal weights.
 
-As in the paper, an image of the class of another one in the batch is a negative of it; with two
-images of one class the loss cannot reach zero. A batch of a single image has loss and gradient
-zero (the public code skips it). How we differ: the public code keeps the round with the best
+As in the paper, two images of one class in a batch are negatives of each other, so the loss of such
+a batch cannot reach zero. The loss and the gradient of a batch with a single image are zero (the
+public code skips it). How we differ: the public code keeps the round with the best
 validation accuracy; here the protocol decides what is reported.
 """
 
@@ -37,7 +37,7 @@ from fedprompt.methods.parts.losses import cosine_logits, masked_mean
 
 @dataclass(frozen=True)
 class FedCLIPConfig(MethodConfig):
-    """No hyper-parameters but the text."""
+    """The only hyper-parameter is the text."""
 
     default_strategy = UNIFORM_AVERAGE
 
@@ -46,7 +46,7 @@ class FedCLIPConfig(MethodConfig):
     )
 
     def check(self) -> None:
-        """A template has a place for the class."""
+        """Refuse a template without a place for the class name."""
         check_template(self.template)
 
 
@@ -87,7 +87,7 @@ class FedCLIP(Method):
         return {"ce": (there_K + back_K) / 2}
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: the attention stands between image features and logits."""
+        """None: the attention changes the image features."""
         return None
 
 

@@ -1,8 +1,8 @@
-"""FedCoCoOp: CoCoOp in a federation, as FedTPG's paper compares with it.
+"""FedCoCoOp: CoCoOp in a federation, a baseline of FedTPG's paper.
 
 Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
 arXiv 2310.06123) for the federation; CoCoOp (Zhou et al., CVPR 2022) for the method. Context and
-Meta-Net are averaged, every client counting the same.
+Meta-Net are averaged with equal weights.
 
 Inferred: FedTPG's public code holds no CoCoOp. The random start of 4 tokens and the uniform average
 are those of its other baselines.

@@ -49,7 +49,7 @@ class FedDDAConfig(RandomPromptConfig):
 
 
 class FedDDA(Method):
-    """`ctx` and an adapter in both containers; the private one holds `gate.weight` (3, D) too."""
+    """`ctx` and an adapter in both containers; the private one also holds `gate.weight` (3, D)."""
 
     name = "feddda"
     source = "Yang et al., ICML 2025"
@@ -106,7 +106,7 @@ class FedDDA(Method):
         return cosine_logits(self.clip, F.normalize(mixed_KBD, dim=-1), encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: the adapters stand between image features and logits."""
+        """None: adapters change the image features."""
         return None
 
 

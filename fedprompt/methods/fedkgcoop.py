@@ -1,13 +1,13 @@
-"""FedKgCoOp: KgCoOp in a federation, as FedTPG's paper compares with it.
+"""FedKgCoOp: KgCoOp in a federation, a baseline of FedTPG's paper.
 
 Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
 arXiv 2310.06123) for the federation and its settings; KgCoOp (Yao et al., CVPR 2023) for the
 method. Checked against the authors' `model/custom_coop.py` and `federated/server.py`: 4 tokens
-N(0, 0.02^2), weight 8, every client counts the same in the average.
+N(0, 0.02^2), weight 8, equal weights in the average.
 
 How we differ: there, a client's classes are those of its own data; here all clients know all class
-names, as in every other method. The public `CoOpCLIP` cannot run as it stands: it calls
-`encode_text` with an argument that it does not take.
+names, as in every other method. The public `CoOpCLIP` cannot run: it calls
+`encode_text` with an argument that the function does not take.
 """
 
 from __future__ import annotations

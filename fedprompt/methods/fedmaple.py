@@ -3,8 +3,8 @@
 Sources: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
 arXiv 2310.06123) compares with it; the prompts are MaPLe's (Khattak et al., CVPR 2023).
 
-FedTPG's public code (boschresearch/FedTPG) has no MaPLe in it, so its settings are not known to us:
-MaPLe's own are the defaults, with FedTPG's server rule, the mean of all replies with equal weights.
+FedTPG's public code (boschresearch/FedTPG) does not contain MaPLe, so we do not know its settings.
+The defaults are MaPLe's own, with FedTPG's strategy, the mean of all replies with equal weights.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ Of the start words the first tokens are learned, the others stay in the text (Ma
 How we differ: the public loss takes the absolute value of a negative diversity term, and its cosine
 form is 1 - cos, so in every form minimising it pulls groups together; ours pushes them apart, as
 the paper says. The released config's loss is `diversity=l1 diversity_weight=-1`. A client that
-comes in late starts with the global groups in its first S places; in the public code it starts
-from the initial values. One that was left out for some rounds goes on from the newest global
-groups, there from those that it helped to make. Text and visual choices share their random numbers,
-as there.
+joins late starts with the global groups in its first S places; in the public code it starts from
+the initial values. A client that was not sampled for some rounds continues from the newest global
+groups; in the public code it continues from those of its own last round. Text and visual choices
+share their random numbers, as there.
 
 Shape suffixes: K clients, G groups, S sampled groups, M tokens, B images, C classes, D joint
 embedding, w width of a tower.
@@ -78,7 +78,7 @@ class FedMGPConfig(MethodConfig):
     diversity_weight: float = option(1.0, "its weight; negative pulls groups together")
 
     def check(self) -> None:
-        """One cannot upload more groups than there are."""
+        """Refuse to upload more groups than there are."""
         if self.uploaded_groups > self.groups:
             raise UserError(f"'uploaded_groups' is {self.uploaded_groups} of {self.groups} groups.")
 
@@ -130,14 +130,14 @@ class FedMGP(Method):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Sample groups; upload these, keep all."""
-        kept, sent = dict(private), {}
+        """Sample the groups to upload; all groups stay."""
+        stored, uploaded = dict(private), {}
         for kind in KINDS:
             groups_KGMw = _placed(kind, shared, private)
             slots_KS = self._sample(groups_KGMw, round_info.received[kind], round_info)
-            sent[kind] = groups_KGMw.gather(1, _index(slots_KS, groups_KGMw))
-            kept |= {kind: groups_KGMw, f"slots.{kind}": slots_KS.to(groups_KGMw)}
-        return shared | sent, kept
+            uploaded[kind] = groups_KGMw.gather(1, _index(slots_KS, groups_KGMw))
+            stored |= {kind: groups_KGMw, f"slots.{kind}": slots_KS.to(groups_KGMw)}
+        return shared | uploaded, stored
 
     def _sample(self, groups_KGMw: Tensor, global_KSMw: Tensor, round_info: RoundInfo) -> Tensor:
         """Groups in the order in which they are drawn (K, S), by adding Gumbel noise."""
@@ -151,8 +151,8 @@ class FedMGP(Method):
     @staticmethod
     def similarities(groups_KGMw: Tensor, global_KSMw: Tensor) -> Tensor:
         """Cosine (K, G) of each group with the global group that is most like it."""
-        own, others = (F.normalize(t.flatten(2), dim=-1) for t in (groups_KGMw, global_KSMw))
-        return (own @ others.transpose(-1, -2)).amax(-1)
+        groups, references = (F.normalize(t.flatten(2), dim=-1) for t in (groups_KGMw, global_KSMw))
+        return (groups @ references.transpose(-1, -2)).amax(-1)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`texts` (K, G, C, D) and `visual` (K, G, M, w); the global model's G is S."""

@@ -1,4 +1,4 @@
-"""FedPGP: a global prompt, adapted by a private low-rank term, kept near CLIP by a contrast.
+"""FedPGP: a global prompt, adapted by a private low-rank term, kept close to CLIP by a contrast.
 
 Source: Harmonizing Generalization and Personalization in Federated Prompt Learning (Cui et al.,
 ICML 2024, arXiv 2405.09771; code TianyuCuiOvO/FedPGP). A client's prompt is sigma + U V: sigma (M,
@@ -9,15 +9,16 @@ d) is averaged, U (M, b) and V (b, d) stay. With T the L2-normalised class featu
     p = cos(T(0), T(sigma)),  n = cos(T(sigma), T(sigma + U V))
 
 T(0) is of the un-tuned text "X X .. name.", one X per context token; it never changes and is
-computed once. The contrast holds sigma near CLIP and the personal prompt away from sigma; gradients
-flow into both sides of n. The global model is sigma alone, which the paper does not evaluate.
+computed once. The contrast keeps sigma close to CLIP and the personal prompt away from sigma;
+gradients flow into both sides of n. The global model is sigma alone, which the paper does not
+evaluate.
 
 Defaults are those of the base-to-new script: b = 8, mu = 0.5 (4 and 1 on the command line), tau =
 0.5. All clients start from the same U and V, as in the public code.
 
 How we differ: the script asks for two prompts, which makes the code's logits 2 C wide with labels
 among the first C; we have one prompt, the code's own default. The code also encodes U V alone and
-leaves it unused; we do not. A start from words fails in the code and is not offered. Its first
+does not use it; we do not. A start from words fails in the code, so it is not offered. Its first
 round trains all clients whatever the fraction; ours samples them.
 """
 

@@ -17,13 +17,13 @@ it and removes the first vectors only, as the code's name for it, null space, su
 
 Defaults are those of the public code: M = 16, ratio 0.8, alpha 1, weights 1. `local_tokens` is
 dealt to clients in turn: client k has local_tokens[k modulo its length] tokens. `ctx` is padded to
-the longest with zeros, which nothing moves; `length` says how many rows are real.
+the longest with zeros, which stay zero; `length` says how many rows are real.
 
-How we differ: where lengths are unequal, the public code takes the end-of-text positions of the
-longest prompt for all of them, and so reads a shorter prompt's feature that many positions too far
-behind; we read each at its own. All clients start from the first rows of one draw, as in GL_SVDMSE
-(GL_SVDMSE_HE draws each client's). A start from words fails in the code and is not offered. The
-code decomposes G in float32, we G G^T = U S^2 U^T in float64.
+How we differ: if lengths are unequal, the public code uses the end-of-text positions of the longest
+prompt for all of them, and so reads a shorter prompt's feature too far behind, by the difference of
+lengths; we read each at its own position. All clients start from the first rows of one draw, as in
+GL_SVDMSE (GL_SVDMSE_HE draws each client's). A start from words fails in the code, so it is not
+offered. The code decomposes G in float32, we G G^T = U S^2 U^T in float64.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class FedPHAConfig(MethodConfig):
     local_tokens: list[int] = option([16], "tokens of local prompts, dealt to clients in turn")
     ratio: float = option(0.8, "share of singular vectors kept in the projection", gt=0, le=1)
     projection: Projection = option("row_space", "what is kept besides: nothing, or the rest")
-    alpha: float = option(1.0, "push: distance beyond which prompts are let alone", ge=0)
+    alpha: float = option(1.0, "push: distance beyond which prompts are not pushed", ge=0)
     pull_weight: float = option(1.0, "weight of the pull to the projected prompt", ge=0)
     push_weight: float = option(1.0, "weight of the push from the global prompt", ge=0)
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
     def check(self) -> None:
-        """Refuse lengths that are none."""
+        """Refuse lengths below 1."""
         if not self.local_tokens or min(self.local_tokens) < 1:
             raise UserError("local_tokens must be a list of whole numbers of at least 1.")
 
@@ -145,11 +145,11 @@ def project(local_KLd: Tensor, global_KMd: Tensor, ratio: float, onto: Projectio
     g_KMd, l_KLd = global_KMd.double(), local_KLd.double()
     cut = int(global_KMd.shape[-2] * (1 - ratio))
     square_KM, u_KMM = torch.linalg.eigh(g_KMd @ g_KMd.transpose(-1, -2))  # ascending
-    kept = square_KM.shape[-1] - cut
-    chosen = slice(kept, None) if onto == "complement" else slice(0, kept)
+    rest = square_KM.shape[-1] - cut
+    columns = slice(rest, None) if onto == "complement" else slice(0, rest)
     square_KM = torch.maximum(square_KM, 1e-12 * square_KM[:, -1:].detach())
-    scale = square_KM[:, None, chosen].rsqrt()
-    v_KdR = g_KMd.transpose(-1, -2) @ u_KMM[..., chosen] * scale
+    scale = square_KM[:, None, columns].rsqrt()
+    v_KdR = g_KMd.transpose(-1, -2) @ u_KMM[..., columns] * scale
     part_KLd = l_KLd @ v_KdR @ v_KdR.transpose(-1, -2)
     projected_KLd: Tensor = l_KLd - part_KLd if onto == "complement" else part_KLd
     return projected_KLd.to(local_KLd)

@@ -83,7 +83,7 @@ class FedRSCLIPConfig(MethodConfig):
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
     def check(self) -> None:
-        """Refuse combinations that have no meaning."""
+        """Refuse combinations without a meaning."""
         if self.prompts != "both" and self.dpa != "none":
             raise UserError("'dpa' aligns two prompts: with prompts=shared|private set dpa=none.")
         if self.prompts != "both" and self.cmfa != "none":
@@ -139,7 +139,7 @@ class FedRSCLIP(Method):
         return start
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """`ctx` (private_tokens, d) and `visual`, drawn anew for every client; 0 as a residual."""
+        """`ctx` (private_tokens, d) and `visual`, a draw per client; 0 as a residual."""
         start = {}
         if self.cfg.prompts != "shared":
             start["ctx"] = self.private_prompts.start(seed, "init", "private", client)
@@ -203,7 +203,7 @@ class FedRSCLIP(Method):
         return loss_terms
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None where images are encoded anew under prompts."""
+        """None if prompts change the image features."""
         prompted = any(name.startswith("visual") for name in encoded)
         return None if prompted else super().class_embeddings(encoded)
 
@@ -225,8 +225,8 @@ class FedRSCLIP(Method):
     def _compose_visual(self, shared: Tensors, private: Tensors | None) -> Tensors:
         s, p = shared.get("visual"), (private or {}).get("visual")
         if s is None or p is None:
-            one = p if s is None else s
-            return {} if one is None else {"visual": one}
+            only = p if s is None else s
+            return {} if only is None else {"visual": only}
         if self.cfg.composition == "two_branch":
             return {"visual_shared": s, "visual_private": p}
         if self.cfg.composition == "sum":
@@ -289,11 +289,11 @@ class FedRSCLIP(Method):
         cosine       1 - mean_i cos(v_i, t_{y_i})
         contrastive  symmetric InfoNCE over the batch, all pairs of one class positives
         """
-        wanted = (
+        branches = (
             ("shared", "private") if self.cfg.cmfa_branch == "both" else (self.cfg.cmfa_branch,)
         )
         losses = []
-        for branch in (b for b in wanted if b in encoded):
+        for branch in (b for b in branches if b in encoded):
             images_KBD = images.get(branch, images["images"])
             if self.cfg.cmfa == "cosine":
                 losses.append(image_text_distance(images_KBD, encoded[branch], batch))

@@ -1,4 +1,4 @@
-"""FedTPG: a shared net writes the context from the names of the classes.
+"""FedTPG: a shared network generates the context from the names of the classes.
 
 Source: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
 arXiv 2310.06123). Learned queries Q look at CLIP's features T of the bare class names, LN a layer
@@ -7,16 +7,16 @@ norm and [a, g] the halves of a linear layer's output:
     P = Attention(LN(Q), LN'(T), LN'(T)),    context = P + W_2 (a * GELU(g)),  [a, g] = W_1 LN''(P)
 
 One context for all classes, `[SOS][context][class].`; cross-entropy. The server averages the whole
-generator, every client counting the same. Facts checked against the authors' `model/prompt_net.py`,
+generator with equal weights. Facts checked against the authors' `model/prompt_net.py`,
 `model/FedTPG.py` and `federated/server.py` (AGPL; nothing is copied): 4 heads, no residual around
 the attention, biases everywhere, no self-attention blocks after it (their `DEPTH` = 0).
 
 Numbers: 4,206,080 on ViT-B/16. FedMGP's table says 4,208.1 thousand, which is this plus another
 4 x 512.
 
-How we differ: there, a client's classes (those that the net reads and those of the cross-entropy)
-are those of its own data; here all clients know all class names, as in every other method. The
-generator runs in float32, not in half precision.
+How we differ: there, a client's classes (those that the network reads and those of the
+cross-entropy) are those of its own data; here all clients know all class names, as in every other
+method. The generator runs in float32, not in half precision.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FedTPGConfig(RandomPromptConfig):
 
     default_strategy = UNIFORM_AVERAGE
 
-    context_tokens: int = option(4, "context tokens M that the generator writes", ge=1)
+    context_tokens: int = option(4, "context tokens M that the generator produces", ge=1)
     heads: int = option(4, "attention heads", ge=1)
     expansion: int = option(4, "width of the feed-forward layer, as a multiple of d", ge=1)
     init_std: float = option(0.02, "standard deviation of the queries' random start", gt=0)
@@ -94,22 +94,24 @@ class FedTPG(Method):
         return start
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """Class features (K, C, D) of the contexts that the generators write."""
+        """Class features (K, C, D) of the generated contexts."""
         return {"classes": self.prompts.classes(self.context(shared))}
 
     def context(self, shared: Tensors) -> Tensor:
         """The contexts (K, M, d) of K generators."""
-        found_KMd = self._attend(shared)
-        normed = layer_norm(found_KMd, shared["norm_up.weight"], shared["norm_up.bias"])
+        attended_KMd = self._attend(shared)
+        normed = layer_norm(attended_KMd, shared["norm_up.weight"], shared["norm_up.bias"])
         value, gate = linear(normed, shared["up.weight"], shared["up.bias"]).chunk(2, dim=-1)
-        return found_KMd + linear(value * F.gelu(gate), shared["down.weight"], shared["down.bias"])
+        return attended_KMd + linear(
+            value * F.gelu(gate), shared["down.weight"], shared["down.bias"]
+        )
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C)."""
         return cosine_logits(self.clip, inputs.features, encoded["classes"])
 
     def _attend(self, shared: Tensors) -> Tensor:
-        """What the queries find in the class names' features: (K, M, d)."""
+        """Attention of the queries over the class names' features: (K, M, d)."""
 
         def norm(name: str, x: Tensor) -> Tensor:
             return layer_norm(x, shared[f"{name}.weight"], shared[f"{name}.bias"])
@@ -121,7 +123,9 @@ class FedTPG(Method):
 
         queries = norm("norm_queries", shared["queries"])
         names = norm("norm_names", self.names_CD.expand(len(queries), -1, -1))
-        found: Tensor = F.scaled_dot_product_attention(
+        attended: Tensor = F.scaled_dot_product_attention(
             by_head("q", queries), by_head("k", names), by_head("v", names)
         )
-        return linear(found.transpose(1, 2).flatten(-2), shared["out.weight"], shared["out.bias"])
+        return linear(
+            attended.transpose(1, 2).flatten(-2), shared["out.weight"], shared["out.bias"]
+        )

@@ -1,15 +1,15 @@
-"""IVLP: deep prompts in both towers that do not know each other, learned by all clients.
+"""IVLP: independent deep prompts in both towers, learned by all clients.
 
 Source: independent vision-language prompting, the baseline of MaPLe (Khattak et al., CVPR 2023,
 arXiv 2210.03117) and of PromptSRC (Khattak et al., ICCV 2023, arXiv 2307.06948): M text and M
 visual tokens of their own in the first J layers of either tower, cosine logits times
 exp(logit_scale), cross-entropy. Checked against the authors' code (trainers/independentVL.py and
 clip/model.py of muzairkhattak/multimodal-prompt-learning and muzairkhattak/PromptSRC): the first
-text prompt starts from words, all others from N(0, 0.02^2); visual prompts stand behind the
-patches, before `ln_pre`; deeper ones replace what the layer before has made of them.
+text prompt starts from words, all others from N(0, 0.02^2); visual prompts follow the
+patches, before `ln_pre`; deeper ones replace the output of the previous layer at their positions.
 
-How we differ: the papers have one machine; here all prompts are averaged over clients and nothing
-is private. Float32 where the code rounds prompts to half precision. J is at most the number of
+How we differ: the papers use one machine; here all prompts are averaged over clients and nothing is
+private. We use float32 where the code rounds prompts to half precision. J is at most the number of
 layers of each tower, and start words that do not split after M tokens are refused
 (`deep_prompts.py`).
 """
@@ -81,5 +81,5 @@ class IVLP(Method):
         return cosine_logits(self.clip, images_KBD, encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: images are encoded anew under prompts."""
+        """None: prompts change the image features."""
         return None

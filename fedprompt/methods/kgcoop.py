@@ -1,4 +1,4 @@
-"""KgCoOp: CoOp whose class features stay near those of a hand-written template.
+"""KgCoOp: CoOp whose class features stay close to those of a hand-written template.
 
 Source: Visual-Language Prompt Tuning with Knowledge-guided Context Optimization (Yao et al., CVPR
 2023, arXiv 2303.13283):
@@ -8,9 +8,9 @@ Source: Visual-Language Prompt Tuning with Knowledge-guided Context Optimization
 t_c the features of the learned prompts, t0_c those of the data set's template. Checked against the
 authors' `KgCoOp/trainers/kgcoop.py`.
 
-How we differ: where a data set has several templates, t0 is their normalised mean. The AMP branch
-of the public code leaves the term out and cannot run (it passes logits and term together as
-logits); its unused Meta-Net, bias vector and adapter are left out.
+How we differ: if a data set has several templates, t0 is their normalised mean. The AMP branch of
+the public code omits the term and cannot run (it passes logits and term together as logits); its
+unused Meta-Net, bias vector and adapter are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class KgCoOpConfig(PromptFLConfig):
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
     kg_weight: float = option(8.0, "weight of the pull towards the template (lambda)", ge=0)
-    template: str | None = option(None, "sentence with {} to stay near; null = the data set's own")
+    template: str | None = option(None, "sentence with {} as the target; null = the data set's own")
 
     def check(self) -> None:
         """Refuse a template without a place for the class name."""
@@ -43,7 +43,7 @@ class KgCoOpConfig(PromptFLConfig):
 
 
 class KgCoOp(PromptFL):
-    """One shared context, held near the template; nothing private."""
+    """One shared context that stays close to the template; nothing is private."""
 
     name = "kgcoop"
     source = "Yao et al., CVPR 2023"

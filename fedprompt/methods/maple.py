@@ -22,8 +22,8 @@ trains on with a constant offset that does: within a round its visual prompts ar
 which start at the average V and have MaPLe's gradients to P and to F_k; their last value is
 uploaded. The first round's offset is zero. In evaluation everyone's visual prompts are V itself.
 
-How we differ: float32 where the code rounds prompts to half precision; J is at most the number of
-layers of either tower; the width of the visual prompts is the tower's, not a fixed 768.
+How we differ: we use float32 where the code rounds prompts to half precision; J is at most the
+number of layers of either tower; the width of the visual prompts is the tower's, not a fixed 768.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class MaPLe(Method):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """`materialised`: note A_k, so that training starts from the received visual prompts."""
+        """`materialised`: store A_k, so that training starts from the received visual prompts."""
         if self.sharing != "materialised":
             return shared, private
         training = torch.ones_like(private["training"])
@@ -111,7 +111,7 @@ class MaPLe(Method):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """`materialised`: upload the visual prompts that training has led to."""
+        """`materialised`: upload the visual prompts at the end of training."""
         if self.sharing != "materialised":
             return shared, private
         visual = self._materialised(shared, private)
@@ -136,7 +136,7 @@ class MaPLe(Method):
         return cosine_logits(self.clip, images_KBD, encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None where images are encoded anew under prompts."""
+        """None if prompts change the image features."""
         return None if "visual" in encoded else super().class_embeddings(encoded)
 
     def _start_factors(self, seed: int) -> Tensors:

@@ -19,7 +19,7 @@ the true ones), and what flows on to lower layers is the true one; `exact` is th
 How we differ: the public code counts layers from below, 5 to 12 in both towers; we count the top 8,
 which is the same in ViT-B but not in ViT-L/14's 24 image layers. In evaluation the public model
 keeps the text features of the first client that it evaluates for all clients and rounds, and the
-best round is reported; ours encodes each client's own. Clients that are not sampled train nothing.
+best round is reported; ours encodes each client's own. Clients that are not sampled do not train.
 There is no global model: without W_d and W_u the shared projection has no meaning.
 """
 
@@ -106,8 +106,8 @@ class PFedMMA(Method):
         adapters = {**shared, **private}
         nothing_1Md = torch.zeros(1, 0, self.clip.text.width, device=self.clip.device)
         classes_KCD = self.text(nothing_1Md, adapt=self._adapt("text", adapters))
-        kept = {n: t for n, t in adapters.items() if not n.startswith("text.")}
-        return {"classes": F.normalize(classes_KCD, dim=-1), **kept}
+        visual = {n: t for n, t in adapters.items() if not n.startswith("text.")}
+        return {"classes": F.normalize(classes_KCD, dim=-1), **visual}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the adapted image and text features."""
@@ -116,7 +116,7 @@ class PFedMMA(Method):
         return cosine_logits(self.clip, F.normalize(images_KBD, dim=-1), encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: images are encoded anew with adapters."""
+        """None: adapters change the image features."""
         return None
 
     def _adapt(self, tower: str, adapters: Tensors) -> Adapt:

@@ -2,7 +2,7 @@
 
 Source: Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models
 (Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP,
-read where later projects carry it on. With the client's own prompt P, the prompts of its E nearest
+read in later projects that contain it. With the client's own prompt P, the prompts of its E nearest
 peers, v the image feature, t class features and r(.) every (D / d)-th of D numbers:
 
     q = W_q r(v)     k_e, u_e = W_k r(t_e), W_v r(t_e)     e = own, peer 1 .. peer E
@@ -10,17 +10,17 @@ peers, v the image feature, t class features and r(.) every (D / d)-th of D numb
     logits_c = s * (lambda * v . t_c(P) + r(v) . m_c)        loss: cross-entropy
 
 Shared: the prompt, averaged, and shown to peers by the strategy `nearest_peers`. Private: the gate.
-A client's first visit trains its prompt alone; the gate joins in from the second one on. A client
-predicts with the prompt that its own training left, not with the average.
+In a client's first round only its prompt is trained; the gate is added from the second round on. A
+client predicts with the prompt that its own training left, not with the average.
 
-PRIVACY: other clients see a client's prompt as it trained it, which no averaging has blurred, and
-secure aggregation is impossible. Each client is sent E more prompts in every exchange.
+PRIVACY: other clients see a client's prompt as it was trained, before any averaging, and secure
+aggregation is impossible. Each client is sent E more prompts in every exchange.
 
-How we differ: every client's gate starts from the same draw and is its own from then on; in the
-public loop a gate that was not kept yet goes on from whichever client trained before, and a client
-that is new in a later round still holds that client's experts. Clients train one after the other
-there and may be shown a prompt of the same round; here all experts are of earlier rounds.
-Predictions use experts as they stand after the round. Dropout is off: the public attention is given
+How we differ: every client's gate starts from the same draw and is private from then on. In the
+public loop, a gate that was not stored yet continues from the client that trained before, and a
+client that is new in a later round still holds that client's experts. There, clients train one
+after the other and may be sent a prompt of the same round; here, all experts are of earlier rounds.
+Predictions use the experts after the round. Dropout is off: the public attention is configured with
 0.1 and never applies it.
 """
 
@@ -109,13 +109,13 @@ class PFedMoAP(Method):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Training starts from the average; the visit is counted."""
+        """Training starts from the average, and the number of rounds is counted."""
         return shared, local_copy.for_training(private) | {"visits": private["visits"] + 1}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The trained prompt is uploaded, and kept to predict with."""
+        """The trained prompt is uploaded, and stored for predictions."""
         return shared, local_copy.after_training(private, shared)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
@@ -158,7 +158,7 @@ class PFedMoAP(Method):
         return {"ce": cross_entropy(self._logits(encoded, batch.inputs, keep), batch)}
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """The own prompt's class features (C, D); None where the gate has a say."""
+        """The class features (C, D) of the client's own prompt; None if the gate is used."""
         return None if "experts" in encoded else encoded["classes"][0]
 
     def _logits(self, encoded: Tensors, inputs: Inputs, keep: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ training:
     logits_c = exp(logit_scale) v . t_c(ctx) + alpha sum_s exp(-beta (1 - v . k_cs))
 
 ctx is CoOp's unified context, shared and averaged as PromptFL's (8,192 numbers for 16 tokens of
-512); the memory stays. By default the memory is left out of the training loss: every training image
-of the memory would find itself there, and the consensus would be learned around what one client
-remembers. `memory_in_training` puts it in.
+512); the memory stays. By default the memory is not part of the training loss: every training image
+in the memory would match itself, and the consensus would be learned around the memory of one
+client. `memory_in_training` includes it.
 """
 
 from __future__ import annotations

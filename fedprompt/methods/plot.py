@@ -9,13 +9,13 @@ plan of cost 1 - cos (`optimal_transport.py`), and
 
 No gradient passes through T. Defaults are those of the public code: 16 tokens, eps 0.1, threshold
 0.01, at most 100 iterations; N = 4 as in its README. All N contexts are shared and averaged, each
-with its namesakes: nothing re-orders them, as all clients start from the same ones.
+with the contexts of the same index: all clients start from the same ones, so the order is the same.
 
 How we differ: the mean that stops the iteration is over each client's own images. The public code
-returns no logits at all where an entry is not a number; eps below 1/40 is solved in float64 here,
-so none arises. Its class-specific contexts and its class names before or amid the context fit one
-prompt only, so neither is offered. It also computes logits of pooled features and leaves them
-unused; so do we not.
+returns no logits at all if an entry is not a number; here, problems with eps below 1/40 are solved
+in float64, so no such entry occurs. Its class-specific contexts and its class names in front or in
+the middle of the context work with one prompt only, so neither is offered. It also computes logits
+of pooled features that it does not use; we do not.
 """
 
 from __future__ import annotations

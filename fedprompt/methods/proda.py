@@ -1,4 +1,4 @@
-"""ProDA: many contexts, whose class features are taken as a Gaussian distribution.
+"""ProDA: many contexts, whose class features form a Gaussian distribution.
 
 Source: Prompt Distribution Learning (Lu et al., CVPR 2022, arXiv 2205.03340). P contexts give each
 class P feature vectors t_c^p, of mean m_c and spread a_c^p = t_c^p - m_c. The expected loss over
@@ -6,22 +6,22 @@ Gaussian class features is bounded by a cross-entropy with larger logits,
 
     z_ic = s <v_i, m_c> + (s^2 / 2) sum_d v_id^2 (1 / (P + 1)) sum_p (a_yd^p - a_cd^p)^2,
 
-y the label of image i, s = exp(logit_scale), P in training the contexts of the step alone;
+y the label of image i, s = exp(logit_scale), P in training only the contexts of the step;
 covariances between dimensions d are dropped. A second term keeps contexts apart: the mean |cosine|
 between their text features without any class name, `[SOS][context].`, times `orthogonality`.
 Prediction uses s <v, m_c> over all P, m_c as it is (not normalised again).
 
-RECONSTRUCTED: the authors announced their code, but what their repository holds is a README. The
-formulae are those of three public ports, which agree to the letter (one is FLIP's,
+RECONSTRUCTED: the authors announced their code, but their repository contains only a README. The
+formulae are those of three public ports, which agree exactly (one is FLIP's,
 `flcore/models/clip/ProDA.py`); so are 32 contexts of 16 tokens, a quarter with the class name in
 front, a quarter with it in the middle, the rest with it at the end. A step takes the next 4 of a
 random order of the 32, and the orthogonality of all of them. The weight is 0.1 in one port and 1 in
 FLIP's.
 
-How we differ: all clients of a round take the contexts in the same order, drawn anew each round, so
-that clients with as many steps have trained the same ones. FLIP's port builds no prompt with the
-name in front or in the middle. Another one leaves the orthogonality out of its loss, and does not
-turn the underscores of class names into spaces.
+How we differ: all clients of a round take the contexts in the same order, drawn again each round,
+so that clients with the same number of steps have trained the same ones. FLIP's port builds no
+prompt with the name in front or in the middle. Another port omits the orthogonality from its loss
+and does not turn the underscores of class names into spaces.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class ProDA(Method):
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The mean class features (K, C, D) over all contexts.
 
-        Where contexts are being trained, `loss_terms` needs a few of them only: then they go on as
-        they are, and `logits` computes the means if it is asked.
+        In training, `loss_terms` needs only a few contexts: they are passed on without being
+        encoded, and `logits` computes the means when it is called.
         """
         context_KPMd = shared["ctx"]
         return {"ctx": context_KPMd} if context_KPMd.requires_grad else self._means(context_KPMd)
@@ -107,19 +107,19 @@ class ProDA(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """The bound's cross-entropy `ce` for this step's contexts, and `orthogonality` of all."""
-        features_KPCD = self._features(shared["ctx"], self.chosen(batch))
+        features_KPCD = self._features(shared["ctx"], self.step_contexts(batch))
         loss_terms = {"ce": cross_entropy(self._bound(features_KPCD, batch), batch)}
         count = self.cfg.contexts
         if count > 1:
             nameless_KPD = F.normalize(self.nameless(shared["ctx"])[..., 0, :], dim=-1)
             cosine_KPP = nameless_KPD @ nameless_KPD.transpose(-1, -2)
-            others = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
-            loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, others].abs().mean(
+            pairs = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
+            loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, pairs].abs().mean(
                 -1
             )
         return loss_terms
 
-    def chosen(self, batch: Batch) -> list[int]:
+    def step_contexts(self, batch: Batch) -> list[int]:
         """The contexts that this step trains: the next ones of the round's random order."""
         size = self.cfg.contexts_per_step
         turn, part = divmod(batch.step, self.cfg.contexts // size)
@@ -131,13 +131,13 @@ class ProDA(Method):
         features_KPCD = self._features(context_KPMd, range(self.cfg.contexts))
         return {"classes": features_KPCD.mean(1)}
 
-    def _features(self, context_KPMd: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Class features (K, len(chosen), C, D) of some contexts, by class position."""
+    def _features(self, context_KPMd: Tensor, contexts: Sequence[int]) -> Tensor:
+        """Class features (K, len(contexts), C, D) of some contexts, by class position."""
         features = []
         for position, prompts in self.prompts.items():
-            own = [p for p in chosen if self.positions[p] == position]
-            if own:
-                features.append(prompts.classes(context_KPMd[:, own]))
+            indices = [p for p in contexts if self.positions[p] == position]
+            if indices:
+                features.append(prompts.classes(context_KPMd[:, indices]))
         return torch.cat(features, dim=1)
 
     def _bound(self, features_KPCD: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""ProGrad: the context moves only where zero-shot CLIP does not object.
+"""ProGrad: gradients that conflict with those of zero-shot CLIP are projected.
 
 Source: Prompt-aligned Gradient for Prompt Tuning (Zhu et al., ICCV 2023, arXiv 2205.14865).
 With g the gradient of the cross-entropy and h that of L_KL, each of the whole context as one
@@ -10,13 +10,13 @@ vector,
 z0 the logits of the data set's template. Checked against the authors' `trainers/prograd.py` and
 `prograd_backward_and_update` of their Dassl.
 
-How we differ: nothing in the formula. L_KL guides and is not minimised; it is reported as `kl`
-(without the teacher's entropy, as in the public code), and so is part of the reported sum of terms.
-In a federation each client projects its own gradient, of its own batch. Where a data set has
+How we differ: not in the formula. L_KL guides the gradient and is not minimised; it is reported as
+`kl` (without the teacher's entropy, as in the public code), and so it is part of the reported sum
+of terms. In a federation each client projects the gradient of its own batch. If a data set has
 several templates, the teacher is their normalised mean and the start is the first one. The public
-code counts a template's words, not its tokens: of one with a comma before the name ("a type of pet,
-a photo of a {}.") the last token stays frozen behind the M learned ones; ours is learned. Its class
-position `middle` stops at an undefined name; ours is CoOp's.
+code counts the words of a template instead of its tokens: if there is a comma before the name ("a
+type of pet, a photo of a {}."), the last token stays frozen behind the M learned ones; ours is
+learned. Its class position `middle` fails on an undefined name; ours is CoOp's.
 
 Defaults are those of its configs. Its README has lambda 0.8 for 8 and 16 shots of Flowers102, DTD
 and EuroSAT.
@@ -40,7 +40,7 @@ from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
 TINY = 1e-30
-"""Keeps a vanishing L_KL gradient from dividing by zero; far below any that is not."""
+"""Prevents a division by zero if the gradient of L_KL vanishes; far below any other value."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ProGradConfig(PromptFLConfig):
     projection: float = option(1.0, "part of the conflicting gradient taken away (lambda)", ge=0)
 
     def check(self) -> None:
-        """Refuse two starts at once."""
+        """Refuse start words that would not be used."""
         if self.start == "template" and self.context_init is not None:
             raise UserError("'context_init' is not used; set start=context_init.")
 

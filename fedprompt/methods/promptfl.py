@@ -6,11 +6,11 @@ Models, Zhou et al., IJCV 2022, arXiv 2109.01134): `[SOS][v_1 .. v_M][class].`, 
 exp(logit_scale), cross-entropy. Checked against CoOp's `trainers/coop.py` and PromptFL's
 `trainers/promptfl.py`.
 
-How we differ: the public PromptFL code keeps references to one model's weights, not copies, so what
-it averages is the last client's prompt alone; it never clears that list between rounds, and would
-count all clients the same. We average the replies of the round by their images
-(`strategy.weights=uniform`: all the same). Small clients train on their last partial batch (CoOp's
-`drop_last` would train nothing).
+How we differ: the public PromptFL code stores references to one model's weights instead of copies,
+so it averages the prompt of the last client only; it never clears that list between rounds, and it
+would weight all clients equally. We average the replies of a round, weighted by their numbers of
+images (`strategy.weights=uniform` weights them equally). Small clients train on their last partial
+batch as well (CoOp's `drop_last` would train nothing).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 class PromptFLConfig(PromptConfig):
     """Defaults: CoOp's and PromptFL's 16 context tokens, N(0, 0.02^2)."""
 
-    class_position: Literal["end", "middle", "front"] = option("end", "where the name stands")
+    class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")
 
 
 class PromptFL(Method):

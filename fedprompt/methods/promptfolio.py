@@ -11,7 +11,7 @@ model is the global prompt alone (theta = 0), which the paper does not evaluate.
 
 Defaults are those of the public code: theta 0.4 (`frac_p`), 8 tokens. Checked against two forks of
 it, `trainers/PromptFolio.py`, which agree. Clients start from the same local prompt, as there. How
-we differ: the code keeps both prompts in one tensor and slices it; here they are in two containers.
+we differ: the code holds both prompts in one tensor and slices it; here they are two containers.
 """
 
 from __future__ import annotations

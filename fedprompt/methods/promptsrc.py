@@ -16,9 +16,9 @@ the weight does not depend on the length of the class list.
 The paper's third part, the average of all epochs' prompts with Gaussian weights, belongs on the
 server: `strategies/gaussian.py`, which `strategy: auto` picks.
 
-How we differ: nothing is private, all prompts are averaged over clients (the paper has one
-machine). v0 are the cached features of the same view of an image. Float32 where the code rounds
-prompts and t0 to half precision; J is at most the number of layers of each tower.
+How we differ: nothing is private, all prompts are averaged over clients (the paper uses one
+machine). v0 are the cached features of the same view of an image. We use float32 where the code
+rounds prompts and t0 to half precision; J is at most the number of layers of each tower.
 """
 
 from __future__ import annotations

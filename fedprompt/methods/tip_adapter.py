@@ -10,7 +10,7 @@ t_c are the data set's templates, k_cs features of the client's training images
 cross-entropy, and are not normalised again.
 
 How we differ: the paper is not federated. The memory is made of raw images, so NOTHING is shared:
-clients do not learn from each other, and the global model is zero-shot CLIP. It says what a client
+clients do not learn from each other, and the global model is zero-shot CLIP. It shows what a client
 reaches without a federation, as `coop_local` does for prompts. Defaults of alpha and beta are the
 public code's for ImageNet (its other data sets start from alpha 2); it then searches both on
 validation images, and keeps the epoch with the best TEST accuracy for Tip-Adapter-F: we do

@@ -1,19 +1,20 @@
-"""VPT: visual prompts alone, against class features of a hand-written text.
+"""VPT: visual prompts only, with the class features of a hand-written text.
 
 Source: Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119): M learned tokens at the
-input of the first layer (VPT-shallow, depth 1) or of every layer (VPT-deep), where they replace
-what the layer before has made of them. On CLIP as in MaPLe's public code (trainers/vpt.py of
-muzairkhattak/multimodal-prompt-learning, against which it is checked): prompts behind the patches
-and before `ln_pre`, N(0, 0.02^2); the frozen features of "a photo of a {}." classify; cosine logits
-times exp(logit_scale), cross-entropy.
+input of the first layer (VPT-shallow, depth 1) or of every layer (VPT-deep), where they replace the
+output of the previous layer at their positions. On CLIP as in MaPLe's public code (trainers/vpt.py
+of muzairkhattak/multimodal-prompt-learning, against which it is checked): prompts behind the
+patches and before `ln_pre`, N(0, 0.02^2); the frozen features of "a photo of a {}." classify;
+cosine logits times exp(logit_scale), cross-entropy.
 
 `init: vpt` starts as the first paper's code does (KMnP/vpt): uniform within
 sqrt(6 / (3 p^2 + w)), p the patch size, w the width. There the prompts stand before the patches,
 which makes no difference, since they have no position.
 
-How we differ: the papers have one machine; here the prompts are averaged over clients. The first
-paper's learned linear head and prompt dropout (0 by default) are left out: the head is the text.
-Float32 where the code rounds prompts to half precision. The depth is at most the number of layers.
+How we differ: the papers use one machine; here the prompts are averaged over clients. The first
+paper's learned linear head and prompt dropout (0 by default) are left out: the head is the text. We
+use float32 where the code rounds prompts to half precision. The depth is at most the number of
+layers.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class VPTConfig(MethodConfig):
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
     def check(self) -> None:
-        """A text that can take a class name."""
+        """Refuse a text without a place for the class name."""
         if self.template is not None and self.template.count("{}") != 1:
             raise UserError(f"template is '{self.template}'; it must have one {{}} for the class.")
 
@@ -88,5 +89,5 @@ class VPT(Method):
         return cosine_logits(self.clip, images_KBD, encoded["classes"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
-        """None: images are encoded anew under prompts."""
+        """None: prompts change the image features."""
         return None

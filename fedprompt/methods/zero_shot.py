@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: hand-written templates, nothing learned, nothing sent.
+"""Zero-shot CLIP: hand-written templates; nothing is learned or sent.
 
 Source: Learning Transferable Visual Models From Natural Language Supervision (Radford et al.,
 ICML 2021, arXiv 2103.00020), section 3.1.4 for the ensemble of templates.

@@ -41,7 +41,7 @@ def test_twin(clip: FrozenCLIP, step: int) -> None:
     method: Any = twins.build(clip, "proda", **SMALL)
     assert method.positions == POSITIONS
     shared, batch = twins.tensors(method)[0], twins.batch(clip, step=step)
-    chosen = method.chosen(batch)
+    chosen = method.step_contexts(batch)
     encoded = method.encode(shared, {})
     logits, loss_terms = (
         method.logits(encoded, batch.inputs),
@@ -70,7 +70,7 @@ def test_the_bound_is_above_the_expected_loss(clip: FrozenCLIP) -> None:
     """Over draws of all class features with the contexts' covariance in each dimension."""
     method: Any = twins.build(clip, "proda", **SMALL, orthogonality=0.0)
     shared, batch = twins.tensors(method, 0.2)[0], twins.batch(clip)
-    features = method._features(shared["ctx"].detach(), method.chosen(batch))
+    features = method._features(shared["ctx"].detach(), method.step_contexts(batch))
     ce = method.loss_terms(shared, {}, method.encode(shared, {}), batch)["ce"]
     noise = torch.Generator().manual_seed(3)
     for k in range(K):
@@ -91,7 +91,7 @@ def test_a_round_takes_every_context_once_per_turn(clip: FrozenCLIP) -> None:
 
     def order(server_round: int) -> list[list[int]]:
         return [
-            method.chosen(twins.batch(clip, step=step, server_round=server_round))
+            method.step_contexts(twins.batch(clip, step=step, server_round=server_round))
             for step in range(4)
         ]
 
@@ -107,7 +107,7 @@ def test_a_step_moves_the_others_by_orthogonality_alone(clip: FrozenCLIP) -> Non
     shared, batch = twins.tensors(method)[0], twins.batch(clip)
     moves = twins.applied_gradients(method, shared, batch)["ctx"].flatten(2).abs().amax(-1) > 0
     for k in range(K):
-        assert torch.nonzero(moves[k]).flatten().tolist() == sorted(method.chosen(batch))
+        assert torch.nonzero(moves[k]).flatten().tolist() == sorted(method.step_contexts(batch))
 
 
 def test_evaluation_keeps_the_means(clip: FrozenCLIP) -> None:

@@ -156,6 +156,6 @@ def test_server_by_hand() -> None:
     np.testing.assert_allclose(new["control.ctx"], [[2.0, 3.0]])
 
 
-def test_a_base_with_a_server_rule_of_its_own_is_refused(clip: FrozenCLIP) -> None:
+def test_a_base_with_a_strategy_of_its_own_is_refused(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="'nearest_peers'"):
         twins.build(clip, "scaffold", base="pfedmoap")

@@ -1,4 +1,4 @@
-"""Small networks on image features that several methods share: K clients at once.
+"""Small networks on image features that several methods share, for K clients together.
 
 Suffixes: K clients, B images, D joint embedding, H hidden width, C classes.
 """
@@ -29,8 +29,8 @@ def bottleneck_start(
 def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """CLIP-Adapter's network ReLU(W_up ReLU(W_down v)): (K, B, D).
 
-    Without biases it is positively homogeneous: an L2-normalised v gives the un-normalised one's
-    result divided by its length.
+    Without biases the network is positively homogeneous: for an L2-normalised v it gives the result
+    for the un-normalised v, divided by the length of v.
     """
     hidden_KBH = F.relu(linear(features_KBD, tensors["adapter.down.weight"]))
     return F.relu(linear(hidden_KBH, tensors["adapter.up.weight"]))
@@ -39,7 +39,7 @@ def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 def raw_features(inputs: Inputs) -> Tensor:
     """Image features as the frozen tower gives them, before L2 normalisation: (..., D).
 
-    Where their lengths are not known, they have length 1.
+    If their lengths are not known, they have length 1.
     """
     norms = inputs.norms
     return inputs.features if norms is None else inputs.features * norms[..., None]

@@ -1,16 +1,17 @@
-"""Text prompts at the input of several layers, and start words of which only some are learned.
+"""Text prompts at the inputs of several layers, and start words of which only some are learned.
 
 Sources: MaPLe (Khattak et al., CVPR 2023, arXiv 2210.03117) and PromptSRC (Khattak et al., ICCV
 2023, arXiv 2307.06948), whose public code fixes two conventions that are followed here:
 
 - Depth J counts the first layer: one prompt among the token embeddings, J - 1 that replace its
-  hidden states at the inputs of layers 1 .. J - 1; later layers go on with what they find.
+  hidden states at the inputs of layers 1 .. J - 1; later layers receive the output of the layer
+  before.
 - Of the start words the first M tokens are learned. The others stay in the text as frozen words:
   "a photo of a" with M = 2 learns "a photo" and reads "[ctx] of a {class}.".
 
-How we differ: J is at most the tower's number of layers, and a surplus is logged, where the public
-code would ignore or miss it; and words that do not split after M tokens are refused, where it would
-start at random for M > 4 and cut a word in two otherwise.
+How we differ: J is at most the tower's number of layers, and a surplus is logged, while the
+public code ignores or misses it. Words that do not split after M tokens are refused, while the
+public code starts at random for M > 4 and cuts a word in two otherwise.
 
 Shape suffixes: K clients, J layers with prompts, M tokens, d text width, w image-tower width, C
 classes, D joint embedding.
@@ -72,16 +73,16 @@ class DeepText:
 
 
 @cache
-def layers_within(tower: str, asked: int, there: int) -> int:
-    """How many of a tower's layers are changed: those asked for, else all; a surplus is logged."""
-    if asked > there:
+def layers_within(tower: str, asked: int, available: int) -> int:
+    """Number of a tower's layers that get prompts; a warning is logged if it has too few layers."""
+    if asked > available:
         log.warning(
-            "the method asks for %d %s layers and this backbone has %d: all of them are used",
+            "the method asks for %d %s layers, but this backbone has %d; all of them are used",
             asked,
             tower,
-            there,
+            available,
         )
-    return min(asked, there)
+    return min(asked, available)
 
 
 def split_layers(prompts_KJM_: Tensor) -> tuple[Tensor, Tensor | None]:

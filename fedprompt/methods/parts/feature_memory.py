@@ -30,19 +30,19 @@ def empty_memory(classes: int, slots: int, width: int) -> Tensors:
 
 
 def fill_memory(memory: Tensors, data: ClientData, seed: int) -> Tensors:
-    """`memory` with up to S images of each class; which ones is drawn where there are more.
+    """`memory` with up to S images of each class; they are drawn at random if there are more.
 
-    Where images have augmented views, a key is the mean of their features, normalised, as in the
-    public code; else the feature of the image itself.
+    If images have augmented views, a key is the normalised mean of the views' features, as in the
+    public code; otherwise it is the feature of the image itself.
     """
     classes, slots, _ = memory["keys"].shape
     keys_CSD, filled_CS = memory["keys"].clone(), memory["filled"].clone()
     features_ND, labels_N = _keys(data), data.labels_N.cpu()
     order = torch.from_numpy(generator(seed, "memory", data.client).permutation(len(data)))
     for c in range(classes):
-        chosen = order[labels_N[order] == c][:slots]
-        keys_CSD[c, : len(chosen)] = features_ND[chosen]
-        filled_CS[c, : len(chosen)] = 1.0
+        rows = order[labels_N[order] == c][:slots]
+        keys_CSD[c, : len(rows)] = features_ND[rows]
+        filled_CS[c, : len(rows)] = 1.0
     return {**memory, "keys": keys_CSD, "filled": filled_CS}
 
 

@@ -1,8 +1,8 @@
-"""Small layers of K clients at once: weights are named tensors with a leading client axis.
+"""Small layers of K clients together: weights are named tensors with a leading client axis.
 
-Shapes are torch's own with K in front, so that a layer of public code loads as it is. A client axis
-of 1 broadcasts, on either side. Suffixes: K clients, i inputs, o outputs, w width of a layer norm;
-`...` any axes in between (images, tokens, none).
+Shapes are torch's own with K in front, so that a layer of public code can be loaded unchanged. A
+client axis of 1 broadcasts, on either side. Suffixes: K clients, i inputs, o outputs, w width of a
+layer norm; `...` any axes in between (images, tokens, none).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A client's own copy of shared tensors: what its training left, before the server averaged it.
+"""A client's own copy of shared tensors, as they were after its training and before averaging.
 
 Some methods predict on a client with the prompts that it trained last, not with the average that
 it will train from next. The copy is private and never trained itself: in a round the shared tensors
-are, and the copy is taken at the end. A client that has not trained yet uses the shared ones.
+are trained, and the copy is taken at the end. A client that has not trained yet uses the shared
+tensors.
 
 Suffix: K clients.
 """
@@ -18,7 +19,7 @@ from fedprompt.methods.base import Tensors
 
 PREFIX = "own."
 VALID = "own.valid"
-"""(1,), 1 where the copy is what the client predicts with, else 0: before and in training."""
+"""(1,): 1 if the client predicts with its copy, 0 before and during training."""
 
 
 def start(shared: Tensors) -> Tensors:
@@ -38,7 +39,7 @@ def for_training(private: Tensors) -> Tensors:
 
 
 def after_training(private: Tensors, shared: Tensors) -> Tensors:
-    """The private tensors with a copy of what training left."""
+    """The private tensors with a copy of the trained tensors."""
     copies = {PREFIX + n: t for n, t in shared.items() if PREFIX + n in private}
     return private | copies | {VALID: torch.ones_like(private[VALID])}
 
@@ -47,7 +48,7 @@ def model(shared: Tensors, private: Tensors) -> Tensors:
     """The shared tensors (K, ...), those of the copy where it is valid."""
     valid_K1 = private[VALID] > 0
     mine = {n: PREFIX + n for n in shared if PREFIX + n in private}
-    return shared | {n: where(valid_K1[:, 0], private[own], shared[n]) for n, own in mine.items()}
+    return shared | {n: where(valid_K1[:, 0], private[copy], shared[n]) for n, copy in mine.items()}
 
 
 def where(choose_K: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ The plan is held constant where gradients are concerned, as in both papers' code
 
 When to stop: both iterate all problems of a batch together and stop when the mean change of one
 scaling vector falls below a threshold. Here the mean is each client's own, over its real images,
-classes and entries, so neither other clients nor padding have a part in it. It follows that an
+classes and entries, so neither other clients nor padding affect it. It follows that an
 image's plan depends, within the threshold, on the images that it is solved with.
 
 Shape suffixes: K clients, B images, C classes, N prompts, P patches, D joint embedding.
@@ -112,13 +112,13 @@ def _partial(problem: Transport, kernel_KBCNP: Tensor, real_KB: Tensor) -> tuple
 
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Rows (K, B, C, P) and columns (K, B, C, N) -> both anew, and the change that is watched."""
+"""Rows (K, B, C, P) and columns (K, B, C, N) -> the updated two, and the watched change."""
 
 
 def _iterate(
     problem: Transport, kernel_KBCNP: Tensor, real_KB: Tensor, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """Scalings of rows and columns from ones on; a client that has stopped keeps its own."""
+    """Scalings of rows and columns from ones on; a client that has stopped keeps its values."""
     k, b, c, n, p = kernel_KBCNP.shape
     rows = kernel_KBCNP.new_ones(k, b, c, p)
     columns = kernel_KBCNP.new_ones(k, b, c, n)
