@@ -1,4 +1,4 @@
-"""The same mathematics on a CUDA device. Skipped where there is none."""
+"""A CUDA device computes what the CPU computes. Skipped where there is none."""
 
 from __future__ import annotations
 

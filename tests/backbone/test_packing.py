@@ -1,4 +1,4 @@
-"""Packed suffixes: every class still reads exactly its own tokens."""
+"""Packed suffixes: every class reads exactly its own tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_back(packing: Packing, c: int) -> list[int]:
     depth = packing.depth_BS[b, seen]
     order = depth.argsort()
     assert depth[order].tolist() == list(range(len(seen)))
-    # Every token on the way sees exactly those before it.
+    # Every token of the suffix sees exactly itself and those before it.
     for position, i in enumerate(seen[order].tolist()):
         assert set(packing.visible_BSS[b, i].nonzero().flatten().tolist()) == set(
             seen[order][: position + 1].tolist()

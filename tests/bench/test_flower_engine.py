@@ -1,4 +1,4 @@
-"""Flower's own simulation engine, through `flwr run`, gives the numbers of our inline grid."""
+"""Flower's simulation engine, through `flwr run`, gives the results of our inline grid."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_for(folder: Path) -> Config:
 @pytest.mark.skipif(not available(), reason="needs a checkout, Flower's command and /proc")
 def test_flwr_run_equals_inline(tmp_path: Path) -> None:
     inline = run(config_for(tmp_path / "inline"), QuietDisplay())
-    # Ray of its own: on this cluster, which has no CPU, Flower could not start one client.
+    # The engine must start a Ray of its own: this cluster has no CPU, so no client could run on it.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         engine = run_engine(config_for(tmp_path / "engine"), tmp_path)
@@ -64,11 +64,11 @@ def test_flwr_run_equals_inline(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(inline / CHECKPOINT)
     private = PrivateLog(inline / PRIVATE, CLIENTS)
     private.read(checkpoint.server_round, checkpoint.private)
-    kept = sorted((tmp_path / "state").rglob("*.safetensors"))
-    assert {p.parent.name for p in kept} == {f"client-{k:05d}" for k in range(CLIENTS)}
-    assert all(p.stat().st_mode & 0o777 == 0o600 for p in kept)
+    stored = sorted((tmp_path / "state").rglob("*.safetensors"))
+    assert {p.parent.name for p in stored} == {f"client-{k:05d}" for k in range(CLIENTS)}
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in stored)
     for k in range(CLIENTS):
-        last = max(p for p in kept if p.parent.name == f"client-{k:05d}")
-        own = private.get(k)
-        assert own is not None
-        assert torch.equal(load_file(last)["ctx"], own["ctx"])
+        last = max(p for p in stored if p.parent.name == f"client-{k:05d}")
+        tensors = private.get(k)
+        assert tensors is not None
+        assert torch.equal(load_file(last)["ctx"], tensors["ctx"])

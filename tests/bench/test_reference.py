@@ -1,4 +1,4 @@
-"""The usual way of doing it: right by open_clip's own towers, and equal to our path."""
+"""The reference implementation: equal to open_clip's own towers, and to our text tower."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def images_of(clip: FrozenCLIP, count: int, seed: int = 0) -> Tensor:
 
 
 def clients_of(clip: FrozenCLIP, sizes: Sequence[int]) -> list[ReferenceClient]:
-    made = []
+    clients = []
     for k, n in enumerate(sizes):
         images = images_of(clip, n + 2, seed=k)
         labels = torch.arange(n + 2) % len(CLASS_NAMES)
-        made.append(ReferenceClient(k, images[:n], labels[:n], images[n:], labels[n:]))
-    return made
+        clients.append(ReferenceClient(k, images[:n], labels[:n], images[n:], labels[n:]))
+    return clients
 
 
 def photo_context(clip: FrozenCLIP) -> Tensor:
@@ -80,8 +80,8 @@ def test_one_step_is_gradient_descent(clip: FrozenCLIP) -> None:
     loss = F.cross_entropy(expected(client.train_images), client.train_labels)
     (gradient,) = torch.autograd.grad(loss, expected.context)
     config = replace(SGD, weight_decay=0.0)
-    found = reference_local_training(model, client, config, seed=1, server_round=1, rounds=3)
-    assert found == pytest.approx(float(loss.detach()), rel=1e-6)
+    mean_loss = reference_local_training(model, client, config, seed=1, server_round=1, rounds=3)
+    assert mean_loss == pytest.approx(float(loss.detach()), rel=1e-6)
     assert torch.allclose(model.context, start - SGD.lr * gradient, atol=1e-7)
 
 

@@ -51,6 +51,15 @@ def random_clip(**changes: Any) -> FrozenCLIP:
     return FrozenCLIP(model, open_clip.SimpleTokenizer(), name="random", weights_hash="seed 0")
 
 
+def random_resnet_clip() -> FrozenCLIP:
+    """A CLIP with a small ResNet as its image tower, and 64 x 64 pixels."""
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIP(**{**RANDOM_CLIP, "vision_cfg": vision})
+    return FrozenCLIP(model, open_clip.SimpleTokenizer(), name="resnet", weights_hash="seed 0")
+
+
 def batch_of(
     inputs: Inputs | torch.Tensor,
     labels_KB: torch.Tensor,
