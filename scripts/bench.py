@@ -1,4 +1,4 @@
-"""Benchmarks against the usual way of doing it: `python scripts/bench.py --help`."""
+"""Benchmarks against a conventional implementation: `python scripts/bench.py --help`."""
 
 from __future__ import annotations
 

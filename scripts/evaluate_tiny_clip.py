@@ -1,8 +1,8 @@
-"""What the embedded tiny CLIP can do: zero-shot, CoOp and linear probe on aerial scenes.
+"""Accuracy of the embedded tiny CLIP on aerial scenes: zero-shot, CoOp and linear probe.
 
     python scripts/evaluate_tiny_clip.py
 
-Test images are indices that neither training nor the shots use. Accuracies are percent.
+Test images have indices that neither pre-training nor the shots use. Accuracies are in percent.
 Shape suffixes: N images, C classes, D joint embedding, d text width, L text positions, p context,
 P patches.
 """
@@ -29,7 +29,7 @@ from fedprompt.rng import generator, normal
 
 TEMPLATES = ("a photo of a {}.", "a satellite image of a {}.", "an aerial photo of a {}.", "{}")
 SHOTS = 16
-UNSEEN_FROM = 10_000  # pre-training uses small indices
+UNSEEN_FROM = 10_000  # pre-training and shots use smaller indices
 TOKENIZE = open_clip.SimpleTokenizer()
 
 
@@ -61,7 +61,16 @@ def to_input(images_N: NDArray[np.uint8]) -> Tensor:
 
 
 def text_features(model: CLIP, embedded_BLd: Tensor, end_B: Tensor) -> Tensor:
-    """Normalised text features (B, D); positions after the last end-of-text are not computed."""
+    """Normalised text features of embedded texts.
+
+    Args:
+        model: a CLIP with a causal text tower.
+        embedded_BLd: token embeddings without positions.
+        end_B: position of each end-of-text token; later positions are not computed.
+
+    Returns:
+        (B, D).
+    """
     length = int(end_B.max()) + 1
     x = embedded_BLd[:, :length] + model.positional_embedding[:length]
     x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
@@ -70,7 +79,7 @@ def text_features(model: CLIP, embedded_BLd: Tensor, end_B: Tensor) -> Tensor:
 
 
 def encode_text(model: CLIP, tokens_BL: Tensor) -> Tensor:
-    """What open_clip's `encode_text` gives, normalised, without the padding's work."""
+    """The normalised result of open_clip's `encode_text`, without computing the padding."""
     return text_features(model, model.token_embedding(tokens_BL), tokens_BL.argmax(1))
 
 
@@ -88,7 +97,7 @@ class Drawn:
 
 
 def draw(classes: tuple[str, ...], domains: tuple[str, ...], indices: range) -> Drawn:
-    """All classes in all domains; labels count within `classes`."""
+    """Render all classes in all domains; labels are positions in `classes`."""
     keys = [(c, d, i) for c in range(len(classes)) for d in range(len(domains)) for i in indices]
     images_N = np.stack([scenes.render(classes[c], domains[d], i) for c, d, i in keys])
     return Drawn(images_N, torch.tensor(keys))
@@ -109,17 +118,18 @@ def zero_shot(model: CLIP, features: Features, names: tuple[str, ...], template:
 
 
 def accuracy(predicted_N: Tensor, labels_N: Tensor) -> float:
-    """Share of right predictions, percent, one decimal."""
+    """Share of correct predictions, in percent with one decimal."""
     return round(100.0 * (predicted_N == labels_N).float().mean().item(), 1)
 
 
 @torch.no_grad()
 def one_patch(model: CLIP, drawn: Drawn, names: tuple[str, ...]) -> float:
     """Accuracy of single patches as PLOT and FedOTP read them, over all patches and images."""
-    found = dense_encoder(FrozenCLIP(model, TOKENIZE, name="tiny", weights_hash=""))
-    assert found is not None
+    encoder = dense_encoder(FrozenCLIP(model, TOKENIZE, name="tiny", weights_hash=""))
+    assert encoder is not None
+    encode, _ = encoder
     text_CD = encode_text(model, TOKENIZE([TEMPLATES[0].format(name) for name in names]))
-    predicted_NP = torch.cat([(found[0](b) @ text_CD.T).argmax(-1) for b in drawn.batches()])
+    predicted_NP = torch.cat([(encode(b) @ text_CD.T).argmax(-1) for b in drawn.batches()])
     return accuracy(predicted_NP, drawn.table_N3[:, :1])
 
 
@@ -142,9 +152,21 @@ def coop(
     length: int = 4,
     seed: int = 0,
 ) -> Tensor:
-    """Context vectors (length, d) after CoOp: batches of 32, SGD with momentum 0.9, cosine.
+    """Learn a context with CoOp: batches of 32, SGD with momentum 0.9, cosine schedule.
 
     K. Zhou, J. Yang, C. C. Loy, Z. Liu. Learning to prompt for vision-language models. IJCV 2022.
+
+    Args:
+        model: the frozen CLIP.
+        shots: training images.
+        names: class names, in the order of the labels.
+        lr: initial learning rate.
+        steps: number of batches.
+        length: number of context tokens.
+        seed: of initial context and batches.
+
+    Returns:
+        (length, d).
     """
     width = model.positional_embedding.shape[1]
     context = normal((length, width), 0.02, seed, "coop").requires_grad_()
@@ -166,13 +188,13 @@ def coop(
 def with_prompt(
     model: CLIP, features: Features, context_pd: Tensor, names: tuple[str, ...]
 ) -> float:
-    """Accuracy of a learned context."""
+    """Accuracy in percent of a learned context."""
     text_CD = prompted_text(model, context_pd, names)
     return accuracy((features.image_ND @ text_CD.T).argmax(1), features.labels_N)
 
 
 def linear_probe(shots: Features, test: Features, classes: int) -> float:
-    """Multinomial logistic regression on the frozen image features: the upper reference."""
+    """Accuracy of multinomial logistic regression on the frozen image features, an upper bound."""
     weight = torch.zeros(classes, shots.image_ND.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
@@ -189,7 +211,7 @@ def linear_probe(shots: Features, test: Features, classes: int) -> float:
 
 
 def evaluate(model: CLIP, images: int = 15) -> dict[str, float]:
-    """All accuracies, percent; `images` test images per class and domain."""
+    """All accuracies in percent, by description; `images` test images per class and domain."""
     names = scenes.CLASSES
     unseen = range(UNSEEN_FROM, UNSEEN_FROM + images)
     near = encode_scenes(model, draw(names, scenes.PRETRAINING_DOMAINS, range(UNSEEN_FROM, 10_008)))
@@ -237,15 +259,16 @@ def _zero_shot_table(model: CLIP, place: str, features: Features) -> dict[str, f
         ):
             predicted = zero_shot(model, part, names, template)
             table[f"{key}, {kind}"] = accuracy(predicted, part.labels_N)
+        # Predictions are positions among the held-out classes.
         among = held[zero_shot(model, unseen, scenes.HELD_OUT_CLASSES, template)]
         table[f"{key}, held-out among themselves"] = accuracy(among, unseen.labels_N)
     return table
 
 
 def main() -> None:
-    """Print the table for the committed weights."""
+    """Print the accuracies of the committed weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=15, help="test images, class and domain")
+    parser.add_argument("--images", type=int, default=15, help="test images per class and domain")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = CLIP(**tiny_model_config())

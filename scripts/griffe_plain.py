@@ -1,6 +1,7 @@
-"""Docstrings of this repository are plain text: shows their signs and indented lines as they stand.
+"""Shows docstrings in the documentation as the plain text that they are.
 
-Used by mkdocstrings (mkdocs.yml). Only backticks are Markdown in our docstrings.
+mkdocstrings loads it (mkdocs.yml) and would otherwise read them as Markdown, of which they only use
+backticks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class PlainDocstrings(griffe.Extension):
 
 
 def plain(text: str, *, module: bool = False) -> str:
-    """The text with signs escaped; in a module's docstring indented lines become code blocks."""
+    """The text with special characters escaped; a module's indented lines become code blocks."""
     parts: list[str] = []
     for indented, lines in _groups(text.splitlines(), split=module):
         joined = "\n".join(lines)
@@ -36,7 +37,7 @@ def plain(text: str, *, module: bool = False) -> str:
 
 
 def _groups(lines: list[str], *, split: bool) -> list[tuple[bool, list[str]]]:
-    """Runs of lines that are indented, or not; an empty line goes with those before it."""
+    """Runs of lines that are indented, or are not; an empty line belongs to the run before it."""
     groups: list[tuple[bool, list[str]]] = []
     for line in lines:
         indented = split and line.startswith("    ")

@@ -1,10 +1,10 @@
-"""Train the embedded tiny CLIP on captioned aerial scenes and write its weights.
+"""Train the embedded tiny CLIP on captioned aerial scenes, and write its weights.
 
     python scripts/pretrain_tiny_clip.py --out fedprompt/backbone/assets
 
-One core, no GPU, no download, about a quarter of an hour. Images come from the pre-training
-domains of `fedprompt.data.aerial_scenes` and never show a held-out class; the federated domains
-are rendered for the evaluation table only, which changes nothing in the weights.
+It takes about a quarter of an hour on one core, without a GPU or a download. Images come from the
+pre-training domains of `fedprompt.data.aerial_scenes` and never show a held-out class. The
+federated domains are rendered for the evaluation table only, which does not affect the weights.
 
 Shape suffixes: B pairs in a batch, N images, C classes, D joint embedding, d text width, L text
 positions, F facts.
@@ -64,7 +64,7 @@ PREPROCESS_CFG = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-TRAIN_LENGTH = 28  # text positions that captions may use in training; later ones stay as drawn
+TRAIN_LENGTH = 28  # text positions of captions in training; embeddings of later ones stay random
 CAPTIONS_PER_IMAGE = 8
 TRAIN_CLASSES = tuple(
     c for c in scenes.CLASSES + scenes.EXTRA_CLASSES if c not in scenes.HELD_OUT_CLASSES
@@ -73,7 +73,7 @@ TRAIN_CLASSES = tuple(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images, tokenised captions of each, and the facts of both."""
+    """Images, several tokenised captions of each, and the facts that each shows or states."""
 
     images_N: NDArray[np.uint8]
     tokens_NKL: Tensor
@@ -110,7 +110,7 @@ def make_pairs(per_class: int, seed: int) -> Pairs:
 
 
 def augment(images_B: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn, mirror and shift; from the air there is no up. Brightness varies a little."""
+    """Rotate, mirror and shift images, and vary their brightness; from above there is no up."""
     images_B = np.rot90(images_B, int(rng.integers(4)), axes=(1, 2))
     if rng.random() < 0.5:
         images_B = images_B[:, :, ::-1]
@@ -134,7 +134,7 @@ def new_model(vocabulary: int, length: int, patch_dropout: float, seed: int) -> 
 def whiten_patches(model: CLIP, images_N: NDArray[np.uint8]) -> None:
     """Start the patch embedding from the principal components of the training patches.
 
-    Small vision transformers learn oriented filters slowly; this gives them for nothing.
+    Small vision transformers learn oriented filters slowly; this provides them from the start.
     """
     convolution = model.visual.conv1
     size, width = convolution.kernel_size[0], convolution.out_channels
@@ -152,7 +152,14 @@ def whiten_patches(model: CLIP, images_N: NDArray[np.uint8]) -> None:
 def contrastive_loss(
     image_BD: Tensor, text_BD: Tensor, match_BB: Tensor, logit_scale: Tensor
 ) -> Tensor:
-    """CLIP's symmetric loss; the target is spread over every caption that is true of an image."""
+    """CLIP's symmetric loss, with targets spread over all captions that are true of an image.
+
+    Args:
+        image_BD: normalised image features.
+        text_BD: normalised features of their captions.
+        match_BB: whether caption j is true of image i.
+        logit_scale: factor of the cosine similarities.
+    """
     logits = logit_scale * image_BD @ text_BD.T
     match = match_BB.float()
     by_image = -(match / match.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
@@ -161,7 +168,16 @@ def contrastive_loss(
 
 
 def train(pairs: Pairs, args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor]:
-    """The trained state dict with the full 77 positions, and the ids of its vocabulary rows."""
+    """Train the model.
+
+    Args:
+        pairs: the training data.
+        args: the command's options.
+
+    Returns:
+        The state dict with all 77 text positions, and the ids of its rows of the vocabulary.
+    """
+    # Only tokens that occur are trained: the whole vocabulary would be most of the work.
     row_ids = torch.unique(pairs.tokens_NKL)  # sorted, so end-of-text keeps the largest id
     compact_NKL = torch.searchsorted(row_ids, pairs.tokens_NKL)
     model = new_model(len(row_ids), TRAIN_LENGTH, args.patch_dropout, args.seed)
@@ -188,9 +204,10 @@ def train(pairs: Pairs, args: argparse.Namespace) -> tuple[dict[str, Tensor], Te
         rows = rng.choice(len(pairs.images_N), args.batch, replace=False)
         kth = torch.from_numpy(rng.integers(0, CAPTIONS_PER_IMAGE, args.batch))
         images = to_input(augment(pairs.images_N[rows], rng))
-        said = pairs.caption_facts_NKF[rows, kth].float()
+        stated = pairs.caption_facts_NKF[rows, kth].float()
         untrue = (~pairs.image_facts_NF[rows]).float()
-        match_BB = untrue @ said.T == 0
+        # A caption is true of an image unless it states a fact that is untrue of it.
+        match_BB = untrue @ stated.T == 0
         warm = min(1.0, (step + 1) / (0.05 * args.steps))
         rate = args.lr * warm * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
@@ -222,7 +239,7 @@ def train(pairs: Pairs, args: argparse.Namespace) -> tuple[dict[str, Tensor], Te
 
 
 def pack(state: dict[str, Tensor], row_ids: Tensor) -> dict[str, Tensor]:
-    """The tensors as stored: float16, token rows with their ids; the rest is drawn again."""
+    """The tensors as stored: float16, and only trained rows of the token embeddings, with ids."""
     stored = {name: t.half().contiguous() for name, t in state.items() if name != EMBEDDING}
     stored[ROWS] = state[EMBEDDING].half().contiguous()
     stored[ROW_IDS] = row_ids.to(torch.int32)
@@ -230,7 +247,7 @@ def pack(state: dict[str, Tensor], row_ids: Tensor) -> dict[str, Tensor]:
 
 
 def unpack(stored: dict[str, Tensor], seed: int) -> CLIP:
-    """The model that users load: float32, the whole vocabulary."""
+    """The model as users load it: float32, with the whole vocabulary."""
     state = {k: v.float() for k, v in stored.items() if k not in (ROWS, ROW_IDS)}
     text = MODEL_CFG["text_cfg"]
     state[EMBEDDING] = initial_embedding(text["vocab_size"], text["width"], seed)
@@ -241,7 +258,7 @@ def unpack(stored: dict[str, Tensor], seed: int) -> CLIP:
 
 
 def main() -> None:
-    """Train, evaluate, write."""
+    """Train, evaluate and write the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("fedprompt/backbone/assets"))
     parser.add_argument("--seed", type=int, default=1)
@@ -264,7 +281,13 @@ def main() -> None:
 
 
 def write(stored: dict[str, Tensor], args: argparse.Namespace, scores: dict[str, Any]) -> None:
-    """The weights with their provenance in the header, and the card with the file's SHA-256."""
+    """Write the weights with their provenance, and the card with the file's SHA-256.
+
+    Args:
+        stored: tensors from `pack`.
+        args: the command's options.
+        scores: accuracies from `evaluate`.
+    """
     options = [f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k != "out"]
     provenance = {
         "command": "python scripts/pretrain_tiny_clip.py " + " ".join(options),
@@ -278,7 +301,8 @@ def write(stored: dict[str, Tensor], args: argparse.Namespace, scores: dict[str,
         },
         "evaluation_percent": scores,
     }
-    # One key: safetensors writes several in no fixed order, and the file must be reproducible.
+    # A single key, because safetensors writes several in no fixed order, and the file must be
+    # reproducible.
     data = save(stored, metadata={"provenance": json.dumps(provenance)})
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / WEIGHTS_NAME).write_bytes(data)
