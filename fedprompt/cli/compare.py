@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from rich.console import Console
 
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import write_bytes
+from fedprompt.reports.compare.figures import comparison_figures, heat_figure
 from fedprompt.reports.compare.load import Loaded, Row, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
 from fedprompt.reports.compare.statistics import Test
@@ -22,9 +23,7 @@ from fedprompt.reports.compare.table import (
     markdown,
     terminal,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from fedprompt.reports.draw import save_all
 
 FORMS: dict[str, Callable[[Comparison], str]] = {
     "markdown": markdown,
@@ -101,16 +100,10 @@ def write_all(
     Raises:
         UserError: the folder cannot be written, or no heat map can be drawn.
     """
-    from fedprompt.reports.compare.figures import figure_clients, figure_curves, figure_heat
-
-    figures: dict[str, Figure | None] = {
-        "curves": figure_curves(rows),
-        "bytes": figure_curves(rows, over_bytes=True),
-        "clients": figure_clients(rows),
-    }
+    figures = comparison_figures(rows)
     if heat is not None:
-        chosen = KNOWN["personal"] if KNOWN["personal"] in columns else columns[0]
-        figures["heat"] = figure_heat(rows, heat, chosen)
+        metric = KNOWN["personal"] if KNOWN["personal"] in columns else columns[0]
+        figures.append(heat_figure(rows, heat, metric))
     written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -118,19 +111,10 @@ def write_all(
             path = out / f"table.{SUFFIXES[form]}"
             write_bytes(path, make(table).encode())
             written.append(path)
-        for name, figure in figures.items():
-            if figure is not None:
-                written.append(_save(figure, out / f"{name}.png"))
+        written += save_all(figures, out)
     except OSError as error:
         raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None
     return written
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    from fedprompt.reports.round_figures import save
-
-    save(figure, path)
-    return path
 
 
 def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
@@ -144,7 +128,8 @@ def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_bytes(out / f"{name}.md", f"{table.markdown()}\n\n{table.note}\n".encode())
-            sys.stderr.write(f"wrote {_save(figure, out / f'{name}.png')}\n")
+            for path in save_all([figure], out):
+                sys.stderr.write(f"wrote {path}\n")
         except OSError as error:
             raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None
 

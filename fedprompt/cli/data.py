@@ -235,7 +235,7 @@ def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
     from fedprompt.cli.data_views import partition_table
     from fedprompt.data.partition import describe
     from fedprompt.experiment.compose import compose
-    from fedprompt.reports.round_figures import plot_partition
+    from fedprompt.reports.partition_figure import plot_partition
 
     config = compose(experiment, overrides)
     dataset, made = _dealt(config)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut
 from fedprompt.methods.base import Method, Tensors
+from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.config.schema import Config
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace

@@ -11,12 +11,11 @@ from fedprompt.data.held_out import HeldOut
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Protocol
 from fedprompt.evaluation.protocols import PROTOCOLS
-from fedprompt.reports.format import ProtocolFigure, Table
+from fedprompt.reports.figure import Figure
+from fedprompt.reports.format import Table
 from fedprompt.reports.run_data import SUMMARY, RunData
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.config.schema import Config
 
 __all__ = [
@@ -146,17 +145,17 @@ def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def figures(run: RunData) -> list[ProtocolFigure]:
-    """The figures of a run's protocols, in the order of its summary.
+def figures(run: RunData) -> list[Figure]:
+    """The figures of a run's protocols, named like them, in the order of its summary.
 
     Raises:
         UserError: a protocol's results are not what it writes.
     """
     source = str(run.path / SUMMARY)
-    drawn = [
-        (cls, read(cls, source, cls.figure, part, run)) for cls, part in measured(run.summary or {})
+    figures = [
+        read(cls, source, cls.figure, part, run) for cls, part in measured(run.summary or {})
     ]
-    return [ProtocolFigure(cls.name, cls.caption, fig) for cls, fig in drawn if fig is not None]
+    return [figure for figure in figures if figure is not None]
 
 
 def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import StopRun, UserError
-from fedprompt.evaluation.registry import result_tables
+from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment import compose as composition
 from fedprompt.experiment import run as experiments
 from fedprompt.experiment.display import (
@@ -24,10 +24,10 @@ from fedprompt.experiment.display import (
     summary_table,
 )
 from fedprompt.experiment.predict import Classifier
-from fedprompt.reports.client_figures import figure_clients, figure_partition
+from fedprompt.reports.draw import draw
 from fedprompt.reports.format import Table
-from fedprompt.reports.round_figures import figure_accuracy, figure_loss
 from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
+from fedprompt.reports.run_figures import run_figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,19 +182,13 @@ class Result:
         return text.getvalue()
 
     def figures(self) -> dict[str, Figure]:
-        """The figures of the run's report by name, as matplotlib figures.
+        """The figures of the run and of its protocols by name, as matplotlib figures.
 
         A figure for which there are no data is left out. A notebook shows a figure that is the
         last value of a cell: `result.figures()["accuracy_per_round"]`.
         """
         run = self._data
-        drawn: dict[str, Figure | None] = {
-            "accuracy_per_round": figure_accuracy(run),
-            "client_accuracy": figure_clients(run),
-            "loss_per_round": figure_loss(run),
-            "partition": figure_partition(run.partition) if run.partition else None,
-        }
-        return {name: figure for name, figure in drawn.items() if figure is not None}
+        return {figure.name: draw(figure) for figure in (*run_figures(run), *figures(run))}
 
     def classifier(self, client: int | None = None) -> Classifier:
         """The trained model, which classifies image files.

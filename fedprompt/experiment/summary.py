@@ -132,4 +132,4 @@ def draw_report(path: Path) -> Path:
     """
     run = load_run(path)
     tables = result_tables(run.summary or {}, str(path / SUMMARY))
-    return write_report(path, tables, figures(run))
+    return write_report(run, tables, figures(run))

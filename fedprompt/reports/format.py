@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any
 
 MISSING = "-"
 
@@ -86,15 +83,6 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
         rows.append(ResultRow.of("local-only", local_only))
     rows.append(ResultRow.of(str(summary.get("method", "method")), summary))
     return rows
-
-
-@dataclass(frozen=True)
-class ProtocolFigure:
-    """The figure of an evaluation protocol: the protocol's name, a caption line, the drawing."""
-
-    name: str
-    caption: str
-    figure: Figure
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A report as one HTML file: a template, its own style and script, and the charts' data.
+"""A report as one HTML file: a template, its own style and script, and the figures' data.
 
-The file needs nothing else. Everything that comes from a run is escaped, by Jinja2 or as JSON; the
-page's content policy lets only its own script run, which writes text and never HTML.
+The file needs no other file and no network. Everything that comes from a run is escaped, by Jinja2
+or as JSON. The page's content policy allows only its own script, which writes text, never HTML.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ import jinja2
 from markupsafe import Markup
 
 from fedprompt.files import asset
-from fedprompt.reports.charts import Chart, by_name
+from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import MISSING, percent
 
 SCRIPT, STYLE = "charts.js", "report.css"
 
 
-def render(template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -> str:
-    """The page that the template makes of `content` and of the charts."""
+def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any]) -> str:
+    """Fill a page's template.
+
+    Args:
+        template: Name of a file in `assets/`.
+        figures: What the page's script draws, in order.
+        content: Values of the template's other names.
+
+    Returns:
+        The page's HTML.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(asset(f"reports/assets/{template}").parent),
         autoescape=True,
@@ -33,11 +42,12 @@ def render(template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -
     )
     environment.filters |= {"percent": percent, "count": count, "unbroken": unbroken}
     script = asset(f"reports/assets/{SCRIPT}").read_text(encoding="utf-8")
+    # The content policy names the one script that may run by its digest.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
         **content,
-        charts=charts,
-        charts_json=_json(by_name(charts)),
+        figures=figures,
+        figures_json=_json({figure.name: figure.spec() for figure in figures}),
         style=Markup(asset(f"reports/assets/{STYLE}").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
@@ -45,7 +55,7 @@ def render(template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -
 
 
 def _json(value: Any) -> Markup:
-    """JSON without a character that could end its element."""
+    """JSON without any character that could end the element which holds it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -53,10 +63,10 @@ def _json(value: Any) -> Markup:
 
 
 def unbroken(text: str) -> str:
-    """No-break spaces, so that a narrow cell breaks before `±` and nowhere else."""
+    """The text with no-break spaces, so that a narrow cell breaks before `±` and nowhere else."""
     return text.replace("± ", "±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def count(number: int | None) -> str:
-    """`2,048`, or a dash."""
+    """A count as `2,048`, or a dash where it is None."""
     return MISSING if number is None else f"{number:,}"

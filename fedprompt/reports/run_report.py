@@ -1,23 +1,23 @@
-"""One run as one HTML file: results, charts, clients, config and how to repeat it.
+"""One run as one HTML file: results, figures, clients, config and how to repeat it.
 
-The file needs nothing else: there is no link to anywhere (report_page.py).
+The file needs no other file and has no link to anywhere (`page.py`).
 """
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedprompt.data.partition import dense
-from fedprompt.reports.client_figures import MANY
+from fedprompt.reports.client_figure import MANY
+from fedprompt.reports.draw import save_all
+from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import (
     MISSING,
-    ProtocolFigure,
     ResultRow,
     Table,
     human_bytes,
@@ -27,25 +27,25 @@ from fedprompt.reports.format import (
     result_rows,
 )
 from fedprompt.reports.page import count, render
-from fedprompt.reports.report_charts import run_charts
-from fedprompt.reports.round_figures import PROTOCOL, draw_all
-from fedprompt.reports.run_data import RunData, accuracy_of, load_run
+from fedprompt.reports.run_data import CONFIG, METRICS, REPORT, SUMMARY, RunData, accuracy_of
+from fedprompt.reports.run_figures import run_figures
 
 TEMPLATE = "report.html.j2"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A protocol's figure, ready to embed."""
-
-    name: str
-    caption: str
-    png_base64: str
+PROTOCOL = "protocol_"
+"""What the names of protocols' figures begin with."""
+OUR_FILES = (
+    "accuracy_per_round.png",
+    "client_accuracy.png",
+    "loss_per_round.png",
+    "partition.png",
+    f"{PROTOCOL}*.png",
+)
+"""Files that a report replaces; anything else in the folder belongs to the user."""
 
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's line in the table; None = not known or not tested."""
+    """One client's line in the table; None means not known, or not tested."""
 
     client: int
     train_images: int | None
@@ -56,39 +56,53 @@ class ClientRow:
 
 
 def write_report(
-    run_dir: Path,
-    tables: Sequence[Table] = (),
-    figures: Sequence[ProtocolFigure] = (),
+    run: RunData, tables: Sequence[Table] = (), figures: Sequence[Figure] = ()
 ) -> Path:
-    """Draw all figures of a run and write `run_dir/report.html`.
+    """Draw a run's figures into `plots/` and write its `report.html`.
 
     Args:
-        run_dir: the run folder; the run may be unfinished.
-        tables: the tables of the run's evaluation protocols.
-        figures: the figures of the run's evaluation protocols.
+        run: The run, finished or not.
+        tables: The tables of the run's evaluation protocols.
+        figures: The figures of the run's evaluation protocols, named like them.
 
     Returns:
-        The path of the report.
+        The path of `report.html` in the run folder.
 
     Raises:
-        UserError: the run folder lacks a file, or a file is damaged.
+        OSError: A file cannot be written.
     """
-    run = load_run(run_dir)
-    captions = {f"{PROTOCOL}{figure.name}": figure.caption for figure in figures}
-    embedded = [
-        Figure(path.stem, captions[path.stem], base64.b64encode(path.read_bytes()).decode())
-        for path in draw_all(run_dir, figures)
-        if path.stem in captions
-    ]
-    content = {**_content(run), "protocols": tables, "figures": embedded}
-    html = render(TEMPLATE, run_charts(run), content)
-    path = run_dir / "report.html"
+    # The prefix keeps a protocol's file apart from the run's own figures and from the user's files.
+    named = [replace(figure, name=f"{PROTOCOL}{figure.name}") for figure in figures]
+    drawn = [*run_figures(run), *named]
+    draw_all(drawn, run.path / "plots")
+    path = run.path / REPORT
+    html = render(TEMPLATE, drawn, {**_content(run), "protocols": tables})
     path.write_text(html, encoding="utf-8")
     return path
 
 
+def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Write a run's figures as PNG files, and remove those of an earlier state of the run.
+
+    Args:
+        figures: Every figure that the run has.
+        folder: The run's folder of figures; it is created.
+
+    Returns:
+        The paths of the files, in the order of the figures.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    for pattern in OUR_FILES:
+        for stale in folder.glob(pattern):
+            stale.unlink()
+    return save_all(figures, folder)
+
+
 def summary_of(run: RunData) -> dict[str, Any]:
-    """The run's summary; of an unfinished run, what its metrics lines hold so far."""
+    """The run's summary; for an unfinished run, what its metrics lines hold so far."""
     if run.summary is not None:
         return run.summary
     last_alone = next((x for x in reversed(run.local_only) if x.get("personal")), None)
@@ -111,7 +125,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
 def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     """Images, classes and accuracies of the clients, in the order of their ids.
 
-    Of more than `MANY` clients, the `MANY` with the lowest accuracy, lowest first.
+    Of more than `MANY` clients, only the `MANY` with the lowest accuracies, lowest first.
     """
     personal = accuracy_of(run.last("personal"))
     zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
@@ -120,9 +134,9 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     train_KC = dense(partition.get("train_counts") or [], classes)
     test_KC = dense(partition.get("test_counts") or [], classes)
     clients = range(max(len(train_KC), max(personal, default=-1) + 1))
-    shown = list(clients)
+    listed = list(clients)
     if len(clients) > MANY:
-        shown = sorted(personal, key=lambda k: (personal[k], k))[:MANY]
+        listed = sorted(personal, key=lambda k: (personal[k], k))[:MANY]
     return [
         ClientRow(
             client=k,
@@ -132,14 +146,14 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
             accuracy=personal.get(k),
             zero_shot=zero_shot.get(k),
         )
-        for k in shown
+        for k in listed
     ]
 
 
 def _content(run: RunData) -> dict[str, Any]:
     summary = summary_of(run)
     rows = result_rows(summary)
-    source = run.path / ("metrics.jsonl" if run.summary is None else "summary.json")
+    source = run.path / (METRICS if run.summary is None else SUMMARY)
     finished_at = datetime.fromtimestamp(source.stat().st_mtime, tz=UTC)
     folder = run.path.resolve().name
     planned = (run.config.get("federation") or {}).get("rounds")
@@ -162,9 +176,9 @@ def _content(run: RunData) -> dict[str, Any]:
         ],
         "clients": client_rows(run, summary),
         "clients_title": _clients_title(run),
-        "config_text": (run.path / "config.yaml").read_text(encoding="utf-8"),
+        "config_text": (run.path / CONFIG).read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
-        # The config may name the run's own folder, which is never written over.
+        # The config may name the run's own folder, which a run never overwrites.
         "command": shlex.join(
             ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
         ),
@@ -224,21 +238,21 @@ def _headlines(summary: Mapping[str, Any], rows: list[ResultRow]) -> list[tuple[
 
 
 def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = {str(k): str(v) for k, v in (summary.get("environment") or {}).items()}
+    lines = {str(k): str(v) for k, v in (summary.get("environment") or {}).items()}
     if summary.get("wall_s") is not None:
-        found["wall time"] = human_time(summary["wall_s"])
+        lines["wall time"] = human_time(summary["wall_s"])
     for key, label in (("train_s", "training"), ("evaluate_s", "evaluation")):
         if run.timings:
-            found[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
+            lines[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
     for key in ("rejected_replies", "skipped_images"):
         if summary.get(key) is not None:
-            found[key.replace("_", " ")] = str(summary[key])
+            lines[key.replace("_", " ")] = str(summary[key])
     for kind in ("shared", "private"):
         tensors = summary.get(kind)
         if isinstance(tensors, dict):
             shapes = (f"{name} {' x '.join(map(str, shape))}" for name, shape in tensors.items())
-            found[f"{kind} tensors"] = ", ".join(shapes) or "none"
-    return list(found.items())
+            lines[f"{kind} tensors"] = ", ".join(shapes) or "none"
+    return list(lines.items())
 
 
 def _named(config: Mapping[str, Any], group: str) -> Any:

@@ -1,6 +1,6 @@
-"""A sweep, or any runs, as one HTML file: table over seeds, charts, runs, settings.
+"""A sweep, or any runs, as one HTML file: table over seeds, figures, runs and settings.
 
-The table is the one of `fedprompt compare`; the page is made like that of a run (report_page.py).
+Table and figures are those of `fedprompt compare`; the page is made like a run's (`page.py`).
 """
 
 from __future__ import annotations
@@ -8,25 +8,22 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError
-from fedprompt.reports.charts import ACCURACY, ROUND, Chart, Spec, box, curve, lines, palette
-from fedprompt.reports.compare.figures import CURVES, client_accuracies, heat_values
-from fedprompt.reports.compare.figures import curve as curve_of
+from fedprompt.reports.compare.figures import comparison_figures, heat_figure, swept_settings
 from fedprompt.reports.compare.load import Row, differing, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
 from fedprompt.reports.compare.names import PLAN, plain
+from fedprompt.reports.compare.statistics import Cell
 from fedprompt.reports.compare.table import MARK, Comparison, compare_rows, markdown, text
+from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import MISSING, human_time, percent
 from fedprompt.reports.page import render
 
 TEMPLATE = "sweep.html.j2"
-AT_FIRST = 8
-"""Curves that are shown before the reader switches others on: as many as there are colours."""
 HEADLINES = ("personal", "global", "worst")
 FACTS = ("method.name", "data.title", "backbone.model", "strategy.name", "federation.rounds")
 
@@ -39,13 +36,20 @@ def write_sweep_report(
     command: str | None = None,
     failed: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Write the report of runs, or of folders of runs, into the file `out`; return it.
+    """Write the report of several runs, e.g. of a sweep.
 
-    `command` repeats the sweep, by default as its folder says; `failed` are names of runs and why
-    they ended.
+    Args:
+        paths: Run folders, sweeps' folders, or folders of runs.
+        out: The HTML file.
+        title: The page's title; by default the name of the only path, else of the file's folder.
+        command: The line that repeats the sweep; by default what its folder says.
+        failed: Names of failed runs and why they failed.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: nothing is finished, a run is damaged, or `out` cannot be written.
+        UserError: No run is finished, a run is damaged, or `out` cannot be written.
     """
     loaded = load_rows(paths)
     rows = loaded.rows
@@ -54,7 +58,7 @@ def write_sweep_report(
     metrics = choose(None, rows)
     table = compare_rows(rows, metrics)
     differ = differing(rows)
-    several = [key for key in differ if _values(rows, key) > 1]
+    several = [key for key in differ if _count_values(rows, key) > 1]
     content = {
         "title": title or _title(paths, out),
         "facts": _facts(rows),
@@ -72,7 +76,7 @@ def write_sweep_report(
         "common": _common(rows),
         "environment": _environment(rows),
     }
-    html = render(TEMPLATE, sweep_charts(rows, metrics), content)
+    html = render(TEMPLATE, sweep_figures(rows, metrics), content)
     try:
         out.write_text(html, encoding="utf-8")
     except OSError as error:
@@ -85,7 +89,10 @@ def _title(paths: Sequence[Path], out: Path) -> str:
 
 
 def _command(folder: Path) -> str | None:
-    """The line that made a sweep's folder; None for other folders. load_rows has read its plan."""
+    """The line that made a sweep's folder; None for other folders.
+
+    The plan has been read by `load_rows` before, so it is known to be whole.
+    """
     path = folder / PLAN
     if not path.is_file():
         return None
@@ -98,123 +105,35 @@ def _command(folder: Path) -> str | None:
     return shlex.join([*words, *quick, "--out", folder.name])
 
 
-def sweep_charts(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Chart]:
-    """Learning curves, accuracy over bytes, clients, and a map where two settings are swept."""
-    found = [heat_chart(rows, metrics)]
-    for over_bytes, (part, key, title) in product((False, True), reversed(CURVES)):
-        found.append(curves_chart(rows, part, key, title, over_bytes=over_bytes))
-    found.append(clients_chart(rows))
-    return [chart for chart in found if chart is not None]
-
-
-def curves_chart(
-    rows: Sequence[Row], part: str, key: str, title: str, *, over_bytes: bool
-) -> Chart | None:
-    """One accuracy of every row per round, or over the bytes sent; mean and std over seeds."""
-    curves = [curve_of(row, part, key) for row in rows]
-    last = sorted((c.mean_R[-1] for c in curves if c.mean_R), reverse=True)
-    least = last[min(AT_FIRST, len(last)) - 1] if last else 0.0
-    series = []
-    for i, (row, found) in enumerate(zip(rows, curves, strict=True)):
-        x = found.bytes_R if over_bytes else [float(r) for r in found.rounds_R]
-        # The axis of bytes is logarithmic; nothing is sent before the first round.
-        kept = [k for k, value in enumerate(x) if value > 0 or not over_bytes]
-        if not kept:
-            continue
-        seeds = len(row.runs) > 1
-        one = curve(
-            row.name,
-            palette(i),
-            [x[k] for k in kept],
-            [found.mean_R[k] for k in kept],
-            [found.std_R[k] for k in kept] if seeds else None,
-            dash=i >= AT_FIRST,
-            on=found.mean_R[-1] >= least,
-        )
-        series.append(one)
-    if not series:
-        return None
-    x_axis: Spec = ROUND
-    if over_bytes:
-        x_axis = {"label": "Bytes up and down, all clients", "name": "after", "format": "bytes"}
-        x_axis |= {"log": True}
-    what = "bytes sent" if over_bytes else "rounds"
-    caption = "Mean over seeds; band: ± 1 standard deviation over seeds."
-    if len(series) > AT_FIRST:
-        caption += f" The best {AT_FIRST} are shown; the names above switch the others on."
-    return Chart(
-        f"{part}_over_{'bytes' if over_bytes else 'rounds'}",
-        f"{title} accuracy over {what}",
-        caption,
-        lines(series, x_axis, ACCURACY, nearest=over_bytes),
-    )
-
-
-def clients_chart(rows: Sequence[Row]) -> Chart | None:
-    """Box plots of the clients' own accuracies, those of all seeds together."""
-    values = [(i, row, client_accuracies(row)) for i, row in enumerate(rows)]
-    groups = [box(row.name, palette(i), found) for i, row, found in values if found]
-    if not groups:
-        return None
-    axis = {**ACCURACY, "label": "Accuracy on own test images"}
-    return Chart(
-        "clients",
-        "Accuracy of the clients",
-        "Last measured, clients of all seeds together; box: quartiles, notch: median, line: "
-        "lowest to highest.",
-        {"kind": "boxes", "groups": groups, "x": axis},
-        wide=len(groups) > AT_FIRST,
-    )
-
-
-def heat_chart(rows: Sequence[Row], metrics: Sequence[Metric]) -> Chart | None:
-    """Mean of the first of personalised and global accuracy, where just two settings differ."""
-    keys = differing(rows)
+def sweep_figures(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Figure]:
+    """The figures of a comparison, after a map of accuracy where just two settings are swept."""
+    figures = comparison_figures(rows)
+    keys = swept_settings(rows)
     metric = next((m for m in (KNOWN["personal"], KNOWN["global"]) if m in metrics), None)
-    if len(keys) != 2 or metric is None:
-        return None
-    try:
-        across, down, table = heat_values(rows, (keys[0], keys[1]), metric)
-    except UserError:  # a setting that not all rows have
-        return None
-    if 2 * len(rows) <= len(across) * len(down):
-        return None  # two settings that change together
-    spec: Spec = {
-        "kind": "heat",
-        "rows": [plain(value) for value in down],
-        "columns": [plain(value) for value in across],
-        "cells": [[None if v != v else float(v) for v in line] for line in table],
-        "format": "percent",
-        "color": "own",
-        "name": metric.title,
-        "none": MISSING,
-        "x_name": keys[0],
-        "y_name": keys[1],
-        "x_label": keys[0],
-    }
-    title = f"{metric.title.capitalize()} accuracy over {keys[0]} and {keys[1]}"
-    return Chart("heat", title, f"Mean over seeds; rows: {keys[1]}.", spec)
+    if keys is not None and metric is not None:
+        figures.insert(0, heat_figure(rows, keys, metric))
+    return figures
 
 
 def _cells(table: Comparison) -> list[list[tuple[str, float | None, bool]]]:
     """Text, sort value and whether it is the best, of every cell."""
     return [
         [
-            (_shown(metric, cell) + MARK * cell.differs, cell.mean, cell.best)
+            (_text(metric, cell) + MARK * cell.differs, cell.mean, cell.best)
             for metric, cell in zip(table.metrics, line, strict=True)
         ]
         for line in table.cells
     ]
 
 
-def _shown(metric: Metric, cell: Any) -> str:
-    shown = text(metric, cell)
-    return f"{shown} %" if metric.kind == "share" and shown != MISSING else shown
+def _text(metric: Metric, cell: Cell) -> str:
+    number = text(metric, cell)
+    return f"{number} %" if metric.kind == "share" and number != MISSING else number
 
 
 def _headlines(table: Comparison) -> list[tuple[str, str, str]]:
     """The best row of a few metrics, and how many runs there are."""
-    found = []
+    headlines = []
     for name in HEADLINES:
         i = next((i for i, metric in enumerate(table.metrics) if metric.name == name), None)
         best = [k for k, line in enumerate(table.cells) if i is not None and line[i].best]
@@ -222,8 +141,8 @@ def _headlines(table: Comparison) -> list[tuple[str, str, str]]:
             metric = table.metrics[i]
             who = table.names[best[0]] + (" and others" if len(best) > 1 else "")
             label = f"Best {metric.title}"
-            found.append((label, _shown(metric, table.cells[best[0]][i]), who))
-    return found
+            headlines.append((label, _text(metric, table.cells[best[0]][i]), who))
+    return headlines
 
 
 def _facts(rows: Sequence[Row]) -> list[str]:
@@ -239,14 +158,14 @@ def _facts(rows: Sequence[Row]) -> list[str]:
 
 
 def _runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One line per run: its row, seed, folder, last results, seconds."""
-    found = []
+    """One line per run: its row, seed, folder, last results and time."""
+    lines = []
     for row in rows:
         for seed, run in sorted(row.runs.items()):
             summary = run.summary or {}
             personal = summary.get("personal") or {}
             wall = summary.get("wall_s")
-            found.append(
+            lines.append(
                 {
                     "row": row.name,
                     "seed": seed,
@@ -258,34 +177,35 @@ def _runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "time": MISSING if wall is None else human_time(wall),
                 }
             )
-    return found
+    return lines
 
 
-def _values(rows: Sequence[Row], key: str) -> int:
+def _count_values(rows: Sequence[Row], key: str) -> int:
     """How many values a setting has among the rows that have it."""
     return len({repr(row.settings[key]) for row in rows if key in row.settings})
 
 
 def _settings(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Each of these settings and what the rows have there, in their order."""
-    shown = []
+    """Each of these settings, and the values that the rows have."""
+    settings = []
     for key in keys:
         values = dict.fromkeys(plain(row.settings[key]) for row in rows if key in row.settings)
-        shown.append((key, ", ".join(values)))
-    return shown
+        settings.append((key, ", ".join(values)))
+    return settings
 
 
 def _common(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    other = set(differing(rows))
-    return [(k, plain(v)) for k, v in rows[0].settings.items() if k not in other]
+    differ = set(differing(rows))
+    return [(k, plain(v)) for k, v in rows[0].settings.items() if k not in differ]
 
 
 def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Versions and devices, with every value that a run had."""
-    found: dict[str, dict[str, None]] = {}
+    """Versions and devices; where runs differ, every value."""
+    # A dictionary without values is a set that keeps its order.
+    values_of: dict[str, dict[str, None]] = {}
     for row in rows:
         for run in row.runs.values():
             parts: Mapping[str, Any] = (run.summary or {}).get("environment") or {}
             for key, value in parts.items():
-                found.setdefault(str(key), {})[str(value)] = None
-    return [(key, ", ".join(values)) for key, values in found.items()]
+                values_of.setdefault(str(key), {})[str(value)] = None
+    return [(key, ", ".join(values)) for key, values in values_of.items()]

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fedprompt.config.schema import Config, to_dict
@@ -40,6 +39,7 @@ from fedprompt.experiment.validate import validate
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.methods.base import Task
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Figure, Lines
 from fedprompt.reports.format import Table
 from fedprompt.reports.run_data import PRIVATE, load_run
 from fedprompt.simulation.private_log import PrivateLog
@@ -518,7 +518,10 @@ def test_few_shot_holds_no_more_than_that(runs: Callable[..., Path]) -> None:
     folders = [runs("few_shot", partition={"clients": 4, "shots": s}) for s in (2, 1)]
     table, figure = compare_runs("few_shot", [load_run(f) for f in folders])
     assert [row[0].split()[0] for row in table.rows] == ["1", "2"]
-    assert [float(x) for x in figure.axes[0].lines[1].get_ydata()] == [  # type: ignore[union-attr]
+    (panel,) = figure.panels
+    assert isinstance(panel, Lines)
+    assert [curve.name for curve in panel.curves] == ["zero-shot", "global", "personal"]
+    assert list(panel.curves[1].y) == [
         summary_of(f)["global"]["accuracy"] for f in reversed(folders)
     ]
     for folder, shots in zip(folders, (2, 1), strict=True):

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fedprompt.experiment.summary import draw_report
 from fedprompt.reports.run_data import accuracy_of, load_run
-from fedprompt.reports.run_report import write_report
 from fedprompt.reports.sweep_report import write_sweep_report
-from tests.reports.test_figures import write_run
-from tests.reports.test_run_report import edit_summary
-from tests.reports.test_sweep_report import write_sweep
 from tests.support.chromium import FOUND, Browser
+from tests.support.fake_runs import edit_summary, write_run, write_sweep
 
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium on this machine")
 PHONE, DESKTOP = 390, 1200
@@ -23,9 +21,9 @@ TIP = "[...document.querySelectorAll('.tip')].filter(t => !t.hidden).map(t => t.
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    found = Browser(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
+    chromium = Browser(tmp_path_factory.mktemp("profile"))
+    yield chromium
+    chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     points = [
         {"round": r, "accuracy": 0.4 + 0.1 * r, "up": 900 * 2000**r, "down": 0} for r in range(3)
     ]
-    found = {"points": points, "reached": [{"percent": 90.0 + p["round"], **p} for p in points]}
-    edit_summary(folder, protocols={"communication": {"curves": {"global": found}}})
-    return write_report(folder).parent
+    curve = {"points": points, "reached": [{"percent": 90.0 + p["round"], **p} for p in points]}
+    edit_summary(folder, protocols={"communication": {"curves": {"global": curve}}})
+    return draw_report(folder).parent
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def column(browser: Browser, table: str, number: int) -> list[str]:
     cells = f"document.querySelectorAll('table.{table} tbody tr')"
-    found = browser.run(f"[...{cells}].map(r => r.cells[{number}].innerText)")
-    return [str(text) for text in found]
+    texts = browser.run(f"[...{cells}].map(r => r.cells[{number}].innerText)")
+    return [str(text) for text in texts]
 
 
 def click_head(browser: Browser, table: str, number: int) -> str:
@@ -108,8 +106,10 @@ def test_every_chart_of_a_run_tells_values(browser: Browser, run: Path) -> None:
     assert "training images" in browser.run(TIP)
     browser.point("#loss_per_round svg", 0.98, 0.4)
     assert f"{data.rounds[-1]['train']['loss']:.4g}" in browser.run(TIP)
-    browser.point("#partition svg", 0.9, 0.1)
+    browser.point("#partition .panel:last-of-type svg", 0.9, 0.1)
     assert "Class class 0" in browser.run(TIP)
+    browser.point("#protocol_communication svg", 0.98, 0.2)
+    assert "92 %" in browser.run(TIP)
     browser.point("h1", 0.5, 0.5)
     assert browser.run(TIP) == ""
     assert browser.complaints == []
@@ -119,8 +119,8 @@ def test_every_chart_of_a_sweep_tells_values(browser: Browser, sweep: Path) -> N
     browser.open(sweep, DESKTOP)
     for name, words in (
         ("heat", "partition.alpha"),
-        ("personal_over_rounds", "Round 2"),
-        ("personal_over_bytes", "KiB"),
+        ("curves", "Round 2"),
+        ("bytes", "KiB"),
         ("clients", "median"),
     ):
         browser.point(f"#{name} svg", 0.85, 0.4)

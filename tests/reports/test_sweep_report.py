@@ -5,49 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
 
 import pytest
-import yaml
 
 from fedprompt.errors import UserError
-from fedprompt.reports.sweep_report import AT_FIRST, write_sweep_report
-from tests.reports.test_figures import write_run
-from tests.reports.test_run_report import Page, needs_nothing_else, only_our_script_runs
-
-
-def write_sweep(
-    folder: Path, alphas: tuple[float, ...] = (0.1, 1.0), clients: tuple[int, ...] = (3, 5)
-) -> list[Path]:
-    """Runs of every alpha, number of clients and of two seeds, all with different numbers."""
-    runs = []
-    for a, alpha in enumerate(alphas):
-        for number in clients:
-            for seed in (1, 2):
-                run = write_run(folder / f"a{alpha}-k{number}-s{seed}", clients=number)
-                change_config(run, seed=seed, partition={"alpha": alpha, "clients": number})
-                scale_accuracies(run, 1 - 0.1 * a - 0.01 * seed - 0.001 * number)
-                runs.append(run)
-    return runs
-
-
-def change_config(run: Path, **changes: Any) -> None:
-    path = run / "config.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
-
-
-def scale_accuracies(run: Path, factor: float) -> None:
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "round":
-            line["global"]["accuracy"] *= factor
-            line["personal"]["mean"] *= factor
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    last = [line for line in lines if line["kind"] == "round"][-1]
-    summary = json.loads((run / "summary.json").read_text())
-    summary |= {"global": last["global"], "personal": last["personal"], "wall_s": 100 * factor}
-    (run / "summary.json").write_text(json.dumps(summary))
+from fedprompt.reports.compare.figures import AT_FIRST
+from fedprompt.reports.sweep_report import write_sweep_report
+from tests.support.fake_runs import change_config, scale_accuracies, write_run, write_sweep
+from tests.support.pages import Page, needs_nothing_else, only_our_script_runs
 
 
 def value(run: Path, part: str, key: str) -> float:
@@ -67,24 +32,22 @@ def test_table_and_curves_are_means_over_seeds(tmp_path: Path) -> None:
         for cell, part, key in ((row[1], "global", "accuracy"), (row[2], "personal", "mean")):
             numbers = [100 * value(run, part, key) for run in pair]
             assert cell.rstrip("*") == f"{fmean(numbers):.1f} ± {pstdev(numbers):.1f} %"
-    charts = page.charts
-    assert set(charts) == {
-        "heat", "personal_over_rounds", "global_over_rounds", "personal_over_bytes",
-        "global_over_bytes", "clients",
-    }  # fmt: skip
-    for one, pair in zip(charts["global_over_rounds"]["series"], pairs, strict=True):
+    figures = page.figures
+    assert list(figures) == ["heat", "curves", "bytes", "clients"]
+    _, over_rounds = figures["curves"]
+    for curve, pair in zip(over_rounds["curves"], pairs, strict=True):
         lines = [(run / "metrics.jsonl").read_text().splitlines() for run in pair]
         last = [json.loads(text[2])["global"]["accuracy"] for text in lines]
-        assert one["x"] == [0, 1, 2]
-        assert one["y"][-1] == pytest.approx(fmean(last))
-        assert one["high"][-1] - one["y"][-1] == pytest.approx(pstdev(last))
-    sent = charts["global_over_bytes"]["series"][0]["x"]
+        assert curve["x"] == [0, 1, 2]
+        assert curve["y"][-1] == pytest.approx(fmean(last))
+        assert curve["spread"][-1] == pytest.approx(pstdev(last))
+    sent = figures["bytes"][1]["curves"][0]["x"]
     assert sent == [2 * 8192 * 3, 4 * 8192 * 3]  # up and down, three clients, rounds 1 and 2
-    heat = charts["heat"]
+    (heat,) = figures["heat"]
     assert (heat["columns"], heat["rows"]) == (["0.1", "1.0"], ["3", "5"])
     expected = fmean(value(run, "personal", "mean") for run in pairs[1])
     assert heat["cells"][1][0] == pytest.approx(expected)
-    assert charts["clients"]["groups"][1]["n"] == 2 * 5
+    assert figures["clients"][0]["groups"][1]["count"] == 2 * 5
     assert len(page.tables["runs"]) == 1 + len(runs)
 
 
@@ -98,7 +61,7 @@ def test_unfinished_and_failed_runs_are_told(tmp_path: Path) -> None:
     assert page.tables["runs failed"][1] == ["other", "NaN in <b>loss</b>"]
     assert "b" not in page.tags
     assert "fedprompt sweep x" in page.text
-    assert "heat" not in page.charts  # only one setting differs
+    assert "heat" not in page.figures  # only one setting differs
 
 
 def test_the_command_is_read_from_the_sweeps_plan(tmp_path: Path) -> None:
@@ -135,9 +98,9 @@ def test_names_are_escaped_and_most_curves_are_off_at_first(tmp_path: Path) -> N
     only_our_script_runs(html)
     page = Page(html)
     assert page.text.count(evil) > AT_FIRST
-    series = page.charts["personal_over_rounds"]["series"]
-    assert [one["on"] for one in series] == [True] * AT_FIRST + [False] * 3
-    assert series[0]["name"] == f"{evil}0"
+    curves = page.figures["curves"][0]["curves"]
+    assert [curve["on"] for curve in curves] == [True] * AT_FIRST + [False] * 3
+    assert curves[0]["name"] == f"{evil}0"
 
 
 def test_nothing_finished_is_one_line(tmp_path: Path) -> None:

@@ -30,13 +30,12 @@ from fedprompt.evaluation.metrics import harmonic_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Figure, model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -190,18 +189,15 @@ class BaseToNew(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Bars per model."""
-        from fedprompt.reports.bars import Series, bar_figure
-
-        series = [
-            Series(
-                row["model"],
-                [row["base"], row["new"], row["harmonic"]],
-                [row["std"].get("base"), row["std"].get("new"), None],
-            )
-            for row in part["rows"]
-            if row["base"] is not None
-        ]
-        return bar_figure(cls.title, ["base classes", "new classes", "harmonic mean"], series)
+        rows = [row for row in part["rows"] if row["base"] is not None]
+        return model_bars(
+            cls.name,
+            cls.title,
+            cls.caption,
+            ["base classes", "new classes", "harmonic mean"],
+            {row["model"]: [row["base"], row["new"], row["harmonic"]] for row in rows},
+            {row["model"]: [row["std"].get("base"), row["std"].get("new"), None] for row in rows},
+        )
 
 
 def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:

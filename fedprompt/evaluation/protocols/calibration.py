@@ -10,7 +10,7 @@ images, the images of all clients pooled, so that a client counts by its images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,11 @@ from fedprompt.evaluation.metrics import Reliability
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -114,35 +113,38 @@ class Calibration(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """The reliability diagram, above the images per bin."""
-        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
-        from fedprompt.reports.style import INK, LOCAL_ONLY, new_figure, style
-
-        figure = new_figure("Reliability", 4.6)
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        style(top)
-        style(bottom)
-        top.plot([0, 1], [0, 1], color=LOCAL_ONLY, lw=1, ls=(0, (4, 3)))
-        middle_M = (np.arange(part["bins"]) + 0.5) / part["bins"]
-        for name, found in part["models"].items():
-            pairs = zip(found["confidence"], found["accuracy"], strict=True)
+        """The reliability diagram, above the share of images in each bin of confidence."""
+        perfect = Curve(
+            name="perfect calibration", color="alone", x=[0, 1], y=[0, 1], width=1.0, dashed=True
+        )
+        reliability, images = [perfect], []
+        edges = np.linspace(0, 1, part["bins"] + 1).tolist()
+        for name, bins in part["models"].items():
+            pairs = zip(bins["confidence"], bins["accuracy"], strict=True)
+            # A bin without images has neither confidence nor accuracy.
             points = [(c, a) for c, a in pairs if c is not None]
-            label = f"{name}, ECE {percent(found['ece'])}"
-            colour = MODEL_COLOURS[name]
-            top.plot([c for c, _ in points], [a for _, a in points], "o-", color=colour, ms=4,
-                     lw=1.6, label=label)  # fmt: skip
-            share_M = np.array(found["count"]) / max(1, sum(found["count"]))
-            bottom.step(middle_M, share_M, where="mid", color=colour, lw=1.4)
-        top.set_xlim(0, 1)
-        top.set_ylim(0, 1.02)
-        top.set_ylabel("Accuracy", fontsize=10, color=INK)
-        bottom.set_ylabel("Images", fontsize=10, color=INK)
-        bottom.set_xlabel("Confidence", fontsize=10.5, color=INK)
-        for axes in (top, bottom):
-            percent_axis(axes)
-        percent_axis(bottom, of_x=True)
-        top.legend(loc="upper left", frameon=False, fontsize=9.5, handlelength=1.3)
-        return figure
+            color = MODEL_COLOURS[name]
+            label = f"{name}, ECE {percent(bins['ece'])}"
+            reliability.append(
+                Curve(name=label, color=color, x=[c for c, _ in points], y=[a for _, a in points])
+            )
+            share_M = np.array(bins["count"]) / max(1, sum(bins["count"]))
+            x, y = stairs(edges, share_M.tolist())
+            images.append(Curve(name=name, color=color, x=x, y=y, width=1.4))
+        confidence = Axis(label="Confidence", format="percent", low=0, high=1)
+        accuracy = Axis(label="Accuracy", format="percent", low=0, high=1)
+        share = Axis(label="Images", format="percent", low=0)
+        return Figure(
+            name=cls.name,
+            title="Reliability",
+            caption=cls.caption,
+            panels=[
+                Lines(
+                    curves=reliability, x=replace(confidence, label=""), y=accuracy, nearest=True
+                ),
+                Lines(curves=images, x=confidence, y=share, nearest=True, small=True),
+            ],
+        )
 
 
 def _numbers(found: Reliability) -> Numbers:

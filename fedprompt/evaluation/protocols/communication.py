@@ -17,14 +17,12 @@ import numpy as np
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.reports.figure import ACCURACY, MODEL_COLOURS, Axis, Curve, Figure, Lines
 from fedprompt.reports.format import Table, human_bytes, percent
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
 
-UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 CURVES = {"global": ("global", "accuracy"), "personal": ("personal", "mean")}
 
 
@@ -90,38 +88,36 @@ class Communication(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Accuracy over bytes in both directions."""
-        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
-        from fedprompt.reports.style import INK, legend_above, new_figure, style
-
-        figure = new_figure("Accuracy over communication", 3.6)
-        axes = figure.subplots()
-        style(axes)
-        most = max((_sent(p) for c in part["curves"].values() for p in c["points"]), default=0)
-        unit = [u for u in UNITS if UNITS[u] <= max(1, most / 4)][-1]
-        for name, found in part["curves"].items():
-            x = [_sent(p) / UNITS[unit] for p in found["points"]]
-            y = [p["accuracy"] for p in found["points"]]
-            colour = MODEL_COLOURS[name]
-            axes.plot(x, y, color=colour, lw=2, label=name, drawstyle="steps-post")
+        curves = []
+        for name, measured in part["curves"].items():
+            color = MODEL_COLOURS[name]
+            points = measured["points"]
+            # An accuracy holds until the next evaluation, so the curve is a flight of steps.
+            x = [_sent(point) for point in points for _ in range(2)][1:]
+            y = [point["accuracy"] for point in points for _ in range(2)][:-1]
+            curves.append(Curve(name=name, color=color, x=x, y=y))
             # Shares that are reached in the same round have one label.
-            together: dict[tuple[float, float], list[str]] = {}
-            for mark in found["reached"]:
-                at = (_sent(mark) / UNITS[unit], mark["accuracy"])
-                together.setdefault(at, []).append(f"{mark['percent']:g}")
-            for (sent, accuracy), percents in together.items():
-                axes.plot(sent, accuracy, "o", color=colour, ms=5)
-                late = sent * UNITS[unit] > most / 2
-                axes.annotate(
-                    f"{', '.join(percents)} %", (sent, accuracy),
-                    xytext=(-6 if late else 5, 5 if name == "global" else -12),
-                    textcoords="offset points", ha="right" if late else "left", fontsize=8.5,
-                    color=colour,
-                )  # fmt: skip
-        percent_axis(axes)
-        axes.set_xlabel(f"{unit} up and down, all clients", fontsize=10.5, color=INK)
-        axes.margins(x=0.04, y=0.1)
-        legend_above(axes)
-        return figure
+            together: dict[tuple[int, float], list[str]] = {}
+            for mark in measured["reached"]:
+                place = (_sent(mark), mark["accuracy"])
+                together.setdefault(place, []).append(f"{mark['percent']:g}")
+            curves.append(
+                Curve(
+                    name=f"{name}: share of the end",
+                    color=color,
+                    x=[sent for sent, _ in together],
+                    y=[accuracy for _, accuracy in together],
+                    joined=False,
+                    notes=[f"{', '.join(percents)} %" for percents in together.values()],
+                )
+            )
+        sent = Axis(label="Bytes up and down, all clients", noun="after", format="bytes", low=0)
+        panel = Lines(
+            curves=[curve for curve in curves if curve.x], x=sent, y=ACCURACY, nearest=True
+        )
+        return Figure(
+            name=cls.name, title="Accuracy over communication", caption=cls.caption, panels=[panel]
+        )
 
 
 def _sent(point: Mapping[str, Any]) -> int:

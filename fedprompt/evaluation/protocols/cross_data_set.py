@@ -20,12 +20,11 @@ from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.test_sets import TestSet, complete, open_others
 from fedprompt.methods.base import Task
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Figure, model_bars
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import score_global
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -149,13 +148,12 @@ class CrossDataSet(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Bars per data set."""
-        from fedprompt.reports.bars import Series, bar_figure
-
-        groups = [r["data"] + ("\n(source)" if r["source"] else "") for r in part["rows"]]
-        series = [Series("zero-shot", [row["zero_shot"] for row in part["rows"]])]
+        rows = part["rows"]
+        groups = [row["data"] + (" (source)" if row["source"] else "") for row in rows]
+        models = {"zero-shot": [row["zero_shot"] for row in rows]}
         if part["why"] is None:
-            series.append(Series("global", [row["global"] for row in part["rows"]]))
-        return bar_figure(cls.title, groups, series)
+            models["global"] = [row["global"] for row in rows]
+        return model_bars(cls.name, cls.title, cls.caption, groups, models)
 
 
 def _mean(values: list[float | None]) -> float | None:

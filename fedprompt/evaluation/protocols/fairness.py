@@ -16,12 +16,11 @@ import numpy as np
 from fedprompt.config.fields import option
 from fedprompt.evaluation.metrics import gini, jain, mean_of_lowest
 from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.reports.run_data import accuracy_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
 
 
@@ -87,25 +86,24 @@ class Fairness(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Cumulative distribution of accuracies over clients."""
-        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
-        from fedprompt.reports.style import INK, legend_above, new_figure, style
-
-        figure = new_figure("Clients by accuracy on own test images", 3.6)
-        axes = figure.subplots()
-        style(axes)
+        curves = []
         for name, accuracy in part["accuracy"].items():
-            x = np.sort(np.array(accuracy, dtype=float))
-            share = np.arange(1, len(x) + 1) / len(x)
-            axes.step([x[0], *x], [0, *share], where="post", color=MODEL_COLOURS[name], lw=2,
-                      label=name)  # fmt: skip
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        for of_x in (True, False):
-            percent_axis(axes, of_x=of_x)
-        axes.set_xlabel("Accuracy", fontsize=10.5, color=INK)
-        axes.set_ylabel("Clients at or below", fontsize=10, color=INK)
-        legend_above(axes)
-        return figure
+            edges_K = np.sort(np.array(accuracy, dtype=float)).tolist()
+            share_K = (np.arange(1, len(edges_K) + 1) / len(edges_K)).tolist()
+            x, y = stairs([edges_K[0], *edges_K, 1.0], [0.0, *share_K])
+            curves.append(Curve(name=name, color=MODEL_COLOURS[name], x=x, y=y))
+        panel = Lines(
+            curves=curves,
+            x=Axis(label="Accuracy", format="percent", low=0, high=1),
+            y=Axis(label="Clients at or below", format="percent", low=0, high=1),
+            nearest=True,
+        )
+        return Figure(
+            name=cls.name,
+            title="Clients by accuracy on own test images",
+            caption=cls.caption,
+            panels=[panel],
+        )
 
 
 def _points(difference: float) -> str:

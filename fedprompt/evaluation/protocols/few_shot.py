@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedprompt.evaluation.protocol import Finished, Part, Reported
+from fedprompt.reports.figure import ACCURACY, MODEL_COLOURS, Axis, Curve, Figure, Lines, model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
 
 MODELS = {"zero-shot": "zero_shot", "global": "global", "personal": "personal"}
@@ -68,43 +67,43 @@ class FewShot(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Bars of this run; `compare` draws the curve."""
-        from fedprompt.reports.bars import Series, bar_figure
-
-        series = [
-            Series(model, [value], [part["std"].get(model)])
-            for model, value in part["accuracy"].items()
-        ]
-        return bar_figure(cls.title, [f"{_shots(part)} per class and client"], series)
+        """Bars of this run; `compare` draws the curve over several runs."""
+        return model_bars(
+            cls.name,
+            cls.title,
+            cls.caption,
+            [f"{_shots(part)} per class and client"],
+            {model: [value] for model, value in part["accuracy"].items()},
+            {model: [part["std"].get(model)] for model in part["accuracy"]},
+        )
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
         """The curve: mean over runs of the same number of shots."""
-        from fedprompt.reports.bars import MODEL_COLOURS, percent_axis
-        from fedprompt.reports.style import INK, legend_above, new_figure, style
-
         ordered = sorted(runs, key=lambda run: (_order(run[1]), run[0]))
         levels = list(dict.fromkeys(_shots(part) for _, part in ordered))
-        figure = new_figure("Accuracy over shots", 3.6)
-        axes = figure.subplots()
-        style(axes)
+        curves = []
         for model in MODELS:
-            found = [
+            by_level = [
                 [p["accuracy"][model] for _, p in ordered if _shots(p) == level] for level in levels
             ]
             points = [
                 (x, float(np.mean(known)))
-                for x, values in enumerate(found)
+                for x, values in enumerate(by_level)
                 if (known := [v for v in values if v is not None])
             ]
             if points:
                 x, y = zip(*points, strict=True)
-                line = "--" if model == "zero-shot" else "-"
-                axes.plot(x, y, line, color=MODEL_COLOURS[model], marker="o", lw=2, label=model)
-        axes.set_xticks(range(len(levels)), levels)
-        axes.set_xlabel("Training images per class and client", fontsize=10.5, color=INK)
-        percent_axis(axes)
-        legend_above(axes)
+                dashed = model == "zero-shot"
+                color = MODEL_COLOURS[model]
+                curves.append(Curve(name=model, color=color, x=x, y=y, dashed=dashed))
+        axis = Axis(label="Training images per class and client", names=levels)
+        figure = Figure(
+            name=cls.name,
+            title="Accuracy over shots",
+            caption="Mean over runs with the same number of training images.",
+            panels=[Lines(curves=curves, x=axis, y=ACCURACY)],
+        )
         return _table(cls.title, ordered), figure
 
 

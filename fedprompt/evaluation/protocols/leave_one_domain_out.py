@@ -24,12 +24,11 @@ from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Figure, model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -166,43 +165,41 @@ class LeaveOneDomainOut(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Bars per domain."""
-        from fedprompt.reports.bars import Series, bar_figure
-
         seen = part["seen_domains"]
-        series = [
-            Series(
-                row["model"],
-                [*(row["by_domain"].get(name) for name in seen), row["unseen"]],
-                [*(None for _ in seen), row["std"]],
-            )
+        models = {
+            row["model"]: [*(row["by_domain"].get(name) for name in seen), row["unseen"]]
             for row in part["rows"]
-        ]
-        return bar_figure(cls.title, [*seen, f"{part['unseen_domain']}\n(unseen)"], series)
+        }
+        spreads = {row["model"]: [*(None for _ in seen), row["std"]] for row in part["rows"]}
+        groups = [*seen, f"{part['unseen_domain']} (unseen)"]
+        return model_bars(cls.name, cls.title, cls.caption, groups, models, spreads)
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
         """Each domain's accuracy in the runs that held it out (mean over them), and their mean."""
-        from fedprompt.reports.bars import Series, bar_figure
-
         domains = sorted({part["unseen_domain"] for _, part in runs})
         models = list(dict.fromkeys(row["model"] for _, part in runs for row in part["rows"]))
 
         def unseen(model: str, domain: str) -> float | None:
-            found = [
+            accuracies = [
                 row["unseen"]
                 for _, part in runs
                 if part["unseen_domain"] == domain
                 for row in part["rows"]
                 if row["model"] == model and row["unseen"] is not None
             ]
-            return float(np.mean(found)) if found else None
+            return float(np.mean(accuracies)) if accuracies else None
 
         values = {model: [unseen(model, domain) for domain in domains] for model in models}
-        for found in values.values():
-            known = [v for v in found if v is not None]
-            found.append(float(np.mean(known)) if len(known) == len(domains) else None)
-        rows = tuple((model, *map(percent, found)) for model, found in values.items())
-        note = f"Each domain in runs that held it out ({len(runs)} runs); mean over domains last."
+        for accuracies in values.values():
+            known = [v for v in accuracies if v is not None]
+            # A mean over fewer domains could not be compared with the other models' means.
+            accuracies.append(float(np.mean(known)) if len(known) == len(domains) else None)
+        rows = tuple((model, *map(percent, accuracies)) for model, accuracies in values.items())
+        note = (
+            f"Each domain's accuracy is from the runs that held it out ({len(runs)} runs in all); "
+            "the last column is the mean over domains."
+        )
         table = Table(cls.title, ("model", *domains, "mean"), rows, note)
-        series = [Series(model, found) for model, found in values.items()]
-        return table, bar_figure(f"{cls.title}: unseen domains", [*domains, "mean"], series)
+        title = f"{cls.title}: unseen domains"
+        return table, model_bars(cls.name, title, cls.caption, [*domains, "mean"], values)

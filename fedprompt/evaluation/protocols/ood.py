@@ -37,12 +37,11 @@ from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.test_sets import TestSet, complete, open_others
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette, stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, logits_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -178,22 +177,21 @@ class Ood(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Histograms of MCM, of the global model where there is one."""
-        from fedprompt.reports.bars import percent_axis
-        from fedprompt.reports.style import DOMAINS, INK, legend_above, new_figure, style
-
         model = "global" if "global" in part["histogram"] else "zero-shot"
-        found = part["histogram"][model]
-        figure = new_figure(f"MCM of the {model} model", 3.6)
-        axes = figure.subplots()
-        style(axes)
-        for (name, share), colour in zip(found["share"].items(), DOMAINS * 9, strict=False):
-            axes.stairs(share, found["edges"], color=colour, lw=1.6, fill=False)
-            axes.stairs(share, found["edges"], color=colour, alpha=0.25, fill=True, label=name)
-        percent_axis(axes)
-        axes.set_xlabel("Score", fontsize=10.5, color=INK)
-        axes.set_ylabel("Images", fontsize=10, color=INK)
-        legend_above(axes)
-        return figure
+        histogram = part["histogram"][model]
+        curves = []
+        for i, (name, share) in enumerate(histogram["share"].items()):
+            x, y = stairs(histogram["edges"], share)
+            curves.append(Curve(name=name, color=palette(i), x=x, y=y, width=1.6))
+        panel = Lines(
+            curves=curves,
+            x=Axis(label="Score"),
+            y=Axis(label="Images", format="percent", low=0),
+            nearest=True,
+        )
+        return Figure(
+            name=cls.name, title=f"MCM of the {model} model", caption=cls.caption, panels=[panel]
+        )
 
     def _images(self, workspace: Workspace) -> list[_Images]:
         """Known images, then each kind of others."""

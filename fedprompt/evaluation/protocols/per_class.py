@@ -8,7 +8,6 @@ the class.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,11 @@ from fedprompt.evaluation.metrics import Ints, confusion
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.figure import Axis, Figure, Heat
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
 
@@ -133,34 +131,27 @@ class PerClass(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """The confusion matrix."""
-        from fedprompt.reports.bars import shorten
-        from fedprompt.reports.style import INK, new_figure
-
         counts = np.array(part["confusion"], dtype=np.float64)
+        # A class without test images has a row of zeros.
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        names = [shorten(name) for name in part["class_names"]]
-        figure = new_figure(f"Confusion matrix, {part['confusion_of']} model", 5.9)
-        axes = figure.subplots()
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        step = math.ceil(len(names) / NAMED)
-        size = 8 if len(names) <= 25 else 6
-        ticks = range(0, len(names), step)
-        axes.set_xticks(ticks, names[::step], parse_math=False, fontsize=size, rotation=90)
-        axes.set_yticks(ticks, names[::step], parse_math=False, fontsize=size)
-        axes.tick_params(length=0, labelcolor=INK)
-        axes.set_xlabel("Predicted", fontsize=10, color=INK)
-        axes.set_ylabel("True", fontsize=10, color=INK)
-        if len(names) <= 25:
-            for true, predicted in zip(*np.nonzero(share >= 0.005), strict=True):
-                value = share[true, predicted]
-                axes.text(
-                    predicted, true, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5,
-                    color="white" if value > 0.5 else INK,
-                )  # fmt: skip
-        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-        bar.ax.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"], fontsize=8)
-        bar.outline.set_visible(False)
-        return figure
+        panel = Heat(
+            rows=part["class_names"],
+            columns=part["class_names"],
+            cells=share.tolist(),
+            name="share of the class's images",
+            format="percent",
+            x=Axis(label="Predicted"),
+            y=Axis(label="True"),
+            low=0,
+            high=1,
+            square=True,
+        )
+        return Figure(
+            name=cls.name,
+            title=f"Confusion matrix, {part['confusion_of']} model",
+            caption=cls.caption,
+            panels=[panel],
+        )
 
 
 def _confusion(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> Ints:

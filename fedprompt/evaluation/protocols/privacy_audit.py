@@ -30,11 +30,10 @@ from fedprompt.config.fields import option
 from fedprompt.evaluation.metrics import auroc
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.privacy.inversion import Attacker, cosine, uploaded_by
+from fedprompt.reports.figure import Axis, Bars, BarSeries, Figure, palette
 from fedprompt.reports.format import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedprompt.methods.base import Tensors
     from fedprompt.reports.run_data import RunData
     from fedprompt.workspace import Workspace
@@ -161,28 +160,29 @@ class PrivacyAudit(Reported):
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
         """Each attack beside its guess."""
-        from fedprompt.reports.bars import bar_figure
-
         attacks = part["attacks"]
-        return bar_figure(
-            cls.title,
-            list(ATTACKS.values()),
-            [_series(label, [attacks[k][key] for k in ATTACKS])
-             for label, key in (("guess", "guess"), ("attack", "result"))],
-        )  # fmt: skip
+        guess = BarSeries("guess", "bars", [attacks[k]["guess"] for k in ATTACKS])
+        result = BarSeries("attack", "own", [attacks[k]["result"] for k in ATTACKS])
+        return cls._bars([guess, result])
+
+    @classmethod
+    def _bars(cls, series: Sequence[BarSeries]) -> Figure:
+        panel = Bars(labels=list(ATTACKS.values()), series=series, x=Axis(), y=Axis(low=0, high=1))
+        return Figure(name=cls.name, title=cls.title, caption=cls.caption, panels=[panel])
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
         """The attacks on several runs, e.g. with and without noise."""
-        from fedprompt.reports.bars import bar_figure
-
         rows = tuple(
             (name, *(_number(part["attacks"][k]["result"]) for k in ATTACKS), _epsilon(part))
             for name, part in runs
         )
         table = Table(cls.title, ("run", *ATTACKS.values(), "epsilon"), rows)
-        series = [_series(n, [p["attacks"][k]["result"] for k in ATTACKS]) for n, p in runs]
-        return table, bar_figure(cls.title, list(ATTACKS.values()), series)
+        series = [
+            BarSeries(name, palette(i), [part["attacks"][k]["result"] for k in ATTACKS])
+            for i, (name, part) in enumerate(runs)
+        ]
+        return table, cls._bars(series)
 
 
 NUMBERS = (
@@ -213,18 +213,3 @@ def _epsilon(part: Part) -> str:
 
 def _bound(part: Part) -> str:
     return f"Epsilon: {_epsilon(part)}."
-
-
-def _series(label: str, values: Sequence[float | None]) -> Any:
-    from fedprompt.reports.bars import Series
-    from fedprompt.reports.style import BARS
-
-    class Coloured(Series):
-        """Guesses are grey."""
-
-        @property
-        def colour(self) -> str:
-            """Grey for guesses, else by the label."""
-            return BARS if label == "guess" else super().colour
-
-    return Coloured(label, values)

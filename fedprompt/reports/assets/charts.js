@@ -100,6 +100,14 @@
     const step = Math.ceil(inside.length / Math.max(2, wanted));
     return inside.filter((_, i) => i % step === 0);
   };
+  const xTicksOf = (axis, low, high, wanted) => {
+    if (axis.names.length) return axis.names.map((_, i) => i);
+    if (axis.log) return logTicks(low, high, wanted, axis.format === "bytes");
+    /* Round numbers of bytes are multiples of a binary unit. */
+    const unit = axis.format === "bytes"
+      ? 1024 ** Math.max(0, Math.floor(Math.log(Math.max(high, 1)) / Math.log(1024))) : 1;
+    return ticks(low / unit, high / unit, wanted, axis.format === "count").map((v) => v * unit);
+  };
   const scale = (low, high, from, to, log) => {
     const on = log ? Math.log10 : (v) => v;
     const span = on(high) - on(low) || 1;
@@ -125,11 +133,13 @@
   const label = (svg, x, y, text, anchor) =>
     add(svg, "text", { x, y, "text-anchor": anchor, class: "label" }, text);
 
-  /* Grid lines and labels; returns the inner edges. */
+  /* The inner edges of a panel, and the names of its vertical axis; writes the axes' labels. */
   const frame = (svg, spec, width, height, yTicks) => {
     const names = yTicks.map((value) => TICKS[spec.y.format](value));
     const left = 10 + CHAR * Math.max(...names.map((name) => name.length), 1);
-    const inner = { left, right: width - 10, top: 12, bottom: height - (spec.x.label ? 38 : 22) };
+    const top = spec.y.label ? 24 : 12;
+    const inner = { left, right: width - 10, top, bottom: height - (spec.x.label ? 38 : 22) };
+    if (spec.y.label) label(svg, 2, 11, spec.y.label, "start");
     if (spec.x.label) label(svg, (left + inner.right) / 2, height - 4, spec.x.label, "middle");
     return { ...inner, names };
   };
@@ -143,9 +153,15 @@
   const extent = (values, axis) => {
     let low = Math.min(...values), high = Math.max(...values);
     const pad = axis.log ? 0 : 0.06 * (high - low || Math.abs(high) || 1);
-    low = axis.min === undefined ? low - pad : Math.max(axis.min, low - pad);
-    high = axis.max === undefined ? high + pad : Math.min(axis.max, high + pad);
+    low = axis.low === null ? low - pad : Math.max(axis.low, low - pad);
+    high = axis.high === null ? high + pad : Math.min(axis.high, high + pad);
     return high > low ? [low, high] : [low - 0.5, low + 0.5];
+  };
+  /* Edges of the band around a curve, within the bounds of the axis. */
+  const edgesOf = (curve, axis) => {
+    const bound = (value) => Math.min(axis.high ?? Infinity, Math.max(axis.low ?? -Infinity, value));
+    const shift = (sign) => curve.y.map((value, i) => bound(value + sign * (curve.spread[i] ?? 0)));
+    return curve.spread?.some((value) => value !== null) ? { low: shift(-1), high: shift(1) } : null;
   };
   const tellSpread = (series, i, tell) => {
     const spread = series.spread?.[i];
@@ -158,70 +174,76 @@
     let best = null, least = Infinity;
     for (let i = 0; i < count; i += 1) {
       const d = distance(i);
-      if (d < least) { least = d; best = i; }
+      if (d <= least) { least = d; best = i; } /* the topmost of points in one place */
     }
     return best;
   };
 
-  const drawLines = (svg, spec, width, height, shown) => {
-    const series = spec.series.filter((_, i) => shown[i]);
-    const curves = series.filter((one) => !one.flat);
-    const xs = curves.flatMap((one) => one.x);
-    const ys = series.flatMap((one) => [...one.y, ...(one.low ?? []), ...(one.high ?? [])]);
+  const drawLines = (svg, spec, width, height, visible) => {
+    const curves = spec.curves.filter((_, i) => visible[i]);
+    const levels = spec.levels.filter((_, i) => visible[spec.curves.length + i]);
+    const bands = curves.map((curve) => edgesOf(curve, spec.y));
+    const xs = curves.flatMap((curve) => curve.x);
+    const ys = [...curves.flatMap((curve) => curve.y), ...levels.map((level) => level.value),
+      ...bands.flatMap((band) => (band ? [...band.low, ...band.high] : []))];
     if (!xs.length) return { count: 0, find: () => null };
     const [yLow, yHigh] = extent(ys, spec.y);
-    const yTicks = ticks(yLow, yHigh, height / 45);
+    const yTicks = ticks(yLow, yHigh, height / 45, spec.y.format === "count");
     const inner = frame(svg, spec, width, height, yTicks);
     const Y = scale(yLow, yHigh, inner.bottom, inner.top);
     yAxis(svg, inner, Y, yTicks);
-    let xLow = Math.min(...xs), xHigh = Math.max(...xs);
+    let xLow = spec.x.low ?? Math.min(...xs), xHigh = spec.x.high ?? Math.max(...xs);
     if (xLow === xHigh) {
       [xLow, xHigh] = spec.x.log ? [xLow / 2, xHigh * 2] : [xLow - 0.5, xHigh + 0.5];
     }
     const gap = spec.nearest ? 14 : 5;
     const X = scale(xLow, xHigh, inner.left + gap, inner.right - gap, spec.x.log);
+    const named = spec.x.names.length > 0;
+    const tellX = (value) => (named ? spec.x.names[value] : FORMATS[spec.x.format](value));
     const wanted = (inner.right - inner.left) / 70;
-    const xTicks = spec.x.log
-      ? logTicks(xLow, xHigh, wanted, spec.x.format === "bytes") : ticks(xLow, xHigh, wanted, spec.x.format === "count");
-    for (const value of xTicks) {
-      label(svg, X(value), inner.bottom + 16, TICKS[spec.x.format](value), "middle");
+    for (const value of xTicksOf(spec.x, xLow, xHigh, wanted)) {
+      const text = named ? spec.x.names[value] : TICKS[spec.x.format](value);
+      label(svg, X(value), inner.bottom + 16, text, "middle");
+    }
+    for (const level of levels) {
+      add(svg, "line", {
+        x1: inner.left, x2: inner.right, y1: Y(level.value), y2: Y(level.value), class: "curve",
+        stroke: colour(level.color), "stroke-width": 1.3, "stroke-dasharray": "5 4",
+      });
     }
     const points = [];
-    for (const one of series) {
-      const stroke = colour(one.color);
+    curves.forEach((curve, c) => {
+      const stroke = colour(curve.color), band = bands[c];
       const line = {
-        class: "curve", stroke, "stroke-width": one.width ?? 2,
-        "stroke-dasharray": one.dash ? "5 4" : "none",
+        class: "curve", stroke, "stroke-width": curve.width,
+        "stroke-dasharray": curve.dashed ? "5 4" : "none",
       };
-      if (one.flat) {
-        const y = Y(one.y[0]);
-        add(svg, "line", { x1: inner.left, x2: inner.right, y1: y, y2: y, ...line });
-        continue;
-      }
-      const at = one.x.map((x, i) => [X(x), Y(one.y[i])]);
-      if (one.low && one.x.length > 1) {
-        const edge = (values) => one.x.map((x, i) => `${X(x)},${Y(values[i])}`);
-        const band = [...edge(one.low), ...edge(one.high).reverse()].join(" ");
-        add(svg, "polygon", { points: band, class: "band", fill: stroke });
-      } else if (one.low) {
+      const at = curve.x.map((x, i) => [X(x), Y(curve.y[i])]);
+      if (band && at.length > 1) {
+        const edge = (values) => curve.x.map((x, i) => `${X(x)},${Y(values[i])}`);
+        const corners = [...edge(band.low), ...edge(band.high).reverse()].join(" ");
+        add(svg, "polygon", { points: corners, class: "band", fill: stroke });
+      } else if (band) {
         add(svg, "line", {
-          x1: at[0][0], x2: at[0][0], y1: Y(one.low[0]), y2: Y(one.high[0]), ...line,
+          x1: at[0][0], x2: at[0][0], y1: Y(band.low[0]), y2: Y(band.high[0]), ...line,
         });
       }
-      if (at.length > 1) add(svg, "polyline", { points: at.join(" "), ...line });
-      const radius = at.length === 1 ? 5 : at.length <= 30 ? 2 + (one.width ?? 2) / 4 : 0;
+      if (at.length > 1 && curve.joined) add(svg, "polyline", { points: at.join(" "), ...line });
+      const radius = at.length === 1 || !curve.joined ? 5 : at.length <= 30 ? 2 + curve.width / 4 : 0;
       if (radius) for (const [cx, cy] of at) add(svg, "circle", { cx, cy, r: radius, fill: stroke });
-      at.forEach(([x, y], i) => points.push({ x, y, one, i }));
-    }
-    const tellX = (value) => `${spec.x.name ?? spec.x.label} ${FORMATS[spec.x.format](value)}`;
+      at.forEach(([x, y], i) => points.push({ x, y, curve, i }));
+    });
+    const title = (value) => `${spec.x.noun || spec.x.label} ${tellX(value)}`;
     const tell = FORMATS[spec.y.format];
     if (spec.nearest) {
       return {
         count: points.length,
         target: (k) => {
-          const { x, y, one, i } = points[k];
-          const value = tell(one.y[i]) + tellSpread(one, i, tell);
-          return { x, y, title: tellX(one.x[i]), rows: [[one.color, one.name, value]] };
+          const { x, y, curve, i } = points[k];
+          const value = tell(curve.y[i]) + tellSpread(curve, i, tell);
+          const rows = [[curve.color, curve.name, value]];
+          if (curve.notes[i]) rows.push([null, curve.notes[i], ""]);
+          return { x, y, title: title(curve.x[i]), rows };
         },
         find: (x, y) => nearest(points.length, (k) => Math.hypot(points[k].x - x, points[k].y - y)),
       };
@@ -230,14 +252,14 @@
     return {
       count: at.length,
       target: (k) => {
-        const rows = [];
-        for (const one of series) {
-          const i = one.flat ? 0 : one.x.indexOf(at[k]);
-          if (i >= 0) rows.push([one.color, one.name, one.y[i], tellSpread(one, i, tell)]);
+        const rows = levels.map((level) => [level.color, level.name, level.value, ""]);
+        for (const curve of curves) {
+          const i = curve.x.indexOf(at[k]);
+          if (i >= 0) rows.push([curve.color, curve.name, curve.y[i], tellSpread(curve, i, tell)]);
         }
         rows.sort((a, b) => b[2] - a[2]);
         return {
-          x: X(at[k]), title: tellX(at[k]),
+          x: X(at[k]), title: title(at[k]),
           rows: rows.slice(0, 12).map(([c, name, value, more]) => [c, name, tell(value) + more]),
         };
       },
@@ -245,52 +267,74 @@
     };
   };
 
-  const drawBars = (svg, spec, width, height) => {
+  const drawBars = (svg, spec, width, height, visible) => {
     const count = spec.labels.length;
-    const known = [...spec.values, ...(spec.marks ?? []), spec.mean].filter((v) => v !== null && v !== undefined);
-    const high = spec.y.max ?? Math.max(...known, 1);
-    const yTicks = ticks(0, high, height / 45, spec.y.format === "count");
+    const series = spec.series.filter((_, i) => visible[i]);
+    const levels = spec.levels.filter((_, i) => visible[spec.series.length + i]);
+    const totals = spec.labels.map((_, i) => series.reduce((sum, one) => sum + (one.values[i] ?? 0), 0));
+    const tops = series.flatMap((one) => one.values.map((value, i) => (value ?? 0) + (one.spread?.[i] ?? 0)));
+    const marks = (spec.marks?.values ?? []).filter((value) => value !== null);
+    const most = Math.max(...(spec.stacked ? totals : tops), ...marks, ...levels.map((level) => level.value), 0);
+    const whole = spec.y.format === "count";
+    const high = spec.y.high ?? (most > 0 ? most : 1);
+    const yTicks = ticks(0, high, height / 45, whole);
     const inner = frame(svg, spec, width, height, yTicks);
     const Y = scale(0, high, inner.bottom, inner.top);
     yAxis(svg, inner, Y, yTicks);
     const step = (inner.right - inner.left) / count;
     const X = (i) => inner.left + (i + 0.5) * step;
-    const longest = CHAR * Math.max(...spec.labels.map((text) => text.length)) + 8;
+    const longest = CHAR * Math.max(...spec.labels.map((text) => Math.min(text.length, 24))) + 8;
     const every = Math.max(1, Math.ceil(longest / step));
+    const group = Math.max(0.8, 0.8 * step), w = spec.stacked ? group : group / Math.max(1, series.length);
     spec.labels.forEach((text, i) => {
-      const value = spec.values[i], w = Math.max(0.8, 0.8 * step);
-      if (value === null) label(svg, X(i), inner.bottom - 3, "×", "middle");
-      else {
-        const y = Y(value);
+      let base = 0;
+      series.forEach((one, s) => {
+        const value = one.values[i];
+        if (value === null) return;
+        const x = X(i) - group / 2 + (spec.stacked ? 0 : s * w), y = Y(base + value);
         add(svg, "rect", {
-          x: X(i) - w / 2, y, width: w, height: Math.max(0, inner.bottom - y),
-          class: "bar", fill: colour(spec.color),
+          x, y, width: Math.max(0.6, w - (w > 6 ? 1 : 0)), height: Math.max(0, Y(base) - y),
+          class: "bar", fill: colour(one.color),
+        });
+        const spread = one.spread?.[i];
+        if (spread !== null && spread !== undefined) {
+          add(svg, "line", {
+            x1: x + w / 2, x2: x + w / 2, y1: Y(Math.min(high, value + spread)),
+            y2: Y(Math.max(0, value - spread)), class: "whisker",
+          });
+        }
+        if (spec.stacked) base += value;
+      });
+      if (spec.missing && spec.series.every((one) => one.values[i] === null)) {
+        label(svg, X(i), inner.bottom - 3, "×", "middle");
+      }
+      const mark = spec.marks?.values[i];
+      if (mark !== null && mark !== undefined) {
+        add(svg, "line", {
+          x1: X(i) - group / 2, x2: X(i) + group / 2, y1: Y(mark), y2: Y(mark), class: "notch",
         });
       }
-      const mark = spec.marks?.[i];
-      if (mark !== null && mark !== undefined) {
-        const y = Y(mark);
-        add(svg, "line", { x1: X(i) - w / 2, x2: X(i) + w / 2, y1: y, y2: y, class: "notch" });
-      }
-      if (i % every === 0) label(svg, X(i), inner.bottom + 16, text, "middle");
+      if (i % every === 0) label(svg, X(i), inner.bottom + 16, cut(text, 24 * CHAR), "middle");
     });
-    if (spec.mean !== null && spec.mean !== undefined) {
-      const y = Y(spec.mean);
+    for (const level of levels) {
       add(svg, "line", {
-        x1: inner.left, x2: inner.right, y1: y, y2: y, class: "curve",
-        stroke: colour(spec.color), "stroke-width": 1.4, "stroke-dasharray": "5 4",
+        x1: inner.left, x2: inner.right, y1: Y(level.value), y2: Y(level.value), class: "curve",
+        stroke: colour(level.color), "stroke-width": 1.4, "stroke-dasharray": "5 4",
       });
     }
-    const tell = FORMATS[spec.y.format];
+    const tell = (value) => (value === null || value === undefined ? "-" : FORMATS[spec.y.format](value));
     return {
       count,
       target: (i) => {
-        const rows = [[spec.color, spec.name, spec.values[i] === null ? "-" : tell(spec.values[i])]];
-        if (spec.marks) rows.push(["ink", spec.mark_name, spec.marks[i] === null ? "-" : tell(spec.marks[i])]);
-        for (const [name, value] of spec.notes?.[i] ?? []) rows.push([null, name, value]);
+        const rows = series.map((one) => {
+          const absent = spec.missing && one.values[i] === null;
+          return [one.color, one.name, absent ? spec.missing : tell(one.values[i]) + tellSpread(one, i, tell)];
+        });
+        if (spec.marks) rows.push(["ink", spec.marks.name, tell(spec.marks.values[i])]);
+        for (const [name, value] of spec.notes[i] ?? []) rows.push([null, name, value]);
         return {
           box: [X(i) - step / 2, inner.top, step, inner.bottom - inner.top], x: X(i),
-          title: `${spec.each} ${spec.labels[i]}`, rows,
+          title: `${spec.noun} ${spec.labels[i]}`.trim(), rows,
         };
       },
       find: (x) => Math.min(count - 1, Math.max(0, Math.floor((x - inner.left) / step))),
@@ -303,7 +347,7 @@
     const left = Math.max(24, room), top = 4, bottom = height - 38, right = width - 6;
     const w = (right - left) / columns, h = (bottom - top) / rows;
     const values = spec.cells.flat().filter((v) => v !== null);
-    const low = spec.from ?? Math.min(...values), high = Math.max(...values);
+    const low = spec.low ?? Math.min(...values), high = spec.high ?? Math.max(...values);
     const weight = (v) => {
       const share = high > low ? (v - low) / (high - low) : 1;
       return 0.08 + 0.92 * (spec.root ? Math.sqrt(share) : share);
@@ -318,13 +362,13 @@
     spec.columns.forEach((name, c) => {
       if (c % every === 0) label(svg, left + (c + 0.5) * w, bottom + 15, name, "middle");
     });
-    label(svg, (left + right) / 2, height - 4, spec.x_label, "middle");
+    label(svg, (left + right) / 2, height - 4, spec.x.label, "middle");
     spec.cells.forEach((line, r) => line.forEach((value, c) => {
       if (value === null) return;
       const opacity = weight(value), x = left + c * w, y = top + r * h;
       add(svg, "rect", {
         x, y, width: Math.max(0.6, w - (w > 6 ? 1 : 0)), height: Math.max(0.6, h - (h > 6 ? 1 : 0)),
-        fill: colour(spec.color), "fill-opacity": opacity.toFixed(3), class: "cell",
+        fill: colour("own"), "fill-opacity": opacity.toFixed(3), class: "cell",
       });
       const text = tell(value);
       if (h >= 11 && w >= CHAR * text.length + 4) {
@@ -337,11 +381,11 @@
       count: rows * columns,
       target: (i) => {
         const r = Math.floor(i / columns), c = i % columns, value = spec.cells[r][c];
-        const text = value === null ? spec.none : tell(value);
+        const text = value === null ? spec.missing : tell(value);
         return {
           box: [left + c * w, top + r * h, w, h], x: left + (c + 0.5) * w,
-          title: `${spec.y_name} ${spec.rows[r]}`,
-          rows: [[null, spec.x_name, spec.columns[c]], [spec.color, spec.name, text]],
+          title: `${spec.y.noun || spec.y.label} ${spec.rows[r]}`,
+          rows: [[null, spec.x.noun || spec.x.label, spec.columns[c]], ["own", spec.name, text]],
         };
       },
       find: (x, y) => {
@@ -382,7 +426,7 @@
         return {
           box: [left, i * step + 4, right - left, step - 4], x: X(group.median), title: group.name,
           rows: [...parts.map(([name, key]) => [group.color, name, tell(group[key])]),
-            [null, "accuracies", FORMATS.count(group.n)]],
+            [null, spec.noun, FORMATS.count(group.count)]],
         };
       },
       find: (x, y) => (y < 0 || y > bottom ? null : Math.min(spec.groups.length - 1, Math.floor(y / step))),
@@ -393,6 +437,7 @@
   const heightOf = (spec, width) => {
     if (spec.kind === "heat") return Math.min(900, Math.max(9, Math.min(26, 560 / spec.rows.length)) * spec.rows.length) + 44;
     if (spec.kind === "boxes") return 40 * spec.groups.length + 44;
+    if (spec.small) return 140;
     return width < 520 ? 230 : 270;
   };
 
@@ -411,9 +456,10 @@
     return node;
   };
 
-  const make = (figure, spec) => {
-    const plot = figure.querySelector(".plot");
-    const shown = (spec.series ?? []).map((one) => one.on !== false);
+  const make = (panel, spec, title) => {
+    const plot = panel.querySelector(".plot");
+    const entries = [...(spec.curves ?? spec.series ?? []), ...(spec.levels ?? [])];
+    const visible = entries.map((entry) => entry.on !== false);
     const tip = document.createElement("div");
     tip.className = "tip";
     tip.hidden = true;
@@ -454,9 +500,9 @@
       const svg = document.createElementNS(SVG, "svg");
       for (const [name, value] of Object.entries({
         width, height, viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: "0",
-        "aria-label": figure.querySelector("h3").textContent,
+        "aria-label": title,
       })) svg.setAttribute(name, value);
-      drawn = DRAW[spec.kind](svg, spec, width, height, shown);
+      drawn = DRAW[spec.kind](svg, spec, width, height, visible);
       mark = add(svg, "g", {});
       const point = (event) => {
         const edge = svg.getBoundingClientRect();
@@ -480,26 +526,40 @@
       hide();
     };
 
-    const legend = figure.querySelector(".legend");
-    (spec.series ?? []).forEach((one, i) => {
+    const legend = panel.querySelector(".legend");
+    const named = spec.kind === "lines" || entries.length > 1;
+    entries.forEach((entry, i) => {
+      if (!named) return;
       const chip = document.createElement("button");
       chip.type = "button";
       chip.className = "chip";
-      const sample = swatch(chip, one.color);
-      if (one.dash) sample.classList.add("dash");
-      else if (one.width < 1.5) sample.classList.add("thin");
-      const last = one.y[one.y.length - 1];
-      span(chip, "chip-name", `${one.name} ${FORMATS[spec.y.format](last)}`);
-      const state = () => chip.setAttribute("aria-pressed", String(shown[i]));
+      const sample = swatch(chip, entry.color);
+      if (entry.dashed || entry.value !== undefined) sample.classList.add("dash");
+      else if (entry.width < 1.5) sample.classList.add("thin");
+      const last = entry.value ?? (spec.nearest ? null : entry.y?.at(-1));
+      const text = last === null || last === undefined ? "" : ` ${FORMATS[spec.y.format](last)}`;
+      span(chip, "chip-name", spec.kind === "bars" ? entry.name : entry.name + text);
+      const state = () => chip.setAttribute("aria-pressed", String(visible[i]));
       state();
-      chip.addEventListener("click", () => { shown[i] = !shown[i]; state(); redraw(); });
+      chip.addEventListener("click", () => { visible[i] = !visible[i]; state(); redraw(); });
       legend.append(chip);
     });
+    if (spec.marks) {
+      const sample = document.createElement("span");
+      sample.className = "chip";
+      swatch(sample, "ink").classList.add("thin");
+      span(sample, "chip-name", spec.marks.name);
+      legend.append(sample);
+    }
     redraw();
     new ResizeObserver(() => { if (plot.clientWidth !== width) redraw(); }).observe(plot);
   };
 
-  const specs = JSON.parse(document.getElementById("charts").textContent);
-  for (const [id, spec] of Object.entries(specs)) make(document.getElementById(id), spec);
+  const described = JSON.parse(document.getElementById("figures").textContent);
+  for (const [id, panels] of Object.entries(described)) {
+    const figure = document.getElementById(id), title = figure.querySelector("h3").textContent;
+    const places = figure.querySelectorAll(".panel");
+    panels.forEach((spec, i) => make(places[i], spec, title));
+  }
   root.dataset.ready = "yes";
 })();

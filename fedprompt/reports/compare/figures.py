@@ -1,37 +1,50 @@
 """Figures of a comparison: curves with bands over seeds, accuracy over bytes, clients, heat maps.
 
-Rows have one colour and line style each, the same in every figure.
+A row of the comparison has the same colour in every figure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.load import Row, differing
-from fedprompt.reports.compare.metrics import Metric
+from fedprompt.reports.compare.metrics import Kind, Metric
 from fedprompt.reports.compare.names import plain
-from fedprompt.reports.compare.table import number
+from fedprompt.reports.figure import (
+    ACCURACY,
+    PALETTE,
+    ROUND,
+    Axis,
+    Boxes,
+    Curve,
+    Figure,
+    Format,
+    Heat,
+    Lines,
+    box,
+    palette,
+)
+from fedprompt.reports.format import MISSING
 from fedprompt.reports.run_data import RunData, accuracy_of
-from fedprompt.reports.style import DOMAINS, INK, LOCAL_ONLY, new_figure, style
 
-MOST = 16
-"""Rows in a figure; a table shows more."""
-CURVES = (("global", "accuracy", "Global"), ("personal", "mean", "Personalised"))
-_LINES = ("-", "--")
+ACCURACIES = (("personal", "mean", "Personalised"), ("global", "accuracy", "Global"))
+"""Part and key of a metrics line, and what it is called."""
+AT_FIRST = PALETTE
+"""Curves that are shown before the reader switches others on: as many as there are colours."""
+FORMATS: dict[Kind, Format] = {
+    "share": "percent", "number": "number", "count": "count", "bytes": "bytes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Mean and standard deviation over seeds in the rounds R that all of them have measured."""
+class SeedCurve:
+    """Mean and standard deviation over seeds in the R rounds that all seeds have measured."""
 
     rounds_R: list[int]
     bytes_R: list[float]
@@ -39,134 +52,28 @@ class Curve:
     std_R: list[float]
 
 
-def curve(row: Row, part: str, key: str) -> Curve:
-    """One row's accuracy per round; bytes are those sent up and down until then, a mean too."""
-    found = [_points(run, part, key) for run in row.runs.values()]
-    rounds = sorted(set.intersection(*(set(points) for points in found)))
-    sent = [[points[r][0] for points in found] for r in rounds]
-    values = [[points[r][1] for points in found] for r in rounds]
-    return Curve(
+def seed_curve(row: Row, part: str, key: str) -> SeedCurve:
+    """One row's accuracy by round, over its seeds.
+
+    Args:
+        row: The row.
+        part: A part of a metrics line, e.g. "global".
+        key: The accuracy's key in it.
+
+    Returns:
+        Mean and deviation by round; bytes are those sent up and down until then by all clients,
+        also a mean over seeds.
+    """
+    by_seed = [_points(run, part, key) for run in row.runs.values()]
+    rounds = sorted(set.intersection(*(set(points) for points in by_seed)))
+    sent = [[points[r][0] for points in by_seed] for r in rounds]
+    values = [[points[r][1] for points in by_seed] for r in rounds]
+    return SeedCurve(
         rounds,
         [float(np.mean(x)) for x in sent],
         [float(np.mean(x)) for x in values],
         [float(np.std(x)) for x in values],
     )
-
-
-def figure_curves(rows: Sequence[Row], *, over_bytes: bool = False) -> Figure | None:
-    """Accuracy per round, or over the bytes sent so far; band: ± std over seeds."""
-    rows, left_out = rows[:MOST], len(rows) - MOST
-    shown = []
-    for part, key, title in CURVES:
-        curves = {row.name: curve(row, part, key) for row in rows}
-        if any(found.rounds_R for found in curves.values()):
-            shown.append((title, curves))
-    if not shown:
-        return None
-    what = "bytes sent" if over_bytes else "rounds"
-    figure = _figure(f"Accuracy over {what}", 2.9 * len(shown), rows, left_out)
-    panels = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
-    for axes, (title, curves) in zip(panels, shown, strict=True):
-        style(axes)
-        for i, row in enumerate(rows):
-            _draw(axes, curves[row.name], i, over_bytes=over_bytes)
-        axes.set_ylabel(title, fontsize=10.5, color=INK)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    if over_bytes:
-        panels[-1].set_xlabel(
-            "MiB up and down, all clients (band: ± std over seeds)", fontsize=10.5, color=INK
-        )
-        panels[-1].set_xscale("symlog", linthresh=_smallest(shown))
-        panels[-1].set_xlim(left=0)
-        panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    else:
-        panels[-1].set_xlabel("Round (band: ± std over seeds)", fontsize=10.5, color=INK)
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _legend(figure, rows)
-    return figure
-
-
-def figure_clients(rows: Sequence[Row]) -> Figure | None:
-    """Box plots of the clients' own accuracies in the last round, those of all seeds together."""
-    rows, left_out = rows[:MOST], len(rows) - MOST
-    values = {row.name: client_accuracies(row) for row in rows}
-    kept = [(i, row) for i, row in enumerate(rows) if values[row.name]]
-    if not kept:
-        return None
-    figure = _figure("Accuracy of the clients", 0.9 + 0.34 * len(kept), (), left_out)
-    axes = figure.subplots()
-    style(axes)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="#E6E6E6", lw=0.8)
-    boxes = axes.boxplot(
-        [values[row.name] for _, row in kept],
-        orientation="horizontal",
-        patch_artist=True,
-        widths=0.6,
-        medianprops={"color": INK, "lw": 1.5},
-        flierprops={"marker": "o", "ms": 3, "markeredgecolor": LOCAL_ONLY},
-    )
-    for box, (i, _) in zip(boxes["boxes"], kept, strict=True):
-        box.set(facecolor=_colour(i), alpha=0.45, edgecolor=_colour(i))
-    axes.set_yticks(range(1, len(kept) + 1), [_short(row.name) for _, row in kept])
-    axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
-    axes.set_xlabel("Own test images; box: quartiles; line: median", fontsize=10, color=INK)
-    return figure
-
-
-def client_accuracies(row: Row) -> list[float]:
-    """Every client's last accuracy on its own test images, of all seeds."""
-    return [a for run in row.runs.values() for a in accuracy_of(run.last("personal")).values()]
-
-
-def heat_values(
-    rows: Sequence[Row], keys: tuple[str, str], metric: Metric
-) -> tuple[list[Any], list[Any], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Values of both settings, and the metric's mean over seeds (Y, X); NaN where there is none.
-
-    Raises:
-        UserError: unknown settings, or rows that differ in something else as well.
-    """
-    for key in keys:
-        if not all(key in row.settings for row in rows):
-            raise UserError(f"compare: --heat: not all runs have the setting '{key}'.")
-    across, down = (_values(rows, key) for key in keys)
-    table = np.full((len(down), len(across)), math.nan)
-    owner: dict[tuple[int, int], Row] = {}
-    for row in rows:
-        values = metric.by_seed(row)
-        place = _index(down, row.settings[keys[1]]), _index(across, row.settings[keys[0]])
-        if place in owner:
-            others = differing([row, owner[place]])
-            raise UserError(
-                f"compare: --heat: '{row.name}' and '{owner[place].name}' fall on one field; they "
-                f"differ in {', '.join(others)}. Choose among them with --where KEY=VALUE."
-            )
-        owner[place] = row
-        if values:
-            table[place] = float(np.mean(list(values.values())))
-    return across, down, table
-
-
-def figure_heat(rows: Sequence[Row], keys: tuple[str, str], metric: Metric) -> Figure:
-    """A map of one metric over two settings, with the number in every field."""
-    across, down, table = heat_values(rows, keys, metric)
-    figure = new_figure(_capital(metric.title), 1.6 + 0.45 * len(down))
-    axes = figure.subplots()
-    image = axes.imshow(table, cmap="cividis", aspect="auto")
-    middle = (np.nanmin(table) + np.nanmax(table)) / 2
-    for (y, x), value in np.ndenumerate(table):
-        shown = number(metric, value) if math.isfinite(value) else "-"
-        colour = INK if not math.isfinite(value) or value > middle else "white"
-        axes.text(x, y, shown, ha="center", va="center", fontsize=10, color=colour)
-    axes.set_xticks(range(len(across)), [plain(v) for v in across])
-    axes.set_yticks(range(len(down)), [plain(v) for v in down])
-    axes.set_xlabel(keys[0], fontsize=10.5, color=INK)
-    axes.set_ylabel(keys[1], fontsize=10.5, color=INK)
-    bar = figure.colorbar(image, ax=axes)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(metric, v)))
-    return figure
 
 
 def _points(run: RunData, part: str, key: str) -> dict[int, tuple[float, float]]:
@@ -180,53 +87,175 @@ def _points(run: RunData, part: str, key: str) -> dict[int, tuple[float, float]]
     return points
 
 
-def _draw(axes: Axes, curve: Curve, i: int, *, over_bytes: bool) -> None:
-    if not curve.rounds_R:
-        return
-    x = np.array(curve.bytes_R) / 2**20 if over_bytes else np.array(curve.rounds_R, dtype=float)
-    mean_R, std_R = np.array(curve.mean_R), np.array(curve.std_R)
-    marker = "o" if len(x) <= 13 else ""
-    axes.plot(x, mean_R, color=_colour(i), ls=_line(i), lw=1.8, marker=marker, ms=3.5)
-    if std_R.any():
-        low, high = np.clip(mean_R - std_R, 0, 1), np.clip(mean_R + std_R, 0, 1)
-        axes.fill_between(x, low, high, color=_colour(i), alpha=0.13, lw=0)
+def curves_figure(rows: Sequence[Row], *, over_bytes: bool = False) -> Figure | None:
+    """Personalised and global accuracy per round, or over the bytes sent; None without data.
 
-
-def _smallest(shown: Sequence[tuple[str, Mapping[str, Curve]]]) -> float:
-    """The fewest bytes above zero of any curve, in MiB."""
-    sent = [b for _, curves in shown for c in curves.values() for b in c.bytes_R if b > 0]
-    return min(sent, default=1.0) / 2**20
-
-
-def _figure(title: str, height: float, rows: Sequence[Row], left_out: int) -> Figure:
-    more = f" (first {MOST} of {MOST + left_out} rows)" if left_out > 0 else ""
-    return new_figure(title + more, height + 0.6 + 0.21 * math.ceil(len(rows) / 2))
-
-
-def _legend(figure: Figure, rows: Sequence[Row]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=_colour(i), ls=_line(i), lw=1.8, label=_short(row.name))
-        for i, row in enumerate(rows)
+    Args:
+        rows: The rows of the comparison.
+        over_bytes: Whether the horizontal axis is the traffic instead of the round.
+    """
+    x = ROUND
+    if over_bytes:
+        x = Axis(
+            label="Bytes up and down, all clients", noun="after", format="bytes", log=True
+        )  # fmt: skip
+    panels = [
+        Lines(curves=curves, x=x, y=replace(ACCURACY, label=title), nearest=over_bytes)
+        for part, key, title in ACCURACIES
+        if (curves := _curves(rows, part, key, over_bytes=over_bytes))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    if not panels:
+        return None
+    drawn = max(len(panel.curves) for panel in panels)
+    caption = "Mean over seeds. Band: ± 1 standard deviation over seeds."
+    if drawn > AT_FIRST:
+        caption += f" Shown are the best {AT_FIRST} of {drawn} rows."
+    return Figure(
+        name="bytes" if over_bytes else "curves",
+        title=f"Accuracy over {'bytes sent' if over_bytes else 'rounds'}",
+        caption=caption,
+        panels=panels,
+    )
 
 
-def _colour(i: int) -> str:
-    return DOMAINS[i % len(DOMAINS)]
+def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> list[Curve]:
+    measured = [seed_curve(row, part, key) for row in rows]
+    last = sorted((curve.mean_R[-1] for curve in measured if curve.mean_R), reverse=True)
+    least = last[min(AT_FIRST, len(last)) - 1] if last else 0.0
+    curves = []
+    for i, (row, points) in enumerate(zip(rows, measured, strict=True)):
+        x = points.bytes_R if over_bytes else [float(r) for r in points.rounds_R]
+        # A logarithmic axis has no place for round 0, before which nothing was sent.
+        places = [k for k, value in enumerate(x) if value > 0 or not over_bytes]
+        if not places:
+            continue
+        curves.append(
+            Curve(
+                name=row.name,
+                color=palette(i),
+                x=[x[k] for k in places],
+                y=[points.mean_R[k] for k in places],
+                spread=[points.std_R[k] for k in places] if len(row.runs) > 1 else None,
+                dashed=i >= PALETTE,
+                on=points.mean_R[-1] >= least,
+            )
+        )
+    return curves
 
 
-def _line(i: int) -> str:
-    return _LINES[i // len(DOMAINS) % len(_LINES)]
+def clients_figure(rows: Sequence[Row]) -> Figure | None:
+    """Box plots of the clients' own accuracies, those of all seeds together; None without data."""
+    accuracies = [client_accuracies(row) for row in rows]
+    groups = [
+        box(row.name, palette(i), values)
+        for i, (row, values) in enumerate(zip(rows, accuracies, strict=True))
+        if values
+    ]
+    if not groups:
+        return None
+    axis = replace(ACCURACY, label="Accuracy on own test images")
+    return Figure(
+        name="clients",
+        title="Accuracy of the clients",
+        caption="As measured last, clients of all seeds together. Box: quartiles; notch: median; "
+        "line: lowest to highest.",
+        panels=[Boxes(groups=groups, x=axis, noun="accuracies")],
+        wide=len(groups) > AT_FIRST,
+    )
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else f"{name[:33]}…"
+def client_accuracies(row: Row) -> list[float]:
+    """Every client's last accuracy on its own test images, of all seeds."""
+    return [a for run in row.runs.values() for a in accuracy_of(run.last("personal")).values()]
+
+
+def heat_figure(rows: Sequence[Row], keys: tuple[str, str], metric: Metric) -> Figure:
+    """A map of one metric over two settings, with the number in every cell.
+
+    Args:
+        rows: The rows of the comparison.
+        keys: The settings along the horizontal and the vertical axis.
+        metric: What is shown, as its mean over seeds.
+
+    Raises:
+        UserError: A setting is unknown, or rows differ in something else as well.
+    """
+    across, down, means = heat_values(rows, keys, metric)
+    panel = Heat(
+        rows=[plain(value) for value in down],
+        columns=[plain(value) for value in across],
+        cells=[[None if math.isnan(mean) else float(mean) for mean in line] for line in means],
+        name=metric.title,
+        format=FORMATS[metric.kind],
+        x=Axis(label=keys[0]),
+        y=Axis(label=keys[1]),
+        missing=MISSING,
+    )
+    title = metric.title[:1].upper() + metric.title[1:]
+    return Figure(
+        name="heat",
+        title=f"{title} over {keys[0]} and {keys[1]}",
+        caption=f"Mean over seeds. Columns: {keys[0]}; rows: {keys[1]}.",
+        panels=[panel],
+    )
+
+
+def heat_values(
+    rows: Sequence[Row], keys: tuple[str, str], metric: Metric
+) -> tuple[list[Any], list[Any], np.ndarray[Any, np.dtype[np.float64]]]:
+    """The numbers of a heat map.
+
+    Args:
+        rows: The rows of the comparison.
+        keys: The settings along the horizontal and the vertical axis.
+        metric: What is shown.
+
+    Returns:
+        The X values of the first setting, the Y values of the second one, and the metric's means
+        over seeds (Y, X), NaN where there is none.
+
+    Raises:
+        UserError: A setting is unknown, or rows differ in something else as well.
+    """
+    for key in keys:
+        if not all(key in row.settings for row in rows):
+            raise UserError(f"compare: --heat: not all runs have the setting '{key}'.")
+    across, down = (_values(rows, key) for key in keys)
+    means = np.full((len(down), len(across)), math.nan)
+    owner: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        values = metric.by_seed(row)
+        place = _index(down, row.settings[keys[1]]), _index(across, row.settings[keys[0]])
+        if place in owner:
+            settings = differing([row, owner[place]])
+            raise UserError(
+                f"compare: --heat: '{row.name}' and '{owner[place].name}' share one cell because "
+                f"they differ in {', '.join(settings)}. Choose one of them with --where KEY=VALUE."
+            )
+        owner[place] = row
+        if values:
+            means[place] = float(np.mean(list(values.values())))
+    return across, down, means
+
+
+def swept_settings(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """The two settings that the rows vary independently, if there are just two such settings."""
+    keys = differing(rows)
+    if len(keys) != 2 or any(key not in row.settings for row in rows for key in keys):
+        return None
+    cells = math.prod(len(_values(rows, key)) for key in keys)
+    # Settings that change together would fill little more than the diagonal.
+    return (keys[0], keys[1]) if 2 * len(rows) > cells else None
+
+
+def comparison_figures(rows: Sequence[Row]) -> list[Figure]:
+    """Learning curves, accuracy over bytes, and clients, where there is data for them."""
+    figures = [curves_figure(rows), curves_figure(rows, over_bytes=True), clients_figure(rows)]
+    return [figure for figure in figures if figure is not None]
 
 
 def _values(rows: Sequence[Row], key: str) -> list[Any]:
-    """Different values of a setting; numbers in order, others as they come."""
+    """Different values of a setting; numbers in ascending order, others in the rows' order."""
     values: list[Any] = []
     for row in rows:
         if not any(_same(value, row.settings[key]) for value in values):
@@ -240,8 +269,5 @@ def _index(values: Sequence[Any], wanted: Any) -> int:
 
 
 def _same(a: Any, b: Any) -> bool:
+    # True == 1 in Python, but they are different settings.
     return type(a) is type(b) and a == b
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]

@@ -10,12 +10,10 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
@@ -23,18 +21,20 @@ from typer.testing import CliRunner
 from fedprompt.cli.main import app
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.figures import (
+    AT_FIRST,
     client_accuracies,
-    curve,
-    figure_clients,
-    figure_curves,
-    figure_heat,
+    clients_figure,
+    curves_figure,
+    heat_figure,
     heat_values,
+    seed_curve,
 )
 from fedprompt.reports.compare.load import load_rows
 from fedprompt.reports.compare.metrics import KNOWN, choose, look_up, metric
 from fedprompt.reports.compare.statistics import column, holm, paired_p
 from fedprompt.reports.compare.table import compare_rows, escape, latex, terminal
 from fedprompt.reports.compare.table import text as printed_as
+from fedprompt.reports.figure import Boxes, Heat, Lines
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import expand, load_sweep, write_plan
 from fedprompt.sweeps.run import run_serial
@@ -229,7 +229,7 @@ class TestAgainstMetrics:
         for row in load_rows([sweep]).rows:
             for part, key in (("global", "accuracy"), ("personal", "mean")):
                 expected = recompute.curve(runs[row.name], part, key)
-                found = curve(row, part, key)
+                found = seed_curve(row, part, key)
                 assert found.rounds_R == list(expected) == [0, 2], "evaluation.every=2"
                 points = zip(found.bytes_R, found.mean_R, found.std_R, strict=True)
                 for point, numbers in zip(points, expected.values(), strict=True):
@@ -245,9 +245,10 @@ class TestAgainstMetrics:
             for x, clients in enumerate((2, 3)):
                 by_seed = recompute.table(sweep)[f"{name}, clients {clients}"]["personal"]
                 assert table[y, x] == pytest.approx(recompute.mean(list(by_seed.values())))
-        figure = figure_heat(rows, keys, KNOWN["personal"])
-        shown = [t.get_text() for t in figure.axes[0].texts]
-        assert shown == [f"{100 * v:.1f}" for v in table.flat]
+        (panel,) = heat_figure(rows, keys, KNOWN["personal"]).panels
+        assert isinstance(panel, Heat)
+        assert panel.cells == table.tolist()
+        assert (list(panel.columns), list(panel.rows)) == (["2", "3"], ["promptfl", "fedrsclip"])
         with pytest.raises(UserError, match=r"differ in method\.name"):
             heat_values(rows, ("partition.clients", "partition.alpha"), KNOWN["personal"])
         with pytest.raises(UserError, match=r"setting 'partition\.client'"):
@@ -264,13 +265,15 @@ class TestAgainstMetrics:
             ]
             assert sorted(client_accuracies(row)) == sorted(expected)
             assert len(expected) == 3 * int(row.name[-1])
-        figure = figure_clients(rows[1:2])
-        assert isinstance(figure, Figure)
-        (box,) = figure.axes[0].patches
-        ends = np.asarray(box.get_path().vertices)[:, 0]
-        held = client_accuracies(rows[1])
-        assert ends.min() == pytest.approx(recompute.quantile(held, 0.25))
-        assert ends.max() == pytest.approx(recompute.quantile(held, 0.75))
+        figure = clients_figure(rows[1:2])
+        assert figure is not None
+        (panel,) = figure.panels
+        assert isinstance(panel, Boxes)
+        (group,) = panel.groups
+        accuracies = client_accuracies(rows[1])
+        assert group.q1 == pytest.approx(recompute.quantile(accuracies, 0.25))
+        assert group.q3 == pytest.approx(recompute.quantile(accuracies, 0.75))
+        assert (group.low, group.high) == (min(accuracies), max(accuracies))
 
     def test_every_form_and_figure_from_the_command_line(self, sweep: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -434,13 +437,23 @@ def test_no_number_is_cut_in_a_narrow_terminal(sweep: Path, width: int) -> None:
 
 def test_figures_of_many_rows(sweep: Path) -> None:
     rows = load_rows([sweep]).rows
-    figure = figure_curves(rows * 5)
+    figure = curves_figure(rows * 5)
     assert figure is not None
-    assert "first 16 of 20 rows" in figure.get_suptitle()
-    assert all(len(axes.lines) == 16 for axes in figure.axes)
-    over_bytes: Any = figure_curves(rows, over_bytes=True)
-    x = np.concatenate([line.get_xdata() for line in over_bytes.axes[0].lines])
-    assert x.max() * 2**20 == pytest.approx(
+    assert f"best {AT_FIRST} of 20" in figure.caption
+    for panel in figure.panels:
+        assert isinstance(panel, Lines)
+        assert len(panel.curves) == 20
+        shown = [curve.y[-1] for curve in panel.curves if curve.on]
+        hidden = [curve.y[-1] for curve in panel.curves if not curve.on]
+        assert len(shown) >= AT_FIRST
+        assert min(shown) > max(hidden)
+    over_bytes = curves_figure(rows, over_bytes=True)
+    assert over_bytes is not None
+    (panel, _) = over_bytes.panels
+    assert isinstance(panel, Lines)
+    sent = [x for curve in panel.curves for x in curve.x]
+    assert min(sent) > 0, "the axis is logarithmic"
+    assert max(sent) == pytest.approx(
         max(recompute.mean(list(c["bytes"].values())) for c in recompute.table(sweep).values())
     )
 

@@ -1,0 +1,71 @@
+"""Figures as PNG files: matplotlib's rendering of what `figure.py` describes.
+
+Matplotlib is imported when the first figure is drawn, because commands that draw nothing should
+not wait for it. pyplot is not used: there is no global state, and no display is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from fedprompt.reports.draw_panels import draw_panel, panel_height
+from fedprompt.reports.draw_style import GREY, INK
+from fedprompt.reports.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+WIDTH_IN, DPI = 5.6, 150
+"""Width of every picture in inches, and pixels per inch."""
+TITLE_LETTERS, CAPTION_LETTERS = 58, 84
+"""Letters that fit in one line of a picture."""
+TITLE_LINE_IN, CAPTION_LINE_IN = 0.25, 0.15
+
+
+def draw(figure: Figure) -> Picture:
+    """A picture of a figure: title, panels from top to bottom, caption."""
+    from matplotlib.figure import Figure as Picture
+
+    title = wrap(figure.title, TITLE_LETTERS)
+    caption = wrap(figure.caption, CAPTION_LETTERS)
+    heights = [panel_height(panel) for panel in figure.panels]
+    frame = TITLE_LINE_IN * len(title) + CAPTION_LINE_IN * len(caption) + 0.15
+    picture = Picture(figsize=(WIDTH_IN, sum(heights) + frame), dpi=DPI, layout="constrained")
+    picture.suptitle(
+        "\n".join(title), x=0.02, ha="left", fontsize=12.5, fontweight="bold", color=INK,
+        parse_math=False,
+    )  # fmt: skip
+    panels = picture.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(panels, figure.panels, strict=True):
+        draw_panel(axes, panel)
+    if caption:
+        picture.supxlabel(
+            "\n".join(caption), x=0.02, ha="left", fontsize=8.5, color=GREY, parse_math=False
+        )
+    return picture
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file; the same figure always gives the same bytes.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    # Without the tag of matplotlib's version, the file depends on the figure only.
+    draw(figure).savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+
+
+def save_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG files into a folder, which is created; return their paths.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{figure.name}.png" for figure in figures]
+    for figure, path in zip(figures, paths, strict=True):
+        save(figure, path)
+    return paths

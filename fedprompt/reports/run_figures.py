@@ -1,0 +1,110 @@
+"""The figures of one run: accuracy and loss per round here, clients and partition beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprompt.reports.client_figure import clients_figure
+from fedprompt.reports.figure import ACCURACY, ROUND, Axis, Curve, Figure, Level, Lines
+from fedprompt.reports.partition_figure import partition_figure
+from fedprompt.reports.run_data import RunData, series_of, split_tests
+
+
+def run_figures(run: RunData) -> list[Figure]:
+    """Every figure that the run has data for."""
+    figures = [accuracy_figure(run), clients_figure(run), loss_figure(run)]
+    if run.partition is not None:
+        figures.append(partition_figure(run.partition))
+    return [figure for figure in figures if figure is not None]
+
+
+def accuracy_figure(run: RunData) -> Figure | None:
+    """Test accuracy per round: global, personalised (mean, std, worst client) and baselines.
+
+    Where rounds test only their participants, the last round, which tests all clients, is a point
+    of its own: it is a mean over other clients.
+    """
+    rounds, all_rounds_end = split_tests(run, run.rounds)
+    alone, alone_end = split_tests(run, run.local_only)
+    participants = bool(all_rounds_end or alone_end)
+    among = ", participants" if participants else ""
+    candidates = [
+        _curve(run.rounds, "global", "accuracy", "Global", "server"),
+        _curve(rounds, "personal", "mean", f"Personalised{among}", "own", band=True),
+        _curve(
+            rounds, "personal", "worst", f"Worst {'participant' if participants else 'client'}",
+            "own", width=1.0,
+        ),
+        _curve(all_rounds_end, "personal", "mean", "Personalised, all", "own", band=True),
+        _curve(alone, "personal", "mean", f"Local-only{among}", "alone"),
+        _curve(alone_end, "personal", "mean", "Local-only, all", "alone"),
+    ]  # fmt: skip
+    curves = [curve for curve in candidates if curve is not None]
+    if not curves:
+        return None
+    colors = {curve.color for curve in curves}
+    panel = Lines(
+        curves=curves,
+        levels=[level for level in _zero_shot_levels(run) if level.color in colors],
+        x=ROUND,
+        y=ACCURACY,
+        named_at_ends=True,
+    )
+    return Figure(
+        name="accuracy_per_round",
+        title="Test accuracy per round",
+        caption="Orange: the server's test set. Blue and grey: the clients' own test images. Band: "
+        "± 1 standard deviation over clients. Round 0 is before training.",
+        panels=[panel],
+    )
+
+
+def _zero_shot_levels(run: RunData) -> list[Level]:
+    zero_shot = (run.summary or {}).get("zero_shot") or {}
+    values = {
+        "server": ("Zero-shot", zero_shot.get("accuracy")),
+        "own": ("Zero-shot, own tests", (zero_shot.get("personal") or {}).get("mean")),
+    }
+    return [
+        Level(name, color, value) for color, (name, value) in values.items() if value is not None
+    ]
+
+
+def loss_figure(run: RunData) -> Figure | None:
+    """Training loss of the clients, test loss of the global model, and local-only training."""
+    candidates = [
+        _curve(run.rounds, "train", "loss", "Training", "own"),
+        _curve(run.rounds, "global", "loss", "Global test", "server"),
+        _curve(run.local_only, "train", "loss", "Local-only training", "alone"),
+    ]
+    curves = [curve for curve in candidates if curve is not None]
+    if not curves:
+        return None
+    return Figure(
+        name="loss_per_round",
+        title="Loss per round",
+        caption="Mean loss of the clients that trained, and of the global model on the server's "
+        "test set.",
+        panels=[Lines(curves=curves, x=ROUND, y=Axis(low=0), named_at_ends=True)],
+    )
+
+
+def _curve(
+    lines: Sequence[Mapping[str, Any]],
+    part: str,
+    key: str,
+    name: str,
+    color: str,
+    *,
+    width: float = 2.2,
+    band: bool = False,
+) -> Curve | None:
+    """The values of `line[part][key]` by round; with `band`, the part's `std` around them."""
+    points = series_of(lines, part, key)
+    if not points.y:
+        return None
+    spread = series_of(lines, part, "std") if band else None
+    std_at = dict(zip(spread.x, spread.y, strict=True)) if spread else {}
+    half_heights = [std_at.get(x) for x in points.x] if std_at else None
+    return Curve(name=name, color=color, x=points.x, y=points.y, spread=half_heights, width=width)
