@@ -50,7 +50,7 @@ class Scaffold(FedAvg):
         prompts = {n: t for n, t in shared.items() if n not in controls}
         mean = super().aggregate(server_round, prompts, updates)
         difference = weighted_mean(controls, updates, [1] * len(updates))
-        share = len(updates) / max(len(self._trainable), len(updates))
+        share = len(updates) / max(len(self.known.trainable), len(updates))
         return {
             **{
                 n: _step(t, mean[n] - t.astype(np.float64), self.config.lr)

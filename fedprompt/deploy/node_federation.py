@@ -12,15 +12,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord
-
 from fedprompt.deploy.backbone_check import sample_features
 from fedprompt.deploy.node_grid import POLL_S, NodeGrid
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import ZERO_SHOT
 from fedprompt.errors import UserError
 from fedprompt.experiment.run_folder import RunFolder
-from fedprompt.federation.server_app import Federation, personal_scores
+from fedprompt.federation.scores import personal_scores
+from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
 from fedprompt.reports.run_data import PARTITION
 from fedprompt.workspace import Workspace
@@ -94,12 +93,9 @@ class NodeFederation(Federation):
         if self.workspace.dataset.owners_N is None:
             return {}
         rounds = self.config.federation.rounds
-        settings = ConfigRecord({ZERO_SHOT: True})
-        messages = self.strategy.configure_evaluate(rounds, to_record({}), settings, self.grid)
-        replies, _ = self._exchange(list(messages))
-        table = self.strategy.aggregate_evaluate(rounds, replies)
-        tables = [] if table is None else [dict(table)]
-        return {"personal": personal_scores(tables, "correct", "num-examples")}
+        clients = self.strategy.clients
+        rows = dict(self._client_rows(rounds, clients, to_record({}), {ZERO_SHOT: True}))
+        return {"personal": personal_scores(rows, "correct", "num-examples")}
 
     def _update_nodes(self, server_round: int) -> None:
         """Take in who has joined and who has left since the last round."""

@@ -1,4 +1,17 @@
-"""The loop over rounds of a run: train, evaluate, record, write a checkpoint."""
+"""The loop over the rounds of a run.
+
+One round takes seven steps; the first four are `Federation.train_round`:
+
+1. Sample the clients that train.
+2. Send them the shared tensors.
+3. Check their replies.
+4. Aggregate the valid ones.
+5. Evaluate.
+6. Record the round in `metrics.jsonl`.
+7. Write a checkpoint.
+
+Round 0 is the state before any training, and starts at step 5.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +25,13 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.federation.server_app import Federation, _finite
+from fedprompt.federation.scores import finite
+from fedprompt.federation.server_app import Federation
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS
 from fedprompt.simulation.private_log import PrivateLog
+
+LogLine = Callable[[Mapping[str, Any]], None]
+"""Takes one line of `metrics.jsonl`."""
 
 
 def run_server(
@@ -23,35 +40,37 @@ def run_server(
     display: Display,
     checkpoint: Checkpoint | None,
     private: PrivateLog | None = None,
-    log_line: Callable[[Mapping[str, Any]], None] = lambda line: None,
+    log_line: LogLine = lambda line: None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """All rounds after `checkpoint` (or from the start); returns the last line and byte totals.
+    """Run all rounds after a checkpoint, or all rounds of a new run.
 
-    `private` is the grid's store in a simulation; on real nodes private tensors stay there.
-    `log_line` gets every metrics line, those of rounds before `checkpoint` first.
+    Args:
+        federation: the server's side of a round.
+        folder: takes metrics and checkpoints.
+        display: shows the progress.
+        checkpoint: where to continue; None to start.
+        private: the clients' private tensors in a simulation, saved with every checkpoint. On real
+            nodes they stay there, and this is None.
+        log_line: called with every line of `metrics.jsonl`, at first with those that the folder
+            already holds.
+
+    Returns:
+        The last round's line, and the bytes and rejected replies since the run began.
+
+    Raises:
+        UserError: the folder or the data do not match the checkpoint, or nodes are missing.
     """
     config = federation.config
-    rounds = config.federation.rounds if federation.method.trainable else 0
+    rounds = _last_round(federation)
     federation.open_protocols()
     federation.join()
-    totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
-    first = 0
-    described = federation.describe()
-    if checkpoint is not None:
-        _check_partition(folder, described)
-        federation.restore(checkpoint)
-        totals, first = dict(checkpoint.totals), checkpoint.server_round + 1
-    if private is not None and checkpoint is not None:
-        private.restore(checkpoint.server_round, checkpoint.private)
-    elif private is not None:
-        private.clear()
-    folder.rewind(first - 1)
-    folder.write_json(PARTITION, described)
+    first, totals = _continue_from(federation, folder, checkpoint, private)
     recorded = folder.lines(METRICS)
     if len(recorded) != first:
         raise UserError(
             f"{folder.path / METRICS} lacks rounds that the checkpoint has; the run cannot be "
-            f"completed. Start it anew with 'fedprompt run {folder.path / CONFIG} output.dir=...'."
+            f"completed. Start a new one with 'fedprompt run {folder.path / CONFIG} "
+            "output.dir=...'."
         )
     for line in recorded:
         log_line(line)
@@ -59,29 +78,84 @@ def run_server(
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
     for server_round in range(first, rounds + 1):
+        # 1 to 5. Sample, send, check, aggregate; evaluate.
         line, seconds = _one_round(federation, server_round, rounds, protocols=True)
+        # 6. Record, before the checkpoint refers to the line.
         totals["bytes_up"] += line["bytes_up"]
         totals["bytes_down"] += line["bytes_down"]
         totals["rejected"] = federation.rejected
         folder.append(METRICS, line)
         log_line(line)
         folder.append(TIMINGS, {"round": server_round, **seconds})
+        # 7. Checkpoint.
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
             _save(federation.checkpoint(server_round, totals), folder, private)
-        done = server_round - first + 1
-        eta = (time.monotonic() - began) / done * (rounds - server_round)
+        seconds_per_round = (time.monotonic() - began) / (server_round - first + 1)
         display.round(
             line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
-            eta,
+            seconds_per_round * (rounds - server_round),
         )
     federation.ask_clients(rounds)
     return line, totals
 
 
-def _check_partition(folder: RunFolder, described: Mapping[str, Any]) -> None:
-    """Refuse to go on with other data than the run began with."""
+def run_reference(
+    federation: Federation, record: Callable[[dict[str, Any]], None]
+) -> dict[str, Any] | None:
+    """Run a baseline beside the method under test; nothing is written to a checkpoint.
+
+    Args:
+        federation: the baseline's federation.
+        record: called with the accuracies after every round.
+
+    Returns:
+        What `record` was called with after the last round.
+    """
+    rounds = _last_round(federation)
+    federation.join()
+    last = None
+    for server_round in range(rounds + 1):
+        line, _ = _one_round(federation, server_round, rounds)
+        names = ("round", "train", "global", "personal", "personal_on_global")
+        last = {name: line[name] for name in names}
+        record(last)
+    return last
+
+
+def _last_round(federation: Federation) -> int:
+    """The number of rounds; a method without trainable tensors has round 0 only."""
+    return federation.config.federation.rounds if federation.method.trainable else 0
+
+
+def _continue_from(
+    federation: Federation,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    private: PrivateLog | None,
+) -> tuple[int, dict[str, int]]:
+    """Restore a checkpoint, if there is one; returns the next round and the totals so far."""
+    totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
+    next_round = 0
+    description = federation.describe()
+    if checkpoint is not None:
+        _check_partition(folder, description)
+        federation.restore(checkpoint)
+        totals, next_round = dict(checkpoint.totals), checkpoint.server_round + 1
+    if private is not None and checkpoint is not None:
+        private.restore(checkpoint.server_round, checkpoint.private)
+    elif private is not None:
+        private.clear()
+    # Lines after the checkpoint belong to rounds that are now repeated.
+    folder.rewind(next_round - 1)
+    folder.write_json(PARTITION, description)
+    return next_round, totals
+
+
+def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
+    """Refuse to continue with other data than the run began with."""
     path = folder.path / PARTITION
-    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(described)):
+    # Through JSON and back, which turns tuples into lists and keys into text.
+    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(description)):
         raise UserError(
             f"the data set or its partition is not what {path} says it was when the run began; "
             "restore it, or start a new run with 'fedprompt run ... output.dir=...'."
@@ -89,10 +163,12 @@ def _check_partition(folder: RunFolder, described: Mapping[str, Any]) -> None:
 
 
 def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None) -> None:
-    """Private tensors first, then what refers to them, then what nothing refers to any more."""
+    """Write a checkpoint, so that a crash at any moment leaves a complete one."""
     if private is None:
         folder.save_checkpoint(checkpoint)
         return
+    # The new private tensors come first, and the old ones go last: the checkpoint on disk,
+    # whichever it is, finds those that it refers to.
     digest = private.save(checkpoint.server_round)
     folder.save_checkpoint(replace(checkpoint, private=digest))
     private.remove_stale()
@@ -101,6 +177,7 @@ def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None)
 def _one_round(
     federation: Federation, server_round: int, rounds: int, *, protocols: bool = False
 ) -> tuple[dict[str, Any], dict[str, float]]:
+    """Steps 1 to 5 of a round: its line for `metrics.jsonl`, and the seconds it took."""
     start = time.monotonic()
     line: dict[str, Any] = {
         "kind": "round",
@@ -111,9 +188,11 @@ def _one_round(
         "bytes_up": 0,
         "bytes_down": 0,
     }
+    # 1. Sample, 2. send, 3. check, 4. aggregate.
     if server_round > 0:
         line |= federation.train_round(server_round)
     trained = time.monotonic()
+    # 5. Evaluate.
     line |= {"global": None, "personal": None, "personal_on_global": None}
     settings = federation.config.evaluation
     if server_round % settings.every == 0 or server_round == rounds:
@@ -123,20 +202,4 @@ def _one_round(
         if protocols:
             line |= federation.measure_round(line)
     seconds = {"train_s": trained - start, "evaluate_s": time.monotonic() - trained}
-    return _finite(line), seconds
-
-
-def run_reference(
-    federation: Federation, record: Callable[[dict[str, Any]], None]
-) -> dict[str, Any] | None:
-    """A method beside the one under test (local-only): same rounds, nothing checkpointed."""
-    config = federation.config
-    rounds = config.federation.rounds if federation.method.trainable else 0
-    federation.join()
-    last = None
-    for server_round in range(rounds + 1):
-        line, _ = _one_round(federation, server_round, rounds)
-        kept = ("round", "train", "global", "personal", "personal_on_global")
-        last = {k: line[k] for k in kept}
-        record(last)
-    return last
+    return finite(line), seconds

@@ -17,7 +17,8 @@ from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.trackers import Loggers
-from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation, personal_part
+from fedprompt.federation.scores import personal_part
+from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run

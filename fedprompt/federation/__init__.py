@@ -1,1 +1,1 @@
-"""One round: server app, client app, strategy contract, checks of replies."""
+"""One round: sampling, exchange, checks of replies, the strategies' contract, server and client."""

@@ -9,9 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state behind `server_round`, from which a run goes on bit for bit.
+    """Everything that the rounds after `server_round` depend on.
 
-    `private` is the seal of the private tensors that lie beside it, "" where there are none.
+    Attributes:
+        server_round: the last complete round; 0 before any training.
+        shared: shared tensors by name, float32.
+        strategy: state of the strategy, as `SharedPromptStrategy.state` returns it.
+        totals: `bytes_up`, `bytes_down` and `rejected` since the run began.
+        private: digest of the private tensors that are saved beside the checkpoint; "" if none are.
     """
 
     server_round: int

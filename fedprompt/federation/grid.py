@@ -1,31 +1,30 @@
-"""Flower's `Grid` with the bytes of the last exchange counted: what a federation talks to."""
+"""The base class of all our grids: Flower's `Grid` that counts the bytes of its last exchange."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedprompt.messages import Run, Traffic
 
-@dataclass
-class Traffic:
-    """Bytes of the last exchange: `down` from the server, `up` to it."""
-
-    down: int = 0
-    up: int = 0
+__all__ = ["CountingGrid", "Traffic"]
 
 
 class CountingGrid(Grid):
-    """Common part of all our grids: one run, and the bytes of the last exchange."""
+    """A grid of one run that remembers the bytes of its last exchange in `traffic`.
+
+    Subclasses implement the rest of Flower's `Grid`, and `send_and_receive` sets `traffic`.
+
+    Args:
+        run: Flower's description of the run.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.traffic = Traffic()
 
     def set_run(self, run: Run) -> None:
-        """Set the run."""
+        """Replace the run."""
         self._run = run
 
     @property
@@ -41,5 +40,5 @@ class CountingGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to one node."""
+        """A message to one node, as Flower's `Grid` defines it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

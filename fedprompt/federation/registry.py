@@ -1,4 +1,8 @@
-"""Every strategy by name: the modules of `fedprompt.strategies`, and entry points of others."""
+"""All strategies by name: the modules of `fedprompt.strategies`, and entry points of others.
+
+Strategies import their contract from this package, so nothing here imports one of them by its path:
+the registry imports a module when its name is asked for.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,6 @@ def strategy_class(name: str) -> type[SharedPromptStrategy]:
     """The strategy called `name`.
 
     Raises:
-        UserError: there is no such strategy; the message has the nearest name.
+        UserError: there is no such strategy; the message suggests the nearest name.
     """
     return STRATEGIES.get(name)

@@ -1,42 +1,180 @@
-"""Which replies count: every byte of a reply is a peer's, so nothing in it is taken on trust.
+"""Which replies count. Every byte of a reply comes from a peer, so nothing in it is trusted.
 
-A reply is data, never code: arrays are read without pickle, their labels are compared with their
-bytes, and sizes are bounded before anything is read.
+A reply is data and never code: arrays are read without pickle, their labels are compared with their
+bytes, and sizes are bounded before anything is read. Flower's own strategies check nothing: one NaN
+spreads to all clients, and one wrong shape ends the run.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 
-from fedprompt.messages import ARRAYS, METRICS, Arrays, error_reason, to_arrays, values_of
+from fedprompt.messages import (
+    ARRAYS,
+    METRICS,
+    Exchanged,
+    Update,
+    error_reason,
+    sanitised,
+    to_arrays,
+    values_of,
+)
+
+__all__ = ["Limits", "Row", "Update", "reply_fault", "screen_evaluations", "screen_replies"]
+
+log = logging.getLogger("fedprompt.strategy")
 
 MAX_EXAMPLES = 10**9
 MAX_METRICS = 100
 HEADER_BYTES = 4096
-"""More than NumPy's header in front of an array takes."""
+"""An upper bound of the header that NumPy writes before an array."""
 SHARES = (("correct", "num-examples"), ("common-correct", "common-tested"))
-"""Evaluation metrics where the first is a part of the second."""
+"""Pairs of evaluation metrics of which the first counts a part of the second."""
+
+Row = dict[str, int | float]
+"""One client's evaluation metrics, by name."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """One client's checked reply: its shared tensors and how many images they were trained on."""
+class Limits:
+    """What a training reply must respect.
 
-    client: int
-    arrays: Arrays
-    num_examples: int
+    Attributes:
+        shapes: name and shape of every shared tensor; all are float32.
+        max_norm: largest L2 norm of a tensor.
+        max_examples_ratio: largest number of images, in multiples of the median over clients.
+        min_replies: smallest number of valid replies for a round to count.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    max_norm: float
+    max_examples_ratio: float
+    min_replies: int
+
+
+def screen_replies(
+    replies: Sequence[Message],
+    asked: Sequence[int],
+    client_of_node: Mapping[int, int],
+    limits: Limits,
+    *,
+    server_round: int,
+) -> Exchanged:
+    """Check the training replies of a round; each bad one is dropped, counted and named.
+
+    Args:
+        replies: what came in time, in any order.
+        asked: ids of the clients that were asked to train.
+        client_of_node: client of every known node.
+        limits: what a reply must respect.
+        server_round: the round, for log messages.
+
+    Returns:
+        The valid updates sorted by client id. There are none if fewer than `limits.min_replies` are
+        valid.
+    """
+    by_client, lost = _replies_by_client(replies, client_of_node)
+    expected = set(asked)
+    read: list[tuple[Update, dict[str, float]]] = []
+    dropped: dict[int, str] = {}
+    for client, from_client in sorted(by_client.items()):
+        fault = _fault(from_client, limits) if client in expected else "was not asked to train"
+        if fault is None:
+            read.append(read_update(client, from_client[0]))
+        else:
+            dropped[client] = sanitised(fault)
+    dropped |= _inflated_counts([update for update, _ in read], limits.max_examples_ratio)
+    for client in sorted(expected - set(by_client)):
+        dropped[client] = sanitised(lost.pop(0)) if lost else "no reply"
+    dropped = dict(sorted(dropped.items()))
+    for client, reason in dropped.items():
+        log.warning("client %d: reply dropped: %s", client, reason)
+    accepted = [(update, losses) for update, losses in read if update.client not in dropped]
+    updates = [update for update, _ in accepted]
+    mean_losses = _mean_losses(updates, [losses for _, losses in accepted])
+    if len(updates) < limits.min_replies:
+        log.warning(
+            "round %d: %d valid replies of %d, fewer than min_replies=%d: nothing aggregated",
+            server_round,
+            len(updates),
+            len(asked),
+            limits.min_replies,
+        )
+        return Exchanged([], len(updates), dropped, mean_losses)
+    return Exchanged(updates, len(updates), dropped, mean_losses)
+
+
+def _replies_by_client(
+    replies: Iterable[Message], client_of_node: Mapping[int, int]
+) -> tuple[dict[int, list[Message]], list[str]]:
+    """Replies of each known client, and the reasons of errors that name no client."""
+    by_client: dict[int, list[Message]] = {}
+    lost: list[str] = []
+    for reply in replies:
+        client = client_of_node.get(reply.metadata.src_node_id)
+        if client is not None:
+            by_client.setdefault(client, []).append(reply)
+        elif reply.has_error():
+            # Flower answers for a lost node under the server's id, so the client is unknown here.
+            lost.append(error_reason(reply))
+        else:
+            log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
+    return by_client, lost
+
+
+def _fault(replies: Sequence[Message], limits: Limits) -> str | None:
+    """Why the replies of a client that was asked must not count, or None."""
+    if len(replies) > 1:
+        # Which of them counts would depend on the order in which they came.
+        return f"replied {len(replies)} times"
+    return reply_fault(replies[0], limits.shapes, limits.max_norm)
+
+
+def _inflated_counts(updates: Sequence[Update], max_ratio: float) -> dict[int, str]:
+    """Why updates that claim far more images than the others must not count, by client."""
+    images = sorted(u.num_examples for u in updates)
+    # The lower median: of two clients, one cannot raise it.
+    limit = max_ratio * images[(len(images) - 1) // 2] if images else 0.0
+    return {
+        u.client: f"num-examples is {u.num_examples}, above max_examples_ratio={max_ratio:g} times "
+        "the median"
+        for u in updates
+        if u.num_examples > limit
+    }
+
+
+def _mean_losses(
+    updates: Sequence[Update], losses: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Means, weighted by images, of the losses that all clients report."""
+    if not updates:
+        return {}
+    weights = np.array([u.num_examples for u in updates], dtype=np.float64)
+    means = {}
+    for name in sorted(set.intersection(*(set(m) for m in losses))):
+        values = np.array([m[name] for m in losses], dtype=np.float64)
+        means[name] = float((values * weights).sum() / weights.sum())
+    return means
 
 
 def reply_fault(
     reply: Message, shapes: Mapping[str, tuple[int, ...]], max_norm: float
 ) -> str | None:
-    """Why a train reply must not count, or None."""
+    """Why a training reply must not count, or None.
+
+    Args:
+        reply: one client's reply.
+        shapes: name and shape of every shared tensor; all are float32.
+        max_norm: largest L2 norm of a tensor.
+    """
     if reply.has_error():
         return error_reason(reply)
     content = reply.content
@@ -54,6 +192,7 @@ def reply_fault(
     if len(metrics) > MAX_METRICS or any(isinstance(v, list) for v in metrics.values()):
         return f"{len(metrics)} metrics; at most {MAX_METRICS} numbers are read"
     examples = metrics.get("num-examples")
+    # `True` is an `int` in Python.
     if isinstance(examples, bool) or not isinstance(examples, int):
         return f"num-examples is {examples!r}, not a whole number"
     if not 0 < examples <= MAX_EXAMPLES:
@@ -62,28 +201,81 @@ def reply_fault(
 
 
 def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str | None:
-    """Why a tensor must not count, or None; its label and its bytes are both unchecked so far."""
+    """Why a tensor must not count, or None; neither its label nor its bytes are trusted."""
     if array.dtype != "float32" or tuple(array.shape) != shape:
         return f"is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
     if len(array.data) > 4 * math.prod(shape) + HEADER_BYTES:
         return f"holds {len(array.data)} bytes, too many for float32 {shape}"
     try:
         values: Any = values_of(array)
-    except Exception as error:  # foreign bytes make NumPy raise errors of many types
+    except Exception as error:  # malformed bytes make NumPy raise errors of many types
         return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
     if not isinstance(values, np.ndarray):
         return f"holds a {type(values).__name__} behind its label"
     if values.dtype != np.float32 or values.shape != shape:
         return f"holds {values.dtype} {values.shape} behind its label"
-    # Squares of float32 numbers cannot overflow in float64: the norm is finite where they all are.
+    # Squares of float32 numbers cannot overflow in float64, so the norm is finite exactly if all
+    # numbers are.
     norm = float(np.linalg.norm(values.astype(np.float64)))
     if not math.isfinite(norm):
         return "holds values that are not finite"
     return f"has norm {norm:.3g}, above max_norm={max_norm:g}" if norm > max_norm else None
 
 
-def evaluation_row(reply: Message) -> dict[str, int | float] | None:
-    """An evaluation's metrics: finite numbers, no part larger than its whole; else None."""
+def read_update(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
+    """The update of a reply without faults, and its finite losses by name."""
+    metrics = reply.content[METRICS]
+    examples = metrics["num-examples"]
+    losses = {
+        k: float(v)
+        for k, v in metrics.items()
+        if k.startswith("loss") and isinstance(v, (int, float)) and math.isfinite(v)
+    }
+    arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
+    return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]
+
+
+def screen_evaluations(
+    replies: Iterable[Message], client_of_node: Mapping[int, int], *, server_round: int
+) -> dict[int, Row]:
+    """Check the evaluation replies of a round; bad ones are dropped and logged.
+
+    Args:
+        replies: what came in time, in any order.
+        client_of_node: client of every known node.
+        server_round: the round, for log messages.
+
+    Returns:
+        Metrics by client id, ascending. All rows have the names that most of the replies have, and
+        a metric is either an integer in all rows or a float in all rows.
+    """
+    rows: dict[int, Row] = {}
+    for reply in replies:
+        client = client_of_node.get(reply.metadata.src_node_id)
+        if client is None or reply.has_error():
+            reason = error_reason(reply)
+            log.warning("round %d: a client could not evaluate: %s", server_round, reason)
+            continue
+        row = evaluation_row(reply)
+        if row is None or client in rows:
+            log.warning("round %d: client %d: evaluation dropped", server_round, client)
+            continue
+        rows[client] = row
+    counts = Counter(tuple(sorted(row)) for row in rows.values())
+    names = max(counts, key=lambda n: (counts[n], n), default=())
+    for client in [c for c, row in rows.items() if tuple(sorted(row)) != names]:
+        log.warning("round %d: client %d: evaluation dropped", server_round, client)
+        del rows[client]
+    for name in names:
+        # A client may send either kind of number, and Flower's records take no list of both.
+        if not all(isinstance(row[name], int) for row in rows.values()):
+            for row in rows.values():
+                row[name] = float(row[name])
+    return dict(sorted(rows.items()))
+
+
+def evaluation_row(reply: Message) -> Row | None:
+    """An evaluation's metrics, or None unless all are finite and no part exceeds its whole."""
     record = reply.content.get(METRICS)
     if not isinstance(record, MetricRecord):
         return None
@@ -94,16 +286,3 @@ def evaluation_row(reply: Message) -> dict[str, int | float] | None:
         if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
             return None
     return row
-
-
-def read_update(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
-    """The update of a checked reply, and its finite losses by name."""
-    metrics = reply.content[METRICS]
-    examples = metrics["num-examples"]
-    losses = {
-        k: float(v)
-        for k, v in metrics.items()
-        if k.startswith("loss") and isinstance(v, (int, float)) and math.isfinite(v)
-    }
-    arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
-    return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]

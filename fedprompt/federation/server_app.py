@@ -1,43 +1,59 @@
-"""The server: rounds of sample, send, check, aggregate, evaluate, record.
+"""The server's side of a round: one method's shared tensors, its strategy, and its clients.
 
-`Federation` is one method on one grid. `run_server` drives it, writes the run folder and can start
-from a checkpoint, which Flower's own `Strategy.start` cannot.
+`Federation` trains and evaluates one round at a time. The loop over the rounds, with everything
+that is written to disk, is in `fedprompt.experiment.rounds`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.client_app import PROTOCOLS
-from fedprompt.federation.grid import CountingGrid, Traffic
+from fedprompt.federation.exchange import Exchange, PlainExchange
+from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.registry import strategy_class
-from fedprompt.messages import Arrays, client_of, to_arrays, to_record
+from fedprompt.federation.scores import finite, personal_scores
+from fedprompt.federation.screening import Row, screen_evaluations
+from fedprompt.messages import Arrays, Exchanged, Traffic, client_of, to_arrays, to_record
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import local_epsilon
-from fedprompt.privacy.secure_aggregation import ALIKE, require_flower
-from fedprompt.scoring import personal_statistics, score_global
+from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
+from fedprompt.scoring import score_global
 from fedprompt.training import learning_rate
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
 
 CLIENTS_AT_ONCE = 1000
-"""Clients tested in one exchange: bounds the messages in memory when everyone is tested."""
+"""Clients evaluated in one exchange; it bounds the memory for messages when all are evaluated."""
 
 
 class Federation:
-    """One method's federation: its shared tensors, its strategy, and the grid it talks to."""
+    """One method's federation.
+
+    Args:
+        workspace: the server's own data, CLIP and method.
+        grid: reaches the clients.
+
+    Attributes:
+        arrays: the present shared tensors, as they are sent.
+        strategy: aggregates them.
+        rejected: number of training replies that have been rejected since the run began.
+
+    Raises:
+        UserError: the strategy does not fit the method, or something that privacy needs is not
+            installed or configured.
+    """
 
     def __init__(self, workspace: Workspace, grid: CountingGrid) -> None:
         config = workspace.config
@@ -54,150 +70,162 @@ class Federation:
             rounds=config.federation.rounds,
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
-        self.protocols = open_protocols(config)
         self.rejected = 0
+        self.protocols = open_protocols(config)
+        self.protocol_rows: dict[int, Row] = {}
         if config.privacy.noise:
-            local_epsilon(config.privacy, 0)  # refuses at once where the accountant is missing
-        if config.secure_aggregation.enabled:
-            require_flower()
-            self._check_weights()
-        self.secure: dict[str, Any] = {}
-        self.protocol_rows: dict[int, dict[str, Any]] = {}
+            # Without the accountant, this refuses the run before anything is trained.
+            local_epsilon(config.privacy, 0)
+        self.exchange = self._open_exchange()
 
-    def _check_weights(self) -> None:
-        """Refuse clients that are known to hold more images than a masked weight can say."""
-        partition, most = self.workspace.partition, self.config.secure_aggregation.max_weight
-        if self.config.privacy.noise or not self.strategy.weights_by_examples:
-            return
-        largest = max((len(partition.train(c)) for c in partition.trainable), default=0)
-        if largest > most:
-            raise UserError(
-                f"a client has {largest} training images, more than secure_aggregation.max_weight="
-                f"{most}; raise it."
-            )
+    def _open_exchange(self) -> Exchange:
+        """The exchange of training messages that the config asks for."""
+        if not self.config.secure_aggregation.enabled:
+            return PlainExchange(self._send, self.strategy)
+        partition = self.workspace.partition
+        return SecureExchange(
+            self._send,
+            self.config,
+            weights_by_examples=self.strategy.weights_by_examples,
+            images=[len(partition.train(client)) for client in partition.trainable],
+        )
 
     @property
     def shared(self) -> Tensors:
-        """The shared tensors that are evaluated and kept at the end."""
-        eval_tensors = self.strategy.eval_tensors(to_arrays(self.arrays))
-        return {n: torch.from_numpy(a.copy()) for n, a in eval_tensors.items()}
+        """The shared tensors that are evaluated, and saved at the end of the run."""
+        tensors = self.strategy.eval_tensors(to_arrays(self.arrays))
+        return {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}
 
     def join(self) -> None:
-        """Learn which client each node is; a simulation has one for each, known by its id."""
+        """Learn which client each node is; in a simulation the node id says it."""
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}
         self.strategy.set_nodes(nodes, self.workspace.partition.trainable)
 
     def describe(self) -> dict[str, Any]:
-        """Who holds how many images of which class, for `partition.json`."""
+        """Number of images by client and class, for `partition.json`."""
         return self.workspace.describe()
 
     def zero_shot_elsewhere(self) -> dict[str, Any]:
         """Zero-shot results that only clients can measure; there are none on this machine."""
         return {}
 
+    # Training
+
     def train_round(self, server_round: int) -> dict[str, Any]:
-        """One round of training and aggregation; the training part of its metrics line."""
-        settings = ConfigRecord()
-        if self.config.secure_aggregation.enabled and not self.strategy.weights_by_examples:
-            settings[ALIKE] = True
-        messages = list(
-            self.strategy.configure_train(server_round, self.arrays, settings, self.grid)
-        )
-        self.secure = {}
-        if self.config.secure_aggregation.enabled:
-            arrays, metrics, traffic = self._sum_in_secret(server_round, messages)
-        else:
-            replies, traffic = self._exchange(messages)
-            arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        """Train one round.
+
+        Args:
+            server_round: the round, from 1.
+
+        Returns:
+            The training part of the round's line in `metrics.jsonl`.
+        """
+        # 1. Sample: the strategy draws the clients and writes their messages.
+        messages = self._sample(server_round)
+        # 2. Send, and 3. check: the exchange returns what may be aggregated.
+        exchanged = self.exchange.train(server_round, self.strategy.shared, messages)
+        # 4. Aggregate: the strategy computes the new shared tensors, if there is enough to do so.
+        arrays = self.strategy.finish_round(server_round, exchanged)
         if arrays is not None:
             self.arrays = arrays
-        assert metrics is not None
-        self.rejected += int(metrics["rejected"])  # type: ignore[arg-type]
-        losses = {k: float(v) for k, v in metrics.items() if k.startswith("loss")}  # type: ignore[arg-type]
-        return {
-            "lr": learning_rate(self.config.training, server_round, self.config.federation.rounds),
-            "train": losses or None,
-            "clients": {k: metrics[k] for k in ("sampled", "accepted", "rejected")},
-            "bytes_up": traffic.up,
-            "bytes_down": traffic.down,
-            **self._remarks(server_round),
+        self.rejected += len(exchanged.dropped)
+        return self._training_line(server_round, exchanged)
+
+    def _sample(self, server_round: int) -> dict[int, Message]:
+        """The training messages of a round, by client id."""
+        messages = self.strategy.configure_train(
+            server_round, self.arrays, self.exchange.settings(), self.grid
+        )
+        client_of_node = self.strategy.known.client_of_node
+        return {client_of_node[m.metadata.dst_node_id]: m for m in messages}
+
+    def _training_line(self, server_round: int, exchanged: Exchanged) -> dict[str, Any]:
+        """The training part of a round's line, in the order in which it is written."""
+        config = self.config
+        line = {
+            "lr": learning_rate(config.training, server_round, config.federation.rounds),
+            "train": exchanged.losses or None,
+            "clients": {
+                "sampled": len(self.strategy.sampled),
+                "accepted": exchanged.accepted,
+                "rejected": len(exchanged.dropped),
+            },
+            "bytes_up": exchanged.traffic.up,
+            "bytes_down": exchanged.traffic.down,
         }
-
-    def _sum_in_secret(
-        self, server_round: int, messages: Sequence[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None, Traffic]:
-        """One round of the protocol: as `aggregate_train`, and the bytes of all its exchanges."""
-        from fedprompt.privacy.secure_aggregation.server import secure_sum
-        from fedprompt.privacy.secure_aggregation.vector import decode, size
-
-        settings, shared, traffic = self.config.secure_aggregation, self.strategy.shared, Traffic()
-
-        def exchange(sent: Sequence[Message]) -> list[Message]:
-            replies, once = self._exchange(list(sent))
-            traffic.down += once.down
-            traffic.up += once.up
-            return replies
-
-        outcome = secure_sum(
-            messages, exchange, settings,
-            numbers=size(shared), enough=self.config.federation.min_replies,
-        )  # fmt: skip
-        client_of_node = self.strategy.client_of_node
-        for node, reason in sorted(outcome.silent.items()):
-            log.warning("client %d did not help to unmask: %s", client_of_node[node], reason)
-        dropped = {client_of_node[node]: reason for node, reason in outcome.dropped.items()}
-        if outcome.total is None:
-            log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
-            self.secure = {"void": outcome.void}
-            return *self.strategy.aggregate_mean(server_round, None, dropped, {}), traffic
-        found = decode(outcome.total, shared, settings.clip)
-        self.secure = {"clipped": found.cut}
-        if found.cut:
-            log.warning(
-                "round %d: the changes of %d of %d clients were larger than "
-                "secure_aggregation.clip=%g and were cut off; raise it",
-                server_round, found.cut, len(outcome.counted), settings.clip,
-            )  # fmt: skip
-        losses = {} if self.config.privacy.noise else {"loss": found.loss}
-        arrays = self.strategy.aggregate_mean(server_round, found.change, dropped, losses)
-        return *arrays, traffic
-
-    def _remarks(self, server_round: int) -> dict[str, Any]:
-        """What a line has only where there is something: the rule's numbers, dropped clients."""
-        dropped = {str(client): why for client, why in self.strategy.rejected.items()}
-        parts = {
+        remarks: dict[str, Any] = {
             "strategy": self.strategy.metrics(),
-            "dropped": dropped,
-            "secure": self.secure,
+            "dropped": {str(client): reason for client, reason in exchanged.dropped.items()},
+            **exchanged.remarks,
         }
-        if self.config.privacy.noise:
-            cost = local_epsilon(self.config.privacy, server_round)
-            parts["privacy"] = {"epsilon": cost, "delta": self.config.privacy.delta}
-        return {name: part for name, part in parts.items() if part}
+        if config.privacy.noise:
+            spent = local_epsilon(config.privacy, server_round)
+            remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
+        return line | {name: part for name, part in remarks.items() if part}
+
+    def _send(self, messages: Sequence[Message]) -> tuple[list[Message], Traffic]:
+        """Send messages and wait for replies, at most `federation.timeout_s` seconds."""
+        timeout = self.config.federation.timeout_s
+        replies = list(self.grid.send_and_receive(messages, timeout=timeout))
+        return replies, self.grid.traffic
+
+    # Evaluation
 
     def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
-        """Global and personal scores, the latter of `clients` (None: all); part of a line."""
+        """Evaluate the global and the personal models.
+
+        Args:
+            server_round: the round, 0 before any training.
+            clients: ids of the clients whose personal models are evaluated; None for all.
+
+        Returns:
+            The parts `global`, `personal` and `personal_on_global` of the round's line; a part is
+            None if the config does not ask for it or nothing could be tested.
+        """
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
-        wanted, score = self.config.protocols, None
-        if "global" in wanted:
+        protocols, score = self.config.protocols, None
+        if "global" in protocols:
             score = score_global(self.method, self.shared, *self.workspace.server_test())
         if score is not None and score.tested:
-            line["global"] = {
-                "accuracy": score.accuracy,
-                "loss": score.loss_sum / score.tested,
-            }
-        if "personalised" in wanted:
+            line["global"] = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
+        if "personalised" in protocols:
             asked = self.strategy.clients if clients is None else clients
-            tables = list(self._tables(server_round, asked))
-            line["personal"] = personal_scores(tables, "correct", "num-examples")
-            line["personal_on_global"] = personal_scores(tables, "common-correct", "common-tested")
+            rows = dict(self._client_rows(server_round, asked, self._eval_arrays()))
+            line["personal"] = personal_scores(rows, "correct", "num-examples")
+            line["personal_on_global"] = personal_scores(rows, "common-correct", "common-tested")
         return line
 
+    def _eval_arrays(self) -> ArrayRecord:
+        """The shared tensors that are evaluated, as they are sent."""
+        return to_record(self.strategy.eval_tensors(to_arrays(self.arrays)))
+
+    def _client_rows(
+        self,
+        server_round: int,
+        clients: Sequence[int],
+        arrays: ArrayRecord,
+        settings: Mapping[str, bool] = MappingProxyType({}),
+    ) -> Iterator[tuple[int, Row]]:
+        """Checked metrics that clients measure, with the client's id, in bounded exchanges."""
+        for first in range(0, len(clients), CLIENTS_AT_ONCE):
+            messages = self.strategy.configure_evaluate(
+                server_round,
+                arrays,
+                ConfigRecord({**settings}),
+                self.grid,
+                clients=clients[first : first + CLIENTS_AT_ONCE],
+            )
+            replies, _ = self._send(list(messages))
+            known = self.strategy.known.client_of_node
+            yield from screen_evaluations(replies, known, server_round=server_round).items()
+
+    # Protocols
+
     def open_protocols(self) -> None:
-        """Let the protocols get what they need, so that nothing is missing at the end.
+        """Let every protocol open what it needs, so that nothing is missing after the training.
 
         Raises:
-            UserError: something cannot be had.
+            UserError: a protocol's data set or file cannot be opened.
         """
         for protocol in self.protocols:
             protocol.open(self.workspace)
@@ -208,114 +236,66 @@ class Federation:
             protocol.name: protocol.measure_round(self.workspace, self.shared, line)
             for protocol in self.protocols
         }
-        kept = {name: part for name, part in parts.items() if part is not None}
-        return {"protocols": kept} if kept else {}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        return {"protocols": parts} if parts else {}
 
     def ask_clients(self, server_round: int) -> None:
-        """Have all clients measure their models for the protocols; while the grid holds these."""
-        if not any(p.asks_clients for p in self.protocols):
-            return
-        for table in self._tables(server_round, self.strategy.clients, {PROTOCOLS: True}):
-            names = [n for n in table if n != "client-ids"]
-            for place, client in enumerate(table["client-ids"]):
-                self.protocol_rows[client] = {n: table[n][place] for n in names}
+        """Have all clients measure for the protocols, while the grid has their private tensors."""
+        if any(protocol.asks_clients for protocol in self.protocols):
+            clients, arrays = self.strategy.clients, self._eval_arrays()
+            rows = self._client_rows(server_round, clients, arrays, {PROTOCOLS: True})
+            self.protocol_rows.update(rows)
 
     def measure_protocols(
         self, rounds: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Results of the protocols that have some of their own, by name."""
+        """Results of the protocols at the end of a run.
+
+        Args:
+            rounds: all lines of rounds in `metrics.jsonl`.
+            summary: the run's summary so far.
+
+        Returns:
+            What each protocol measures, as plain JSON by the protocol's name.
+        """
         parts = {}
         for protocol in self.protocols:
-            own = f"{protocol.name}."
+            prefix = f"{protocol.name}."
             clients = {
-                client: {n.removeprefix(own): v for n, v in row.items() if n.startswith(own)}
+                client: {n.removeprefix(prefix): v for n, v in row.items() if n.startswith(prefix)}
                 for client, row in sorted(self.protocol_rows.items())
             }
             part = protocol.measure(Finished(self.workspace, self.shared, clients, rounds, summary))
             if part is not None:
-                parts[protocol.name] = _finite(part)
+                parts[protocol.name] = finite(part)
         return parts
 
-    def _tables(
-        self,
-        server_round: int,
-        clients: Sequence[int],
-        settings: Mapping[str, bool] = MappingProxyType({}),
-    ) -> Iterable[Mapping[str, Any]]:
-        """Checked metrics of the clients' personal models, a bounded number of them at a time."""
-        for first in range(0, len(clients), CLIENTS_AT_ONCE):
-            messages = self.strategy.configure_evaluate(
-                server_round,
-                to_record(self.strategy.eval_tensors(to_arrays(self.arrays))),
-                ConfigRecord({**settings}),
-                self.grid,
-                clients=clients[first : first + CLIENTS_AT_ONCE],
-            )
-            replies, _ = self._exchange(list(messages))
-            table = self.strategy.aggregate_evaluate(server_round, replies)
-            if table is not None:
-                yield dict(table)
-
-    def _exchange(self, messages: list[Message]) -> tuple[list[Message], Traffic]:
-        replies = list(
-            self.grid.send_and_receive(messages, timeout=self.config.federation.timeout_s)
-        )
-        return replies, self.grid.traffic
+    # Checkpoints
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
-        """Everything that a resumed run needs, but for private tensors."""
+        """Everything that a resumed run needs, except for private tensors.
+
+        Args:
+            server_round: the last complete round.
+            totals: bytes and rejected replies since the run began.
+        """
         state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
         shared = {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
         return Checkpoint(server_round, shared, state, totals)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint.
+        """Return to the state of a checkpoint.
 
         Raises:
-            UserError: it belongs to another method or configuration.
+            UserError: the checkpoint belongs to another method or configuration.
         """
-        found = {n: tuple(t.shape) for n, t in checkpoint.shared.items()}
-        if found != self.strategy.shapes:
+        shapes = {n: tuple(t.shape) for n, t in checkpoint.shared.items()}
+        if shapes != self.strategy.shapes:
             raise UserError(
-                f"the checkpoint holds shared tensors {found}, but the config asks for "
+                f"the checkpoint holds shared tensors {shapes}, but the config asks for "
                 f"{self.strategy.shapes}; it belongs to another configuration."
             )
         self.arrays = to_record({n: t.numpy() for n, t in checkpoint.shared.items()})
         state: Arrays = {n: t.numpy() for n, t in checkpoint.strategy.items()}
         self.strategy.load_state(state)
         self.rejected = checkpoint.totals["rejected"]
-
-
-def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str, Any] | None:
-    """Statistics over clients, with the ids of the tested ones and their accuracies in order."""
-    statistics = personal_statistics(list(accuracy))
-    if statistics is None:
-        return None
-    return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
-
-
-def personal_scores(
-    tables: Iterable[Mapping[str, Any]], correct: str, tested: str
-) -> dict[str, Any] | None:
-    """Accuracy by client from checked evaluations: the metric `correct` over `tested`."""
-    rows = [
-        (client, hits / images)
-        for table in tables
-        if tested in table
-        for client, hits, images in zip(
-            table["client-ids"], table[correct], table[tested], strict=True
-        )
-        if images
-    ]
-    return personal_part([client for client, _ in rows], [share for _, share in rows])
-
-
-def _finite(value: Any) -> Any:
-    """Non-finite numbers as None: JSON has no NaN, and a diverged loss must not end the run."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import Message, RecordDict
-from flwr.supercore.run import Run
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
@@ -28,6 +27,7 @@ from fedprompt.federation.grid import CountingGrid, Traffic
 from fedprompt.messages import (
     Parcel,
     become_server,
+    empty_run,
     failure,
     from_wire,
     node_of,
@@ -36,6 +36,7 @@ from fedprompt.messages import (
 )
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.secure_aggregation import COLLECT, SETUP, SHARE_KEYS, UNMASK, stage_of
+from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import thread_count, use_threads
 from fedprompt.simulation.blocks import choose_size, free_memory, group
 from fedprompt.simulation.memory_store import MemoryStore
@@ -84,7 +85,7 @@ class BlockGrid(CountingGrid):
         *,
         answer: Handler = handle,
     ) -> None:
-        super().__init__(Run.create_empty(run_id=1))
+        super().__init__(empty_run())
         self.workspace = workspace
         self.private: PrivateStore = MemoryStore() if private is None else private
         self.answer = answer
@@ -172,8 +173,6 @@ class BlockGrid(CountingGrid):
         The clients' keys are kept here, on the clients' side of the grid. They are not part of a
         checkpoint, so a round that is repeated uses new keys.
         """
-        from fedprompt.privacy.secure_aggregation.client import answer
-
         message, state = parcel.open(), self._secrets.setdefault(parcel.client, RecordDict())
 
         def train() -> Message:
@@ -181,7 +180,7 @@ class BlockGrid(CountingGrid):
             return from_wire(trained)
 
         try:
-            return to_wire(answer(self.workspace.config, message, state, train))
+            return to_wire(masked_answer(self.workspace.config, message, state, train))
         except UserError as error:
             return failure(message, str(error))
 

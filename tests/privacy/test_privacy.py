@@ -68,13 +68,13 @@ def test_a_noisy_reply_says_nothing_else(make_workspace: MakeWorkspace) -> None:
     federation = Federation(workspace, InlineGrid(workspace))
     federation.join()
     replies: list[Any] = []
-    aggregate = federation.strategy.aggregate_train
+    screen = federation.strategy.screen
 
     def watched(server_round: int, answers: Any) -> Any:
         replies.extend(answers)
-        return aggregate(server_round, replies)
+        return screen(server_round, replies)
 
-    federation.strategy.aggregate_train = watched  # type: ignore[method-assign]
+    federation.strategy.screen = watched  # type: ignore[method-assign]
     line = federation.train_round(1)
     assert len(replies) == 4
     assert all(dict(r.content["metrics"]) == {"num-examples": 1} for r in replies)

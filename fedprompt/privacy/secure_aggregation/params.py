@@ -1,28 +1,33 @@
-"""A round's terms, which server and clients work out each for itself, and what cannot be met."""
+"""The parameters of a round, which server and clients each derive for themselves."""
 
 from __future__ import annotations
 
 import math
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedprompt.config.schema import SecureAggregationConfig
 
 MODULUS = 2**32
-"""Masked numbers are sums modulo this: four bytes each."""
+"""Masked numbers are sums modulo this, and take four bytes each."""
 MOST_LEVELS = 2**30
-"""Flower rounds in 32 bits with a sign."""
+"""Largest number of rounding steps: Flower rounds to signed integers of 32 bits."""
 FEWEST_CLIENTS = 3
-"""Of a sum of two, each client knows the other's part."""
+"""Smallest number of clients in a round: from the sum of two, each learns the other's part."""
 SEEN_THROUGH = ("sign_flip", "scaling", "label_flip", "random_noise", "crash")
-"""Attacks that need no check of single replies to be survived, or are simply not noticed."""
+"""Simulated attacks that do not rely on the check of single replies to be stopped."""
 
 
 @dataclass(frozen=True)
 class Terms:
     """What the clients of a round agree on.
 
-    `shares` is the number of clients among whom each splits its secrets, itself included, of which
-    `threshold` recover them; `levels` the steps that a number of the vector is rounded to.
+    Attributes:
+        clients: number of clients that are asked to train.
+        shares: number of clients among which each client splits its secrets, itself included.
+        threshold: number of shares from which a secret is recovered; more than half of `shares`.
+        levels: number of steps that a number of the vector is rounded to.
     """
 
     clients: int
@@ -32,7 +37,7 @@ class Terms:
 
     @classmethod
     def of(cls, settings: SecureAggregationConfig, clients: int) -> Terms:
-        """The terms of a round that `clients` are asked to."""
+        """The terms of a round with this number of clients."""
         shares = min(settings.shares or clients, clients)
         threshold = math.ceil(round(settings.threshold * shares, 9))
         # The sum of all clients' numbers, each at most `levels`, must stay below the modulus.
@@ -40,10 +45,8 @@ class Terms:
         return cls(clients, shares, threshold, levels)
 
     def setup(self) -> dict[str, int | float]:
-        """The same in the words of Flower's setup message.
-
-        Numbers are scaled and weighed before Flower sees them, hence range and weight 1.
-        """
+        """The terms as Flower's setup message expresses them."""
+        # Numbers are scaled and weighted before Flower sees them, so its range and weight are 1.
         return {
             "sample_num": self.clients,
             "share_num": self.shares,
@@ -53,3 +56,25 @@ class Terms:
             "mod_range": MODULUS,
             "max_weight": 1.0,
         }
+
+
+def draw_peers(nodes: Sequence[int], shares: int) -> dict[int, set[int]]:
+    """Every node's peers, itself included.
+
+    Args:
+        nodes: Flower's node ids.
+        shares: number of peers of each node; an odd number, or the number of nodes.
+
+    Returns:
+        All nodes, or each node's neighbours on a circle in random order. The order comes from the
+        operating system, so that nobody can choose a node's neighbours.
+    """
+    if shares == len(nodes):
+        return {node: set(nodes) for node in nodes}
+    circle, total = list(nodes), len(nodes)
+    secrets.SystemRandom().shuffle(circle)
+    steps = range(-(shares // 2), shares // 2 + 1)
+    return {
+        node: {circle[(place + step) % total] for step in steps}
+        for place, node in enumerate(circle)
+    }

@@ -1,12 +1,13 @@
-"""What is summed in secret: one client's vector, and what the sum of them says.
+"""The vector that a client adds to the secret sum, and what the sum reveals.
 
-With w in [0, 1] a client's weight over `max_weight`, Delta the change of its P shared numbers, c
-the clip and L the largest loss, the vector is (w Delta / c, w, cut, w loss / L): P + 3 numbers in
-[-1, 1], rounded to multiples of 2 / T for T levels. Rounding is to the nearest, and Flower's own
-rounding, which is random, then finds nothing left to round: sums are exact and always the same.
+With w in [0, 1] a client's weight divided by `max_weight`, Delta the change of its P shared
+numbers, c the clip and L the largest loss, the vector is (w Delta / c, w, cut, w loss / L): P + 3
+numbers in [-1, 1], rounded to multiples of 2 / T for T levels. Rounding is to the nearest multiple;
+Flower's own rounding, which is random, then has nothing left to round, so that sums are exact and
+repeatable.
 
-Error of the mean change: a number is off by 1 / T at most, and so is w. With the mean weight m of
-the clients in the sum, the numbers put the mean off by c / (T m), the weights by 2 c / (T m).
+Error of the mean change: every number, w included, is off by at most 1 / T. With the mean weight m
+of the clients in the sum, the numbers contribute c / (T m) to it, and the weights 2 c / (T m).
 """
 
 from __future__ import annotations
@@ -23,17 +24,12 @@ Numbers = NDArray[np.float64]
 EXTRA = 3
 """Numbers of the vector beside those of the shared tensors: weight, cut, loss."""
 LARGEST_LOSS = 100.0
-"""A mean loss that is larger in size counts as this."""
+"""Losses are clipped to this in absolute value."""
 
 
 def size(shared: Arrays) -> int:
-    """Numbers of the vector for these shared tensors."""
+    """Length of the vector for these shared tensors."""
     return EXTRA + sum(a.size for a in shared.values())
-
-
-def error_bound(clip: float, levels: int, mean_weight: float) -> float:
-    """Largest error of a number of the mean change; `mean_weight` is over `max_weight`."""
-    return 3 * clip / (levels * mean_weight)
 
 
 def encode(
@@ -43,11 +39,14 @@ def encode(
 
     Args:
         received: shared tensors as the server sent them.
-        trained: the same after training.
-        weight: in [0, 1].
-        loss: mean loss; what is no number counts as the largest.
-        clip: largest change of one number.
-        levels: steps of [-1, 1].
+        trained: the same tensors after training.
+        weight: the client's weight, in [0, 1].
+        loss: mean loss of the training; NaN counts as the largest loss.
+        clip: largest absolute change of a number.
+        levels: number of steps in [-1, 1].
+
+    Returns:
+        The vector (P + 3,), and whether a number of the change exceeded `clip`.
 
     Raises:
         UserError: the change is not finite.
@@ -68,7 +67,13 @@ def encode(
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the sum says: mean change by tensor, mean loss, and how many clients were cut off."""
+    """What the sum of some clients' vectors reveals.
+
+    Attributes:
+        change: weighted mean change of the shared tensors by name, float64.
+        loss: weighted mean loss.
+        cut: number of clients whose change was cut off.
+    """
 
     change: Arrays
     loss: float
@@ -77,6 +82,11 @@ class Decoded:
 
 def decode(total: Numbers, shared: Arrays, clip: float) -> Decoded:
     """The reverse of `encode` for the sum of some clients' vectors.
+
+    Args:
+        total: the sum (P + 3,).
+        shared: shared tensors that the clients received; only their names and shapes are used.
+        clip: the clip of `encode`.
 
     Raises:
         UserError: all weights are zero.

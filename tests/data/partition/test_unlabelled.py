@@ -84,7 +84,9 @@ def test_all_labelled_clients_are_sampled_as_before(make_workspace: MakeWorkspac
     federation = Federation(workspace, InlineGrid(workspace))
     federation.join()
     expected = [federation.strategy.sample(r) for r in range(1, 9)]
-    federation.strategy.set_nodes(federation.strategy.node_of_client)  # knows of no one's labels
+    federation.strategy.set_nodes(
+        federation.strategy.known.node_of_client
+    )  # knows of no one's labels
     assert [federation.strategy.sample(r) for r in range(1, 9)] == expected
 
 

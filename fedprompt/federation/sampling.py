@@ -1,0 +1,47 @@
+"""Which clients a federation has, which of them can train, and which train in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from fedprompt.rng import generator
+
+
+class Clients:
+    """The clients that a federation reaches at present, and their Flower nodes.
+
+    Args:
+        node_of_client: Flower's node id of every client.
+        trainable: ids of the clients that have labelled images; None if all of them have.
+    """
+
+    def __init__(
+        self, node_of_client: Mapping[int, int], trainable: Collection[int] | None = None
+    ) -> None:
+        self.node_of_client = dict(sorted(node_of_client.items()))
+        self.client_of_node = {node: client for client, node in self.node_of_client.items()}
+        self.ids = list(self.node_of_client)
+        able = self.ids if trainable is None else trainable
+        self.trainable = sorted(set(self.ids) & set(able))
+
+
+def draw_clients(clients: Clients, *, seed: int, server_round: int, fraction: float) -> list[int]:
+    """Ids of the clients that train in a round, ascending.
+
+    Flower's node ids are random, so the draw is made among client ids. It depends on the seed and
+    the round only, and is therefore the same after a resume.
+
+    Args:
+        clients: the known clients.
+        seed: seed of the run.
+        server_round: the round, from 1.
+        fraction: share of the trainable clients, in (0, 1]; at least one client is drawn.
+    """
+    count = max(1, round(fraction * len(clients.trainable)))
+    if count >= len(clients.trainable):
+        return list(clients.trainable)
+    draw = generator(seed, "sample", server_round)
+    able = np.array(clients.trainable, dtype=np.int64)
+    return sorted(int(c) for c in draw.choice(able, size=count, replace=False))

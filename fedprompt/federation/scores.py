@@ -1,0 +1,46 @@
+"""Scores of personal models as they are written to `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprompt.federation.screening import Row
+from fedprompt.scoring import personal_statistics
+
+
+def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str, Any] | None:
+    """Statistics over clients, with the ids of the tested clients and their accuracies in order."""
+    statistics = personal_statistics(list(accuracy))
+    if statistics is None:
+        return None
+    return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
+
+
+def personal_scores(rows: Mapping[int, Row], correct: str, tested: str) -> dict[str, Any] | None:
+    """`personal_part` from checked evaluations: the metric `correct` over the metric `tested`.
+
+    Args:
+        rows: metrics by client id, ascending.
+        correct: name of the metric that counts correct answers.
+        tested: name of the metric that counts tested images; clients without any are left out.
+    """
+    accuracy = {
+        client: row[correct] / row[tested] for client, row in rows.items() if row.get(tested)
+    }
+    return personal_part(list(accuracy), list(accuracy.values()))
+
+
+def finite(value: Any) -> Any:
+    """Plain JSON in which numbers that are not finite are None.
+
+    JSON has no NaN, and a run must not end because a loss has diverged.
+    """
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

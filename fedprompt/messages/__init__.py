@@ -1,0 +1,76 @@
+"""Messages between server and clients: records, bytes, and what a training exchange returns.
+
+This package is the only one, with `fedprompt.privacy.secure_aggregation.flower`, that touches the
+private parts of Flower. It imports nothing of fedprompt.
+"""
+
+from fedprompt.messages.exchange import Exchanged, Send, Traffic, Update
+from fedprompt.messages.flower import (
+    SERVER_NODE,
+    Run,
+    become_server,
+    empty_run,
+    from_wire,
+    records_from_wire,
+    records_to_wire,
+    set_source,
+    to_wire,
+)
+from fedprompt.messages.parcels import (
+    CLIENT_FAILED,
+    FIRST_NODE,
+    Parcel,
+    client_of,
+    failure,
+    node_of,
+    to_parcels,
+)
+from fedprompt.messages.records import (
+    ARRAYS,
+    CONFIG,
+    EXTRAS,
+    LONGEST_REASON,
+    METRICS,
+    Arrays,
+    error_reason,
+    sanitised,
+    to_array,
+    to_arrays,
+    to_record,
+    values_of,
+)
+
+__all__ = [
+    "ARRAYS",
+    "CLIENT_FAILED",
+    "CONFIG",
+    "EXTRAS",
+    "FIRST_NODE",
+    "LONGEST_REASON",
+    "METRICS",
+    "SERVER_NODE",
+    "Arrays",
+    "Exchanged",
+    "Parcel",
+    "Run",
+    "Send",
+    "Traffic",
+    "Update",
+    "become_server",
+    "client_of",
+    "empty_run",
+    "error_reason",
+    "failure",
+    "from_wire",
+    "node_of",
+    "records_from_wire",
+    "records_to_wire",
+    "sanitised",
+    "set_source",
+    "to_array",
+    "to_arrays",
+    "to_parcels",
+    "to_record",
+    "to_wire",
+    "values_of",
+]

@@ -1,0 +1,67 @@
+"""What one exchange of messages with the clients returns, whichever way it was carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message
+
+from fedprompt.messages.records import Arrays
+
+
+@dataclass
+class Traffic:
+    """Bytes of an exchange: `down` from the server to clients, `up` from clients to the server."""
+
+    down: int = 0
+    up: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """Trained shared tensors that an aggregation works on.
+
+    Attributes:
+        client: id of the client that trained; -1 for the mean of several clients, which is all that
+            secure aggregation reveals.
+        arrays: shared tensors by name, in the shapes that the method declares.
+        num_examples: number of images they were trained on, at least 1.
+    """
+
+    client: int
+    arrays: Arrays
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Result of the training messages of one round.
+
+    A plain exchange and secure aggregation both return it, so that the rest of a round does not
+    depend on which of the two was used.
+
+    Attributes:
+        updates: what the strategy aggregates, sorted by client id; empty when the round must leave
+            the shared tensors unchanged.
+        accepted: number of clients whose training counts.
+        dropped: why the training of a client does not count, by client id in ascending order.
+        losses: mean losses of the accepted clients by name, weighted by their images.
+        traffic: bytes of all messages that the exchange took.
+        remarks: additional entries of the round's line in `metrics.jsonl`, as plain JSON.
+    """
+
+    updates: list[Update]
+    accepted: int
+    dropped: dict[int, str]
+    losses: dict[str, float]
+    traffic: Traffic = field(default_factory=Traffic)
+    remarks: Mapping[str, Any] = field(default_factory=dict)
+
+
+Send = Callable[[Sequence[Message]], tuple[list[Message], Traffic]]
+"""Sends messages and returns the replies that came in time, in any order, with the bytes of both.
+
+Clients that fail are represented by error messages or by nothing at all.
+"""

@@ -1,0 +1,116 @@
+"""The training exchange of a round in which the server learns the mean update and no single one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+
+from fedprompt.config.schema import Config
+from fedprompt.errors import UserError
+from fedprompt.messages import Arrays, Exchanged, Send, Traffic, Update, sanitised
+from fedprompt.privacy.secure_aggregation import ALIKE, require_flower
+from fedprompt.privacy.secure_aggregation.server import Outcome, secure_sum
+from fedprompt.privacy.secure_aggregation.vector import decode, size
+
+log = logging.getLogger("fedprompt.server")
+
+
+class SecureExchange:
+    """Four messages to every client, after which the sum of their updates is known.
+
+    It has the interface of `fedprompt.federation.exchange.Exchange`, and returns the weighted mean
+    of the updates as a single one.
+
+    Args:
+        send: sends messages and returns the replies; called four times in a round.
+        config: the experiment.
+        weights_by_examples: whether clients are weighted by their training images, or equally.
+        images: number of training images of the clients, as far as the server knows it.
+
+    Raises:
+        UserError: the installed Flower lacks SecAgg+, or a client has more images than a masked
+            weight can express.
+    """
+
+    def __init__(
+        self, send: Send, config: Config, *, weights_by_examples: bool, images: Sequence[int]
+    ) -> None:
+        require_flower()
+        self._send = send
+        self._config = config
+        self._weights_by_examples = weights_by_examples
+        largest, limit = max(images, default=0), config.secure_aggregation.max_weight
+        # Clients that add noise count equally, whatever the strategy asks for.
+        if weights_by_examples and not config.privacy.noise and largest > limit:
+            raise UserError(
+                f"a client has {largest} training images, more than secure_aggregation.max_weight="
+                f"{limit}; raise it."
+            )
+
+    def settings(self) -> ConfigRecord:
+        """Tells clients if they all have the same weight."""
+        return ConfigRecord() if self._weights_by_examples else ConfigRecord({ALIKE: True})
+
+    def train(
+        self, server_round: int, shared: Arrays, messages: Mapping[int, Message]
+    ) -> Exchanged:
+        """Run all four stages, see `Exchange.train`.
+
+        If too few clients are left at one of the stages, the round is void: there is no update, and
+        the remark `secure` gives the reason.
+        """
+        traffic = Traffic()
+
+        def send(stage: Sequence[Message]) -> list[Message]:
+            replies, of_stage = self._send(stage)
+            traffic.down += of_stage.down
+            traffic.up += of_stage.up
+            return replies
+
+        outcome = secure_sum(
+            list(messages.values()),
+            send,
+            self._config.secure_aggregation,
+            numbers=size(shared),
+            min_clients=self._config.federation.min_replies,
+        )
+        client_of_node = {m.metadata.dst_node_id: client for client, m in messages.items()}
+        dropped = {client_of_node[n]: sanitised(why) for n, why in outcome.dropped.items()}
+        dropped = dict(sorted(dropped.items()))
+        for node, reason in sorted(outcome.silent.items()):
+            log.warning("client %d did not help to unmask: %s", client_of_node[node], reason)
+        for client, reason in dropped.items():
+            log.warning("client %d: not in the sum: %s", client, reason)
+        accepted = len(messages) - len(dropped)
+        if outcome.total is None:
+            log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
+            void = {"secure": {"void": outcome.void}}
+            return Exchanged([], accepted, dropped, {}, traffic, void)
+        update, losses, remark = self._read(server_round, shared, outcome)
+        return Exchanged([update], accepted, dropped, losses, traffic, {"secure": remark})
+
+    def _read(
+        self, server_round: int, shared: Arrays, outcome: Outcome
+    ) -> tuple[Update, dict[str, float], dict[str, Any]]:
+        """The mean update, the mean losses, and the remark about clipped updates."""
+        assert outcome.total is not None
+        clip = self._config.secure_aggregation.clip
+        decoded = decode(outcome.total, shared, clip)
+        if decoded.cut:
+            log.warning(
+                "round %d: the changes of %d of %d clients were larger than "
+                "secure_aggregation.clip=%g and were cut off; raise it",
+                server_round,
+                decoded.cut,
+                len(outcome.counted),
+                clip,
+            )
+        mean = {n: last.astype(np.float64) + decoded.change[n] for n, last in shared.items()}
+        # With noise on the clients, losses are not sent, and the sum holds zeros in their place.
+        losses = {} if self._config.privacy.noise else {"loss": decoded.loss}
+        # The mean stands for all clients, so its weight is 1 whatever theirs were.
+        return Update(-1, mean, 1), losses, {"clipped": decoded.cut}
