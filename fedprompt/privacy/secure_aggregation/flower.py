@@ -20,10 +20,8 @@ try:
     from flwr.common.secure_aggregation.crypto.shamir import combine_shares
     from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
     from flwr.common.secure_aggregation.secaggplus_constants import (
-        RECORD_KEY_CONFIGS,
         RECORD_KEY_STATE,
         Key,
-        Stage,
     )
     from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
     from flwr.compat.common.recorddict_compat import fitres_to_recorddict
@@ -32,13 +30,11 @@ except ImportError as error:
     _missing = error
 
 __all__ = [
-    "RECORD_KEY_CONFIGS",
     "RECORD_KEY_STATE",
     "Code",
     "FitRes",
     "Key",
     "SecAggPlusState",
-    "Stage",
     "Status",
     "bytes_to_ndarray",
     "bytes_to_private_key",
