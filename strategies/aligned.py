@@ -1,19 +1,19 @@
 """Aligned: clients count by how well they agree with the consensus, within a trust region.
 
-A rule of ours. The consensus of a round is the coordinate median of the clients' changes, each of
-them mixed with those of the majority nearest to it (see `robust`); the agreement a_k is the cosine
-of client k's change Delta_k with it, over all shared tensors together. Every client has a score, at
-first 0:
+A strategy of ours. The consensus of a round is the coordinate median of the clients' changes, each
+of which is first mixed with those of the majority nearest to it (see `parts/robust.py`). The
+agreement a_k is the cosine of client k's change Delta_k with the consensus, over all shared tensors
+together. Every client has a score, which starts at 0:
     score_k <- min(credit, score_k + a_k)
     w_k  ~  n_k exp(sharpness min(0, score_k)),     step = sum_k w_k clip(Delta_k)
-where clip brings every client's prompts back into a ball around the last global ones, of radius
-`trust x median_k |Delta_k|`. So those who agree on the whole count as in FedAvg, whatever a single
-round says, while who keeps pulling elsewhere counts less from round to round. Sharpness 0 and no
-trust region are FedAvg.
+where clip projects every client's prompts onto a ball around the last global ones, with radius
+`trust x median_k |Delta_k|`. Clients that agree on the whole thus count as in FedAvg, whatever a
+single round says, while a client that keeps pulling elsewhere counts less from round to round.
+Sharpness 0 without a trust region is FedAvg.
 
-Nearest published rules: FLTrust (Cao et al., NDSS 2021, arXiv 2012.13995) weighs by the cosine with
-an update that the server trains itself, which needs data on the server; FoolsGold (Fung et al.,
-RAID 2020, arXiv 1808.04866) also remembers, and punishes agreement instead.
+Nearest published strategies: FLTrust (Cao et al., NDSS 2021, arXiv 2012.13995) weighs by the cosine
+with an update that the server trains itself, which needs data on the server; FoolsGold (Fung et
+al., RAID 2020, arXiv 1808.04866) also remembers earlier rounds, but penalises agreement instead.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .parts.robust import mixed
 from .parts.vectors import Rows, changes, clipped, combined, moved, norms, sample_shares, units
 
 CLIENTS, SCORES = "clients", "scores"
-"""Names in the state: ids, ascending, and their scores."""
+"""Names in the state: client ids, ascending, and their scores."""
 
 
 @dataclass(frozen=True)
 class AlignedConfig(StrategyConfig):
-    """Sharpness 0 and trust null are FedAvg."""
+    """Sharpness 0 with trust null is FedAvg."""
 
     name: str = option("aligned", "strategy name")
     sharpness: float = option(10.0, "how much disagreement counts; 0 = not at all", ge=0)
@@ -48,24 +48,25 @@ class AlignedConfig(StrategyConfig):
 
 
 class Aligned(SharedPromptStrategy):
-    """FedAvg whose weights fall with disagreement, of changes that are bounded."""
+    """FedAvg of bounded changes, with weights that fall with disagreement."""
 
     name = "aligned"
     Config = AlignedConfig
     config: AlignedConfig
 
-    def __init__(self, config: Any, **others: Any) -> None:
-        super().__init__(config, **others)
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
         self.scores: dict[int, float] = {}
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """One step towards those who agree."""
+        """One step towards the clients that agree."""
         rows_UP, trust = changes(shared, updates), self.config.trust
         for update, cosine in zip(updates, agreement(rows_UP), strict=True):
             score = self.scores.get(update.client, 0.0) + float(cosine)
             self.scores[update.client] = min(self.config.credit, score)
+        # Only a negative score lowers the weight; a positive one is credit for later rounds.
         lost_U = np.array([min(0.0, self.scores[u.client]) for u in updates])
-        # The largest weight is exp(0): the sum cannot vanish where everybody has lost.
+        # The largest factor is exp(0), so the sum cannot vanish even if all scores are very low.
         factor_U = np.exp(self.config.sharpness * (lost_U - lost_U.max()))
         weights_U = sample_shares(updates) * factor_U
         if trust is not None:
@@ -77,7 +78,7 @@ class Aligned(SharedPromptStrategy):
         return {"below_zero": {str(c): s for c, s in sorted(self.scores.items()) if s < 0}}
 
     def state(self) -> Arrays:
-        """Every client's score, once there are some."""
+        """The score of every client that has ever replied."""
         if not self.scores:
             return {}
         clients = sorted(self.scores)
@@ -85,13 +86,13 @@ class Aligned(SharedPromptStrategy):
         return {CLIENTS: np.array(clients, dtype=np.int64), SCORES: scores}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         pairs = zip(state[CLIENTS], state[SCORES], strict=True) if state else ()
         self.scores = {int(client): float(score) for client, score in pairs}
 
 
 def agreement(rows_UP: Rows) -> Rows:
-    """Cosine of every change with the consensus: (U,); 0 for a change of norm 0."""
+    """Cosine of every change with the consensus, (U,); 0 for a change of norm 0."""
     mixed_UP = mixed(rows_UP, (len(rows_UP) - 1) // 2)
     consensus_P = units(np.median(mixed_UP, axis=0)[None])[0]
     return np.asarray((units(rows_UP) * consensus_P).sum(axis=1))

@@ -1,14 +1,15 @@
-"""Clustered: after some common rounds, clients whose prompts move alike train prompts of their own.
+"""Clustered: after some common rounds, groups of similar clients train prompts of their own.
 
 Source: Federated learning with hierarchical clustering of local updates to improve training on
 non-IID data (Briggs, Fan and Andras, IJCNN 2020, arXiv 2004.11791), FL+HC: FedAvg for some rounds,
-then agglomerative clustering of the clients' changes once, then FedAvg within each cluster.
+then one agglomerative clustering of the clients' changes, then FedAvg within each cluster.
 
 How we differ: distances are between changes scaled to norm 1 (average linkage), and the number of
-clusters is given instead of a distance threshold. A client that first answers later joins the
-cluster whose mean direction its change is nearest to; until then it is sent the mean of the
-clusters, weighted by their clients, which is also the global model that is tested and kept. The
-prompts of the clusters are in the checkpoint. A cluster of one client shares with nobody.
+clusters is given instead of a distance threshold. A client that first replies later joins the
+cluster whose mean direction is nearest to its change. Until then it is sent the mean of the
+clusters, weighted by their numbers of clients, which is also the global model that is evaluated and
+saved. The prompts of the clusters are in the checkpoint. A client that is alone in its cluster
+shares with nobody.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .fedavg import weighted_mean
 from .parts.vectors import Rows, changes, units
 
 MEMBERS, CENTRES, CLUSTER = "members", "centres", "cluster."
-"""Names in the state: (client, cluster) pairs, mean directions (G, P), tensors of each cluster."""
+"""Names in the state: (client, cluster) pairs, mean directions (G, P), each cluster's tensors."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Clustered(SharedPromptStrategy):
     Config = ClusteredConfig
     config: ClusteredConfig
 
-    def __init__(self, config: Any, **others: Any) -> None:
-        super().__init__(config, **others)
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
         self.cluster_of: dict[int, int] = {}
         self.tensors: list[Arrays] = []
         self.centres_GP: Rows = np.zeros((0, 0))
 
     def client_shared(self, client: int) -> Arrays | None:
-        """The prompts of the client's cluster, once it has one."""
+        """The prompts of the client's cluster, if it has one already."""
         cluster = self.cluster_of.get(client)
         return None if cluster is None else self.tensors[cluster]
 
@@ -67,9 +68,10 @@ class Clustered(SharedPromptStrategy):
         if not self.tensors:
             return _fedavg(shared, updates)
         for cluster, last in enumerate(self.tensors):
-            own = [u for u in updates if self.cluster_of[u.client] == cluster]
-            if own:
-                self.tensors[cluster] = _fedavg(last, own)
+            members = [u for u in updates if self.cluster_of[u.client] == cluster]
+            if members:
+                self.tensors[cluster] = _fedavg(last, members)
+        # The mean of the clusters is FedAvg of one pseudo-client per cluster.
         pairs = zip(self.tensors, self._sizes(), strict=True)
         return _fedavg(shared, [Update(g, tensors, n) for g, (tensors, n) in enumerate(pairs)])
 
@@ -78,15 +80,15 @@ class Clustered(SharedPromptStrategy):
         return {"clusters": self._sizes()} if self.tensors else {}
 
     def state(self) -> Arrays:
-        """Who is where, each cluster's mean direction, and its prompts."""
+        """Each client's cluster, and each cluster's mean direction and prompts."""
         if not self.tensors:
             return {}
         pairs = np.array(sorted(self.cluster_of.items()), dtype=np.int64)
-        own = {f"{CLUSTER}{g}.{n}": a for g, t in enumerate(self.tensors) for n, a in t.items()}
-        return {MEMBERS: pairs, CENTRES: self.centres_GP, **own}
+        tensors = {f"{CLUSTER}{g}.{n}": a for g, t in enumerate(self.tensors) for n, a in t.items()}
+        return {MEMBERS: pairs, CENTRES: self.centres_GP, **tensors}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         if not state:
             return
         self.cluster_of = {int(client): int(cluster) for client, cluster in state[MEMBERS]}
@@ -98,12 +100,12 @@ class Clustered(SharedPromptStrategy):
         ]
 
     def _sizes(self) -> list[int]:
-        """Clients of every cluster."""
+        """Number of clients in every cluster."""
         members = list(self.cluster_of.values())
         return [members.count(g) for g in range(len(self.tensors))]
 
     def _assign(self, shared: Arrays, updates: Sequence[Update]) -> None:
-        """Cluster the clients, or give those that are new to the nearest cluster."""
+        """Cluster the clients; later, assign those that are new to the nearest cluster."""
         new = [u for u in updates if u.client not in self.cluster_of]
         if not new:
             return
@@ -119,12 +121,21 @@ class Clustered(SharedPromptStrategy):
 
 
 def groups(units_UP: Rows, clusters: int) -> NDArray[np.int64]:
-    """Which of at most `clusters` groups every row is in, (U,), numbered by first appearance."""
+    """Group rows by their directions.
+
+    Args:
+        units_UP: rows of norm 1.
+        clusters: largest number of groups.
+
+    Returns:
+        Each row's group, (U,), numbered by first appearance.
+    """
     clients = len(units_UP)
     if clients < 2:
         return np.zeros(clients, dtype=np.int64)
     distance_UU = np.clip(1 - units_UP @ units_UP.T, 0, 2)
     tree = linkage(distance_UU[np.triu_indices(clients, 1)], method="average")
+    # The numbers that SciPy gives depend on its version, those by first appearance do not.
     labels_U = fcluster(tree, clusters, criterion="maxclust")
     _, first, inverse_U = np.unique(labels_U, return_index=True, return_inverse=True)
     return np.asarray(np.argsort(np.argsort(first))[inverse_U], dtype=np.int64)

@@ -1,22 +1,25 @@
 """DP-FedAvg: client-level differential privacy by clipping and Gaussian noise on the server.
 
 Source: Learning Differentially Private Recurrent Language Models (McMahan et al., ICLR 2018, arXiv
-1710.06963): w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m, the norm over all
-shared tensors together (flat clipping). Clients count alike, and m is the number of clients asked,
-not of those that answered, so that one client changes the sum by at most S (add or remove one).
+1710.06963): w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m, with the norm
+over all shared tensors together (flat clipping). All clients have the same weight, and m is the
+number of clients that were asked, not of those that replied, so that one client changes the sum by
+at most S (add or remove one).
 
 Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for every
-round in which it was asked; `epsilon` is that of the client asked most often. No amplification by
-sampling is claimed: who takes part follows from the run's seed, which clients know.
+round in which it was asked; `epsilon` is that of the client that was asked most often. No
+amplification by sampling is claimed: who takes part follows from the run's seed, which clients
+know.
 
-What is covered: the shared tensors, against everybody but the server. Not covered: losses and
-evaluations that clients report, which the server keeps in its run folder, and personal models.
+What is covered: the shared tensors, against everybody except the server. What is not covered: the
+losses and evaluations that clients report, which the server keeps in its run folder, and personal
+models.
 
-The noise comes from a secret key that is drawn from the operating system and lies in the checkpoint
-(keep that secret as well); noise from the run's seed could be subtracted by anybody who knows the
-config. It is also keyed by the very sum it hides: a round that is run again gives the same bits
-when the replies are the same, and fresh noise when not. `noise_seed` fixes the key, for tests.
-Floating-point attacks on the noise (Mironov, CCS 2012) are not defended against.
+The noise comes from a secret key that is drawn from the operating system and saved in the
+checkpoint, which must be kept secret as well; noise from the run's seed could be subtracted by
+anybody who knows the config. The noise is also keyed by the sum that it hides: a repeated round
+gives the same bits if the replies are the same, and fresh noise if not. `noise_seed` fixes the key,
+for tests. There is no defence against floating-point attacks on the noise (Mironov, CCS 2012).
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ KEY, ASKED = "key", "asked"
 
 @dataclass(frozen=True)
 class DPFedAvgConfig(StrategyConfig):
-    """Flat clipping and noise; `noise` 0 only clips and gives no privacy."""
+    """Flat clipping and noise; with `noise` 0, changes are clipped and nothing is private."""
 
     name: str = option("dp_fedavg", "strategy name")
     clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
@@ -61,15 +64,15 @@ class DPFedAvg(SharedPromptStrategy):
     """The mean of clipped changes plus noise, and the epsilon that it has cost.
 
     Raises:
-        UserError: noise is asked for, but its accountant is not installed.
+        UserError: there is noise, but its accountant is not installed.
     """
 
     name = "dp_fedavg"
     Config = DPFedAvgConfig
     config: DPFedAvgConfig
 
-    def __init__(self, config: Any, **others: Any) -> None:
-        super().__init__(config, **others)
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
         seed = self.config.noise_seed
         key = secrets.token_bytes(32) if seed is None else hashlib.sha256(b"%d" % seed).digest()
         self._key = np.frombuffer(key, np.uint8).copy()
@@ -78,9 +81,10 @@ class DPFedAvg(SharedPromptStrategy):
         self.epsilon: float | None = epsilon(self.config.noise, 0, self.config.delta)
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """One noisy step; none where it would exceed the budget."""
+        """One noisy step, or none if it would exceed the budget."""
         config = self.config
         asked = self._asked | {c: self._asked.get(c, 0) + 1 for c in self.sampled}
+        # Checked before the noise is drawn: a refused step costs nothing.
         spent = epsilon(config.noise, max(asked.values(), default=0), config.delta)
         if config.max_epsilon is not None and (spent is None or spent > config.max_epsilon):
             return shared
@@ -106,7 +110,7 @@ class DPFedAvg(SharedPromptStrategy):
         return {KEY: self._key, ASKED: pairs}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         self._key = state[KEY].copy()
         self._asked = {int(client): int(rounds) for client, rounds in state[ASKED]}
         most = max(self._asked.values(), default=0)

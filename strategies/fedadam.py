@@ -1,7 +1,8 @@
 """FedAdam: Adam on the server.
 
 Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2:
-v <- beta_2 v + (1 - beta_2) Delta^2. The rest, and how we differ, is in `fedopt`.
+v <- beta_2 v + (1 - beta_2) Delta^2. The rest, and how we differ, is in
+`parts/fedopt.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class FedAdamConfig(FedOptConfig):
 
 
 class FedAdam(FedOpt):
-    """The squared change decays towards the last one by a fixed share."""
+    """The second moment decays towards the last squared change at a fixed rate."""
 
     name = "fedadam"
     Config = FedAdamConfig

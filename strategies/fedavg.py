@@ -4,7 +4,7 @@ Source: Communication-Efficient Learning of Deep Networks from Decentralized Dat
 AISTATS 2017, arXiv 1602.05629), algorithm 1: w <- sum_k (n_k / n) w_k.
 
 How we differ from Flower's FedAvg: sums run in float64 over replies sorted by client id, so the
-result does not depend on who answers first.
+result does not depend on which client replies first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedprompt.messages import Arrays
 
 @dataclass(frozen=True)
 class FedAvgConfig(StrategyConfig):
-    """How much each client counts."""
+    """How clients are weighted."""
 
     weights: Literal["samples", "uniform"] = option(
         "samples", "clients count by their training images, or all the same"
@@ -50,7 +50,16 @@ class FedAvg(SharedPromptStrategy):
 
 
 def weighted_mean(shared: Arrays, updates: Sequence[Update], weights: Sequence[float]) -> Arrays:
-    """Means of the updates' tensors in float64, in the order given; float32. Weights sum to > 0."""
+    """Weighted means of the updates' tensors.
+
+    Args:
+        shared: the last shared tensors; only their names and shapes are used.
+        updates: summed in this order, in float64.
+        weights: one weight per update; their sum is positive.
+
+    Returns:
+        The means, float32.
+    """
     total = float(sum(weights))
     mean: Arrays = {}
     for name, last in shared.items():

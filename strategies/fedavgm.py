@@ -47,9 +47,9 @@ class FedAvgM(SharedPromptStrategy):
     _velocity: Rows | None = None
 
     def state(self) -> Arrays:
-        """The velocity, once there is one."""
+        """The velocity after the first round."""
         return {} if self._velocity is None else {"velocity": self._velocity}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         self._velocity = state.get("velocity")

@@ -1,7 +1,8 @@
 """FedYogi: Yogi on the server.
 
 Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2:
-v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2). The rest, and how we differ, is in `fedopt`.
+v <- v - (1 - beta_2) Delta^2 sign(v - Delta^2). The rest, and how we
+differ, is in `parts/fedopt.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class FedYogiConfig(FedOptConfig):
 
 
 class FedYogi(FedOpt):
-    """The squared change moves by an amount that does not depend on how large it was."""
+    """The second moment moves by an amount that does not depend on its own size."""
 
     name = "fedyogi"
     Config = FedYogiConfig

@@ -1,4 +1,4 @@
-"""FedAvg, and beside it a Gaussian-weighted mean of all rounds' prompts, which is what is served.
+"""FedAvg, and a Gaussian-weighted mean of all rounds' prompts, which is evaluated and saved.
 
 Source: Self-regulating Prompts: Foundational Model Adaptation without Forgetting (PromptSRC,
 Khattak et al., ICCV 2023, arXiv 2307.06948), Gaussian-weighted prompt aggregation: the final
@@ -7,13 +7,13 @@ an epoch is a communication round. Checked against the authors' code (muzairkhat
 
 How we differ: mu and sigma are shares of the run, so that the paper's settings (15 and 1 of 20
 epochs; 30 and 30, or 45 and 5, of 50; 6 and 10 of 20) carry over to any number of rounds. The mean
-is that of the rounds so far, with their weights divided by their sum, so it can be evaluated after
-every round; after the last one it is the paper's. It never enters training: clients go on from
-FedAvg's prompts. A public federated port hands the unfinished sum to the clients instead, whose
-first weights are next to nothing, so that training restarts near zero every round.
+is that of the rounds so far, with their weights divided by their sum, so that it can be evaluated
+after every round; after the last round it is the paper's. It never enters training: clients
+continue from FedAvg's prompts. A public federated port sends the unfinished sum to the clients
+instead; as the first weights are nearly zero, training there restarts near zero every round.
 
-Weights are kept as logarithms: the first of 20 is 1e-43 times the largest, those of longer runs
-would be zero.
+Weights are kept as logarithms: the first of 20 is 1e-43 times the largest, and in longer runs the
+first weights would be rounded to zero.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Gaussian(FedAvg):
     means: Arrays | None = None
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """FedAvg's mean, float32; the rounds' own mean is brought up to date beside it."""
+        """FedAvg's mean, float32; it is also added to the mean over rounds."""
         new = super().aggregate(server_round, shared, updates)
         self._add(new, self.log_density(server_round))
         return new
@@ -63,7 +63,7 @@ class Gaussian(FedAvg):
         return float(-0.5 * ((server_round - mean) / std) ** 2)
 
     def eval_tensors(self, shared: Arrays) -> Arrays:
-        """The rounds' mean, float32; the shared tensors themselves before the first round."""
+        """The mean over rounds, float32; before the first round, the shared tensors themselves."""
         if self.means is None:
             return shared
         return {n: mean.astype(np.float32) for n, mean in self.means.items()}
@@ -76,11 +76,12 @@ class Gaussian(FedAvg):
         return {LOG_WEIGHT: total} | {MEAN + n: mean for n, mean in self.means.items()}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         self.means = {n.removeprefix(MEAN): a for n, a in state.items() if n != LOG_WEIGHT} or None
         self.log_weight = float(state[LOG_WEIGHT][0]) if state else -np.inf
 
     def _add(self, values: Arrays, log_weight: float) -> None:
+        """Add the tensors of a round to the running mean."""
         total = float(np.logaddexp(self.log_weight, log_weight))
         share = np.exp(log_weight - total)
         last = self.means or {n: np.zeros(v.shape) for n, v in values.items()}

@@ -6,7 +6,7 @@ distances to its n - f - 2 nearest others; the lowest score wins. n >= 2 f + 3.
 
 How we differ from Flower's Krum: distances are between changes and in float64 (between whole
 prompts in float32, most of their digits cancel), a tie goes to the lowest client id, and f falls to
-what the round's replies allow. Mixing, if asked for, is in `robust`.
+what the round's replies allow. Mixing, if configured, is in `parts/robust.py`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,30 @@ class Krum(RobustStrategy):
     name = "krum"
     Config = KrumConfig
 
-    def rule(self, rows_UP: Rows, attackers: int) -> Rows:
-        """The mean change of the chosen clients; here one of them."""
-        fewer = max(0, min(attackers, (len(rows_UP) - 3) // 2))
-        chosen = np.argsort(scores(rows_UP, fewer), kind="stable")
-        return np.asarray(rows_UP[np.sort(chosen[: self.kept(len(rows_UP), attackers)])].mean(0))
+    def robust_step(self, rows_UP: Rows, attackers: int) -> Rows:
+        """The mean change of the clients with the lowest scores; for Krum this is one client."""
+        # The scores are defined for n >= 2 f + 3 only.
+        withstood = max(0, min(attackers, (len(rows_UP) - 3) // 2))
+        order = np.argsort(scores(rows_UP, withstood), kind="stable")
+        # Sorted by client, so that equal selections have equal means, bit for bit.
+        selected = np.sort(order[: self.num_selected(len(rows_UP), attackers)])
+        return np.asarray(rows_UP[selected].mean(0))
 
-    def kept(self, clients: int, attackers: int) -> int:
+    def num_selected(self, clients: int, attackers: int) -> int:
         """How many of the clients with the lowest scores count."""
         return 1
 
 
 def scores(rows_UP: Rows, attackers: int) -> Rows:
-    """Krum's score of every row: (U,)."""
+    """Krum's score of every row.
+
+    Args:
+        rows_UP: the clients' changes.
+        attackers: number f of attackers to withstand.
+
+    Returns:
+        Sums of squared distances to the n - f - 2 nearest others, (U,).
+    """
     nearest = min(max(1, len(rows_UP) - attackers - 2), len(rows_UP) - 1)
     ordered_UU = np.sort(distances(rows_UP), axis=1)
     # The nearest of all is the row itself, at distance 0.

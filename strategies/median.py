@@ -4,7 +4,7 @@ Source: Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
 2018, arXiv 1803.01498), definition 1; of an even number the two middle values are averaged.
 
 How we differ from Flower's FedMedian: replies are screened before, so a NaN does not spread.
-Mixing, if asked for, is in `robust`; `attackers` matters to it alone.
+Mixing, if configured, is in `parts/robust.py`; `attackers` has no effect without it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class Median(RobustStrategy):
     name = "median"
     Config = MedianConfig
 
-    def rule(self, rows_UP: Rows, attackers: int) -> Rows:
+    def robust_step(self, rows_UP: Rows, attackers: int) -> Rows:
         """The median of the changes."""
         return np.asarray(np.median(rows_UP, axis=0))

@@ -1,8 +1,8 @@
 """Multi-Krum: the mean of the updates that lie closest to most others.
 
 Source: Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent (Blanchard et al.,
-NeurIPS 2017), section 4. The scores, and how we differ, are in `krum`. The paper leaves open how
-many updates are kept; here n - f of n, where f clients are expected to attack.
+NeurIPS 2017), section 4. The scores, and how we differ, are in `krum.py`. The paper leaves open how
+many updates are averaged; here it is n - f of n, where f clients are expected to attack.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class MultiKrumConfig(KrumConfig):
 
 
 class MultiKrum(Krum):
-    """Mean of the n - f updates with the lowest scores; clients count alike."""
+    """Mean of the n - f updates with the lowest scores; all of them have the same weight."""
 
     name = "multi_krum"
     Config = MultiKrumConfig
 
-    def kept(self, clients: int, attackers: int) -> int:
+    def num_selected(self, clients: int, attackers: int) -> int:
         """All but the expected attackers."""
         return clients - attackers

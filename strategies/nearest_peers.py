@@ -1,21 +1,22 @@
-"""FedAvg, and each client is sent the last uploads of those clients that are nearest to it.
+"""FedAvg, and each client is sent the last uploads of the clients that are nearest to it.
 
 Source: the server of pFedMoAP (Mixture of Experts Made Personalized: Federated Prompt Learning for
 Vision-Language Models, Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114): K - 1 nearest in L2 distance
 between prompts before aggregation.
 
-A method says what it wants by what it receives: `peers.<name>` (E, ...) for the shared tensor
-`<name>`, and `peers.known` (E,), 1 where a row is a peer. A client that has not replied yet has no
-distance to anybody and is sent no peers; where fewer than E others have replied, all of them are
-sent. Rows left over are zero and not known. Equal distances are settled by client id.
+A method declares in its extras what it needs: `peers.<name>` (E, ...) for the shared tensor
+`<name>`, and `peers.known` (E,), which is 1 if a row is a peer. A client that has not replied yet
+has no distance to anybody and is sent no peers; if fewer than E others have replied, all of them
+are sent. Remaining rows are zero and not known. Equal distances are ordered by client id.
 
-PRIVACY: what a client uploads is shown to other clients as it is, before any averaging, under no
-name but with the knowledge that it is near to them. Secure aggregation is impossible with this
-rule. Traffic to a client grows by E times the tensors asked for, also where rows are empty. The
-server keeps one upload per client, and every message costs it a pass over all of them.
+PRIVACY: a client's upload is sent to other clients unchanged, before any averaging. They do not
+learn whose it is, but that it is near to their own. Secure aggregation is impossible with this
+strategy. The traffic to a client grows by E times the tensors that the method asks for, even if
+rows are empty. The server keeps one upload per client, and passes over all of them for every
+message.
 
-How we differ: the public code sends a client that has no prompt yet random peers, which it does not
-use.
+How we differ: the public code sends random peers to a client that has no prompt yet, which does not
+use them.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from fedprompt.messages import Arrays
 from .fedavg import FedAvg, FedAvgConfig
 
 PEERS = "peers."
-"""How the names of what is received begin."""
+"""Prefix of the names of peers' tensors."""
 KNOWN = "peers.known"
 CLIENTS = "peers.clients"
-"""In the state: ids of the clients whose uploads are kept, ascending."""
+"""Name in the state: ids of the clients whose uploads are kept, ascending."""
 
 
 @dataclass(frozen=True)
 class NearestPeersConfig(FedAvgConfig):
-    """FedAvg's; how many peers are sent is the method's to say."""
+    """The options of FedAvg; the method determines how many peers are sent."""
 
     name: str = option("nearest_peers", "strategy name")
 
@@ -53,63 +54,63 @@ class NearestPeers(FedAvg):
     name = "nearest_peers"
     Config = NearestPeersConfig
 
-    def __init__(self, config: Any, **others: Any) -> None:
-        super().__init__(config, **others)
-        self.wanted = [n.removeprefix(PEERS) for n in sorted(self.extras) if n != KNOWN]
-        self.wanted = [n for n in self.wanted if n in self.shapes]
-        self.places = len(self.extras[KNOWN]) if KNOWN in self.extras else 0
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
+        self.names = [n.removeprefix(PEERS) for n in sorted(self.extras) if n != KNOWN]
+        self.names = [n for n in self.names if n in self.shapes]
+        self.num_peers = len(self.extras[KNOWN]) if KNOWN in self.extras else 0
         self._keep({})
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """FedAvg; the updates are kept beside."""
-        new = {u.client: {n: u.arrays[n].copy() for n in self.wanted} for u in updates}
+        """FedAvg; the updates are kept as well."""
+        new = {u.client: {n: u.arrays[n].copy() for n in self.names} for u in updates}
         self._keep(self.uploads | new)
         return super().aggregate(server_round, shared, updates)
 
     def client_extras(self, server_round: int, client: int) -> Arrays:
         """The nearest other clients' last uploads, nearest first."""
-        others = self.nearest(client)
-        if not others:
+        peers = self.nearest(client)
+        if not peers:
             return self.extras
         sent = {n: np.zeros_like(t) for n, t in self.extras.items()}
-        sent[KNOWN][: len(others)] = 1
-        for row, other in enumerate(others):
-            for name in self.wanted:
-                sent[PEERS + name][row] = self.uploads[other][name]
+        sent[KNOWN][: len(peers)] = 1
+        for row, peer in enumerate(peers):
+            for name in self.names:
+                sent[PEERS + name][row] = self.uploads[peer][name]
         return sent
 
     def nearest(self, client: int) -> list[int]:
-        """Ids of the clients that `client` is sent, nearest first."""
-        if client not in self.uploads or not self.places:
+        """Ids of the clients whose uploads `client` is sent, nearest first."""
+        if client not in self.uploads or not self.num_peers:
             return []
-        own = int(np.searchsorted(self._clients_kept, client))
-        distance = np.linalg.norm(self._flat - self._flat[own], axis=1)
-        order = [i for i in np.argsort(distance, kind="stable") if i != own]
-        return [int(self._clients_kept[i]) for i in order[: self.places]]
+        place = int(np.searchsorted(self._uploaders, client))
+        distance = np.linalg.norm(self._flat - self._flat[place], axis=1)
+        order = [i for i in np.argsort(distance, kind="stable") if i != place]
+        return [int(self._uploaders[i]) for i in order[: self.num_peers]]
 
     def state(self) -> Arrays:
-        """The uploads kept."""
+        """The last upload of every client, by tensor."""
         if not self.uploads:
             return {}
         rows = {
-            PEERS + n: np.stack([self.uploads[int(c)][n] for c in self._clients_kept])
-            for n in self.wanted
+            PEERS + n: np.stack([self.uploads[int(c)][n] for c in self._uploaders])
+            for n in self.names
         }
-        return {CLIENTS: self._clients_kept, **rows}
+        return {CLIENTS: self._uploaders, **rows}
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         clients = [int(c) for c in state.get(CLIENTS, ())]
         self._keep(
-            {c: {n: state[PEERS + n][row] for n in self.wanted} for row, c in enumerate(clients)}
+            {c: {n: state[PEERS + n][row] for n in self.names} for row, c in enumerate(clients)}
         )
 
     def _keep(self, uploads: Mapping[int, Arrays]) -> None:
-        """Replace the uploads, and their flat form for distances."""
+        """Replace the uploads, and their flat form from which distances are computed."""
         self.uploads = dict(sorted(uploads.items()))
-        self._clients_kept = np.array(list(self.uploads), dtype=np.int64)
+        self._uploaders = np.array(list(self.uploads), dtype=np.int64)
         rows = [
-            np.concatenate([kept[n].ravel() for n in self.wanted]) if self.wanted else np.zeros(0)
-            for kept in self.uploads.values()
+            np.concatenate([upload[n].ravel() for n in self.names]) if self.names else np.zeros(0)
+            for upload in self.uploads.values()
         ]
         self._flat: NDArray[Any] = np.stack(rows) if rows else np.zeros((0, 0))

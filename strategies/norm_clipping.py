@@ -3,7 +3,7 @@
 Source: Can You Really Backdoor Federated Learning? (Sun et al., 2019, arXiv 1911.07963), section 4:
 w <- w + mean_k Delta_k / max(1, |Delta_k| / M), the norm over all shared tensors together.
 
-How we differ: without a bound M the median norm of the round's updates is taken, which fewer than
+How we differ: without a bound M, the median norm of the round's changes is used, which fewer than
 half of the clients cannot raise at will.
 """
 

@@ -3,10 +3,11 @@
 For methods whose shared tensors have one row per class (CoOp's class-specific contexts; Zhou et
 al., IJCV 2022). With n_{k,c} images of class c on client k,
 
-    row_c <- sum_k n_{k,c} row_{k,c} / sum_k n_{k,c}        and stays where nobody has the class.
+    row_c <- sum_k n_{k,c} row_{k,c} / sum_k n_{k,c}
 
-The rule is ours: the paper is not federated. n_{k,c} is the client's `class_shares` times its
-number of training images; the server keeps neither and sends zeros back.
+and row_c stays unchanged if no client has the class. The strategy is ours: the paper is not
+federated. n_{k,c} is the client's `class_shares` times its number of training images; the server
+keeps neither, and sends zeros back.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class PerClass(SharedPromptStrategy):
             return {}
         counts_UC = np.stack([class_counts(u) for u in updates])
         total_C = counts_UC.sum(0)
+        # Rows of classes that nobody has in this round stay as they are.
         held_C = total_C > 0
         mean: Arrays = {}
         for name, last in shared.items():
@@ -81,7 +83,7 @@ class PerClass(SharedPromptStrategy):
 
 
 def class_counts(update: Update) -> NDArray[np.float64]:
-    """Training images per class (C,) as a client reports them; never more than it has images."""
+    """Training images per class (C,) as a client reports them; at most its number of images."""
     shares_C = np.clip(update.arrays[SHARES].astype(np.float64), 0, 1)
     counts_C: NDArray[np.float64] = np.rint(shares_C * update.num_examples)
     return counts_C

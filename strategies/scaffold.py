@@ -6,7 +6,7 @@ Source: SCAFFOLD: Stochastic Controlled Averaging for Federated Learning (Karimi
     x <- x + lr * mean_P(x_k - x)          c <- c + |P| / N * mean_P(dc_k)
 
 Shared tensors called `control.<name>` hold c, and in a reply the client's difference dc_k. The
-paper's means are uniform; `weights: samples` weighs x_k (never dc_k) by training images.
+paper's means are uniform; `weights: samples` weights x_k, but never dc_k, by training images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedprompt.messages import Arrays
 from .fedavg import FedAvg, FedAvgConfig, weighted_mean
 
 CONTROL = "control."
-"""How names of control variates begin."""
+"""Prefix of the names of control variates."""
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,5 @@ class Scaffold(FedAvg):
 
 
 def _step(last: NDArray[Any], by: NDArray[Any], times: float) -> NDArray[np.float32]:
+    """`last + times * by` in float64, rounded to float32."""
     return (last.astype(np.float64) + times * by).astype(np.float32)

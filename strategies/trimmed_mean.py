@@ -2,10 +2,11 @@
 
 Source: Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates (Yin et al., ICML
 2018, arXiv 1803.01498), definition 2: of n values the floor(beta n) largest and smallest are left
-out, beta at least the share of attackers (`attackers` here).
+out, with beta at least the share of attackers (`attackers` here).
 
 How we differ from Flower's FedTrimmedAvg: its `int(beta * n)` leaves out one value fewer where the
-product falls just below a whole number; sums run in float64. Mixing, if asked for, is in `robust`.
+product falls just below a whole number; sums run in float64. Mixing, if configured, is in
+`parts/robust.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class TrimmedMean(RobustStrategy):
     name = "trimmed_mean"
     Config = TrimmedMeanConfig
 
-    def rule(self, rows_UP: Rows, attackers: int) -> Rows:
+    def robust_step(self, rows_UP: Rows, attackers: int) -> Rows:
         """The mean without `attackers` values at either end."""
         ordered_UP = np.sort(rows_UP, axis=0)
         return np.asarray(ordered_UP[attackers : len(rows_UP) - attackers].mean(axis=0))

@@ -1,4 +1,4 @@
-"""Checkpoints and tensor files of a run folder, read back."""
+"""Reading the checkpoints and tensor files of a run folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from fedprompt.federation.checkpoint import Checkpoint
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """What `save_checkpoint` wrote.
+    """Read a checkpoint that `RunFolder.save_checkpoint` wrote.
+
+    Args:
+        path: the file.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the file is missing, damaged or something else.
     """
     try:
         tensors, header = read_tensors(path)
@@ -32,21 +35,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"checkpoint {path} is not one of ours ({error}); remove it to start the run anew."
+            f"{path} is not a fedprompt checkpoint ({error}); remove it to start from the beginning."
         ) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file.
+    """Read a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Tensors by name, and the header.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as reader:
-            return {k: reader.get_tensor(k) for k in reader.keys()}, dict(reader.metadata() or {})  # noqa: SIM118
+            # The reader is no mapping: it can only be iterated by its `keys`.
+            tensors = {k: reader.get_tensor(k) for k in reader.keys()}  # noqa: SIM118
+            return tensors, dict(reader.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"no file {path}.") from None
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}); remove it to start anew.") from None
+        raise UserError(
+            f"{path} is damaged ({reason}); remove it to start from the beginning."
+        ) from None

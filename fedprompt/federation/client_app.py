@@ -1,8 +1,9 @@
-"""Flower messages <-> local training and evaluation, for one client or for a block of them.
+"""The client's side of a round: Flower messages in, local training or evaluation, replies out.
 
-`handle` is the whole client. A simulation's grid gives it a list of messages; Flower's ClientApp
-(fedprompt/deploy) gives it one. A reply carries the method's shared tensors and metrics; private
-tensors are returned beside the replies and kept by the caller on the client's side.
+`handle` is the whole client. A simulation's grid passes it the messages of several clients, and
+Flower's ClientApp (fedprompt/deploy) those of one. A reply has the method's shared tensors and
+metrics. Private tensors are returned beside the replies, and the caller keeps them on the client's
+side.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 PROTOCOLS = "protocols"
-"""Key of an evaluate message that asks for what the protocols measure on clients."""
+"""Key in the settings of an evaluation message; if set, the protocols measure instead."""
 
 
 def handle(
@@ -39,23 +40,27 @@ def handle(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
-    """Answer one message per client; all messages are of one type and round.
+    """Answer one message for each of some clients.
 
     Args:
         workspace: this process's data, CLIP and method.
         clients: client ids, in the order of `messages`.
-        messages: what the server sent.
-        private: private tensors of clients that have trained before.
+        messages: what the server sent; all of one type and one round.
+        private: private tensors by client id, of those clients that have trained before.
 
     Returns:
-        Replies in the same order, and the private tensors that training has changed.
+        Replies in the order of `messages`, and the private tensors that training has changed, by
+        client id.
+
+    Raises:
+        UserError: the messages do not fit the experiment, or a client has no data to train on.
     """
     kind = messages[0].metadata.message_type
     if kind == MessageType.TRAIN:
         return _train(workspace, clients, messages, private)
     if kind == MessageType.EVALUATE:
-        answer = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
-        return answer(workspace, clients, messages, private), {}
+        evaluate = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
+        return evaluate(workspace, clients, messages, private), {}
     raise UserError(f"clients do not answer messages of type '{kind}'.")
 
 
@@ -65,6 +70,7 @@ def _train(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
+    """Train, and reply with the shared tensors and losses."""
     config = workspace.config
     results = train_clients(
         workspace.method,
@@ -81,8 +87,14 @@ def _train(
         shared, losses = result.shared, result.losses
         examples = result.num_examples
         if config.privacy.noise:
-            last, now = _received(workspace, message), server_round(message)
-            shared = protected(last, shared, config.privacy, server_round=now, client=result.client)
+            # A noisy reply reveals nothing else: neither losses nor the number of images.
+            shared = protected(
+                _received(workspace, message),
+                shared,
+                config.privacy,
+                server_round=server_round(message),
+                client=result.client,
+            )
             examples, losses = 1, {}
         arrays = to_record({n: t.numpy() for n, t in shared.items()})
         named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
@@ -98,8 +110,9 @@ def _evaluate(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> list[Message]:
+    """Test the personal models, and reply with counts of correct answers."""
     common = workspace.config.evaluation.personal_on_global
-    own, everyone = score_personal(
+    local, global_ = score_personal(
         workspace.method,
         [_received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
@@ -108,9 +121,9 @@ def _evaluate(
     )
     replies = []
     for k, message in enumerate(messages):
-        metrics = {"num-examples": own[k].tested, "correct": own[k].correct}
-        if everyone is not None:
-            metrics |= {"common-tested": everyone[k].tested, "common-correct": everyone[k].correct}
+        metrics = {"num-examples": local[k].tested, "correct": local[k].correct}
+        if global_ is not None:
+            metrics |= {"common-tested": global_[k].tested, "common-correct": global_[k].correct}
         content = RecordDict({METRICS: MetricRecord({**metrics})})
         replies.append(Message(content, reply_to=message))
     return replies
@@ -122,15 +135,15 @@ def _measure(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> list[Message]:
-    """What the protocols ask of clients at the end, as `<protocol>.<name>`."""
+    """Reply with what the protocols measure on clients, as `<protocol>.<name>`."""
     shared = [_received(workspace, m) for m in messages]
-    own = [private.get(c) or workspace.start_private(c) for c in clients]
+    privates = [private.get(c) or workspace.start_private(c) for c in clients]
     rows: list[dict[str, int | float]] = [{} for _ in clients]
     for protocol in open_protocols(workspace.config):
         if protocol.asks_clients:
-            numbers = protocol.measure_clients(workspace, clients, shared, own)
-            for row, given in zip(rows, numbers, strict=True):
-                row.update({f"{protocol.name}.{n}": v for n, v in given.items()})
+            results = protocol.measure_clients(workspace, clients, shared, privates)
+            for row, result in zip(rows, results, strict=True):
+                row.update({f"{protocol.name}.{n}": v for n, v in result.items()})
     return [
         Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=m)
         for row, m in zip(rows, messages, strict=True)
@@ -151,7 +164,7 @@ def _settings(message: Message) -> ConfigRecord:
 
 
 def _received(workspace: Workspace, message: Message) -> Tensors:
-    """The shared tensors of a message and what came beside them, as the method declares them."""
+    """The shared tensors of a message and the client's extras, as the method declares them."""
     shared = _read(workspace, message, ARRAYS, workspace.shared_shapes)
     if workspace.extras_shapes:
         shared |= _read(workspace, message, EXTRAS, workspace.extras_shapes)
@@ -164,11 +177,16 @@ def _read(
     record_name: str,
     expected: Mapping[str, tuple[int, ...]],
 ) -> Tensors:
+    """The tensors of a record, all float32.
+
+    Raises:
+        UserError: they are not the `expected` ones, in name, shape or type.
+    """
     record = message.content.get(record_name)
     if not isinstance(record, ArrayRecord) or set(record) != set(expected):
-        found = sorted(record) if isinstance(record, ArrayRecord) else "nothing"
+        names = sorted(record) if isinstance(record, ArrayRecord) else "nothing"
         raise UserError(
-            f"the server sent {found} as {record_name}, but method '{workspace.method.name}' "
+            f"the server sent {names} as {record_name}, but method '{workspace.method.name}' "
             f"expects {sorted(expected)}; server and client must run the same experiment."
         )
     tensors = {}

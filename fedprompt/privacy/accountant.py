@@ -1,4 +1,7 @@
-"""Epsilon of the Gaussian mechanism over rounds."""
+"""Epsilon of the Gaussian mechanism over rounds, by Renyi differential privacy.
+
+The accountant is Flower's `RdpAccountant`, which is Google's dp-accounting (extra `dp`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,18 @@ from fedprompt.errors import UserError
 
 
 def epsilon(noise: float, releases: int, delta: float) -> float | None:
-    """Epsilon of `releases` Gaussian releases with noise multiplier `noise`; None = infinite.
+    """Epsilon of a number of Gaussian releases.
+
+    No amplification by sampling is claimed: who takes part follows from the run's seed, which is no
+    secret.
+
+    Args:
+        noise: noise multiplier, the standard deviation divided by the sensitivity.
+        releases: number of releases that concern one client.
+        delta: the delta that epsilon is given for.
+
+    Returns:
+        Epsilon, or None if it is infinite because there is no noise.
 
     Raises:
         UserError: the accountant is not installed.
@@ -16,6 +30,7 @@ def epsilon(noise: float, releases: int, delta: float) -> float | None:
     if noise == 0:
         return None
     try:
+        # Flower imports dp-accounting when this name is first used.
         from flwr.serverapp import RdpAccountant
 
         accountant = RdpAccountant(

@@ -1,8 +1,8 @@
-"""What a client's update gives away: attacks that a curious server, or anybody else, can mount.
+"""What a client's update reveals: attacks by a curious server, or by anybody else who sees it.
 
 The attacker knows the method, the frozen CLIP, the prompts that were sent and the server's own test
-images; private tensors are as at the start to it. All is done with `train_clients`, so it works for
-any method.
+images. It does not know private tensors, and uses their initial values instead. All attacks use
+`train_clients`, so they work for any method.
 
 Shape suffixes: P numbers of all shared tensors, C classes, N candidates, D joint embedding.
 """
@@ -30,25 +30,42 @@ from fedprompt.workspace import Workspace
 
 Floats = NDArray[np.float64]
 AT_ONCE = 32
-"""Imagined clients trained in one call: bounds the memory."""
+"""Largest number of imagined clients that are trained in one call; it bounds the memory."""
 SPREAD, RIDGE = 0.3, 1e-2
-"""Noise on imagined features, in lengths of a feature; ridge in mean squared changes. Chosen on
-three clients of the embedded images."""
+"""Noise on imagined features, relative to a feature's length, and the ridge, relative to the mean
+squared change. Both were chosen on three clients of the embedded images."""
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """Who looks at one client's update: what was sent, and what the attacker can work out."""
+    """An attacker that sees one client's update.
+
+    Args:
+        workspace: the server's test images, CLIP and method.
+        client: id of the client under attack.
+        received: shared tensors that the client was sent, by name.
+    """
 
     workspace: Workspace
     client: int
     received: Tensors
 
     def losses(self, uploaded: Tensors, inputs: Inputs, labels_N: Tensor) -> Floats:
-        """Cross-entropy (N,) of images under prompts that the attacker holds."""
+        """Cross-entropy of images under prompts that the attacker knows, for membership attacks.
+
+        Args:
+            uploaded: the client's shared tensors after training.
+            inputs: N images.
+            labels_N: their classes.
+
+        Returns:
+            One loss per image, (N,).
+        """
         method = self.workspace.method
         shared = self.received | uploaded
         with torch.no_grad():
+            # The model that most resembles what the client has trained, without its private
+            # tensors.
             if method.has_global:
                 encoded = method.encode(stack([shared], method.clip.device), None)
             else:
@@ -57,23 +74,30 @@ class Attacker:
         return F.cross_entropy(logits_NC, labels_N, reduction="none").double().numpy()
 
     def change(self, uploaded: Tensors) -> Floats:
-        """What an update changes, as one row (P,)."""
+        """The change of the shared tensors by an update, as one row (P,)."""
         names = sorted(self.workspace.shared_shapes)
         parts = [(uploaded[n].double() - self.received[n].double()).flatten() for n in names]
         return torch.cat(parts).numpy()
 
     def imagined(self, data: Sequence[tuple[Inputs, Tensor]]) -> Floats:
-        """What one step of plain SGD on each set of images would change: (N, P)."""
+        """The changes that one step of plain SGD would make.
+
+        Args:
+            data: N sets of images and labels; one step is imagined on each of them.
+
+        Returns:
+            One row of changes per set, (N, P).
+        """
         config = self.workspace.config
         rows = []
         for first in range(0, len(data), AT_ONCE):
-            some = data[first : first + AT_ONCE]
+            sets = data[first : first + AT_ONCE]
             results = train_clients(
                 self.workspace.method,
-                [self.received] * len(some),
-                [self._private()] * len(some),
-                [ClientData(self.client, inputs, labels) for inputs, labels in some],
-                one_step(config.training, max(len(labels) for _, labels in some)),
+                [self.received] * len(sets),
+                [self._private()] * len(sets),
+                [ClientData(self.client, inputs, labels) for inputs, labels in sets],
+                one_step(config.training, max(len(labels) for _, labels in sets)),
                 seed=config.seed,
                 server_round=max(1, config.federation.rounds),
                 rounds=config.federation.rounds,
@@ -82,12 +106,17 @@ class Attacker:
         return np.stack(rows)
 
     def class_shares(self, uploaded: Tensors) -> Floats:
-        """The client's share of images of every class (C,), guessed from its update.
+        """A guess of the client's class mix from its update.
 
-        The change is taken apart into what a step on the server's images of each class would
-        change, with weights >= 0 (least squares); their shares are the guess, uniform where nothing
-        fits. In the spirit of label inference from gradients: iDLG (Zhao, Mopuri and Bilen, 2020,
-        arXiv 2001.02610); the decomposition is ours.
+        The change is decomposed into the changes that a step on the server's images of each class
+        would make, with non-negative weights (least squares). After label inference from gradients
+        in iDLG (Zhao, Mopuri and Bilen, 2020, arXiv 2001.02610); the decomposition is ours.
+
+        Args:
+            uploaded: the client's shared tensors after training.
+
+        Returns:
+            The guessed share of images of every class, (C,), sum 1; uniform if nothing fits.
         """
         inputs, labels_N = self.workspace.server_test()
         classes = len(self.workspace.task.class_names)
@@ -102,28 +131,36 @@ class Attacker:
     def feature(
         self, uploaded: Tensors, label: int, candidates: int, noise: float
     ) -> Floats | None:
-        """The image feature (D,) behind an update of one step on one image of class `label`.
+        """A guess of the image feature behind an update of one step on one image.
 
-        Inversion by a learned decoder: the attacker imagines updates of `candidates` features
-        around those of its own images of the class, and solves for the linear map back (ridge
-        regression, `noise` the standard deviation of what was added to the update). In the spirit
-        of Deep Leakage from Gradients (Zhu, Liu and Han, NeurIPS 2019, arXiv 1906.08935), for
-        features in place of pixels; the decoder is ours. None without images of the class.
+        Inversion by a learned decoder: the attacker imagines the updates of features near those of
+        its own images of the class, and fits the linear map from updates back to features. After
+        Deep Leakage from Gradients (Zhu, Liu and Han, NeurIPS 2019, arXiv 1906.08935), for features
+        instead of pixels; the decoder is ours.
+
+        Args:
+            uploaded: the client's shared tensors after the step.
+            label: class of the image.
+            candidates: number of features whose updates are imagined.
+            noise: standard deviation of the noise that the client has added to its update.
+
+        Returns:
+            The feature, (D,), or None if the attacker has no images of the class.
         """
-        own_ND = self.own_features(label)
-        if not len(own_ND):
+        known_ND = self.own_features(label)
+        if not len(known_ND):
             return None
         draw = generator(self.workspace.config.seed, "candidates", self.client)
-        chosen = draw.integers(len(own_ND), size=candidates)
-        noise_ND = draw.standard_normal((candidates, own_ND.shape[1]))
-        spread = SPREAD * noise_ND / np.sqrt(own_ND.shape[1])
-        features_ND = F.normalize(torch.from_numpy(own_ND[chosen] + spread).float(), dim=-1)
+        index_N = draw.integers(len(known_ND), size=candidates)
+        noise_ND = draw.standard_normal((candidates, known_ND.shape[1]))
+        spread = SPREAD * noise_ND / np.sqrt(known_ND.shape[1])
+        features_ND = F.normalize(torch.from_numpy(known_ND[index_N] + spread).float(), dim=-1)
         label_1 = torch.tensor([label])
         rows_NP = self.imagined([(Inputs(f[None]), label_1) for f in features_ND])
         return decoded(rows_NP, features_ND.double().numpy(), self.change(uploaded), noise)
 
     def own_features(self, label: int) -> Floats:
-        """Features (n, D) of the server's own images of a class."""
+        """Features of the server's own images of a class, (n, D)."""
         inputs, labels_N = self.workspace.server_test()
         return inputs.features[labels_N == label].double().numpy()
 
@@ -134,12 +171,18 @@ class Attacker:
 def uploaded_by(
     workspace: Workspace, client: int, received: Tensors, private: Tensors, *, image: int | None
 ) -> Tensors:
-    """What a client would upload after one more round from `received`, noise included.
+    """The shared tensors that a client would upload after one more round, noise included.
 
-    The round has the first round's learning rate, for the last one's is next to nothing. With
-    `image`, it is one step of plain SGD on that one of the client's training images.
+    Args:
+        workspace: the client's data, CLIP and method.
+        client: the client's id.
+        received: shared tensors from which it trains.
+        private: its private tensors.
+        image: index of a training image; the round is then one step of plain SGD on that image. If
+            None, it is a usual round.
     """
     config, data = workspace.config, workspace.train_data(client)
+    # The learning rate of the last rounds is nearly zero, so that of the first one is used.
     training: TrainingConfig = replace(config.training, schedule="constant")
     if image is not None:
         data = ClientData(client, data.inputs[[image]], data.labels_N[[image]])
@@ -155,7 +198,7 @@ def uploaded_by(
 
 
 def one_step(config: TrainingConfig, images: int) -> TrainingConfig:
-    """One step of plain SGD on all images at once."""
+    """Training options for one step of plain SGD on one batch of all images."""
     return replace(
         config, optimizer="sgd", momentum=0.0, weight_decay=0.0, schedule="constant",
         local_epochs=1, batch_size=images,
@@ -163,17 +206,27 @@ def one_step(config: TrainingConfig, images: int) -> TrainingConfig:
 
 
 def decoded(rows_NP: Floats, features_ND: Floats, row_P: Floats, noise: float) -> Floats:
-    """Ridge regression from changes to features, fitted on N pairs and applied to one: (D,)."""
+    """Ridge regression from changes to features, fitted on N pairs and applied to one change.
+
+    Args:
+        rows_NP: changes.
+        features_ND: features that belong to them.
+        row_P: the change whose feature is asked for.
+        noise: standard deviation of the noise in `row_P`.
+
+    Returns:
+        The feature, (D,).
+    """
     mean_P, mean_D = rows_NP.mean(0), features_ND.mean(0)
     centred_NP = rows_NP - mean_P
     gram_NN = centred_NP @ centred_NP.T
-    # Noise in the row alone acts as N noise^2 on the ridge: as if every pair had been seen with it.
+    # Only `row_P` is noisy. A ridge of N noise^2 is the fit to pairs that are all as noisy.
     ridge = max(RIDGE * float(np.trace(gram_NN)) / len(gram_NN), len(gram_NN) * noise**2)
     weights_ND = np.linalg.solve(gram_NN + ridge * np.eye(len(gram_NN)), features_ND - mean_D)
     return np.asarray(mean_D + (row_P - mean_P) @ centred_NP.T @ weights_ND)
 
 
 def cosine(a: Floats, b: Floats) -> float:
-    """Cosine of two vectors; 0 where one of them is 0."""
+    """Cosine of two vectors; 0 if one of them is zero."""
     length = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / length if length > 0 else 0.0

@@ -1,18 +1,19 @@
-"""Noise that a client adds before anything leaves it: client-level local differential privacy.
+"""Noise that a client adds before it sends its update: client-level local differential privacy.
 
 Source: the Gaussian mechanism (Dwork and Roth, 2014, theorem A.1) on a client's clipped change, as
-in Geyer, Klein and Nabi (2017, arXiv 1712.07557), but on the client: it sends
+in Geyer, Klein and Nabi (2017, arXiv 1712.07557), but on the client, which sends
     received + Delta min(1, S / |Delta|) + N(0, z^2 S^2 I),
-the norm over all shared tensors together. Any two changes differ by at most 2 S, so one round
-costs as much as a Gaussian release with noise multiplier z / 2, and a client pays for every round
-in which it trains. Such a reply says nothing else: no losses, and one image, so that clients count
-alike.
+with the norm over all shared tensors together. Any two clipped changes differ by at most 2 S, so
+one round costs as much as a Gaussian release with noise multiplier z / 2, and a client pays for
+every round in which it trains. Such a reply contains nothing else: no losses, and a number of
+images of 1, so that all clients have the same weight.
 
-Covered: the shared tensors of a reply, against everybody, the server included. Not covered: the
-accuracy of personal models, which clients still report (`protocols: [global]` turns that off).
+What is covered: the shared tensors of a reply, against everybody, the server included. What is not
+covered: the accuracy of personal models, which clients still report (`protocols: [global]` turns
+that off).
 
-The noise comes from the operating system, so that nobody can subtract it; two runs then differ.
-`privacy.noise_seed` fixes it, for tests.
+The noise comes from the operating system, so that nobody can subtract it, and two runs differ.
+`privacy.noise_seed` makes it reproducible, for tests.
 """
 
 from __future__ import annotations
@@ -38,9 +39,21 @@ def protected(
     server_round: int,
     client: int,
 ) -> Tensors:
-    """What a client sends in place of its trained shared tensors, float32, on the CPU."""
+    """The shared tensors that a client sends in place of its trained ones.
+
+    Args:
+        received: shared tensors as the server sent them, by name.
+        trained: the same tensors after training.
+        config: clip S, noise multiplier z and, for tests, the seed of the noise.
+        server_round: the round; it keys the noise if there is a seed.
+        client: the client's id; it keys the noise if there is a seed.
+
+    Returns:
+        Tensors with the names and shapes of `trained`, float32, on the CPU.
+    """
     change = {n: t.double().cpu() - received[n].double().cpu() for n, t in trained.items()}
     norm = float(torch.sqrt(sum((c.square().sum() for c in change.values()), torch.zeros(()))))
+    # One factor for all tensors: clipping each of them would allow a longer change.
     factor = min(1.0, config.clip / norm) if norm > 0 else 1.0
     draw = _generator(config.noise_seed, server_round, client)
     sent = {}
@@ -52,7 +65,14 @@ def protected(
 
 
 def local_epsilon(config: PrivacyConfig, rounds: int) -> float | None:
-    """Epsilon of a client that has trained in `rounds` rounds; None without noise (infinite).
+    """Epsilon of a client that has trained in a number of rounds.
+
+    Args:
+        config: noise multiplier and delta.
+        rounds: number of rounds in which the client has trained.
+
+    Returns:
+        Epsilon, or None if it is infinite because there is no noise.
 
     Raises:
         UserError: the accountant is not installed.

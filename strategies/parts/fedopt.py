@@ -1,12 +1,12 @@
 """What the adaptive server optimisers have in common.
 
-Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2:
-m <- beta_1 m + (1 - beta_1) Delta, v as each optimiser has it, w <- w + eta m / (sqrt(v) + tau),
+Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2: m
+<- beta_1 m + (1 - beta_1) Delta, v as each optimiser defines it, w <- w + eta m / (sqrt(v) + tau),
 with Delta the sample-weighted mean change (as in the paper's experiments), m_0 = 0 and v_0 = tau^2.
 
-How we differ from Flower's: it starts at v = 0, and its FedAdam corrects the bias of both moments
-with the exponent `server_round + 1`; the paper has no correction and nor have we. Both moments are
-part of the checkpoint, so a resumed run goes on bit for bit.
+How we differ from Flower: Flower starts at v = 0, and its FedAdam corrects the bias of both moments
+with the exponent `server_round + 1`; neither the paper nor we correct it. Both moments are part of
+the checkpoint, so a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ class FedOpt(SharedPromptStrategy):
 
     @abstractmethod
     def second_moment(self, last_P: Rows, square_P: Rows) -> Rows:
-        """The new v from the last one and the squared mean change."""
+        """The new second moment.
+
+        Args:
+            last_P: the last second moment v.
+            square_P: the squared mean change Delta^2.
+        """
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One adaptive step."""
@@ -59,9 +64,9 @@ class FedOpt(SharedPromptStrategy):
     _moments: tuple[Rows, Rows] | None = None
 
     def state(self) -> Arrays:
-        """Both moments, once there are some."""
+        """Both moments, after the first round."""
         return {} if self._moments is None else dict(zip(("m", "v"), self._moments, strict=True))
 
     def load_state(self, state: Arrays) -> None:
-        """Take back what `state` gave."""
+        """See `state`."""
         self._moments = (state["m"], state["v"]) if state else None

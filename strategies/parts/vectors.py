@@ -1,7 +1,7 @@
 """A round's updates as rows of one matrix, in float64: U updates, P numbers of all shared tensors.
 
-Rows keep the order of client ids and columns that of the shared tensors, so that no result depends
-on who answers first.
+Rows are in the order of client ids and columns in that of the shared tensors, so that no result
+depends on which client replies first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fedprompt.federation.screening import Update
 from fedprompt.messages import Arrays
 
 Rows = NDArray[np.float64]
+"""A float64 array; its suffix gives the axes."""
 
 
 def flat(shared: Arrays, arrays: Arrays) -> Rows:
@@ -24,7 +25,7 @@ def flat(shared: Arrays, arrays: Arrays) -> Rows:
 
 
 def changes(shared: Arrays, updates: Sequence[Update]) -> Rows:
-    """What every client would add to the shared tensors: (U, P)."""
+    """What every client's training adds to the shared tensors: (U, P)."""
     return np.stack([flat(shared, u.arrays) for u in updates]) - flat(shared, shared)
 
 
@@ -35,12 +36,13 @@ def sample_shares(updates: Sequence[Update]) -> Rows:
 
 
 def combined(weights_U: Rows, rows_UP: Rows) -> Rows:
-    """The weighted sum of rows: (P,); NumPy's own sum, whose order of additions is fixed."""
+    """The weighted sum of rows: (P,)."""
+    # Not a matrix product: the order of its additions depends on the processor.
     return np.asarray((weights_U[:, None] * rows_UP).sum(axis=0))
 
 
 def unflat(shared: Arrays, numbers_P: Rows) -> Arrays:
-    """Named float64 tensors shaped as `shared`, the reverse of `flat`."""
+    """Float64 tensors with the names and shapes of `shared`, the reverse of `flat`."""
     tensors, first = {}, 0
     for name, last in shared.items():
         tensors[name] = numbers_P[first : first + last.size].reshape(last.shape)
@@ -60,25 +62,26 @@ def norms(rows_UP: Rows) -> Rows:
 
 
 def units(rows_UP: Rows) -> Rows:
-    """Rows scaled to L2 norm 1; a row of zeros stays."""
+    """Rows scaled to L2 norm 1; a row of zeros stays zero."""
     length_U = norms(rows_UP)
     return rows_UP / np.where(length_U > 0, length_U, 1.0)[:, None]
 
 
 def clipped(rows_UP: Rows, bound: float) -> Rows:
-    """Rows scaled down to L2 norm `bound` where they are longer; a row's direction stays."""
+    """Rows scaled down to L2 norm `bound` if they are longer; their directions stay."""
     length_U = norms(rows_UP)
     scale_U = np.minimum(1.0, bound / np.where(length_U > 0, length_U, 1.0))
     return rows_UP * scale_U[:, None]
 
 
 def count_of(share: float, clients: int) -> int:
-    """How many of `clients` a share of them is, rounded down: 0.3 of 10 is 3, floats or not."""
+    """A share of `clients` as a number of them, rounded down."""
+    # 0.29 * 100 is slightly less than 29 in floating point.
     return int(share * clients + 1e-9)
 
 
 def distances(rows_UP: Rows) -> Rows:
-    """Squared L2 distances between all rows: (U, U); exactly 0 from a row to itself."""
+    """Squared L2 distances between all rows, (U, U); exactly 0 from a row to itself."""
     squares_U = (rows_UP**2).sum(axis=1)
     distance_UU = squares_U[:, None] + squares_U[None, :] - 2 * rows_UP @ rows_UP.T
     np.fill_diagonal(distance_UU, 0)

@@ -323,11 +323,20 @@ WHOLE = save(
         (b"garbage that is no checkpoint", "damaged"),
         (WHOLE[:-1], "damaged"),
         (WHOLE[:40], "damaged"),
-        (save({"shared/ctx": torch.zeros(1)}), "not one of ours"),
-        (save({"ctx": torch.zeros(1)}, metadata={"round": "1", "totals": "{}"}), "not one of ours"),
-        (save({}, metadata={"round": "one", "totals": "{}", "private": ""}), "not one of ours"),
-        (save({}, metadata={"round": "1", "totals": "{", "private": ""}), "not one of ours"),
-        (save({}, metadata={"round": "1", "totals": "{}"}), "not one of ours"),
+        (save({"shared/ctx": torch.zeros(1)}), "not a fedprompt checkpoint"),
+        (
+            save({"ctx": torch.zeros(1)}, metadata={"round": "1", "totals": "{}"}),
+            "not a fedprompt checkpoint",
+        ),
+        (
+            save({}, metadata={"round": "one", "totals": "{}", "private": ""}),
+            "not a fedprompt checkpoint",
+        ),
+        (
+            save({}, metadata={"round": "1", "totals": "{", "private": ""}),
+            "not a fedprompt checkpoint",
+        ),
+        (save({}, metadata={"round": "1", "totals": "{}"}), "not a fedprompt checkpoint"),
     ],
     ids=[
         "empty",
