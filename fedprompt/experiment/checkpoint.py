@@ -35,7 +35,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not a fedprompt checkpoint ({error}); remove it to start from the beginning."
+            f"{path} is not a fedprompt checkpoint ({error}); remove it to start over."
         ) from None
 
 

@@ -64,8 +64,7 @@ class Attacker:
         method = self.workspace.method
         shared = self.received | uploaded
         with torch.no_grad():
-            # The model that most resembles what the client has trained, without its private
-            # tensors.
+            # The global model needs no private tensors, which the attacker does not know.
             if method.has_global:
                 encoded = method.encode(stack([shared], method.clip.device), None)
             else:
