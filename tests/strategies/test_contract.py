@@ -1,4 +1,4 @@
-"""What every server rule must do, whatever it computes. New strategies are found by themselves."""
+"""What every strategy must do, whatever it computes; new strategies are included automatically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedprompt.experiment.compose import compose
 from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import Arrays, to_arrays
-from tests.federation.test_strategy import NODE, _identity, answer, send  # noqa: F401
+from tests.support.strategies import NODE, answer, send
 
 CLIENTS, ROUNDS = 7, 4
 USUAL = {"ctx": (3, 4), "other": (3,)}

@@ -1,9 +1,11 @@
+"""Which replies count, and which evaluations."""
+
 from __future__ import annotations
 
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,191 +21,23 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import MAX_EXAMPLES
-from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import from_wire, to_arrays, to_record, to_wire
-from fedprompt.strategies.fedavg import FedAvg, FedAvgConfig
-
-SHAPES = {"ctx": (2, 2)}
-NODE = 500
-"""Client c sits on node 500 + c in these tests."""
-Values = NDArray[np.float32]
-
-
-class NoGrid(Grid):
-    """Strategies take a grid, and ours never touch it."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__"):
-            return super().__getattribute__(name)
-        raise AssertionError(f"the strategy used the grid: {name}")
-
-
-NoGrid.__abstractmethods__ = frozenset()
-GRID = NoGrid()  # type: ignore[abstract]
-
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    before = {n: getattr(TaskIdentity, n) for n in ("_run_id", "_node_id", "_task_id")}
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    yield
-    for name, value in before.items():
-        setattr(TaskIdentity, name, value)
-
-
-def full(value: float, shape: tuple[int, ...] = (2, 2)) -> Values:
-    return np.full(shape, value, dtype=np.float32)
-
-
-def make(clients: int = 3, name: str = "fedavg", **options: Any) -> SharedPromptStrategy:
-    cls = strategy_class(name)
-    settings = {"shapes": SHAPES, "seed": 1, **options}
-    strategy = cls(settings.pop("config", cls.Config(name=name)), **settings)
-    strategy.set_nodes({c: NODE + c for c in range(clients)})
-    return strategy
-
-
-def send(strategy: SharedPromptStrategy, start: Mapping[str, Values], server_round: int = 1) -> Any:
-    arrays = to_record(start)
-    return list(strategy.configure_train(server_round, arrays, ConfigRecord(), GRID))
-
-
-def content(arrays: Mapping[str, Values | Array], **metrics: Any) -> RecordDict:
-    record = {n: a if isinstance(a, Array) else Array(a) for n, a in arrays.items()}
-    return RecordDict({"arrays": ArrayRecord(record), "metrics": MetricRecord(metrics)})
-
-
-def answer(message: Message, arrays: Mapping[str, Values | Array], examples: Any = 1) -> Message:
-    return Message(content(arrays, **{"num-examples": examples}), reply_to=message)
-
-
-def shared_after(
-    strategy: SharedPromptStrategy, replies: Sequence[Message]
-) -> dict[str, Values] | None:
-    arrays, _ = strategy.aggregate_train(1, replies)
-    return None if arrays is None else to_arrays(arrays)
-
-
-def average(values: Sequence[float], examples: Sequence[int], **options: Any) -> float:
-    """FedAvg of clients whose whole prompt is one value; checks that all numbers agree."""
-    strategy = make(len(values), **options)
-    messages = send(strategy, {"ctx": full(0.0)})
-    replies = [
-        answer(m, {"ctx": full(v)}, n) for m, v, n in zip(messages, values, examples, strict=True)
-    ]
-    after = shared_after(strategy, replies)
-    assert after is not None
-    assert after["ctx"].dtype == np.float32
-    assert len(set(after["ctx"].ravel().tolist())) == 1
-    return float(after["ctx"][0, 0])
-
-
-# FedAvg
-
-
-def test_fedavg_weighs_by_images() -> None:
-    # (1 * 10 + 4 * 30 + 7 * 60) / 100
-    assert average([1.0, 4.0, 7.0], [10, 30, 60]) == 5.5
-    assert average([1.0, 4.0, 7.0], [5, 5, 5]) == 4.0
-    assert average([3.0], [17]) == 3.0
-
-
-def test_sums_run_in_float64() -> None:
-    assert average([1.0] * 1000, [1] * 1000) == 1.0
-    # In float32 the small ones vanish beside 2^24 (and 2^24 + 1 is no float32 at all).
-    values = [2.0**24, 1.0, 1.0, 1.0, -(2.0**24), 1.0, 1.0, 0.0]
-    assert average(values, [1] * 8, config=FedAvgConfig(max_norm=1e9)) == 0.625
-
-
-def test_a_hundred_rounds_of_one_step_are_exact() -> None:
-    strategy, shared = make(3), {"ctx": full(0.0)}
-    for server_round in range(1, 101):
-        messages = send(strategy, shared, server_round)
-        new = {"ctx": shared["ctx"] + np.float32(1)}
-        after = shared_after(strategy, [answer(m, new, n + 1) for n, m in enumerate(messages)])
-        assert after is not None
-        shared = after
-    assert shared["ctx"].tolist() == [[100.0, 100.0], [100.0, 100.0]]
-
-
-def test_fedavg_equals_flowers() -> None:
-    draw = np.random.default_rng(1)
-    ours = make(5)
-    messages = send(ours, {"ctx": full(0.0)})
-    replies = [
-        answer(m, {"ctx": draw.standard_normal((2, 2)).astype(np.float32)}, 10 * k + 1)
-        for k, m in enumerate(messages)
-    ]
-    arrays, _ = FlowerFedAvg().aggregate_train(1, replies)
-    theirs = to_arrays(arrays) if arrays is not None else {}
-    after = shared_after(ours, replies)
-    assert after is not None
-    np.testing.assert_allclose(after["ctx"], theirs["ctx"], rtol=1e-6, atol=1e-6)
-
-
-def test_losses_are_weighted_means() -> None:
-    strategy = make(2)
-    one, two = send(strategy, {"ctx": full(0.0)})
-    replies = [
-        Message(
-            content({"ctx": full(1)}, **{"num-examples": n, "loss": x, "other": 9.0}), reply_to=m
-        )
-        for m, n, x in ((one, 1, 2.0), (two, 3, 6.0))
-    ]
-    _, metrics = strategy.aggregate_train(1, replies)
-    assert metrics is not None
-    assert dict(metrics) == {"sampled": 2, "accepted": 2, "rejected": 0, "loss": 5.0}
-
-
-# Sampling
-
-
-def test_everyone_is_asked_in_the_order_of_client_ids() -> None:
-    strategy = make(0)
-    strategy.set_nodes({2: 11, 0: 33, 1: 22})
-    messages = send(strategy, {"ctx": full(0.5)}, server_round=4)
-    assert [m.metadata.dst_node_id for m in messages] == [33, 22, 11]
-    for message in messages:
-        assert message.metadata.message_type == MessageType.TRAIN
-        assert message.content["config"]["server-round"] == 4
-        assert to_arrays(message.content["arrays"])["ctx"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
-
-
-def test_samples_depend_on_seed_and_round_only() -> None:
-    drawn = [make(20, seed=1, fraction=0.25).sample(r) for r in range(30)]
-    strategy = make(20, seed=1, fraction=0.25)
-    assert [strategy.sample(r) for r in reversed(range(30))] == drawn[::-1]
-    assert all(len(d) == 5 and d == sorted(set(d)) for d in drawn)
-    assert len({tuple(d) for d in drawn}) > 25, "rounds differ"
-    assert set().union(*drawn) == set(range(20)), "nobody is left out for ever"
-    assert [make(20, seed=2, fraction=0.25).sample(r) for r in range(30)] != drawn
-    shuffled = make(0, seed=1, fraction=0.25)
-    shuffled.set_nodes({c: 7 * c + 3 for c in reversed(range(20))})
-    assert [shuffled.sample(r) for r in range(30)] == drawn, "node ids must not matter"
-
-
-@pytest.mark.parametrize(
-    ("clients", "fraction", "expected"),
-    [(10, 1.0, 10), (10, 0.25, 2), (10, 0.04, 1), (1, 0.1, 1), (3, 0.5, 2), (10, 0.99, 10)],
+from fedprompt.strategies.fedavg import FedAvgConfig
+from tests.support.strategies import (
+    GRID,
+    NODE,
+    Values,
+    answer,
+    full,
+    send,
+    shared_after,
+    strategy_of_clients,
 )
-def test_sample_sizes(clients: int, fraction: float, expected: int) -> None:
-    assert len(make(clients, fraction=fraction).sample(1)) == expected
 
-
-def test_the_sample_is_pinned() -> None:
-    # A changed draw changes every published run with partial participation.
-    drawn = [make(10, seed=1, fraction=0.3).sample(r) for r in (1, 2)]
-    assert drawn == [[2, 3, 7], [3, 4, 8]]
-
-
-# Bad replies
+# Training
 
 
 def raw(data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (2, 2)) -> Array:
@@ -315,7 +149,7 @@ def test_a_bad_reply_is_dropped_counted_and_named(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply_badly, reason = BAD[kind]
-    strategy = make(3)
+    strategy = strategy_of_clients(3)
     zero, one, two = send(strategy, {"ctx": full(0.0)})
     replies = [
         *reply_badly(one),
@@ -337,7 +171,7 @@ def test_a_bad_reply_is_dropped_counted_and_named(
 
 def test_true_is_not_a_number_of_images() -> None:
     # Flower's record turns True away itself; a reply that got past it must not count either.
-    strategy = make(1)
+    strategy = strategy_of_clients(1)
     (message,) = send(strategy, {"ctx": full(0.0)})
     reply = answer(message, {"ctx": full(1)}, 1)
     dict.__setitem__(reply.content["metrics"].__dict__["_data"], "num-examples", True)
@@ -349,7 +183,7 @@ def test_true_is_not_a_number_of_images() -> None:
 def test_pickled_objects_are_never_unpickled(tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     data = npy(np.array([Boom(trace)] * 4, dtype=object).reshape(2, 2), allow_pickle=True)
-    strategy = make(2)
+    strategy = strategy_of_clients(2)
     one, two = send(strategy, {"ctx": full(0.0)})
     after = shared_after(strategy, [answer(one, {"ctx": raw(data)}), answer(two, {"ctx": full(4)})])
     assert after is not None
@@ -361,7 +195,7 @@ def test_pickled_objects_are_never_unpickled(tmp_path: Path) -> None:
 
 
 def test_the_largest_allowed_norm_and_count_pass() -> None:
-    strategy = make(2, config=FedAvgConfig(max_norm=2.0))
+    strategy = strategy_of_clients(2, config=FedAvgConfig(max_norm=2.0))
     one, two = send(strategy, {"ctx": full(0.0)})
     replies = [answer(one, {"ctx": full(1)}, MAX_EXAMPLES), answer(two, {"ctx": full(1.001)}, 1)]
     after = shared_after(strategy, replies)
@@ -371,7 +205,7 @@ def test_the_largest_allowed_norm_and_count_pass() -> None:
 
 
 def test_who_was_not_sampled_does_not_count() -> None:
-    strategy = make(4, fraction=0.5)
+    strategy = strategy_of_clients(4, fraction=0.5)
     messages = send(strategy, {"ctx": full(0.0)})
     stranger = min(set(range(4)) - set(strategy.sampled))
     uninvited = Message(RecordDict(), dst_node_id=NODE + stranger, message_type=MessageType.TRAIN)
@@ -384,7 +218,7 @@ def test_who_was_not_sampled_does_not_count() -> None:
 
 
 def test_an_unknown_node_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = make(2)
+    strategy = strategy_of_clients(2)
     messages = send(strategy, {"ctx": full(0.0)})
     unknown = Message(RecordDict(), dst_node_id=9, message_type=MessageType.TRAIN)
     replies = [answer(unknown, {"ctx": full(100)}, 1000), answer(messages[0], {"ctx": full(2)})]
@@ -396,7 +230,7 @@ def test_an_unknown_node_does_not_count(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_flowers_word_for_a_lost_node_names_the_client() -> None:
-    strategy = make(2)
+    strategy = strategy_of_clients(2)
     messages = send(strategy, {"ctx": full(0.0)})
     lost = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
     replies = [Message(Error(3, "Node Unavailable"), reply_to=lost)]
@@ -407,11 +241,35 @@ def test_flowers_word_for_a_lost_node_names_the_client() -> None:
 
 def test_too_few_valid_replies_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
     for min_replies, counts in ((2, True), (3, False)):
-        strategy = make(3, min_replies=min_replies)
+        strategy = strategy_of_clients(3, min_replies=min_replies)
         zero, one, _ = send(strategy, {"ctx": full(0.0)})
         replies = [answer(zero, {"ctx": full(1)}), answer(one, {"ctx": full(3)})]
         assert (shared_after(strategy, replies) is not None) == counts
     assert "2 valid replies of 3, fewer than min_replies=3" in caplog.text
+
+
+def test_a_client_that_boasts_is_dropped() -> None:
+    strategy = strategy_of_clients(4)
+    messages = send(strategy, {"ctx": full(0.0)})
+    images = [10, 10**6, 20, 30]
+    replies = [
+        answer(m, {"ctx": full(float(k == 1))}, n)
+        for k, (m, n) in enumerate(zip(messages, images, strict=True))
+    ]
+    after = shared_after(strategy, replies)
+    assert after is not None
+    assert after["ctx"].tolist() == full(0.0).tolist()
+    assert list(strategy.rejected) == [1]
+    assert "above max_examples_ratio=1000 times the median" in strategy.rejected[1]
+
+
+def test_reasons_are_short_and_printable() -> None:
+    strategy = strategy_of_clients(2)
+    one, two = send(strategy, {"ctx": full(0.0)})
+    evil = {f"\x1b[31m{'x' * 10_000}": full(1.0)}
+    assert shared_after(strategy, [answer(one, evil), answer(two, {"ctx": full(1.0)})]) is not None
+    assert len(strategy.rejected[0]) <= 300
+    assert strategy.rejected[0].isprintable()
 
 
 # Evaluation
@@ -423,7 +281,7 @@ def evaluation(message: Message, **metrics: Any) -> Message:
 
 
 def test_evaluations_are_sorted_by_client() -> None:
-    strategy = make(3, fraction=0.3)
+    strategy = strategy_of_clients(3, fraction=0.3)
     sent = strategy.configure_evaluate(2, to_record({"ctx": full(1)}), ConfigRecord(), GRID)
     messages = list(sent)
     assert [m.metadata.dst_node_id for m in messages] == [NODE, NODE + 1, NODE + 2]
@@ -458,7 +316,7 @@ def test_evaluations_are_sorted_by_client() -> None:
     ],
 )
 def test_a_bad_evaluation_is_left_out(reply_badly: Callable[[Message], Message]) -> None:
-    strategy = make(3)
+    strategy = strategy_of_clients(3)
     sent = strategy.configure_evaluate(1, to_record({"ctx": full(1)}), ConfigRecord(), GRID)
     zero, one, two = sent
     good = [evaluation(m, num_examples=4, correct=2) for m in (zero, two)]
@@ -466,15 +324,3 @@ def test_a_bad_evaluation_is_left_out(reply_badly: Callable[[Message], Message])
     assert table is not None
     assert dict(table) == {"client-ids": [0, 2], "num-examples": [4, 4], "correct": [2, 2]}
     assert strategy.aggregate_evaluate(1, [Message(Error(2, "lost"), reply_to=zero)]) is None
-
-
-def test_aggregation_does_not_change_what_it_is_given() -> None:
-    strategy = make(2)
-    start = {"ctx": full(0.5)}
-    messages = send(strategy, start)
-    replies = [answer(m, {"ctx": full(k)}) for k, m in enumerate(messages)]
-    before = [to_wire(r) for r in replies]
-    assert isinstance(strategy, FedAvg)
-    strategy.aggregate_train(1, replies)
-    assert [to_wire(r) for r in replies] == before
-    assert start["ctx"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
