@@ -1,7 +1,7 @@
-"""Numbers that papers report, as plain functions of arrays.
+"""Metrics that papers report, as plain functions of arrays.
 
-Where scikit-learn has the same quantity the two agree (tested). Suffixes: N images, K clients, C
-classes, M bins.
+They agree with scikit-learn's where it has the same metric (tested). Suffixes: N images, K clients,
+C classes, M bins.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ def harmonic_mean(a: float, b: float) -> float:
 
 
 def auroc(known: ArrayLike, other: ArrayLike) -> float:
-    """Chance that a known image scores higher than another one; ties count one half."""
+    """Area under the ROC: the probability that a known image scores higher than another one.
+
+    Args:
+        known: scores of images of known classes (N,), the positives.
+        other: scores of all other images (N,).
+
+    Returns:
+        A fraction; ties count one half.
+    """
     known_N, other_N = _scores(known), np.sort(_scores(other))
     below = np.searchsorted(other_N, known_N, side="left")
     not_above = np.searchsorted(other_N, known_N, side="right")
@@ -34,20 +42,29 @@ def auroc(known: ArrayLike, other: ArrayLike) -> float:
 
 
 def fpr_at_tpr(known: ArrayLike, other: ArrayLike, tpr: float = 0.95) -> float:
-    """Share of other images let in by the highest threshold that lets in `tpr` of the known ones.
+    """False positive rate at the highest threshold with a true positive rate of at least `tpr`.
 
-    An image is let in where its score is at least the threshold.
+    Args:
+        known: scores of images of known classes (N,), the positives.
+        other: scores of all other images (N,).
+        tpr: fraction of known images that must be accepted. An image is accepted if its score is
+            at least the threshold.
+
+    Returns:
+        Fraction of the other images that are accepted.
     """
     known_N, other_N = np.sort(_scores(known)), _scores(other)
-    # Rounded, so that 0.95 of 20 images is 19 and not, by float noise, 20.
-    wanted = max(1, math.ceil(round(tpr * len(known_N), 9)))
-    return float((other_N >= known_N[-wanted]).mean())
+    # Rounded first, so that float noise does not make 20 of 0.95 x 20 images.
+    accepted = max(1, math.ceil(round(tpr * len(known_N), 9)))
+    return float((other_N >= known_N[-accepted]).mean())
 
 
 def average_precision(known: ArrayLike, other: ArrayLike) -> float:
-    """Area under precision over recall, known images positive, as a sum of steps.
+    """Area under precision over recall, as a sum of steps without interpolation.
 
-    No interpolation, and images of one score enter together.
+    Args:
+        known: scores of images of known classes (N,), the positives.
+        other: scores of all other images (N,). Images of equal score enter together.
     """
     known_N, other_N = np.sort(_scores(known)), np.sort(_scores(other))
     levels = np.unique(known_N)[::-1]
@@ -69,9 +86,14 @@ def _scores(values: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Images in M equal-width bins of confidence; sums, so that parts can be added up.
+    """Sums over images in M bins of confidence of equal width; sums of parts can be added.
 
-    Bin m (from 1) holds confidences in ((m - 1) / M, m / M]; the first one also holds 0.
+    Bin m, counted from 1, holds confidences in ((m - 1) / M, m / M]. The first also holds 0.
+
+    Attributes:
+        count_M: images per bin.
+        confidence_M: sum of their confidences.
+        correct_M: how many of them are classified correctly.
     """
 
     count_M: Ints
@@ -80,7 +102,13 @@ class Reliability:
 
     @classmethod
     def of(cls, confidence: ArrayLike, correct: ArrayLike, bins: int) -> Reliability:
-        """From each image's confidence in [0, 1] and whether its prediction is correct."""
+        """Sums over images.
+
+        Args:
+            confidence: confidence of every prediction (N,), in [0, 1].
+            correct: whether it is correct (N,).
+            bins: number of bins M.
+        """
         confidence_N = np.asarray(confidence, dtype=np.float64)
         correct_N = np.asarray(correct, dtype=np.int64)
         edges = np.linspace(0, 1, bins + 1)[1:-1]
@@ -92,7 +120,7 @@ class Reliability:
         )
 
     def __add__(self, other: Reliability) -> Reliability:
-        """All images of both."""
+        """The sums over the images of both."""
         return Reliability(
             self.count_M + other.count_M,
             self.confidence_M + other.confidence_M,
@@ -101,22 +129,22 @@ class Reliability:
 
     @property
     def gaps_M(self) -> Floats:
-        """Mean confidence minus accuracy of each bin; 0 where it is empty."""
+        """Mean confidence minus accuracy of each bin; 0 if it is empty."""
         return (self.confidence_M - self.correct_M) / np.maximum(self.count_M, 1)
 
     @property
     def expected_error(self) -> float:
-        """ECE: the gaps' absolute values, weighted by images (Guo et al., ICML 2017)."""
+        """ECE: mean absolute gap, weighted by images (Guo et al., ICML 2017)."""
         total = self.count_M.sum()
         return float((np.abs(self.gaps_M) * self.count_M).sum() / total) if total else 0.0
 
     @property
     def maximum_error(self) -> float:
-        """MCE: the largest absolute gap of a bin that holds an image."""
+        """MCE: the largest absolute gap of a bin with images."""
         return float(np.abs(self.gaps_M).max())
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, and per bin mean confidence and accuracy (null where a bin is empty)."""
+        """Both errors, and per bin the count, mean confidence and accuracy (None if empty)."""
 
         def mean(sums_M: Floats | Ints) -> list[float | None]:
             pairs = zip(sums_M.tolist(), self.count_M.tolist(), strict=True)
@@ -132,7 +160,16 @@ class Reliability:
 
 
 def confusion(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Ints:
-    """Images by true class (rows) and predicted class (columns), (C, C)."""
+    """Confusion matrix.
+
+    Args:
+        labels: true classes (N,).
+        predictions: predicted classes (N,).
+        classes: number of classes C.
+
+    Returns:
+        Images by true class (rows) and predicted class (columns), (C, C).
+    """
     cells = np.asarray(labels, dtype=np.int64) * classes + np.asarray(predictions, dtype=np.int64)
     counts: Ints = np.bincount(cells, minlength=classes**2).astype(np.int64)
     return counts.reshape(classes, classes)
@@ -142,9 +179,9 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Ints:
 
 
 def gini(values: ArrayLike) -> float:
-    """Gini coefficient of numbers >= 0: 0 = all equal, (K - 1) / K = one client has everything.
+    """Gini coefficient of numbers >= 0: 0 if all are equal, (K - 1) / K if one has everything.
 
-    The mean absolute difference of all K^2 pairs over twice the mean; 0 where all are 0.
+    It is the mean absolute difference of all K^2 pairs over twice the mean, and 0 if all are 0.
     """
     sorted_K = np.sort(np.asarray(values, dtype=np.float64))
     clients, total = len(sorted_K), sorted_K.sum()
@@ -155,9 +192,9 @@ def gini(values: ArrayLike) -> float:
 
 
 def jain(values: ArrayLike) -> float:
-    """Jain's index (sum x)^2 / (K sum x^2): 1 = all equal, 1 / K = one client has everything.
+    """Jain's index (sum x)^2 / (K sum x^2): 1 if all are equal, 1 / K if one has everything.
 
-    Source: Jain, Chiu and Hawe, DEC TR-301, 1984. 1 where all are 0.
+    Source: Jain, Chiu and Hawe, DEC TR-301, 1984. It is 1 if all numbers are 0.
     """
     values_K = np.asarray(values, dtype=np.float64)
     squares = float((values_K**2).sum())
@@ -165,6 +202,6 @@ def jain(values: ArrayLike) -> float:
 
 
 def mean_of_lowest(values: ArrayLike, share: float = 0.1) -> float:
-    """Mean of the lowest `share` of the values, rounded up to whole ones (at least one)."""
+    """Mean of the lowest values: a fraction `share` of them, rounded up, one or more."""
     sorted_K = np.sort(np.asarray(values, dtype=np.float64))
     return float(sorted_K[: max(1, math.ceil(round(share * len(sorted_K), 9)))].mean())

@@ -1,4 +1,4 @@
-"""Evaluation protocols. Every module of this package is one; names select, paths never."""
+"""Evaluation protocols by name: their options, what they hold out, their tables and figures."""
 
 from __future__ import annotations
 
@@ -55,11 +55,19 @@ def protocol_class(name: str) -> type[Protocol]:
 
 
 def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
-    """The checked names and, for each, its options; those of protocols that do not run are dropped.
+    """Check the `protocols` and `protocol_options` of a config.
+
+    Args:
+        names: names of the protocols that run.
+        options: options by protocol, or None. Those of protocols that do not run are checked too,
+            and dropped.
+
+    Returns:
+        The names, and the built options of each.
 
     Raises:
-        UserError: unknown or repeated name, a protocol that another one needs is missing, options
-            that are not right.
+        UserError: an unknown or repeated name, wrong options, or a protocol without the one whose
+            results it reads.
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         raise UserError(f"config: protocols is {names!r}; it must be a list of names.")
@@ -78,11 +86,11 @@ def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
         if not isinstance(values, Mapping):
             raise UserError(f"config: {where} is {values!r}; it must hold keys.")
         built[name] = build(cls.Options, cls.prepare(values), where)
-        wanted = cls.one_of
-        if name in names and wanted and not set(wanted) & set(names):
+        read_from = cls.one_of
+        if name in names and read_from and not set(read_from) & set(names):
             raise UserError(
-                f"config: protocol '{name}' reads the results of {' or '.join(wanted)}; add it to "
-                "protocols."
+                f"config: protocol '{name}' reads the results of {' or '.join(read_from)}; add it "
+                "to protocols."
             )
     if len(set(names)) < len(names):
         raise UserError(f"config: protocols {list(names)} names one of them twice.")
@@ -97,38 +105,45 @@ def open_protocols(config: Config) -> list[Protocol]:
 
 
 def who_holds_out(protocols: Sequence[Protocol]) -> Protocol | None:
-    """The one protocol that holds something out, if any.
+    """The protocol that holds something out, or None.
 
     Raises:
-        UserError: two of them would have to.
+        UserError: two protocols hold something out, and neither can reuse the other's split.
     """
-    wanting = [p for p in protocols if p.holds_out]
-    # One that is content with what another one holds out comes after those that are not.
-    wanting.sort(key=lambda p: p.takes_held_out)
-    for other in wanting[1:]:
-        if not other.takes_held_out or other.holds_out != wanting[0].holds_out:
+    holders = [p for p in protocols if p.holds_out]
+    # A protocol that can reuse another's split comes last, and so never decides on the split.
+    holders.sort(key=lambda p: p.takes_held_out)
+    for other in holders[1:]:
+        if not other.takes_held_out or other.holds_out != holders[0].holds_out:
             raise UserError(
-                f"config: protocols '{wanting[0].name}' and '{other.name}' both hold something out "
+                f"config: protocols '{holders[0].name}' and '{other.name}' both hold something out "
                 "before training; a run can have one such protocol. Use two runs, or give "
                 f"protocol_options.{other.name} a data set of its own where it takes one."
             )
-    return wanting[0] if wanting else None
+    return holders[0] if holders else None
 
 
 def hold_out(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut | None]:
-    """The data set that is dealt to the clients of an experiment, and what a protocol takes away.
+    """Hold out what a protocol of the experiment asks for.
+
+    Args:
+        config: the experiment.
+        dataset: the whole data set.
+
+    Returns:
+        The data set that is dealt to the clients, and the held-out part or None.
 
     Raises:
-        UserError: the data set has not enough classes or domains for that.
+        UserError: the data set has too few classes, domains or test images.
     """
     holder = who_holds_out(open_protocols(config))
     return holder.hold_out(dataset) if holder is not None else (dataset, None)
 
 
 def measured(summary: Mapping[str, Any]) -> list[tuple[type[Protocol], Mapping[str, Any]]]:
-    """Protocols with results of their own in a run's summary, and these results, in order.
+    """Protocols with results of their own in a run's summary, with these results, in order.
 
-    Results of a protocol that this version does not know are left out.
+    Results of a protocol that is not installed are left out.
     """
     parts = summary.get("protocols") or {}
     known = all_protocols()
@@ -136,10 +151,14 @@ def measured(summary: Mapping[str, Any]) -> list[tuple[type[Protocol], Mapping[s
 
 
 def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
-    """The tables of a run's protocols; `source` is where the summary was read.
+    """The tables of a run's protocols.
+
+    Args:
+        summary: the run's summary.
+        source: where the summary comes from, for messages.
 
     Raises:
-        UserError: a protocol's results are not what it writes.
+        UserError: the results of a protocol are damaged.
     """
     tables = [read(cls, source, cls.table, part) for cls, part in measured(summary)]
     return [table for table in tables if table is not None]
@@ -159,10 +178,17 @@ def figures(run: RunData) -> list[Figure]:
 
 
 def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
-    """One protocol's results of several runs in one table and figure.
+    """Compare the results of one protocol over several runs.
+
+    Args:
+        name: the protocol.
+        runs: the runs.
+
+    Returns:
+        One table and one figure of all runs.
 
     Raises:
-        UserError: runs of this protocol cannot be compared, or a run has no results of it.
+        UserError: the protocol has no comparison, or a run has no results of it.
     """
     cls = protocol_class(name)
     parts = []
@@ -171,17 +197,27 @@ def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
         if part is None:
             raise UserError(f"{run.path} holds no results of protocol '{name}'.")
         parts.append((run.path.name, part))
-    found = read(cls, "one of these runs", cls.compare, parts)
-    if found is None:
+    comparison = read(cls, "one of these runs", cls.compare, parts)
+    if comparison is None:
         comparable = [n for n, c in all_protocols().items() if "compare" in vars(c)]
         raise UserError(
             f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable)}."
         )
-    return found
+    return comparison
 
 
 def read(cls: type[Protocol], source: str, make: Callable[..., T], *arguments: Any) -> T:
-    """`make(*arguments)` on a protocol's stored results, with one line where they are damaged."""
+    """Make a table or figure of a protocol's stored results.
+
+    Args:
+        cls: the protocol.
+        source: where the results come from, for messages.
+        make: makes the table or figure.
+        arguments: its arguments.
+
+    Raises:
+        UserError: the results are damaged, so that `make` fails.
+    """
     try:
         return make(*arguments)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

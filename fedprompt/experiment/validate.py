@@ -1,4 +1,4 @@
-"""From nested dicts to a frozen config, and checks that need to know methods and data."""
+"""From nested dicts to a frozen config, with all checks that concern more than one section."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fedprompt.config.schema import (
     Config,
 )
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.evaluation import registry as protocols
 from fedprompt.federation.registry import all_strategies, strategy_class
+from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, SEEN_THROUGH
 
 TOP_LEVEL = (
@@ -22,16 +24,19 @@ TOP_LEVEL = (
 
 
 def validate(raw: Mapping[str, Any]) -> Config:
-    """A frozen `Config` from plain nested dicts; raises `UserError` as `compose` does."""
-    from fedprompt.evaluation import registry as protocols
-    from fedprompt.federation.registry import strategy_class
-    from fedprompt.methods.registry import method_class
+    """Check plain nested dicts and freeze them as a `Config`.
 
-    for key in raw:
-        if key not in TOP_LEVEL:
-            refuse_renamed(str(key))
-            hint = did_you_mean(str(key), TOP_LEVEL)
-            raise UserError(f"config: unknown key {str(key)!r}.{hint}")
+    Args:
+        raw: sections by name, as in a run folder's `config.yaml`. Missing keys take their defaults.
+
+    Returns:
+        The complete config.
+
+    Raises:
+        UserError: an unknown key, a wrong type, an impossible value, or parts that do not fit
+            together. The message names the key.
+    """
+    _check_keys(raw)
     parts: dict[str, Any] = {}
     for name, schema in SECTIONS.items():
         parts[name] = build(schema, _mapping(name, raw.get(name)), name)
@@ -49,23 +54,42 @@ def validate(raw: Mapping[str, Any]) -> Config:
             f"config: method '{cls.name}' cannot do without strategy "
             f"{' or '.join(sorted(possible))}; leave strategy out, or set strategy=auto."
         )
-    seed = raw.get("seed", 1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
-    experiment = raw.get("experiment", "experiment")
-    if not isinstance(experiment, str) or not re.fullmatch(r"\w[\w .+-]*", experiment):
-        raise UserError(
-            f"config: experiment is {experiment!r}; it names the run folder: use letters, digits, "
-            "'-', '_', '.'."
-        )
     parts["protocols"], parts["protocol_options"] = protocols.build_options(
         raw.get("protocols", protocols.DEFAULT), raw.get("protocol_options")
     )
-    config = Config(experiment=experiment, seed=seed, **parts)
+    config = Config(experiment=_experiment(raw), seed=_seed(raw), **parts)
     protocols.who_holds_out(protocols.open_protocols(config))
     _check_client_folders(config)
     check_config(config)
     return config
+
+
+def _check_keys(raw: Mapping[str, Any]) -> None:
+    """Refuse top-level keys that do not exist, with the new or the nearest name."""
+    for key in raw:
+        if key not in TOP_LEVEL:
+            refuse_renamed(str(key))
+            hint = did_you_mean(str(key), TOP_LEVEL)
+            raise UserError(f"config: unknown key {str(key)!r}.{hint}")
+
+
+def _seed(raw: Mapping[str, Any]) -> int:
+    seed = raw.get("seed", 1)
+    # True and False are integers in Python.
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
+    return seed
+
+
+def _experiment(raw: Mapping[str, Any]) -> str:
+    """The experiment's name, which is part of the run folder's name."""
+    name = raw.get("experiment", "experiment")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
+        raise UserError(
+            f"config: experiment is {name!r}; it names the run folder: use letters, digits, "
+            "'-', '_', '.'."
+        )
+    return name
 
 
 def _check_client_folders(config: Config) -> None:
@@ -91,10 +115,10 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Refuse what needs to see single replies, and rounds of too few clients.
+    """Refuse what secure aggregation does not allow: rules that see replies, and small rounds.
 
     Raises:
-        UserError: in one line.
+        UserError: the strategy or the attack needs single replies, or a round has too few clients.
     """
     if not config.secure_aggregation.enabled:
         return
@@ -117,5 +141,5 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"config: secure_aggregation needs {FEWEST_CLIENTS} clients in a round, and "
             f"federation.fraction={fraction:g} of {able_to_train} clients that train are {asked}; "
-            "a sum of two shows each the other's part."
+            "from a sum of two, each client can compute the other's update."
         )
