@@ -10,6 +10,7 @@ import typer
 
 from fedprompt.runtime import set_defaults
 
+# Before torch is imported, which reads them.
 set_defaults()
 
 import torch
@@ -52,6 +53,7 @@ def step(
     json: JsonFile = None,
 ) -> None:
     """Measure a local training step, and its text part alone, in seconds per client."""
+    # Each command imports its own module, so that --help and wrong input need not wait for Ray.
     from fedprompt.bench.step import StepOptions, bench_step
 
     out = _open("step", threads, json)

@@ -71,6 +71,7 @@ def write_job(
     clip = load_clip(config.backbone, cache)
     path = feature_path(clip, dataset, cache)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written where the cache would write them, so that no process encodes an image.
     np.save(path, random_features(len(dataset), clip.embed_dim).numpy())
     return config
 

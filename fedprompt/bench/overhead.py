@@ -86,6 +86,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         out.progress(f"{clients} clients on Flower's engine (flwr run)")
         run = run_engine(config, folder / "engine")
         expected = load_file(run / PROMPTS)["shared/ctx"]
+        # The first round includes the start of Flower's clients.
         reference = Measured(seconds=[s / clients for s in training_seconds(run)[1:]])
     for workers in options.workers:
         name = f"{'inline' if not workers else f'Ray, {workers} workers'}, {clients} clients"

@@ -57,6 +57,7 @@ class ReferencePieces:
             rounds=config.federation.rounds,
         )
         moved = self.model.context.detach() - before
+        # Every piece starts from the same context, so that repeats measure the same work.
         with torch.no_grad():
             self.model.context.copy_(before)
         return {"loss": torch.tensor(loss), "moved": moved}
@@ -95,6 +96,7 @@ class OurPieces:
             encode_all(self.workspace.clip, self.images_N3HW)
         elif piece.what == "round":
             last = self.workspace.config.federation.rounds
+            # After the last round of the schedule it is repeated; its cost is the same.
             self.rounds = min(self.rounds + 1, last)
             self.federation.train_round(self.rounds)
             self.federation.evaluate(self.rounds)
@@ -117,6 +119,7 @@ def extrapolated(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
     most = max(p.images for p in job.reference_counts())
     images_N3HW = random_images(clip, max(most, 2 * job.batch), seed=0)
     features_ND = random_features(job.sizes.images, clip.embed_dim)
+    # Real features only for the images on which both implementations are compared.
     features_ND[: job.batch] = encode_all(clip, images_N3HW[: job.batch])
     workspace = job.workspace(clip, features_ND)
     reference = ReferencePieces(workspace, images_N3HW)

@@ -58,7 +58,7 @@ def reference_class_features(
         mask = parts.attn_mask_LL
         for layer, block in enumerate(parts.blocks):
             if flat_deep is not None and 0 < layer <= flat_deep.shape[1]:
-                x = x.clone()
+                x = x.clone()  # autograd needs the block's output unchanged
                 for c in classes.tolist():
                     x[c, slots_CM[c]] = flat_deep[i, layer - 1]
             x = block(x, attn_mask=mask)
@@ -240,6 +240,7 @@ def reference_federation(
         if server_round > 0:
             contexts = []
             for client in clients:
+                # As public code does: one copy of the whole CLIP per client and round.
                 local = copy.deepcopy(model)
                 losses.append(
                     reference_local_training(

@@ -118,6 +118,7 @@ def measure(options: ScaleOptions, clients: int, method: str) -> Row:
         began = perf_counter()
         run_server(federation, folder, QuietDisplay(Console(quiet=True)), None, private)
         total_s = perf_counter() - began
+        # Without the first round, which warms up, and the last, which writes the final results.
         lines = [x for x in folder.lines(TIMINGS) if 1 < x["round"] < options.rounds]
         stored = sum(p.stat().st_size for p in (folder.path / PRIVATE).rglob("*") if p.is_file())
         folder.close()

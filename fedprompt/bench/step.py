@@ -101,6 +101,7 @@ class StepCase:
         self.prompts: PromptSource = self.workspace.method.prompts  # type: ignore[attr-defined]
         shape = (MOST_CLIENTS, *self.start.shape)
         self.contexts_KMd = self.start + normal(shape, 0.002, 0, "bench", "contexts")
+        # Random weights: a plain sum of features would hide errors that cancel out.
         self.weight_CD = normal((classes, clip.embed_dim), 1.0, 0, "bench", "weight")
 
     # The text part: class features of contexts, and the gradient of the contexts
@@ -136,6 +137,7 @@ class StepCase:
             server_round=1,
             rounds=1,
         )
+        # One step of gradient descent: the gradient is the movement divided by the learning rate.
         moved_KMd = torch.stack([self.start - r.shared["ctx"] for r in results])
         losses = torch.tensor([r.losses["loss"] for r in results])
         return {"loss": losses, "gradient": moved_KMd / config.training.lr}
@@ -156,6 +158,7 @@ class StepCase:
         return {"loss": torch.tensor(loss), "gradient": gradient}
 
     def _set_context(self, context_Md: Tensor) -> None:
+        """Start the reference from this context, without an earlier gradient."""
         with torch.no_grad():
             self.model.context.copy_(context_Md)
         self.model.context.grad = None
@@ -259,7 +262,7 @@ def _row(
 
 
 def _seconds_per_image(clip: FrozenCLIP, images_N3HW: Tensor) -> float:
-    encode_all(clip, images_N3HW[:1])
+    encode_all(clip, images_N3HW[:1])  # warm-up
     began = perf_counter()
     encode_all(clip, images_N3HW)
     return (perf_counter() - began) / len(images_N3HW)

@@ -60,6 +60,7 @@ def bench_sweep(options: SweepOptions, out: Output) -> None:
         file = _write_sweep(folder, options, seeds=options.runs // each)
         planned = expand(load_sweep(file), folder / "sweep")
         out.progress("encoding the images once")
+        # Fills the feature cache, which all runs share.
         _run_one(planned[0], folder / "first", environment)
         out.progress(f"{len(planned)} runs one after another")
         began = perf_counter()

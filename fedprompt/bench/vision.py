@@ -100,6 +100,7 @@ def _step(
             )
         else:
             outputs = {"features": tower(pixels, leaf[:, 0], deep)}
+        # Random weights: a plain sum would hide errors that cancel out.
         weights = {n: normal(tuple(t.shape), 1.0, 0, "bench", n) for n, t in outputs.items()}
         torch.stack([(t * weights[n]).sum() for n, t in outputs.items()]).sum().backward()
         assert leaf.grad is not None

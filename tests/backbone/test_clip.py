@@ -38,8 +38,8 @@ def test_the_model_is_frozen(clip: FrozenCLIP) -> None:
 
 def test_the_classifier_is_the_normalised_mean_over_templates(clip: FrozenCLIP) -> None:
     classes_CD = clip.zero_shot_classifier(["river", "beach"], ["a {}.", "the {} from above"])
-    one = clip.encode_text_raw(["a beach.", "the beach from above"])
-    mean = (one / one.norm(dim=-1, keepdim=True)).mean(0)
+    beach = clip.encode_text_raw(["a beach.", "the beach from above"])
+    mean = (beach / beach.norm(dim=-1, keepdim=True)).mean(0)
     torch.testing.assert_close(classes_CD[1], mean / mean.norm())
     torch.testing.assert_close(classes_CD.norm(dim=-1), torch.ones(2))
 

@@ -19,7 +19,7 @@ def test_peak_memory_is_reset_and_sees_what_was_freed() -> None:
     reset_peak()
     before = peak_mb()
     assert before is not None
-    torch.ones(25_000_000)  # 100 MB, freed at once
+    torch.ones(25_000_000)  # 100 MB, freed again immediately
     after = peak_mb()
     assert after is not None
     assert 90 < after - before < 150

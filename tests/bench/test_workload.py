@@ -44,8 +44,8 @@ def test_a_workspace_has_exactly_the_images_asked_for(clip: FrozenCLIP) -> None:
     assert len(workspace.server_test()[1]) == 5
     taken = [workspace.partition.server_test.tolist()]
     for client in reference_clients(workspace, images):
-        own = workspace.train_data(client.client)
-        assert torch.equal(own.labels_N, client.train_labels)
+        data = workspace.train_data(client.client)
+        assert torch.equal(data.labels_N, client.train_labels)
         assert len(client.train_labels) == 4
         assert len(client.test_labels) == 2
         taken.append(client.train_images.flatten().int().tolist())
