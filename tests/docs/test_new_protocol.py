@@ -14,7 +14,6 @@ import fedprompt
 import fedprompt.evaluation.protocols as protocols
 from tests.support import ROOT
 
-pytest.importorskip("fedprompt.reports.figure")
 DOC = ROOT / "docs" / "new_protocol.md"
 NAME = "top_k"
 
