@@ -26,13 +26,40 @@ from fedprompt.workspace import Workspace
 
 
 def run(config: Config, display: Display, resources: ResourceCache | None = None) -> Path:
-    """A new run; returns its folder. `resources` keeps what later runs of this process share."""
+    """Run an experiment from its config to its report.
+
+    Args:
+        config: the experiment.
+        display: shows the progress.
+        resources: keeps backbone and data sets open for later runs of this process.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: data or weights cannot be read, Ray does not start, or a file cannot be written.
+            A folder without a finished round is removed again.
+    """
     check_installed(config.output.loggers)
     return _run(config, RunFolder.create(config), display, resources)
 
 
 def resume(path: Path, display: Display, resources: ResourceCache | None = None) -> Path:
-    """Go on with a run that was interrupted; a finished one is left as it is."""
+    """Continue an interrupted run from its checkpoint, with the same results bit for bit.
+
+    A finished run is not changed, except that a missing report is drawn.
+
+    Args:
+        path: the run folder.
+        display: shows the progress.
+        resources: keeps backbone and data sets open for later runs of this process.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: the folder holds no run, is damaged or in use, or what `run` raises.
+    """
     folder, config = RunFolder.resume(path)
     if (path / SUMMARY).is_file():
         if config.output.report and not (path / REPORT).is_file():
@@ -62,8 +89,8 @@ def _run(
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         local_only = None
-        wanted = config.evaluation.local_only and "personalised" in config.protocols
-        if wanted and config.method.name != "coop_local":
+        baseline = config.evaluation.local_only and "personalised" in config.protocols
+        if baseline and config.method.name != "coop_local":
             local_only = _local_only(workspace, grid, folder, display, loggers)
         finish(federation, folder, display, line, totals, started, loggers, local_only=local_only)
     except StopRun:
@@ -81,7 +108,7 @@ def _run(
 
 
 def _refuse_absent_folders(config: Config) -> None:
-    """A run on this machine needs all clients' images."""
+    """Refuse a run without all clients' images, which a run on this machine needs."""
     folders = config.data.folders
     if config.data.source == "client_folders" and not (folders and all(folders)):
         raise UserError(
@@ -97,7 +124,7 @@ def _local_only(
     display: Display,
     loggers: Loggers,
 ) -> dict[str, Any] | None:
-    """Every client alone, for as many rounds and with as many tokens as the method uses."""
+    """The local-only baseline: every client trains alone, for as many rounds as the method."""
     display.phase("local-only baseline")
     reference = method_class("coop_local")
     tokens = workspace.config.evaluation.local_only_tokens

@@ -26,7 +26,7 @@ ALWAYS = (
 PAGES = {
     "new_method.md": ("tests/methods/test_contract.py", "task_res"),
     "new_strategy.md": ("tests/strategies/test_contract.py", "geometric_median"),
-    "new_protocol.md": ("tests/evaluation/test_protocols.py", "top_k"),
+    "new_protocol.md": ("tests/evaluation", "top_k"),
     "new_dataset.md": ("tests/data/sources/test_published.py", "coastal_scenes"),
 }
 """The test that a page names, and the name of its example."""

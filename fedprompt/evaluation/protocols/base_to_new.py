@@ -4,7 +4,7 @@ Sources: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CV
 2203.05557), section 4.1: the first half of the classes in label order (rounded up) is base, the
 rest new; each half is tested with its own class names only. Federated as in FedTPG (Qiu et al.,
 ICLR 2024, arXiv 2310.06123) and FedPGP (Cui et al., ICML 2024, arXiv 2405.09771): base classes are
-dealt to the clients by the experiment's partition, new classes are held by nobody.
+dealt to the clients by the experiment's partition, and no client holds images of new classes.
 
 Base and new accuracies are over the server's test images of these classes, for personal models as
 for the global one; those of personal models are means over clients, and their harmonic mean is that
@@ -44,7 +44,7 @@ NO_GLOBAL = "the method has no global model"
 
 @dataclass(frozen=True)
 class BaseToNewOptions:
-    """Which classes are base, and which names compete in a test."""
+    """Which classes are base, and which class names compete in a test."""
 
     base: Literal["first", "random"] = option(
         "first", "base classes: first in label order (CoCoOp's), or a draw with the run's seed"
@@ -55,7 +55,7 @@ class BaseToNewOptions:
 
 @dataclass(frozen=True)
 class _Test:
-    """Images and the class list that competes for them."""
+    """A test: images, their labels, and the class names that compete."""
 
     name: str
     task: Task
@@ -64,7 +64,7 @@ class _Test:
 
 
 class BaseToNew(Reported):
-    """Half of the classes is held by nobody and tested in the end."""
+    """Classes that no client holds are tested at the end."""
 
     name = "base_to_new"
     title = "Base-to-new generalisation"
@@ -80,7 +80,7 @@ class BaseToNew(Reported):
         return "classes"
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
-        """The base classes, and the test images of the new ones."""
+        """Hold out the new classes; see `Protocol.hold_out`."""
         classes = len(dataset.class_names)
         # Rounded, so that float noise does not make 11 of 0.55 x 20 classes 12.
         base = math.ceil(round(self.options.base_share * classes, 9))
@@ -138,10 +138,10 @@ class BaseToNew(Reported):
         why = method.no_transfer_reason
         possible = [t for t in tests if t.task == workspace.task or why is None]
         if method.has_global:
-            found = {
+            accuracy = {
                 t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible
             }
-            rows.append(_row("global", found, why=why))
+            rows.append(_row("global", accuracy, why=why))
         else:
             rows.append(_row("global", {}, why=NO_GLOBAL))
         if run.clients:
@@ -149,9 +149,9 @@ class BaseToNew(Reported):
                 t.name: [float(numbers[t.name]) for numbers in run.clients.values()]
                 for t in possible
             }
-            found = {name: float(np.mean(values)) for name, values in spread.items()}
+            mean = {name: float(np.mean(values)) for name, values in spread.items()}
             std = {name: float(np.std(values)) for name, values in spread.items()}
-            rows.append(_row("personal", found, std, why=why))
+            rows.append(_row("personal", mean, std, why=why))
         return {
             "base_classes": list(workspace.task.class_names),
             "new_classes": list(workspace.held_out.class_names),
@@ -201,7 +201,7 @@ class BaseToNew(Reported):
 
 
 def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
-    """Base and new with their own names, then both with all names where that is asked for."""
+    """Base and new classes with their own names, and with all names if `all_classes` is set."""
     held, task = workspace.held_out, workspace.task
     assert held is not None
     base_inputs, base_labels = workspace.server_test()
@@ -230,7 +230,7 @@ def _row(
     *,
     why: str | None = None,
 ) -> dict[str, Any]:
-    """One model's results; None = not measured, and `why` where the method is the reason."""
+    """One model's results; None means not measured, and `why` says so if the method is why."""
     row: dict[str, Any] = {"model": model, "std": dict(std or {}), "why": why}
     for end in ("", "_of_all"):
         base, new = accuracy.get(f"base{end}"), accuracy.get(f"new{end}")

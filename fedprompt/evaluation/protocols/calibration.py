@@ -1,4 +1,4 @@
-"""Calibration: does a model that is 80 % sure have it right in 80 % of the cases?
+"""Calibration: is a model right in 80 % of the cases in which its confidence is 80 %?
 
 Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017, arXiv 1706.04599). A
 prediction's confidence is its softmax probability at CLIP's own logit scale. ECE is the mean of

@@ -2,7 +2,7 @@
 
 Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
 2203.05557), section 4.2. The learned context is put before the other data set's own class names and
-tested on its test images. Only the global model is: a client's own model has no claim to other
+tested on its test images. Personal models are not tested, since they are fitted to their client's
 data. `targets` lists data sets as `data` does: by name, or as `{use: name, key: value}`.
 """
 

@@ -27,7 +27,7 @@ MODELS = {"zero-shot": "zero_shot", "global": "global", "personal": "personal"}
 
 @dataclass(frozen=True)
 class FewShotOptions:
-    """Nothing to choose: the number of shots is `partition.shots`."""
+    """There are none: the number of shots is `partition.shots`."""
 
 
 class FewShot(Reported):

@@ -1,4 +1,4 @@
-"""Leave one domain out: a domain that no client holds is tested in the end.
+"""Leave one domain out: the models are tested at the end on a domain that no client holds.
 
 Sources: Deeper, Broader and Artier Domain Generalization (Li et al., ICCV 2017, arXiv 1710.03077)
 for the protocol; FedCLIP (Lu et al., 2023, arXiv 2302.13485) for its federated form. One run holds
@@ -44,7 +44,7 @@ class LeaveOneDomainOutOptions:
 
 
 class LeaveOneDomainOut(Reported):
-    """One domain is held by nobody and tested in the end."""
+    """A domain that no client holds is tested at the end."""
 
     name = "leave_one_domain_out"
     title = "Leave one domain out"
@@ -59,7 +59,7 @@ class LeaveOneDomainOut(Reported):
         return "domain"
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
-        """The other domains, and the images of this one."""
+        """Hold out the unseen domain; see `Protocol.hold_out`."""
         names = dataset.domain_names
         if len(names) < 2:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Accuracy per class, and what is taken for what.
+"""Accuracy per class, and which classes are confused.
 
 Zero-shot and global: the server's test images. Personal: each client's own model on its own test
 images, the images of all clients pooled, so that a client counts by its images. The confusion
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from fedprompt.workspace import Workspace
 
 NAMED = 46
-"""More classes than can be named in a line each."""
+"""With more classes than this, not every class has a row of the table or a name on the axes."""
 
 
 @dataclass(frozen=True)
 class PerClassOptions:
-    """Nothing to choose."""
+    """There are none."""
 
 
 class PerClass(Reported):

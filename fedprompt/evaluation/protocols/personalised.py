@@ -1,8 +1,8 @@
 """One model per client, tested on the client's own test images; on by default.
 
 The results have keys of their own (`personal`, `personal_on_global`) in every metrics line and in
-the summary, and the tables and figures of all runs show them. Without this protocol no client tests
-its own model, and there is no local-only baseline.
+the summary, and the tables and figures of all runs show them. Without this protocol, no client
+tests its own model and there is no local-only baseline.
 """
 
 from __future__ import annotations

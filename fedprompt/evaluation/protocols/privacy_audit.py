@@ -1,8 +1,8 @@
-"""Privacy audit: what the shared prompts give away about who trained them, and on what.
+"""Privacy audit: what the shared prompts reveal about the images that they were trained on.
 
-Four attacks, each beside what can be guessed without the prompts. The first needs only the final
-model; the others see what one client uploads, as the server does, after one more round of its usual
-training from the final prompts (with the first round's learning rate; `privacy.noise` is added).
+Four attacks, each compared with a guess that does not use the prompts. The first needs only the
+final model. The others see what one client uploads, as the server does, after one more round of its
+usual training from the final prompts (with the first round's learning rate, and `privacy.noise`).
     member, model     loss of the final global model on an image: lower for members? (Yeom et al.,
                       CSF 2018, arXiv 1709.01604); area under the ROC, guess 0.5
     member, update    how far one client's update lowers the loss of an image; likewise
@@ -15,7 +15,7 @@ would differ by their classes alone. AUC is over all clients, weighted by pairs.
 far too small for true positives at rates of false ones near 0, which say more (Carlini et al., S&P
 2022, arXiv 2112.03570). The attacks run where the client's images are; only numbers come back.
 
-An attack that fails is no proof of privacy; epsilon, where the run has one, is a bound.
+An attack that fails does not prove privacy. Epsilon, if the run has one, is a bound.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ ATTACKS = {
 
 @dataclass(frozen=True)
 class PrivacyAuditOptions:
-    """How much work the attacker puts in."""
+    """How much work the attacker does."""
 
     candidates: int = option(128, "image: features whose updates the attacker imagines", ge=2)
     images: int = option(3, "image: clients whose first training image is attacked", ge=0)
 
 
 class PrivacyAudit(Reported):
-    """Membership inference, class mix and inversion, beside guesses."""
+    """Membership inference, class mix and inversion, each compared with a guess."""
 
     name = "privacy_audit"
     title = "Privacy audit"
@@ -72,7 +72,7 @@ class PrivacyAudit(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """The attacks' success on every client; zeros where there is nothing to attack."""
+        """How well the attacks do on every client; zeros where there is nothing to attack."""
         return [
             self._attack(workspace, client, received, own)
             for client, received, own in zip(clients, shared, private, strict=True)

@@ -1,0 +1,65 @@
+"""Out-of-distribution detection against scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprompt.evaluation.registry import (
+    result_tables,
+)
+from tests.support.protocol_runs import (
+    TARGETS,
+    logits,
+    models_of,
+    summary_of,
+)
+
+
+def test_ood_by_a_second_way(runs: Callable[..., Path]) -> None:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    folder = runs("ood")
+    part = summary_of(folder)["protocols"]["ood"]
+    workspace, shared, _ = models_of(folder)
+    held = workspace.held_out
+    assert held is not None
+    assert len(held.class_names) == 5
+    scores = []
+    for index in (workspace.partition.server_test, held.index_N):
+        cosines = logits(workspace, workspace.task.class_names, shared, None, index)
+        cosines = cosines.double() / workspace.clip.logit_scale
+        scores.append(cosines.softmax(-1).amax(-1).numpy())
+    truth = [1] * len(scores[0]) + [0] * len(scores[1])
+    found = {(row["model"], row["score"]): row for row in part["rows"]}
+    both = np.concatenate(scores)
+    assert found["global", "MCM"]["auroc"] == pytest.approx(roc_auc_score(truth, both), abs=1e-4)
+    expected = average_precision_score(truth, both)
+    assert found["global", "MCM"]["aupr"] == pytest.approx(expected, abs=1e-4)
+    assert found["global", "GL-MCM"]["auroc"] != found["global", "MCM"]["auroc"]
+    for share in part["histogram"]["global"]["share"].values():
+        assert sum(share) == pytest.approx(1.0)
+
+
+def test_ood_against_other_data_and_without_patches(
+    runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedprompt.evaluation.protocols.ood as module
+
+    monkeypatch.setattr(module, "local_encoder", lambda clip: None)
+    folder = runs("ood", protocol_options={"ood": {"out": TARGETS}})
+    summary = summary_of(folder)
+    assert summary["classes"] == 20, "nothing is held out"
+    assert list(summary["protocols"]["ood"]["out_images"]) == ["steppe", "oasis"]
+    assert {row["score"] for row in summary["protocols"]["ood"]["rows"]} == {"MCM"}
+    (table,) = result_tables(summary, "here")
+    assert "No GL-MCM: the backbone's image tower gives no patch features." in table.note
+    assert table.rows[-1][0] == "global, MCM, oasis"
+
+
+def test_base_to_new_shares_its_new_classes_with_ood(runs: Callable[..., Path]) -> None:
+    part = summary_of(runs("ood", "base_to_new"))["protocols"]
+    assert part["ood"]["out_images"] == {"held-out classes": part["base_to_new"]["new_images"]}
