@@ -10,18 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedprompt.data.partition import dense
-from fedprompt.reports.figure import (
-    ACCURACY,
-    Axis,
-    Bars,
-    BarSeries,
-    Figure,
-    Level,
-    Marks,
-    Panel,
-    count_bars,
-    shares,
-)
+from fedprompt.reports.figure import ACCURACY, Axis, Bars, BarSeries, Figure, Level, Marks, Panel
+from fedprompt.reports.figure_parts import count_bars, shares
 from fedprompt.reports.format import percent_spread
 from fedprompt.reports.run_data import RunData, accuracy_of
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fedprompt.reports.figure import Axis, Format
+from fedprompt.reports.figure import COLOURS, Axis, Format, Level
 from fedprompt.reports.format import human_bytes
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis as AxisOfPicture
 
 INK, GREY, PALE_GREY = "#222222", "#6B6B6B", "#999999"
+DASHES = (0, (4, 3))
+NAMED = 46
+"""Most names along a side of a picture."""
 NAME_LETTERS = 24
 """Letters of a name beside an axis."""
 
@@ -94,3 +97,10 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
 def shorten(name: str, limit: int = NAME_LETTERS) -> str:
     """A name with an ellipsis where it is longer than `limit` letters."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def draw_level(axes: Axes, level: Level) -> None:
+    """A dashed line across the whole panel, behind what else is drawn."""
+    axes.axhline(
+        level.value, color=COLOURS[level.color], lw=1.2, ls=DASHES, label=level.name, zorder=1
+    )

@@ -15,16 +15,8 @@ from numpy.typing import NDArray
 from fedprompt.data.partition import dense
 from fedprompt.reports.client_figure import MANY
 from fedprompt.reports.draw import save
-from fedprompt.reports.figure import (
-    PALETTE,
-    Axis,
-    Bars,
-    BarSeries,
-    Figure,
-    Heat,
-    count_bars,
-    palette,
-)
+from fedprompt.reports.figure import PALETTE, Axis, Bars, BarSeries, Figure, Heat, palette
+from fedprompt.reports.figure_parts import count_bars
 from fedprompt.reports.run_data import check_partition
 
 LISTED = 20

@@ -13,17 +13,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedprompt.config.schema import to_dict
+from fedprompt.config.schema import SimulationConfig, to_dict
 from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import ResourceCache
 from fedprompt.reports.compare.names import PLAN
+from fedprompt.simulation.blocks import free_memory
+from fedprompt.simulation.ray_cluster import start_ray
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import PlannedRun, Resources
 from fedprompt.sweeps.worker import Outcome, SweepWorker, complete
-
-if TYPE_CHECKING:
-    from fedprompt.config.schema import SimulationConfig
 
 RETRIES = 2
 """How often a run whose process died is tried again."""
@@ -37,8 +37,6 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
         UserError: runs want GPUs and there are none.
     """
     import torch
-
-    from fedprompt.simulation.blocks import free_memory
 
     room = [max(1, runs), _fits(available_cpus(), resources.cpus)]
     if most is not None:
@@ -61,8 +59,6 @@ def available_cpus() -> int:
 def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
     """One run after the other in this process."""
     import torch
-
-    from fedprompt.experiment.workspaces import ResourceCache
 
     resources, threads = ResourceCache(), torch.get_num_threads()
     for run in todo:
@@ -133,8 +129,6 @@ class RaySweep:
         """
         import ray
 
-        from fedprompt.simulation.ray_cluster import start_ray
-
         started = not ray.is_initialized()
         if started:
             start_ray(self._ray_config())
@@ -152,8 +146,6 @@ class RaySweep:
                 ray.shutdown()
 
     def _ray_config(self) -> SimulationConfig:
-        from fedprompt.config.schema import SimulationConfig
-
         return SimulationConfig(
             kind="ray",
             workers=self._places or 1,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedprompt.data.partition import sparse
 from fedprompt.reports.draw import draw, save
-from fedprompt.reports.draw_panels import spread_labels
+from fedprompt.reports.draw_lines import spread_labels
 from fedprompt.reports.figure import (
     ACCURACY,
     Axis,
@@ -27,9 +27,8 @@ from fedprompt.reports.figure import (
     Lines,
     Marks,
     Panel,
-    box,
-    model_bars,
 )
+from fedprompt.reports.figure_parts import box, model_bars
 from fedprompt.reports.partition_figure import partition_figure, plot_partition
 from fedprompt.reports.run_data import load_run
 from fedprompt.reports.run_figures import run_figures

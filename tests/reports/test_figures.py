@@ -13,20 +13,8 @@ from omegaconf import OmegaConf
 from fedprompt.data.partition import dense, sparse
 from fedprompt.files import asset
 from fedprompt.reports.client_figure import MANY, clients_figure
-from fedprompt.reports.figure import (
-    COLOURS,
-    MOST_BARS,
-    PALETTE,
-    Bars,
-    Curve,
-    Figure,
-    Heat,
-    Lines,
-    box,
-    count_bars,
-    palette,
-    stairs,
-)
+from fedprompt.reports.figure import COLOURS, PALETTE, Bars, Curve, Figure, Heat, Lines, palette
+from fedprompt.reports.figure_parts import MOST_BARS, box, count_bars, stairs
 from fedprompt.reports.partition_figure import partition_figure
 from fedprompt.reports.run_data import accuracy_of, load_run
 from fedprompt.reports.run_figures import accuracy_figure, loss_figure, run_figures

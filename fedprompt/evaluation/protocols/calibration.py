@@ -22,7 +22,8 @@ from fedprompt.evaluation.metrics import Reliability
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, stairs
+from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines
+from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
 

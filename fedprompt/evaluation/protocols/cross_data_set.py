@@ -20,7 +20,8 @@ from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.test_sets import TestSet, complete, open_others
 from fedprompt.methods.base import Task
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.figure import Figure, model_bars
+from fedprompt.reports.figure import Figure
+from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import score_global
 

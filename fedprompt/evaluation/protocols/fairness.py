@@ -16,7 +16,8 @@ import numpy as np
 from fedprompt.config.fields import option
 from fedprompt.evaluation.metrics import gini, jain, mean_of_lowest
 from fedprompt.evaluation.protocol import Finished, Part, Reported
-from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, stairs
+from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines
+from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.reports.run_data import accuracy_of
 

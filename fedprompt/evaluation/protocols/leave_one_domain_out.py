@@ -24,7 +24,8 @@ from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.figure import Figure, model_bars
+from fedprompt.reports.figure import Figure
+from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
 

@@ -37,7 +37,8 @@ from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.test_sets import TestSet, complete, open_others
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette, stairs
+from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette
+from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, logits_of
 

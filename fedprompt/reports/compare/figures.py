@@ -27,9 +27,9 @@ from fedprompt.reports.figure import (
     Format,
     Heat,
     Lines,
-    box,
     palette,
 )
+from fedprompt.reports.figure_parts import box
 from fedprompt.reports.format import MISSING
 from fedprompt.reports.run_data import RunData, accuracy_of
 

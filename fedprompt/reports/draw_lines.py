@@ -1,0 +1,134 @@
+"""Curves, bands and reference lines on matplotlib's axes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedprompt.reports.draw_style import (
+    DASHES,
+    VALUES,
+    draw_level,
+    label_axes,
+    legend_above,
+    style,
+)
+from fedprompt.reports.figure import COLOURS, Curve, Lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+POINTS = 13
+"""A curve of at most this many points shows where they are."""
+
+
+def draw_lines(axes: Axes, panel: Lines) -> None:
+    """Curves with their bands, and reference lines."""
+    style(axes)
+    for curve in visible(panel):
+        _draw_curve(axes, panel, curve)
+    for level in panel.levels:
+        draw_level(axes, level)
+    if panel.x.log:
+        axes.set_xscale("log")
+    label_axes(axes, panel.x, panel.y)
+    _limit_x(axes, panel)
+    # Data may lie anywhere within the bounds of an axis, but the picture never exceeds them.
+    low, high = axes.get_ylim()
+    low = low if panel.y.low is None else max(low, panel.y.low)
+    high = high if panel.y.high is None or high <= panel.y.high else panel.y.high
+    axes.set_ylim(low, high)
+    if panel.named_at_ends:
+        _name_ends(axes, panel)
+    else:
+        legend_above(axes, legend_columns(panel))
+
+
+def visible(panel: Lines) -> list[Curve]:
+    """A picture cannot switch curves on, so it leaves out those that a page would not show."""
+    return [curve for curve in panel.curves if curve.on]
+
+
+def legend_columns(panel: Lines) -> int:
+    """How many names stand beside each other in the legend."""
+    longest = max((len(curve.name) for curve in panel.curves), default=0)
+    return 3 if longest <= 20 else 2
+
+
+def _draw_curve(axes: Axes, panel: Lines, curve: Curve) -> None:
+    color = COLOURS[curve.color]
+    # A single point would be invisible without a mark.
+    few = len(curve.x) <= POINTS or not curve.joined
+    axes.plot(
+        curve.x, curve.y, color=color, lw=curve.width if curve.joined else 0, label=curve.name,
+        ls=DASHES if curve.dashed else "-", marker="o" if few else "",
+        ms=5 if len(curve.x) == 1 or not curve.joined else 2 + curve.width,
+    )  # fmt: skip
+    for at_x, at_y, note in zip(curve.x, curve.y, curve.notes, strict=False):
+        axes.annotate(
+            note, (at_x, at_y), xytext=(5, 5), textcoords="offset points", fontsize=8,
+            color=color, parse_math=False,
+        )  # fmt: skip
+    known = [
+        (x, y, spread)
+        for x, y, spread in zip(curve.x, curve.y, curve.spread or (), strict=False)
+        if spread is not None
+    ]
+    if not known:
+        return
+    x, y, spread = (np.array(column, dtype=float) for column in zip(*known, strict=True))
+    if len(known) == 1:
+        axes.errorbar(x, y, spread, color=color, alpha=0.5, capsize=4, ls="")
+        return
+    bounds = (
+        -math.inf if panel.y.low is None else panel.y.low,
+        math.inf if panel.y.high is None else panel.y.high,
+    )
+    low, high = np.clip(y - spread, *bounds), np.clip(y + spread, *bounds)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
+def _limit_x(axes: Axes, panel: Lines) -> None:
+    """No more room beside the curves than their points need."""
+    if panel.x.low is not None and panel.x.high is not None:
+        axes.set_xlim(panel.x.low, panel.x.high)
+        return
+    ends = [x for curve in visible(panel) for x in curve.x]
+    if not ends or panel.x.log:
+        return
+    low, high = min(ends), max(ends)
+    margin = 0.02 * (high - low) or 0.5
+    axes.set_xlim(low - margin, high + margin)
+
+
+def _name_ends(axes: Axes, panel: Lines) -> None:
+    """Name every curve beside its last value, moved apart where names would overlap."""
+    write = VALUES[panel.y.format]
+    ends = [(curve.y[-1], curve.name, curve.color) for curve in visible(panel)]
+    ends += [(level.value, level.name, level.color) for level in panel.levels]
+    low, high = axes.get_ylim()
+    heights = spread_labels([(value - low) / (high - low) for value, *_ in ends], gap=0.085)
+    for height, (value, name, color) in zip(heights, ends, strict=True):
+        axes.annotate(
+            f"{name} {write(value)}", (1.015, height), xycoords="axes fraction", va="center",
+            fontsize=9.5, color=COLOURS[color], annotation_clip=False, parse_math=False,
+        )  # fmt: skip
+
+
+def spread_labels(heights: list[float], gap: float) -> list[float]:
+    """Positions in [0, 1] near the given ones and in their order, at least `gap` apart."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(heights[i], placed[-1] + gap) if placed else max(heights[i], 0.0))
+    ceiling = 1.0
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    result = [0.0] * len(heights)
+    for i, height in zip(order, placed, strict=True):
+        result[i] = height
+    return result

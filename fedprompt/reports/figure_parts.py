@@ -1,0 +1,101 @@
+"""Ready-made parts of figures: histograms, box plots, steps, and bars of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from fedprompt.reports.figure import (
+    ACCURACY,
+    MODEL_COLOURS,
+    Axis,
+    Bars,
+    BarSeries,
+    Box,
+    Figure,
+    palette,
+)
+
+MOST_BARS = 40
+"""A histogram of whole numbers with more different values than this has a bar per range."""
+
+
+def box(name: str, color: str, values: Sequence[float]) -> Box:
+    """A box plot's group: extremes and quartiles (interpolated) of one or more values."""
+    low, q1, median, q3, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return Box(
+        name=name, color=color, count=len(values), low=low, q1=q1, median=median, q3=q3, high=high
+    )
+
+
+def stairs(edges: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Corners of a step curve that has `values[i]` from `edges[i]` to `edges[i + 1]`."""
+    x = [edge for pair in pairwise(edges) for edge in pair]
+    return x, [value for value in values for _ in range(2)]
+
+
+def shares(values: Sequence[float]) -> tuple[list[str], list[int], list[float]]:
+    """How fractions are distributed: labels of 20 ranges, how many values each holds, and edges."""
+    edges = np.linspace(0, 1, 21).tolist()
+    labels = [f"{100 * low:.0f}-{100 * high:.0f} %" for low, high in pairwise(edges)]
+    return labels, np.histogram(values, edges)[0].tolist(), edges
+
+
+def count_bars(label: str, values_K: Sequence[int], *, noun: str = "", small: bool = False) -> Bars:
+    """How many clients have each whole number: a bar per number, or per range of numbers.
+
+    Args:
+        label: What is counted of a client, e.g. "Training images of a client".
+        values_K: One number per client, at least one.
+        noun: What the page says before a number.
+        small: Whether the panel is a low one under another.
+    """
+    low, high = min(values_K), max(values_K)
+    step = max(1, math.ceil((high - low + 1) / MOST_BARS))
+    edges = range(low, high + step + 1, step)
+    counts = np.histogram(values_K, [edge - 0.5 for edge in edges])[0].tolist()
+    return Bars(
+        labels=[str(a) if step == 1 else f"{a}-{b - 1}" for a, b in pairwise(edges)],
+        series=[BarSeries("clients", "bars", counts)],
+        x=Axis(label=label),
+        y=Axis(label="Clients", format="count"),
+        noun=noun,
+        small=small,
+    )
+
+
+def model_bars(
+    name: str,
+    title: str,
+    caption: str,
+    groups: Sequence[str],
+    models: Mapping[str, Sequence[float | None]],
+    spreads: Mapping[str, Sequence[float | None]] | None = None,
+) -> Figure:
+    """Accuracies of models side by side, in the colours of the models.
+
+    Args:
+        name: The stem of the figure's file.
+        title: The figure's title.
+        caption: Whole sentences that say what is drawn.
+        groups: What the G groups of bars stand for.
+        models: Per model G fractions; None where a model was not measured.
+        spreads: Per model G half lengths of error bars.
+
+    Returns:
+        A figure with one panel of bars.
+    """
+    series = [
+        BarSeries(
+            model,
+            MODEL_COLOURS.get(model, palette(i)),
+            list(values),
+            (spreads or {}).get(model),
+        )
+        for i, (model, values) in enumerate(models.items())
+    ]
+    panel = Bars(labels=list(groups), series=series, x=Axis(), y=ACCURACY)
+    return Figure(name=name, title=title, caption=caption, panels=[panel])
