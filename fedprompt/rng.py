@@ -7,9 +7,12 @@ so that no result depends on the order of clients, the worker they run on, or a 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # importing PyTorch takes seconds, and data sets need only NumPy's generators
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -36,6 +39,8 @@ def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -
         seed: of the run.
         purpose: as in `derive_seed`.
     """
+    import torch
+
     # NumPy draws, because PyTorch's draws may differ between its releases and devices.
     draw = generator(seed, *purpose).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(draw * np.float32(std))
@@ -43,4 +48,6 @@ def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -
 
 def uniform(shape: tuple[int, ...], seed: int, *purpose: str | int) -> torch.Tensor:
     """Float32 tensor of `shape` drawn from U[0, 1) for one purpose, on the CPU."""
+    import torch
+
     return torch.from_numpy(generator(seed, *purpose).random(shape, dtype=np.float32))

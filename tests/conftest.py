@@ -31,7 +31,7 @@ from fedprompt.config.schema import Config
 from fedprompt.data import catalogue
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
-from fedprompt.data.sources import published
+from fedprompt.data.sources import catalogue as source
 from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
 from tests.support.builders import fake_dataset, random_clip, small_config
@@ -89,4 +89,4 @@ def few_classes(monkeypatch: pytest.MonkeyPatch) -> None:
         found = catalogue.entry(name)
         return replace(found, num_classes=FEWER.get(name, found.num_classes))
 
-    monkeypatch.setattr(published, "entry", fewer)
+    monkeypatch.setattr(source, "entry", fewer)

@@ -105,28 +105,34 @@ def keys(incomplete: str) -> Offers:
             offered, together with the groups that a name selects.
     """
     from fedprompt.config.schema import SECTIONS, Config
+    from fedprompt.data.sources.registry import all_keys
 
     section = incomplete.partition(".")[0]
-    if "." in incomplete and section in SECTIONS:
-        return [f"{section}.{field.name}" for field in dataclasses.fields(SECTIONS[section])]
+    inside = {name: [f.name for f in dataclasses.fields(s)] for name, s in SECTIONS.items()}
+    inside["data"] = list(all_keys())
+    if "." in incomplete and section in inside:
+        return [f"{section}.{key}" for key in inside[section]]
     offers = []
     for top in dataclasses.fields(Config):
-        inside = dataclasses.fields(SECTIONS[top.name]) if top.name in SECTIONS else ()
-        offers += [f"{top.name}.{field.name}" for field in inside] or [top.name]
+        offers += [f"{top.name}.{key}" for key in inside.get(top.name, ())] or [top.name]
     return [*offers, "backbone", "data"]
 
 
 def values_of(key: str) -> Offers:
     """The values that a key may be set to if they are names or a fixed choice; else nothing."""
     from fedprompt.config.schema import SECTIONS
+    from fedprompt.data.sources.registry import SOURCES, key_types
     from fedprompt.experiment.groups import GROUPS
 
     if key in GROUPS:
         return _choices(key)
+    if key == "data.source":
+        return SOURCES.names()
     section, _, name = key.partition(".")
-    if section not in SECTIONS or not name:
+    if (section != "data" and section not in SECTIONS) or not name:
         return []
-    kind: Any = get_type_hints(SECTIONS[section]).get(name)
+    types = key_types() if section == "data" else get_type_hints(SECTIONS[section])
+    kind: Any = types.get(name)
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
     return ["true", "false"] if kind is bool else []

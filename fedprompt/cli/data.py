@@ -119,7 +119,7 @@ def check(
 ) -> None:
     """Compare a folder with the catalogue; the exit status is 1 if they differ."""
     from fedprompt.data import catalogue
-    from fedprompt.data.sources import check_copy as checking
+    from fedprompt.data import check_copy as checking
 
     found = catalogue.entry(name)
     finding = checking.check(found, root, _split(split))
@@ -154,17 +154,16 @@ def prepare(
     ] = None,
 ) -> None:
     """Read every image once and report those that cannot be read; later runs skip this check."""
-    from fedprompt.config.fields import build
-    from fedprompt.config.schema import DataConfig
     from fedprompt.data import catalogue, open_dataset
+    from fedprompt.data.cache_files import default_cache_dir
     from fedprompt.data.dataset import TEST, TRAIN
-    from fedprompt.data.features.cache import default_cache_dir
+    from fedprompt.data.sources.registry import build_data
 
     if from_hub == (root is not None):
         raise UserError("give --root DIR for the authors' folder, or --hub for the hub's copy.")
     keys = catalogue.data_keys(catalogue.entry(name).name)
     keys |= {"root": None if root is None else str(root), "split": _split(split)}
-    config = build(DataConfig, {**keys, "on_bad_image": "skip"}, "data")
+    config = build_data({**keys, "on_bad_image": "skip"})
     dataset = open_dataset(config, 1, default_cache_dir(None if cache is None else str(cache)))
     console = Console()
     counts = {code: int((dataset.split_N == code).sum()) for code in (TRAIN, TEST)}
@@ -208,7 +207,7 @@ def sheet(
     """Draw a contact sheet of a data set: one row per class, images of all domains."""
     from fedprompt.cli.data_views import contact_sheet
     from fedprompt.data import open_dataset
-    from fedprompt.data.features.cache import default_cache_dir
+    from fedprompt.data.cache_files import default_cache_dir
     from fedprompt.experiment.compose import compose
 
     config = compose(experiment, overrides or [])
@@ -223,7 +222,7 @@ def sheet(
 def _dealt(config: Config) -> tuple[ImageDataset, Partition]:
     """The data set, without what a protocol holds out, and its partition, as in a run."""
     from fedprompt.data import open_dataset
-    from fedprompt.data.features.cache import default_cache_dir
+    from fedprompt.data.cache_files import default_cache_dir
     from fedprompt.experiment.workspaces import deal
 
     dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.errors import UserError
 from fedprompt.files import asset
 from fedprompt.reports.format import human_bytes

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from fedprompt.config.fields import in_words
-from fedprompt.config.schema import SECTIONS
+from fedprompt.config.schema import SECTIONS, DataConfig
+from fedprompt.data.sources.registry import all_sources
 from fedprompt.evaluation.registry import all_protocols
 from fedprompt.federation.registry import all_strategies
 from fedprompt.federation.strategy import StrategyConfig
@@ -35,6 +36,10 @@ STRATEGY_NAME = (
     "Without `strategy.name`, or with `auto`, the strategy is that of the method's paper. These "
     "are the keys of every strategy; those of single strategies follow."
 )
+DATA_SOURCES = (
+    "`data.source` decides where images come from. These are the keys of every source; those of "
+    "single sources follow."
+)
 
 
 def config_markdown() -> str:
@@ -42,6 +47,10 @@ def config_markdown() -> str:
     parts = [CONFIG_PAGE]
     for name, schema in SECTIONS.items():
         parts.append(_section(f"`{name}`", _title(schema), _rows(schema, name)))
+    shared = _rows(DataConfig, "data")
+    parts.append(_section("`data`", DATA_SOURCES, shared))
+    for name, source in all_sources().items():
+        parts.append(_keys_of(name, source.Config, "data", shared))
     parts.append("## `method`\n\n`method.name`, and the keys of the method with that name.\n")
     for name, method in all_methods().items():
         parts.append(_keys_of(name, method.Config, "method"))
@@ -77,9 +86,9 @@ def strategies_markdown() -> str:
 def _keys_of(
     name: str, schema: type[Any], where: str, common: Sequence[tuple[str, ...]] = ()
 ) -> str:
-    """The keys of one method or strategy, without `name` and the rows of `common`."""
-    left_out = {f"`{where}.name`", *(row[0] for row in common if row in _rows(schema, where))}
-    rows = [row for row in _rows(schema, where) if row[0] not in left_out]
+    """The keys of one method, strategy or source that are not in `common` with that default."""
+    selecting = (f"`{where}.name`", f"`{where}.source`")
+    rows = [row for row in _rows(schema, where) if row not in common and row[0] not in selecting]
     return _section(name, _title(schema), rows, level=3)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from fedprompt.config.fields import option
+from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
 
 
@@ -37,113 +38,6 @@ class BackboneConfig:
                 f"'{self.model}' needs weights: set backbone.pretrained (a tag) or "
                 "backbone.checkpoint (a local file)."
             )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images and class names come from."""
-
-    source: Literal["aerial_scenes", "folder", "client_folders", "hub", "catalogue", "multi"] = (
-        option("aerial_scenes", "kind of data set")
-    )
-    title: str = option("aerial_scenes", "name used in tables, plots and the cache")
-    templates: list[str] = option(["a photo of a {}."], "zero-shot templates; {} = class name")
-    class_names: list[str] = option([], "class names in label order; empty = from the data set")
-    test_fraction: float = option(
-        0.25, "server test share where the data set has no official test split", gt=0, lt=1
-    )
-    views: int = option(
-        1, "views per training image: the plain one and views - 1 random crops, perhaps mirrored",
-        ge=1, le=64,
-    )  # fmt: skip
-    crop_scale: float = option(0.08, "views: smallest share of an image in a crop", gt=0, le=1)
-    on_bad_image: Literal["error", "skip"] = option("error", "what to do with unreadable images")
-    # source: folder
-    root: str | None = option(
-        None,
-        "folder: root/class/*.jpg or root/{train,test}/class/*.jpg; catalogue: the authors'; "
-        "client_folders: the server's test images, root/class/*.jpg",
-        path=True,
-    )
-    # source: client_folders
-    folders: list[str] = option(
-        [],
-        "client_folders: folder/class/*.jpg of every client; empty = each on its own node",
-        path=True,
-    )
-    # source: catalogue
-    dataset: str | None = option(None, "catalogue: name of the entry; root null = from the hub")
-    split: Literal["auto", "coop", "official"] = option(
-        "auto", "catalogue: auto = CoOp's split file where it lies beside the images, else official"
-    )
-    validation: Literal["unused", "train"] = option(
-        "unused", "catalogue folders: what to do with the validation images of a split"
-    )
-    # source: multi
-    common_labels: str | None = option(
-        None, "multi: a list of data sets and their common labels; root/<data set> or the hub"
-    )
-    # source: hub
-    hub_id: str | None = option(
-        None, "Hugging Face data set id, or a local data set folder", path=True
-    )
-    hub_config: str | None = option(None, "Hugging Face config name")
-    hub_revision: str | None = option(None, "Hugging Face revision (pin it for exact reruns)")
-    train_split: str | None = option("train", "hub split to train on; null = a set only for tests")
-    test_split: str | None = option(None, "hub split to test on; null = hold out test_fraction")
-    image_column: str = option("image", "hub column with images")
-    label_column: str = option("label", "hub column with labels")
-    domain_column: str | None = option(None, "hub column with the domain of an image")
-    domains: list[str] = option([], "domains to use; empty = all (aerial_scenes: all federated)")
-    # source: aerial_scenes
-    images_per_class: int = option(60, "aerial_scenes: images per class and domain", ge=2)
-
-    def check(self) -> None:
-        """Each source needs its own keys."""
-        if self.source == "folder" and not self.root:
-            raise UserError("source 'folder' needs 'root', e.g. data.root=/path/to/images.")
-        if self.source == "client_folders":
-            self._check_client_folders()
-        if self.source == "hub" and not self.hub_id:
-            raise UserError("source 'hub' needs 'hub_id'.")
-        if self.source == "catalogue":
-            self._check_catalogue()
-        if self.source == "multi":
-            self._check_multi()
-        if self.train_split is None and self.test_split is None:
-            raise UserError("'train_split' and 'test_split' are both null; nothing is left.")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise UserError(f"template '{template}' must contain {{}} exactly once.")
-        if not self.templates:
-            raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
-
-    def _check_client_folders(self) -> None:
-        if len(self.class_names) < 2:
-            raise UserError("source 'client_folders' needs 'class_names', at least two.")
-        from fedprompt.data.images import name_key  # late: the data package needs this module
-
-        if len(set(map(name_key, self.class_names))) < len(self.class_names):
-            raise UserError("'class_names' lists a class twice.")
-
-    def _check_catalogue(self) -> None:
-        if self.dataset is None:
-            raise UserError("source 'catalogue' needs 'dataset', a name of 'fedprompt data list'.")
-        from fedprompt.data import catalogue  # late: the data package needs this module
-
-        entry = catalogue.entry(self.dataset)
-        if not (self.root or self.hub_id):
-            raise UserError(
-                f"no copy of {self.dataset} on the hub is known; download {entry.download} from "
-                f"{entry.homepage}, unpack it and set data.root to the folder."
-            )
-
-    def _check_multi(self) -> None:
-        from fedprompt.data.sources import combined as multi  # it needs this module
-
-        if self.common_labels is None:
-            raise UserError(f"source 'multi' needs 'common_labels': {', '.join(multi.names())}.")
-        multi.common_labels(self.common_labels)
 
 
 @dataclass(frozen=True)
@@ -194,6 +88,45 @@ class PartitionConfig:
                 f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "
                 "least one must have labels."
             )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and class names come from: the keys that every data source has.
+
+    Each source derives its own config from this class, in its module of `fedprompt/data/sources`.
+    """
+
+    source: str = option("aerial_scenes", "the data source; it decides which other keys there are")
+    title: str = option("data", "name of the data set in tables and plots")
+    templates: list[str] = option(
+        ["a photo of a {}."], "prompts of zero-shot CLIP; {} stands for the class name"
+    )
+    class_names: list[str] = option(
+        [], "class names in label order; empty = the names of the data set"
+    )
+    views: int = option(
+        1, "views per training image: the image itself and views - 1 random crops",
+        ge=1, le=64,
+    )  # fmt: skip
+    crop_scale: float = option(
+        0.08, "smallest share of an image's area in a random crop", gt=0, le=1
+    )
+
+    def check(self) -> None:
+        """Refuse templates into which no class name can be put."""
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise UserError(f"template '{template}' must contain {{}} exactly once.")
+        if not self.templates:
+            raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
+
+    def check_partition(self, partition: PartitionConfig) -> None:
+        """Refuse a partition that does not fit this data set, before any image is opened.
+
+        Raises:
+            UserError: the message names the key.
+        """
 
 
 @dataclass(frozen=True)
@@ -261,64 +194,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class AttackConfig:
-    """Malicious or broken clients of a simulation."""
-
-    kind: Literal[
-        "none",
-        "sign_flip",
-        "scaling",
-        "label_flip",
-        "random_noise",
-        "many_examples",
-        "nan",
-        "inf",
-        "wrong_name",
-        "wrong_shape",
-        "wrong_type",
-        "giant",
-        "crash",
-    ] = option("none", "what attackers send, see fedprompt/simulation/attacks.py")
-    share: float = option(0.3, "share of the clients that attack, drawn from the seed", ge=0, le=1)
-    scale: float = option(1.0, "size of an attack, in sizes of an honest change", gt=0)
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """Noise that clients add to what they send; strategy dp_fedavg adds noise on the server."""
-
-    noise: float = option(0.0, "noise multiplier z: standard deviation over clip; 0 = off", ge=0)
-    clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
-    delta: float = option(1e-5, "delta that epsilon is given for", gt=0, lt=1)
-    noise_seed: int | None = option(
-        None, "fixes the noise, which is then no secret; null = from the operating system"
-    )
-
-
-@dataclass(frozen=True)
-class SecureAggregationConfig:
-    """The server learns the sum of the clients' updates and no single one (SecAgg+)."""
-
-    enabled: bool = option(False, "whether updates are masked")
-    shares: int = option(
-        0, "clients among whom each splits its keys, itself included; 0 = all of the round", ge=0
-    )
-    threshold: float = option(
-        0.6, "part of the shares that recovers a key, and of a client's peers that must stay",
-        gt=0.5, le=1,
-    )  # fmt: skip
-    clip: float = option(
-        1.0, "largest change of a shared number in a round; more is cut off and counted", gt=0
-    )
-    max_weight: int = option(1000, "most training images that a client may hold", ge=1)
-
-    def check(self) -> None:
-        """A client has as many peers on either side of it."""
-        if self.shares and (self.shares < 3 or self.shares % 2 == 0):
-            raise UserError(f"'shares' is {self.shares}; it must be odd and at least 3, or 0.")
-
-
-@dataclass(frozen=True)
 class OutputConfig:
     """Where results go."""
 
@@ -332,12 +207,6 @@ class OutputConfig:
     )
     report: bool = option(True, "draw plots and write report.html at the end")
     loggers: list[str] = option([], "trackers to report to: tensorboard, mlflow, wandb")
-
-    def check(self) -> None:
-        """Names of loggers; whether they are installed matters only to who runs."""
-        from fedprompt.experiment.trackers import check_names  # late: it needs this module
-
-        check_names(self.loggers)
 
 
 @dataclass(frozen=True)
@@ -365,7 +234,6 @@ class Config:
 
 SECTIONS: dict[str, type[Any]] = {
     "backbone": BackboneConfig,
-    "data": DataConfig,
     "partition": PartitionConfig,
     "training": TrainingConfig,
     "federation": FederationConfig,

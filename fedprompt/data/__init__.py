@@ -1,45 +1,32 @@
-"""Data sets, partitions and the feature cache."""
+"""Data sets, their partition among clients, and the cache of their encoded images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedprompt.config.schema import DataConfig
-from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.cache_files import default_cache_dir
+from fedprompt.data.sources.registry import source_class
+
+if TYPE_CHECKING:  # this module is imported before any other of the package; it must stay light
+    from fedprompt.data.dataset import ImageDataset
 
 
 def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -> ImageDataset:
-    """The data set that `config` names; `seed` decides a held-out test split, if one is made.
+    """Open the data set that the `data` section of an experiment describes.
 
-    `cache_dir` keeps what a first full check of the images found; None = the default cache.
+    Args:
+        config: the section; its source opens it.
+        seed: seed of the experiment. It decides which images are held out for testing where the
+            data set has no test split.
+        cache_dir: where hashes of image files are kept between runs; None = the default cache.
+
+    Returns:
+        The images, with labels, splits and domains.
 
     Raises:
-        UserError: whatever is wrong with the data, in one line.
+        UserError: the data cannot be read, or they do not fit the config.
     """
-    # Imported on demand: `datasets` alone takes seconds.
-    if config.source == "aerial_scenes":
-        from fedprompt.data import aerial_scenes
-
-        return aerial_scenes.load(config, seed)
-    from fedprompt.data.features.cache import default_cache_dir
-
-    cache_dir = cache_dir or default_cache_dir()
-    if config.source == "folder":
-        from fedprompt.data.sources import folder
-
-        return folder.load(config, seed, cache_dir)
-    if config.source == "client_folders":
-        from fedprompt.data.sources import client_folders
-
-        return client_folders.load(config, seed, cache_dir)
-    if config.source == "catalogue":
-        from fedprompt.data.sources import published
-
-        return published.load(config, seed, cache_dir)
-    if config.source == "multi":
-        from fedprompt.data.sources import combined as multi
-
-        return multi.load(config, seed, cache_dir)
-    from fedprompt.data.sources import hub
-
-    return hub.load(config, seed, cache_dir)
+    source = source_class(config.source)
+    return source.load(config, seed, cache_dir or default_cache_dir())

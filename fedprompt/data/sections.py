@@ -1,31 +1,38 @@
-"""The `data` section of an experiment: a shipped file, a catalogue entry, or plain keys."""
+"""The groups of an experiment that a name may select: shipped files, and catalogue entries."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fedprompt.config.fields import build
 from fedprompt.config.schema import DataConfig
 from fedprompt.config.shipped import load_yaml, merge, shipped_file, shipped_names
 from fedprompt.data import catalogue
+from fedprompt.data.sources.registry import build_data
 
 
 def available(group: str) -> list[str]:
     """Names that one group may be set to, e.g. `available("experiment")`.
 
-    They are the shipped config files; for `data` also the entries of the catalogue.
+    They are the shipped config files and, for `data`, also the entries of the catalogue.
     """
     return sorted(shipped_names(group) + (catalogue.names() if group == "data" else []))
 
 
-def data_config(chosen: Any, where: str) -> DataConfig:
-    """The data set that a name, or a mapping as in an experiment file, stands for.
+def data_config(selection: Any, where: str) -> DataConfig:
+    """The config of a data set that is selected by name or described by keys.
+
+    Args:
+        selection: a name, or a mapping as in the `data` section of an experiment file.
+        where: path of the key, for messages.
+
+    Returns:
+        An instance of the `Config` of the data set's source.
 
     Raises:
-        UserError: unknown name or wrong keys; `where` is the key's path for the message.
+        UserError: the name or a key is unknown, or a value is not allowed.
     """
-    return build(DataConfig, resolve_group("data", chosen), where)
+    return build_data(resolve_group("data", selection), where)
 
 
 def resolve_group(group: str, value: Any, registered: Collection[str] = ()) -> dict[str, Any]:

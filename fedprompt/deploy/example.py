@@ -9,9 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from fedprompt.config.schema import DataConfig
-from fedprompt.data.aerial_scenes import load
 from fedprompt.data.dataset import TEST
+from fedprompt.data.sources.aerial_scenes import AerialScenes, AerialScenesConfig
 from fedprompt.errors import UserError
 
 EXPERIMENT = "experiment.yaml"
@@ -36,7 +35,7 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another folder.")
-    dataset = load(DataConfig(images_per_class=images_per_class), 1)
+    dataset = AerialScenes.load(AerialScenesConfig(images_per_class=images_per_class), 1)
     domains = len(dataset.domain_names)
     images_of_client = [0] * nodes
     for i in range(len(dataset)):

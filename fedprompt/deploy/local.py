@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.config.schema import Config
+from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy import submit
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder, read_node_folder
 from fedprompt.deploy.new_federation import create_federation
@@ -139,12 +140,13 @@ def run_local(config: Config, display: Display, folder: Path | None = None) -> P
     assert submitted.output.dir is not None
     path = Path(submitted.output.dir)
     folder = folder or path.with_name(f"{path.name}-nodes")
-    if config.data.source == "client_folders" and not config.data.folders:
+    client_folders = config.data.folders if isinstance(config.data, ClientFoldersConfig) else None
+    if client_folders == []:
         raise UserError(
             "data.folders must name the folder of every client, because all nodes run on this "
             "machine."
         )
-    image_folders = [str(Path(f).expanduser().resolve()) for f in config.data.folders]
+    image_folders = [str(Path(f).expanduser().resolve()) for f in client_folders or ()]
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / LOCAL, json.dumps({"folders": image_folders}, indent=2).encode())
     return _run(path, submitted, submit.settings_of(submitted), image_folders, folder, display)

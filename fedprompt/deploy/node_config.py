@@ -3,7 +3,7 @@
 `read_node_settings` and `on_node` run on a node, `on_server` runs on the server. The experiment
 comes from the server, but which folder is read, where private prompts and caches are stored and
 which device computes is decided by the node's administrator, in Flower's `--node-config`. A node
-that lends an image folder opens no path that an experiment names (`fedprompt.config.paths`), and
+that lends an image folder opens no path that an experiment names (`experiment/paths.py`), and
 its weights are those of the pretrained tag or those that it names itself.
 
     partition-id   the number of this node's client, 0 .. K - 1
@@ -30,9 +30,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedprompt.config.paths import without_paths
 from fedprompt.config.schema import Config
+from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.experiment.paths import without_paths
 
 KEYS = {
     "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker",
@@ -131,7 +132,7 @@ def on_node(config: Config, node: NodeSettings) -> Config:
 
 def on_server(config: Config) -> Config:
     """The experiment as the server runs it: it opens its own test folder and no client's folder."""
-    if config.data.source != "client_folders":
+    if not isinstance(config.data, ClientFoldersConfig):
         return config
     data = replace(config.data, folders=[""] * config.partition.clients)
     return replace(config, data=data)
@@ -157,7 +158,7 @@ def _check_protection(config: Config, node: NodeSettings) -> None:
 
 def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
     """The experiment on a node that lends `folder`, with no other path in it."""
-    if config.data.source != "client_folders":
+    if not isinstance(config.data, ClientFoldersConfig):
         raise UserError(
             "this node lends an image folder and accepts only experiments with "
             f"data.source=client_folders, but this one has data.source={config.data.source}."
@@ -168,8 +169,9 @@ def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
             "node with its own copy: --checkpoint FILE."
         )
     config = without_paths(config)
+    data: Any = config.data  # of client folders, as checked above
     folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
-    return replace(config, data=replace(config.data, folders=folders))
+    return replace(config, data=replace(data, folders=folders))
 
 
 def state_folder(node: NodeSettings, run: str, run_id: int) -> Path:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fedprompt.config.paths import absolute
 from fedprompt.config.schema import Config, to_yaml
+from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.flower_commands import last_words, run_flwr
 from fedprompt.deploy.folders import CONNECTION, ServerFolder
@@ -25,6 +25,7 @@ from fedprompt.deploy.key_registration import registered_clients
 from fedprompt.deploy.processes import Processes
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.paths import absolute
 from fedprompt.experiment.run_folder import default_path
 from fedprompt.experiment.summary import show_result
 from fedprompt.reports.run_data import CONFIG, SUMMARY
@@ -49,7 +50,7 @@ def run_on_server(server: ServerFolder, config: Config, display: Display) -> Pat
         UserError: the experiment names folders of clients, the run folder is in use, the SuperLink
             refuses the run, or the run has failed.
     """
-    if config.data.folders:
+    if isinstance(config.data, ClientFoldersConfig) and config.data.folders:
         raise UserError(
             "data.folders names the clients' folders on one machine; leave it empty, because every "
             "node names its own folder with --data."
@@ -92,8 +93,10 @@ def new_run(config: Config) -> Config:
         raise UserError(f"{path} already contains a run; resume it with --resume {path}.")
     if output.cache is not None:
         output = replace(output, cache=str(Path(output.cache).expanduser().resolve()))
-    # The clients' folders are the nodes' own business, so they do not cross the network.
-    data = replace(config.data, folders=[])
+    data = config.data
+    if isinstance(data, ClientFoldersConfig):
+        # The clients' folders are the nodes' own business, so they do not cross the network.
+        data = replace(data, folders=[])
     return replace(config, output=replace(output, dir=str(path)), data=data)
 
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.config.fields import build
 from fedprompt.config.schema import DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.dataset import TEST, ImageDataset
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.sections import data_config
+from fedprompt.data.sources.registry import build_data
 from fedprompt.errors import UserError
 
 
@@ -72,7 +72,7 @@ def open_others(
     Raises:
         UserError: a data set cannot be had, or has no test images.
     """
-    configs = [build(DataConfig, dict(section), "data") for section in sections]
+    configs = [build_data(section) for section in sections]
     return [_open(config, seed, clip, cache_dir, needs) for config in configs]
 
 

@@ -32,9 +32,13 @@ from fedprompt.config.schema import (
     to_dict,
 )
 from fedprompt.config.shipped import load_yaml, merge, one_line, over, shipped_file
+from fedprompt.data.sources.registry import all_keys
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.groups import GROUPS, select
 from fedprompt.experiment.validate import TOP_LEVEL, validate
+
+SELECTING = ("use", "name", "source")
+"""Keys of a group that replace it, with all its keys, instead of changing it."""
 
 
 def compose(
@@ -62,7 +66,8 @@ def compose(
     parsed += [(_path_of(key), plain_value(value, key)) for key, value in changes.items()]
     for path, value in parsed:
         if _selects_group(path):
-            raw = _layer(raw, {path[0]: value})
+            selection = {"source": value} if path[-1] == "source" else value
+            raw = _layer(raw, {path[0]: selection})
     for group in GROUPS:
         raw[group] = select(group, raw.get(group))
     for path, value in parsed:
@@ -136,7 +141,7 @@ def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     below = dict(base)
     for group in GROUPS:
         new, old = top.get(group), below.get(group)
-        chooses = not isinstance(new, Mapping) or "use" in new or "name" in new
+        chooses = not isinstance(new, Mapping) or any(key in new for key in SELECTING)
         if new is not None and chooses:
             below.pop(group, None)
         elif isinstance(old, str):
@@ -145,8 +150,8 @@ def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _selects_group(path: Sequence[str]) -> bool:
-    """Whether an override key chooses a group anew: `method=...`, `method.name=...`."""
-    return path[0] in GROUPS and (len(path) == 1 or list(path[1:]) in (["use"], ["name"]))
+    """Whether an override key replaces a whole group: `method=...`, `method.name=...`."""
+    return path[0] in GROUPS and (len(path) == 1 or (len(path) == 2 and path[1] in SELECTING))
 
 
 def _parse_override(item: str) -> tuple[list[str], Any]:
@@ -183,6 +188,7 @@ def _nearest_key(key: str) -> str:
         for name, schema in SECTIONS.items()
         for field in dataclasses.fields(schema)
     ]
+    whole += [f"data.{key}" for key in all_keys()]
     close = [known for known in whole if known.partition(".")[2] == key]
     close = close or get_close_matches(key, whole, n=1, cutoff=0.8)
     return f" Did you mean '{close[0]}'?" if close else did_you_mean(key.split(".")[0], TOP_LEVEL)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import load_clip
 from fedprompt.config.schema import Config
-from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.features.table import encode_inputs
 from fedprompt.data.images import decode_rgb
 from fedprompt.errors import UserError

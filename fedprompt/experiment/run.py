@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedprompt.config.schema import Config, SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
+from fedprompt.config.schema import Config
+from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.rounds import run_reference, run_server
@@ -109,8 +111,9 @@ def _run(
 
 def _refuse_absent_folders(config: Config) -> None:
     """Refuse a run without all clients' images, which a run on this machine needs."""
-    folders = config.data.folders
-    if config.data.source == "client_folders" and not (folders and all(folders)):
+    if not isinstance(config.data, ClientFoldersConfig):
+        return
+    if not (config.data.folders and all(config.data.folders)):
         raise UserError(
             "data.folders must name the folder of every client for a run on this machine; on nodes "
             "with folders of their own, use 'fedprompt deploy run'."

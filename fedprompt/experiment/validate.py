@@ -12,14 +12,16 @@ from fedprompt.config.schema import (
     SECTIONS,
     Config,
 )
+from fedprompt.data.sources.registry import build_data
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation import registry as protocols
+from fedprompt.experiment.trackers import check_names
 from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, SEEN_THROUGH
 
 TOP_LEVEL = (
-    "experiment", "seed", "method", "strategy", *SECTIONS, "protocols", "protocol_options"
+    "experiment", "seed", "data", "method", "strategy", *SECTIONS, "protocols", "protocol_options"
 )  # fmt: skip
 
 
@@ -40,6 +42,9 @@ def validate(raw: Mapping[str, Any]) -> Config:
     parts: dict[str, Any] = {}
     for name, schema in SECTIONS.items():
         parts[name] = build(schema, _mapping(name, raw.get(name)), name)
+    check_names(parts["output"].loggers)
+    parts["data"] = build_data(_mapping("data", raw.get("data")))
+    parts["data"].check_partition(parts["partition"])
     method = dict(_mapping("method", raw.get("method")))
     cls = method_class(str(method.get("name", "fedrsclip")))
     parts["method"] = build(cls.Config, method, "method")
@@ -59,7 +64,6 @@ def validate(raw: Mapping[str, Any]) -> Config:
     )
     config = Config(experiment=_experiment(raw), seed=_seed(raw), **parts)
     protocols.who_holds_out(protocols.open_protocols(config))
-    _check_client_folders(config)
     check_config(config)
     return config
 
@@ -90,20 +94,6 @@ def _experiment(raw: Mapping[str, Any]) -> str:
             "'-', '_', '.'."
         )
     return name
-
-
-def _check_client_folders(config: Config) -> None:
-    """Folders decide who holds what: there is one for each client, and no partition file."""
-    if config.data.source != "client_folders":
-        return
-    folders, clients = len(config.data.folders), config.partition.clients
-    if folders not in (0, clients):
-        raise UserError(
-            f"config: data.folders has {folders} folders for partition.clients={clients}; give "
-            "one for each client, or none where they are on the nodes."
-        )
-    if config.partition.file is not None:
-        raise UserError("config: data.source=client_folders leaves nothing for partition.file.")
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

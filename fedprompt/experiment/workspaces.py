@@ -13,8 +13,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import load_clip
 from fedprompt.config.schema import BackboneConfig, Config, DataConfig
 from fedprompt.data import open_dataset
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
-from fedprompt.data.features.cache import default_cache_dir
 from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition

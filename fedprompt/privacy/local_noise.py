@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedprompt.config.schema import PrivacyConfig
+from fedprompt.config.protection import PrivacyConfig
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.accountant import epsilon
 from fedprompt.rng import generator

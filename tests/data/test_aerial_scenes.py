@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedprompt.config.schema import DataConfig
 from fedprompt.data import aerial_scenes as scenes
 from fedprompt.data.aerial_scenes.captions import all_facts, caption, colours, image_facts
 from fedprompt.data.aerial_scenes.domains import DOMAINS
 from fedprompt.data.dataset import TEST, TRAIN
+from fedprompt.data.sources.aerial_scenes import AerialScenes, AerialScenesConfig
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
 
 ALL = scenes.CLASSES + scenes.EXTRA_CLASSES
 
 
-def small(**values) -> DataConfig:
-    return DataConfig(**{"images_per_class": 4, **values})
+def load(seed=1, **values):
+    config = AerialScenesConfig(**{"images_per_class": 4, **values})
+    return AerialScenes.load(config, seed)
 
 
 def test_an_image_depends_on_class_domain_index_and_seed_only():
@@ -71,7 +72,7 @@ def test_domains_are_disjoint_and_differ():
 
 
 def test_load_covers_and_splits():
-    data = scenes.load(small(test_fraction=0.25), seed=1)
+    data = load(test_fraction=0.25)
     assert len(data) == 20 * 4 * 4
     assert data.class_names == scenes.CLASSES
     assert data.domain_names == scenes.FEDERATED_DOMAINS
@@ -87,7 +88,7 @@ def test_load_covers_and_splits():
 
 
 def test_every_row_opens_its_own_image_also_after_pickling():
-    data = scenes.load(small(domains=["delta", "savanna"]), seed=1)
+    data = load(domains=["delta", "savanna"])
     copy = pickle.loads(pickle.dumps(data))
     for i in (0, 3, 4, 79, 80, 159):
         name, domain = data.class_names[data.labels_N[i]], data.domain_names[data.domains_N[i]]
@@ -98,16 +99,16 @@ def test_every_row_opens_its_own_image_also_after_pickling():
 
 def test_a_split_never_empties_either_side():
     for fraction, expected in ((0.01, 1), (0.5, 1), (0.99, 1)):
-        data = scenes.load(small(images_per_class=2, test_fraction=fraction), seed=1)
+        data = load(images_per_class=2, test_fraction=fraction)
         assert (data.split_N == TEST).sum() == expected * 80
 
 
 def test_the_experiment_seed_changes_nothing_and_the_settings_do():
-    one, two = scenes.load(small(), seed=1), scenes.load(small(), seed=2)
+    one, two = load(), load(seed=2)
     assert one.fingerprint == two.fingerprint
     np.testing.assert_array_equal(np.asarray(one.open_image(5)), np.asarray(two.open_image(5)))
-    others = [small(images_per_class=5), small(domains=["delta"]), small(class_names=["river"])]
-    prints = {scenes.load(c, seed=1).fingerprint for c in others}
+    changes = ({"images_per_class": 5}, {"domains": ["delta"]}, {"class_names": ["river"]})
+    prints = {load(**change).fingerprint for change in changes}
     assert len(prints | {one.fingerprint}) == 4
 
 
@@ -121,7 +122,7 @@ def test_the_experiment_seed_changes_nothing_and_the_settings_do():
 )
 def test_bad_settings(values, message):
     with pytest.raises(UserError) as error:
-        scenes.load(small(**values), seed=1)
+        load(**values)
     assert message in str(error.value)
 
 
@@ -165,8 +166,3 @@ def test_colours_are_named_as_a_person_would():
         ((220, 190, 90), "yellow"),
     ):
         assert colours(np.full((64, 64, 3), colour, dtype=np.uint8)) == (name,)
-
-
-def test_contact_sheet(tmp_path):
-    scenes.contact_sheet(tmp_path / "sheet.png", ["delta"], ["river", "lake"], per_cell=1)
-    assert Image.open(tmp_path / "sheet.png").size == (130 + 132, 18 + 2 * 132)

@@ -18,7 +18,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from safetensors.torch import load_file
 
-from fedprompt.config.schema import Config, SecureAggregationConfig, to_yaml
+from fedprompt.config.protection import SecureAggregationConfig
+from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node
 from fedprompt.deploy.node import answer
 from fedprompt.deploy.worker import answer_one, listen

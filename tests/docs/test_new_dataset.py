@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fedprompt.data import catalogue, open_dataset
-from fedprompt.data.sources.check_copy import check
+from fedprompt.data.check_copy import check
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run

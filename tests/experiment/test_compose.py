@@ -11,10 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedprompt.config.fields import build, option
-from fedprompt.config.schema import SECTIONS, Config, DataConfig, to_dict, to_yaml
+from fedprompt.config.schema import SECTIONS, Config, to_dict, to_yaml
 from fedprompt.config.shipped import configs_dir
 from fedprompt.data import catalogue
 from fedprompt.data.sections import available
+from fedprompt.data.sources.aerial_scenes import AerialScenesConfig
+from fedprompt.data.sources.registry import all_sources
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import GROUPS, compose
 from fedprompt.experiment.validate import validate
@@ -127,6 +129,7 @@ def test_unknown_methods_and_strategies_are_refused_with_the_nearest() -> None:
 
 def test_every_option_has_help() -> None:
     schemas = [*SECTIONS.values(), *(c.Config for c in all_methods().values())]
+    schemas += [c.Config for c in all_sources().values()]
     schemas += [c.Config for c in all_strategies().values()]
     for schema in schemas:
         for field in dataclasses.fields(schema):
@@ -295,9 +298,9 @@ def test_the_config_is_frozen(base: Path) -> None:
             name = dataclasses.fields(part)[0].name
             with pytest.raises(FrozenInstanceError):
                 setattr(part, name, "other")
-    for schema in (compose(base).data, DataConfig()):
+    for schema in (compose(base).data, AerialScenesConfig()):
         schema.templates.append("another {}.")
-    assert compose(base).data == config.data == DataConfig(), "no default is shared"
+    assert compose(base).data == config.data == AerialScenesConfig(), "no default is shared"
 
 
 # Refusals

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedprompt.config.schema import PrivacyConfig
+from fedprompt.config.protection import PrivacyConfig
 from fedprompt.errors import UserError
 from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.accountant import epsilon

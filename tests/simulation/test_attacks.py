@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedprompt.config.fields import build
-from fedprompt.config.schema import AttackConfig
+from fedprompt.config.protection import AttackConfig
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import make_display
 from fedprompt.experiment.run import run

@@ -105,7 +105,10 @@ def fake_dataset(images: int = 240, classes: int = 6, domains: int = 2) -> Image
 
 
 def small_config(**sections: Any) -> Config:
-    """A quick config: 4 clients, 3 rounds; sections are merged over it."""
+    """A quick config of 4 clients and 3 rounds, over which sections are merged.
+
+    A `data` section that names a source replaces the small one of drawn scenes.
+    """
     raw: dict[str, Any] = {
         "experiment": "test",
         "seed": 1,
@@ -120,6 +123,8 @@ def small_config(**sections: Any) -> Config:
         "evaluation": {"local_only": False},
         "output": {"report": False},
     }
+    if "source" in sections.get("data", {}):
+        del raw["data"]
     for key, value in sections.items():
         both = isinstance(value, dict) and isinstance(raw.get(key), dict)
         raw[key] = {**raw[key], **value} if both else value

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.features.cache import cached
+from fedprompt.data.features.encoding import plain
 
 
 def colour(label: int, number: int) -> tuple[int, int, int]:
@@ -116,3 +119,10 @@ class FakeClip:
         # Written out, so that a feature's last bits do not depend on the batch size.
         mean_B3 = images_BCHW.mean(dim=(2, 3))
         return sum(mean_B3[:, c, None] * self.projection[c] for c in range(3))
+
+
+def plain_features(
+    clip: FakeClip, dataset: ImageDataset, cache_dir: Path, *, progress: bool = True
+) -> NDArray[np.float32]:
+    """The plain view's features (N, D) of all images, through the cache."""
+    return cached(clip, dataset, cache_dir, plain(clip, dataset), progress=progress)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedprompt.config.schema import SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import client_of, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import (

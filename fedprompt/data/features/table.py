@@ -19,7 +19,8 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder
 from fedprompt.data.dataset import ImageDataset
-from fedprompt.data.features.cache import Encoding, augmented, cached
+from fedprompt.data.features.cache import cached
+from fedprompt.data.features.encoding import Encoding, augmented
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 

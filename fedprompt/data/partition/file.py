@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import numpy as np
 
 from fedprompt.config.schema import PartitionConfig
 from fedprompt.data.dataset import HELD, TEST, ImageDataset
-from fedprompt.data.partition import NOBODY, SERVER, Partition, log
+from fedprompt.data.partition.holders import NOBODY, SERVER, Partition
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "fedprompt partition", 1
 KEYS = {"format", "version", "dataset", "origin", "server_test", "clients"}

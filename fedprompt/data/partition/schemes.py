@@ -17,21 +17,23 @@ Suffixes: M images in their random order, K clients, C classes, D domains, S sup
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedprompt.config.schema import PartitionConfig
+from fedprompt.data.partition.draws import (
+    Indices,
+    apportion,
+    draw_counts,
+    draw_shares,
+    enough_for_all,
+    label_skew,
+    runs,
+)
 from fedprompt.errors import UserError
 from fedprompt.rng import generator
-
-Indices = NDArray[np.int64]
-Shares = NDArray[np.float64]
-DRAWS = 11  # as many as flwr-datasets tries
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +61,13 @@ def deal(images: Images, config: PartitionConfig, seed: int) -> Indices:
 
 
 def _iid(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    return _runs(len(images), np.arange(config.clients))
+    return runs(len(images), np.arange(config.clients))
 
 
 def _dirichlet(images: Images, config: PartitionConfig, seed: int) -> Indices:
     """Per class, shares over clients ~ Dir(alpha) (Hsu et al., 2019, arXiv 1909.06335)."""
     rng = generator(seed, "partition", "dirichlet")
-    return _label_skew(images.labels_M, config.clients, config, rng)
+    return label_skew(images.labels_M, config.clients, config, rng)
 
 
 def _pathological(images: Images, config: PartitionConfig, seed: int) -> Indices:
@@ -100,7 +102,7 @@ def _pathological(images: Images, config: PartitionConfig, seed: int) -> Indices
                 f"partition: class '{name}' has {len(members)} training images for "
                 f"{len(owners)} clients; lower partition.clients or partition.classes_per_client."
             )
-        owner_M[members] = _runs(len(members), owners)
+        owner_M[members] = runs(len(members), owners)
     return owner_M
 
 
@@ -120,7 +122,7 @@ def _shards(images: Images, config: PartitionConfig, seed: int) -> Indices:
     rng = generator(seed, "partition", "shards")
     client_of_shard = rng.permutation(shards) % config.clients
     owner_M = np.empty(len(images), dtype=np.int64)
-    owner_M[np.argsort(images.labels_M, kind="stable")] = _runs(len(images), client_of_shard)
+    owner_M[np.argsort(images.labels_M, kind="stable")] = runs(len(images), client_of_shard)
     return owner_M
 
 
@@ -138,7 +140,7 @@ def _disjoint_classes(images: Images, config: PartitionConfig, seed: int) -> Ind
         )
     shuffled = generator(seed, "partition", "classes").permutation(present)
     owner_C = np.zeros(len(images.class_names), dtype=np.int64)
-    owner_C[shuffled] = _runs(len(present), np.arange(config.clients))
+    owner_C[shuffled] = runs(len(present), np.arange(config.clients))
     return owner_C[images.labels_M]
 
 
@@ -151,9 +153,9 @@ def _quantity(images: Images, config: PartitionConfig, seed: int) -> Indices:
     rng = generator(seed, "partition", "quantity")
 
     def draw() -> Indices:
-        return _apportion(_shares(rng, config.clients, config.alpha), len(images))
+        return apportion(draw_shares(rng, config.clients, config.alpha), len(images))
 
-    return _enough_for_all(
+    return enough_for_all(
         lambda: np.repeat(np.arange(config.clients), draw()), config.clients, config
     )
 
@@ -168,7 +170,7 @@ def _power_law(images: Images, config: PartitionConfig, seed: int) -> Indices:
     weights = np.arange(1, config.clients + 1, dtype=np.float64) ** -config.exponent
     shares_K = generator(seed, "partition", "power law").permutation(weights / weights.sum())
     rest = len(images) - config.clients * config.min_images
-    sizes_K = config.min_images + _apportion(shares_K, rest)
+    sizes_K = config.min_images + apportion(shares_K, rest)
     return np.repeat(np.arange(config.clients), sizes_K)
 
 
@@ -177,7 +179,7 @@ def _by_domain(images: Images, config: PartitionConfig, seed: int) -> Indices:
     owner_M = np.empty(len(images), dtype=np.int64)
     for domain, owners in _clients_of_domains(images, config).items():
         members = np.flatnonzero(images.domains_M == domain)
-        owner_M[members] = _runs(len(members), owners)
+        owner_M[members] = runs(len(members), owners)
     return owner_M
 
 
@@ -197,7 +199,7 @@ def _domain_dirichlet(images: Images, config: PartitionConfig, seed: int) -> Ind
                 "partition.min_images."
             )
         rng = generator(seed, "partition", "domain-dirichlet", int(domain))
-        own = _label_skew(images.labels_M[members], len(owners), config, rng)
+        own = label_skew(images.labels_M[members], len(owners), config, rng)
         owner_M[members] = owners[own]
     return owner_M
 
@@ -221,13 +223,15 @@ def _superclass_dirichlet(images: Images, config: PartitionConfig, seed: int) ->
     left_C = np.array([len(members) for members in members_C], dtype=np.int64)
     rng = generator(seed, "partition", "superclass")
     owner_M = np.empty(len(images), dtype=np.int64)
-    sizes_K = np.bincount(_runs(len(images), np.arange(config.clients)))
+    sizes_K = np.bincount(runs(len(images), np.arange(config.clients)))
     for client, size in enumerate(sizes_K):
-        shares_S = _shares(rng, len(groups), config.alpha)
+        shares_S = draw_shares(rng, len(groups), config.alpha)
         left_S = np.array([left_C[classes].sum() for classes in classes_S])
-        for classes, wanted in zip(classes_S, _draw(rng, size, shares_S, left_S), strict=True):
-            within = _shares(rng, len(classes), config.alpha_within)
-            taken = _draw(rng, wanted, within, left_C[classes])
+        for classes, wanted in zip(
+            classes_S, draw_counts(rng, size, shares_S, left_S), strict=True
+        ):
+            within = draw_shares(rng, len(classes), config.alpha_within)
+            taken = draw_counts(rng, wanted, within, left_C[classes])
             for label, count in zip(classes, taken, strict=True):
                 start = len(members_C[label]) - left_C[label]
                 owner_M[members_C[label][start : start + count]] = client
@@ -247,94 +251,6 @@ SCHEMES: dict[str, Callable[[Images, PartitionConfig, int], Indices]] = {
     "domain_dirichlet": _domain_dirichlet,
     "superclass_dirichlet": _superclass_dirichlet,
 }
-
-
-def _runs(count: int, owners: Indices) -> Indices:
-    """Owners of `count` images in equal runs (within 1)."""
-    return owners[np.arange(count) * len(owners) // count]
-
-
-def _shares(rng: np.random.Generator, count: int, alpha: float) -> Shares:
-    shares = rng.dirichlet(np.full(count, alpha))
-    if not np.isfinite(shares).all():
-        raise UserError(f"partition: no shares can be drawn at alpha {alpha}.")
-    return shares
-
-
-def _apportion(shares: Shares, total: int) -> Indices:
-    """Whole numbers in proportion to `shares` that add up to `total` (largest remainders)."""
-    exact = shares * total
-    sizes = np.floor(exact).astype(np.int64)
-    most = np.argsort(sizes - exact, kind="stable")
-    sizes[most[: total - sizes.sum()]] += 1
-    return sizes
-
-
-def _draw(rng: np.random.Generator, wanted: int, shares: Shares, left: Indices) -> Indices:
-    """How many of `wanted` draws each cell gets; a cell without images left is drawn no more."""
-    taken = np.zeros_like(left)
-    while (missing := wanted - taken.sum()) > 0:
-        room = left - taken
-        odds = np.where(room > 0, shares, 0.0)
-        if odds.sum() == 0:  # every share that is left is zero in floating point
-            odds = room.astype(np.float64)
-        taken += np.minimum(rng.multinomial(missing, odds / odds.sum()), room)
-    return taken
-
-
-def _label_skew(
-    labels_M: Indices, clients: int, config: PartitionConfig, rng: np.random.Generator
-) -> Indices:
-    """Per class, shares over `clients` ~ Dir(alpha)."""
-    members_C = [np.flatnonzero(labels_M == label) for label in np.unique(labels_M)]
-
-    def draw() -> Indices:
-        owner_M = np.empty(len(labels_M), dtype=np.int64)
-        for members in members_C:
-            shares_K = _shares(rng, clients, config.alpha)
-            cuts = (np.cumsum(shares_K)[:-1] * len(members)).astype(np.int64)
-            bounds = np.concatenate(([0], np.minimum(cuts, len(members)), [len(members)]))
-            owner_M[members] = np.repeat(np.arange(clients), np.diff(bounds))
-        return owner_M
-
-    return _enough_for_all(draw, clients, config)
-
-
-def _enough_for_all(draw: Callable[[], Indices], clients: int, config: PartitionConfig) -> Indices:
-    """The first of `DRAWS` draws that leaves no client short of `min_images`.
-
-    Where none does, the last one is kept and short clients are topped up from the largest ones,
-    with a warning: otherwise many clients at a small alpha could never be had.
-    """
-    for _ in range(DRAWS):
-        owner_M = draw()
-        if np.bincount(owner_M, minlength=clients).min() >= config.min_images:
-            return owner_M
-    return _top_up(owner_M, clients, config)
-
-
-def _top_up(owner_M: Indices, clients: int, config: PartitionConfig) -> Indices:
-    """Give every client `min_images` by moving random images from whoever then holds most."""
-    sizes_K = np.bincount(owner_M, minlength=clients)
-    grouped = np.argsort(owner_M, kind="stable")
-    starts_K = np.cumsum(sizes_K) - sizes_K
-    short = np.repeat(np.arange(clients), np.maximum(config.min_images - sizes_K, 0))
-    for client in short:
-        donor = sizes_K.argmax()
-        sizes_K[donor] -= 1
-        owner_M[grouped[starts_K[donor] + sizes_K[donor]]] = client
-        sizes_K[client] += 1
-    log.warning(
-        "partition: %d of %d clients were short of %d images after %d Dirichlet draws at alpha "
-        "%g; %d images were moved to them from the largest clients",
-        len(np.unique(short)),
-        clients,
-        config.min_images,
-        DRAWS,
-        config.alpha,
-        len(short),
-    )
-    return owner_M
 
 
 def _clients_of_domains(images: Images, config: PartitionConfig) -> dict[int, Indices]:

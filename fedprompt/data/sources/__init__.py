@@ -1,1 +1,1 @@
-"""Where images and class names come from; one source per file."""
+"""Where images and class names come from. Every module here is one data source."""

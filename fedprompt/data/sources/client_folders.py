@@ -1,31 +1,37 @@
-"""One image folder per client, `folder/class/*.jpg`, and perhaps one with the server's test images.
+"""One image folder per client, `folder/class/*.jpg`, and optionally one for the server's tests.
 
-The folders decide who holds what, so no partition scheme is at work; each is split into local train
-and test by itself. Client k's images, their order, their split and their cached features depend on
-its own folder, `data.class_names` and the seed only: a node of a deployment that has just this
-folder works on the same numbers as a simulation that has them all. A folder '' is elsewhere.
+The folders decide which client has which images, so no partition scheme is used. The images of each
+folder are split into local train and test separately. The images of client k, their order, their
+split and their cached features depend only on the client's own folder, on `data.class_names` and on
+the seed: a node of a deployment that has one folder computes the same numbers as a simulation that
+has all of them. An empty entry of `data.folders` stands for a folder on another machine.
 
 Rules:
-- `data.class_names` is the one list of labels. Sub-folders match its names ignoring case, spaces,
-  underscores and hyphens; images may lie deeper inside them.
-- A client may lack classes: that is label skew. A class that is not on the list is an error, since
-  its images would be left out in silence.
-- `data.root` holds the server's test images, in the same form; null = the server has none.
+- `data.class_names` is the list of labels for all clients. Sub-folders match its names without
+  regard to case, spaces, underscores and hyphens; images may lie deeper inside them.
+- A client may lack classes, which is label skew. A class that is not on the list is an error,
+  because its images would otherwise be left out silently.
+- `data.root` contains the server's test images, in the same form; null = the server has none.
 
 Suffix: N images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from fedprompt.config.schema import DataConfig
+from fedprompt.config.fields import option
+from fedprompt.config.schema import PartitionConfig
+from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset, opener_of
-from fedprompt.data.features.cache import digest
 from fedprompt.data.images import name_key
-from fedprompt.data.sources.image_files import (
+from fedprompt.data.sources.base import DataSource, StoredImagesConfig
+from fedprompt.data.sources.parts.image_files import (
     SUFFIXES,
     ImageFile,
     files_dataset,
@@ -38,25 +44,82 @@ SERVER = -1
 """Owner of the server's images."""
 
 
-def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
-    """The images of all clients whose folders are here, then those of the server.
+@dataclass(frozen=True)
+class ClientFoldersConfig(StoredImagesConfig):
+    """One folder of images per client."""
 
-    Raises:
-        UserError: a folder that is missing, has no images or has classes that are not listed, or
-            an unreadable image under `on_bad_image: error`.
-    """
-    names, parts, owners = [], [], []
-    for client, folder in enumerate(config.folders):
-        if folder:
-            names.append(f"client-{client}")
-            parts.append(_one(config, Path(folder), names[-1], TRAIN, seed, cache_dir))
-            owners.append(client)
-    if config.root is not None:
-        names.append("server")
-        parts.append(_one(config, Path(config.root), names[-1], TEST, seed, cache_dir))
-        owners.append(SERVER)
-    rows = [np.arange(len(part)) for part in parts]
-    empty = np.zeros(0, dtype=np.int64)
+    source: Literal["client_folders"] = option("client_folders", "the data source")
+    folders: list[str] = option(
+        [],
+        "the folder of each client, folder/class/*.jpg; empty = each node names its own",
+        path=True,
+    )
+    root: str | None = option(
+        None, "folder with the server's test images, root/class/*.jpg; null = none", path=True
+    )
+
+    def check(self) -> None:
+        """Refuse missing or repeated class names: folders alone do not define the labels."""
+        super().check()
+        if len(self.class_names) < 2:
+            raise UserError("source 'client_folders' needs 'class_names', at least two.")
+        if len(set(map(name_key, self.class_names))) < len(self.class_names):
+            raise UserError("'class_names' lists a class twice.")
+
+    def check_partition(self, partition: PartitionConfig) -> None:
+        """Refuse another number of folders than of clients, and a partition file.
+
+        Raises:
+            UserError: the message names the key.
+        """
+        count = len(self.folders)
+        if count not in (0, partition.clients):
+            raise UserError(
+                f"config: data.folders has {count} folders for partition.clients="
+                f"{partition.clients}; list one for each client, or none if each node has its own."
+            )
+        if partition.file is not None:
+            raise UserError(
+                "config: partition.file cannot be used with data.source=client_folders, whose "
+                "folders are the partition."
+            )
+
+
+class ClientFolders(DataSource):
+    """The images of every client whose folder is on this machine, then those of the server."""
+
+    name = "client_folders"
+    Config = ClientFoldersConfig
+
+    @staticmethod
+    def load(config: ClientFoldersConfig, seed: int, cache_dir: Path) -> ImageDataset:
+        """Open all folders that are on this machine.
+
+        Raises:
+            UserError: a folder does not exist, contains no images or has classes that are not in
+                `class_names`, or an image is unreadable while `on_bad_image` is `error`.
+        """
+        names, parts, owners = [], [], []
+        for client, folder in enumerate(config.folders):
+            if folder:
+                names.append(f"client-{client}")
+                parts.append(_load_folder(config, folder, names[-1], TRAIN, seed, cache_dir))
+                owners.append(client)
+        if config.root is not None:
+            names.append("server")
+            parts.append(_load_folder(config, config.root, names[-1], TEST, seed, cache_dir))
+            owners.append(SERVER)
+        return _join(config, names, parts, owners)
+
+
+def _join(
+    config: ClientFoldersConfig,
+    names: Sequence[str],
+    parts: Sequence[ImageDataset],
+    owners: Sequence[int],
+) -> ImageDataset:
+    """The data sets of single folders as one, of which each is a domain with an owner."""
+    empty = np.zeros(0, dtype=np.int64)  # there may be no folder at all
     sizes = [len(part) for part in parts]
     owners_N = np.repeat(np.array(owners, dtype=np.int64), sizes)
     domain_names = (*(f"client {k}" for k in range(len(config.folders))), "server")
@@ -68,7 +131,7 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
         domains_N=np.where(owners_N == SERVER, len(config.folders), owners_N),
         domain_names=domain_names,
         fingerprint=digest("client folders", *(part.fingerprint for part in parts)),
-        open_image=opener_of(parts, rows),
+        open_image=opener_of(parts, [np.arange(size) for size in sizes]),
         bad_images=tuple(bad for part in parts for bad in part.bad_images),
         image_names=tuple(
             f"{name}/{image}"
@@ -80,24 +143,24 @@ def load(config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
     )
 
 
-def _one(
-    config: DataConfig, root: Path, title: str, split: int, seed: int, cache_dir: Path
+def _load_folder(
+    config: ClientFoldersConfig, folder: str, title: str, split: int, seed: int, cache_dir: Path
 ) -> ImageDataset:
     """The images of one folder, all in `split`, sorted by path."""
-    root = root.expanduser()
+    root = Path(folder).expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.is_file() else "does not exist"
-        raise UserError(f"data: {title}: {root} {what}; it must hold <class>/*.jpg.")
+        raise UserError(f"data: {title}: {root} {what}; it must contain <class>/*.jpg.")
     label_of = _labels(config.class_names, subfolders(root), title, root)
     files = [
         ImageFile(path.relative_to(root).as_posix(), label, split)
-        for folder, label in label_of.items()
-        for path in images_below(root / folder)
+        for class_folder, label in label_of.items()
+        for path in images_below(root / class_folder)
     ]
     files.sort(key=lambda file: file.path)
     dataset = files_dataset(
         config, root, files, tuple(config.class_names), (title,),
-        hold_out=False, seed=seed, cache_dir=cache_dir,
+        test_fraction=None, seed=seed, cache_dir=cache_dir,
     )  # fmt: skip
     if not len(dataset):
         raise UserError(
@@ -106,24 +169,26 @@ def _one(
     return dataset
 
 
-def _labels(wanted: list[str], folders: list[str], title: str, root: Path) -> dict[str, int]:
+def _labels(
+    class_names: list[str], folders: Sequence[str], title: str, root: Path
+) -> dict[str, int]:
     """The label of each class folder."""
-    label_of_key = {name_key(name): label for label, name in enumerate(wanted)}
+    label_of_key = {name_key(name): label for label, name in enumerate(class_names)}
     label_of: dict[str, int] = {}
-    twins: dict[int, str] = {}
+    folder_of: dict[int, str] = {}
     for folder in folders:
         label = label_of_key.get(name_key(folder))
         if label is None:
-            more = sum(name_key(other) not in label_of_key for other in folders) - 1
-            others = f" (and {more} more)" if more else ""
+            more = sum(name_key(name) not in label_of_key for name in folders) - 1
+            rest = f" (and {more} more)" if more else ""
             raise UserError(
-                f"data: {title}: {root} has a class '{folder}'{others} that is not in "
-                f"data.class_names; rename it or take it out.{did_you_mean(folder, wanted)}"
+                f"data: {title}: {root} has a class '{folder}'{rest} that is not in "
+                f"data.class_names; rename or remove it.{did_you_mean(folder, class_names)}"
             )
-        if label in twins:
+        if label in folder_of:
             raise UserError(
-                f"data: {title}: folders '{twins[label]}' and '{folder}' in {root} are the same "
-                "class; merge them."
+                f"data: {title}: folders '{folder_of[label]}' and '{folder}' in {root} are the "
+                "same class; merge them."
             )
-        label_of[folder], twins[label] = label, folder
+        label_of[folder], folder_of[label] = label, folder
     return label_of

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedprompt.config.fields import option
-from fedprompt.data.features.cache import default_cache_dir
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.images import name_key
 from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Part, Reported

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from fedprompt.backbone.patch_features import local_encoder
 from fedprompt.config.fields import option
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
-from fedprompt.data.features.cache import Encoding, cached, default_cache_dir
+from fedprompt.data.features.cache import cached
+from fedprompt.data.features.encoding import Encoding
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError

@@ -28,9 +28,10 @@ def check_names(names: Sequence[str]) -> None:
     """Refuse unknown and repeated names; raises `UserError` with the nearest name."""
     for name in names:
         if name not in LOGGERS:
-            raise UserError(f"no logger {name!r} in 'loggers'.{did_you_mean(name, list(LOGGERS))}")
+            hint = did_you_mean(name, list(LOGGERS))
+            raise UserError(f"config: output.loggers: no logger {name!r}.{hint}")
     if len(set(names)) < len(names):
-        raise UserError(f"'loggers' is {list(names)}; it names one of them twice.")
+        raise UserError(f"config: output.loggers is {list(names)}; it names a logger twice.")
 
 
 def check_installed(names: Sequence[str]) -> None:

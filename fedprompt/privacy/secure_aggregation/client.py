@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedprompt.config.schema import Config, SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
+from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
 from fedprompt.messages import ARRAYS, CONFIG, METRICS, Arrays, to_arrays
 from fedprompt.privacy.secure_aggregation import (

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedprompt.config.schema import SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
 
 MODULUS = 2**32
 """Masked numbers are sums modulo this, and take four bytes each."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from fedprompt.config.schema import SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import error_reason, sanitised
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,

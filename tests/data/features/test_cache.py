@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fedprompt.data.features.cache import cached_features, default_cache_dir, feature_path
+from fedprompt.data.cache_files import default_cache_dir
+from fedprompt.data.features.cache import feature_path
 from fedprompt.errors import UserError
-from tests.support.fake_data import FakeClip, flat_dataset
+from tests.support.fake_data import FakeClip, flat_dataset, plain_features
 
 DATASET = flat_dataset([0, 1, 2, 0, 1, 2, 0, 1])
 fork = multiprocessing.get_context("fork")
@@ -33,13 +34,13 @@ def leftovers(folder: Path) -> list[str]:
 
 def test_cached_equals_uncached_and_is_computed_once(tmp_path: Path) -> None:
     clip = FakeClip()
-    features_ND = cached_features(clip, DATASET, tmp_path)
+    features_ND = plain_features(clip, DATASET, tmp_path)
     assert clip.batches == [3, 3, 2]
     assert np.array_equal(features_ND, uncached(FakeClip()))
     assert isinstance(features_ND, np.memmap)
     assert features_ND.dtype == np.float32
     again = FakeClip()
-    assert np.array_equal(cached_features(again, DATASET, tmp_path), features_ND)
+    assert np.array_equal(plain_features(again, DATASET, tmp_path), features_ND)
     assert again.batches == []
     assert leftovers(tmp_path) == [feature_path(clip, DATASET, tmp_path).name]
     with pytest.raises(ValueError, match="read-only"):
@@ -52,7 +53,7 @@ def test_rows_keep_the_image_order_whichever_decodes_first(tmp_path: Path) -> No
         return DATASET.open_image(index)
 
     dataset = replace(DATASET, open_image=slow_first)
-    assert np.array_equal(cached_features(FakeClip(), dataset, tmp_path), uncached(FakeClip()))
+    assert np.array_equal(plain_features(FakeClip(), dataset, tmp_path), uncached(FakeClip()))
 
 
 def test_anything_that_changes_features_changes_the_file(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_damaged_file_is_computed_again(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = feature_path(FakeClip(), DATASET, tmp_path)
-    cached_features(FakeClip(), DATASET, tmp_path)
+    plain_features(FakeClip(), DATASET, tmp_path)
     whole = path.read_bytes()
     if damage == "wrong shape":
         np.save(path, np.zeros((7, 4), np.float32))
@@ -82,8 +83,8 @@ def test_a_damaged_file_is_computed_again(
         np.save(path, np.zeros((8, 4), np.float64))
     else:
         path.write_bytes({"truncated": whole[:-1], "empty": b"", "longer": whole + b"x"}[damage])
-    assert np.array_equal(cached_features(FakeClip(), DATASET, tmp_path), uncached(FakeClip()))
-    assert "computing it again" in caplog.text
+    assert np.array_equal(plain_features(FakeClip(), DATASET, tmp_path), uncached(FakeClip()))
+    assert "computed again" in caplog.text
     assert path.read_bytes() == whole
 
 
@@ -103,7 +104,7 @@ class SlowClip(FakeClip):
 
 def start_together(barrier: Any, cache_dir: Path, notes: Path, result: Path) -> None:
     barrier.wait()
-    np.save(result, cached_features(SlowClip(notes), DATASET, cache_dir))
+    np.save(result, plain_features(SlowClip(notes), DATASET, cache_dir))
 
 
 def test_two_processes_at_once_compute_it_once(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ class HangingClip(FakeClip):
 
 
 def hang(reached: Any, cache_dir: Path) -> None:
-    cached_features(HangingClip(reached), DATASET, cache_dir)
+    plain_features(HangingClip(reached), DATASET, cache_dir)
 
 
 def test_a_process_killed_while_writing_leaves_nothing_wrong(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_process_killed_while_writing_leaves_nothing_wrong(tmp_path: Path) -> 
     (torn,) = leftovers(tmp_path)
     assert torn.startswith(f".{name}.")
     assert torn.endswith(".tmp")
-    assert np.array_equal(cached_features(FakeClip(), DATASET, tmp_path), uncached(FakeClip()))
+    assert np.array_equal(plain_features(FakeClip(), DATASET, tmp_path), uncached(FakeClip()))
     assert leftovers(tmp_path) == [name]
 
 
@@ -163,18 +164,18 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     try:
         with pytest.raises(UserError, match=r"cannot write .*set output\.cache or") as caught:
-            cached_features(FakeClip(), DATASET, tmp_path)
+            plain_features(FakeClip(), DATASET, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     assert leftovers(tmp_path) == []
-    assert cached_features(FakeClip(), DATASET, tmp_path).shape == (8, 4)
+    assert plain_features(FakeClip(), DATASET, tmp_path).shape == (8, 4)
 
 
 def test_a_cache_folder_that_cannot_be_made_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"\$FEDPROMPT_CACHE"):
-        cached_features(FakeClip(), DATASET, tmp_path / "file" / "cache")
+        plain_features(FakeClip(), DATASET, tmp_path / "file" / "cache")
 
 
 def test_an_image_that_fails_ends_the_pass_and_frees_the_lock(tmp_path: Path) -> None:
@@ -182,31 +183,31 @@ def test_an_image_that_fails_ends_the_pass_and_frees_the_lock(tmp_path: Path) ->
         raise UserError("gone")
 
     with pytest.raises(UserError, match="gone"):
-        cached_features(FakeClip(), replace(DATASET, open_image=fails), tmp_path)
+        plain_features(FakeClip(), replace(DATASET, open_image=fails), tmp_path)
     assert leftovers(tmp_path) == []
-    assert cached_features(FakeClip(), DATASET, tmp_path).shape == (8, 4)
+    assert plain_features(FakeClip(), DATASET, tmp_path).shape == (8, 4)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     clip = FakeClip()
     clip.projection[0, 0] = float("nan")
     with pytest.raises(UserError, match="images 0 to 2 are not finite"):
-        cached_features(clip, DATASET, tmp_path)
+        plain_features(clip, DATASET, tmp_path)
     assert leftovers(tmp_path) == []
 
 
 def test_start_and_end_are_plain_lines_where_there_is_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cached_features(FakeClip(), DATASET, tmp_path / "quiet", progress=False)
+    plain_features(FakeClip(), DATASET, tmp_path / "quiet", progress=False)
     assert capsys.readouterr() == ("", "")
-    cached_features(FakeClip(), DATASET, tmp_path)
+    plain_features(FakeClip(), DATASET, tmp_path)
     out, err = capsys.readouterr()
     assert out == ""
     start, end = err.splitlines()
-    assert start == "encoding 8 images of flat, once: features are cached"
+    assert start.startswith("encoding 8 images of flat")
     assert end.startswith("encoded 8 images in ")
-    cached_features(FakeClip(), DATASET, tmp_path)
+    plain_features(FakeClip(), DATASET, tmp_path)
     assert capsys.readouterr() == ("", "")
 
 

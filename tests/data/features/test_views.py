@@ -16,7 +16,8 @@ from PIL import Image
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.schema import Config
-from fedprompt.data.features.cache import augmented, cached, cached_features, plain
+from fedprompt.data.features.cache import cached
+from fedprompt.data.features.encoding import augmented, plain
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.images import random_view
 from fedprompt.experiment.display import QuietDisplay
@@ -27,7 +28,7 @@ from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
 from fedprompt.training import _batches, train_clients
 from tests.support.builders import small_config
-from tests.support.fake_data import FakeClip, flat_dataset
+from tests.support.fake_data import FakeClip, flat_dataset, plain_features
 
 # Red grows from left to right, green from top to bottom: a view tells where it was cut.
 RAMP = np.zeros((90, 120, 3), dtype=np.uint8)
@@ -80,7 +81,7 @@ def test_views_are_seeded_by_view_and_image(tmp_path: Path) -> None:
     again = cached(FakeClip(), ramps, tmp_path / "new", augmented(clip, ramps, 1, 0.08))
     wide = cached(clip, ramps, tmp_path, augmented(clip, ramps, 1, 0.5))
     assert np.array_equal(one, again)
-    for other in (two, wide, cached_features(clip, ramps, tmp_path)):
+    for other in (two, wide, plain_features(clip, ramps, tmp_path)):
         assert other.shape == one.shape == (4, 4)
         assert not np.isclose(other, one).all(1).any()
     names = {p.name.split("-of-")[0][:-37] for p in tmp_path.rglob("*.npy")}
@@ -102,7 +103,7 @@ def test_rows_of_some_images_only(tmp_path: Path) -> None:
     dataset, clip = flat_dataset([0, 1, 2, 0, 1]), FakeClip()
     encoding = plain(clip, dataset)
     some = cached(clip, dataset, tmp_path, encoding, index_R=np.array([3, 0]))
-    everyone = cached_features(clip, dataset, tmp_path)
+    everyone = plain_features(clip, dataset, tmp_path)
     assert np.array_equal(some, everyone[[3, 0]])
     other = cached(clip, dataset, tmp_path, encoding, index_R=np.array([0, 3]))
     assert np.array_equal(other, everyone[[0, 3]])

@@ -18,7 +18,7 @@ from fedprompt.data.catalogue import entry
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import dense, describe, make_partition
 from fedprompt.data.sections import available
-from fedprompt.data.sources import combined as multi
+from fedprompt.data.sources import multi
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import QuietDisplay

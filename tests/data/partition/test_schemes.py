@@ -12,7 +12,7 @@ import pytest
 from fedprompt.config.schema import PartitionConfig
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.partition import Partition, dense, describe, make_partition
-from fedprompt.data.partition.schemes import _apportion, _draw
+from fedprompt.data.partition.draws import apportion, draw_counts
 from fedprompt.errors import UserError
 from tests.support.fake_data import flat_dataset
 
@@ -156,15 +156,17 @@ def test_draws_stop_at_what_is_left() -> None:
     rng = np.random.default_rng(0)
     left = np.array([3, 0, 50, 7])
     shares = np.array([0.9, 0.1, 1e-300, 0.0])
-    assert _draw(rng, 60, shares, left).tolist() == left.tolist()
-    taken = sum(_draw(rng, 10, np.array([0.2, 0.3, 0.5]), np.array([100] * 3)) for _ in range(3000))
+    assert draw_counts(rng, 60, shares, left).tolist() == left.tolist()
+    taken = sum(
+        draw_counts(rng, 10, np.array([0.2, 0.3, 0.5]), np.array([100] * 3)) for _ in range(3000)
+    )
     assert np.abs(taken / 30000 - [0.2, 0.3, 0.5]).max() < 0.01
 
 
 def test_apportion_by_largest_remainders() -> None:
-    assert _apportion(np.array([0.5, 0.3, 0.2]), 9).tolist() == [4, 3, 2]  # 4.5, 2.7, 1.8
-    assert _apportion(np.array([1.0, 0.0]), 7).tolist() == [7, 0]
-    assert _apportion(np.full(3, 1 / 3), 0).tolist() == [0, 0, 0]
+    assert apportion(np.array([0.5, 0.3, 0.2]), 9).tolist() == [4, 3, 2]  # 4.5, 2.7, 1.8
+    assert apportion(np.array([1.0, 0.0]), 7).tolist() == [7, 0]
+    assert apportion(np.full(3, 1 / 3), 0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

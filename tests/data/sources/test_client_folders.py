@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedprompt.config.schema import Config, DataConfig
+from fedprompt.config.schema import Config
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.partition import Partition, make_partition
-from fedprompt.data.sources import client_folders
+from fedprompt.data.sources.client_folders import ClientFolders, ClientFoldersConfig
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
@@ -47,7 +47,7 @@ def config_for(images: Path, **data: Any) -> Config:
 
 
 def opened(config: Config, root: Path) -> tuple[ImageDataset, Partition]:
-    dataset = client_folders.load(config.data, config.seed, root / "cache")
+    dataset = ClientFolders.load(config.data, config.seed, root / "cache")
     return dataset, make_partition(dataset, config.partition, config.seed)
 
 
@@ -189,7 +189,7 @@ def raw(**changes: Any) -> dict[str, Any]:
     ("changes", "line"),
     [
         ({"clients": 3}, "data.folders has 2 folders for partition.clients=3"),
-        ({"file": "p.json"}, "leaves nothing for partition.file"),
+        ({"file": "p.json"}, "partition.file"),
         ({"data": {"class_names": ["a"]}}, "needs 'class_names', at least two"),
         ({"data": {"class_names": ["sea ice", "Sea_Ice"]}}, "lists a class twice"),
     ],
@@ -200,7 +200,7 @@ def test_configs_that_cannot_be(changes: dict[str, Any], line: str) -> None:
 
 def test_folders_may_be_elsewhere() -> None:
     assert validate(raw(data={"folders": []})).data.folders == []
-    assert isinstance(validate(raw()).data, DataConfig)
+    assert isinstance(validate(raw()).data, ClientFoldersConfig)
 
 
 def test_a_simulation_needs_all_folders(root: Path, tmp_path: Path) -> None:

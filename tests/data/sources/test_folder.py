@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedprompt.config.schema import DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
-from fedprompt.data.sources import integrity as scan
+from fedprompt.data.sources.folder import FolderConfig
+from fedprompt.data.sources.parts import integrity as scan
 from fedprompt.errors import UserError
 from tests.support.fake_data import colour, encoded, truncated, write_image_folder
 
 
 def load(root: Path, seed: int = 1, **config: Any) -> ImageDataset:
-    whole = DataConfig(source="folder", title="fake", root=str(root), **config)
+    whole = FolderConfig(title="fake", root=str(root), **config)
     return open_dataset(whole, seed, cache_dir=root.parent / "cache")
 
 
@@ -133,8 +133,8 @@ def test_readable_names(folder: str, name: str) -> None:
         ({"sea_ice": 3, "SeaIce": 3}, {}, "are the same class name"),
         ({"train/a": 3, "train/b": 3, "other": 1}, {}, "has train/ and beside it 'other'"),
         ({"test/a": 3, "test/b": 3}, {}, "no train/"),
-        ({"train/a": 1, "train/b": 1, "test/c": 1}, {}, "test has 'c', which train/ has not"),
-        ({"train/a": 1, "train/b": 1, "test/a": 0}, {}, "test holds no images"),
+        ({"train/a": 1, "train/b": 1, "test/c": 1}, {}, "test has 'c'"),
+        ({"train/a": 1, "train/b": 1, "test/a": 0}, {}, "test contains no images"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -211,7 +211,7 @@ def test_a_file_that_vanishes_later_is_said_in_one_line(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "root", {"a": 3, "b": 3})
     dataset = load(root)
     (root / "a" / "000.png").unlink()
-    with pytest.raises(UserError, match=r"000\.png was readable and no longer is"):
+    with pytest.raises(UserError, match=r"000\.png can no longer be read"):
         dataset.open_image(0)
 
 

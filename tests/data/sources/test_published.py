@@ -19,11 +19,11 @@ from fedprompt.cli import main as cli
 from fedprompt.config.schema import to_yaml
 from fedprompt.config.shipped import configs_dir
 from fedprompt.data import catalogue, open_dataset
+from fedprompt.data import check_copy as checking
 from fedprompt.data.catalogue import entry
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.sections import available
-from fedprompt.data.sources import check_copy as checking
-from fedprompt.data.sources import published
+from fedprompt.data.sources.parts import published
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.validate import validate

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedprompt.config.schema import SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import client_of, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedprompt.config.schema import SecureAggregationConfig
+from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.errors import UserError
 from fedprompt.privacy.secure_aggregation import (
     flower,

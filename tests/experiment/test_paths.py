@@ -9,11 +9,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from fedprompt.config.paths import absolute, without_paths
-from fedprompt.config.schema import Config, DataConfig
+from fedprompt.config.schema import Config
+from fedprompt.data.sources.hub import HubConfig
+from fedprompt.data.sources.registry import all_sources
 from fedprompt.deploy.node_config import NodeSettings, on_node
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import all_protocols
+from fedprompt.experiment.paths import absolute, without_paths
 from fedprompt.federation.registry import all_strategies
 from fedprompt.methods.registry import all_methods
 from tests.support.builders import small_config
@@ -24,7 +26,7 @@ NO_PATH = {
     "title", "templates", "class_names", "dataset", "common_labels", "hub_config", "hub_revision",
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
-    "token_tensors", "domain",
+    "token_tensors", "domain", "source",
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "partition.file",
@@ -40,6 +42,8 @@ def schemas() -> Iterator[tuple[str, type]]:
     for name, kind in hints.items():
         if dataclasses.is_dataclass(kind):
             yield f"{name}.", kind  # type: ignore[misc]
+    for source in all_sources().values():
+        yield "data.", source.Config
     for method in all_methods().values():
         yield "method.", method.Config
     for strategy in all_strategies().values():
@@ -84,11 +88,11 @@ def experiment(*without: str) -> Config:
         "protocols": ["global", "cross_data_set", "ood"],
         "protocol_options": {
             "cross_data_set": {"targets": [{"use": "eurosat", "root": f"{SECRET}/eurosat"}]},
-            "ood": {"out": [{"use": "eurosat", "root": f"{SECRET}/eurosat"}]},
+            "ood": {"out": [{"source": "hub", "hub_id": f"{SECRET}/eurosat"}]},
         },
     }
     config = small_config(**raw)
-    for key in PATHS - set(without):  # together no experiment may name them all
+    for key in PATHS - {"data.hub_id"} - set(without):  # no source has that key and the others
         section, _, name = key.partition(".")
         value: Any = f"{SECRET}/{key}"
         change = {name: [value] * 3 if name == "folders" else value}
@@ -108,8 +112,8 @@ def named(value: Any, place: str = "") -> set[str]:
 
 def test_a_node_that_lends_a_folder_follows_no_path() -> None:
     config = experiment()
-    expected = PATHS | {
-        "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.root"
+    expected = PATHS - {"data.hub_id"} | {
+        "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.hub_id"
     }  # fmt: skip
     assert named(dataclasses.asdict(config)) == expected, "the test names them all"
     there = on_node(config, NodeSettings(1, "/mine", cache_dir="/cache", checkpoint="/weights.pt"))
@@ -145,7 +149,7 @@ def test_relative_paths_are_those_of_the_machine_that_hands_over(
     (tmp_path / "images").mkdir()
     config = absolute(small_config(data={"source": "folder", "root": "images"}))
     assert config.data.root == str(tmp_path / "images")
-    data = DataConfig(source="hub", hub_id="user/set")
+    data = HubConfig(hub_id="user/set")
     assert absolute(dataclasses.replace(config, data=data)).data.hub_id == "user/set"
 
 

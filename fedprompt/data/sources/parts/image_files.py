@@ -1,7 +1,4 @@
-"""A data set of image files: records of paths and labels become an `ImageDataset`.
-
-Suffix: N images.
-"""
+"""Files with labels become an `ImageDataset`. Suffix: N images."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedprompt.config.schema import DataConfig
+from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import ImageDataset
-from fedprompt.data.features.cache import digest
 from fedprompt.data.images import decode_rgb, hold_out_test
-from fedprompt.data.sources.integrity import bad_images, memo_path, scan
+from fedprompt.data.sources.base import StoredImagesConfig
+from fedprompt.data.sources.parts.integrity import bad_images, memo_path, scan
 from fedprompt.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -25,7 +22,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One labelled image; `path` is relative to the data set's folder, with forward slashes."""
+    """One labelled image.
+
+    Attributes:
+        path: relative to the data set's folder, with forward slashes.
+        label: index of the class.
+        split: `TRAIN` or `TEST`.
+        domain: index of the domain.
+    """
 
     path: str
     label: int
@@ -35,7 +39,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens image i; a class, not a closure, so that a data set can be pickled."""
+    """Opens image i. It is a class and not a closure so that a data set can be pickled."""
 
     root: Path
     paths: tuple[str, ...]
@@ -46,41 +50,53 @@ class _Opener:
             return decode_rgb(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"data: {path} was readable and no longer is: {error}; start again."
+                f"data: {path} can no longer be read: {error}; start the run again."
             ) from None
 
 
 def files_dataset(
-    config: DataConfig,
+    config: StoredImagesConfig,
     root: Path,
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
     domain_names: tuple[str, ...],
     *,
-    hold_out: bool,
+    test_fraction: float | None,
     seed: int,
     cache_dir: Path,
 ) -> ImageDataset:
-    """All readable `files` below `root`.
+    """The data set of all readable files below a folder.
 
-    With `hold_out`, a seeded part of each class and domain becomes the test split.
+    Args:
+        config: title of the data set, and what to do with unreadable images.
+        root: the folder.
+        files: its images, in the order of the data set.
+        class_names: names in label order.
+        domain_names: names of the domains.
+        test_fraction: share of each class and domain that becomes the test split, drawn with
+            `seed`; None = the files have their splits.
+        seed: seed of the experiment.
+        cache_dir: where hashes of the files are kept between runs.
+
+    Returns:
+        The data set; the names of its images are their paths below `root`.
 
     Raises:
-        UserError: an unreadable image under `on_bad_image: error`.
+        UserError: an image is unreadable while `on_bad_image` is `error`.
     """
     keys = [_key(root, file.path) for file in files]
     memo = memo_path(cache_dir, "folder", str(root.resolve()))
     verdicts = scan(keys, lambda i: (root / files[i].path).read_bytes(), memo, config.title)
     names = [str(root / file.path) for file in files]
     bad = bad_images(names, verdicts, config.on_bad_image, config.title)
-    kept = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
-    labels_N = np.array([files[i].label for i in kept], dtype=np.int64)
-    split_N = np.array([files[i].split for i in kept], dtype=np.int8)
-    domains_N = np.array([files[i].domain for i in kept], dtype=np.int64)
-    if hold_out:
+    readable = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
+    labels_N = np.array([files[i].label for i in readable], dtype=np.int64)
+    split_N = np.array([files[i].split for i in readable], dtype=np.int8)
+    domains_N = np.array([files[i].domain for i in readable], dtype=np.int64)
+    if test_fraction is not None:
         cells_N = labels_N * len(domain_names) + domains_N
-        split_N = hold_out_test(cells_N, config.test_fraction, seed)
-    content = [f"{files[i].path}|{verdicts[i].hash}|{files[i].label}" for i in kept]
+        split_N = hold_out_test(cells_N, test_fraction, seed)
+    content = [f"{files[i].path}|{verdicts[i].hash}|{files[i].label}" for i in readable]
     return ImageDataset(
         name=config.title,
         class_names=class_names,
@@ -89,19 +105,23 @@ def files_dataset(
         domains_N=domains_N,
         domain_names=domain_names,
         fingerprint=digest("folder", *content),
-        open_image=_Opener(root, tuple(files[i].path for i in kept)),
+        open_image=_Opener(root, tuple(files[i].path for i in readable)),
         bad_images=bad,
-        image_names=tuple(files[i].path for i in kept),
+        image_names=tuple(files[i].path for i in readable),
     )
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its suffix, and not hidden."""
+    """Whether a file has the suffix of an image and is not hidden."""
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
 def subfolders(parent: Path) -> list[str]:
-    """Names of the folders in `parent`, sorted; hidden ones and `__MACOSX` do not count."""
+    """Names of the visible folders in `parent`, sorted; `.git` and `__MACOSX` are not visible.
+
+    Raises:
+        UserError: the folder cannot be listed.
+    """
     try:
         return sorted(p.name for p in parent.iterdir() if _is_visible(p.name) and p.is_dir())
     except OSError as error:
@@ -109,7 +129,7 @@ def subfolders(parent: Path) -> list[str]:
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """All image files in a folder and its visible sub-folders."""
+    """All image files in a folder and its visible sub-folders, at any depth."""
     for parent, below, names in os.walk(folder):
         below[:] = [name for name in below if _is_visible(name)]
         yield from (Path(parent) / name for name in names if is_image(name))
@@ -122,6 +142,6 @@ def _is_visible(name: str) -> bool:
 def _key(root: Path, path: str) -> str:
     try:
         status = (root / path).stat()
-    except OSError:  # a dangling link: reading it will give the reason
+    except OSError:  # a dangling link; reading it will tell the reason
         return f"{path}|?"
     return f"{path}|{status.st_size}|{status.st_mtime_ns}"

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
-from fedprompt.data.features.cache import digest
 from fedprompt.data.images import name_key
-from fedprompt.data.sources.layouts import Copy
+from fedprompt.data.sources.parts.layouts import Copy
 from fedprompt.errors import UserError
 
 SIDE = 32

@@ -1,7 +1,7 @@
-"""Which keys of an experiment are paths, and what becomes of them on another machine.
+"""Which keys of an experiment are paths, and what happens to them on another machine.
 
-A key says so itself, by `option(..., path=True)`. The data sets that a protocol's options list are
-`data` sections, with the same keys.
+A key declares itself a path by `option(..., path=True)`. The data sets that protocol options list
+are `data` sections, with the keys of their sources.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprompt.config.schema import Config, DataConfig
+from fedprompt.config.schema import Config
+from fedprompt.data.sources.registry import source_keys
 
 T = TypeVar("T")
 Change = Callable[[Any, Field[Any]], Any]
-"""The new value of a path's key, from the present one and the key's field."""
+"""Computes the new value of a path's key from the present value and the key's field."""
 
 
 def absolute(config: Config) -> Config:
-    """Relative paths as they are meant on this machine; names that are no path here stay."""
+    """Resolve relative paths on this machine; texts that name no file here stay as they are."""
 
-    def one(path: str) -> str:
-        found = Path(path).expanduser()
-        return str(found.resolve()) if found.exists() else path
+    def resolve(text: str) -> str:
+        path = Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else text
 
     def change(value: Any, field: Field[Any]) -> Any:
-        return [one(v) for v in value] if isinstance(value, list) else value and one(value)
+        return [resolve(v) for v in value] if isinstance(value, list) else value and resolve(value)
 
     return _changed(config, change)
 
 
 def without_paths(config: Config) -> Config:
-    """Every path as if the experiment did not name it."""
+    """Set every path to its default, as if the experiment did not name it."""
     return _changed(config, lambda value, field: _default(field))
 
 
 def _changed(section: T, change: Change) -> T:
-    """A dataclass with `change` made to all paths in it, those of dataclasses in it included."""
+    """Apply `change` to all paths of a dataclass, including those of dataclasses inside it."""
     values: dict[str, Any] = {}
     for field in fields(section):  # type: ignore[arg-type]
         value = getattr(section, field.name)
@@ -54,10 +55,11 @@ def _inside(value: Any, change: Change) -> Any:
     if isinstance(value, list):
         return [_inside(item, change) for item in value]
     if isinstance(value, Mapping):
-        paths = {f.name: f for f in fields(DataConfig) if f.metadata.get("path")}
-        data = "source" in value
+        # A mapping with a source is a complete `data` section, as `test_sets.complete` writes it.
+        keys = source_keys(str(value["source"])) if "source" in value else {}
+        paths = {name: field for name, field in keys.items() if field.metadata.get("path")}
         return {
-            key: change(item, paths[key]) if data and key in paths else _inside(item, change)
+            key: change(item, paths[key]) if key in paths else _inside(item, change)
             for key, item in value.items()
         }
     return value

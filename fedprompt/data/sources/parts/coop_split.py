@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedprompt.data.sources.layouts import SPLITS, Listed, Listing
+from fedprompt.data.sources.parts.layouts import SPLITS, Listed, Listing
 from fedprompt.errors import UserError
 
 SOURCE = "https://github.com/KaiyangZhou/CoOp (DATASETS.md)"

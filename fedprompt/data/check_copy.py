@@ -11,9 +11,9 @@ import numpy as np
 from fedprompt.data.catalogue import Entry
 from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.images import name_key
-from fedprompt.data.sources import cifar
-from fedprompt.data.sources.layouts import Listing
-from fedprompt.data.sources.published import list_copy, open_copy
+from fedprompt.data.sources.parts import cifar
+from fedprompt.data.sources.parts.layouts import Listing
+from fedprompt.data.sources.parts.published import list_copy, open_copy
 
 SHOWN = 5
 

@@ -1,8 +1,9 @@
-"""One full decode of every image before anything else: finds the bad ones, hashes the good ones.
+"""Every image is decoded once before anything else, to find the bad ones and to hash the others.
 
-It must come before partitioning, since leaving an image out moves the indices of those behind it.
-The hashes are remembered on disk, so later starts only look at what changed. Verdicts on bad
-images are not: they are few, and one may become readable again (permissions, a newer Pillow).
+This must happen before images are dealt to clients, because leaving an image out changes the
+indices of all later ones. The hashes are stored on disk, so that later runs only look at files that
+changed. Verdicts on bad images are not stored: bad images are few, and one may become readable,
+for instance with other permissions or a newer version of Pillow.
 """
 
 from __future__ import annotations
@@ -16,36 +17,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedprompt.data.cache_files import DECODE_THREADS, digest, locked, write_atomic
 from fedprompt.data.dataset import BadImage
-from fedprompt.data.features.cache import DECODE_THREADS, digest, locked, progress_bar, write_atomic
 from fedprompt.data.images import decode_rgb
+from fedprompt.data.progress import progress_bar
 from fedprompt.errors import UserError
 
-LONG_SCAN = 500  # images; fewer take about a second and need no bar
+LONG_SCAN = 500
+"""Images from which on a scan draws a progress bar; fewer take about a second."""
 VERSION = 1
+"""Format of the stored hashes; files of another version are ignored."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`hash` of an image's encoded bytes, or the `reason` why it cannot be read."""
+    """The hash of an image's encoded bytes, or the reason why it cannot be read."""
 
     hash: str
     reason: str | None = None
 
 
 def memo_path(cache_dir: Path, *source: str) -> Path:
-    """Where the hashes of one data source are remembered."""
+    """The file that stores the hashes of the images of one data source."""
     return cache_dir / "scan" / f"{digest(*source)}.json"
 
 
 def scan(
     keys: Sequence[str], read: Callable[[int], bytes], memo: Path, title: str
 ) -> list[Verdict]:
-    """A verdict on every image i, whose encoded bytes are `read(i)`.
+    """Judge every image, reading only those that are not in the memo file yet.
 
-    `keys[i]` names its content as cheaply as can be (path, size and mtime, say): an image whose
-    key stands in the file `memo` is not read again.
+    Args:
+        keys: one key per image that changes when its content may have changed and that needs no
+            reading, such as path, size and time of modification.
+        read: returns the encoded bytes of image i, or raises `OSError` or `ValueError`.
+        memo: the file with the hashes of earlier scans.
+        title: name of the data set, for the progress bar.
+
+    Returns:
+        One verdict per image.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -54,12 +65,12 @@ def scan(
         known = _load(memo)
         verdicts = [Verdict(known.get(key, "")) for key in keys]
         unknown = [i for i, verdict in enumerate(verdicts) if not verdict.hash]
-        shown = len(unknown) >= LONG_SCAN
+        is_long = len(unknown) >= LONG_SCAN
         pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="scan")
         try:
-            with progress_bar(f"checking {title}", len(unknown), shown) as advance:
-                found = pool.map(lambda i: _judge(lambda: read(i)), unknown)
-                for i, verdict in zip(unknown, found, strict=True):
+            with progress_bar(f"checking {title}", len(unknown), is_long) as advance:
+                judged = pool.map(lambda i: _judge(lambda: read(i)), unknown)
+                for i, verdict in zip(unknown, judged, strict=True):
                     verdicts[i] = verdict
                     advance(1)
         finally:
@@ -77,16 +88,29 @@ def bad_images(
     on_bad_image: Literal["error", "skip"],
     title: str,
 ) -> tuple[BadImage, ...]:
-    """The unreadable images, reported; under 'error' the first of them ends the run."""
+    """Report the unreadable images.
+
+    Args:
+        names: how messages name each image.
+        verdicts: one per image.
+        on_bad_image: `error` refuses the data set; `skip` logs the images.
+        title: name of the data set.
+
+    Returns:
+        The unreadable images.
+
+    Raises:
+        UserError: there are some, and `on_bad_image` is `error`.
+    """
     bad = tuple(
         BadImage(name, verdict.reason)
         for name, verdict in zip(names, verdicts, strict=True)
         if verdict.reason is not None
     )
     if bad and on_bad_image == "error":
-        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
-            f"data: cannot read {bad[0].where}{others}: {bad[0].reason}; mend or remove it, or "
+            f"data: cannot read {bad[0].where}{more}: {bad[0].reason}; repair or remove it, or "
             "set data.on_bad_image=skip."
         )
     for image in bad[:5]:
@@ -115,5 +139,5 @@ def _load(memo: Path) -> dict[str, str]:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); checking all images again", memo, error)
+        log.warning("%s is damaged (%s); all images are checked again", memo, error)
     return {}

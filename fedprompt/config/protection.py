@@ -1,0 +1,67 @@
+"""The sections of an experiment about clients that attack, and about what the server learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedprompt.config.fields import option
+from fedprompt.errors import UserError
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Malicious or broken clients of a simulation."""
+
+    kind: Literal[
+        "none",
+        "sign_flip",
+        "scaling",
+        "label_flip",
+        "random_noise",
+        "many_examples",
+        "nan",
+        "inf",
+        "wrong_name",
+        "wrong_shape",
+        "wrong_type",
+        "giant",
+        "crash",
+    ] = option("none", "what attackers send, see fedprompt/simulation/attacks.py")
+    share: float = option(0.3, "share of the clients that attack, drawn from the seed", ge=0, le=1)
+    scale: float = option(1.0, "size of an attack, in sizes of an honest change", gt=0)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Noise that clients add to what they send; strategy dp_fedavg adds noise on the server."""
+
+    noise: float = option(0.0, "noise multiplier z: standard deviation over clip; 0 = off", ge=0)
+    clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
+    delta: float = option(1e-5, "delta that epsilon is given for", gt=0, lt=1)
+    noise_seed: int | None = option(
+        None, "fixes the noise, which is then no secret; null = from the operating system"
+    )
+
+
+@dataclass(frozen=True)
+class SecureAggregationConfig:
+    """The server learns the sum of the clients' updates and no single one (SecAgg+)."""
+
+    enabled: bool = option(False, "whether updates are masked")
+    shares: int = option(
+        0, "clients among whom each splits its keys, itself included; 0 = all of the round", ge=0
+    )
+    threshold: float = option(
+        0.6, "part of the shares that recovers a key, and of a client's peers that must stay",
+        gt=0.5, le=1,
+    )  # fmt: skip
+    clip: float = option(
+        1.0, "largest change of a shared number in a round; more is cut off and counted", gt=0
+    )
+    max_weight: int = option(1000, "most training images that a client may hold", ge=1)
+
+    def check(self) -> None:
+        """A client has as many peers on either side of it."""
+        if self.shares and (self.shares < 3 or self.shares % 2 == 0):
+            raise UserError(f"'shares' is {self.shares}; it must be odd and at least 3, or 0.")

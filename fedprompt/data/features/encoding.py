@@ -1,0 +1,103 @@
+"""What one file of the feature cache holds: a view of the images, encoded in one way.
+
+Suffixes: B images in a batch, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.images import random_view
+from fedprompt.rng import generator
+
+
+class ImageEncoder(Protocol):
+    """What the cache needs of a frozen CLIP."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights do."""
+
+    @property
+    def preprocess_fingerprint(self) -> str:
+        """Changes when preprocessing does."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Number of features D."""
+
+    @property
+    def image_batch(self) -> int:
+        """Images per batch."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """One RGB image as a (3, H, W) tensor."""
+
+    def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Un-normalised features (B, D), float32, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How image i becomes a row of a cache file.
+
+    Attributes:
+        view: name of the encoding. It is part of the file's key, so it must contain every
+            parameter that the rows depend on.
+        shape: shape of one row.
+        load: opens image i and returns the encoder's input, (C, H, W).
+        encode: turns a batch of inputs (B, C, H, W) into B rows of `shape`, on the CPU.
+        dtype: NumPy type in which rows are stored.
+        of_weights: whether rows depend on the backbone's weights, not on its preprocessing alone.
+    """
+
+    view: str
+    shape: tuple[int, ...]
+    load: Callable[[int], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    dtype: str = "<f4"
+    of_weights: bool = True
+
+
+def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
+    """Features (D,) of the whole image, as CLIP preprocesses it."""
+
+    def load(index: int) -> torch.Tensor:
+        return clip.preprocess(dataset.open_image(index))
+
+    return Encoding("center", (clip.embed_dim,), load, clip.encode_images)
+
+
+def augmented(clip: ImageEncoder, dataset: ImageDataset, view: int, min_scale: float) -> Encoding:
+    """Features (D,) of one random crop per image, mirrored in half of the cases.
+
+    The crop depends on `view`, the image's index and `min_scale` only, not on the experiment's
+    seed, so that all runs share the files.
+
+    Args:
+        clip: the frozen backbone.
+        dataset: the images.
+        view: number of the view; 0 is the whole image, as `plain` encodes it.
+        min_scale: smallest share of an image's area in a crop.
+
+    Returns:
+        The encoding of that view.
+    """
+    if view == 0:
+        return plain(clip, dataset)
+    # A crop is resized to the size that `preprocess` produces, so that `preprocess` itself does
+    # not resize or crop it again and only normalises it.
+    height, width = clip.preprocess(Image.new("RGB", (64, 64))).shape[-2:]
+
+    def load(index: int) -> torch.Tensor:
+        draw = generator(0, "view", view, index)
+        image = dataset.open_image(index)
+        return clip.preprocess(random_view(image, (width, height), draw, min_scale))
+
+    return Encoding(f"crop{min_scale:g}-{view}", (clip.embed_dim,), load, clip.encode_images)

@@ -1,0 +1,69 @@
+"""The contract of a data source, and the config keys that several sources share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from fedprompt.config.fields import option
+from fedprompt.config.schema import DataConfig
+from fedprompt.data.dataset import ImageDataset
+
+
+class DataSource:
+    """One kind of data set: its config keys, and the function that opens it.
+
+    A source is a subclass in a module of `fedprompt.data.sources` that has the source's name, or a
+    class that another distribution registers in the entry point group `fedprompt.data.sources`.
+
+    Attributes:
+        name: what users write in `data.source`; also the name of the module or entry point.
+        Config: a frozen dataclass derived from `DataConfig` whose field `source` defaults to
+            `name`. Its keys are the ones that the `data` section may have for this source.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[DataConfig]]
+
+    @staticmethod
+    def load(config: Any, seed: int, cache_dir: Path) -> ImageDataset:
+        """Open the data set that `config` describes.
+
+        The result must depend on the arguments and on the stored images only, so that every
+        process and every machine sees the same images in the same order.
+
+        Args:
+            config: an instance of the source's `Config`.
+            seed: the seed of the experiment. Use it, through `fedprompt.rng.generator`, only to
+                hold out a test split where the data set has none.
+            cache_dir: an existing or future folder for what is worth keeping between runs, such as
+                hashes of image files.
+
+        Returns:
+            The images with labels in [0, C), split and domains. Images are opened one by one, on
+            demand.
+
+        Raises:
+            UserError: the data cannot be read, or they do not fit the config. The message is one
+                line and says what to do.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StoredImagesConfig(DataConfig):
+    """Keys of every source that reads encoded images, some of which may be damaged."""
+
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "what to do with unreadable images: stop, or leave them out and report them"
+    )
+
+
+@dataclass(frozen=True)
+class SplitImagesConfig(StoredImagesConfig):
+    """Keys of every source of stored images that may have to hold out a test split."""
+
+    test_fraction: float = option(
+        0.25, "share of each class held out for testing where there is no test split", gt=0, lt=1
+    )

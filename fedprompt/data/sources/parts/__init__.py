@@ -1,0 +1,1 @@
+"""What several data sources are made of."""

@@ -1,0 +1,145 @@
+"""A Hugging Face data set as an `ImageDataset`, for the sources `hub` and `catalogue`.
+
+Suffix: N images.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fedprompt.data.cache_files import digest
+from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
+from fedprompt.data.sources.parts.hub_keys import HubKeys
+from fedprompt.data.sources.parts.hub_labels import read_labels
+from fedprompt.data.sources.parts.hub_splits import Part, load_splits, read_parts
+from fedprompt.data.sources.parts.integrity import Verdict, bad_images, memo_path, scan
+from fedprompt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """Opens image i. It is a class and not a closure so that a data set can be pickled."""
+
+    parts: tuple[Part, ...]
+    part_N: NDArray[np.int64]
+    row_N: NDArray[np.int64]
+
+    def __call__(self, index: int) -> Image.Image:
+        part, row = self.parts[self.part_N[index]], int(self.row_N[index])
+        try:
+            return decode_rgb(part.read(row))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"data: split '{part.split}', row {row} can no longer be read: {error}."
+            ) from None
+
+
+def load_hub(
+    config: HubKeys,
+    seed: int,
+    cache_dir: Path,
+    *,
+    classes: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    spell: Callable[[str], str] = readable_name,
+) -> ImageDataset:
+    """Load the data set `config.hub_id`.
+
+    Args:
+        config: id, splits and columns of the data set.
+        seed: decides which images are held out where `test_split` is null.
+        cache_dir: where hashes of the images are kept between runs.
+        classes: the authors' name of each class: the name used in prompts, in label order. None or
+            empty = the data set's own names, made readable.
+        ignore: the authors' names of classes whose rows are left out.
+        spell: makes the data set's own class names readable.
+
+    Returns:
+        The data set; the names of its images are split and row.
+
+    Raises:
+        UserError: the hub cannot be reached, a split or column does not exist, labels have no
+            names, or an image is unreadable while `on_bad_image` is `error`.
+    """
+    parts = tuple(read_parts(load_splits(config), config, ignore))
+    class_names, labels = read_labels(parts, config, classes or {}, ignore, spell)
+    domain_names, domains = _read_domains(parts, config)
+
+    verdicts: list[Verdict] = []
+    for part in parts:
+        memo = memo_path(cache_dir, "hub", part.images._fingerprint, part.column)
+        verdicts += scan(part.keys(), part.read, memo, f"{config.title} ({part.split})")
+    part_of = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
+    row_of = np.concatenate([np.arange(len(part.labels)) for part in parts])
+    names = [f"split '{parts[p].split}', row {row}" for p, row in zip(part_of, row_of, strict=True)]
+    bad = bad_images(names, verdicts, config.on_bad_image, config.title)
+    readable = np.flatnonzero([verdict.reason is None for verdict in verdicts])
+
+    part_N, row_N, labels_N = part_of[readable], row_of[readable], labels[readable]
+    domains_N = domains[readable]
+    split_N = np.array([part.code for part in parts], dtype=np.int8)[part_N]
+    if config.test_split is None:
+        cells_N = labels_N * len(domain_names) + domains_N
+        split_N = hold_out_test(cells_N, config.test_fraction, seed)
+    _check_classes(labels_N, split_N, class_names, config)
+    content = [f"{names[i]}|{verdicts[i].hash}|{labels[i]}" for i in readable]
+    return ImageDataset(
+        name=config.title,
+        class_names=class_names,
+        labels_N=labels_N,
+        split_N=split_N,
+        domains_N=domains_N,
+        domain_names=domain_names,
+        fingerprint=digest("hub", *content),
+        open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64)),
+        bad_images=bad,
+        image_names=tuple(f"{parts[p].split}/{row}" for p, row in zip(part_N, row_N, strict=True)),
+    )
+
+
+def _check_classes(
+    labels_N: NDArray[np.int64],
+    split_N: NDArray[np.int8],
+    class_names: tuple[str, ...],
+    config: HubKeys,
+) -> None:
+    """Refuse a set with images of fewer than two classes; warn where a class has none."""
+    tests_only = config.train_split is None
+    used_N = split_N == (TEST if tests_only else TRAIN)
+    what = "test" if tests_only else "training"
+    present_C = np.bincount(labels_N[used_N], minlength=len(class_names)) > 0
+    if present_C.sum() < 2:
+        raise UserError(
+            f"data: {config.hub_id} has {what} images of {present_C.sum()} class(es); at least "
+            "two are needed."
+        )
+    if not present_C.all():
+        log.warning("%s: no %s image of %s", config.title, what, class_names[present_C.argmin()])
+
+
+def _read_domains(
+    parts: Sequence[Part], config: HubKeys
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """(names of the domains, sorted; domain of every row)."""
+    if config.domain_column is None:
+        rows = sum(len(part.labels) for part in parts)
+        return (config.title,), np.zeros(rows, dtype=np.int64)
+    values = []
+    for part in parts:
+        for row, value in enumerate(part.domains):
+            if value is None:
+                raise UserError(f"data: split '{part.split}', row {row} has no domain.")
+            values.append(str(value))
+    names = sorted(set(values))
+    index = {name: i for i, name in enumerate(names)}
+    return tuple(names), np.array([index[value] for value in values], dtype=np.int64)

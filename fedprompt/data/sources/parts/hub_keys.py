@@ -1,0 +1,36 @@
+"""Config keys of a copy on the Hugging Face hub, for the sources `hub` and `catalogue`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedprompt.config.fields import option
+from fedprompt.data.sources.base import SplitImagesConfig
+from fedprompt.errors import UserError
+
+
+@dataclass(frozen=True)
+class HubKeys(SplitImagesConfig):
+    """Which data set of the hub to load, and which splits and columns it has."""
+
+    hub_id: str | None = option(
+        None, "id of a data set on the Hugging Face hub, or a local folder", path=True
+    )
+    hub_config: str | None = option(None, "configuration of the data set on the hub")
+    hub_revision: str | None = option(None, "revision on the hub; a fixed one makes reruns exact")
+    train_split: str | None = option(
+        "train", "split to train on; null = the data set is for testing only"
+    )
+    test_split: str | None = option(
+        None, "split to test on; null = hold out test_fraction of the training split"
+    )
+    image_column: str = option("image", "column with the images")
+    label_column: str = option("label", "column with the labels")
+    domain_column: str | None = option(None, "column with the domain of each image")
+    domains: list[str] = option([], "domains to use; empty = all")
+
+    def check(self) -> None:
+        """Refuse a section that selects no split at all."""
+        super().check()
+        if self.train_split is None and self.test_split is None:
+            raise UserError("'train_split' and 'test_split' are both null; set one of them.")
