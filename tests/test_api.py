@@ -201,3 +201,13 @@ def test_things_are_listed_and_opened_by_name() -> None:
         assert package.names() == sorted(package.names())
         with pytest.raises(fedprompt.UserError, match="no_such"):
             package.get("no_such")
+
+
+def test_data_sets_are_listed_and_opened_by_name() -> None:
+    assert {"aerial_scenes", "eurosat"} <= set(fedprompt.data.names())
+    dataset = fedprompt.data.open("aerial_scenes", images_per_class=8, domains=["savanna"])
+    assert len(dataset.class_names) == 20
+    with pytest.raises(fedprompt.UserError, match="eurosat"):
+        fedprompt.data.open("eurosatt")
+    with pytest.raises(fedprompt.UserError, match="images_per_class"):
+        fedprompt.data.open("aerial_scenes", images_per_clas=8)

@@ -1,12 +1,21 @@
-"""Data sets, their partition among clients, and the cache of their encoded images."""
+"""Data sets, their partition among clients, and the cache of their encoded images.
+
+>>> import fedprompt
+>>> "aerial_scenes" in fedprompt.data.names()
+True
+>>> dataset = fedprompt.data.open("aerial_scenes", images_per_class=8, domains=["savanna"])
+>>> len(dataset.class_names)
+20
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedprompt.config.schema import DataConfig
 from fedprompt.data.cache_files import default_cache_dir
+from fedprompt.data.sections import available, data_config
 from fedprompt.data.sources.registry import source_class
 
 if TYPE_CHECKING:  # this module is imported before any other of the package; it must stay light
@@ -30,3 +39,25 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
     """
     source = source_class(config.source)
     return source.load(config, seed, cache_dir or default_cache_dir())
+
+
+def names() -> list[str]:
+    """The names that `data=NAME` takes: shipped files and entries of the catalogue."""
+    return available("data")
+
+
+def open(name: str, *, seed: int = 1, **keys: Any) -> ImageDataset:
+    """Open a data set by its name.
+
+    Args:
+        name: one of `names()`.
+        seed: decides which images are held out for testing where the data set has no test split.
+        **keys: keys of the `data` section of an experiment, for example `root="/images"`.
+
+    Returns:
+        The images, with labels, splits and domains.
+
+    Raises:
+        UserError: nothing has this name, a key is not right, or the data cannot be read.
+    """
+    return open_dataset(data_config({"use": name, **keys}, "data"), seed)
