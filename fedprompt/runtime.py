@@ -1,8 +1,10 @@
-"""Settings of the process: environment variables that libraries read on import, and threads."""
+"""The process: environment variables that libraries read on import, threads and versions."""
 
 from __future__ import annotations
 
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 DEFAULTS = {
@@ -13,6 +15,28 @@ DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+
+PACKAGES = {
+    "fedprompt": "fedprompt",
+    "torch": "torch",
+    "open_clip": "open_clip_torch",
+    "flwr": "flwr",
+    "ray": "ray",
+    "numpy": "numpy",
+}
+"""Distributions by the names under which results list their versions."""
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a result depends on; None where a package is not installed."""
+    installed: dict[str, str | None] = {}
+    for name, distribution in PACKAGES.items():
+        try:
+            installed[name] = version(distribution)
+        except PackageNotFoundError:
+            installed[name] = None
+    return {"python": platform.python_version(), **installed}
 
 
 def set_defaults() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fedprompt.runtime import versions
 from fedprompt.simulation.blocks import free_memory
 
 PROC = Path("/proc")
@@ -27,8 +28,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "memory_gb": None if memory is None else round(memory * 1024 / GB, 1),
         "free_gb": round(free_memory(torch.device("cpu")) / GB, 1),
     }

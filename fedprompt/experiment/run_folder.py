@@ -15,6 +15,7 @@ summary.json, plots/, report.html
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,9 +32,15 @@ from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.files import write_bytes
-from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, TIMINGS
+from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMINGS
+from fedprompt.runtime import versions
 
-UNSTARTED = {CONFIG, ".lock", "loggers.json", "tensorboard", "wandb"}
+log = logging.getLogger("fedprompt.run")
+
+VERSIONS = "versions.json"
+"""The versions that a run was started with and those that it was resumed with, in order."""
+
+UNSTARTED = {CONFIG, VERSIONS, ".lock", "loggers.json", "tensorboard", "wandb"}
 """What a run's folder may hold before its first round: its config, and empty trackers' logs."""
 
 
@@ -84,6 +91,7 @@ class RunFolder:
                 "choose another output.dir."
             )
         folder.write(CONFIG, to_yaml(config).encode())
+        folder.record_versions()
         return folder
 
     @classmethod
@@ -102,7 +110,31 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
         config = compose(path / CONFIG)
-        return cls(path), config
+        folder = cls(path)
+        if not (path / SUMMARY).exists():  # a finished run is not continued
+            folder.record_versions()
+        return folder, config
+
+    def record_versions(self) -> None:
+        """Add this process's versions to `versions.json`, unless they are the last ones there.
+
+        The last bits of a result depend on the versions, so a run that continues with others says
+        so in a warning.
+        """
+        here = versions()
+        try:
+            earlier = json.loads((self.path / VERSIONS).read_text(encoding="utf-8"))
+            last = dict(earlier[-1])
+        except (OSError, ValueError, TypeError, IndexError):
+            earlier, last = [], {}
+        if last == here:
+            return
+        if changed := [f"{n} {last[n]}, now {v}" for n, v in here.items() if last.get(n, v) != v]:
+            log.warning(
+                "the run began with other versions (%s); the last bits of its results may differ",
+                "; ".join(changed),
+            )
+        self.write(VERSIONS, f"{json.dumps([*earlier, here], indent=2)}\n".encode())
 
     def close(self) -> None:
         """Release the lock."""

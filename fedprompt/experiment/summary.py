@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run
 from fedprompt.reports.run_report import write_report
+from fedprompt.runtime import versions
 from fedprompt.scoring import score_global, score_personal
 from fedprompt.workspace import Workspace
 
@@ -107,18 +106,8 @@ def _zero_shot(workspace: Workspace) -> dict[str, Any]:
 
 def environment(workspace: Workspace | None = None) -> dict[str, Any]:
     """Versions and device, for the summary."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    packages = {"torch": "torch", "open_clip": "open_clip_torch", "flwr": "flwr", "ray": "ray"}
     return {
-        "fedprompt": installed("fedprompt"),
-        "python": platform.python_version(),
-        **{name: installed(package) for name, package in packages.items()},
+        **versions(),
         "device": str(workspace.clip.device) if workspace else None,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

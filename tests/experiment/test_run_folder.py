@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
+from fedprompt.experiment import run_folder
 from fedprompt.experiment.checkpoint import read_tensors
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.run_folder import RunFolder
@@ -359,3 +360,32 @@ def test_a_damaged_checkpoint_is_one_line(folder: RunFolder, content: bytes, mat
 def test_read_tensors_names_a_missing_file(tmp_path: Path) -> None:
     with one_line("no file"):
         read_tensors(tmp_path / "nothing.safetensors")
+
+
+def test_versions_are_recorded_and_a_change_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(output={"dir": str(tmp_path / "run")})
+    monkeypatch.setattr(run_folder, "versions", lambda: {"torch": "1", "flwr": "2"})
+    RunFolder.create(config).close()
+    RunFolder.resume(tmp_path / "run")[0].close()
+    assert json.loads((tmp_path / "run" / "versions.json").read_text()) == [
+        {"torch": "1", "flwr": "2"}
+    ]
+    assert not caplog.records
+    monkeypatch.setattr(run_folder, "versions", lambda: {"torch": "3", "flwr": "2"})
+    RunFolder.resume(tmp_path / "run")[0].close()
+    assert len(json.loads((tmp_path / "run" / "versions.json").read_text())) == 2
+    assert "torch 1, now 3" in caplog.text
+    assert "flwr" not in caplog.text
+
+
+def test_the_versions_of_a_finished_run_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder.create(small_config(output={"dir": str(tmp_path / "run")})).close()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    before = (tmp_path / "run" / "versions.json").read_bytes()
+    monkeypatch.setattr(run_folder, "versions", lambda: {"torch": "1"})
+    RunFolder.resume(tmp_path / "run")[0].close()
+    assert (tmp_path / "run" / "versions.json").read_bytes() == before

@@ -50,8 +50,22 @@ def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t
         for m in metrics
     ]
     cells = tuple(tuple(col[i] for col in columns) for i in range(len(rows)))
-    note = _note(rows, cells, test)
+    note = f"{_note(rows, cells, test)}{_made_with(rows)}"
     return Comparison(tuple(metrics), tuple(row.name for row in rows), cells, note)
+
+
+def _made_with(rows: Sequence[Row]) -> str:
+    """The versions behind the numbers, each value once; nothing for runs that name none."""
+    names = ("fedprompt", "torch", "open_clip", "flwr")
+    environments = [
+        (run.summary or {}).get("environment") or {} for row in rows for run in row.runs.values()
+    ]
+    parts = []
+    for name in names:
+        # A dictionary without values is a set that keeps its order.
+        values = dict.fromkeys(str(e[name]) for e in environments if e.get(name))
+        parts += [f"{name} {' and '.join(values)}"] if values else []
+    return f" Made with {', '.join(parts)}." if parts else ""
 
 
 def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> str:

@@ -406,7 +406,7 @@ def test_wrong_input_is_one_line(sweep: Path, tmp_path: Path) -> None:
         ([str(sweep), "--metrics", "new"], "no run has measured 'new'"),
         ([str(sweep), "--metrics", "global.acuracy"], "Did you mean 'accuracy'"),
         ([str(sweep), "--where", "seed"], "is not KEY=VALUE"),
-        ([str(sweep), "--heat", "seed", "seed"], "say where with --out"),
+        ([str(sweep), "--heat", "seed", "seed"], "--out"),
         ([str(sweep), "--protocol", "few_shot"], "holds no results of protocol"),
     ):
         done = CliRunner().invoke(app, ["compare", *arguments])
