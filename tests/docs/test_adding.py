@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.doc_pages import source_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 COPIED = ("configs", "docs", "fedprompt", "scripts", "strategies", "tests")
@@ -27,13 +28,13 @@ PAGES = {
     "new_method.md": ("tests/methods/test_contract.py", "task_res"),
     "new_strategy.md": ("tests/strategies/test_contract.py", "geometric_median"),
     "new_protocol.md": ("tests/evaluation", "top_k"),
-    "new_dataset.md": ("tests/data/sources/test_published.py", "coastal_scenes"),
+    "new_dataset.md": ("tests/data", "coastal_scenes or array_file"),
 }
-"""The test that a page names, and the name of its example."""
+"""The tests that a page names, and the names of its examples."""
 
 
 def follow(page: str, checkout: Path) -> list[Path]:
-    """Save the page's source and config where its numbered steps say; returns both paths."""
+    """Save the page's files where its numbered steps say; returns their paths."""
     text = (ROOT / "docs" / page).read_text()
     language = "yaml" if page == "new_dataset.md" else "python"
     blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -54,6 +55,9 @@ def follow(page: str, checkout: Path) -> list[Path]:
         )
         assert number == 1
         copies.write_text(changed)
+        for path, block in source_files(text).items():
+            (checkout / path).write_text(block)
+            written.append(Path(path))
     return written
 
 

@@ -22,7 +22,9 @@ from fedprompt.experiment.compose import compose
 from fedprompt.experiment.trackers import LOGGERS
 from tests.support.doc_pages import DOCS, PAGES, ROOT, blocks, commands, links
 
-INVENTED = {"coastal_scenes", "task_res", "geometric_median", "top_k", "protocol_top_k"}
+INVENTED = {
+    "array_file", "coastal_scenes", "task_res", "geometric_median", "top_k", "protocol_top_k",
+}  # fmt: skip
 """Names of the examples that readers are to add themselves."""
 GENERATED = generated_files(ROOT)
 MADE = re.compile(r"(commands|api/(methods|strategies|protocols))\.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,14 @@ def commands(page: Path) -> Iterator[str]:
             joined = block.text.replace("\\\n", " ")
             yield from (line for line in joined.splitlines() if line.startswith("fedprompt "))
     yield from re.findall(r"`(fedprompt [^`\n]+)`", FENCE.sub("", text))
+
+
+def source_files(text: str) -> dict[str, str]:
+    """The files of the example of a data source in docs/new_dataset.md, by path."""
+    section = text.partition("\n## A new kind of source\n")[2]
+    paths = re.findall(r"`(\w+/data/[\w/]*array_file\.\w+)`", section)
+    contents = [textwrap.dedent(match[4]) for match in FENCE.finditer(section)]
+    return dict(zip(dict.fromkeys(paths), contents, strict=True))
 
 
 def links(page: Path) -> list[str]:
