@@ -47,5 +47,7 @@ def has_other_weights(features: Sequence[float], sample_2D: NDArray[np.float32])
     node_2D = np.asarray(features, dtype=np.float64).reshape(sample_2D.shape)
     # Nothing forces a node to normalise its features, so only their direction is compared.
     lengths = np.linalg.norm(node_2D, axis=1)
+    # The lower bound on the length gives a vector of zeros the cosine 0, which is refused.
     cosines = (node_2D * sample_2D).sum(axis=1) / np.maximum(lengths, 1e-12)
+    # Written with `not`, so that a NaN counts as other weights: comparisons with NaN are false.
     return not bool((cosines >= MIN_COSINE).all())

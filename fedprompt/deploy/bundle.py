@@ -14,6 +14,8 @@ from pathlib import Path
 from fedprompt import __version__
 
 PACKAGE = "fedprompt_deployment"
+# `dependencies` stays empty, because `flwr run` installs them with `uv sync` for every run, which
+# fails offline. Flower accepts only run-config keys that are listed here.
 PROJECT = """\
 [build-system]
 requires = ["hatchling"]
@@ -45,7 +47,15 @@ nodes = ""
 
 
 def write_bundle(folder: Path) -> Path:
-    """Write the app's folder for `flwr run`; returns `folder`."""
+    """Write the app that `flwr run` submits.
+
+    Args:
+        folder: where the app's `pyproject.toml` and package are written; existing files are
+            replaced.
+
+    Returns:
+        `folder`.
+    """
     package = folder / PACKAGE
     package.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PROJECT.format(version=__version__, package=PACKAGE))
@@ -58,7 +68,12 @@ def write_bundle(folder: Path) -> Path:
 
 
 def write_run_config(path: Path, settings: Mapping[str, str]) -> None:
-    """Write Flower's `--run-config` file."""
+    """Write Flower's `--run-config` file.
+
+    Args:
+        path: the TOML file.
+        settings: values by key; the keys must be those that `PROJECT` lists.
+    """
     # A JSON string is also a TOML basic string, so no TOML writer is needed.
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
+    # Plain dictionaries, because the worker receives them as JSON.
     settings = dict(context.node_config), dict(context.run_config), context.run_id, context.state
     worker = str(context.node_config.get("worker", ""))
     if worker:

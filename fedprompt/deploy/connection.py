@@ -42,6 +42,7 @@ class Connection:
         answers: Callable[[], bool] | None = None,
     ) -> None:
         self.log, self.server, self.report = log, server, report
+        # An IPv6 address stands in brackets, so the last colon precedes the port.
         host, _, port = server.rpartition(":")
         self.answers = answers or (lambda: listens(int(port), host.strip("[]")))
         self._offset = log.stat().st_size if log.is_file() else 0
@@ -73,7 +74,9 @@ class Connection:
         self.update()
         lines = self._exit_lines or []
         reason = " ".join(" ".join(lines[:-1] if self._exit_is_complete else lines).split())
+        # The SuperNode is started again, and its next connection must be reported as a new one.
         self._exit_lines, self._joined = None, False
+        # The order matters: a rejected certificate is also a broken handshake.
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             self._report(
                 f"the certificate of {self.server} was rejected: it was not issued by this "
@@ -108,6 +111,7 @@ class Connection:
         """The lines that were completed since the last call; half a line waits for its rest."""
         if not self.log.is_file():
             return []
+        # Read as bytes, because the offset counts bytes and the last character may be incomplete.
         with self.log.open("rb") as stream:
             stream.seek(self._offset)
             complete, newline, _ = stream.read().rpartition(b"\n")

@@ -38,7 +38,11 @@ SKEW = datetime.timedelta(hours=1)
 
 
 def write_authority(folder: Path, days: int) -> None:
-    """Create a certificate authority, `ca.crt` and `ca.key`, that is valid for `days` days."""
+    """Create a certificate authority, `ca.crt` and `ca.key`, that is valid for `days` days.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedprompt federation")])
     public = key.public_key()
@@ -47,6 +51,8 @@ def write_authority(folder: Path, days: int) -> None:
         .subject_name(name)
         .issuer_name(name)
         .public_key(public)
+        # `path_length=0`: the authority may issue certificates of servers but no further
+        # authorities.
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
@@ -73,6 +79,7 @@ def write_server_certificate(
     issuer, issuer_key = _read_authority(authority)
     key = ec.generate_private_key(ec.SECP256R1())
     public, ca_public = key.public_key(), issuer_key.public_key()
+    # X.509 allows at most 64 characters here. TLS clients compare the alternative names instead.
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
     certificate = (
@@ -96,7 +103,11 @@ def write_server_certificate(
 
 
 def write_node_key(folder: Path) -> None:
-    """Create a node's key pair: `node.key` stays on the node, `node.pub` goes to the server."""
+    """Create a node's key pair: `node.key` stays on the node, `node.pub` goes to the server.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -130,6 +141,7 @@ def _dated(builder: x509.CertificateBuilder, days: int) -> x509.CertificateBuild
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
+        # The server's key signs TLS handshakes, and the authority's key signs certificates only.
         digital_signature=not signs,
         content_commitment=False,
         key_encipherment=False,
@@ -144,6 +156,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 def _alternative(host: str) -> x509.GeneralName:
     try:
+        # TLS clients compare an IP address with entries of this type only, never with names.
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)

@@ -40,6 +40,7 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
     images_of_client = [0] * nodes
     for i in range(len(dataset)):
         label, domain = int(dataset.labels_N[i]), int(dataset.domains_N[i])
+        # With fewer nodes than domains, nobody owns the training images of the remaining domains.
         owners = range(domain, nodes, domains)
         if dataset.split_N[i] == TEST:
             owner = "server"
@@ -49,6 +50,7 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
             owner = f"client-{client}"
         else:
             continue
+        # A class is found by its folder's name, in which underscores stand for spaces.
         class_folder = folder / owner / dataset.class_names[label].replace(" ", "_")
         class_folder.mkdir(parents=True, exist_ok=True)
         dataset.open_image(i).save(class_folder / f"{i:05d}.png")
@@ -76,6 +78,7 @@ def _write_experiment(folder: Path, class_names: tuple[str, ...], nodes: int) ->
         "method": "fedrsclip",
         "training": {"lr": 0.02},
         "federation": {"rounds": 5, "timeout_s": 600},
+        # Every node is a process on this machine, so each of them gets one thread.
         "simulation": {"threads": 1, "clients_per_block": 1},
         "evaluation": {"local_only": False, "personal_on_global": False},
     }

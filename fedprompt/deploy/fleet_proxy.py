@@ -45,6 +45,7 @@ class FleetProxy:
 
     def __init__(self, upstream: str, authority: Path, *, max_bytes: int = MAX_BYTES) -> None:
         context = ssl.create_default_context(cafile=str(authority))
+        # One client for all requests, so that connections to the SuperLink are reused.
         self.client = httpx.AsyncClient(
             base_url=upstream, verify=context, timeout=SUPERLINK_TIMEOUT_S
         )
@@ -87,6 +88,7 @@ class FleetProxy:
             if event["type"] != "http.request":
                 return b""
             parts.append(event.get("body", b""))
+            # The size is checked while the body arrives: a declared length need not be true.
             size += len(parts[-1])
             if size > self.max_bytes:
                 return None
@@ -97,6 +99,7 @@ class FleetProxy:
 def is_fleet_call(path: str) -> bool:
     """Whether a path names a call of the Fleet API: its prefix and then a single plain word."""
     name = path.removeprefix(FLEET)
+    # `isalnum` alone would accept letters and digits of every script.
     return path.startswith(FLEET) and name.replace("-", "").isalnum() and name.isascii()
 
 
@@ -118,6 +121,7 @@ def serve(folder: Path, host: str, port: int, superlink_port: int) -> None:
         ssl_keyfile=str(folder / KEY),
         log_level="warning",
         access_log=False,
+        # The proxy has no start-up or shutdown events.
         lifespan="off",
     )
 

@@ -1,4 +1,8 @@
-"""Calls of Flower's own `flwr` command, which controls the SuperLink on this machine."""
+"""Calls of Flower's own `flwr` command, which controls the SuperLink on this machine.
+
+Runs on the server, in `deploy server` (to register keys) and `deploy run` (to submit a run and ask
+for its state).
+"""
 
 from __future__ import annotations
 

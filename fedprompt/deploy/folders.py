@@ -68,8 +68,11 @@ class ServerFolder:
             *("--ssl-certfile", str(self.path / CERTIFICATE)),
             *("--ssl-keyfile", str(self.path / KEY)),
             "--enable-supernode-auth",
+            # In Flower's default isolation, the server app is a child of the SuperLink, and a run
+            # ends when the SuperLink crashes.
             *("--isolation", "process"),
             *("--database", str(self.path / "state.db")),
+            # The Control and Runtime APIs on this port do not authenticate their callers.
             *("--host", "127.0.0.1"),
             *("--port", str(self.superlink_port)),
         ]
@@ -86,8 +89,13 @@ class ServerFolder:
         ]
 
     def fleet_proxy_command(self, host: str = "127.0.0.1") -> list[str]:
-        """The command of the fleet proxy, which listens on `host` for nodes."""
+        """The command of the fleet proxy, which listens for nodes.
+
+        Args:
+            host: the address that it listens on.
+        """
         return [
+            # The command `fedprompt` need not be on PATH, so the module is named.
             *(sys.executable, "-m", "fedprompt", "deploy", "fleet-proxy", str(self.path)),
             *("--host", host, "--port", str(self.port)),
             *("--superlink-port", str(self.superlink_port)),
@@ -210,6 +218,7 @@ def _read_settings(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
+        # Values of a wrong type fall through to the error at the end, like damaged JSON.
         if all(isinstance(settings[name], kind) for name, kind in types.items()):
             return {name: settings[name] for name in types}
     except OSError as error:

@@ -35,6 +35,7 @@ def register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[
     entries = _read(server)
     for client, public in public_keys(server.path).items():
         key = public.read_text()
+        # Keys are compared, not clients, so that a node with a new key is registered again.
         if entries.get(str(client), {}).get("key") == key:
             continue
         output = run_flwr(

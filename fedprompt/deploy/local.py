@@ -106,6 +106,7 @@ class LocalFederation:
         Raises:
             UserError: a process of the server has exited.
         """
+        # Unlike `deploy server`, this command does not restart the server's processes.
         self.processes.check(SERVER_PROCESSES)
         exit_line = self.processes.exit_line
         self.processes.restart_exited(
@@ -148,6 +149,7 @@ def run_local(config: Config, display: Display, folder: Path | None = None) -> P
         )
     image_folders = [str(Path(f).expanduser().resolve()) for f in client_folders or ()]
     folder.mkdir(parents=True, exist_ok=True)
+    # The submitted experiment names no client's folder, so a resumed run reads them here.
     write_bytes(folder / LOCAL, json.dumps({"folders": image_folders}, indent=2).encode())
     return _run(path, submitted, submit.settings_of(submitted), image_folders, folder, display)
 
@@ -192,6 +194,8 @@ def _run(
     with LocalFederation(folder, clients) as federation:
         federation.start_server()
         for client in range(clients):
+            # A node that lends an image folder opens no path of the experiment, not even its
+            # weights.
             lends = {"data": image_folders[client], "checkpoint": weights} if image_folders else {}
             federation.start_node(client, lends)
         run_id = federation.submit(settings)

@@ -46,6 +46,7 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
         UserError: the folder contains a federation, or a host is neither a name nor an address.
     """
     for host in hosts:
+        # The host is written into certificates, URLs and the commands of README.md.
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host):
             raise UserError(f"--host is {host!r}; it must be a host name or an IP address.")
     if (folder / "authority").exists() or (folder / "server").exists():

@@ -66,6 +66,7 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     """
     for key in sorted(set(node_config) - KEYS - FLOWER_KEYS):
         raise UserError(f"--node-config: unknown key '{key}'.{did_you_mean(key, sorted(KEYS))}")
+    # `True` is an `int` in Python, hence the checks for `bool` here and below.
     client = node_config.get("partition-id")
     if isinstance(client, bool) or not isinstance(client, int) or client < 0:
         raise UserError(
@@ -126,6 +127,7 @@ def on_node(config: Config, node: NodeSettings) -> Config:
     simulation = config.simulation
     if node.threads is not None:
         simulation = replace(simulation, threads=node.threads)
+    # The experiment's cache is a folder of the server; None selects this machine's default.
     output = replace(config.output, cache=node.cache_dir)
     return replace(config, backbone=backbone, simulation=simulation, output=output)
 
@@ -186,6 +188,7 @@ def state_folder(node: NodeSettings, run: str, run_id: int) -> Path:
         UserError: the name could lead out of the node's state folder.
     """
     name = run or f"run-{run_id}"
+    # The name comes from the server: without separators and leading dots, it stays in the folder.
     if not re.fullmatch(r"\w[\w.-]{0,99}", name, flags=re.ASCII):
         raise UserError(f"the server calls the run {name[:120]!r}, which is not a folder name.")
     base = node.state_dir or os.environ.get("FEDPROMPT_STATE")

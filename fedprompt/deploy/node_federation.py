@@ -94,6 +94,7 @@ class NodeFederation(Federation):
             return {}
         rounds = self.config.federation.rounds
         clients = self.strategy.clients
+        # Zero-shot CLIP has no prompts, so no tensors are sent.
         rows = dict(self._client_rows(rounds, clients, to_record({}), {ZERO_SHOT: True}))
         return {"personal": personal_scores(rows, "correct", "num-examples")}
 

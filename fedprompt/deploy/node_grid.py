@@ -95,6 +95,7 @@ class NodeGrid(CountingGrid):
             for message in sent:
                 message.metadata.ttl = timeout + GRACE_S
         ids = list(self.push_messages(sent))
+        # Flower gives no id to a message that it could not send; there is nothing to wait for.
         waiting = {
             message_id: message.metadata.dst_node_id
             for message_id, message in zip(ids, sent, strict=True)
@@ -104,6 +105,7 @@ class NodeGrid(CountingGrid):
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
             for reply in pull_replies(self, waiting):
+                # A reply may claim to answer any message, so an unknown id is not an error.
                 waiting.pop(reply.message_id, None)
                 replies.append(reply.message)
             if not waiting or (deadline is not None and time.monotonic() > deadline):

@@ -76,6 +76,7 @@ class NodeRegistry:
         that has to encode its images first joins when it is ready.
         """
         before = dict(self.node_of_client)
+        # Departures come first: a client that returns under another node id can then join.
         connected = set(self.grid.get_node_ids())
         self._forget_disconnected(connected)
         now = _now()

@@ -69,7 +69,12 @@ class NodeReport:
 
 
 def make_report(workspace: Workspace, client: int) -> NodeReport:
-    """The report of a node whose workspace has the images of `client`."""
+    """The report that a node sends when it is asked which client it is.
+
+    Args:
+        workspace: the node's own workspace, with its images and its backbone.
+        client: the client's number, 0 .. K - 1.
+    """
     partition, labels_N = workspace.partition, workspace.dataset.labels_N
     classes = len(workspace.dataset.class_names)
     train_C = partition.train_counts(labels_N, classes)[client].tolist()
@@ -133,6 +138,7 @@ def read_report(reply: Message, classes: int, clients: int) -> NodeReport | str:
     if train_C is None or test_C is None or not _is_count(bad_images) or labelled not in (0, 1):
         return f"its report does not fit the experiment's {classes} classes"
     sample = metrics.get("sample")
+    # Flower's MetricRecord holds numbers only, so `isfinite` gets no text.
     if not isinstance(sample, list) or not np.isfinite(sample).all():
         return "its report lacks its backbone's features of the sample"
     assert isinstance(bad_images, int)

@@ -26,6 +26,7 @@ def checksum(tensors: Tensors) -> str:
     """SHA-256 of the names, types, shapes and bytes of some tensors, as hexadecimal digits."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        # Names, types and shapes are hashed too, because the same bytes may mean other tensors.
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return hashed.hexdigest()
@@ -48,7 +49,13 @@ class FileStore:
         self.folder = folder
 
     def latest(self, before_round: int) -> Tensors | None:
-        """The tensors of the last round before `before_round`, or None if there is none.
+        """Load the tensors of the last round before `before_round`.
+
+        Args:
+            before_round: the round that is about to start.
+
+        Returns:
+            Tensors by name on the CPU, or None if no such round has been stored.
 
         Raises:
             UserError: the file is damaged.
@@ -73,6 +80,10 @@ class FileStore:
     def put(self, server_round: int, tensors: Tensors) -> None:
         """Store the tensors of one round, and remove those of rounds that are no longer needed.
 
+        Args:
+            server_round: the round after whose training they are stored.
+            tensors: private tensors by name; without any, nothing is written.
+
         Raises:
             UserError: the folder cannot be written.
         """
@@ -80,6 +91,7 @@ class FileStore:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Serialised in memory first, so that `write_bytes` can replace the file atomically.
             content = save(tensors, metadata={CHECKSUM: checksum(tensors)})
             write_bytes(self._path(server_round), content, mode=0o600)
         except OSError as error:

@@ -2,7 +2,9 @@
 
 Every process of a group, and every process that it starts, has an environment variable with a value
 that no other process has. Flower's commands start further processes, some of them in sessions of
-their own; by that variable all of them are found. Needs /proc.
+their own; the variable identifies all of them. This needs /proc, which only Linux has.
+
+Runs on the server and on nodes: in `deploy server`, `deploy node` and `deploy local`.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Processes:
         self.environment = {
             **DEFAULTS,
             **os.environ,
+            # Flower would run `uv sync` for every run, which fails on a machine without internet
+            # access.
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             # Flower's commands belong to this Python installation, which need not be on PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -76,6 +80,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**self.environment, **(environment or {})},
+                # Ctrl-C in a terminal must reach this process only; `stop` then ends the children.
                 start_new_session=True,
             )
         self.running[name] = process
@@ -142,6 +147,7 @@ class Processes:
     def kill(self, name: str) -> None:
         """Kill one process and all processes that it has started."""
         process = self.running.pop(name)
+        # The children first: once their parent is gone, they can no longer be found through it.
         for child in descendants(process.pid):
             send_signal(child, signal.SIGKILL)
         send_signal(process.pid, signal.SIGKILL)
@@ -176,6 +182,8 @@ def processes_with(setting: str) -> list[int]:
     """Ids of the other processes whose environment contains exactly `NAME=value`."""
     process_ids = []
     for process in Path("/proc").iterdir():
+        # Other users' processes cannot be read, and any process may end meanwhile, hence
+        # `suppress`.
         if process.name.isdigit() and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):
                 if setting.encode() in (process / "environ").read_bytes().split(b"\0"):
@@ -207,6 +215,7 @@ def send_signal(process_id: int, number: signal.Signals) -> None:
 def free_port() -> int:
     """A port of the loopback interface on which no process listens now."""
     with socket.socket() as probe:
+        # Port 0 lets the system choose.
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 

@@ -47,15 +47,18 @@ def main(grid: Grid, context: Context) -> None:
     """
     _add_log_handler(logging.StreamHandler(sys.stderr))
     try:
+        # Whoever starts a run with `flwr run` may write numbers; all of our values are texts.
         settings = {k: str(v) for k, v in context.run_config.items()}
         folder, config = _open_run_folder(settings)
         try:
+            # `deploy run` follows the run by reading this file.
             _add_log_handler(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
             _run(folder, config, grid, _registered(settings.get("nodes", "")))
         finally:
             folder.close()
     except UserError as error:
         log.error("%s", error)
+        # Raised again, so that Flower marks the run as failed, but without its traceback.
         logging.getLogger("flwr").addFilter(_drop_traceback)
         raise
 
@@ -64,6 +67,7 @@ def _open_run_folder(settings: Mapping[str, str]) -> tuple[RunFolder, Config]:
     """A new run folder, or that of the run to resume, and the experiment."""
     if settings.get("resume"):
         return RunFolder.resume(Path(settings["resume"]))
+    # `deploy run` sends the composed experiment; a plain `flwr run` names one with its overrides.
     text = settings.get("config")
     config = (
         parse(text) if text else compose(settings["experiment"], shlex.split(settings["overrides"]))

@@ -147,6 +147,7 @@ def start_run(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     app = write_bundle(scratch / "app")
+    # Flower's run config has single values only, so the mapping is written as one text.
     nodes = ",".join(f"{node}:{client}" for node, client in registered_clients(server).items())
     write_run_config(scratch / "run.toml", {**settings, "nodes": nodes})
     command = ["run", str(app), CONNECTION, "-c", str(scratch / "run.toml"), "--format", "json"]
@@ -184,7 +185,9 @@ def follow(
     num_shown, asked = 0, time.monotonic()
     while True:
         check()
+        # Checked before the log is read, so that the last lines of a finished run are shown.
         over = is_complete(path)
+        # Every question starts a `flwr` process, so the run folder is checked more often.
         if not over and time.monotonic() - asked > STATUS_S:
             asked = time.monotonic()
             over = status().startswith("finished")

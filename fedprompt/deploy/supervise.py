@@ -40,6 +40,7 @@ def serve(server: ServerFolder, host: str) -> None:
         UserError: a port is in use, or a process does not start.
     """
     server.prepare()
+    # Checked first: later, a program of somebody else would be taken for ours that listens.
     _refuse_used_port(server.port, "set --port PORT, here and in every node's --server", host)
     _refuse_used_port(server.superlink_port, f"set superlink_port in {server.path / SETTINGS}")
     with Processes(server.path / "logs") as processes:
@@ -71,6 +72,7 @@ def start_server(
         UserError: a process does not start, or the SuperLink refuses a key.
     """
     start_superlink(processes, server, timeout_s)
+    # Keys are registered before the proxy opens, so that no node is rejected as unknown.
     clients = register_keys(server, {**processes.environment, **server.environment})
     processes.start("superexec", server.superexec_command(), server.environment)
     processes.start("fleet-proxy", server.fleet_proxy_command(host))

@@ -41,6 +41,7 @@ def serve(path: Path) -> None:
     with listen(path) as listener:
         while True:
             connection, _ = listener.accept()
+            # A ClientApp process that ends early must not end the worker.
             with connection, contextlib.suppress(OSError, EOFError):
                 answer_one(connection)
 

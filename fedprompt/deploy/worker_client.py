@@ -23,7 +23,9 @@ from fedprompt.messages import CLIENT_FAILED, from_wire, records_from_wire, reco
 
 LENGTH = struct.Struct(">Q")
 MAX_BYTES = 1 << 32
+"""Largest block that is read, so that a damaged length does not exhaust the memory."""
 RETRY_S = 0.2
+"""Seconds between two attempts to reach a worker that is starting."""
 
 
 class WorkerUnavailable(Exception):
@@ -64,6 +66,8 @@ def ask_worker(
             send_block(connection, json.dumps(header).encode())
             send_block(connection, to_wire(message))
             send_block(connection, records_to_wire(state))
+            # No timeout: training may take arbitrarily long, and a dead worker closes the
+            # connection.
             reply = from_wire(receive_block(connection))
             new_state = records_from_wire(receive_block(connection))
         except (OSError, EOFError) as error:

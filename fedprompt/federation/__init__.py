@@ -1,1 +1,13 @@
-"""One round: sampling, exchange, checks of replies, the strategies' contract, server and client."""
+"""One round of federated learning, as simulations and deployments both run it.
+
+server_app      the server's side: `Federation` trains and evaluates one round at a time
+sampling        which clients train in a round
+strategy        the contract of all server strategies; the strategies are in `strategies/`
+registry        strategies by name
+exchange        sends the training messages and returns the updates
+screening       which replies count
+client_app      the client's side: `handle` answers the messages of one or more clients
+scores          statistics of personal models
+checkpoint      the state between two rounds
+grid            the base class of the grids in `fedprompt.simulation` and `fedprompt.deploy`
+"""

@@ -1,4 +1,8 @@
-"""The state of a federation after a round, from which a run continues bit for bit."""
+"""The state of a federation after a round, from which a run continues bit for bit.
+
+`Federation.checkpoint` creates it on the server, and the run folder writes it to disk. Clients'
+private tensors are not part of it; only their digest is.
+"""
 
 from __future__ import annotations
 

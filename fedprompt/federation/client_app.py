@@ -1,9 +1,9 @@
 """The client's side of a round: Flower messages in, local training or evaluation, replies out.
 
-`handle` is the whole client. A simulation's grid passes it the messages of several clients, and
-Flower's ClientApp (fedprompt/deploy) those of one. A reply has the method's shared tensors and
-metrics. Private tensors are returned beside the replies, and the caller keeps them on the client's
-side.
+`handle` is the whole client. A simulation's grid passes it the messages of several clients; on a
+node of a deployment, the worker passes it the messages of one (`fedprompt.deploy.node`). A reply
+contains the method's shared tensors and metrics. Private tensors are never part of a reply: they
+are returned beside the replies, and the caller stores them on the client's side.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
 PROTOCOLS = "protocols"
-"""Key in the settings of an evaluation message; if set, the protocols measure instead."""
+"""Key in the settings of an evaluation message. If it is set, the evaluation protocols measure the
+clients, and the personal models are not tested."""
 
 
 def handle(
@@ -55,6 +56,7 @@ def handle(
     Raises:
         UserError: the messages do not fit the experiment, or a client has no data to train on.
     """
+    # All messages of a call have the same type and round, so the first one decides.
     kind = messages[0].metadata.message_type
     if kind == MessageType.TRAIN:
         return _train(workspace, clients, messages, private)
@@ -96,6 +98,7 @@ def _train(
                 client=result.client,
             )
             examples, losses = 1, {}
+        # `to_record` copies, so the reply does not share memory with the training results.
         arrays = to_record({n: t.numpy() for n, t in shared.items()})
         named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
         metrics = MetricRecord({"num-examples": examples, **named})
@@ -151,7 +154,7 @@ def _measure(
 
 
 def server_round(message: Message) -> int:
-    """The round a message belongs to."""
+    """The round, from 1, that a message of the server belongs to; 0 before any training."""
     value = _settings(message)["server-round"]
     assert isinstance(value, int)
     return value
@@ -179,6 +182,12 @@ def _read(
 ) -> Tensors:
     """The tensors of a record, all float32.
 
+    Args:
+        workspace: names the method in the error message.
+        message: the server's message.
+        record_name: `ARRAYS` or `EXTRAS`.
+        expected: name and shape of every tensor that the method declares.
+
     Raises:
         UserError: they are not the `expected` ones, in name, shape or type.
     """
@@ -197,5 +206,6 @@ def _read(
                 f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
                 f"{shape}. Server and client must run the same experiment."
             )
+        # `values_of` has returned a new array, so that training cannot change the message.
         tensors[name] = torch.from_numpy(array)
     return tensors

@@ -1,7 +1,8 @@
 """The training exchange of a round, and its plain form, in which the server sees every update.
 
-A round works on any `Exchange`. Secure aggregation is the other one that we have, see
-`fedprompt.privacy.secure_aggregation.exchange`; it returns the mean of the updates only.
+`Federation.train_round` works with any `Exchange`, on the server. There are two: `PlainExchange`,
+and `fedprompt.privacy.secure_aggregation.exchange.SecureExchange`, which returns only the mean of
+the updates.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Exchange(Protocol):
 
 
 class PlainExchange:
-    """One message to every client and one reply from it, which is checked before it counts.
+    """Sends one message to every client, and checks every reply before it counts.
 
     Args:
         send: sends messages and returns the replies.
-        strategy: knows which replies are valid.
+        strategy: checks the replies, see `SharedPromptStrategy.screen`.
     """
 
     def __init__(self, send: Send, strategy: SharedPromptStrategy) -> None:
@@ -51,7 +52,7 @@ class PlainExchange:
         self._strategy = strategy
 
     def settings(self) -> ConfigRecord:
-        """Nothing is added."""
+        """An empty record: a plain exchange adds no settings."""
         return ConfigRecord()
 
     def train(

@@ -1,4 +1,8 @@
-"""The base class of all our grids: Flower's `Grid` that counts the bytes of its last exchange."""
+"""The base class of all our grids: a Flower `Grid` that counts the bytes of its last exchange.
+
+Runs on the server. The grids of a simulation are in `fedprompt.simulation`; that of a deployment is
+`fedprompt.deploy.node_grid.NodeGrid`.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ class CountingGrid(Grid):
         self.traffic = Traffic()
 
     def set_run(self, run: Run) -> None:
-        """Replace the run."""
+        """Replace Flower's description of the run."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run."""
+        """Flower's description of the run."""
         return self._run
 
     def create_message(
@@ -40,5 +44,13 @@ class CountingGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message to one node, as Flower's `Grid` defines it."""
+        """Create a message to one node, as Flower's `Grid` defines it.
+
+        Args:
+            content: the records of the message.
+            message_type: one of Flower's `MessageType`.
+            dst_node_id: the node that the message is for.
+            group_id: groups messages for Flower's log; ours is the round.
+            ttl: seconds until the message expires; None for Flower's default.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

@@ -1,7 +1,7 @@
 """All strategies by name: the modules of `fedprompt.strategies`, and entry points of others.
 
-Strategies import their contract from this package, so nothing here imports one of them by its path:
-the registry imports a module when its name is asked for.
+Strategies import their contract from this package, so importing them here would be circular.
+Instead, the registry imports a strategy's module when its name is first requested.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Which clients a federation has, which of them can train, and which train in a round."""
+"""Which clients a federation has, which of them can train, and which train in a round.
+
+Runs on the server, at the start of every round, through the strategy (`SharedPromptStrategy.sample`
+and `set_nodes`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ class Clients:
     def __init__(
         self, node_of_client: Mapping[int, int], trainable: Collection[int] | None = None
     ) -> None:
+        # Sorted, because draws are made by position and must not depend on the order of joining.
         self.node_of_client = dict(sorted(node_of_client.items()))
         self.client_of_node = {node: client for client, node in self.node_of_client.items()}
         self.ids = list(self.node_of_client)
@@ -39,9 +44,11 @@ def draw_clients(clients: Clients, *, seed: int, server_round: int, fraction: fl
         server_round: the round, from 1.
         fraction: share of the trainable clients, in (0, 1]; at least one client is drawn.
     """
+    # Only trainable clients count, so that unlabelled ones do not enlarge the sample.
     count = max(1, round(fraction * len(clients.trainable)))
     if count >= len(clients.trainable):
         return list(clients.trainable)
+    # Keyed by the round, so that a resumed run draws the clients of an uninterrupted one.
     draw = generator(seed, "sample", server_round)
     able = np.array(clients.trainable, dtype=np.int64)
     return sorted(int(c) for c in draw.choice(able, size=count, replace=False))

@@ -1,4 +1,4 @@
-"""Scores of personal models as they are written to `metrics.jsonl`."""
+"""Scores of personal models, as the server writes them to `metrics.jsonl` after an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from fedprompt.scoring import personal_statistics
 
 
 def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str, Any] | None:
-    """Statistics over clients, with the ids of the tested clients and their accuracies in order."""
+    """Statistics of the clients' accuracies.
+
+    Args:
+        clients: ids of the tested clients.
+        accuracy: their accuracies in [0, 1], in the same order.
+
+    Returns:
+        Plain JSON with the statistics, the ids and the accuracies, or None without any client.
+    """
     statistics = personal_statistics(list(accuracy))
     if statistics is None:
         return None
@@ -25,6 +33,9 @@ def personal_scores(rows: Mapping[int, Row], correct: str, tested: str) -> dict[
         rows: metrics by client id, ascending.
         correct: name of the metric that counts correct answers.
         tested: name of the metric that counts tested images; clients without any are left out.
+
+    Returns:
+        As `personal_part`.
     """
     accuracy = {
         client: row[correct] / row[tested] for client, row in rows.items() if row.get(tested)

@@ -1,4 +1,6 @@
-"""Which replies count. Every byte of a reply comes from a peer, so nothing in it is trusted.
+"""Decides which replies count, on the server, after every exchange of messages.
+
+Every byte of a reply comes from a client, so nothing in it is trusted.
 
 A reply is data and never code: arrays are read without pickle, their labels are compared with their
 bytes, and sizes are bounded before anything is read. Flower's own strategies check nothing: one NaN
@@ -33,7 +35,9 @@ __all__ = ["Limits", "Row", "Update", "reply_fault", "screen_evaluations", "scre
 log = logging.getLogger("fedprompt.strategy")
 
 MAX_EXAMPLES = 10**9
+"""Largest number of images that a client may report."""
 MAX_METRICS = 100
+"""Largest number of metrics that are read from a reply."""
 HEADER_BYTES = 4096
 """An upper bound of the header that NumPy writes before an array."""
 SHARES = (("correct", "num-examples"), ("common-correct", "common-tested"))
@@ -93,6 +97,7 @@ def screen_replies(
             dropped[client] = sanitised(fault)
     dropped |= _inflated_counts([update for update, _ in read], limits.max_examples_ratio)
     for client in sorted(expected - set(by_client)):
+        # Errors of lost nodes name no client, so they are assigned to the silent clients in turn.
         dropped[client] = sanitised(lost.pop(0)) if lost else "no reply"
     dropped = dict(sorted(dropped.items()))
     for client, reason in dropped.items():
@@ -168,12 +173,15 @@ def _mean_losses(
 def reply_fault(
     reply: Message, shapes: Mapping[str, tuple[int, ...]], max_norm: float
 ) -> str | None:
-    """Why a training reply must not count, or None.
+    """Check one training reply.
 
     Args:
         reply: one client's reply.
         shapes: name and shape of every shared tensor; all are float32.
         max_norm: largest L2 norm of a tensor.
+
+    Returns:
+        Why the reply must not count, or None if it is valid.
     """
     if reply.has_error():
         return error_reason(reply)
@@ -204,6 +212,7 @@ def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str |
     """Why a tensor must not count, or None; neither its label nor its bytes are trusted."""
     if array.dtype != "float32" or tuple(array.shape) != shape:
         return f"is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
+    # Checked before anything is parsed, so that a reply cannot exhaust the memory.
     if len(array.data) > 4 * math.prod(shape) + HEADER_BYTES:
         return f"holds {len(array.data)} bytes, too many for float32 {shape}"
     try:
@@ -223,7 +232,15 @@ def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str |
 
 
 def read_update(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
-    """The update of a reply without faults, and its finite losses by name."""
+    """Read a reply that `reply_fault` has accepted.
+
+    Args:
+        client: id of the client that sent it.
+        reply: the reply.
+
+    Returns:
+        The update, and the finite losses by name; losses that are not finite are left out.
+    """
     metrics = reply.content[METRICS]
     examples = metrics["num-examples"]
     losses = {
@@ -262,6 +279,7 @@ def screen_evaluations(
             continue
         rows[client] = row
     counts = Counter(tuple(sorted(row)) for row in rows.values())
+    # A tie is broken by the names, so that the order of replies does not matter.
     names = max(counts, key=lambda n: (counts[n], n), default=())
     for client in [c for c, row in rows.items() if tuple(sorted(row)) != names]:
         log.warning("round %d: client %d: evaluation dropped", server_round, client)
@@ -283,6 +301,7 @@ def evaluation_row(reply: Message) -> Row | None:
     if len(row) != len(record) or not row:
         return None
     for part, whole in SHARES:
+        # A missing half becomes -1 and fails the comparison.
         if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
             return None
     return row

@@ -1,7 +1,8 @@
 """The server's side of a round: one method's shared tensors, its strategy, and its clients.
 
-`Federation` trains and evaluates one round at a time. The loop over the rounds, with everything
-that is written to disk, is in `fedprompt.experiment.rounds`.
+`Federation` trains and evaluates one round at a time, in the process of a simulation or in Flower's
+ServerApp. The loop over the rounds, with everything that is written to disk, is in
+`fedprompt.experiment.rounds`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Federation:
 
     Args:
         workspace: the server's own data, CLIP and method.
-        grid: reaches the clients.
+        grid: sends messages to the clients and returns their replies.
 
     Attributes:
         arrays: the present shared tensors, as they are sent.
@@ -94,6 +95,7 @@ class Federation:
     def shared(self) -> Tensors:
         """The shared tensors that are evaluated, and saved at the end of the run."""
         tensors = self.strategy.eval_tensors(to_arrays(self.arrays))
+        # Copied, because a strategy may return arrays that it keeps as its state.
         return {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}
 
     def join(self) -> None:
@@ -186,6 +188,7 @@ class Federation:
         protocols, score = self.config.protocols, None
         if "global" in protocols:
             score = score_global(self.method, self.shared, *self.workspace.server_test())
+        # A server without test images has no accuracy, and 0 of 0 is not 0 %.
         if score is not None and score.tested:
             line["global"] = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
         if "personalised" in protocols:
@@ -206,7 +209,17 @@ class Federation:
         arrays: ArrayRecord,
         settings: Mapping[str, bool] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Row]]:
-        """Checked metrics that clients measure, with the client's id, in bounded exchanges."""
+        """Evaluate on clients, at most `CLIENTS_AT_ONCE` in one exchange.
+
+        Args:
+            server_round: the round that the messages belong to.
+            clients: ids of the clients to ask.
+            arrays: shared tensors to evaluate.
+            settings: entries that are added to the settings in the messages.
+
+        Yields:
+            A client's id and its checked metrics.
+        """
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
             messages = self.strategy.configure_evaluate(
                 server_round,
@@ -231,7 +244,14 @@ class Federation:
             protocol.open(self.workspace)
 
     def measure_round(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """What the protocols add to the line of an evaluated round."""
+        """What the evaluation protocols add to the line of an evaluated round.
+
+        Args:
+            line: the round's line in `metrics.jsonl` so far.
+
+        Returns:
+            The entry `protocols`, or nothing if no protocol measures single rounds.
+        """
         parts = {
             protocol.name: protocol.measure_round(self.workspace, self.shared, line)
             for protocol in self.protocols
@@ -278,6 +298,9 @@ class Federation:
         Args:
             server_round: the last complete round.
             totals: bytes and rejected replies since the run began.
+
+        Returns:
+            A checkpoint with copies of all tensors, so that later rounds do not change it.
         """
         state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
         shared = {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
@@ -289,6 +312,7 @@ class Federation:
         Raises:
             UserError: the checkpoint belongs to another method or configuration.
         """
+        # Without this check, tensors of another method would fail later, in the clients.
         shapes = {n: tuple(t.shape) for n, t in checkpoint.shared.items()}
         if shapes != self.strategy.shapes:
             raise UserError(

@@ -1,10 +1,13 @@
 """The contract of all server strategies.
 
 A strategy is a subclass of `SharedPromptStrategy` in a file of its own in `strategies/`, and
-usually implements one function, `aggregate`. The base class is a Flower `Strategy`; it samples the
-clients, writes their messages and has replies checked before they count. Two properties of Flower
-make that necessary: node ids are random and replies come unordered, and no built-in strategy checks
-them.
+usually implements a single function, `aggregate`. It runs on the server, where `Federation` calls
+it in every round.
+
+The base class is a Flower `Strategy` that samples the clients, creates their messages, and checks
+replies before they count. Two properties of Flower make this necessary. Node ids are random and
+replies arrive in no fixed order, so results would differ from run to run. And no strategy of
+Flower's checks the replies: one NaN would spread to all clients.
 """
 
 from __future__ import annotations
@@ -140,6 +143,7 @@ class SharedPromptStrategy(Strategy):
     @classmethod
     def needs_only_the_mean(cls) -> bool:
         """Whether the class itself declares `linear_in_updates`."""
+        # `vars` ignores base classes, so that a subclass has to declare it again.
         return bool(vars(cls).get("linear_in_updates", False))
 
     @property
@@ -175,7 +179,7 @@ class SharedPromptStrategy(Strategy):
         return None
 
     def metrics(self) -> dict[str, Any]:
-        """Additional numbers for the round's line in `metrics.jsonl`, as plain JSON."""
+        """Additional entries for the round's line in `metrics.jsonl`, as plain JSON."""
         return {}
 
     def eval_tensors(self, shared: Arrays) -> Arrays:
@@ -261,6 +265,7 @@ class SharedPromptStrategy(Strategy):
         if not exchanged.updates:
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)
+        # Strategies may compute in float64, but clients accept float32 only.
         self.shared = {k: np.asarray(v, dtype=np.float32) for k, v in new.items()}
         return to_record(self.shared)
 
@@ -269,7 +274,15 @@ class SharedPromptStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One training message per sampled client, in the order of client ids."""
+        """One training message per sampled client, in the order of client ids.
+
+        Args:
+            server_round: the round, from 1.
+            arrays: the present shared tensors.
+            config: settings that every message contains.
+            grid: not used; the clients come from `set_nodes`.
+        """
+        # Kept for `aggregate`, which needs the tensors that the clients started from.
         self.shared = to_arrays(arrays)
         self.sampled = self.sample(server_round)
         return self._messages(self.sampled, MessageType.TRAIN, server_round, arrays, config)
@@ -277,7 +290,16 @@ class SharedPromptStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check, sort and aggregate; `(None, metrics)` if too few replies are valid."""
+        """Check, sort and aggregate the replies, as a plain Flower `Strategy.start` expects it.
+
+        Args:
+            server_round: the round, from 1.
+            replies: what the clients sent, in any order.
+
+        Returns:
+            The new shared tensors, or None if too few replies are valid, and the round's counts and
+            mean losses.
+        """
         exchanged = self.screen(server_round, replies)
         arrays = self.finish_round(server_round, exchanged)
         counts = {
@@ -295,7 +317,15 @@ class SharedPromptStrategy(Strategy):
         grid: Grid,
         clients: Sequence[int] | None = None,
     ) -> Iterable[Message]:
-        """One evaluation message for each of `clients`, by default for every known client."""
+        """One evaluation message per client.
+
+        Args:
+            server_round: the round; 0 before any training.
+            arrays: shared tensors to evaluate.
+            config: settings that every message contains.
+            grid: not used; the clients come from `set_nodes`.
+            clients: ids of the clients to ask; None for every known client.
+        """
         asked = self.clients if clients is None else clients
         return self._messages(asked, MessageType.EVALUATE, server_round, arrays, config)
 
