@@ -93,6 +93,7 @@ class Aligned(SharedPromptStrategy):
 
 def agreement(rows_UP: Rows) -> Rows:
     """Cosine of every change with the consensus, (U,); 0 for a change of norm 0."""
+    # Fewer than half of the clients are left out: each row is the mean of a majority.
     mixed_UP = mixed(rows_UP, (len(rows_UP) - 1) // 2)
     consensus_P = units(np.median(mixed_UP, axis=0)[None])[0]
     return np.asarray((units(rows_UP) * consensus_P).sum(axis=1))

@@ -63,6 +63,7 @@ class Clustered(SharedPromptStrategy):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """FedAvg in every cluster; returns the mean of the clusters."""
+        # After the common rounds, FL+HC clusters once; later calls only assign new clients.
         if server_round > self.config.common_rounds:
             self._assign(shared, updates)
         if not self.tensors:
@@ -112,6 +113,7 @@ class Clustered(SharedPromptStrategy):
         units_UP = units(changes(shared, new))
         if not self.tensors:
             labels_U = groups(units_UP, self.config.clusters)
+            # Every cluster starts from the prompts that all clients have trained together.
             self.tensors = [dict(shared) for _ in range(labels_U.max() + 1)]
             means = [units_UP[labels_U == g].mean(axis=0) for g in range(len(self.tensors))]
             self.centres_GP = np.stack(means)
@@ -133,6 +135,7 @@ def groups(units_UP: Rows, clusters: int) -> NDArray[np.int64]:
     clients = len(units_UP)
     if clients < 2:
         return np.zeros(clients, dtype=np.int64)
+    # Rounding can move a cosine slightly beyond 1, but a distance must not be negative.
     distance_UU = np.clip(1 - units_UP @ units_UP.T, 0, 2)
     tree = linkage(distance_UU[np.triu_indices(clients, 1)], method="average")
     # The numbers that SciPy gives depend on its version, those by first appearance do not.

@@ -83,6 +83,7 @@ class DPFedAvg(SharedPromptStrategy):
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One noisy step, or none if it would exceed the budget."""
         config = self.config
+        # Every client that was asked pays, whether or not its reply counted.
         asked = self._asked | {c: self._asked.get(c, 0) + 1 for c in self.sampled}
         # Checked before the noise is drawn: a refused step costs nothing.
         spent = epsilon(config.noise, max(asked.values(), default=0), config.delta)
@@ -93,6 +94,8 @@ class DPFedAvg(SharedPromptStrategy):
         self._clipped = float((norms(rows_UP) > config.clip).mean())
         sum_P = clipped(rows_UP, config.clip).sum(axis=0)
         noise_P = config.noise * config.clip * self._normal(server_round, sum_P)
+        # w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m. If m were the number
+        # of replies, single clients could change it, which the accounting does not cover.
         return moved(shared, (sum_P + noise_P) / len(self.sampled))
 
     def metrics(self) -> dict[str, Any]:

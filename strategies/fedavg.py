@@ -39,7 +39,7 @@ class FedAvg(SharedPromptStrategy):
 
     @property
     def weights_by_examples(self) -> bool:
-        """As configured."""
+        """Whether `weights` is `samples`."""
         return bool(self.config.weights == "samples")
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
@@ -65,6 +65,8 @@ def weighted_mean(shared: Arrays, updates: Sequence[Update], weights: Sequence[f
     for name, last in shared.items():
         sums = np.zeros(last.shape, dtype=np.float64)
         for update, weight in zip(updates, weights, strict=True):
+            # w <- sum_k (n_k / n) w_k, algorithm 1. In float64, because float32 sums over a
+            # thousand clients lose digits.
             sums += update.arrays[name].astype(np.float64) * (weight / total)
         mean[name] = sums.astype(np.float32)
     return mean

@@ -38,10 +38,12 @@ class FedAvgM(SharedPromptStrategy):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One server step with momentum."""
+        # v <- beta v + Delta, with Delta the sample-weighted mean change.
         velocity_P: Rows = combined(sample_shares(updates), changes(shared, updates))
         if self._velocity is not None:
             velocity_P = self.config.momentum * self._velocity + velocity_P
         self._velocity = velocity_P
+        # w <- w + lr v.
         return moved(shared, self.config.lr * velocity_P)
 
     _velocity: Rows | None = None

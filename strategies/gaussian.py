@@ -82,8 +82,10 @@ class Gaussian(FedAvg):
 
     def _add(self, values: Arrays, log_weight: float) -> None:
         """Add the tensors of a round to the running mean."""
+        # The logarithm of the sum of the weights so far; the weights themselves would underflow.
         total = float(np.logaddexp(self.log_weight, log_weight))
         share = np.exp(log_weight - total)
         last = self.means or {n: np.zeros(v.shape) for n, v in values.items()}
+        # The running form of sum_e w_e P_e / sum_e w_e, so that no earlier round has to be stored.
         self.means = {n: last[n] + share * (v - last[n]) for n, v in values.items()}
         self.log_weight = total

@@ -44,7 +44,7 @@ class Krum(RobustStrategy):
         return np.asarray(rows_UP[selected].mean(0))
 
     def num_selected(self, clients: int, attackers: int) -> int:
-        """How many of the clients with the lowest scores count."""
+        """How many of the clients with the lowest scores count; `MultiKrum` overrides it."""
         return 1
 
 

@@ -63,6 +63,7 @@ class NearestPeers(FedAvg):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """FedAvg; the updates are kept as well."""
+        # Copied, because uploads outlive the round that they belong to.
         new = {u.client: {n: u.arrays[n].copy() for n in self.names} for u in updates}
         self._keep(self.uploads | new)
         return super().aggregate(server_round, shared, updates)
@@ -84,6 +85,7 @@ class NearestPeers(FedAvg):
         if client not in self.uploads or not self.num_peers:
             return []
         place = int(np.searchsorted(self._uploaders, client))
+        # L2 distances between the prompts before aggregation, as in the paper.
         distance = np.linalg.norm(self._flat - self._flat[place], axis=1)
         order = [i for i in np.argsort(distance, kind="stable") if i != place]
         return [int(self._uploaders[i]) for i in order[: self.num_peers]]

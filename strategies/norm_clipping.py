@@ -48,4 +48,5 @@ class NormClipping(SharedPromptStrategy):
         weights_U = sample_shares(updates)
         if self.config.weights == "uniform":
             weights_U = np.full(len(updates), 1 / len(updates))
+        # w <- w + mean_k Delta_k / max(1, |Delta_k| / M), section 4.
         return moved(shared, combined(weights_U, clipped(rows_UP, bound)))

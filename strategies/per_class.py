@@ -71,11 +71,13 @@ class PerClass(SharedPromptStrategy):
         mean: Arrays = {}
         for name, last in shared.items():
             if name == SHARES:
+                # The server must not send the clients' class mix to the others.
                 mean[name] = np.zeros_like(last)
                 continue
             weight_UC = counts_UC / np.where(held_C, total_C, 1)
             rows = np.zeros(last.shape, dtype=np.float64)
             for update, weight_C in zip(updates, weight_UC, strict=True):
+                # row_c <- sum_k n_{k,c} row_{k,c} / sum_k n_{k,c}.
                 rows += update.arrays[name] * weight_C.reshape(-1, *(1,) * (last.ndim - 1))
             mean[name] = last.copy()
             mean[name][held_C] = rows[held_C].astype(np.float32)
@@ -84,6 +86,7 @@ class PerClass(SharedPromptStrategy):
 
 def class_counts(update: Update) -> NDArray[np.float64]:
     """Training images per class (C,) as a client reports them; at most its number of images."""
+    # The shares come from a client and may be out of range.
     shares_C = np.clip(update.arrays[SHARES].astype(np.float64), 0, 1)
     counts_C: NDArray[np.float64] = np.rint(shares_C * update.num_examples)
     return counts_C

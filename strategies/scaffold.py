@@ -49,7 +49,9 @@ class Scaffold(FedAvg):
         controls = {n: t for n, t in shared.items() if n.startswith(CONTROL)}
         prompts = {n: t for n, t in shared.items() if n not in controls}
         mean = super().aggregate(server_round, prompts, updates)
+        # dc_k is averaged uniformly, as in algorithm 1, whatever the weights of x_k are.
         difference = weighted_mean(controls, updates, [1] * len(updates))
+        # |P| / N, at most 1.
         share = len(updates) / max(len(self.known.trainable), len(updates))
         return {
             **{

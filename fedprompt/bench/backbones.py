@@ -24,11 +24,16 @@ IMAGE_BATCH = 64
 def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
     """The architecture `name` with random weights, float32 on the CPU.
 
+    Args:
+        name: one of `NAMES`; `tiny` is the architecture of the embedded weights.
+        seed: seed of the weights.
+
     Raises:
         UserError: `name` is not one of `NAMES`.
     """
     if name not in NAMES:
         raise UserError(f"--backbone {name}: not known.{did_you_mean(name, NAMES)}")
+    # open_clip draws its weights from the global generator, which is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = tiny_model_config() if name == "tiny" else open_clip.get_model_config(name)
@@ -42,12 +47,22 @@ def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
 
 def save_weights(clip: FrozenCLIP, path: Path) -> None:
     """Write a checkpoint that `load_clip` can map into memory without a conversion."""
+    # safetensors refuses tensors that share memory.
     state = {k: v.contiguous().clone() for k, v in clip.model.state_dict().items()}
     save_file(state, path)
 
 
 def random_images(clip: FrozenCLIP, count: int, seed: int) -> Tensor:
-    """Preprocessed images (count, 3, H, W) of the model's own size, N(0, 1)."""
+    """Random numbers in place of preprocessed images.
+
+    Args:
+        clip: the backbone; it determines H and W.
+        count: number of images.
+        seed: seed of the numbers.
+
+    Returns:
+        (count, 3, H, W), N(0, 1), float32 on the CPU.
+    """
     size = clip.model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     draw = generator(seed, "images").standard_normal((count, 3, height, width), dtype="float32")

@@ -1,4 +1,8 @@
-"""Run several implementations of one job in turn, time them and compare their results."""
+"""Runs several implementations of one job in turn, times them and compares their results.
+
+Every benchmark measures our implementation beside a slower reference, and refuses to report a ratio
+unless both have computed the same.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +79,7 @@ def interleave(
         measured[name].peak_mb = peak_mb()
     began = time.perf_counter()
     for repeat in range(repeats):
+        # The first repeat always runs, so that every job has a time.
         if repeat and time.perf_counter() - began > budget_s:
             break
         for name, job in jobs.items():
@@ -92,9 +97,19 @@ def interleave(
 
 
 def max_rel_diff(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
-    """Largest difference of any named tensor, relative to the reference's largest value."""
+    """Largest difference between two results.
+
+    Args:
+        ours: our tensors by name; it may have more than `reference`.
+        reference: the tensors to compare with.
+
+    Returns:
+        The largest absolute difference of any tensor divided by the reference's largest absolute
+        value in it; infinite if a value is not finite.
+    """
     worst = 0.0
     for name, expected in reference.items():
+        # In float64, so that the subtraction adds no rounding of its own.
         gap = (ours[name].detach().double() - expected.detach().double()).abs().max()
         scale = expected.detach().double().abs().max()
         # An all-zero reference would hide any error; NaN must not compare as small.
@@ -141,6 +156,10 @@ def row(
         divide: number of clients that shared one call of ours; its seconds are divided by it.
         difference: of the results, from `max_rel_diff`.
         more: further values of the row.
+
+    Returns:
+        Seconds per client, peak memory in MB, and `ratio`: the reference's best time divided by
+        ours.
     """
     line: Row = {
         "case": case,

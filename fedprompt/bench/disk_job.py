@@ -77,5 +77,6 @@ def write_job(
 
 
 def _write_image(path: Path, number: int) -> None:
+    # A different colour for every image, so that no two files are equal.
     colour = (number % 256, number // 256 % 256, number // 65536)
     Image.new("RGB", (PIXELS, PIXELS), colour).save(path)

@@ -57,6 +57,7 @@ def run_engine(config: Config, folder: Path) -> Path:
         "client-resources-num-gpus=0"
     )
     command = ["flwr", "run", str(ROOT), "--stream", "--federation-config", federation]
+    # Flower accepts texts in its run config only in TOML quotes.
     command += ["-c", f'experiment="{experiment}" overrides=""']
     with _flower_home(folder) as environment:
         finished = subprocess.run(

@@ -78,6 +78,7 @@ class Job:
             ("test", sizes.server_test, self.test_batch, self.rounds + 1),
         )
         for kind, images, at_once, times in jobs:
+            # A last, smaller batch has a cost of its own.
             full, rest = divmod(images, at_once)
             counts[Piece("reference", kind, at_once)] += full * times
             counts[Piece("reference", kind, rest)] += times if rest else 0
@@ -119,7 +120,17 @@ def total(counts: Mapping[Piece, float], each: Mapping[Piece, float]) -> float:
 
 
 def counted(ratio: float, ours_gflop: float, reference_gflop: float) -> Row:
-    """Counted operations, the ratio that they would give, and the share of it that was reached."""
+    """Compare a measured ratio of times with the ratio of counted operations.
+
+    Args:
+        ratio: the reference's time divided by ours.
+        ours_gflop: counted operations of our implementation, in 10^9.
+        reference_gflop: those of the reference.
+
+    Returns:
+        Values for a row: both counts, the ratio that they would give if both implementations ran
+        equally well, and the share of it that was reached.
+    """
     possible = reference_gflop / ours_gflop
     return {
         "ours_gflop": ours_gflop,

@@ -54,6 +54,7 @@ def reset_peak() -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with contextlib.suppress(OSError):
+        # Writing 5 resets VmHWM, see proc(5).
         (PROC / "self/clear_refs").write_text("5")
 
 

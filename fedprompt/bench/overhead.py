@@ -118,6 +118,7 @@ def _rounds(
     threads = torch.get_num_threads()
     config = replace(config, simulation=grid_config)
     reset_peak()
+    # The grid works on the changed config; data and CLIP are shared.
     w = workspace
     grid = open_grid(
         config, Workspace(config, w.clip, w.dataset, w.partition, w.views), open_workspace
@@ -129,6 +130,7 @@ def _rounds(
         for server_round in range(1, rounds + 2):
             start = perf_counter()
             federation.train_round(server_round)
+            # The first round includes the start of the workers.
             if server_round > 1:
                 measured.seconds.append((perf_counter() - start) / workspace.num_clients)
         measured.peak_mb = peak_mb()
@@ -145,6 +147,7 @@ def _training_alone(grid: BlockGrid) -> float:
     clients = range(workspace.num_clients)
     blocks = group(workspace, clients, grid.clients_per_block(len(clients)))
     seconds = []
+    # The fastest of three, as `best` of the measured rounds.
     for _ in range(3):
         began = perf_counter()
         for block in blocks:

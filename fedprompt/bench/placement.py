@@ -84,6 +84,9 @@ def round_seconds(
         blocks: blocks per round.
         rounds: rounds, two or more; the workers' costs are learned over them.
         seed: keys the blocks' work and the noise.
+
+    Returns:
+        The mean over all rounds except the first.
     """
     draw = generator(seed, "placement benchmark")
     costs = Costs()
@@ -102,6 +105,7 @@ def _round(
 
     while waiting or running:
         free = [worker for worker in range(len(speeds)) if worker not in running]
+        # Longest first: the first waiting block is the longest, and workers are sorted by speed.
         plan = (0, free[0]) if free and waiting else None
         if rule == "planner" and waiting:
             busy = {w: remaining(r.expected_s, now - r.started) for w, r in running.items()}

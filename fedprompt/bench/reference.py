@@ -95,9 +95,11 @@ class ReferenceCoOp(nn.Module):
         self.logit_scale = clip.logit_scale
         self.context = nn.Parameter(context_Md.clone())
         tokens = len(context_Md)
+        # Placeholders of one token each, whose embeddings the context replaces, as in CoOp.
         lead = " ".join(["X"] * tokens)
         ids_CL = clip.tokenizer([f"{lead} {name}." for name in class_names])
         embedded_CLd = clip.text.token_embedding(ids_CL)
+        # Buffers, so that they are copied with the model.
         self.register_buffer("ids_CL", ids_CL)
         self.register_buffer("before_C1d", embedded_CLd[:, :1].clone())
         self.register_buffer("after_CRd", embedded_CLd[:, 1 + tokens :].clone())
@@ -108,6 +110,7 @@ class ReferenceCoOp(nn.Module):
         context_CMd = self.context.expand(len(self.ids_CL), -1, -1)
         x = torch.cat([self.before_C1d, context_CMd, self.after_CRd], dim=1)
         x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
+        # The end-of-text token has the largest id, as in OpenAI's CLIP.
         end_C = self.ids_CL.argmax(dim=-1)
         pooled_Cd = text.ln_final(x)[torch.arange(len(x)), end_C]
         return F.normalize(pooled_Cd @ text.text_projection, dim=-1)
@@ -156,6 +159,7 @@ def reference_local_training(
     """
     lr = config.lr
     if config.schedule == "cosine":
+        # Round 1 trains at the full rate; the schedule runs over rounds, not over local steps.
         lr *= 0.5 * (1 + math.cos(math.pi * (server_round - 1) / rounds))
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
@@ -188,6 +192,9 @@ def reference_evaluate(
         images: (n, 3, H, W), preprocessed.
         labels: (n,).
         batch_size: images of a batch.
+
+    Returns:
+        Correct answers, tested images and the sum of losses.
     """
     correct, loss = 0, 0.0
     for first in range(0, len(labels), batch_size):

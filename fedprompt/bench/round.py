@@ -57,7 +57,16 @@ class Outcome:
 
 
 def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
-    """Encode the images, then run the rounds on the inline grid as `fedprompt run` does."""
+    """Encode the images, then run the rounds on the inline grid as `fedprompt run` does.
+
+    Args:
+        job: the experiment.
+        clip: the frozen backbone.
+        images_N3HW: preprocessed images of all clients and of the server.
+
+    Returns:
+        The final context, the losses and the numbers of correct answers.
+    """
     workspace = job.workspace(clip, encode_all(clip, images_N3HW))
     grid = InlineGrid(workspace)
     federation = Federation(workspace, grid)
@@ -69,6 +78,7 @@ def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
             losses.append(federation.train_round(server_round)["train"]["loss"])
         line = federation.evaluate(server_round)
         losses.append(line["global"]["loss"])
+        # Counts of correct answers can be compared exactly, accuracies cannot.
         personal = [round(a * job.sizes.test) for a in line["personal"]["accuracy"]]
         correct.append([round(line["global"]["accuracy"] * job.sizes.server_test), *personal])
     grid.close()
@@ -76,7 +86,10 @@ def run_ours(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
 
 
 def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
-    """Run the same experiment with the reference, which encodes images every time."""
+    """Run the same experiment with the reference, which encodes the images at every step.
+
+    The arguments and the result are those of `run_ours`.
+    """
     workspace = job.workspace(clip)
     model = reference_model(workspace)
     start = model.context.detach().clone()
@@ -93,6 +106,7 @@ def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
     losses, correct = [], []
     for done in rounds:
         if done.losses:
+            # All clients have equally many images, so the plain mean is the weighted one.
             losses.append(sum(done.losses) / len(done.losses))
         losses.append(done.global_score.loss_sum / done.global_score.tested)
         correct.append([s.correct for s in (done.global_score, *done.personal_scores)])

@@ -91,6 +91,7 @@ class StepCase:
             method={"name": "promptfl", "context_tokens": context},
             training={"batch_size": batch},
         )
+        # As many clients together as a simulation would train on this machine.
         self.clients = InlineGrid(self.workspace).clients_per_block(MOST_CLIENTS)
         self.checked = min(CHECKED, self.clients)
         self.start = self.workspace.method.init_shared(self.workspace.config.seed)["ctx"]

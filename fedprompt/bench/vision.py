@@ -57,6 +57,11 @@ def prompt_shapes(text: str) -> tuple[tuple[int, int], ...]:
 def bench_vision(clip: FrozenCLIP, options: VisionOptions, out: Output) -> None:
     """Measure all cases.
 
+    Args:
+        clip: the frozen backbone.
+        options: what to measure.
+        out: where rows and notes go.
+
     Raises:
         MismatchError: a feature or gradient of ours differs from the reference's.
         UserError: prompts are asked for in more layers than the tower has.

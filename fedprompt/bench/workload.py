@@ -59,6 +59,10 @@ def settings(clients: int, **sections: Any) -> Config:
     Args:
         clients: number of clients.
         sections: merged over the config.
+
+    Returns:
+        The validated config: PromptFL and FedAvg on the tiny backbone unless `sections` says
+        otherwise.
     """
     raw: dict[str, Any] = {
         "experiment": "bench",
@@ -140,6 +144,9 @@ def reference_clients(
         workspace: labels and partition.
         images_N3HW: preprocessed images; it may end after the last one that the clients need.
         clients: which clients; all when None.
+
+    Returns:
+        The clients in the order of `clients`.
     """
     with_images = []
     for client in range(workspace.num_clients) if clients is None else clients:

@@ -50,7 +50,7 @@ class CountingGrid(Grid):
             content: the records of the message.
             message_type: one of Flower's `MessageType`.
             dst_node_id: the node that the message is for.
-            group_id: groups messages for Flower's log; ours is the round.
+            group_id: the group that the message belongs to; for our messages it is the round.
             ttl: seconds until the message expires; None for Flower's default.
         """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

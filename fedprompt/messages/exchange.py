@@ -1,4 +1,4 @@
-"""What one exchange of messages with the clients returns, whichever way it was carried out."""
+"""What an exchange of training messages returns, whether plain or with secure aggregation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that messages need of Flower's private modules.
+"""Everything that messages need of Flower's private modules; it is used on both sides.
 
 Flower's public packages are `flwr.app`, `flwr.serverapp`, `flwr.clientapp` and `flwr.simulation`.
 They offer neither the bytes of a message nor a way to create one outside an app, and our grids need
@@ -87,12 +87,14 @@ def set_new_id(message: Message) -> None:
 
 
 def set_source(message: Message, node: int) -> None:
-    """Name the node that a message comes from."""
+    """Set the node that a message comes from."""
+    # Metadata has no setter for it either.
     message.metadata.__dict__["_src_node_id"] = node
 
 
 def become_server() -> None:
     """Give this process the identity that Flower's `Message` takes its sender from."""
+    # Flower sets these in the processes that it starts; `Message(...)` raises without them.
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SERVER_NODE, 1
 
 

@@ -1,4 +1,8 @@
-"""Messages of a simulation as bytes: what crosses our grids, one parcel per client."""
+"""Messages of a simulation as bytes, one parcel per client.
+
+The grids of `fedprompt.simulation` serialise messages even within one process, so that clients
+never share memory with the server and the counted bytes are those of a deployment.
+"""
 
 from __future__ import annotations
 
@@ -71,5 +75,5 @@ def to_parcels(messages: Iterable[Message]) -> list[Parcel]:
 
 
 def failure(message: Message, reason: str) -> bytes:
-    """The error reply of a client that could not answer, as bytes."""
+    """The error reply of a client that could not answer, as bytes; `reason` is one line."""
     return to_wire(Message(Error(CLIENT_FAILED, reason), reply_to=message))

@@ -1,4 +1,7 @@
-"""Names of the records in a message, and tensors as Flower's records and back."""
+"""Names of the records in a message, and conversions between tensors and Flower's records.
+
+Used on both sides. The conversions give the same bytes as Flower's own, but faster.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `EXTRAS` holds what a single client is sent."""
 
 LONGEST_REASON = 300
-"""Largest number of characters of a reason that are logged: a peer may have written them."""
+"""Largest number of characters of a reason that are logged, because a peer may have written it."""
 
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""
@@ -61,6 +64,7 @@ def values_of(array: Array) -> NDArray[Any]:
         shape, data = tuple(array.shape), array.data
         header = _float32_header(shape)
         if data.startswith(header) and len(data) == len(header) + 4 * math.prod(shape):
+            # Copied, because an array on top of `bytes` is read-only.
             return np.frombuffer(data, np.float32, offset=len(header)).reshape(shape).copy()
     return array.numpy()
 

@@ -1,6 +1,7 @@
 """Epsilon of the Gaussian mechanism over rounds, by Renyi differential privacy.
 
-The accountant is Flower's `RdpAccountant`, which is Google's dp-accounting (extra `dp`).
+The accountant is Flower's `RdpAccountant`, which uses Google's dp-accounting (extra `dp`). It runs
+on the server, which reports epsilon in every round's line in `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fedprompt.errors import UserError
 def epsilon(noise: float, releases: int, delta: float) -> float | None:
     """Epsilon of a number of Gaussian releases.
 
-    No amplification by sampling is claimed: who takes part follows from the run's seed, which is no
+    No amplification by sampling is claimed: the run's seed determines who takes part, and it is not
     secret.
 
     Args:
@@ -48,4 +49,5 @@ def epsilon(noise: float, releases: int, delta: float) -> float | None:
     if releases:
         event = GaussianPrivacyEvent(noise, sample_size=1, population_size=1)
         accountant.compose(event, releases)
+    # Before the first release nothing has been revealed.
     return accountant.get_epsilon(delta) if releases else 0.0

@@ -1,7 +1,8 @@
 """What a client's update reveals: attacks by a curious server, or by anybody else who sees it.
 
-The attacker knows the method, the frozen CLIP, the prompts that were sent and the server's own test
-images. It does not know private tensors, and uses their initial values instead. All attacks use
+The evaluation protocols run these attacks on the server at the end of a simulated run. The attacker
+knows the method, the frozen CLIP, the prompts that were sent and the server's own test images. It
+does not know private tensors and uses their initial values instead. All attacks use
 `train_clients`, so they work for any method.
 
 Shape suffixes: P numbers of all shared tensors, C classes, N candidates, D joint embedding.
@@ -74,6 +75,7 @@ class Attacker:
 
     def change(self, uploaded: Tensors) -> Floats:
         """The change of the shared tensors by an update, as one row (P,)."""
+        # One fixed order of names, so that all rows have the same columns.
         names = sorted(self.workspace.shared_shapes)
         parts = [(uploaded[n].double() - self.received[n].double()).flatten() for n in names]
         return torch.cat(parts).numpy()
@@ -96,6 +98,7 @@ class Attacker:
                 [self.received] * len(sets),
                 [self._private()] * len(sets),
                 [ClientData(self.client, inputs, labels) for inputs, labels in sets],
+                # The batch holds the largest set, so that each set is trained in exactly one step.
                 one_step(config.training, max(len(labels) for _, labels in sets)),
                 seed=config.seed,
                 server_round=max(1, config.federation.rounds),
@@ -119,6 +122,7 @@ class Attacker:
         """
         inputs, labels_N = self.workspace.server_test()
         classes = len(self.workspace.task.class_names)
+        # A class without images on the server cannot be imagined; its share is guessed as 0.
         known = [c for c in range(classes) if bool((labels_N == c).any())]
         parts = [(inputs[labels_N == c], labels_N[labels_N == c]) for c in known]
         weights, _ = nnls(self.imagined(parts).T, self.change(uploaded))
@@ -152,6 +156,7 @@ class Attacker:
         draw = generator(self.workspace.config.seed, "candidates", self.client)
         index_N = draw.integers(len(known_ND), size=candidates)
         noise_ND = draw.standard_normal((candidates, known_ND.shape[1]))
+        # Divided by sqrt(D), the noise has length SPREAD on average, whatever D is.
         spread = SPREAD * noise_ND / np.sqrt(known_ND.shape[1])
         features_ND = F.normalize(torch.from_numpy(known_ND[index_N] + spread).float(), dim=-1)
         label_1 = torch.tensor([label])
@@ -179,6 +184,9 @@ def uploaded_by(
         private: its private tensors.
         image: index of a training image; the round is then one step of plain SGD on that image. If
             None, it is a usual round.
+
+    Returns:
+        The tensors by name, float32, in the shapes of `received`.
     """
     config, data = workspace.config, workspace.train_data(client)
     # The learning rate of the last rounds is nearly zero, so that of the first one is used.
@@ -216,6 +224,7 @@ def decoded(rows_NP: Floats, features_ND: Floats, row_P: Floats, noise: float) -
     Returns:
         The feature, (D,).
     """
+    # Centred, because the ridge penalty must not shrink the mean feature.
     mean_P, mean_D = rows_NP.mean(0), features_ND.mean(0)
     centred_NP = rows_NP - mean_P
     gram_NN = centred_NP @ centred_NP.T

@@ -1,5 +1,7 @@
 """Noise that a client adds before it sends its update: client-level local differential privacy.
 
+Runs on the client, in `federation.client_app`, after local training and before the reply is built.
+
 Source: the Gaussian mechanism (Dwork and Roth, 2014, theorem A.1) on a client's clipped change, as
 in Geyer, Klein and Nabi (2017, arXiv 1712.07557), but on the client, which sends
     received + Delta min(1, S / |Delta|) + N(0, z^2 S^2 I),
@@ -57,6 +59,7 @@ def protected(
     factor = min(1.0, config.clip / norm) if norm > 0 else 1.0
     draw = _generator(config.noise_seed, server_round, client)
     sent = {}
+    # Sorted by name, so that a fixed seed gives every tensor the same noise in every process.
     for name, values in sorted(change.items()):
         noise = torch.from_numpy(np.asarray(draw.standard_normal(tuple(values.shape))))
         noisy = factor * values + config.noise * config.clip * noise
@@ -77,10 +80,12 @@ def local_epsilon(config: PrivacyConfig, rounds: int) -> float | None:
     Raises:
         UserError: the accountant is not installed.
     """
+    # Two clipped changes differ by at most 2 S, so the multiplier is relative to twice the clip.
     return epsilon(config.noise / 2, rounds, config.delta)
 
 
 def _generator(seed: int | None, server_round: int, client: int) -> np.random.Generator:
+    """The source of the noise: the operating system's randomness unless the seed is fixed."""
     if seed is None:
         return np.random.Generator(np.random.PCG64(secrets.randbits(256)))
     return generator(seed, "local noise", server_round, client)

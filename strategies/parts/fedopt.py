@@ -1,4 +1,4 @@
-"""What the adaptive server optimisers have in common.
+"""What the adaptive server optimisers (FedAdam, FedYogi) have in common.
 
 Source: Adaptive Federated Optimization (Reddi et al., ICLR 2021, arXiv 2003.00295), algorithm 2: m
 <- beta_1 m + (1 - beta_1) Delta, v as each optimiser defines it, w <- w + eta m / (sqrt(v) + tau),
@@ -46,19 +46,25 @@ class FedOpt(SharedPromptStrategy):
         Args:
             last_P: the last second moment v.
             square_P: the squared mean change Delta^2.
+
+        Returns:
+            The new v, (P,).
         """
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One adaptive step."""
         config = self.config
         change_P = combined(sample_shares(updates), changes(shared, updates))
+        # m_0 = 0 and v_0 = tau^2, as in the paper.
         mean_P, square_P = self._moments or (
             np.zeros_like(change_P),
             np.full_like(change_P, config.tau**2),
         )
+        # m <- beta_1 m + (1 - beta_1) Delta.
         mean_P = config.beta_1 * mean_P + (1 - config.beta_1) * change_P
         square_P = self.second_moment(square_P, change_P**2)
         self._moments = mean_P, square_P
+        # w <- w + eta m / (sqrt(v) + tau).
         return moved(shared, config.lr * mean_P / (np.sqrt(square_P) + config.tau))
 
     _moments: tuple[Rows, Rows] | None = None

@@ -49,6 +49,7 @@ class RobustStrategy(SharedPromptStrategy):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """Mix the changes if that is configured, then take the robust step."""
+        # Recomputed in every round, because the number of replies varies.
         attackers = count_of(self.config.attackers, len(updates))
         rows_UP = changes(shared, updates)
         if self.config.mix:

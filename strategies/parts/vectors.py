@@ -26,6 +26,7 @@ def flat(shared: Arrays, arrays: Arrays) -> Rows:
 
 def changes(shared: Arrays, updates: Sequence[Update]) -> Rows:
     """What every client's training adds to the shared tensors: (U, P)."""
+    # In float64: between prompts that differ little, most digits of float32 cancel.
     return np.stack([flat(shared, u.arrays) for u in updates]) - flat(shared, shared)
 
 
@@ -84,5 +85,6 @@ def distances(rows_UP: Rows) -> Rows:
     """Squared L2 distances between all rows, (U, U); exactly 0 from a row to itself."""
     squares_U = (rows_UP**2).sum(axis=1)
     distance_UU = squares_U[:, None] + squares_U[None, :] - 2 * rows_UP @ rows_UP.T
+    # Rounding leaves errors on the diagonal and can make small distances negative.
     np.fill_diagonal(distance_UU, 0)
     return np.asarray(np.maximum(distance_UU, 0))

@@ -1,8 +1,8 @@
-"""A client's side: Flower's mod answers, after checks that Flower leaves out.
+"""The client's side of secure aggregation: Flower's mod, behind checks that Flower leaves out.
 
-Between stages a client keeps keys, seed and shares in `state`, as Flower's mod does in
-`Context.state`. A request that is refused or fails ends the round for this client: the state is
-cleared, so that no second request is ever answered about the same masks.
+Between the stages of a round, a client keeps keys, seed and shares in `state`, as Flower's mod does
+in `Context.state`. A request that is refused or fails ends the round for this client: the state is
+cleared, so that a second request about the same masks is never answered.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ def answer(
         train: trains and returns the reply that a plain exchange would send; it is called in one of
             the stages only.
 
+    Returns:
+        The reply to send; it contains only what the stage requires.
+
     Raises:
         UserError: the request is refused, or the client cannot answer it.
     """
@@ -65,6 +68,7 @@ def answer(
         if not isinstance(error, UserError):
             reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"secure aggregation: {reason}") from None
+    # After unmasking, the secrets of the round have served their purpose.
     if stage == UNMASK or reply.has_error():
         state.clear()
     return reply
@@ -82,6 +86,7 @@ def _answer(
         _check_peers(record, _round_state(state))
     elif stage == COLLECT:
         _check_sources(record, _round_state(state))
+        # The most expensive step comes after all checks of the request.
         trained = train()
         if trained.has_error():
             return trained
@@ -125,6 +130,7 @@ def _vector(
     images = metrics["num-examples"]
     assert isinstance(images, int)
     alike = isinstance(requested, ConfigRecord) and bool(requested.get(ALIKE))
+    # Replies with noise do not reveal the number of images, so their weights are equal.
     alike = alike or bool(config.privacy.noise)
     if not alike and images > settings.max_weight:
         raise UserError(

@@ -1,4 +1,8 @@
-"""The training exchange of a round in which the server learns the mean update and no single one."""
+"""The training exchange of a round in which the server learns only the mean of the updates.
+
+Runs on the server; `Federation` uses it instead of `PlainExchange` if
+`secure_aggregation.enabled` is set.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ log = logging.getLogger("fedprompt.server")
 
 
 class SecureExchange:
-    """Four messages to every client, after which the sum of their updates is known.
+    """Sends four messages to every client, after which the sum of their updates is known.
 
     It has the interface of `fedprompt.federation.exchange.Exchange`, and returns the weighted mean
     of the updates as a single one.
@@ -52,7 +56,7 @@ class SecureExchange:
             )
 
     def settings(self) -> ConfigRecord:
-        """Tells clients if they all have the same weight."""
+        """Tells the clients whether all of them have the same weight."""
         return ConfigRecord() if self._weights_by_examples else ConfigRecord({ALIKE: True})
 
     def train(

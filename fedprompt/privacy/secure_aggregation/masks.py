@@ -23,6 +23,7 @@ Masked = NDArray[np.uint32]
 
 def stream(secret: bytes, count: int) -> Masked:
     """`count` numbers from all bits of a secret, which may be used for one vector only."""
+    # The prefix separates this key from every other use of the same secret.
     key = sha256(b"fedprompt secure aggregation mask" + secret).digest()
     # A constant counter is safe, since every key encrypts one vector.
     encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()

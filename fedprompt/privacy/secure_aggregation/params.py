@@ -39,6 +39,7 @@ class Terms:
     def of(cls, settings: SecureAggregationConfig, clients: int) -> Terms:
         """The terms of a round with this number of clients."""
         shares = min(settings.shares or clients, clients)
+        # Rounded first, because 0.56 * 25 is slightly more than 14 in floating point.
         threshold = math.ceil(round(settings.threshold * shares, 9))
         # The sum of all clients' numbers, each at most `levels`, must stay below the modulus.
         levels = min(MOST_LEVELS, 1 << (((MODULUS - 1) // clients).bit_length() - 1))

@@ -79,6 +79,9 @@ def secure_sum(
         settings: the section `secure_aggregation` of the config.
         numbers: length of a client's vector.
         min_clients: smallest number of clients in the sum.
+
+    Returns:
+        The sum and who is in it. A round that cannot be completed is void, never an error.
     """
     outcome = Outcome()
     if len(messages) < FEWEST_CLIENTS:

@@ -1,4 +1,6 @@
-"""The vector that a client adds to the secret sum, and what the sum reveals.
+"""The vector that a client adds to the secret sum, and what the sum reveals to the server.
+
+`encode` runs on the clients in the stage `collect`, `decode` on the server after unmasking.
 
 With w in [0, 1] a client's weight divided by `max_weight`, Delta the change of its P shared
 numbers, c the clip and L the largest loss, the vector is (w Delta / c, w, cut, w loss / L): P + 3
@@ -53,6 +55,7 @@ def encode(
     """
     parts = [
         (trained[n].astype(np.float64) - received[n].astype(np.float64)).ravel()
+        # Sorted by name, as in `decode`, so that both sides agree on the order.
         for n in sorted(received)
     ]
     change_P = np.concatenate([*parts, np.zeros(0)])
@@ -88,9 +91,13 @@ def decode(total: Numbers, shared: Arrays, clip: float) -> Decoded:
         shared: shared tensors that the clients received; only their names and shapes are used.
         clip: the clip of `encode`.
 
+    Returns:
+        The weighted means of the clients' changes and losses.
+
     Raises:
         UserError: all weights are zero.
     """
+    # (sum w, number of clients that were cut, sum w loss / L).
     weight, cut, loss = (float(v) for v in total[-EXTRA:])
     if weight <= 0:
         raise UserError("secure aggregation: the clients' weights sum to nothing.")
