@@ -1,4 +1,9 @@
-"""Config fields that carry their own help text and limits, so that one place checks them all."""
+"""Config fields that carry their help text and limits, and the function that checks them.
+
+The sections of an experiment and the `Config` classes of methods, strategies, protocols and data
+sources are dataclasses whose fields are made by `option`. One definition thus serves the checks,
+the shell completion and the generated documentation.
+"""
 
 from __future__ import annotations
 
@@ -47,31 +52,55 @@ def option(
     lt: float | None = None,
     path: bool = False,
 ) -> Any:
-    """A dataclass field with a help line and optional limits (`gt` and `lt` are exclusive).
+    """Declare a config key: a dataclass field with a help text and optional limits.
 
-    `path` marks what names a file or folder of this machine: no other machine follows it.
+    Args:
+        default: value of the key where the user sets none. A list is copied for every instance.
+        help: one line for the documentation and the shell completion.
+        gt: exclusive lower limit of a number.
+        ge: inclusive lower limit.
+        le: inclusive upper limit.
+        lt: exclusive upper limit.
+        path: whether the value names a file or folder of this machine. Such a value means nothing
+            on another machine.
+
+    Returns:
+        The field, typed as `Any` so that it can be assigned to an annotation of any type.
     """
     metadata = {"help": help, "gt": gt, "ge": ge, "le": le, "lt": lt, "path": path}
     if isinstance(default, list):
+        # Dataclasses refuse a mutable default, which all instances would share.
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `schema` from plain `values`, checked.
+    """Build an instance of a config dataclass from plain values and check it.
+
+    Args:
+        schema: the dataclass; its fields are made by `option`. Its `check` method, if it has one,
+            is called on the result.
+        values: a mapping from keys to values as YAML yields them. Missing keys get their defaults.
+        where: path of the section for messages, e.g. `training`.
+
+    Returns:
+        The instance, with every value converted to the type of its field.
 
     Raises:
-        UserError: unknown key (with the nearest known one), wrong type, or a value outside its
-            limits. `where` is the key's path for the message, e.g. `training`.
+        UserError: a key is unknown (the message suggests the nearest one), or a value has the wrong
+            type, is outside its limits or is refused by `check`.
     """
     fields = {f.name: f for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
+            # A renamed key gets its new name, not the most similar spelling.
             refuse_renamed(f"{where}.{key}")
             hint = did_you_mean(str(key), list(fields))
             raise UserError(f"config: unknown key {f'{where}.{key}'!r}.{hint}")
     structured = OmegaConf.structured(schema)
+    # The annotations are strings (`from __future__ import annotations`); this evaluates them.
     kinds = get_type_hints(schema)
+    # One merge per key, so that the message can name the key whose value is refused.
     for key, value in values.items():
         _refuse_placeholders(f"{where}.{key}", value)
         try:
@@ -83,6 +112,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
             ) from None
     built = OmegaConf.to_object(structured)
     assert isinstance(built, schema)
+    # Limits are checked last, when OmegaConf has converted text such as `0.1` to numbers.
     for name, field in fields.items():
         _check_limits(f"{where}.{name}", getattr(built, name), field.metadata)
     check = getattr(built, "check", None)
@@ -95,7 +125,10 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _refuse_placeholders(where: str, value: Any) -> None:
-    """OmegaConf would fill in `${...}`, even from the environment, and drop `???`; we refuse."""
+    """Refuse `${...}`, which OmegaConf would fill in, even from the environment, and `???`.
+
+    OmegaConf takes `???` for a missing value and would drop it.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_placeholders(f"{where}.{key}", item)
@@ -107,7 +140,7 @@ def _refuse_placeholders(where: str, value: Any) -> None:
 
 
 def in_words(kind: Any) -> str:
-    """What a value of this type is, for messages and the documentation: `a number or null`."""
+    """Describe the values of a type for messages and documentation, e.g. `a number or null`."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if kind in _WORDS:
@@ -116,15 +149,18 @@ def in_words(kind: Any) -> str:
 
 
 def _nearest(kind: Any, value: Any) -> str:
-    """A hint where the value is nearly one of a few choices."""
+    """A suggestion if the value is close to one of the choices of a `Literal`, else nothing."""
     choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     hint = did_you_mean(str(value), choices)
+    # Otherwise the hint lists all choices, which the message does already.
     return hint if hint.startswith(" Did") else ""
 
 
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> None:
+    # `bool` is a subclass of `int`, but limits do not apply to it.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    # YAML has `.nan` and `.inf`; infinity would pass every lower limit.
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config: {where} is {value}; it must be a finite number.")
     for name, holds, words in _RULES:

@@ -1,4 +1,8 @@
-"""The sections of an experiment about clients that attack, and about what the server learns."""
+"""The sections of an experiment on attacks and on privacy.
+
+`attack` makes clients of a simulation malicious, `privacy` adds noise on the clients, and
+`secure_aggregation` hides single updates from the server.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """Malicious or broken clients of a simulation."""
+    """Malicious or faulty clients of a simulation."""
 
     kind: Literal[
         "none",
@@ -34,7 +38,7 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Noise that clients add to what they send; strategy dp_fedavg adds noise on the server."""
+    """Noise that clients add to their updates; strategy dp_fedavg adds noise on the server."""
 
     noise: float = option(0.0, "noise multiplier z: standard deviation over clip; 0 = off", ge=0)
     clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
@@ -46,7 +50,7 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class SecureAggregationConfig:
-    """The server learns the sum of the clients' updates and no single one (SecAgg+)."""
+    """SecAgg+: the server learns the sum of the clients' updates but no single update."""
 
     enabled: bool = option(False, "whether updates are masked")
     shares: int = option(
@@ -62,6 +66,8 @@ class SecureAggregationConfig:
     max_weight: int = option(1000, "most training images that a client may hold", ge=1)
 
     def check(self) -> None:
-        """A client has as many peers on either side of it."""
+        """Refuse an even or too small number of shares."""
+        # A client shares its keys with itself and with as many peers on its left as on its right in
+        # SecAgg+'s ring, which makes an odd number.
         if self.shares and (self.shares < 3 or self.shares % 2 == 0):
             raise UserError(f"'shares' is {self.shares}; it must be odd and at least 3, or 0.")

@@ -1,8 +1,8 @@
-"""Methods, strategies, protocols and data sources, found by name.
+"""Finds methods, strategies, protocols and data sources by name.
 
-A package holds one thing per module, and the module's name is the thing's name. A trailing
-underscore in the file name is dropped, so that a name may be a Python keyword: `global_.py` holds
-the protocol `global`. Other distributions add things of their own through entry points.
+Each of these packages has one class per module, and the class has the name of its module. A
+trailing underscore of the module's name is dropped, so that a name may be a Python keyword:
+`global_.py` defines the protocol `global`. Other distributions add classes through entry points.
 
 Listing names imports neither the modules nor the base class: most of them need PyTorch, whose
 import takes seconds, while commands such as `fedprompt list` only print names.
@@ -27,12 +27,12 @@ class Registry(Generic[T]):
     """The classes that the modules of one package and the entry points of one group define.
 
     Args:
-        kind: what messages call such a thing, e.g. `method`.
-        package: the package with one module per thing.
-        base: the class that all of them derive from, as `module:Class`. It is text, so that a
+        kind: what messages call such a class, e.g. `method`.
+        package: the package with one module per class.
+        base: the class from which all of them derive, as `module:Class`. It is text, so that a
             registry can list names without importing the class.
-        helpers: modules of the package that do not hold such a thing.
-        group: the group of entry points through which other distributions add things; empty means
+        helpers: modules of the package that do not define such a class.
+        group: the group of entry points through which other distributions add classes; empty means
             the package's name. A distribution adds a method with
             `[project.entry-points."fedprompt.methods"]`.
     """
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
             The class; its `name` attribute equals `name`.
 
         Raises:
-            UserError: nothing has this name, its module holds no such class, or its entry point
+            UserError: the name is unknown, its module defines no such class, or its entry point
                 cannot be loaded or is not a subclass of the base class.
         """
         modules = self._modules()
@@ -73,15 +73,16 @@ class Registry(Generic[T]):
         return self._load(point)
 
     def all(self) -> dict[str, type[T]]:
-        """Every class by name; this imports all modules."""
+        """Every class by name. This imports all modules of the package."""
         return {name: self.get(name) for name in self.names()}
 
     def added(self) -> list[str]:
-        """Names that other distributions add through entry points, in alphabetical order."""
+        """The names that other distributions add through entry points, in alphabetical order."""
         return sorted(self._entry_points())
 
     def _modules(self) -> dict[str, str]:
-        """The module of each name of the package."""
+        """A mapping from the names that the package defines to its modules."""
+        # `iter_modules` lists files without importing them; only the package itself is imported.
         path = importlib.import_module(self.package).__path__
         return {
             module.name.rstrip("_"): module.name
@@ -90,10 +91,10 @@ class Registry(Generic[T]):
         }
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        """The entry point of each added name.
+        """A mapping from the names that other distributions add to their entry points.
 
-        An entry point cannot replace a thing of the package: what `method=promptfl` means must not
-        depend on which other distributions happen to be installed.
+        An entry point cannot replace a class of the package: the meaning of `method=promptfl` must
+        not depend on which other distributions happen to be installed.
         """
         ours = self._modules()
         group = self.group or self.package
@@ -117,9 +118,9 @@ class Registry(Generic[T]):
         return cast("type[T]", item)
 
     def _is_named(self, item: object, name: str) -> bool:
-        """Whether this is a class of the registry that states this name for itself.
+        """Whether `item` is a class of this registry that defines this name itself.
 
-        A name that is only inherited does not count: a module may import the class it extends.
+        An inherited name does not count, because a module may import the class that it extends.
         """
         if not (isinstance(item, type) and issubclass(item, self._base_class())):
             return False

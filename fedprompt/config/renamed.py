@@ -1,4 +1,4 @@
-"""Config keys that have another name now; the old name is refused, and the message has the new."""
+"""Renamed config keys: the old name is refused with a message that gives the new one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ RENAMED = {
 
 
 def refuse_renamed(key: str) -> None:
-    """Refuse a key, or a key in a section, that has another name now.
+    """Refuse a section or key that has been renamed.
+
+    Args:
+        key: the name as the user wrote it, e.g. `grid` or `grid.cohort_size`.
 
     Raises:
-        UserError: it has; the message names the whole new key.
+        UserError: the key has been renamed; the message gives its full new name.
     """
     section, dot, rest = key.partition(".")
     now = f"{RENAMED.get(section, section)}{dot}{rest}"
+    # The key is looked up under its section's new name: `grid.cohort_size` changed in both parts.
     now = RENAMED.get(now, now)
     if now != key:
         raise UserError(f"config: '{key}' is now '{now}'.")

@@ -1,6 +1,7 @@
-"""The typed schema of an experiment config: every key, its default, its limits and what it means.
+"""The typed schema of an experiment: the sections, their keys, defaults, limits and help texts.
 
-Defaults of methods and strategies stand in their own files.
+The keys of a method, strategy, protocol or data source are defined in its module. Checks that
+compare several sections are in `fedprompt.experiment.validate`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which CLIP, where it runs and how precisely."""
+    """The frozen CLIP model, its device and its precision."""
 
     model: str = option("tiny", "open_clip model name, or 'tiny' for the embedded one")
     pretrained: str | None = option(None, "open_clip pretrained tag, e.g. 'openai'")
@@ -42,7 +43,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """How training images are dealt to clients."""
+    """How the training images are divided among clients."""
 
     clients: int = option(10, "number of clients K", ge=1)
     scheme: Literal[
@@ -82,7 +83,7 @@ class PartitionConfig:
     )
 
     def check(self) -> None:
-        """Somebody must have labels."""
+        """Refuse a federation in which no client has labels."""
         if self.unlabelled_clients >= self.clients:
             raise UserError(
                 f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "
@@ -92,9 +93,9 @@ class PartitionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images and class names come from: the keys that every data source has.
+    """The keys that every data source has.
 
-    Each source derives its own config from this class, in its module of `fedprompt/data/sources`.
+    Each source derives its config from this class in its module of `fedprompt/data/sources`.
     """
 
     source: str = option("aerial_scenes", "the data source; it decides which other keys there are")
@@ -114,7 +115,7 @@ class DataConfig:
     )
 
     def check(self) -> None:
-        """Refuse templates into which no class name can be put."""
+        """Refuse templates without exactly one place for the class name."""
         for template in self.templates:
             if template.count("{}") != 1:
                 raise UserError(f"template '{template}' must contain {{}} exactly once.")
@@ -124,8 +125,13 @@ class DataConfig:
     def check_partition(self, partition: PartitionConfig) -> None:
         """Refuse a partition that does not fit this data set, before any image is opened.
 
+        The base class accepts every partition; sources override this method.
+
+        Args:
+            partition: the `partition` section of the same experiment.
+
         Raises:
-            UserError: the message names the key.
+            UserError: the partition does not fit; the message names the key.
         """
 
 
@@ -144,14 +150,14 @@ class TrainingConfig:
     batch_size: int = option(32, "images per step", ge=1)
 
     def check(self) -> None:
-        """Adam's two decays."""
+        """Refuse `betas` that are not two numbers in [0, 1)."""
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"'betas' is {self.betas}; it takes two numbers in [0, 1).")
 
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """Rounds and participation."""
+    """Rounds, participation and time limits."""
 
     rounds: int = option(10, "communication rounds", ge=0)
     fraction: float = option(1.0, "share of clients that train in a round", gt=0, le=1)
@@ -165,7 +171,7 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Where client messages run in a simulation."""
+    """Where the messages to clients are processed in a simulation."""
 
     kind: Literal["inline", "ray"] = option("inline", "inline = this process; ray = Ray actors")
     clients_per_block: int = option(
@@ -182,7 +188,7 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured and when; the last round is what is reported."""
+    """What is measured and when; results are those of the last round."""
 
     every: int = option(1, "evaluate every n rounds, and at the end", ge=1)
     clients: Literal["all", "participants"] = option(
@@ -195,7 +201,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where results go."""
+    """Where results are written."""
 
     root: str = option("runs", "folder that holds run folders", path=True)
     dir: str | None = option(
@@ -211,15 +217,17 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment, complete and frozen."""
+    """The complete config of one experiment."""
 
     experiment: str
     seed: int
     backbone: BackboneConfig
     data: DataConfig
     partition: PartitionConfig
-    method: Any  # the config dataclass that the method's own file defines
-    strategy: Any  # likewise, the strategy's
+    # `Any`, because methods, strategies and protocols are defined above this package and register
+    # their config dataclasses by name.
+    method: Any
+    strategy: Any
     training: TrainingConfig
     federation: FederationConfig
     simulation: SimulationConfig
@@ -228,10 +236,11 @@ class Config:
     privacy: PrivacyConfig
     secure_aggregation: SecureAggregationConfig
     output: OutputConfig
-    protocols: list[str]  # what is measured, see fedprompt/protocols
-    protocol_options: dict[str, Any]  # by protocol, the config dataclass of its own module
+    protocols: list[str]  # names of modules of fedprompt.evaluation.protocols
+    protocol_options: dict[str, Any]  # the config dataclass of each of these protocols
 
 
+# `data`, `method` and `strategy` are missing: their classes depend on the names that are selected.
 SECTIONS: dict[str, type[Any]] = {
     "backbone": BackboneConfig,
     "partition": PartitionConfig,
@@ -247,10 +256,10 @@ SECTIONS: dict[str, type[Any]] = {
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, complete: `validate(to_dict(c)) == c`."""
+    """The complete config as plain nested dicts: `validate(to_dict(c)) == c`."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML, complete; what a run folder's `config.yaml` holds."""
+    """The complete config as YAML, as it is written to `config.yaml` in the run folder."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))

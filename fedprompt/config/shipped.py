@@ -1,4 +1,7 @@
-"""The YAML files that ship with the package, and how one mapping is laid over another."""
+"""Reads the YAML files that ship with the package, and merges nested mappings.
+
+The keys that a user sets are merged over those of the shipped file that the user selects.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,34 @@ from fedprompt.errors import UserError, did_you_mean
 
 
 def configs_dir() -> Path:
-    """The folder of the shipped files: in the installed package, or beside it in a checkout."""
+    """The folder of the shipped files."""
     package = Path(__file__).parents[1]
+    # The wheel installs the folder inside the package; in a checkout it lies beside it.
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def shipped_names(group: str) -> list[str]:
-    """Names of the shipped files of one group, e.g. `shipped_names("experiment")`."""
+    """The names of the shipped files of one group, e.g. `shipped_names("experiment")`."""
     return sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
 
 
 def shipped_file(group: str, name: Any, also: Sequence[str] = ()) -> Path:
-    """The shipped file of that name; names select files, paths never do.
+    """Find a shipped file by its name.
 
     Args:
         group: a folder of `configs/`.
-        name: the file's name without its ending.
-        also: names that the user may write here besides, for the suggestion in the message.
+        name: name of the file without `.yaml`.
+        also: other names that the user may write in this place; the message may suggest them.
+
+    Returns:
+        Path of the file.
 
     Raises:
         UserError: there is no such file.
     """
     known = shipped_names(group)
+    # Only listed names are accepted: a path such as `../x` must not select a file.
     if name not in known:
         hint = did_you_mean(str(name), sorted([*known, *also]))
         raise UserError(f"config: no {group} {str(name)!r}.{hint}")
@@ -44,12 +52,19 @@ def shipped_file(group: str, name: Any, also: Sequence[str] = ()) -> Path:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Read a YAML file that contains a mapping.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The mapping. Interpolations such as `${...}` are left as text.
 
     Raises:
-        UserError: the file is missing, is not valid YAML or holds something else.
+        UserError: the file cannot be read, is not valid YAML or contains no mapping.
     """
     try:
+        # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"config: cannot read {path}: {error.strerror}.") from None
@@ -61,16 +76,25 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line."""
+    """The message of an error with its line breaks replaced by spaces."""
     return " ".join(str(error).split())
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, mappings within them too."""
+    """Merge two nested mappings into a new one.
+
+    Args:
+        base: the defaults.
+        top: what takes precedence. Mappings are merged at every depth; other values, lists
+            included, replace those of `base`.
+
+    Returns:
+        The merged mapping.
+    """
     return {**base, **{key: over(base.get(key), value) for key, value in top.items()}}
 
 
 def over(old: Any, new: Any) -> Any:
-    """`new`, laid over `old` where both are mappings."""
+    """`new` merged over `old` if both are mappings, else `new`."""
     both = isinstance(old, Mapping) and isinstance(new, Mapping)
     return merge(old, new) if both else new

@@ -1,5 +1,8 @@
 """Data sets, their partition among clients, and the cache of their encoded images.
 
+The simulation opens all images in one process; a node of a deployment opens only its own. This
+module is the entry point for Python programs, which open a data set by its name:
+
 >>> import fedprompt
 >>> "aerial_scenes" in fedprompt.data.names()
 True
@@ -26,23 +29,23 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
     """Open the data set that the `data` section of an experiment describes.
 
     Args:
-        config: the section; its source opens it.
-        seed: seed of the experiment. It decides which images are held out for testing where the
-            data set has no test split.
-        cache_dir: where hashes of image files are kept between runs; None = the default cache.
+        config: the section; `config.source` names the data source that opens it.
+        seed: seed of the experiment. It decides which images are held out for testing if the data
+            set has no test split.
+        cache_dir: folder that stores hashes of image files between runs; None = the default cache.
 
     Returns:
-        The images, with labels, splits and domains.
+        The images with labels, splits and domains.
 
     Raises:
-        UserError: the data cannot be read, or they do not fit the config.
+        UserError: the data cannot be read or do not fit the config.
     """
     source = source_class(config.source)
     return source.load(config, seed, cache_dir or default_cache_dir())
 
 
 def names() -> list[str]:
-    """The names that `data=NAME` takes: shipped files and entries of the catalogue."""
+    """The names that `data=NAME` accepts: shipped files and entries of the catalogue."""
     return available("data")
 
 
@@ -51,13 +54,13 @@ def open(name: str, *, seed: int = 1, **keys: Any) -> ImageDataset:
 
     Args:
         name: one of `names()`.
-        seed: decides which images are held out for testing where the data set has no test split.
+        seed: decides which images are held out for testing if the data set has no test split.
         **keys: keys of the `data` section of an experiment, for example `root="/images"`.
 
     Returns:
-        The images, with labels, splits and domains.
+        The images with labels, splits and domains.
 
     Raises:
-        UserError: nothing has this name, a key is not right, or the data cannot be read.
+        UserError: the name or a key is unknown, a value is not allowed, or the data cannot be read.
     """
     return open_dataset(data_config({"use": name, **keys}, "data"), seed)

@@ -1,4 +1,7 @@
-"""What every data set looks like to the rest of the code: a table of images opened one by one."""
+"""The form in which every data source delivers its images: a table of images opened on demand.
+
+Suffix: N images.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 TRAIN, TEST = 0, 1
-VAL = 2  # only in listings: a data set holds training and test images
-HELD = 3  # held out by a protocol: no client trains on it, no usual test holds it
+VAL = 2  # occurs only in listings of folders: an `ImageDataset` has training and test images
+HELD = 3  # held out by a protocol: no client trains on the image and no ordinary test contains it
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that could not be read: where it is and why."""
+    """An image that could not be read: its place and the reason."""
 
     where: str
     reason: str
@@ -24,21 +27,28 @@ class BadImage:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A fixed list of n labelled images.
+    """N labelled images in a fixed order.
 
-    `labels_N` indexes `class_names`; `domains_N` indexes `domain_names` (all zero where a data set
-    has one domain). `split_N` is `TRAIN` or `TEST` per image: the authors' split where there is
-    one, else a seeded stratified hold-out. `fingerprint` changes when any pixel may have changed;
-    it keys the feature cache. `open_image(i)` gives the i-th image in RGB. `superclass_names` holds
-    the coarser class of each class where the authors define one, else it is empty.
-
-    `image_names` are the same on every machine, and name the images in partition files: the path
-    below the images' folder, split and row of a table, or what made the image; no two are equal.
-    They are empty in a data set that exists only in memory.
-
-    `owners_N` is the client that holds each image, -1 for the server, where the data themselves say
-    so. `parts` are the data sets that this one is made of, in the order of its rows; the cache then
-    keeps each of them by itself.
+    Attributes:
+        name: title of the data set in tables and plots.
+        class_names: the names used in prompts, in label order.
+        labels_N: index of each image's class in `class_names`.
+        split_N: `TRAIN` or `TEST` for each image: the authors' split if there is one, else a
+            seeded, stratified hold-out.
+        domains_N: index of each image's domain in `domain_names`; all zero if there is one domain.
+        domain_names: names of the domains.
+        fingerprint: key of the feature cache. It changes when any pixel, or the order of the
+            images, may have changed.
+        open_image: returns image i in RGB. Several threads call it, and it can be pickled.
+        bad_images: the unreadable images that were left out.
+        superclass_names: the coarser class of each class; empty if the authors define none.
+        image_names: a unique name of each image, the same on every machine, by which partition
+            files refer to it: its path below the folder of images, its split and row in a table,
+            or the arguments that drew it. Empty in a data set that exists only in memory.
+        owners_N: the client that has each image, -1 for the server; None unless the data set itself
+            is divided among clients.
+        parts: the data sets whose rows make up this one, in order. If images have owners, the
+            features of each part are cached separately.
     """
 
     name: str
@@ -62,20 +72,35 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class JoinedOpener:
-    """Opens image i of the data set it is from; a class, so that a data set can be pickled."""
+    """Opens the images of a joined table. It is a class so that a data set can be pickled.
+
+    Attributes:
+        openers: `open_image` of each data set.
+        source_N: the data set that each image is from, an index into `openers`.
+        row_N: index of each image in that data set.
+    """
 
     openers: tuple[Callable[[int], Image.Image], ...]
     source_N: NDArray[np.int64]
     row_N: NDArray[np.int64]
 
     def __call__(self, index: int) -> Image.Image:
-        """Image `index` of the joined table."""
+        """Open image `index` of the joined table, in RGB."""
         opener = self.openers[int(self.source_N[index])]
         return opener(int(self.row_N[index]))
 
 
 def opener_of(parts: Sequence[ImageDataset], rows: Sequence[NDArray[np.int64]]) -> JoinedOpener:
-    """The opener of images `rows[i]` of `parts[i]`, one data set after the other."""
+    """The opener of a table that joins rows of several data sets.
+
+    Args:
+        parts: the data sets, in the order of the joined table.
+        rows: for each data set, the indices of the images to use.
+
+    Returns:
+        The opener; its arrays say where each image is from.
+    """
     source_N = np.repeat(np.arange(len(parts)), [len(kept) for kept in rows])
+    # `np.concatenate` refuses an empty list, and a node may have no folder at all.
     row_N = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
     return JoinedOpener(tuple(part.open_image for part in parts), source_N, row_N)

@@ -1,7 +1,9 @@
-"""Classes or a domain that no client holds: views of a data set for protocols that need some.
+"""Holds out classes or a domain that no client trains on, for protocols that test on them.
 
-A view has the same images under the same indices, so that the feature cache serves it as it is.
-Held-out images are marked `HELD` and have no label in the view.
+A protocol such as base-to-new or leave-one-domain-out calls it before the data are divided among
+clients. The result is a view of the data set with the same images under the same indices, so that
+the feature cache stays valid. Held-out images are marked `HELD`, and their label in the view is -1.
+Suffixes: N images, C classes.
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ from numpy.typing import NDArray
 from fedprompt.data.dataset import HELD, TEST, ImageDataset
 
 
+# The generated `==` would fail: the truth value of compared arrays is not defined.
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Images to be tested on in the end.
+    """Held-out images, on which a protocol tests at the end.
 
-    `index_N` points into the data set; `labels_N` indexes `class_names`, which are the held-out
-    classes, or all classes where a domain is held out. `name` says what was held out.
+    Attributes:
+        kind: whether classes or a domain were held out.
+        name: what messages and tables call the held-out images.
+        class_names: the held-out classes, or all classes if a domain was held out.
+        index_N: indices of the images in the data set.
+        labels_N: index of each image's class in `class_names`.
     """
 
     kind: Literal["classes", "domain"]
@@ -32,8 +39,18 @@ class HeldOut:
 
 
 def hold_out_classes(dataset: ImageDataset, held: Sequence[int]) -> tuple[ImageDataset, HeldOut]:
-    """The data set without the classes `held`, and their test images, classes in label order."""
+    """Hold out some classes.
+
+    Args:
+        dataset: the data set, which is not changed.
+        held: labels of the classes to hold out, in any order.
+
+    Returns:
+        The view without these classes, whose remaining classes are renumbered from 0 in the same
+        order; and the test images of the held-out classes, numbered likewise.
+    """
     held_C = np.isin(np.arange(len(dataset.class_names)), held)
+    # A class's new label is the number of earlier classes on its side.
     new_label_C = np.where(held_C, np.cumsum(held_C), np.cumsum(~held_C)) - 1
     is_held_N = held_C[dataset.labels_N]
     names = np.array(dataset.class_names, dtype=object)
@@ -53,7 +70,18 @@ def hold_out_classes(dataset: ImageDataset, held: Sequence[int]) -> tuple[ImageD
 def hold_out_domain(
     dataset: ImageDataset, domain: int, *, tests_only: bool
 ) -> tuple[ImageDataset, HeldOut]:
-    """The data set without one domain, and that domain's images: of the test split, or all."""
+    """Hold out one domain.
+
+    Args:
+        dataset: the data set, which is not changed.
+        domain: index of the domain to hold out.
+        tests_only: whether to test on the test split of the domain only, instead of on all its
+            images.
+
+    Returns:
+        The view without the domain, whose other domains are renumbered from 0 in the same order;
+        and the images of the domain to test on.
+    """
     is_held_N = dataset.domains_N == domain
     names = dataset.domain_names
     view = replace(
@@ -63,7 +91,7 @@ def hold_out_domain(
         labels_N=np.where(is_held_N, -1, dataset.labels_N),
         split_N=np.where(is_held_N, HELD, dataset.split_N).astype(np.int8),
     )
-    # Of a held-out image the view's domain means nothing; the index must stay valid all the same.
+    # The domain of a held-out image is meaningless in the view, but it must be a valid index.
     view.domains_N[is_held_N] = 0
     chosen_N = is_held_N & (dataset.split_N == TEST) if tests_only else is_held_N
     index_N = np.flatnonzero(chosen_N)

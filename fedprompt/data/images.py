@@ -1,6 +1,7 @@
-"""Image bytes to RGB, folder names to class names, and the seeded test hold-out.
+"""Decodes and crops images, makes class names readable, and holds out a test split.
 
-Suffixes: N images, C classes.
+Data sources use it when they open a data set; the encoder uses `random_view` for the augmented
+views of training images. Suffix: N images.
 """
 
 from __future__ import annotations
@@ -18,26 +19,34 @@ from fedprompt.rng import generator
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """The first frame of an encoded image, fully decoded, upright (EXIF) and in RGB.
+    """Decode the first frame of an image, turn it upright (EXIF) and convert it to RGB.
 
-    Palettes are expanded; an alpha channel is dropped, as open_clip and torchvision do. 16-bit
-    grey is divided by 257 (65535 becomes 255), never stretched by its own range, so that
-    brightness stays comparable between images.
+    Palettes are expanded, and an alpha channel is dropped, as in open_clip and torchvision. 16-bit
+    grey is divided by 257 (65535 becomes 255) instead of being stretched to the image's range, so
+    that brightness stays comparable between images.
+
+    Args:
+        data: content of an image file.
+
+    Returns:
+        The image, fully loaded.
 
     Raises:
-        ValueError: the bytes are no readable image; the message is the reason, one line.
+        ValueError: the bytes are not a readable image; the message is the reason on one line.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF and palette notes; errors still raise
+            warnings.simplefilter("ignore")  # on EXIF and palettes; errors are still raised
             with Image.open(io.BytesIO(data)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
+        # Pillow's message has the address of the buffer, which differs from run to run.
         raise ValueError(re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow would clip these modes to 0..255 without a word, which turns most pixels white.
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -45,6 +54,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("32-bit grey pixels exceed 16 bits; save it with 8 or 16 bits")
         image = Image.fromarray((grey // 257).astype(np.uint8))
+    # Pillow asks for RGBA first where entries of the palette are transparent.
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -53,11 +63,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def random_view(
     image: Image.Image, size: tuple[int, int], draw: np.random.Generator, min_scale: float
 ) -> Image.Image:
-    """A random part of an image, resized to `size` (width, height) and mirrored in half the cases.
+    """Crop a random part of an image, resize it, and mirror it with probability 1/2.
 
-    The usual augmentation of prompt learning (CoOp): a share of the area in [min_scale, 1] and an
-    aspect ratio in [3/4, 4/3], log-uniform; where ten draws do not fit into the image, all of it
-    that has an allowed ratio. Bicubic, with the area's own pixels only.
+    This is the usual augmentation of prompt learning (CoOp), torchvision's `RandomResizedCrop`: the
+    crop's share of the area is uniform in [min_scale, 1] and its aspect ratio log-uniform in
+    [3/4, 4/3]. If ten draws do not fit into the image, the largest central crop with an allowed
+    ratio is used.
+
+    Args:
+        image: an RGB image.
+        size: width and height of the result in pixels.
+        draw: generator of the random numbers. The caller keys it by image and view.
+        min_scale: smallest share of the image's area, in (0, 1].
+
+    Returns:
+        The crop, resized with bicubic interpolation.
     """
     width, height = image.size
     for _ in range(10):
@@ -71,30 +91,42 @@ def random_view(
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     box = (left, top, left + w, top + h)
+    # With `box`, the filter uses the pixels inside the crop only, as if it were cut out first.
     view = image.resize(size, Image.Resampling.BICUBIC, box=box)
     return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else view
 
 
 def readable_name(name: str) -> str:
-    """A class name to read: 'DenseResidential' and 'dense_residential' -> 'dense residential'."""
+    """Make a class name readable: 'DenseResidential', 'dense_residential' -> 'dense residential'."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return " ".join(re.sub(r"[_\-\s]+", " ", spaced).split()).lower()
 
 
 def name_key(name: str) -> str:
-    """What two spellings of one class share: no case, spaces, underscores or hyphens."""
+    """A key that all spellings of a name share: without case, spaces, underscores and hyphens."""
     return re.sub(r"[_\-\s]+", "", name).casefold()
 
 
 def hold_out_test(labels_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int8]:
-    """`TRAIN` or `TEST` per image: a seeded, per-class hold-out of `fraction`.
+    """Hold out a share of every class for testing.
 
-    Every class keeps a training image; a class of two or more images gives a test image.
+    Every class keeps at least one training image, and a class of two or more images gives at least
+    one test image.
+
+    Args:
+        labels_N: the class of each image, or any other group to stratify by, such as the pair of
+            class and domain.
+        fraction: share of each class to hold out, in (0, 1).
+        seed: seed of the experiment.
+
+    Returns:
+        `TRAIN` or `TEST` for each image.
     """
     split_N = np.full(len(labels_N), TRAIN, dtype=np.int8)
     rng = generator(seed, "test-split")
     for label in np.unique(labels_N):
         members = rng.permutation(np.flatnonzero(labels_N == label))
+        # Halves are rounded up; Python's `round` would round 2.5 down and 3.5 up.
         wanted = max(1, int(np.floor(fraction * len(members) + 0.5)))
         split_N[members[: min(wanted, len(members) - 1)]] = TEST
     return split_N

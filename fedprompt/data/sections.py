@@ -1,4 +1,7 @@
-"""The groups of an experiment that a name may select: shipped files, and catalogue entries."""
+"""Resolves names in an experiment file: `data: eurosat` or `backbone: {use: tiny}`.
+
+A name selects a shipped file of `configs/<group>/` or, for `data`, an entry of the catalogue.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fedprompt.data.sources.registry import build_data
 
 
 def available(group: str) -> list[str]:
-    """Names that one group may be set to, e.g. `available("experiment")`.
+    """The names that a group may be set to, e.g. `available("experiment")`.
 
     They are the shipped config files and, for `data`, also the entries of the catalogue.
     """
@@ -20,11 +23,11 @@ def available(group: str) -> list[str]:
 
 
 def data_config(selection: Any, where: str) -> DataConfig:
-    """The config of a data set that is selected by name or described by keys.
+    """Build the config of a data set that is selected by name or described by keys.
 
     Args:
         selection: a name, or a mapping as in the `data` section of an experiment file.
-        where: path of the key, for messages.
+        where: path of the section for messages.
 
     Returns:
         An instance of the `Config` of the data set's source.
@@ -36,20 +39,20 @@ def data_config(selection: Any, where: str) -> DataConfig:
 
 
 def resolve_group(group: str, value: Any, registered: Collection[str] = ()) -> dict[str, Any]:
-    """The keys that a group's value stands for.
+    """Replace the name in a group's value by the keys that it stands for.
 
     Args:
         group: a folder of `configs/`, e.g. `backbone`.
         value: a name, a mapping with `use: <name>` and changes to it, plain keys, or None. A name
             selects a shipped file or, for `data`, an entry of the catalogue.
         registered: names that need no shipped file: they stand for the defaults of the method or
-            strategy that has this name.
+            strategy of this name.
 
     Returns:
-        A mapping of its own; the caller may change it.
+        The keys and their values, in a new mapping that the caller may change.
 
     Raises:
-        UserError: nothing has this name.
+        UserError: the name is unknown.
     """
     if value is None:
         return {}
@@ -61,6 +64,7 @@ def resolve_group(group: str, value: Any, registered: Collection[str] = ()) -> d
         value = changes.pop("use")
     if group == "data" and value in catalogue.names():
         return merge(catalogue.data_keys(value), changes)
+    # A shipped file takes precedence, since it may differ from the method's defaults.
     if value in registered and value not in shipped_names(group):
         return merge({"name": value}, changes)
     also = catalogue.names() if group == "data" else registered

@@ -1,1 +1,1 @@
-"""Where images and class names come from. Every module here is one data source."""
+"""The data sources, which open images and read class names. Every module is one source."""

@@ -1,7 +1,7 @@
-"""The embedded data set: drawings of land use from above, made on demand by `data.aerial_scenes`.
+"""The embedded data set: synthetic aerial images of land use, drawn on demand.
 
 Facts: 20 classes, 4 federated and 12 pre-training domains, 64x64 RGB, any number of images. Class
-names, domains and drawing are described in `fedprompt.data.aerial_scenes`.
+names, domains and drawing are described in `fedprompt.data.aerial_scenes`. Suffix: N images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True)
 class AerialScenesConfig(DataConfig):
-    """Drawn aerial scenes; nothing is downloaded."""
+    """Synthetic aerial scenes; nothing is downloaded."""
 
     source: Literal["aerial_scenes"] = option("aerial_scenes", "the data source")
     title: str = option("aerial_scenes", "name of the data set in tables and plots")
@@ -41,19 +41,27 @@ class AerialScenesConfig(DataConfig):
 
 
 class AerialScenes(DataSource):
-    """Every class in every domain, `images_per_class` times."""
+    """Synthetic aerial scenes: `images_per_class` images of every class in every domain."""
 
     name = "aerial_scenes"
     Config = AerialScenesConfig
 
     @staticmethod
     def load(config: AerialScenesConfig, seed: int, cache_dir: Path | None = None) -> ImageDataset:
-        """The scenes; neither pixels nor split depend on `seed`, and nothing is cached here.
+        """Open the scenes.
 
         The last `test_fraction` of the indices of each class and domain are the test split.
 
+        Args:
+            config: classes, domains and number of images.
+            seed: not used; the images and their split are the same in every run.
+            cache_dir: not used.
+
+        Returns:
+            The images, ordered by domain, class and index.
+
         Raises:
-            UserError: a domain is unknown or listed twice, or a class is not the generator's.
+            UserError: a domain is unknown or listed twice, or a class cannot be drawn.
         """
         del seed, cache_dir
         domains = tuple(config.domains) or FEDERATED_DOMAINS
@@ -65,7 +73,9 @@ class AerialScenes(DataSource):
         for name in names:
             check_class(name)
         per_class = config.images_per_class
+        # At least one image on either side of the split.
         tests = min(per_class - 1, max(1, round(per_class * config.test_fraction)))
+        # The axes and their order must be those of `_Opener`.
         cells = np.indices((len(domains), len(names), per_class)).reshape(3, -1)
         domains_N, labels_N, index_N = cells.astype(np.int64)
         return ImageDataset(
@@ -88,7 +98,7 @@ class AerialScenes(DataSource):
 
 @dataclass(frozen=True)
 class _Opener:
-    """Draws image i. It is a class and not a closure so that it can be sent to other processes."""
+    """Draws image i. It is a class, not a closure, so that it can be sent to other processes."""
 
     names: tuple[str, ...]
     domains: tuple[str, ...]
@@ -100,13 +110,14 @@ class _Opener:
         return Image.fromarray(_remembered(self.names[label], self.domains[domain], index))
 
 
-# 100 MB at most. Methods with visual prompts open every image in every round, and drawing one
-# takes milliseconds.
+# Methods with visual prompts open every image in every round, and drawing one takes milliseconds.
+# 8,192 images of 12 kB are 100 MB.
 @lru_cache(maxsize=8192)
 def _remembered(class_name: str, domain: str, index: int) -> NDArray[np.uint8]:
     return render(class_name, domain, index)
 
 
 def _fingerprint(names: Sequence[str], domains: Sequence[str], per_class: int) -> str:
+    # `VERSION` changes with the drawing code, which makes cached features stale.
     parts = ["aerial_scenes", str(VERSION), *names, *domains, str(per_class)]
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,8 @@
-"""The contract of a data source, and the config keys that several sources share."""
+"""The contract of a data source, and the config keys that several sources share.
+
+A source runs wherever images are read: in the process of a simulation and on the nodes of a
+deployment.
+"""
 
 from __future__ import annotations
 
@@ -37,23 +41,23 @@ class DataSource:
             config: an instance of the source's `Config`.
             seed: the seed of the experiment. Use it, through `fedprompt.rng.generator`, only to
                 hold out a test split where the data set has none.
-            cache_dir: an existing or future folder for what is worth keeping between runs, such as
-                hashes of image files.
+            cache_dir: folder, which need not exist yet, for files that later runs can reuse, such
+                as hashes of image files.
 
         Returns:
-            The images with labels in [0, C), split and domains. Images are opened one by one, on
-            demand.
+            The images with labels in [0, C) for C classes, splits and domains. Single images are
+            opened on demand.
 
         Raises:
-            UserError: the data cannot be read, or they do not fit the config. The message is one
-                line and says what to do.
+            UserError: the data cannot be read or do not fit the config. The message is one line and
+                says what to do.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class StoredImagesConfig(DataConfig):
-    """Keys of every source that reads encoded images, some of which may be damaged."""
+    """The keys of every source that reads image files, some of which may be damaged."""
 
     on_bad_image: Literal["error", "skip"] = option(
         "error", "what to do with unreadable images: stop, or leave them out and report them"
@@ -62,7 +66,7 @@ class StoredImagesConfig(DataConfig):
 
 @dataclass(frozen=True)
 class SplitImagesConfig(StoredImagesConfig):
-    """Keys of every source of stored images that may have to hold out a test split."""
+    """The keys of every source of image files that may have to hold out a test split."""
 
     test_fraction: float = option(
         0.25, "share of each class held out for testing where there is no test split", gt=0, lt=1

@@ -1,9 +1,10 @@
-"""Published data sets of the catalogue: from the folder that their authors publish, or the hub.
+"""Published data sets of the catalogue, read from the authors' folder or loaded from the hub.
 
-With `data.root` the authors' folder is read. CoOp's split file beside the images then decides split
-and label order, unless `data.split` says otherwise; else the authors' split does. Where there is
-neither, `data.test_fraction` of each class and domain is held out, drawn with the seed. Without
-`data.root` the copy on the Hugging Face hub is loaded, with its own split.
+With `data.root`, the folder that the authors publish is read. Split and label order are those of
+CoOp's split file if it lies beside the images and `data.split` allows it, else the authors'. If
+there is neither, `data.test_fraction` of each class and domain is held out, drawn with the seed.
+Without `data.root`, the copy on the Hugging Face hub is loaded with its split. Suffixes: N images,
+C classes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CatalogueConfig(HubKeys):
     )
 
     def check(self) -> None:
-        """Refuse an unknown data set, and one that has neither a folder nor a copy on the hub."""
+        """Refuse an unknown data set, and one with neither a folder nor a copy on the hub."""
         super().check()
         if self.dataset is None:
             raise UserError("source 'catalogue' needs 'dataset', a name of 'fedprompt data list'.")
@@ -73,6 +74,14 @@ class Catalogue(DataSource):
     @staticmethod
     def load(config: CatalogueConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Open the data set `config.dataset`.
+
+        Args:
+            config: name of the data set, its folder or its place on the hub, and its split.
+            seed: decides which images are held out if the data set has no test split.
+            cache_dir: folder that stores hashes of the images between runs.
+
+        Returns:
+            The images. Classes are in the order of the catalogue's entry or of CoOp's split file.
 
         Raises:
             UserError: a folder or file is missing or not laid out as published, the hub's copy
@@ -99,9 +108,11 @@ def _from_folder(
     facts: Entry, config: CatalogueConfig, root: str, seed: int, cache_dir: Path
 ) -> ImageDataset:
     copy = open_copy(facts, root, config.domains)
+    # Its images are records in a few large files, so there is nothing to list.
     if facts.layout["reader"] == "cifar_binary":
         return cifar.load(copy, config.title)
     listing, _, from_coop = list_copy(copy, config.split)
+    # CoOp's file numbers the classes in an order of its own, which published results use.
     class_names, label_of = number_classes(listing, copy, by_name=not from_coop)
     domain_of = {domain: i for i, domain in enumerate(copy.domains)}
     files = [
@@ -134,7 +145,7 @@ def _from_folder(
 
 def _from_hub(facts: Entry, config: CatalogueConfig, seed: int, cache_dir: Path) -> ImageDataset:
     dataset = load_hub(
-        # The user's names are applied at the end: here they would be matched with the hub's.
+        # `Catalogue.load` applies the user's names; `load_hub` would match them with the hub's.
         replace(config, class_names=[]),
         seed,
         cache_dir,
@@ -148,7 +159,7 @@ def _from_hub(facts: Entry, config: CatalogueConfig, seed: int, cache_dir: Path)
 
 
 def _check_training(dataset: ImageDataset, facts: Entry) -> None:
-    """Refuse training images of fewer than two classes; warn where a class has none."""
+    """Refuse training images of fewer than two classes; warn about a class that has none."""
     if facts.split.kind == "test only":
         return
     trained_C = np.bincount(

@@ -1,17 +1,18 @@
 """One image folder per client, `folder/class/*.jpg`, and optionally one for the server's tests.
 
-The folders decide which client has which images, so no partition scheme is used. The images of each
-folder are split into local train and test separately. The images of client k, their order, their
-split and their cached features depend only on the client's own folder, on `data.class_names` and on
-the seed: a node of a deployment that has one folder computes the same numbers as a simulation that
-has all of them. An empty entry of `data.folders` stands for a folder on another machine.
+The folders decide which client has which images, so no partition scheme is used. Each folder is
+divided into local training and test images separately. The images of client k, their order, their
+split and their cached features depend only on that client's folder, on `data.class_names` and on
+the seed. A node of a deployment that has one folder therefore computes the same numbers as a
+simulation that has all of them. An empty entry of `data.folders` stands for a folder on another
+machine.
 
 Rules:
-- `data.class_names` is the list of labels for all clients. Sub-folders match its names without
-  regard to case, spaces, underscores and hyphens; images may lie deeper inside them.
+- `data.class_names` lists the classes of all clients in label order. Sub-folders match its names
+  without regard to case, spaces, underscores and hyphens; images may lie deeper inside them.
 - A client may lack classes, which is label skew. A class that is not on the list is an error,
   because its images would otherwise be left out silently.
-- `data.root` contains the server's test images, in the same form; null = the server has none.
+- `data.root` contains the server's test images in the same form; null = the server has none.
 
 Suffix: N images.
 """
@@ -41,7 +42,7 @@ from fedprompt.data.sources.parts.image_files import (
 from fedprompt.errors import UserError, did_you_mean
 
 SERVER = -1
-"""Owner of the server's images."""
+"""The owner, in `ImageDataset.owners_N`, of the server's images."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ClientFoldersConfig(StoredImagesConfig):
     )
 
     def check(self) -> None:
-        """Refuse missing or repeated class names: folders alone do not define the labels."""
+        """Refuse missing or repeated class names, since folders alone do not define the labels."""
         super().check()
         if len(self.class_names) < 2:
             raise UserError("source 'client_folders' needs 'class_names', at least two.")
@@ -67,7 +68,10 @@ class ClientFoldersConfig(StoredImagesConfig):
             raise UserError("'class_names' lists a class twice.")
 
     def check_partition(self, partition: PartitionConfig) -> None:
-        """Refuse another number of folders than of clients, and a partition file.
+        """Refuse a number of folders that is not the number of clients, and a partition file.
+
+        Args:
+            partition: the `partition` section of the same experiment.
 
         Raises:
             UserError: the message names the key.
@@ -95,11 +99,22 @@ class ClientFolders(DataSource):
     def load(config: ClientFoldersConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Open all folders that are on this machine.
 
+        Args:
+            config: the folders and the class names.
+            seed: not used here; the partition draws the local test images of each folder.
+            cache_dir: folder that stores hashes of the images between runs.
+
+        Returns:
+            The images of all folders. Every folder is a domain and has an owner; clients' images
+            are `TRAIN` and the server's `TEST`.
+
         Raises:
             UserError: a folder does not exist, contains no images or has classes that are not in
                 `class_names`, or an image is unreadable while `on_bad_image` is `error`.
         """
         names, parts, owners = [], [], []
+        # Folders are opened one by one, each as a data set with a fingerprint and cache of its
+        # own, so that a client's images do not depend on which other folders are present.
         for client, folder in enumerate(config.folders):
             if folder:
                 names.append(f"client-{client}")
@@ -118,10 +133,11 @@ def _join(
     parts: Sequence[ImageDataset],
     owners: Sequence[int],
 ) -> ImageDataset:
-    """The data sets of single folders as one, of which each is a domain with an owner."""
-    empty = np.zeros(0, dtype=np.int64)  # there may be no folder at all
+    """Join the data sets of the folders; each becomes a domain and has an owner."""
+    empty = np.zeros(0, dtype=np.int64)  # a server may have no folder; NumPy joins no empty list
     sizes = [len(part) for part in parts]
     owners_N = np.repeat(np.array(owners, dtype=np.int64), sizes)
+    # All clients are listed, also those on other machines: a client is the same domain everywhere.
     domain_names = (*(f"client {k}" for k in range(len(config.folders))), "server")
     return ImageDataset(
         name=config.title,
@@ -146,7 +162,7 @@ def _join(
 def _load_folder(
     config: ClientFoldersConfig, folder: str, title: str, split: int, seed: int, cache_dir: Path
 ) -> ImageDataset:
-    """The images of one folder, all in `split`, sorted by path."""
+    """Open the images of one folder, sorted by path and all in `split`."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.is_file() else "does not exist"
@@ -172,7 +188,7 @@ def _load_folder(
 def _labels(
     class_names: list[str], folders: Sequence[str], title: str, root: Path
 ) -> dict[str, int]:
-    """The label of each class folder."""
+    """The label of each class folder; `title` and `root` are for messages."""
     label_of_key = {name_key(name): label for label, name in enumerate(class_names)}
     label_of: dict[str, int] = {}
     folder_of: dict[int, str] = {}

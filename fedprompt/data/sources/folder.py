@@ -1,10 +1,10 @@
-"""Any local image folder: `root/class/*.jpg`, or `root/{train,test}/class/*.jpg`.
+"""A local folder of images: `root/class/*.jpg`, or `root/{train,test}/class/*.jpg`.
 
 Rules:
 - Every sub-folder of `root` is a class; images may lie deeper inside it. Folders whose names start
   with a dot or with `__` (`.git`, `__MACOSX`) are ignored, and so are files without the suffix of
   an image.
-- If `root` contains a folder `train` that has sub-folders and no images of its own, `root` contains
+- If `root` contains a folder `train` with sub-folders and no images directly in it, `root` contains
   splits: `train` and, optionally, `test`. Folders `val`, `valid` and `validation` are not used,
   which is logged; any other folder beside `train` is an error, not a class.
 - Without a `test` folder, `data.test_fraction` of each class is held out, drawn with the seed.
@@ -55,7 +55,7 @@ class FolderConfig(SplitImagesConfig):
 
 
 class Folder(DataSource):
-    """One folder per class, or one per split with one per class inside."""
+    """One folder per class, or one folder per split with one per class inside."""
 
     name = "folder"
     Config = FolderConfig
@@ -64,8 +64,16 @@ class Folder(DataSource):
     def load(config: FolderConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Open the images below `config.root`.
 
+        Args:
+            config: the folder and, optionally, the class names.
+            seed: decides which images are held out if there is no `test` folder.
+            cache_dir: folder that stores hashes of the images between runs.
+
+        Returns:
+            The images, sorted by path.
+
         Raises:
-            UserError: the folder does not exist, it contains no classes or images, class names do
+            UserError: the folder does not exist or contains no classes or images, class names do
                 not match, or an image is unreadable while `on_bad_image` is `error`.
         """
         assert config.root is not None
@@ -85,6 +93,7 @@ class Folder(DataSource):
             seed=seed,
             cache_dir=cache_dir,
         )
+        # A class without training images would be tested but never learned.
         trained = set(dataset.labels_N[dataset.split_N == TRAIN].tolist())
         for folder in folders:
             if label_of[folder] not in trained:
@@ -103,8 +112,9 @@ class _File:
 
 
 def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
-    """(all image files sorted by path, class folders sorted, whether there is a test split)."""
+    """List (all image files by path, class folders by name, whether there is a test split)."""
     top = subfolders(root)
+    # A folder with images directly in it is a class that happens to be called 'train'.
     if "train" in top and subfolders(root / "train") and not _images_directly_in(root / "train"):
         unused = [name for name in top if name in UNUSED_SPLITS]
         unexpected = [name for name in top if name not in ("train", "test", *UNUSED_SPLITS)]
@@ -148,7 +158,7 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
 def _name_classes(
     folders: Sequence[str], class_names: Sequence[str], root: Path
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """(class names in label order, label of each folder); `class_names` may be empty."""
+    """(class names in label order, label of each folder); without `class_names`, folder order."""
     by_key: dict[str, str] = {}
     for folder in folders:
         twin = by_key.setdefault(name_key(folder), folder)

@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face hub, loaded from the hub or from a local folder.
 
-`data.hub_id` is an id on the hub, or a folder: one that `save_to_disk` wrote, or one that
-`load_dataset` understands, such as a folder of Parquet files. `train_split` and `test_split` may
-join several splits with `+`, as in `train+validation`; with `train_split: null` all images are test
+`data.hub_id` is an id on the hub or a folder: one that `save_to_disk` wrote, or one that
+`load_dataset` can read, such as a folder of Parquet files. `train_split` and `test_split` may join
+several splits with `+`, as in `train+validation`. With `train_split: null`, all images are test
 images.
 """
 
@@ -42,6 +42,14 @@ class Hub(DataSource):
     @staticmethod
     def load(config: HubConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Load the data set `config.hub_id`.
+
+        Args:
+            config: id of the data set and names of its splits and columns.
+            seed: decides which images are held out if `test_split` is null.
+            cache_dir: folder that stores hashes of the images between runs.
+
+        Returns:
+            The images in the order of the splits and their rows.
 
         Raises:
             UserError: the hub cannot be reached, a split or column does not exist, labels have no

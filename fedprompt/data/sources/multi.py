@@ -1,9 +1,9 @@
-"""Several data sets of the catalogue as one: common labels, and an image's data set is its domain.
+"""Joins several data sets of the catalogue under common labels; each becomes a domain.
 
 A file in `common_labels/` lists the data sets and, for every common label, the classes of each data
-set that it stands for; images of other classes are left out. With `partition.scheme=domain` every
-client then has images of one data set. `data.root` contains one folder per data set, named as in
-the catalogue; without it they are loaded from the hub. Suffix: N images.
+set that have this label; images of other classes are left out. With `partition.scheme=domain`,
+every client has images of one data set. `data.root` contains one folder per data set, named as in
+the catalogue; without it, they are loaded from the hub. Suffixes: N images, C classes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,34 @@ HERE = Path(__file__).parent / "common_labels"
 
 @dataclass(frozen=True)
 class CommonLabels:
-    """A list of common labels: `classes[label][data set]` are the classes a label stands for."""
+    """A list of common labels.
+
+    Attributes:
+        sources: names of the data sets in the catalogue.
+        classes: the classes that each common label stands for, `classes[label][data set]`.
+    """
 
     sources: tuple[str, ...]
     classes: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
 def names() -> list[str]:
-    """Names of all lists of common labels, sorted."""
+    """The names of all lists of common labels, sorted."""
     return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
 @cache
 def common_labels(name: str) -> CommonLabels:
-    """The list of common labels called `name`.
+    """Read the list of common labels called `name`.
+
+    Args:
+        name: one of `names()`.
+
+    Returns:
+        The list; it is read once per process.
 
     Raises:
-        UserError: there is no such list; the message has the nearest name.
+        UserError: there is no such list; the message suggests the nearest name.
     """
     if name not in names():
         raise UserError(f"no list of common labels '{name}'.{did_you_mean(name, names())}")
@@ -94,6 +105,14 @@ class Multi(DataSource):
     def load(config: MultiConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Open the data sets of `config.common_labels`, or those of them in `config.domains`.
 
+        Args:
+            config: name of the list, the folder of the data sets and how they are split.
+            seed: decides which images are held out of data sets without a test split.
+            cache_dir: folder that stores hashes of the images between runs.
+
+        Returns:
+            The images, one data set after the other. Domain d is the d-th data set.
+
         Raises:
             UserError: a data set is unknown or cannot be read.
         """
@@ -105,6 +124,7 @@ class Multi(DataSource):
                 raise UserError(
                     f"data: data.domains: {config.title} has no data set '{name}'.{hint}"
                 )
+        # The order is the list's, not the user's, so that domains are numbered consistently.
         sources = [name for name in common.sources if name in config.domains or not config.domains]
         class_names = tuple(config.class_names) or tuple(common.classes)
         if len(class_names) != len(common.classes):
@@ -114,6 +134,7 @@ class Multi(DataSource):
             )
         parts = [Catalogue.load(_single(config, name), seed, cache_dir) for name in sources]
         labels = [_common(part, common, name) for part, name in zip(parts, sources, strict=True)]
+        # Images of classes without a common label are left out.
         rows = [np.flatnonzero(part_labels >= 0) for part_labels in labels]
         opener = opener_of(parts, rows)
         return ImageDataset(
@@ -137,7 +158,7 @@ class Multi(DataSource):
 
 
 def _single(config: MultiConfig, name: str) -> CatalogueConfig:
-    """The config that opens one of the data sets alone."""
+    """The config that opens one of the data sets."""
     keys = data_keys(name) | {
         "split": config.split,
         "validation": config.validation,
@@ -150,7 +171,7 @@ def _single(config: MultiConfig, name: str) -> CatalogueConfig:
 
 
 def _common(part: ImageDataset, common: CommonLabels, source: str) -> NDArray[np.int64]:
-    """The common label of every image of one data set (N,), -1 where it has none."""
+    """The common label of every image of one data set (N,); -1 for images without one."""
     label_of_class = {
         theirs: label
         for label, by_source in enumerate(common.classes.values())

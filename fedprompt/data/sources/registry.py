@@ -1,7 +1,7 @@
-"""Every data source by name: the modules of `fedprompt.data.sources`, and entry points of others.
+"""Finds data sources by name: modules of `fedprompt.data.sources`, and entry points.
 
-A source is imported when it is asked for, and none of ours imports PyTorch or `datasets` before it
-opens a data set.
+A source is imported when its name is looked up. To keep commands fast, no source of this package
+imports PyTorch or `datasets` before it opens a data set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedprompt.data.sources.base import DataSource
 
 DEFAULT = "aerial_scenes"
-"""The source of an experiment whose `data` section names none."""
+"""The source of a `data` section that names none."""
 
 SOURCES: Registry[DataSource] = Registry(
     "data source",
@@ -31,21 +31,21 @@ SOURCES: Registry[DataSource] = Registry(
 
 
 def all_sources() -> dict[str, type[DataSource]]:
-    """Every data source by name; imports all of them."""
+    """Every data source by name. This imports all of them."""
     return SOURCES.all()
 
 
 def source_class(name: str) -> type[DataSource]:
-    """The data source called `name`.
+    """The class of the data source called `name`.
 
     Raises:
-        UserError: there is no such source; the message has the nearest name.
+        UserError: there is no such source; the message suggests the nearest name.
     """
     return SOURCES.get(name)
 
 
 def source_keys(name: str) -> dict[str, dataclasses.Field[Any]]:
-    """The keys that the `data` section may have for one source.
+    """The keys that the `data` section may have for one source, with their fields.
 
     Raises:
         UserError: there is no such source.
@@ -54,12 +54,12 @@ def source_keys(name: str) -> dict[str, dataclasses.Field[Any]]:
 
 
 def all_keys() -> dict[str, dataclasses.Field[Any]]:
-    """The keys of all sources; a key that several sources have is in it once."""
+    """The keys of all sources, each once, with the field of the last source that has it."""
     return {key: field for name in SOURCES.names() for key, field in source_keys(name).items()}
 
 
 def key_types() -> dict[str, Any]:
-    """The type of every key of any source."""
+    """The types of the keys of all sources."""
     types: dict[str, Any] = {}
     for source in all_sources().values():
         types |= get_type_hints(source.Config)
@@ -67,14 +67,14 @@ def key_types() -> dict[str, Any]:
 
 
 def build_data(values: Mapping[str, Any], where: str = "data") -> DataConfig:
-    """The config of the source that a `data` section names.
+    """Build the config of the source that a `data` section names.
 
     Args:
-        values: the section's keys. Without `source`, it is `aerial_scenes`.
-        where: path of the section, for messages.
+        values: the section's keys. Without `source`, the source is `aerial_scenes`.
+        where: path of the section for messages.
 
     Returns:
-        An instance of the source's own `Config`.
+        An instance of the source's `Config`.
 
     Raises:
         UserError: there is no such source, a key is unknown or belongs to another source, or a
@@ -82,6 +82,7 @@ def build_data(values: Mapping[str, Any], where: str = "data") -> DataConfig:
     """
     name = str(values.get("source", DEFAULT))
     keys = source_keys(name)
+    # `build` refuses unknown keys too, but cannot tell to which source a key belongs.
     for key in values:
         if key not in keys:
             refuse_renamed(f"{where}.{key}")
@@ -90,7 +91,7 @@ def build_data(values: Mapping[str, Any], where: str = "data") -> DataConfig:
 
 
 def _refuse_key_of_another_source(name: str, key: str, where: str) -> None:
-    """Say which sources have the key that this one does not have, if any source has it."""
+    """Raise an error that names the sources which have the key, if there are any."""
     having = [f"'{other}'" for other in SOURCES.names() if key in source_keys(other)]
     if having:
         sources = " and ".join(filter(None, (", ".join(having[:-1]), having[-1])))
