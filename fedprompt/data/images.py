@@ -97,7 +97,10 @@ def random_view(
 
 
 def readable_name(name: str) -> str:
-    """Make a class name readable: 'DenseResidential', 'dense_residential' -> 'dense residential'."""
+    """Make a class name readable: 'DenseResidential' or 'dense_residential' -> 'dense residential'.
+
+    Words are separated by spaces, underscores, hyphens or capitals; the result is in lower case.
+    """
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return " ".join(re.sub(r"[_\-\s]+", " ", spaced).split()).lower()
 

@@ -1,1 +1,1 @@
-"""What several data sources are made of."""
+"""Parts of data sources: readers of folders and of the hub, and the check of all images."""

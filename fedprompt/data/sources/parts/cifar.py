@@ -1,7 +1,7 @@
-"""CIFAR's binary version: files of (label bytes, 3,072 pixel bytes) records.
+"""Reads the binary version of CIFAR: files of records of label bytes and 3,072 pixel bytes.
 
-The Python version is a set of pickles, and unpickling runs what is in the file: it is refused.
-Suffix: N images.
+The Python version consists of pickles. It is refused, because unpickling executes code from the
+file. Suffix: N images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,18 @@ PIXELS = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a copy: labels, splits, and where each image is."""
+    """The labels and splits of all records, and the place of each image.
+
+    Called with an index, it opens that image; it is a class so that a data set can be pickled.
+
+    Attributes:
+        files: the files of records, training files first.
+        file_N: the file of each image, an index into `files`.
+        row_N: index of each image's record in its file.
+        labels_N: class of each image.
+        split_N: `TRAIN` or `TEST`.
+        label_bytes: bytes of a record before its pixels.
+    """
 
     files: tuple[Path, ...]
     file_N: NDArray[np.int64]
@@ -37,7 +48,7 @@ class Records:
     label_bytes: int
 
     def __call__(self, index: int) -> Image.Image:
-        """Image i; its bytes are the red, green and blue planes, each row by row."""
+        """Open image `index`, stored as a red, a green and a blue plane, each row by row."""
         path = self.files[self.file_N[index]]
         size = self.label_bytes + PIXELS
         try:
@@ -52,12 +63,21 @@ class Records:
 
 
 def load(copy: Copy, title: str) -> ImageDataset:
-    """The data set in the copy; class names are the entry's, checked against the copy's.
+    """Open the data set in a copy.
+
+    Args:
+        copy: the folder, a copy of CIFAR-10 or CIFAR-100.
+        title: name of the data set in tables and plots.
+
+    Returns:
+        The images in the order of the files. Class names are those of the catalogue's entry.
 
     Raises:
-        UserError: files are missing, cut short, or the Python version.
+        UserError: files are missing or incomplete, have other classes, or are the Python version.
     """
     records = read_records(copy)
+    # Raw pixels cannot be damaged in a way that decoding would reveal, so images are not checked
+    # one by one, and hashes of whole files key the feature cache.
     hashes = []
     for path in records.files:
         with path.open("rb") as file:
@@ -79,7 +99,11 @@ def load(copy: Copy, title: str) -> ImageDataset:
 
 
 def read_records(copy: Copy) -> Records:
-    """Labels and places of all images."""
+    """Read the labels and places of all images.
+
+    Raises:
+        UserError: files are missing or incomplete, have other classes, or are the Python version.
+    """
     layout = copy.entry.layout
     folder = _folder(copy, layout)
     label_bytes = int(layout["label_bytes"])
@@ -95,6 +119,7 @@ def read_records(copy: Copy) -> Records:
             raw = np.fromfile(path, dtype=np.uint8)
             if not len(raw) or len(raw) % (label_bytes + PIXELS):
                 raise copy.problem(f"{path} is cut short ({len(raw)} bytes)")
+            # The last label byte is the class: in CIFAR-100 the superclass stands before it.
             found = raw.reshape(-1, label_bytes + PIXELS)[:, label_bytes - 1].astype(np.int64)
             if found.max() >= copy.entry.num_classes:
                 raise copy.problem(f"{path} has label {found.max()}: another data set")

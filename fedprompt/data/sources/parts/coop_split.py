@@ -1,8 +1,10 @@
-"""CoOp's split files: `split_zhou_<Name>.json` beside the images.
+"""Reads CoOp's split files, `split_zhou_<Name>.json` beside the images.
 
-K. Zhou, J. Yang, C. C. Loy, Z. Liu. Learning to Prompt for Vision-Language Models. IJCV 2022. The
-file holds, under train, val and test, one [path, label, class name] per image, with paths relative
-to the images folder. It fixes the split and the label order that most prompt-learning papers use.
+K. Zhou, J. Yang, C. C. Loy, Z. Liu. Learning to Prompt for Vision-Language Models. IJCV 2022.
+
+A file contains, under train, val and test, one [path, label, class name] per image, with paths
+relative to the folder of images. It defines the split and the label order that most papers on
+prompt learning use.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ SOURCE = "https://github.com/KaiyangZhou/CoOp (DATASETS.md)"
 
 
 def find_split(file: str, folders: Sequence[Path]) -> Path | None:
-    """The split file in the first of the `folders` that has it."""
+    """The path of a split file in the first of the `folders` that contains it, or None."""
     for folder in folders:
         if (folder / file).is_file():
             return folder / file
@@ -26,10 +28,18 @@ def find_split(file: str, folders: Sequence[Path]) -> Path | None:
 
 
 def read_split(path: Path, images: Path) -> Listing:
-    """The images and classes that the file lists, sorted by path.
+    """Read the images and classes that a split file lists.
+
+    Args:
+        path: the split file.
+        images: the folder to which the paths in the file are relative.
+
+    Returns:
+        The listing, sorted by path. Class keys are the labels as text.
 
     Raises:
-        UserError: not such a file, or labels and class names do not fit together.
+        UserError: the file is not a split file, a label has several names, labels are missing, or
+            an image is in several splits.
     """
     try:
         stored = json.loads(path.read_bytes())
@@ -57,7 +67,7 @@ def read_split(path: Path, images: Path) -> Listing:
             )
     if sorted(name_of) != list(range(len(name_of))) or not name_of:
         raise UserError(f"data: {path}: the labels are not 0 to {len(name_of) - 1} without gaps.")
-    # A class is known by its number here: two may have one name.
+    # The key of a class is its number, because two classes may have the same name.
     listed = [Listed(where, str(label), SPLITS[split]) for split, where, label, _ in rows]
     keys = tuple(str(label) for label in range(len(name_of)))
     names = {str(label): name for label, name in name_of.items()}

@@ -1,6 +1,6 @@
-"""A Hugging Face data set as an `ImageDataset`, for the sources `hub` and `catalogue`.
+"""Turns a Hugging Face data set into an `ImageDataset`, for the sources `hub` and `catalogue`.
 
-Suffix: N images.
+Suffixes: N images, C classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens image i. It is a class and not a closure so that a data set can be pickled."""
+    """Opens image i. It is a class, not a closure, so that a data set can be pickled."""
 
     parts: tuple[Part, ...]
     part_N: NDArray[np.int64]
@@ -57,15 +57,16 @@ def load_hub(
 
     Args:
         config: id, splits and columns of the data set.
-        seed: decides which images are held out where `test_split` is null.
-        cache_dir: where hashes of the images are kept between runs.
-        classes: the authors' name of each class: the name used in prompts, in label order. None or
-            empty = the data set's own names, made readable.
+        seed: decides which images are held out if `test_split` is null.
+        cache_dir: folder that stores hashes of the images between runs.
+        classes: a mapping from the authors' class names to the names used in prompts, in label
+            order. If it is None or empty, the names in the data set are used, made readable.
         ignore: the authors' names of classes whose rows are left out.
-        spell: makes the data set's own class names readable.
+        spell: makes a class name of the data set readable.
 
     Returns:
-        The data set; the names of its images are split and row.
+        The images in the order of the splits and their rows. The name of an image is its split and
+        row.
 
     Raises:
         UserError: the hub cannot be reached, a split or column does not exist, labels have no
@@ -77,6 +78,7 @@ def load_hub(
 
     verdicts: list[Verdict] = []
     for part in parts:
+        # `datasets` changes this fingerprint with the rows and columns that are selected.
         memo = memo_path(cache_dir, "hub", part.images._fingerprint, part.column)
         verdicts += scan(part.keys(), part.read, memo, f"{config.title} ({part.split})")
     part_of = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
@@ -89,9 +91,11 @@ def load_hub(
     domains_N = domains[readable]
     split_N = np.array([part.code for part in parts], dtype=np.int8)[part_N]
     if config.test_split is None:
+        # Stratify by the pair of class and domain, so that the test split has all domains.
         cells_N = labels_N * len(domain_names) + domains_N
         split_N = hold_out_test(cells_N, config.test_fraction, seed)
     _check_classes(labels_N, split_N, class_names, config)
+    # The order counts: the cached features have one row per readable image.
     content = [f"{names[i]}|{verdicts[i].hash}|{labels[i]}" for i in readable]
     return ImageDataset(
         name=config.title,
@@ -113,7 +117,7 @@ def _check_classes(
     class_names: tuple[str, ...],
     config: HubKeys,
 ) -> None:
-    """Refuse a set with images of fewer than two classes; warn where a class has none."""
+    """Refuse a set with images of fewer than two classes; warn about a class that has none."""
     tests_only = config.train_split is None
     used_N = split_N == (TEST if tests_only else TRAIN)
     what = "test" if tests_only else "training"
@@ -130,7 +134,7 @@ def _check_classes(
 def _read_domains(
     parts: Sequence[Part], config: HubKeys
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """(names of the domains, sorted; domain of every row)."""
+    """(names of the domains, sorted; index of the domain of every row of all splits)."""
     if config.domain_column is None:
         rows = sum(len(part.labels) for part in parts)
         return (config.title,), np.zeros(rows, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Config keys of a copy on the Hugging Face hub, for the sources `hub` and `catalogue`."""
+"""The config keys of a data set on the Hugging Face hub, for sources `hub` and `catalogue`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True)
 class HubKeys(SplitImagesConfig):
-    """Which data set of the hub to load, and which splits and columns it has."""
+    """The data set of the hub to load, its splits and its columns."""
 
     hub_id: str | None = option(
         None, "id of a data set on the Hugging Face hub, or a local folder", path=True
@@ -30,7 +30,7 @@ class HubKeys(SplitImagesConfig):
     domains: list[str] = option([], "domains to use; empty = all")
 
     def check(self) -> None:
-        """Refuse a section that selects no split at all."""
+        """Refuse a section that selects no split."""
         super().check()
         if self.train_split is None and self.test_split is None:
             raise UserError("'train_split' and 'test_split' are both null; set one of them.")

@@ -1,4 +1,4 @@
-"""Class names and label numbers of a Hugging Face data set. Suffix: N rows of all splits."""
+"""Finds the class names and labels of a Hugging Face data set. Suffix: N rows of all splits."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def read_labels(
 
     Args:
         parts: the splits.
-        config: the label column, and class names that the user set.
-        classes: the authors' name of each class: the name used in prompts, in label order. If it
-            is empty, the data set's own numbers or names are used.
-        ignore: the authors' names of classes without rows, which need not be in `classes`.
-        spell: makes an authors' name readable, where `classes` is empty.
+        config: the label column, and the class names that the user has set.
+        classes: a mapping from the authors' class names to the names used in prompts, in label
+            order. If it is empty, the numbers or names of the data set are used.
+        ignore: the authors' names of classes whose rows were left out. They need not be in
+            `classes`.
+        spell: makes a class name of the data set readable if `classes` is empty.
 
     Returns:
         Class names in label order, and the label of every row (N,).
@@ -44,10 +45,12 @@ def read_labels(
     """
     for part in parts:
         for row, value in enumerate(part.labels):
+            # `datasets.ClassLabel` stores -1 where a label is withheld, as in some test splits.
             if value is None or value == -1:
                 raise UserError(
                     f"data: split '{part.split}', row {row} has no label; use a labelled split."
                 )
+        # The feature holds the class names: equal numbers mean equal classes only if it is equal.
         if part.label_feature != parts[0].label_feature:
             raise UserError(
                 f"data: splits '{parts[0].split}' and '{part.split}' number their classes "
@@ -76,7 +79,7 @@ def read_labels(
 
 
 def _feature_names(feature: Any) -> list[str] | None:
-    """The class names that the column itself defines, or None."""
+    """The class names that the label column defines, or None."""
     import datasets  # takes seconds to import
 
     return list(map(str, feature.names)) if isinstance(feature, datasets.ClassLabel) else None
@@ -85,10 +88,11 @@ def _feature_names(feature: Any) -> list[str] | None:
 def _match_labels(
     names: Sequence[str], values: Sequence[int], classes: Mapping[str, str], ignore: Sequence[str]
 ) -> NamedLabels:
-    """Labels in the order of `classes`, in which each of `names` must be."""
+    """Number labels in the order of `classes`, which must list all `names` that are not ignored."""
     by_key = {name_key(ours): label for label, ours in enumerate(classes.values())}
     by_key |= {name_key(theirs): label for label, theirs in enumerate(classes)}
     ignored = set(map(name_key, ignore))
+    # Only ignored classes keep -1, and `_select_rows` has left out their rows.
     new = np.full(len(names), -1, dtype=np.int64)
     for old, name in enumerate(names):
         if name_key(name) in by_key:
@@ -108,7 +112,7 @@ def _match_labels(
 def _named_labels(
     names: Sequence[str], values: Sequence[int], config: HubKeys, spell: Callable[[str], str]
 ) -> NamedLabels:
-    """Labels that the column numbers and names itself."""
+    """Use the labels of a column that defines numbers and names of its classes."""
     if not config.class_names and all(name.isdigit() for name in names):
         raise UserError(
             f"data: the labels of '{config.label_column}' have numbers for names; set "
@@ -126,7 +130,7 @@ def _named_labels(
 def _text_labels(
     values: Sequence[str], class_names: Sequence[str], spell: Callable[[str], str]
 ) -> NamedLabels:
-    """Labels that are texts; they are numbered in the order of `class_names`, else sorted."""
+    """Number labels that are texts, in the order of `class_names` or, without it, sorted."""
     texts = sorted(set(values))
     if not class_names:
         names = tuple(spell(text) for text in texts)
@@ -145,7 +149,7 @@ def _text_labels(
 
 
 def _numbered_labels(values: Sequence[int], config: HubKeys) -> NamedLabels:
-    """Labels that are plain numbers, which only the user can name."""
+    """Use labels that are plain numbers; only the user can name their classes."""
     class_names = config.class_names
     if not class_names:
         raise UserError(

@@ -1,4 +1,7 @@
-"""The splits of a Hugging Face data set: encoded images, and labels and domains as plain lists."""
+"""Reads the splits of a Hugging Face data set.
+
+Images stay encoded until they are opened; labels and domains become plain lists.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Part:
     label_feature: Any
 
     def read(self, row: int) -> bytes:
-        """The encoded image of one row.
+        """Read the encoded image of one row.
 
         Raises:
             ValueError: the row has no image.
@@ -53,10 +56,12 @@ class Part:
     def keys(self) -> list[str]:
         """One key per row that changes when its image may have changed.
 
-        The fingerprint of the split covers stored bytes, so that the row's number suffices. Where
-        a row holds the path of a file instead, the key has the file's size and time too.
+        The fingerprint of the split covers stored bytes, so for these the number of the row is
+        enough. If a row has the path of a file instead, its key includes the file's path, size and
+        time of modification.
         """
         keys: list[str] = []
+        # In Arrow's columns, the presence of bytes can be tested without loading the images.
         for chunk in self.images.with_format("arrow")[:].column(self.column).chunks:
             has_bytes = chunk.field("bytes").is_valid().to_pylist()
             paths = chunk.field("path").to_pylist()
@@ -67,7 +72,13 @@ class Part:
 
 
 def load_splits(config: HubKeys) -> dict[str, Any]:
-    """All splits of the data set by name, as `datasets.Dataset` objects.
+    """Load all splits of a data set.
+
+    Args:
+        config: id or folder of the data set, its configuration and its revision.
+
+    Returns:
+        A `datasets.Dataset` for every split name.
 
     Raises:
         UserError: there is no such folder, or the hub or the folder cannot be read.
@@ -76,11 +87,14 @@ def load_splits(config: HubKeys) -> dict[str, Any]:
 
     assert config.hub_id is not None
     folder = Path(config.hub_id).expanduser()
+    # An id on the hub has one slash at most; anything else must be a path. Without this check, a
+    # mistyped path would be looked up on the hub.
     if not folder.exists() and (
         config.hub_id.startswith(("/", ".", "~")) or config.hub_id.count("/") > 1
     ):
         raise UserError(f"data: no folder {folder}; set data.hub_id to a folder or a hub id.")
     try:
+        # `load_dataset` refuses a folder that `save_to_disk` wrote.
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
         else:
@@ -90,6 +104,7 @@ def load_splits(config: HubKeys) -> dict[str, Any]:
             )
     except Exception as error:  # from a broken Parquet file to a failed name look-up
         raise UserError(_load_failure(config, folder, error)) from None
+    # A single split that was saved by itself has no name, so it takes the configured one.
     if isinstance(loaded, datasets.Dataset):
         return {config.train_split or config.test_split or "train": loaded}
     return dict(loaded)
@@ -109,12 +124,15 @@ def _load_failure(config: HubKeys, folder: Path, error: Exception) -> str:
 
 
 def read_parts(splits: dict[str, Any], config: HubKeys, ignore: Sequence[str]) -> list[Part]:
-    """The splits that `config` names, in order: those to train on, then those to test on.
+    """Read the splits that `config` names.
 
     Args:
-        splits: what `load_splits` returned.
+        splits: the `datasets.Dataset` of every split, from `load_splits`.
         config: names of splits, columns and domains.
         ignore: names of classes whose rows are left out.
+
+    Returns:
+        The splits to train on, then those to test on.
 
     Raises:
         UserError: a split or column does not exist, or a split is named twice.
@@ -175,7 +193,7 @@ def _read_part(
 
 
 def _select_rows(split: Any, config: HubKeys, ignore: Sequence[str]) -> Any:
-    """The rows of the domains in `data.domains`, without those of ignored classes."""
+    """Select the rows of the domains in `data.domains`, without those of ignored classes."""
     mask = np.ones(len(split), dtype=bool)
     if ignore:
         ignored = set(map(name_key, ignore))
@@ -192,16 +210,18 @@ def _select_rows(split: Any, config: HubKeys, ignore: Sequence[str]) -> Any:
                 )
         selected = set(map(name_key, config.domains))
         mask &= np.array([name_key(value) in selected for value in values], dtype=bool)
+    # Selecting adds a table of indices, through which every later access would go.
     return split if mask.all() else split.select(np.flatnonzero(mask))
 
 
 def _values(split: Any, column: str) -> list[Any]:
+    # A saved data set may have a format, e.g. PyTorch's; without one, values are plain Python.
     values: list[Any] = split.select_columns([column]).with_format(None)[:][column]
     return values
 
 
 def _names(split: Any, column: str) -> list[Any]:
-    """The values of a column, replaced by their names if it stores numbers of named classes."""
+    """The values of a column; numbers of named classes are replaced by the names."""
     import datasets
 
     values, feature = _values(split, column), split.features[column]
@@ -213,6 +233,6 @@ def _names(split: Any, column: str) -> list[Any]:
 def _file_key(path: str | None) -> str:
     try:
         status = Path(path or "").stat()
-    except OSError:
+    except OSError:  # reading the file will report the reason
         return "?"
     return f"{path}|{status.st_size}|{status.st_mtime_ns}"

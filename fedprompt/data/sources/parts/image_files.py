@@ -1,4 +1,7 @@
-"""Files with labels become an `ImageDataset`. Suffix: N images."""
+"""Turns labelled image files into an `ImageDataset`, for every source that reads folders.
+
+Suffix: N images.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens image i. It is a class and not a closure so that a data set can be pickled."""
+    """Opens image i. It is a class, not a closure, so that a data set can be pickled."""
 
     root: Path
     paths: tuple[str, ...]
@@ -65,21 +68,21 @@ def files_dataset(
     seed: int,
     cache_dir: Path,
 ) -> ImageDataset:
-    """The data set of all readable files below a folder.
+    """Build a data set of the readable ones among labelled files.
 
     Args:
         config: title of the data set, and what to do with unreadable images.
-        root: the folder.
-        files: its images, in the order of the data set.
+        root: the folder to which the files' paths are relative.
+        files: the images, in the order of the data set.
         class_names: names in label order.
         domain_names: names of the domains.
         test_fraction: share of each class and domain that becomes the test split, drawn with
-            `seed`; None = the files have their splits.
+            `seed`; None = the splits are those of `files`.
         seed: seed of the experiment.
-        cache_dir: where hashes of the files are kept between runs.
+        cache_dir: folder that stores hashes of the files between runs.
 
     Returns:
-        The data set; the names of its images are their paths below `root`.
+        The data set. The name of an image is its path below `root`.
 
     Raises:
         UserError: an image is unreadable while `on_bad_image` is `error`.
@@ -94,8 +97,10 @@ def files_dataset(
     split_N = np.array([files[i].split for i in readable], dtype=np.int8)
     domains_N = np.array([files[i].domain for i in readable], dtype=np.int64)
     if test_fraction is not None:
+        # Stratify by the pair of class and domain, so that the test split has all domains.
         cells_N = labels_N * len(domain_names) + domains_N
         split_N = hold_out_test(cells_N, test_fraction, seed)
+    # Paths are relative, so that a folder can be moved without encoding its images again.
     content = [f"{files[i].path}|{verdicts[i].hash}|{files[i].label}" for i in readable]
     return ImageDataset(
         name=config.title,
@@ -112,12 +117,12 @@ def files_dataset(
 
 
 def is_image(name: str) -> bool:
-    """Whether a file has the suffix of an image and is not hidden."""
+    """Whether a file name is not hidden and has the suffix of an image."""
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
 def subfolders(parent: Path) -> list[str]:
-    """Names of the visible folders in `parent`, sorted; `.git` and `__MACOSX` are not visible.
+    """The names of the visible folders in `parent`, sorted; `.git` and `__MACOSX` are not visible.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -129,8 +134,9 @@ def subfolders(parent: Path) -> list[str]:
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """All image files in a folder and its visible sub-folders, at any depth."""
+    """Iterate over all image files in a folder and its visible sub-folders, in no fixed order."""
     for parent, below, names in os.walk(folder):
+        # `os.walk` descends into the folders that this list has afterwards.
         below[:] = [name for name in below if _is_visible(name)]
         yield from (Path(parent) / name for name in names if is_image(name))
 
@@ -142,6 +148,6 @@ def _is_visible(name: str) -> bool:
 def _key(root: Path, path: str) -> str:
     try:
         status = (root / path).stat()
-    except OSError:  # a dangling link; reading it will tell the reason
+    except OSError:  # e.g. a dangling link; reading the file will report the reason
         return f"{path}|?"
     return f"{path}|{status.st_size}|{status.st_mtime_ns}"

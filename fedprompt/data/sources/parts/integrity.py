@@ -1,9 +1,9 @@
-"""Every image is decoded once before anything else, to find the bad ones and to hash the others.
+"""Decodes every image once when a data set is opened, to find bad images and to hash the others.
 
-This must happen before images are dealt to clients, because leaving an image out changes the
-indices of all later ones. The hashes are stored on disk, so that later runs only look at files that
-changed. Verdicts on bad images are not stored: bad images are few, and one may become readable,
-for instance with other permissions or a newer version of Pillow.
+This must happen before images are divided among clients, because leaving an image out changes the
+indices of all later ones. The hashes are stored on disk, so that later runs read only files that
+have changed. Verdicts on bad images are not stored: bad images are few, and one may become
+readable, for instance with other permissions or a newer version of Pillow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedprompt.data.progress import progress_bar
 from fedprompt.errors import UserError
 
 LONG_SCAN = 500
-"""Images from which on a scan draws a progress bar; fewer take about a second."""
+"""Number of images from which a scan shows a progress bar; fewer take about a second."""
 VERSION = 1
 """Format of the stored hashes; files of another version are ignored."""
 log = logging.getLogger(__name__)
@@ -32,25 +32,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """The hash of an image's encoded bytes, or the reason why it cannot be read."""
+    """The hash of an image's encoded bytes; or an empty hash and why the image is unreadable."""
 
     hash: str
     reason: str | None = None
 
 
 def memo_path(cache_dir: Path, *source: str) -> Path:
-    """The file that stores the hashes of the images of one data source."""
+    """The file that stores the hashes of one data set, which the strings `source` identify."""
     return cache_dir / "scan" / f"{digest(*source)}.json"
 
 
 def scan(
     keys: Sequence[str], read: Callable[[int], bytes], memo: Path, title: str
 ) -> list[Verdict]:
-    """Judge every image, reading only those that are not in the memo file yet.
+    """Check every image, reading only those that are not in the memo file yet.
 
     Args:
-        keys: one key per image that changes when its content may have changed and that needs no
-            reading, such as path, size and time of modification.
+        keys: one key per image, such as its path, size and time of modification. It must change
+            when the image may have changed, and must not require reading the image.
         read: returns the encoded bytes of image i, or raises `OSError` or `ValueError`.
         memo: the file with the hashes of earlier scans.
         title: name of the data set, for the progress bar.
@@ -61,11 +61,13 @@ def scan(
     Raises:
         UserError: the cache folder cannot be written.
     """
+    # Under the lock, a second process that starts at the same time waits and then finds the hashes.
     with locked(memo):
         known = _load(memo)
         verdicts = [Verdict(known.get(key, "")) for key in keys]
         unknown = [i for i, verdict in enumerate(verdicts) if not verdict.hash]
         is_long = len(unknown) >= LONG_SCAN
+        # Threads suffice, since Pillow releases the interpreter's lock while it decodes.
         pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="scan")
         try:
             with progress_bar(f"checking {title}", len(unknown), is_long) as advance:
@@ -74,7 +76,9 @@ def scan(
                     verdicts[i] = verdict
                     advance(1)
         finally:
+            # After an error or Ctrl-C, the images still in the queue must not be waited for.
             pool.shutdown(cancel_futures=True)
+        # Keys that no longer occur are dropped, so that the file does not grow.
         good = {key: v.hash for key, v in zip(keys, verdicts, strict=True) if v.hash}
         if good != known:
             text = json.dumps({"version": VERSION, "hashes": good})
@@ -88,11 +92,11 @@ def bad_images(
     on_bad_image: Literal["error", "skip"],
     title: str,
 ) -> tuple[BadImage, ...]:
-    """Report the unreadable images.
+    """Report unreadable images, or refuse the data set because of them.
 
     Args:
-        names: how messages name each image.
-        verdicts: one per image.
+        names: name of each image for messages.
+        verdicts: one per image, from `scan`.
         on_bad_image: `error` refuses the data set; `skip` logs the images.
         title: name of the data set.
 
@@ -100,7 +104,7 @@ def bad_images(
         The unreadable images.
 
     Raises:
-        UserError: there are some, and `on_bad_image` is `error`.
+        UserError: an image is unreadable while `on_bad_image` is `error`.
     """
     bad = tuple(
         BadImage(name, verdict.reason)

@@ -1,26 +1,30 @@
-"""How authors lay out their folders: each reader lists a copy's images without opening them.
+"""Readers of the folder layouts in which authors publish data sets.
 
-An entry of the catalogue names its reader and parameters under `layout:`.
+A reader lists the images of a copy with their classes and splits, without opening them. An entry of
+the catalogue names its reader and the reader's parameters under `layout:`.
 
-`images` (every reader): folders tried in turn below `data.root`, first match; `.` is the folder
-itself. Paths in a listing, and in CoOp's split files, are relative to it.
-
+Parameters of every reader:
+    images: folders below `data.root`, of which the first that exists is used; `.` is `data.root`
+        itself. Paths in a listing, and in CoOp's split files, are relative to this folder.
+    markers: names of files or folders, one of which must be in `.` for it to be accepted.
 class_folders  <images>/[<split>/ | <domain>/]<class>/**.jpg
-    splits: {train: folder, test: folder}; without it all images are of one split.
+    splits: {train: folder, test: folder}; without it, all images are of one split.
     ignore: class folders that are left out.
-    names: text file 'key name' per line; a folder that is a number n means its n-th key.
-list_files     text files that name the images and so define the split
-    lists: {train: file, val: file, test: file}, each once per domain where it holds {domain}.
+    names: text file with 'key name' per line; a folder called n stands for the key in line n,
+        counted from 0.
+    beside: further folders in which text files are looked for.
+list_files     text files that list the images of each split
+    lists: {train: file, val: file, test: file}, each read once per domain if it contains {domain}.
     line: regular expression of one line, with the groups that `image` and the labels use:
-        class, or label (a number), and domain.
-    image: path below <images> as a template of these groups; {snake} is the class's words
-        joined by '_'.
+        class, label (a number) and domain.
+    image: path below <images> as a template of these groups; {snake} stands for the words of the
+        class joined by '_'.
     order: {file, line}: text file with all classes in label order.
-    beside: further folders to look for text files in.
+    beside: as for class_folders.
 mat_index      MATLAB files with a label per image and the image numbers of each split
-mat_table      MATLAB files with a table of file name and class per split
+mat_table      MATLAB files with a table of file names and classes per split
 
-Class keys are the authors' names, before they are made readable.
+A class key is the authors' name of a class, before it is made readable.
 """
 
 from __future__ import annotations
@@ -42,9 +46,13 @@ SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
 
 @dataclass(frozen=True)
 class Listed:
-    """One image of a copy: `path` below the images folder, class key, split, authors' domain.
+    """One image of a copy.
 
-    `split` is `TRAIN`, `VAL` or `TEST`, or None where the authors have no split.
+    Attributes:
+        path: relative to the folder of images, with forward slashes.
+        key: key of the image's class.
+        split: `TRAIN`, `VAL` or `TEST`; None if the authors define no split.
+        domain: the authors' name of the domain; empty if there is one domain.
     """
 
     path: str
@@ -55,9 +63,13 @@ class Listed:
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a copy, and its class keys in label order.
+    """All images of a copy.
 
-    `names` holds display names that the copy itself defines, by class key.
+    Attributes:
+        images: the folder to which the paths are relative.
+        listed: the images.
+        keys: the class keys in label order.
+        names: class names that the copy itself defines, by class key.
     """
 
     images: Path
@@ -68,14 +80,20 @@ class Listing:
 
 @dataclass(frozen=True)
 class Copy:
-    """A folder that should hold the data set of `entry`; `domains` are those to read."""
+    """A folder that should contain a published data set.
+
+    Attributes:
+        entry: the catalogue's entry of the data set.
+        root: the folder, `data.root`.
+        domains: the domains to read, by the authors' names.
+    """
 
     entry: Entry
     root: Path
     domains: tuple[str, ...] = ()
 
     def problem(self, what: str) -> UserError:
-        """One line: what is wrong, what to download and where to put it."""
+        """An error for the user: what is wrong, what to download and where to put it."""
         entry = self.entry
         return UserError(
             f"data: {entry.name}: {what} (found: {_contents(self.root)}). Download "
@@ -84,20 +102,43 @@ class Copy:
         )
 
     def images_folder(self, candidates: Sequence[str]) -> Path:
-        """The first of the `candidates` below the root that exists and can be the right one."""
+        """Find the folder of images.
+
+        Args:
+            candidates: folders relative to the root, in order of preference; `.` is the root.
+
+        Returns:
+            The first candidate that exists. The root itself must also contain something that the
+            entry expects.
+
+        Raises:
+            UserError: there is none.
+        """
         if not self.root.is_dir():
             is_file = self.root.is_file()
             what = "is a file, not a folder" if is_file else "does not exist"
             raise self.problem(f"{self.root} {what}")
         for candidate in candidates:
             folder = self.root / candidate
+            # The root always exists, so its content must show that it is not some other folder.
             if folder.is_dir() and (candidate != "." or self._looks_right(folder)):
                 return folder
         tops = " or ".join(self._tops())
         raise self.problem(f"{self.root} holds no folder {tops}")
 
     def file(self, name: str, beside: Sequence[str] = ()) -> Path:
-        """The annotation file of that name, in the root or in a folder `beside` the images."""
+        """Find an annotation file.
+
+        Args:
+            name: name of the file.
+            beside: folders below the root in which the file may be, besides the root itself.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            UserError: there is no such file.
+        """
         for folder in (".", *beside):
             path = self.root / folder / name
             if path.is_file():
@@ -119,10 +160,16 @@ class Copy:
 
 
 def read_layout(copy: Copy) -> Listing:
-    """All images of the copy, sorted by path.
+    """List the images of a copy with the reader that its entry names.
+
+    Args:
+        copy: the folder.
+
+    Returns:
+        The listing, sorted by path.
 
     Raises:
-        UserError: the folder is not laid out as the entry says; the line says what to do.
+        UserError: the folder is not laid out as the entry says; the message says what to do.
     """
     parameters = dict(copy.entry.layout)
     reader = READERS[parameters.pop("reader")]
@@ -131,6 +178,7 @@ def read_layout(copy: Copy) -> Listing:
     listing = reader(copy, images, **parameters)
     if not listing.listed:
         raise copy.problem(f"no images in {images}")
+    # File systems list folders in different orders, but images must have the same indices.
     ordered = tuple(sorted(listing.listed, key=lambda item: item.path))
     return Listing(listing.images, ordered, listing.keys, listing.names)
 
@@ -143,7 +191,23 @@ def class_folders(
     names: str | None = None,
     beside: Sequence[str] = (),
 ) -> Listing:
-    """One folder per class, below a folder per split or per domain where there are such."""
+    """List class folders, which may lie below one folder per split or per domain.
+
+    Args:
+        copy: the folder.
+        images: its folder of images.
+        splits: the folder of each split; None = there are no such folders.
+        ignore: class folders that are left out.
+        names: text file with 'key name' per line; it names the classes and, where folders are
+            numbers, identifies them.
+        beside: folders in which the text file may be, besides the root.
+
+    Returns:
+        The listing; class keys are sorted.
+
+    Raises:
+        UserError: folders or the text file are missing, or a class is not in the text file.
+    """
     order = _key_names(copy.file(names, beside)) if names else {}
     by_number = list(order)
     listed: list[Listed] = []
@@ -154,6 +218,7 @@ def class_folders(
         if not folders:
             raise copy.problem(f"{images / place} holds no class folders")
         for folder in folders:
+            # The folders of ImageNetV2 are label numbers: they index the authors' list of classes.
             key = by_number[int(folder)] if _is_number(folder, by_number) else folder
             if order and key not in order:
                 raise copy.problem(f"class folder '{folder}' in {images} is not in {names}")
@@ -174,7 +239,24 @@ def list_files(
     order: Mapping[str, str] | None = None,
     beside: Sequence[str] = (),
 ) -> Listing:
-    """Text files name the images of each split."""
+    """List the images that text files name for each split.
+
+    Args:
+        copy: the folder.
+        images: its folder of images.
+        lists: the text file of each split; `{domain}` stands for the authors' name of a domain.
+        line: regular expression of one line, with the groups class, label and domain.
+        image: template of an image's path below `images`, from the groups of its line and `snake`.
+        order: `file` and `line` of a text file with all classes in label order; None = classes are
+            ordered by their labels in the lists, or by name if the lists have none.
+        beside: folders in which the text files may be, besides the root.
+
+    Returns:
+        The listing, in the order of the files.
+
+    Raises:
+        UserError: a text file is missing, has unexpected lines, or contradicts another.
+    """
     listed: list[Listed] = []
     number_of: dict[str, int] = {}
     for split, file in lists.items():
@@ -208,7 +290,22 @@ def list_files(
 def mat_index(
     copy: Copy, images: Path, labels: str, index: str, image: str, splits: Mapping[str, str]
 ) -> Listing:
-    """`labels` holds a class number per image, `index` the image numbers of each split, from 1."""
+    """List images from a MATLAB file of labels and one of image numbers.
+
+    Args:
+        copy: the folder.
+        images: its folder of images.
+        labels: file with the class number of each image, in its variable `labels`.
+        index: file with the image numbers of each split, counted from 1.
+        image: template of an image's path below `images`, from its `number`.
+        splits: the variable of `index` for each split.
+
+    Returns:
+        The listing; class keys are the class numbers, in ascending order.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the files do not fit together.
+    """
     numbers = [int(number) for number in _mat(copy.file(labels), "labels")]
     path = copy.file(index)
     listed: list[Listed] = []
@@ -226,7 +323,21 @@ def mat_index(
 def mat_table(
     copy: Copy, images: Path, tables: Mapping[str, str], folders: Mapping[str, str], names: str
 ) -> Listing:
-    """`tables` have the fields fname and class (from 1) per image; `names` lists the classes."""
+    """List images from MATLAB tables.
+
+    Args:
+        copy: the folder.
+        images: its folder of images.
+        tables: for each split, a file with the fields fname and class (counted from 1) per image.
+        folders: for each split, the folder below `images` that contains the images.
+        names: file with the class names, in label order.
+
+    Returns:
+        The listing; class keys are the class names.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the files do not fit together.
+    """
     keys = [str(cell.item()) for cell in _mat(copy.file(names), "class_names")]
     listed: list[Listed] = []
     for split, file in tables.items():
@@ -257,14 +368,14 @@ READERS: dict[str, Callable[..., Listing]] = {
 
 
 def capitals(name: str) -> list[str]:
-    """The words of 'ApplyEyeMakeup', each of which starts with a capital letter."""
+    """Split a name before each capital letter: 'ApplyEyeMakeup' -> ['Apply', 'Eye', 'Makeup']."""
     return re.findall("[A-Z][^A-Z]*", name) or [name]
 
 
 def _places(
     copy: Copy, images: Path, splits: Mapping[str, str], whole: int | None
 ) -> Iterator[tuple[str, int | None, str]]:
-    """(folder below `images`, split, domain) of every folder that holds class folders."""
+    """(folder below `images`, split, domain) of every folder that contains class folders."""
     if splits:
         for split, folder in splits.items():
             if not (images / folder).is_dir():
@@ -285,14 +396,14 @@ def _is_number(folder: str, by_number: Sequence[str]) -> bool:
 
 
 def _key_names(path: Path) -> dict[str, str]:
-    """'key name' per line, in file order."""
+    """Read a text file with 'key name' per line, in the order of the file."""
     return {
         groups["key"]: groups["name"] for groups in _matches(path, r"(?P<key>\S+)\s+(?P<name>.+)")
     }
 
 
 def _matches(path: Path, pattern: str) -> Iterator[dict[str, str]]:
-    """The named groups of every line of a text file; empty lines and `#` comments are skipped."""
+    """The groups of `pattern` in each line of a text file; empty lines and comments are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -311,7 +422,7 @@ def _matches(path: Path, pattern: str) -> Iterator[dict[str, str]]:
 
 
 def _mat(path: Path, variable: str) -> Any:
-    """One variable of a MATLAB file, flat."""
+    """Read one variable of a MATLAB file, flattened: MATLAB stores vectors as matrices."""
     from scipy.io import loadmat  # slow to import, and needed by two data sets only
 
     try:
@@ -326,7 +437,7 @@ def _mat(path: Path, variable: str) -> Any:
 
 
 def _contents(root: Path) -> str:
-    """What is in a folder, for a message: at most six names."""
+    """The content of a folder for a message, at most six names."""
     try:
         names = sorted(p.name + ("/" if p.is_dir() else "") for p in root.iterdir())
     except OSError:

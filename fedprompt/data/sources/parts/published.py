@@ -1,7 +1,8 @@
-"""A published data set in its authors' folder: its images, its split and the names of its classes.
+"""Reads images, split and class names of a published data set from its authors' folder.
 
-If CoOp's split file lies beside the images, it decides split and label order, unless `data.split`
-says otherwise; else the authors' own split is used.
+Used by the source `catalogue` and by `fedprompt data check`. If CoOp's split file lies beside the
+images and `data.split` allows it, it decides split and label order; otherwise the authors' split
+is used.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from fedprompt.errors import UserError, did_you_mean
 
 
 def open_copy(entry: Entry, root: str | Path, domains: Sequence[str] = ()) -> Copy:
-    """A folder as a copy of a published data set; nothing in it is read yet.
+    """Describe a folder as a copy of a published data set, without reading it.
 
     Args:
         entry: the catalogue's entry of the data set.
-        root: the folder.
-        domains: the domains to read, by our names or the authors'; none = all.
+        root: the folder; `~` stands for the home folder.
+        domains: the domains to read, by the catalogue's names or the authors'; empty = all.
+
+    Returns:
+        The copy.
 
     Raises:
         UserError: the data set has no such domain.
@@ -36,10 +40,10 @@ def list_copy(copy: Copy, split: str = "auto") -> tuple[Listing, str, bool]:
     Args:
         copy: the folder.
         split: `coop` requires CoOp's split file, `official` ignores it, and `auto` uses it if it
-            is there.
+            is in the folder.
 
     Returns:
-        The listing, a description of where its split comes from, and whether that is CoOp's file.
+        The listing, a description of the split for messages, and whether it is CoOp's split.
 
     Raises:
         UserError: the folder is not laid out as published, or a required split file is missing.
@@ -62,8 +66,8 @@ def number_classes(
     Args:
         listing: the images of the copy.
         copy: the folder that was listed.
-        by_name: whether the catalogue's class list, if it has one, decides the order. CoOp's split
-            file has its own.
+        by_name: whether classes are numbered in the order of the catalogue's class list, if it has
+            one, instead of the order of the listing.
 
     Returns:
         Class names in label order, and the label of each class key.
@@ -94,7 +98,15 @@ def number_classes(
 
 
 def class_name(theirs: str, entry: Entry) -> str:
-    """The authors' name of a class made readable, in the style that the entry states."""
+    """Make the authors' name of a class readable, in the style that the entry states.
+
+    Args:
+        theirs: the authors' name.
+        entry: the catalogue's entry; its `class_style` says how the authors write names.
+
+    Returns:
+        The name used in prompts.
+    """
     if entry.class_style == "readable":
         return readable_name(theirs)
     if entry.class_style == "capitals":
@@ -108,7 +120,7 @@ def class_name(theirs: str, entry: Entry) -> str:
 
 
 def _spelled(key: str, listing: Listing, entry: Entry) -> str:
-    """A class's name: in the entry's spelling if it has one, else the copy's, made readable."""
+    """The name of a class: the entry's if it lists the class, else the copy's, made readable."""
     theirs = listing.names.get(key, key)
     spellings = {name_key(name): name for name in entry.classes.values()}
     spellings |= {name_key(name): ours for name, ours in entry.classes.items()}
@@ -127,6 +139,8 @@ def _coop_file(copy: Copy, required: bool) -> Path | None:
             )
         return None
     images = copy.images_folder(copy.entry.layout["images"])
+    # CoOp's instructions put the file beside the folder of images. Users may set `data.root` to
+    # either of the two folders.
     path = coop_split.find_split(coop.file, (copy.root, images, images.parent))
     if path is None and required:
         raise UserError(
@@ -137,11 +151,14 @@ def _coop_file(copy: Copy, required: bool) -> Path | None:
 
 
 def _check_paths(listing: Listing, copy: Copy) -> None:
-    """Refuse paths that leave the folder, and a list none of whose images exists."""
+    """Refuse paths that leave the folder, and a listing of which no image exists."""
     for item in listing.listed:
+        # Lists are downloaded: a path in one must not make this machine read other files.
         path = PurePosixPath(item.path)
         if path.is_absolute() or ".." in path.parts:
             raise UserError(f"data: {copy.entry.name}: a list names {item.path}, outside the data.")
+    # A single missing image is left to `on_bad_image`; if all are missing, the archive of images
+    # was not unpacked.
     if not any((listing.images / item.path).is_file() for item in listing.listed):
         first = listing.listed[0].path if listing.listed else "any"
         raise copy.problem(
@@ -150,7 +167,7 @@ def _check_paths(listing: Listing, copy: Copy) -> None:
 
 
 def _domains(entry: Entry, names: Sequence[str]) -> tuple[str, ...]:
-    """The authors' names of the domains to read, in the order of the entry."""
+    """Translate names of domains into the authors' names, in the order of the entry."""
     by_key = {name_key(ours): theirs for theirs, ours in entry.domains.items()}
     by_key |= {name_key(theirs): theirs for theirs in entry.domains}
     for name in names:
