@@ -61,6 +61,7 @@ class Registry(Generic[T]):
                 cannot be loaded or is not a subclass of the base class.
         """
         modules = self._modules()
+        # Only the module that is asked for is imported, which keeps start-up fast.
         if name in modules:
             module = importlib.import_module(f"{self.package}.{modules[name]}")
             for item in vars(module).values():

@@ -110,6 +110,7 @@ class DataConfig:
         1, "views per training image: the image itself and views - 1 random crops",
         ge=1, le=64,
     )  # fmt: skip
+    # The default is that of torchvision's `RandomResizedCrop` and of CoOp.
     crop_scale: float = option(
         0.08, "smallest share of an image's area in a random crop", gt=0, le=1
     )
@@ -139,6 +140,7 @@ class DataConfig:
 class TrainingConfig:
     """Local training on a client."""
 
+    # The defaults of SGD, the learning rate, its schedule and the weight decay are CoOp's.
     optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "local optimiser")
     lr: float = option(0.002, "learning rate in round 1", gt=0)
     momentum: float = option(0.9, "SGD momentum", ge=0, lt=1)

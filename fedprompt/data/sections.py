@@ -59,6 +59,7 @@ def resolve_group(group: str, value: Any, registered: Collection[str] = ()) -> d
     changes: dict[str, Any] = {}
     if isinstance(value, Mapping):
         changes = {str(k): v for k, v in value.items()}
+        # Plain keys describe the whole group; missing ones get the defaults of the schema.
         if "use" not in changes:
             return changes
         value = changes.pop("use")

@@ -112,13 +112,14 @@ def _from_folder(
     if facts.layout["reader"] == "cifar_binary":
         return cifar.load(copy, config.title)
     listing, _, from_coop = list_copy(copy, config.split)
-    # CoOp's file numbers the classes in an order of its own, which published results use.
+    # The labels in CoOp's file are those of published results, e.g. of a base-to-new division.
     class_names, label_of = number_classes(listing, copy, by_name=not from_coop)
     domain_of = {domain: i for i, domain in enumerate(copy.domains)}
     files = [
         ImageFile(
             item.path,
             label_of[item.key],
+            # Without a split, TRAIN is a placeholder: `files_dataset` draws the split below.
             TRAIN if item.split is None or item.split == VAL else item.split,
             domain_of.get(item.domain, 0),
         )
@@ -153,6 +154,7 @@ def _from_hub(facts: Entry, config: CatalogueConfig, seed: int, cache_dir: Path)
         ignore=facts.hub.ignore if facts.hub else (),
         spell=lambda name: class_name(name, facts),
     )
+    # The hub's copies name domains as the authors do; tables show the catalogue's names.
     ours = {name_key(theirs): name for theirs, name in facts.domains.items()}
     domains = tuple(ours.get(name_key(name), name) for name in dataset.domain_names)
     return replace(dataset, domain_names=domains)
@@ -160,6 +162,7 @@ def _from_hub(facts: Entry, config: CatalogueConfig, seed: int, cache_dir: Path)
 
 def _check_training(dataset: ImageDataset, facts: Entry) -> None:
     """Refuse training images of fewer than two classes; warn about a class that has none."""
+    # Variants of ImageNet have test images only: models are trained on ImageNet itself.
     if facts.split.kind == "test only":
         return
     trained_C = np.bincount(

@@ -149,6 +149,7 @@ def _join(
         fingerprint=digest("client folders", *(part.fingerprint for part in parts)),
         open_image=opener_of(parts, [np.arange(size) for size in sizes]),
         bad_images=tuple(bad for part in parts for bad in part.bad_images),
+        # Folders may have images of the same name; the client's number makes the names unique.
         image_names=tuple(
             f"{name}/{image}"
             for name, part in zip(names, parts, strict=True)
@@ -173,6 +174,7 @@ def _load_folder(
         for class_folder, label in label_of.items()
         for path in images_below(root / class_folder)
     ]
+    # `os.walk` lists files in an order that depends on the file system, and so differs on a node.
     files.sort(key=lambda file: file.path)
     dataset = files_dataset(
         config, root, files, tuple(config.class_names), (title,),
@@ -201,6 +203,7 @@ def _labels(
                 f"data: {title}: {root} has a class '{folder}'{rest} that is not in "
                 f"data.class_names; rename or remove it.{did_you_mean(folder, class_names)}"
             )
+        # Their images would be joined silently, although one of the folders may be a mistake.
         if label in folder_of:
             raise UserError(
                 f"data: {title}: folders '{folder_of[label]}' and '{folder}' in {root} are the "

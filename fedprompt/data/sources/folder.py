@@ -118,6 +118,7 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
     if "train" in top and subfolders(root / "train") and not _images_directly_in(root / "train"):
         unused = [name for name in top if name in UNUSED_SPLITS]
         unexpected = [name for name in top if name not in ("train", "test", *UNUSED_SPLITS)]
+        # A misspelt split would be left out silently, and a class here means `root` was misread.
         if unexpected:
             raise UserError(
                 f"data: {root} has train/ and beside it {_some(unexpected)}; keep only train, test "
@@ -126,6 +127,7 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
         if unused:
             log.info("%s/%s is not used; only train and test are", root, unused[0])
         splits = {"train": TRAIN, "test": TEST} if "test" in top else {"train": TRAIN}
+    # Otherwise 'test' would be read as a class, and all test images would be trained on.
     elif "test" in top and set(top) <= {"test", *UNUSED_SPLITS}:
         raise UserError(f"data: {root} has test/ but no train/ with class folders in it.")
     else:
@@ -152,6 +154,7 @@ def _list_files(root: Path) -> tuple[list[_File], list[str], bool]:
             raise UserError(f"data: {root}/test has {_some(extra)}, which train/ does not have.")
         if not any(file.split == TEST for file in files):
             raise UserError(f"data: {root}/test contains no images; add some or remove it.")
+    # `os.walk` lists files in an order that depends on the file system.
     return sorted(files, key=lambda file: file.path), folders, "test" in splits
 
 

@@ -149,6 +149,7 @@ class Multi(DataSource):
             fingerprint=digest("multi", *common.classes, *(part.fingerprint for part in parts)),
             open_image=opener,
             bad_images=tuple(bad for part in parts for bad in part.bad_images),
+            # Different data sets may have images of the same name.
             image_names=tuple(
                 f"{name}/{part.image_names[row]}"
                 for name, part, index in zip(sources, parts, rows, strict=True)
@@ -159,6 +160,7 @@ class Multi(DataSource):
 
 def _single(config: MultiConfig, name: str) -> CatalogueConfig:
     """The config that opens one of the data sets."""
+    # The remaining keys, such as the hub's columns, differ between the data sets.
     keys = data_keys(name) | {
         "split": config.split,
         "validation": config.validation,
@@ -172,6 +174,7 @@ def _single(config: MultiConfig, name: str) -> CatalogueConfig:
 
 def _common(part: ImageDataset, common: CommonLabels, source: str) -> NDArray[np.int64]:
     """The common label of every image of one data set (N,); -1 for images without one."""
+    # Class names are those of the catalogue here, since `_single` sets no `data.class_names`.
     label_of_class = {
         theirs: label
         for label, by_source in enumerate(common.classes.values())

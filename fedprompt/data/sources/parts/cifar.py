@@ -52,6 +52,8 @@ class Records:
         path = self.files[self.file_N[index]]
         size = self.label_bytes + PIXELS
         try:
+            # Opened per image: threads would move the position of a shared file, and an open file
+            # cannot be pickled.
             with path.open("rb") as file:
                 file.seek(int(self.row_N[index]) * size + self.label_bytes)
                 planes = np.frombuffer(file.read(PIXELS), dtype=np.uint8)

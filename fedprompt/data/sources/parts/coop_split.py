@@ -61,6 +61,7 @@ def read_split(path: Path, images: Path) -> Listing:
                 f"data: {path}: label {label} is both '{name_of[label]}' and '{name}'; fetch the "
                 f"file again from {SOURCE}."
             )
+        # An image in two splits would be trained on and tested on.
         if split_of.setdefault(where, split) != split:
             raise UserError(
                 f"data: {path}: {where} is in {split_of[where]} and in {split}; images would leak."

@@ -63,6 +63,7 @@ def read_labels(
     is_text = all(isinstance(value, str) for value in values)
     if classes and names is not None:
         return _match_labels(names, values, classes, ignore)
+    # Texts are numbered in sorted order, so that labels do not depend on the order of the rows.
     if classes and is_text:
         texts = sorted(set(values))
         return _match_labels(texts, [texts.index(value) for value in values], classes, ignore)
@@ -113,6 +114,7 @@ def _named_labels(
     names: Sequence[str], values: Sequence[int], config: HubKeys, spell: Callable[[str], str]
 ) -> NamedLabels:
     """Use the labels of a column that defines numbers and names of its classes."""
+    # Numbers would make valid but meaningless prompts.
     if not config.class_names and all(name.isdigit() for name in names):
         raise UserError(
             f"data: the labels of '{config.label_column}' have numbers for names; set "

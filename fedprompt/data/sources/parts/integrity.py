@@ -140,8 +140,10 @@ def _load(memo: Path) -> dict[str, str]:
         stored = json.loads(memo.read_bytes())
         if stored["version"] == VERSION:
             return {str(key): str(value) for key, value in stored["hashes"].items()}
+    # The first scan of a data set has no memo file.
     except FileNotFoundError:
         pass
+    # A damaged memo only costs time, so it must not stop the run.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is damaged (%s); all images are checked again", memo, error)
     return {}

@@ -148,11 +148,13 @@ class Copy:
     def _tops(self) -> list[str]:
         layout = self.entry.layout
         named = [name for name in layout["images"] if name != "."]
+        # If only the root itself is accepted, the message names something that it must contain.
         inner = layout.get("markers") or list(self.entry.domains) or list(self.entry.classes)
         return [f"'{name}'" for name in named or inner[:1]]
 
     def _looks_right(self, folder: Path) -> bool:
         expected = set(map(name_key, self.entry.domains or self.entry.classes))
+        # One match is enough here; a missing class or domain gets a message of its own later.
         markers = self.entry.layout.get("markers", ())
         if markers:
             return any((folder / marker).exists() for marker in markers)
@@ -212,6 +214,7 @@ def class_folders(
     by_number = list(order)
     listed: list[Listed] = []
     found: set[str] = set()
+    # None = no split: the source holds out a share of the images.
     whole = TEST if copy.entry.split.kind == "test only" else None
     for place, split, domain in _places(copy, images, splits or {}, whole):
         folders = [name for name in subfolders(images / place) if name not in ignore]
@@ -265,6 +268,7 @@ def list_files(
             for groups in _matches(path, line):
                 key = groups["class"]
                 if groups.get("label") is not None:
+                    # The label order follows these numbers, so a class must have one of them only.
                     number = number_of.setdefault(key, int(groups["label"]))
                     if number != int(groups["label"]):
                         raise UserError(
@@ -317,6 +321,7 @@ def mat_index(
                     "again."
                 )
             listed.append(Listed(image.format(number=i), str(numbers[i - 1]), SPLITS[split]))
+    # Sorted as numbers: as text, class 10 would come before class 2.
     return Listing(images, tuple(listed), tuple(map(str, sorted(set(numbers)))))
 
 
@@ -343,6 +348,7 @@ def mat_table(
     for split, file in tables.items():
         path = copy.file(file)
         rows = _mat(path, "annotations")
+        # The authors also publish annotations of the test images without classes.
         if not {"fname", "class"} <= set(rows.dtype.names or ()):
             raise UserError(
                 f"data: {path} has no class of each image; take the file with labels "
@@ -382,6 +388,7 @@ def _places(
                 raise copy.problem(f"{images} holds no folder '{folder}'")
             yield folder, SPLITS[split], ""
     elif copy.entry.domains:
+        # Copies differ in the case and separators of domain folders.
         there = {name_key(name): name for name in subfolders(images)}
         for domain in copy.domains:
             if name_key(domain) not in there:

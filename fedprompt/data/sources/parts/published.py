@@ -113,6 +113,7 @@ def class_name(theirs: str, entry: Entry) -> str:
         return " ".join(capitals(theirs))
     if entry.class_style == "place" and "/" in theirs:  # 'a/apse/indoor' -> 'indoor apse'
         return " ".join(reversed(theirs.split("/")[1:])).replace("_", " ")
+    # As in CoOp's prompts: 'Audi TT RS Coupe 2012' -> '2012 Audi TT RS Coupe'.
     if entry.class_style == "year first":
         model, _, year = theirs.rpartition(" ")
         return f"{year} {model}".strip()
@@ -122,6 +123,7 @@ def class_name(theirs: str, entry: Entry) -> str:
 def _spelled(key: str, listing: Listing, entry: Entry) -> str:
     """The name of a class: the entry's if it lists the class, else the copy's, made readable."""
     theirs = listing.names.get(key, key)
+    # CoOp's split files contain names for prompts, the authors' folders the authors' names.
     spellings = {name_key(name): name for name in entry.classes.values()}
     spellings |= {name_key(name): ours for name, ours in entry.classes.items()}
     if name_key(theirs) in spellings:
