@@ -55,7 +55,7 @@ def option(
     """Declare a config key: a dataclass field with a help text and optional limits.
 
     Args:
-        default: value of the key where the user sets none. A list is copied for every instance.
+        default: value of the key if the user sets none. A list is copied for every instance.
         help: one line for the documentation and the shell completion.
         gt: exclusive lower limit of a number.
         ge: inclusive lower limit.

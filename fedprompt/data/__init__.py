@@ -1,7 +1,7 @@
 """Data sets, their partition among clients, and the cache of their encoded images.
 
-The simulation opens all images in one process; a node of a deployment opens only its own. This
-module is the entry point for Python programs, which open a data set by its name:
+The simulation opens all images in one process; a node of a deployment opens its images only.
+This module is the entry point for Python programs, which open a data set by its name:
 
 >>> import fedprompt
 >>> "aerial_scenes" in fedprompt.data.names()

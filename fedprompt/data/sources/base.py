@@ -40,7 +40,7 @@ class DataSource:
         Args:
             config: an instance of the source's `Config`.
             seed: the seed of the experiment. Use it, through `fedprompt.rng.generator`, only to
-                hold out a test split where the data set has none.
+                hold out a test split if the data set has none.
             cache_dir: folder, which need not exist yet, for files that later runs can reuse, such
                 as hashes of image files.
 

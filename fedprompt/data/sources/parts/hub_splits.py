@@ -28,7 +28,7 @@ class Part:
         images: a `datasets.Dataset` with the image column only, which is not decoded.
         column: name of that column.
         labels: the label of each row, as the column stores it.
-        domains: the domain of each row by name; empty where there is no domain column.
+        domains: the domain of each row by name; empty if there is no domain column.
         label_feature: the `datasets` feature of the label column.
     """
 
