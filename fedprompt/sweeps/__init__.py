@@ -1,1 +1,1 @@
-"""Many runs of one experiment: planned from a file, spread over cores, GPUs and nodes."""
+"""Many runs of one experiment, planned from a file and spread over cores, GPUs and nodes."""

@@ -1,4 +1,8 @@
-"""Sweeps: planned and run for the command line, and from Python as `fedprompt.sweep`."""
+"""Plans and runs sweeps, for `fedprompt sweep` and for Python as `fedprompt.sweep`.
+
+A sweep is driven by one process on the operator's machine. Each of its runs is a simulation; none
+of this code runs on a server or a client.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +35,12 @@ from fedprompt.sweeps.state import progress as progress_of
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What the folder of a sweep holds.
+    """The state of a sweep's folder after the sweep.
 
     Attributes:
-        path: the folder.
-        runs: the result of each complete run, by the run's name, in the order of the plan.
-        failures: the reason of each failed run, by the run's name.
+        path: The sweep's folder.
+        runs: The result of each complete run, by the run's name, in the order of the plan.
+        failures: The reason why each failed run failed, by the run's name.
     """
 
     path: Path
@@ -44,7 +48,7 @@ class SweepResult:
     failures: Mapping[str, str]
 
     def table(self) -> str:
-        """Mean and standard deviation over seeds, one row per setting, as Markdown."""
+        """Return means and standard deviations over seeds as Markdown, with one row per setting."""
         rows = load_rows([self.path]).rows
         return markdown(compare_rows(rows, choose(None, rows)))
 
@@ -60,24 +64,24 @@ def sweep(
     progress: bool = False,
     **changes: Any,
 ) -> SweepResult:
-    """Run every row, grid value and seed of a sweep; runs that are complete are kept.
+    """Run every row, grid value and seed of a sweep, skipping runs that are already complete.
 
     Args:
-        file: the name of a shipped sweep, or a YAML file.
-        *overrides: changes to the config of every run, as on the command line.
-        seeds: seeds that replace those of the file.
-        quick: whether to run the small variant that the file describes.
-        out: the folder for the runs; by default `runs/<name of the sweep>`.
-        jobs: how many runs may be done at the same time. 1 does them one after the other in this
-            process; None does as many as the machine has room for, each in a Ray worker.
-        progress: whether to show what `fedprompt sweep` shows; by default nothing is printed.
-        **changes: changes to the config of every run, as values by key.
+        file: The name of a shipped sweep, or the path of a YAML file.
+        *overrides: Changes to the config of every run, written as on the command line.
+        seeds: Seeds that replace those of the file.
+        quick: Whether to run the small variant that the file describes under `quick`.
+        out: The folder for the runs; by default `runs/<name of the sweep>`.
+        jobs: How many runs may execute at the same time. With 1, the runs execute one after the
+            other in this process; with None, as many as fit on the machine, each in a Ray worker.
+        progress: Whether to print what `fedprompt sweep` prints; by default nothing is printed.
+        **changes: Changes to the config of every run, as values by key.
 
     Returns:
-        The complete runs and the reasons of those that failed.
+        The complete runs, and the reasons of those that failed.
 
     Raises:
-        UserError: the file or one of its configs is not right.
+        UserError: The file or one of the configs is invalid, or Ray does not start.
     """
     table = load_sweep(sweep_path(str(file)), quick=quick)
     if seeds is not None:
@@ -101,26 +105,29 @@ def run_planned(
     address: str | None = None,
     quiet: bool = False,
 ) -> dict[str, str]:
-    """Do the runs that are not complete.
+    """Execute the runs of a plan that are not complete yet.
 
     Args:
-        table: the sweep, for the resources of one run.
-        planned: its runs.
-        folder: its folder.
-        jobs: how many runs may be done at the same time; None = as many as there is room for.
-        serial: whether all runs are done in this process.
-        address: a Ray cluster to join; None = workers on this machine.
-        quiet: whether nothing is printed.
+        table: The sweep; its `resources` say what one run needs.
+        planned: The runs of the sweep, complete ones included.
+        folder: The folder of the sweep, which holds its plan.
+        jobs: How many runs may execute at the same time; None means as many as fit.
+        serial: Whether to execute all runs in this process, one after the other.
+        address: The address of a Ray cluster to join; None starts workers on this machine.
+        quiet: Whether to suppress all output.
 
     Returns:
-        The reason of each failed run, by the run's name.
+        The reason why each failed run failed, by the run's name.
 
     Raises:
-        UserError: Ray does not start, or a run would start Ray within Ray.
+        UserError: Ray does not start, or a run would start Ray inside a Ray worker.
     """
     done = [run for run in planned if progress_of(run).done]
     todo = [run for run in planned if run not in done]
+    # On a cluster the room is counted by `RaySweep` once Ray is connected; `jobs` is only its
+    # limit.
     places = jobs if address else places_here(table.resources, len(todo), jobs)
+    # One worker would gain nothing over this process, and would cost the start of Ray.
     single = serial or (places == 1 and not address)
     board = _board(planned, 1 if single else places or 1, quiet)
     for run in done:
@@ -145,5 +152,5 @@ def _board(planned: Sequence[PlannedRun], at_once: int, quiet: bool) -> Board:
 
 
 def _override(key: str, value: Any) -> str:
-    """A change as text: a sweep's plan holds its changes as they are given on the command line."""
+    """Format a change as command-line text, because the plan records all changes in that form."""
     return f"{key}={json.dumps(plain_value(value, key))}"

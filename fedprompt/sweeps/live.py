@@ -1,4 +1,8 @@
-"""What a sweep says while it goes on: one live table in a terminal, plain lines elsewhere."""
+"""Progress output of a sweep: a live table in a terminal, one line per event elsewhere.
+
+A board is updated by the process that drives the sweep. It learns how far the runs are from their
+folders, so workers do not send progress messages.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,17 @@ from fedprompt.sweeps.state import progress, rounds_done, seconds_left
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 RESULTS = ("global", "personal")
 NUMBER = 8
-"""Characters of a result's column."""
+"""Width of a result column, in characters."""
 STATE = 22
-"""Characters of a state that a long name leaves room for; enough for all but reasons."""
+"""Width that long run names leave for the state, in characters. Every state but a reason fits."""
 NARROW = 72
-"""A terminal with fewer columns has no room for results beside states."""
+"""In a terminal with fewer columns than this, results share the column of states."""
 COLOURS = {WAITING: "dim", RUNNING: "bold", DONE: "green", FAILED: "bold red"}
 
 
 @dataclass
 class _Line:
-    """What is known of one run."""
+    """What the board knows about one run; `since` is the monotonic time in seconds at its start."""
 
     state: str = WAITING
     since: float = 0.0
@@ -42,7 +46,13 @@ class _Line:
 
 
 class Board:
-    """The state of every run of a sweep, and what is printed about it."""
+    """The state of every run of a sweep, and the output about it.
+
+    Args:
+        planned: The runs of the sweep, complete ones included.
+        at_once: How many runs execute at the same time, for the estimate of the remaining time.
+        console: Where to print.
+    """
 
     def __init__(self, planned: Sequence[PlannedRun], at_once: int, console: Console) -> None:
         self.console = console
@@ -52,44 +62,51 @@ class Board:
         self._left: tuple[float, float | None] = (0.0, None)
 
     def skip(self, run: PlannedRun) -> None:
-        """It was finished before."""
+        """Record that the run was complete before the sweep started."""
         line = self._lines[run.name]
         line.state, line.summary = DONE, progress(run).summary or {}
 
     def start(self, run: PlannedRun) -> None:
-        """It runs now."""
+        """Record that the run has started."""
         line = self._lines[run.name]
         line.state, line.since = RUNNING, time.monotonic()
 
     def wait(self, run: PlannedRun, why: str) -> None:
-        """It is to run again."""
+        """Record that the run was interrupted and will be continued from its last checkpoint."""
         self._lines[run.name].state = WAITING
         self.say(f"{run.name}: {why}; it goes on from its last checkpoint")
 
     def finish(self, run: PlannedRun, failure: str) -> None:
-        """It is complete, or failed for that reason."""
+        """Record that the run has ended.
+
+        Args:
+            run: The run.
+            failure: The reason why it failed, in one line; empty if it is complete.
+        """
         line = self._lines[run.name]
         line.state = FAILED if failure else DONE
         line.reason, line.summary = failure, {} if failure else progress(run).summary or {}
 
     @property
     def failures(self) -> dict[str, str]:
-        """The reason of every failed run, by name."""
+        """The reason why each failed run failed, by the run's name."""
         return {name: x.reason for name, x in self._lines.items() if x.state == FAILED}
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that remains above any live output."""
         self.console.print(Text(text), soft_wrap=True)
+        # Python buffers the output to a file or pipe in blocks; without this, a log would lag
+        # behind.
         self.console.file.flush()
 
     def open(self) -> None:
-        """Begin to show."""
+        """Start the live output, if there is any."""
 
     def close(self) -> None:
-        """Give the terminal back; safe to call twice."""
+        """Stop the live output and release the terminal. It is safe to call this twice."""
 
     def counts(self) -> str:
-        """E.g. `24 runs: 5 done, 2 running, 17 waiting, 3:05 left`."""
+        """Return a summary such as `24 runs: 5 done, 2 running, 17 waiting, about 3:05 left`."""
         found = Counter(line.state for line in self._lines.values())
         parts = [
             f"{found[state]} {state}" for state in (DONE, RUNNING, WAITING, FAILED) if found[state]
@@ -100,7 +117,8 @@ class Board:
         return f"{len(self._lines)} runs: {', '.join(parts)}"
 
     def _seconds_left(self) -> float | None:
-        # Every folder is looked at, so not more than once in five seconds.
+        # The estimate reads files of every run folder, while the live table asks for it every
+        # second.
         at, _ = self._left
         if not at or time.monotonic() - at > 5:
             still = [r for r in self._planned if self._lines[r.name].state != FAILED]
@@ -109,16 +127,16 @@ class Board:
 
 
 class PlainBoard(Board):
-    """A line when a run starts, is complete or fails."""
+    """A board that prints one line when a run starts, completes or fails."""
 
     def start(self, run: PlannedRun) -> None:
-        """Print that it runs."""
+        """Print that the run has started, and from which round if it is continued."""
         super().start(run)
         begun = rounds_done(run.folder)
         self.say(f"start  {run.name}{f', from round {begun}' if begun else ''}")
 
     def finish(self, run: PlannedRun, failure: str) -> None:
-        """Print how it ended."""
+        """Print the results of a complete run, or the reason why the run failed."""
         super().finish(run, failure)
         line = self._lines[run.name]
         if failure:
@@ -130,28 +148,32 @@ class PlainBoard(Board):
 
 
 class LiveBoard(Board):
-    """One table, drawn anew every second: what runs, what failed, what ended last."""
+    """A board that redraws one table every second, with running and failed runs first."""
 
     def __init__(self, planned: Sequence[PlannedRun], at_once: int, console: Console) -> None:
         super().__init__(planned, at_once, console)
+        # Passing the function, not a table, makes rich ask for fresh contents at every refresh.
         self._live = Live(
             get_renderable=self.table, console=console, refresh_per_second=1, transient=True
         )
 
     def open(self) -> None:
-        """Take the terminal."""
+        """Start the live table."""
         self._live.start()
 
     def close(self) -> None:
-        """Give it back."""
+        """Remove the live table and restore the terminal."""
         self._live.stop()
 
     def table(self) -> Table:
-        """As many runs as the terminal has lines for; those that run come first.
+        """Build a table of as many runs as the terminal has lines for, running ones first.
 
-        Long names lose their middle and long reasons their end; both are printed whole when a run
-        fails. A narrow terminal has results in the column of states.
+        Long names are shortened in the middle and long reasons at the end. Both are printed in full
+        in the list of failures when the sweep ends. In a narrow terminal, results replace the
+        state.
         """
+        # Six lines for the title, the head and the margins; rich cuts off a live table that is too
+        # tall.
         shown = self._shown(max(3, self.console.height - 6))
         states = [self._state(run) for run in shown]
         results = [[v for _, v in _results(self._lines[run.name].summary)] for run in shown]
@@ -160,6 +182,7 @@ class LiveBoard(Board):
             states = [" ".join(r) or state for r, state in zip(results, states, strict=True)]
         room = self.console.width - EDGES - (2 * (BETWEEN + NUMBER) if apart else 0) - BETWEEN
         names = [run.name.rpartition("-")[0] for run in shown]  # without the hash
+        # The name gets half of the width at least, and whatever the states do not need.
         needed = min(STATE, max(map(len, states)))
         wide = min(max(map(len, names)), max(room // 2, room - needed))
         table = Table(
@@ -184,6 +207,7 @@ class LiveBoard(Board):
     def _state(self, run: PlannedRun) -> str:
         line = self._lines[run.name]
         if line.state == RUNNING:
+            # `rounds_done` counts the evaluation before training as a round; the reader does not.
             done = max(0, rounds_done(run.folder) - 1)
             took = human_time(time.monotonic() - line.since)
             return f"round {done}/{run.config.federation.rounds}, {took}"
@@ -193,7 +217,7 @@ class LiveBoard(Board):
         order = {RUNNING: 0, FAILED: 1, DONE: 2, WAITING: 3}
         if len(self._planned) <= most:
             return list(self._planned)
-        # Later ones first among those that are done: the last to end is of most interest.
+        # Within a state the run that started last comes first, since its outcome is the newest.
         ranked = sorted(
             enumerate(self._planned),
             key=lambda item: (
@@ -202,15 +226,25 @@ class LiveBoard(Board):
                 item[0],
             ),
         )
+        # The ranking selects runs; the table lists the selected ones in the order of the plan.
         return [run for _, run in sorted(ranked[:most])]
 
 
 def make_board(planned: Sequence[PlannedRun], at_once: int) -> Board:
-    """A live table in a terminal, plain lines in a file or pipe."""
+    """Create the board that suits stdout.
+
+    Args:
+        planned: The runs of the sweep, complete ones included.
+        at_once: How many runs execute at the same time.
+
+    Returns:
+        A live table for a terminal, plain lines for a file or pipe.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # An ASCII-only stdout must not end a sweep with an encoding error because of a `±`.
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
-    # isatty, not console.is_terminal: FORCE_COLOR makes rich take a pipe for a terminal.
+    # isatty, not console.is_terminal: with FORCE_COLOR set, rich takes a pipe for a terminal.
     live = sys.stdout.isatty() and not console.is_dumb_terminal
     return (LiveBoard if live else PlainBoard)(planned, at_once, console)
 
@@ -224,7 +258,7 @@ def _results(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _middle(name: str, width: int) -> str:
-    """A name without its middle where it is too long: values and the seed stand at its end."""
+    """Shorten a name in the middle, because grid values and the seed are at its end."""
     if len(name) <= width:
         return name
     end = (width - 1) * 2 // 3

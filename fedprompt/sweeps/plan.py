@@ -1,9 +1,9 @@
-"""What a sweep file asks for: every run with its complete config and a folder of its own.
+"""From a sweep file to planned runs, each with its complete config and its own folder.
 
     experiment: benchmark             a shipped experiment, or a YAML file (also beside this one)
     seeds: [1, 2, 3]
     common: [federation.rounds=20]    overrides of all runs
-    rows:                             named lines of overrides: the rows of a table
+    rows:                             named lists of overrides: the rows of a table
       PromptFL: [method=promptfl]
       FedRSCLIP: []
     grid:                             every combination of these values, for each row
@@ -12,8 +12,8 @@
     quick:                            what --quick changes: any of the above; `common` is added to,
       common: [federation.rounds=2]   `rows` may also list the names of the rows to keep
 
-A run is called `<row>-<grid values>-seed<s>-<hash>`. The hash is over its complete config, so runs
-with different settings never share a folder, and the same run is found again.
+A run is named `<row>-<grid values>-seed<s>-<hash>`. The hash covers its complete config, so runs
+with different settings never share a folder, and repeating the command finds the same folders.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from fedprompt.reports.compare.names import PLAN, describe, plain
 
 KEYS = ("experiment", "seeds", "common", "rows", "grid", "resources", "quick")
 SLUG = 60
-"""Longest readable part of a run's name."""
+"""Maximum length of the readable part of a run's name, in characters."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one run takes: so many runs go on at once as there is room for; it limits none."""
+    """What one run needs. It decides how many runs execute together and does not limit any run."""
 
     cpus: float = option(1.0, "CPU cores; also its threads where simulation.threads is 0", gt=0)
     gpus: float = option(0.0, "GPUs; fractions share one", ge=0)
@@ -56,7 +56,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """A sweep file's content, checked; rows and grid may be empty."""
+    """The validated content of a sweep file; `rows` and `grid` may be empty."""
 
     name: str
     path: Path
@@ -70,7 +70,7 @@ class SweepFile:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: where it stands in the table, and its complete config with its own folder."""
+    """One run: its place in the table, and its complete config including its own folder."""
 
     name: str
     row: str
@@ -80,15 +80,21 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """The run folder."""
         return Path(str(self.config.output.dir))
 
 
 def sweep_path(name: str) -> Path:
-    """The file of a shipped sweep, or `name` itself where it is a YAML file.
+    """Return the file of a shipped sweep, or `name` itself if it is a YAML file.
+
+    Args:
+        name: The name of a shipped sweep, or a path that ends in `.yaml` or `.yml`.
+
+    Returns:
+        The path of the sweep file. A YAML file need not exist; `load_sweep` reports that.
 
     Raises:
-        UserError: there is neither.
+        UserError: There is no shipped sweep with this name.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name).expanduser()
@@ -99,10 +105,17 @@ def sweep_path(name: str) -> Path:
 
 
 def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
-    """The sweep that a YAML file describes; with `quick`, its small variant.
+    """Read and validate a sweep file.
+
+    Args:
+        path: The YAML file.
+        quick: Whether to apply the changes that the file lists under `quick`.
+
+    Returns:
+        The sweep, named after the file, with `-quick` appended for the small variant.
 
     Raises:
-        UserError: not readable, unknown keys, or parts of a wrong form.
+        UserError: The file cannot be read, has unknown keys, or one of its parts is malformed.
     """
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
@@ -134,10 +147,18 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
 
 
 def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[PlannedRun]:
-    """Every run of a sweep, its folder under `out`; rows, then grid values, then seeds.
+    """Compose the config of every run of a sweep.
+
+    Args:
+        sweep: The sweep.
+        out: The folder in which every run gets its own folder.
+        overrides: Further overrides of all runs, applied last.
+
+    Returns:
+        The runs: seeds vary fastest, then grid values, then rows.
 
     Raises:
-        UserError: a config is not right (the message names the run), or two runs are the same.
+        UserError: A config is invalid (the message names the run), or two runs are the same.
     """
     planned: list[PlannedRun] = []
     by_hash: dict[str, PlannedRun] = {}
@@ -148,6 +169,7 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
             cell = [f"{key}={json.dumps(value)}" for key, value in point.items()]
             label = ", ".join(filter(None, (row, describe(point)))) or sweep.name
             some = [*sweep.common, *changes, *cell, *overrides]
+            # Composed once for all seeds, since their configs differ in nothing else.
             shared = _compose(sweep, some, label)
             for seed in sweep.seeds:
                 config = replace(shared, seed=seed)
@@ -160,6 +182,7 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
                         "what tells them apart?"
                     )
                 name = f"{_slug(row, point, config)}-seed{seed}-{key}"
+                # Absolute, because Ray workers may have another working directory.
                 folder = str((out / name).absolute())
                 config = replace(config, output=replace(config.output, dir=folder))
                 by_hash[key] = PlannedRun(name, row, point, seed, config)
@@ -168,22 +191,29 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
 
 
 def settings_hash(config: Config) -> str:
-    """Ten hex digits of the complete config but for the places of its outputs and of the cache."""
+    """Return ten hex digits that identify a config, ignoring the folders of outputs and cache."""
     return hashlib.sha256(to_yaml(without_places(config)).encode()).hexdigest()[:10]
 
 
 def without_places(config: Config) -> Config:
-    """The config without folder names: equal for runs that must give the same numbers."""
+    """Return the config without folder names: equal for runs that must give the same numbers."""
     return replace(config, output=replace(config.output, dir=None, root="runs", cache=None))
 
 
 def write_plan(
     sweep: SweepFile, planned: Sequence[PlannedRun], out: Path, overrides: Sequence[str]
 ) -> None:
-    """Write `sweep.json`, which `fedprompt compare` reads.
+    """Write `sweep.json`, from which `fedprompt compare` takes the names of rows.
+
+    Args:
+        sweep: The sweep.
+        planned: Its runs.
+        out: The folder of the sweep, which is created if necessary.
+        overrides: The overrides given for all runs, recorded so that a report can repeat the
+            command.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: The folder cannot be written.
     """
     content = {
         "sweep": sweep.name,
@@ -207,11 +237,19 @@ def write_plan(
 
 
 def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    """Whole numbers, none twice.
+    """Validate a list of seeds.
+
+    Args:
+        seeds: The value to check, which may have any type.
+        where: The file or option it comes from, for the error message.
+
+    Returns:
+        The seeds as a tuple.
 
     Raises:
-        UserError: anything else.
+        UserError: The value is not a list of different non-negative whole numbers, or is empty.
     """
+    # `type(s) is int` because a bool is an int too: YAML's `true` must not pass as seed 1.
     good = isinstance(seeds, (list, tuple)) and all(type(s) is int and s >= 0 for s in seeds)
     if not good or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(
@@ -225,6 +263,7 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
         config = compose(sweep.experiment, overrides)
     except UserError as error:
         raise UserError(f"sweep: {label}: {error}") from None
+    # Seeds are replaced after composing, so an override of the seed would be ignored silently.
     if any(text.partition("=")[0].strip() == "seed" for text in overrides):
         raise UserError(f"sweep: {label}: seed is an override; use 'seeds' or --seeds.")
     if config.output.dir is not None:
@@ -232,7 +271,8 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
             f"sweep: {label}: output.dir is set, but every run has a folder of its own; use --out."
         )
     if not config.simulation.threads:
-        # Fixed, so that the numbers do not depend on how many runs share the machine.
+        # The number of threads affects the last bits of sums. It is fixed here so that results do
+        # not depend on how many runs share the machine.
         threads = max(1, int(sweep.resources.cpus))
         config = replace(config, simulation=replace(config.simulation, threads=threads))
     return config
@@ -253,12 +293,13 @@ def _known_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _quick(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The file's keys with those of `quick` over them."""
+    """Return the keys of the file, overridden by those under its `quick` key."""
     changes = values.get("quick")
     if not isinstance(changes, Mapping):
         raise UserError(f"sweep: {path} has no 'quick' variant.")
     changes = _known_keys({str(k): v for k, v in changes.items()}, f"{path}: quick")
     merged = {**values, **changes}
+    # Later overrides win, so the small variant's are appended to those of the file.
     both = (_texts(part.get("common"), f"{path}: 'common'") for part in (values, changes))
     merged["common"] = [text for texts in both for text in texts]
     if isinstance(changes.get("rows"), list):

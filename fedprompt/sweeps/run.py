@@ -1,9 +1,9 @@
-"""Do the runs of a sweep that are not finished: in this process, or on Ray workers.
+"""Executes the unfinished runs of a sweep, in this process or on Ray workers.
 
-Every worker is one process that does a run at a time and keeps backbone and data sets open; runs
-of the same ones come to the same worker where that is possible. A worker that dies is replaced and
-its run goes on from its checkpoint. Each run computes what `fedprompt run` on its config computes,
-bit for bit.
+Every worker is a process that executes one run at a time and keeps backbone and data sets open.
+Runs that use the same ones go to the same worker where possible. A worker whose process dies is
+replaced, and its run continues from its checkpoint. Each run gives the same numbers, bit for bit,
+as `fedprompt run` with the same config.
 """
 
 from __future__ import annotations
@@ -26,15 +26,24 @@ from fedprompt.sweeps.plan import PlannedRun, Resources
 from fedprompt.sweeps.worker import Outcome, SweepWorker, complete
 
 RETRIES = 2
-"""How often a run whose process died is tried again."""
+"""How many times a run is tried again after its process has died."""
 POLL_S = 1.0
+"""How many seconds to wait for a worker before free workers are served again."""
 
 
 def places_here(resources: Resources, runs: int, most: int | None = None) -> int:
-    """How many runs this machine can do at once, at least one.
+    """Return how many runs this machine can execute at the same time.
+
+    Args:
+        resources: What one run needs.
+        runs: How many runs there are to execute.
+        most: An upper limit given by the user; None means no limit.
+
+    Returns:
+        At least 1, even if one run alone needs more than the machine has.
 
     Raises:
-        UserError: runs want GPUs and there are none.
+        UserError: Runs need GPUs and PyTorch sees none.
     """
     import torch
 
@@ -52,14 +61,15 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
 
 
 def available_cpus() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
-    """One run after the other in this process."""
+    """Execute the runs one after the other in this process, recording the outcomes on the board."""
     import torch
 
+    # Read before the first run changes it: every run starts with the same number of threads.
     resources, threads = ResourceCache(), torch.get_num_threads()
     for run in todo:
         board.start(run)
@@ -67,10 +77,10 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
 
 
 def check_inline(todo: Sequence[PlannedRun]) -> None:
-    """Refuse runs that would start Ray actors of their own beside those of the sweep.
+    """Refuse runs that would start their own Ray actors while the sweep's workers occupy the cores.
 
     Raises:
-        UserError: one of them has `simulation.kind=ray`.
+        UserError: One of the runs has `simulation.kind=ray`.
     """
     for run in todo:
         if run.config.simulation.kind == "ray":
@@ -82,7 +92,11 @@ def check_inline(todo: Sequence[PlannedRun]) -> None:
 
 @dataclass(eq=False)
 class _Slot:
-    """One worker: starting (`ref` is its first answer), busy (`run`) or free (neither)."""
+    """One worker and what it is doing.
+
+    `ref` is the pending Ray call, None if the worker is free. `run` is the run that it executes,
+    None while the worker starts. `last` names the backbone and data of its latest run.
+    """
 
     actor: Any
     ref: Any = None
@@ -91,15 +105,16 @@ class _Slot:
 
 
 class RaySweep:
-    """Runs on Ray workers, on this machine or a cluster.
+    """Executes runs on Ray workers, on this machine or on a cluster.
 
     Args:
-        todo: the runs, each with its folder.
-        board: told what happens.
-        resources: of one run.
-        places: workers on this machine; on a cluster, the most.
-        address: a Ray cluster to join; its nodes must share the sweep's folder.
-        out: the sweep's folder, with its plan.
+        todo: The runs, each with its own folder.
+        board: Receives the start and the outcome of every run.
+        resources: What one run needs.
+        places: The number of workers on this machine; on a cluster, their maximum, or None.
+        address: The address of a Ray cluster to join, whose nodes must share the sweep's folder;
+            None starts Ray on this machine.
+        out: The folder of the sweep, which holds its plan.
     """
 
     def __init__(
@@ -122,7 +137,7 @@ class RaySweep:
         self._slots: list[_Slot] = []
 
     def run(self) -> None:
-        """Do all runs; every one of them ends on the board.
+        """Execute all runs and record every outcome on the board.
 
         Raises:
             UserError: Ray or its workers do not start.
@@ -160,20 +175,25 @@ class RaySweep:
         options: dict[str, Any] = {
             "num_cpus": self._resources.cpus,
             "num_gpus": self._resources.gpus,
+            # Ray's default policy prefers nodes that are in use; on a cluster every node should get
+            # runs.
             "scheduling_strategy": "SPREAD" if self._address else "DEFAULT",
         }
         if self._resources.memory_gb:
             options["memory"] = int(self._resources.memory_gb * 1e9)
+        # No `max_restarts`: a dead worker is replaced in `_replace`, which counts deaths and
+        # requeues its run.
         actor = ray.remote(SweepWorker).options(**options).remote()
         return _Slot(actor, actor.placed.remote(os.getcwd(), self._marker))
 
     def _dispatch(self) -> None:
-        """Give every free worker a run, if possible of the backbone and data that it has open."""
+        """Give every free worker a run, preferably one whose backbone and data it has open."""
         import torch
 
         for slot in self._slots:
             if slot.ref is not None or not self._todo:
                 continue
+            # Second choice: a run whose backbone and data no other worker has open either.
             elsewhere = {s.last for s in self._slots if s is not slot}
             run = min(
                 self._todo,
@@ -185,7 +205,7 @@ class RaySweep:
             self._board.start(run)
 
     def _collect(self) -> None:
-        """Wait for a worker to report, a second at most, and take what it says."""
+        """Wait up to `POLL_S` seconds for a worker to report, and process its answer."""
         import ray
 
         slots = {slot.ref: slot for slot in self._slots if slot.ref is not None}
@@ -195,6 +215,8 @@ class RaySweep:
             run, slot.run, slot.ref = slot.run, None, None
             try:
                 answer = ray.get(ref)
+            # RayTaskError is raised by our code in the actor, which survives it; any other RayError
+            # means that the actor's process or its node is gone.
             except ray.exceptions.RayTaskError as error:
                 if run is None:
                     self._drop(slot, error)
@@ -207,7 +229,7 @@ class RaySweep:
                     self._board.finish(run, answer.failure)
 
     def _drop(self, slot: _Slot, error: BaseException) -> None:
-        """A worker on a machine that cannot take part."""
+        """Remove a worker that cannot take part; raise `UserError` if it was the last one."""
         import ray
 
         if isinstance(getattr(error, "cause", None), FileNotFoundError):
@@ -221,7 +243,7 @@ class RaySweep:
         self._board.say(f"left out: {reason}")
 
     def _replace(self, slot: _Slot, run: PlannedRun | None, error: BaseException) -> None:
-        """A worker's process died; what it did is tried again in another one."""
+        """Replace a worker whose process died, and retry its run up to `RETRIES` times."""
         import ray
 
         ray.kill(slot.actor)
@@ -234,24 +256,37 @@ class RaySweep:
             self._board.finish(run, reason)
         elif run is not None:
             self._board.wait(run, "its process died")
+            # At the front, so that it is continued before other runs with the same backbone and
+            # data.
             self._todo.insert(0, run)
         self._slots[self._slots.index(slot)] = self._spawn()
 
 
 def _parts(run: PlannedRun) -> str:
-    """What a worker keeps open for a run."""
+    """Return a key of the backbone and data that a worker keeps open for the run."""
     return f"{run.config.backbone!r} {run.config.data!r}"
 
 
 def _fits(there: float, each: float) -> int:
-    """How many shares of `each` there are; fractions do not reach over two of a kind."""
+    """Return how many runs fit, e.g. on 2 GPUs with 0.4 each: 4, as a share never spans two GPUs.
+
+    Args:
+        there: The amount that is available.
+        each: The amount that one run needs.
+    """
     if 0 < each < 1 and there >= 1:
+        # The addend absorbs rounding errors: 0.3 / 0.1 is 2.9999999999999996 in floating point.
         return int(there) * int(1 / each + 1e-9)
     return int(there / each + 1e-9)
 
 
 def _room(nodes: Sequence[dict[str, Any]], resources: Resources) -> int:
-    """How many runs the living nodes of a cluster can do at once."""
+    """Return how many runs the living nodes of a Ray cluster can execute at the same time.
+
+    Args:
+        nodes: The answer of `ray.nodes()`.
+        resources: What one run needs. It must fit on one node; nodes are not pooled.
+    """
     total = 0
     for node in nodes:
         if not node["Alive"]:
@@ -267,5 +302,5 @@ def _room(nodes: Sequence[dict[str, Any]], resources: Resources) -> int:
 
 
 def _brief(error: BaseException) -> str:
-    """The end of a long error, which for Ray's is the reason, on one line."""
+    """Return the last 300 characters of an error on one line; Ray puts the reason at the end."""
     return " ".join(str(error).replace("^", "").split())[-300:]

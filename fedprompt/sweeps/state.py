@@ -1,4 +1,8 @@
-"""How far the runs of a sweep are, read from their folders; and how long the rest will take."""
+"""Progress of the runs of a sweep, read from their folders, and the estimate of the time left.
+
+Reading files instead of asking workers gives the same answer before, during and after a sweep, and
+also for `fedprompt sweep --dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,20 @@ from fedprompt.reports.run_data import CONFIG, SUMMARY, TIMINGS
 from fedprompt.sweeps.plan import PlannedRun
 
 TAIL_BYTES = 4096
-"""Enough for the last lines of timings.jsonl."""
+"""Bytes to read from the end of timings.jsonl; a line is much shorter."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One run on disk: `done` complete, `begun` has a folder; rounds so far; seconds if done."""
+    """The state of one run on disk.
+
+    Attributes:
+        done: Whether the run is complete, which means that it has a summary.
+        begun: Whether the run folder exists and holds a config.
+        rounds: Rounds recorded so far, including the evaluation before training.
+        seconds: Wall time of a complete run.
+        summary: The content of `summary.json` of a complete run.
+    """
 
     done: bool
     begun: bool
@@ -27,12 +39,13 @@ class Progress:
     summary: dict[str, Any] | None = None
 
     def share_left(self, run: PlannedRun) -> float:
-        """Part of the run that is still to do."""
+        """Return the fraction of the run's rounds that is still to do."""
+        # One more than the configured rounds: `rounds` includes the evaluation before training.
         return 0.0 if self.done else 1 - self.rounds / (run.config.federation.rounds + 1)
 
 
 def progress(run: PlannedRun) -> Progress:
-    """How far one run is."""
+    """Read the state of one run from its folder."""
     folder = run.folder
     begun = (folder / CONFIG).is_file()
     rounds = rounds_done(folder) if begun else 0
@@ -40,15 +53,16 @@ def progress(run: PlannedRun) -> Progress:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         return Progress(True, True, rounds, float(summary["wall_s"]), summary)
     except (OSError, ValueError, KeyError, TypeError):
-        # Not finished; a damaged summary is for the run itself to complain about.
+        # The run is not finished, or its summary is damaged, which the code that reads it reports.
         return Progress((folder / SUMMARY).is_file(), begun, rounds)
 
 
 def rounds_done(folder: Path) -> int:
-    """Rounds in timings.jsonl, the one before training included."""
+    """Return the number of rounds in timings.jsonl, including the evaluation before training."""
     try:
         with (folder / TIMINGS).open("rb") as stream:
             stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+            # The part after the last newline is a line that is still being written, or nothing.
             lines = stream.read().split(b"\n")[:-1]
         return int(json.loads(lines[-1])["round"]) + 1
     except (OSError, ValueError, KeyError, IndexError, TypeError):
@@ -56,11 +70,18 @@ def rounds_done(folder: Path) -> int:
 
 
 def seconds_left(planned: Sequence[PlannedRun], at_once: int) -> float | None:
-    """Expected time of what is left; None while no run of the sweep is finished.
+    """Estimate how long the unfinished part of a sweep will take.
 
-    A run is expected to take as long as finished ones of its row and grid values do on average,
-    else as long as the average of all finished ones. Runs are dealt to `at_once` places, longest
-    first.
+    A run is expected to take as long as the finished runs of its row and grid values on average, or
+    as the average of all finished runs if there are none. Runs are then assigned to places, longest
+    first, and the busiest place determines the estimate.
+
+    Args:
+        planned: The runs of the sweep, finished ones included; a board leaves out failed ones.
+        at_once: How many runs execute at the same time.
+
+    Returns:
+        Seconds, or None while no run of the sweep is finished.
     """
     found = [(run, progress(run)) for run in planned]
     times = [(run, p.seconds) for run, p in found if p.seconds is not None]

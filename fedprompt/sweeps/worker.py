@@ -1,7 +1,8 @@
-"""One run of a sweep in this process, and the Ray actor that does many of them.
+"""Executes one run of a sweep in this process, and the Ray actor that executes one after another.
 
-Ray imports this module in a bare process: what libraries read when they are loaded is set first,
-and they are imported inside the methods (see fedprompt/simulation/ray_worker.py).
+Ray imports this module in a fresh process. PyTorch and other libraries read environment variables
+when they are imported, so `set_defaults` must run first, and they are imported inside functions
+(see fedprompt/simulation/ray_worker.py).
 """
 
 from __future__ import annotations
@@ -19,29 +20,37 @@ if TYPE_CHECKING:
     from fedprompt.experiment.workspaces import ResourceCache
 
 ERROR = "error.txt"
-"""In the folder of a run that failed for another reason than bad input: the traceback."""
+"""In the folder of a run that failed for another reason than bad input: the file with the traceback."""
 LOCK_S = 60.0
-"""How long a run waits for a dying process of a killed sweep to let go of its folder."""
+"""How many seconds a run waits for the process of a killed sweep to release the run folder."""
 
 
 class Outcome(NamedTuple):
-    """How a run ended: "" or the reason why it is not complete, in one line."""
+    """How a run ended: `failure` is empty if it is complete, else the reason in one line."""
 
     failure: str
 
 
 class SweepWorker:
-    """The actor: one run at a time; backbone and data sets stay open between runs."""
+    """The Ray actor: executes one run at a time, keeping backbone and data sets open in between."""
 
     def __init__(self) -> None:
         set_defaults()
         self._opened: ResourceCache | None = None
 
     def placed(self, directory: str, marker: str) -> str:
-        """Ready, in the driver's working directory where this machine has it; its host's name.
+        """Change to the driver's working directory and check that this node sees the sweep's folder.
+
+        Args:
+            directory: The driver's working directory, so that relative paths in a config mean the
+                same files here. A node that lacks it keeps its own.
+            marker: The path of the sweep's plan, which every node must be able to read.
+
+        Returns:
+            The host name of this node.
 
         Raises:
-            FileNotFoundError: this machine does not see `marker`, the sweep's plan.
+            FileNotFoundError: The node does not see `marker`.
         """
         if os.path.isdir(directory):
             os.chdir(directory)
@@ -50,7 +59,12 @@ class SweepWorker:
         return os.uname().nodename
 
     def run(self, config: Mapping[str, Any], threads: int) -> Outcome:
-        """Run, or go on with, the run that `config` describes."""
+        """Start or continue a run.
+
+        Args:
+            config: The run's complete config as plain values.
+            threads: The number of threads with which PyTorch starts in a fresh process.
+        """
         from fedprompt.experiment.validate import validate
         from fedprompt.experiment.workspaces import ResourceCache
 
@@ -59,10 +73,16 @@ class SweepWorker:
 
 
 def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
-    """Run, or go on with, one run; nothing it raises gets out.
+    """Start or continue one run, and report any error instead of raising it.
 
-    `threads` is what a fresh process would begin with: until `simulation.threads` holds, last bits
-    depend on it.
+    Args:
+        config: The complete config, with the run folder in `output.dir`.
+        resources: Backbones and data sets that earlier runs in this process have opened.
+        threads: The number of threads with which PyTorch starts in a fresh process. Last bits
+            depend on it until `simulation.threads` takes effect.
+
+    Returns:
+        The outcome, which carries the reason if the run failed.
     """
     import gc
     from pathlib import Path
@@ -78,10 +98,12 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.sweeps.plan import without_places
 
     folder, silent = Path(str(config.output.dir)), QuietDisplay(Console(quiet=True))
+    # An earlier run in this process has set its own number of threads.
     torch.set_num_threads(threads)
     try:
         _await_folder(folder)
         if (folder / CONFIG).is_file():
+            # The folder's name holds only part of a hash, so the whole config is compared as well.
             if without_places(compose(str(folder / CONFIG))) != without_places(config):
                 raise UserError(f"{folder} holds a run with another config; remove it.")
             experiment.resume(folder, silent, resources)
@@ -92,13 +114,15 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     except Exception as error:
         return Outcome(_unexpected(error, folder))
     finally:
+        # Reference cycles of the finished run would otherwise hold its tensors during the next one.
         gc.collect()
+    # The run is complete, so the traceback of an earlier attempt is outdated.
     (folder / ERROR).unlink(missing_ok=True)
     return Outcome("")
 
 
 def _await_folder(folder: Path) -> None:
-    """Wait until no other process holds the run folder, if there is one."""
+    """Wait until no other process holds the lock of the run folder, if the folder exists."""
     from filelock import FileLock, Timeout
 
     from fedprompt.errors import UserError
@@ -112,14 +136,16 @@ def _await_folder(folder: Path) -> None:
         raise UserError(f"{folder} is in use by another process.") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}.") from None
+    # The run takes the lock itself; this was only the wait for it.
     lock.release()
 
 
 def _unexpected(error: Exception, folder: Path) -> str:
-    """The reason in one line; the traceback goes into the run folder."""
+    """Write the traceback into the run folder and return the reason in one line."""
     import contextlib
     import traceback
 
+    # The disk may be what failed; the reason is still reported then.
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ERROR).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
