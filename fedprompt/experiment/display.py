@@ -1,8 +1,10 @@
-"""What a run says while it goes on, and the tables it ends with.
+"""Progress output of a run, and the tables that it prints at the end.
 
-A terminal gets one live block (bar, loss, accuracies, traffic, time left); a file or a pipe gets
-one plain line per round in a fixed format; `quiet` gets the result only. Text from a run (names,
-paths, messages) is never read as rich markup.
+The display is called by the process that runs the rounds (the server of a simulation, or the
+operator's command in a deployment). A terminal shows one live block with a bar, loss, accuracies,
+traffic and time left; a file or a pipe gets one plain line per round in a fixed format; `quiet`
+prints the result only. Text that comes from a run (names, paths, messages) is never interpreted as
+rich markup.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ from fedprompt.reports.terminal import fields, fitted
 
 
 def summary_table(summary: Mapping[str, Any], width: int) -> Group:
-    """The last thing a run prints: its results beside the baselines, and its traffic."""
+    """Build the table that a run prints last: its results beside the baselines, and its traffic.
+
+    Args:
+        summary: The content of `summary.json`.
+        width: Width of the terminal, in characters.
+    """
     rows = result_rows(summary)
     cells = [(row.name, *_result_cells(row)) for row in rows]
     first, *others = fields(("", *_RESULT_COLUMNS), cells)
@@ -50,7 +57,7 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
 
 
 def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
-    """The tables of protocols for a terminal of `width` columns."""
+    """Lay out the tables of evaluation protocols for a terminal of `width` characters."""
     groups = []
     for table in tables:
         first, *columns = fields(table.columns, table.rows)
@@ -71,7 +78,7 @@ def _result_cells(row: ResultRow) -> tuple[str, ...]:
 
 
 def _plain(text: str) -> Text:
-    """Text that rich prints as it is: `[red]` in a name stays six characters."""
+    """Return text that rich prints unchanged: `[red]` in a name remains six characters."""
     return Text(text)
 
 
@@ -90,23 +97,33 @@ def _traffic(summary: Mapping[str, Any]) -> str:
 
 
 class Display(Protocol):
-    """What a run calls as it goes on; every call returns at once."""
+    """What a run calls to report its progress. No call blocks."""
 
     def start(self, title: str, rounds: int, first_round: int) -> None:
-        """The run begins; `first_round` > 1 when it goes on from a checkpoint."""
+        """Report that the rounds begin.
+
+        Args:
+            title: The name of the run.
+            rounds: The number of rounds of the whole run.
+            first_round: The next round; greater than 1 if the run continues from a checkpoint.
+        """
 
     def message(self, text: str) -> None:
-        """One line for the user."""
+        """Show one line to the user."""
 
     def phase(self, text: str) -> None:
-        """What the run is busy with now, e.g. `encoding images`."""
+        """Show what the run is doing now, e.g. `encoding images`."""
 
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """A round ended: its metrics line, and the expected time left in seconds.
+        """Report that a round has ended.
 
-        Traffic is shown as the total since the run began. A record may carry it as
-        `total_bytes_up` and `total_bytes_down`; else `bytes_up` and `bytes_down` of the records
-        seen so far are added up.
+        Traffic is shown as the total since the start of the run. A record may carry the total as
+        `total_bytes_up` and `total_bytes_down`; otherwise `bytes_up` and `bytes_down` of the
+        records seen so far are added up.
+
+        Args:
+            record: The round's line of `metrics.jsonl`.
+            eta_s: The expected time left in seconds, None if it is not known yet.
         """
 
     def finish(
@@ -115,18 +132,23 @@ class Display(Protocol):
         run_dir: Path | str | None = None,
         tables: Sequence[Table] = (),
     ) -> None:
-        """The run is complete: its summary table, the tables of its protocols, then its folder.
+        """Report that the run is complete: show its results, then its folder.
 
-        The tables are passed in, since making them needs the protocols and thus PyTorch. A display
-        is shown before PyTorch is imported.
+        The tables are arguments because building them requires the protocols and thus PyTorch,
+        while a display is shown before PyTorch is imported.
+
+        Args:
+            summary: The content of `summary.json`.
+            run_dir: The run folder to name; None names none.
+            tables: The tables of the run's evaluation protocols.
         """
 
     def close(self) -> None:
-        """Give the terminal back; safe to call twice, and after an error."""
+        """Release the terminal. It is safe to call this twice and after an error."""
 
 
 class _Traffic:
-    """Bytes since the run began."""
+    """Bytes sent up and down since the start of the run."""
 
     def __init__(self) -> None:
         self.up = self.down = 0
@@ -143,7 +165,7 @@ def _label(record: Mapping[str, Any]) -> str:
 def _fields(
     record: Mapping[str, Any], traffic: _Traffic, eta_s: float | None
 ) -> Iterator[tuple[str, str]]:
-    """Name and value of everything shown for one round, in the order shown."""
+    """Yield the name and the value of everything that is shown for one round, in display order."""
     loss = (record.get("train") or {}).get("loss")
     yield "loss", MISSING if loss is None else f"{loss:.3f}"
     yield "global", percent((record.get("global") or {}).get("accuracy"))
@@ -167,12 +189,12 @@ def _print_summary(
     for table in protocol_tables(tables, console.width):
         console.print(table)
     if run_dir is not None:
-        # Not in the table's caption: there it would be broken over lines and hard to copy.
+        # Not in the table's caption, where it would be wrapped and hard to copy.
         console.print(_plain(f"run folder: {run_dir}"), soft_wrap=True)
 
 
 class PlainDisplay:
-    """One line per round, for files, pipes and logs.
+    """Prints one line per round, for files, pipes and logs.
 
     `round 3/10  loss 1.234  global 61.2 %  personal 78.9 %  up 80.0 KiB  down 80.0 KiB  left 0:12`
     """
@@ -183,7 +205,7 @@ class PlainDisplay:
         self._rounds = 0
 
     def start(self, title: str, rounds: int, first_round: int) -> None:
-        """Print the title and the number of rounds to go."""
+        """Print the title and the number of rounds."""
         self._traffic, self._rounds = _Traffic(), rounds
         resumed = f", going on from round {first_round}" if first_round > 1 else ""
         self._print(f"{title}: {rounds} rounds{resumed}")
@@ -197,7 +219,7 @@ class PlainDisplay:
         self._print(f"{text} ...")
 
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """Print the round's line."""
+        """Print one line for the round."""
         self._traffic.add(record)
         fields = (f"{name} {value}" for name, value in _fields(record, self._traffic, eta_s))
         self._print("  ".join((f"{_label(record)} {record['round']}/{self._rounds}", *fields)))
@@ -208,20 +230,21 @@ class PlainDisplay:
         run_dir: Path | str | None = None,
         tables: Sequence[Table] = (),
     ) -> None:
-        """Print the summary table."""
+        """Print the summary table, the tables of protocols and the run folder."""
         _print_summary(self._console, summary, run_dir, tables)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing, since this display does not change the terminal."""
 
     def _print(self, text: str) -> None:
-        # soft_wrap: a line of the log stays one line, however narrow rich thinks the file is.
+        # soft_wrap: a line of the log stays one line, whatever width rich assumes for the file.
         self._console.print(_plain(text), soft_wrap=True)
+        # A pipe or file is buffered in blocks; without this, a followed log would lag behind.
         self._console.file.flush()
 
 
 class RichDisplay:
-    """One live block in a terminal: a bar with the round, and the last round's numbers."""
+    """Shows one live block in a terminal: a bar over the rounds, and the last round's numbers."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -234,7 +257,7 @@ class RichDisplay:
             console=self._console,
             expand=True,
         )
-        # Without a total the bar pulses: that is what a phase before the first round looks like.
+        # Without a total the bar pulses, which is how a phase before the first round looks.
         self._task = self._progress.add_task("", total=None, count="")
         self._live: Live | None = None
         self._rounds = 0
@@ -255,7 +278,7 @@ class RichDisplay:
         self._open().refresh()
 
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """Move the bar and show the round's numbers; a dash where it was not evaluated."""
+        """Advance the bar and show the round's numbers, with a dash for what was not evaluated."""
         self._traffic.add(record)
         numbers = Text("  ")
         for name, value in _fields(record, self._traffic, eta_s):
@@ -270,7 +293,7 @@ class RichDisplay:
         run_dir: Path | str | None = None,
         tables: Sequence[Table] = (),
     ) -> None:
-        """Close the live block and print the summary table."""
+        """Close the live block; print the summary table, the tables of protocols and the run folder."""
         self.close()
         _print_summary(self._console, summary, run_dir, tables)
 
@@ -301,22 +324,22 @@ class RichDisplay:
 
 
 class QuietDisplay:
-    """Says nothing until the run is complete, then prints its result."""
+    """Prints nothing until the run is complete, then its result."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
 
     def start(self, title: str, rounds: int, first_round: int) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def message(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def phase(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def finish(
         self,
@@ -324,21 +347,28 @@ class QuietDisplay:
         run_dir: Path | str | None = None,
         tables: Sequence[Table] = (),
     ) -> None:
-        """Print the summary table."""
+        """Print the summary table, the tables of protocols and the run folder."""
         _print_summary(self._console, summary, run_dir, tables)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing, since this display does not change the terminal."""
 
 
 def make_display(quiet: bool = False) -> Display:
-    """A live display in a terminal, plain lines in a file or pipe, the result when `quiet`."""
+    """Create the display that suits stdout.
+
+    Args:
+        quiet: Whether to print the result only.
+
+    Returns:
+        A live display for a terminal, plain lines for a file or pipe.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # An ASCII-only stdout must not end a run at its summary, for want of a `±`.
+        # An ASCII-only stdout must not end a run with an encoding error at the `±` of its summary.
         sys.stdout.reconfigure(errors="replace")
     if quiet:
         return QuietDisplay()
     console = Console(highlight=False)
-    # isatty, not console.is_terminal: FORCE_COLOR makes rich take a pipe for a terminal.
+    # isatty, not console.is_terminal: with FORCE_COLOR set, rich takes a pipe for a terminal.
     live = sys.stdout.isatty() and not console.is_dumb_terminal
     return RichDisplay(console) if live else PlainDisplay()

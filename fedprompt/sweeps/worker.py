@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedprompt.experiment.workspaces import ResourceCache
 
 ERROR = "error.txt"
-"""In the folder of a run that failed for another reason than bad input: the file with the traceback."""
+"""The file with the traceback, in the folder of a run that failed unexpectedly."""
 LOCK_S = 60.0
 """How many seconds a run waits for the process of a killed sweep to release the run folder."""
 
@@ -39,7 +39,7 @@ class SweepWorker:
         self._opened: ResourceCache | None = None
 
     def placed(self, directory: str, marker: str) -> str:
-        """Change to the driver's working directory and check that this node sees the sweep's folder.
+        """Change to the driver's working directory and check that this node sees the sweep's files.
 
         Args:
             directory: The driver's working directory, so that relative paths in a config mean the

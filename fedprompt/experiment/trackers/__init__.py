@@ -1,7 +1,8 @@
-"""Trackers that a run also reports to: `output.loggers=[tensorboard, mlflow, wandb]`.
+"""Experiment trackers to which a run also reports: `output.loggers=[tensorboard, mlflow, wandb]`.
 
-Each is an optional extra (`pip install 'fedprompt[mlflow]'`). A tracker that fails while a run goes
-on never ends it: it gets what it lacks when the run ends, or when the run is resumed.
+They are written by the process that runs the rounds, one point after each round. Each tracker is an
+optional extra (`pip install 'fedprompt[mlflow]'`). A tracker that fails during a run never stops
+the run: it receives what it lacks when the run ends, or when the run is resumed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ __all__ = ["LOGGERS", "Loggers", "check_installed", "check_names"]
 log = logging.getLogger("fedprompt.loggers")
 
 LOGGERS = {"mlflow": "MLflow", "tensorboard": "TensorBoard", "wandb": "WandB"}
-"""Name in a config, which is also the module of this package and the extra: its class."""
+"""Class of each tracker by its name, which is also its module in this package and its extra."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse unknown and repeated names; raises `UserError` with the nearest name."""
+    """Refuse unknown and repeated names.
+
+    Raises:
+        UserError: A name is unknown (the message suggests the nearest one) or is listed twice.
+    """
     for name in names:
         if name not in LOGGERS:
             hint = did_you_mean(name, list(LOGGERS))
@@ -35,10 +40,13 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuse to begin what could not be logged.
+    """Check before a run starts that the packages of its trackers are installed.
+
+    Args:
+        names: Names of trackers, as in `output.loggers`.
 
     Raises:
-        UserError: a tracker's package is missing; the message has the command that installs it.
+        UserError: A package is missing; the message contains the command that installs it.
     """
     missing = [name for name in names if not is_installed(name)]
     if missing:
@@ -50,13 +58,20 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a package can be imported; a mere folder of that name cannot."""
+    """Return whether a package can be imported, not counting a mere folder of that name."""
     found = importlib.util.find_spec(module)
+    # A folder without `__init__.py`, e.g. the `wandb/` in which W&B puts its files, is a namespace
+    # package to Python, which has no origin.
     return found is not None and found.origin is not None
 
 
 class Loggers:
-    """The loggers of one run. After `open` no error of a tracker leaves these methods."""
+    """All trackers of one run. Once they are open, no error of a tracker leaves these methods.
+
+    Args:
+        config: The run's config, whose `output.loggers` names the trackers.
+        folder: The run folder.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config, self._folder = config, folder
@@ -65,10 +80,10 @@ class Loggers:
         self._behind: set[str] = set()
 
     def open(self) -> None:
-        """Open every log, that of an earlier start where there is one.
+        """Open the log of every tracker, continuing the log of an earlier start of the run.
 
         Raises:
-            UserError: a log cannot be opened (no login, no server, no right to write).
+            UserError: A log cannot be opened, e.g. without a login, a server or write permission.
         """
         check_installed(self._config.output.loggers)
         for name in self._config.output.loggers:
@@ -85,14 +100,25 @@ class Loggers:
                 ) from None
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """Log one metrics line, but for what a log holds already."""
+        """Log one metrics line.
+
+        Args:
+            line: A line of `metrics.jsonl`. Numbers that a log already contains are skipped.
+        """
         point = Point.of(line, self._rounds)
         for logger in self._open:
+            # After a failure a log waits for `finish`: W&B's log only counts the lines it has
+            # taken, so a later line would hide that an earlier one is missing.
             if logger.name not in self._behind:
                 self._try(logger, lambda logger=logger: logger.add(point))  # type: ignore[misc]
 
     def finish(self, summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
-        """The run is complete: what a log still lacks of `lines`, then the summary's numbers."""
+        """Complete the logs at the end of the run.
+
+        Args:
+            summary: The run's summary, whose numbers are logged as `final/...`.
+            lines: All metrics lines of the run, of which each log receives those that it lacks.
+        """
         points = [Point.of(line, self._rounds) for line in lines]
         final = numbers(summary)
 
@@ -105,7 +131,7 @@ class Loggers:
             self._try(logger, lambda logger=logger: complete(logger))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Close what is open; safe to call twice."""
+        """Close all open logs. It is safe to call this twice."""
         while self._open:
             logger = self._open.pop()
             self._try(logger, logger.close)

@@ -1,8 +1,8 @@
-"""What an experiment tracker is to a run: something that takes numbers per round, once each.
+"""The interface of an experiment tracker: it takes numbers per round, each of them once.
 
-`metrics.jsonl` stays the record; a tracker is a copy of it for those who look at runs there. A
-resumed run goes on in the same log: rounds that are trained again have bitwise the same numbers, so
-a tracker is given only what it does not hold yet, and no point is in it twice.
+`metrics.jsonl` remains the record of a run; a tracker holds a copy for people who look at runs
+there. A resumed run continues the same log. Rounds that are trained again give bitwise the same
+numbers, so a tracker is given only what it does not contain yet, and no point is logged twice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from typing import Any, ClassVar
 from fedprompt.config.schema import Config, to_dict
 
 NOT_METRICS = frozenset({"kind", "round", "environment", "shared", "private", "seed"})
-"""Keys of metrics lines and summaries that are no measurement."""
+"""Keys of metrics lines and summaries whose values are not measurements."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One metrics line: its round, its place in the order of all lines, its numbers by name."""
+    """One metrics line.
+
+    Attributes:
+        server_round: Its round.
+        place: Its index among all lines of the run; local-only lines follow those of the rounds.
+        metrics: Its numbers by name, e.g. `global/accuracy`.
+    """
 
     server_round: int
     place: int
@@ -30,18 +36,25 @@ class Point:
 
     @classmethod
     def of(cls, line: Mapping[str, Any], rounds: int) -> Point:
-        """Of a line of `metrics.jsonl`; local-only lines come after those of all `rounds`."""
+        """Create the point of a metrics line.
+
+        Args:
+            line: A line of `metrics.jsonl`.
+            rounds: The number of rounds of the run, after which local-only lines are placed.
+        """
         alone = line.get("kind") == "local_only"
         server_round = int(line["round"])
         return cls(
             server_round=server_round,
+            # Rounds are numbered from 0, the evaluation before training, so there are `rounds + 1`
+            # lines.
             place=server_round + (rounds + 1 if alone else 0),
             metrics=numbers(line, "local_only/" if alone else ""),
         )
 
 
 class RunLogger(ABC):
-    """One tracker's log of one run. Any error of the tracker may leave these methods."""
+    """One tracker's log of one run. Its methods may raise any error; `Loggers` catches them."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
@@ -49,32 +62,46 @@ class RunLogger(ABC):
 
     @abstractmethod
     def __init__(self, folder: Path, config: Config) -> None:
-        """Open the log of the run in `folder`, or the one that an earlier start has begun."""
+        """Open the log of a run, or continue the log that an earlier start has begun.
+
+        Args:
+            folder: The run folder.
+            config: The run's complete config, which is logged as well.
+        """
 
     @abstractmethod
     def add(self, point: Point) -> None:
-        """Write what the log lacks of this point, durably."""
+        """Write what the log lacks of this point, so that it survives a crash afterwards."""
 
     @abstractmethod
     def finish(self, summary: Mapping[str, float]) -> None:
-        """Write the final numbers, named `final/...`, and say that the run is complete."""
+        """Write the final numbers and mark the run as complete.
+
+        Args:
+            summary: Numbers by name; they are logged as `final/<name>`.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the log; it is incomplete unless `finish` was called."""
+        """Release the log. It stays marked as incomplete unless `finish` was called."""
 
 
 class SteppedLogger(RunLogger):
-    """A tracker that can be asked which rounds of which metric it holds."""
+    """A tracker that can report which rounds of which metric it already contains."""
 
     _seen: dict[str, set[int]]
 
     @abstractmethod
     def write(self, metrics: Mapping[str, float], server_round: int) -> None:
-        """Write these numbers, none of which the log holds, durably."""
+        """Write numbers that the log does not contain yet, so that they survive a crash afterwards.
+
+        Args:
+            metrics: Numbers by name.
+            server_round: The round they belong to, which is the tracker's step.
+        """
 
     def add(self, point: Point) -> None:
-        """Write the numbers that the log has no point of this round for."""
+        """Write those numbers of the point that the log does not contain for its round."""
         new = {
             name: value
             for name, value in point.metrics.items()
@@ -82,12 +109,21 @@ class SteppedLogger(RunLogger):
         }
         if new:
             self.write(new, point.server_round)
+        # Recorded only after the write: if it fails, `Loggers.finish` writes these numbers again.
         for name in new:
             self._seen[name].add(point.server_round)
 
 
 def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Finite numbers at any depth as `{"global/accuracy": 0.61, ...}`; lists are left out."""
+    """Collect the finite numbers of a nested record.
+
+    Args:
+        record: A metrics line or a summary. Lists, booleans and `NOT_METRICS` are left out.
+        prefix: What every name begins with.
+
+    Returns:
+        Numbers by path, e.g. `{"global/accuracy": 0.61, ...}`.
+    """
     found: dict[str, float] = {}
 
     def walk(holder: Mapping[str, Any], path: str) -> None:
@@ -103,7 +139,7 @@ def numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def parameters(config: Config) -> dict[str, str | float | bool]:
-    """The complete config as flat parameters: `{"training.lr": 0.002, ...}`."""
+    """Return the complete config as flat parameters, e.g. `{"training.lr": 0.002, ...}`."""
     flat: dict[str, str | float | bool] = {}
 
     def walk(holder: Mapping[str, Any], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""MLflow: one MLflow run per run, in the experiment of the same name.
+"""MLflow: one MLflow run for each of our runs, in the MLflow experiment of the same name.
 
 The store is the one that `MLFLOW_TRACKING_URI` names, else the SQLite file `mlflow.db` beside the
 run folder (`mlflow ui --backend-store-uri sqlite:///runs/mlflow.db`).
@@ -27,27 +27,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AT_ONCE = 100
-"""Parameters or metrics that a server takes in one request."""
+"""Maximum number of parameters or metrics in one request to a server."""
 LONGEST = 500
-"""Characters of a parameter that every MLflow keeps."""
+"""Length that every version of MLflow accepts for a parameter's value, in characters."""
 
 
 class MLflow(SteppedLogger):
-    """Metrics per round, the config as parameters, the summary as metrics at the last round."""
+    """Metrics per round, the config as parameters, the summary as metrics of the last round."""
 
     name: ClassVar[str] = "mlflow"
     needs: ClassVar[tuple[str, ...]] = ("mlflow",)
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._config, self._finished = config, False
-        # Runs that start at once would make the tables and the experiment twice.
+        # Without the lock, runs that start together would create the tables and the experiment
+        # twice.
         with FileLock(folder.parent / ".mlflow.lock"):
             self._client = _client(folder)
             self._run, begun = self._open(folder)
         self._seen = self._held() if begun else {}
 
     def _open(self, folder: Path) -> tuple[str, bool]:
-        """The MLflow run's id, and whether an earlier start had begun it."""
+        """Return the id of the MLflow run, and whether an earlier start had already created it."""
         from mlflow.exceptions import MlflowException
 
         known = read_state(folder, self.name).get("run")
@@ -56,17 +57,20 @@ class MLflow(SteppedLogger):
                 self._client.update_run(known, status="RUNNING")
                 return known, True
             except MlflowException as error:
+                # The MLflow run was deleted by the user, or the store is another one: start a new
+                # log.
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         found = self._client.get_experiment_by_name(self._config.experiment)
         experiment = found.experiment_id if found else self._new_experiment(folder)
         run: str = self._client.create_run(experiment, run_name=folder.name).info.run_id
         self._log_parameters(run)
+        # Stored last: after an earlier crash, the next start creates a complete log instead.
         write_state(folder, self.name, {"run": run})
         return run, False
 
     def _new_experiment(self, folder: Path) -> str:
-        # Without a server MLflow would put artifacts below the current folder.
+        # Without a server, MLflow would store artifacts below the working directory.
         local = "MLFLOW_TRACKING_URI" not in os.environ
         place = (folder.parent / "mlartifacts").resolve().as_uri() if local else None
         made: str = self._client.create_experiment(self._config.experiment, place)
@@ -80,6 +84,7 @@ class MLflow(SteppedLogger):
             self._client.log_batch(run, params=some)
 
     def _held(self) -> dict[str, set[int]]:
+        """Return which rounds of which metric the MLflow run already contains."""
         names = self._client.get_run(self._run).data.metrics
         return {
             name: {m.step for m in self._client.get_metric_history(self._run, name)}
@@ -87,7 +92,7 @@ class MLflow(SteppedLogger):
         }
 
     def write(self, metrics: Mapping[str, float], server_round: int) -> None:
-        """One point per metric."""
+        """Write one point per metric."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -96,12 +101,13 @@ class MLflow(SteppedLogger):
             self._client.log_batch(self._run, metrics=some)
 
     def add(self, point: Point) -> None:
-        """As the base class; MLflow allows few characters in a name."""
+        """Write what the log lacks of the point, under names that MLflow accepts."""
         allowed = {_allowed(name): value for name, value in point.metrics.items()}
+        # Renamed before the comparison, because the store returns the renamed metrics.
         super().add(replace(point, metrics=allowed))
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        """The summary as metrics at the last round; the run is FINISHED."""
+        """Write the summary as metrics of the last round and mark the run as FINISHED."""
         final = {f"final/{name}": value for name, value in summary.items()}
         rounds = self._config.federation.rounds
         self.add(Point(rounds, rounds, final))
@@ -109,7 +115,7 @@ class MLflow(SteppedLogger):
         self._finished = True
 
     def close(self) -> None:
-        """An unfinished run is KILLED until it is resumed."""
+        """Mark an unfinished run as KILLED until it is resumed."""
         if not self._finished:
             self._client.set_terminated(self._run, "KILLED")
 
@@ -117,7 +123,7 @@ class MLflow(SteppedLogger):
 def _client(folder: Path) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
-    # It sets its levels when it is imported, and would tell of every table it makes.
+    # MLflow sets its logging levels when it is imported, and would log every table it creates.
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for chatty in ("mlflow", "alembic"):
             logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What loggers remember in a run's folder, so that a resumed run finds its own log again."""
+"""What trackers store in the run folder, so that a resumed run finds its log again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ STATE = "loggers.json"
 
 
 def read_state(folder: Path, logger: str) -> dict[str, Any]:
-    """What `write_state` kept for this logger; empty at a run's start.
+    """Read what `write_state` has stored for a tracker.
+
+    Args:
+        folder: The run folder.
+        logger: The name of the tracker.
+
+    Returns:
+        The stored value, which is empty at the start of a run.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     value = _read(folder).get(logger, {})
     if not isinstance(value, dict):
@@ -25,7 +32,16 @@ def read_state(folder: Path, logger: str) -> dict[str, Any]:
 
 
 def write_state(folder: Path, logger: str, value: dict[str, Any]) -> None:
-    """Keep this logger's value, beside those of others."""
+    """Store a value for a tracker and keep those of the other trackers.
+
+    Args:
+        folder: The run folder.
+        logger: The name of the tracker.
+        value: What `read_state` will return; it must be JSON.
+
+    Raises:
+        UserError: The present file is damaged.
+    """
     state = _read(folder) | {logger: value}
     write_bytes(folder / STATE, f"{json.dumps(state, indent=2)}\n".encode())
 

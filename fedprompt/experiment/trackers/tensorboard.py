@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder. `tensorboard --logdir runs` shows all runs."""
+"""TensorBoard: event files in the run folder. `tensorboard --logdir runs` shows all runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoard(SteppedLogger):
-    """Scalars per round, the config as text and, at the end, as hyper-parameters."""
+    """Scalars per round; the config as text and, at the end of the run, as hyper-parameters."""
 
     name: ClassVar[str] = "tensorboard"
     needs: ClassVar[tuple[str, ...]] = ("tensorboard",)
@@ -28,6 +28,7 @@ class TensorBoard(SteppedLogger):
         self._seen = {}
         begun = path.is_dir() and any(path.iterdir())
         if begun:
+            # Size 0 loads all scalars; by default the accumulator keeps a random sample of them.
             held = EventAccumulator(str(path), size_guidance={"scalars": 0})
             held.Reload()
             for tag in held.Tags()["scalars"]:
@@ -39,20 +40,22 @@ class TensorBoard(SteppedLogger):
             self._writer.flush()
 
     def write(self, metrics: Mapping[str, float], server_round: int) -> None:
-        """One scalar per metric."""
+        """Write one scalar per metric."""
         now = time.time()
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, server_round, now)
         self._writer.flush()
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        """The summary as scalars at the last round, and a line in the HPARAMS tab."""
+        """Write the summary as scalars of the last round, and a line in the HPARAMS tab."""
         from torch.utils.tensorboard.summary import hparams
 
         final = {f"final/{name}": value for name, value in summary.items()}
         rounds = self._config.federation.rounds
         if not set(final) <= set(self._seen):
             self.add(Point(rounds, rounds, final))
+            # `SummaryWriter.add_hparams` would write the line into another folder, as a run of its
+            # own.
             for part in hparams(parameters(self._config), final):
                 self._writer._get_file_writer().add_summary(part)
         self._writer.flush()

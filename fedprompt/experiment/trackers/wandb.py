@@ -1,8 +1,8 @@
-"""Weights & Biases: one W&B run per run, in the project `fedprompt` or the one of `WANDB_PROJECT`.
+"""Weights & Biases: one W&B run for each of our runs, in the project `fedprompt`.
 
-Whether it is online is W&B's own business (`wandb login`, `WANDB_MODE=offline`); its files lie in
-the run's folder. W&B cannot be asked offline what it holds, so the run's folder keeps how far its
-log has come.
+`WANDB_PROJECT` selects another project. W&B itself decides whether it is online (`wandb login`,
+`WANDB_MODE=offline`); its files are in the run folder. An offline W&B run cannot be asked what it
+contains, so the run folder records how many lines have been logged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedprompt.experiment.trackers.state import read_state, write_state
 
 
 class WandB(RunLogger):
-    """A row per metrics line, drawn over `round`; the config; the summary."""
+    """One row per metrics line, plotted over `round`; the config; the summary."""
 
     name: ClassVar[str] = "wandb"
     needs: ClassVar[tuple[str, ...]] = ("wandb",)
@@ -39,14 +39,16 @@ class WandB(RunLogger):
             resume="allow",
             dir=str(folder),
             config=to_dict(config),
+            # Otherwise W&B captures stdout and stderr, and with them the progress display.
             settings=wandb.Settings(console="off"),
         )
+        # W&B's step is the index of a line, so charts need the round as their horizontal axis.
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
         self._keep()
 
     def add(self, point: Point) -> None:
-        """One row; W&B's step is the line's place, which only grows."""
+        """Log one row. W&B's step must increase, so it is the point's place, not its round."""
         if point.place < self._next:
             return
         self._run.log({"round": point.server_round, **point.metrics}, step=point.place, commit=True)
@@ -54,12 +56,12 @@ class WandB(RunLogger):
         self._keep()
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        """The summary's numbers as W&B's own summary."""
+        """Write the numbers of the summary into W&B's own summary."""
         self._run.summary.update({f"final/{name}": value for name, value in summary.items()})
         self._finished = True
 
     def close(self) -> None:
-        """End the W&B run; with exit code 1 where it was not finished."""
+        """End the W&B run, with exit code 1 if it was not finished."""
         self._run.finish(exit_code=0 if self._finished else 1)
 
     def _keep(self) -> None:
