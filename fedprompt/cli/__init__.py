@@ -1,1 +1,1 @@
-"""The command line."""
+"""The `fedprompt` command, with one module per group of subcommands."""

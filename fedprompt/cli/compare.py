@@ -30,6 +30,7 @@ FORMS: dict[str, Callable[[Comparison], str]] = {
     "csv": comma_separated,
     "latex": latex,
 }
+"""Formats of the table other than the terminal's."""
 SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex"}
 
 
@@ -47,17 +48,17 @@ def compare_command(
     """Print the table of a comparison, and write tables and figures if a folder is given.
 
     Args:
-        paths: run folders, or folders of sweeps.
-        metrics: the columns, separated by commas; None = those that the runs have.
-        form: `terminal`, or one of `FORMS`.
-        test: the significance test: `t`, `wilcoxon` or `none`.
-        where: settings `KEY=VALUE` that a run must have to be compared.
-        heat: two settings whose combinations a heat map shows.
-        out: the folder for tables and figures.
-        protocol: the protocol whose own comparison is printed instead.
+        paths: Run folders, or folders of sweeps.
+        metrics: The columns, separated by commas; None selects those that the runs have.
+        form: `terminal`, or a key of `FORMS`.
+        test: The significance test: `t`, `wilcoxon` or `none`.
+        where: Settings `KEY=VALUE` that a run must have to be compared.
+        heat: Two settings whose combinations a heat map shows.
+        out: The folder for tables and figures.
+        protocol: The protocol whose own comparison is printed instead.
 
     Raises:
-        UserError: an option is not right, or there is no finished run to compare.
+        UserError: An option is invalid, or there is no finished run to compare.
     """
     _check(form, ["terminal", *FORMS], "--format")
     _check(test, ["t", "wilcoxon", "none"], "--test")
@@ -74,6 +75,7 @@ def compare_command(
         console.print(terminal(table, console.width, bold=console.is_terminal))
     else:
         sys.stdout.write(FORMS[form](table))
+    # On stderr, so that a table piped into a file contains nothing else.
     for note in loaded.notes:
         sys.stderr.write(f"{note}\n")
     if out is not None:
@@ -82,7 +84,12 @@ def compare_command(
 
 
 def print_sweep(folder: Path, console: Console) -> None:
-    """Print the table of the finished runs of a sweep."""
+    """Print the table of a sweep's finished runs.
+
+    Args:
+        folder: The folder of the sweep.
+        console: Where to print.
+    """
     rows = load_rows([folder]).rows
     table = compare_rows(rows, choose(None, rows))
     console.print(terminal(table, console.width, bold=console.is_terminal))
@@ -95,10 +102,20 @@ def write_all(
     heat: tuple[str, str] | None,
     columns: Sequence[Metric],
 ) -> list[Path]:
-    """Write the table in three forms, and every figure that there is data for.
+    """Write the table in three formats, and every figure that there is data for.
+
+    Args:
+        out: The folder, which is created if necessary.
+        table: The comparison.
+        rows: Its rows, for the figures.
+        heat: Two settings for a heat map; None for no map.
+        columns: The metrics of the table; the map shows personalised accuracy if it is one of them.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        UserError: the folder cannot be written, or no heat map can be drawn.
+        UserError: The folder cannot be written, or no heat map can be drawn.
     """
     figures = comparison_figures(rows)
     if heat is not None:
@@ -118,7 +135,7 @@ def write_all(
 
 
 def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
-    """Print, and write, the comparison that a protocol itself makes of single runs."""
+    """Print and write the comparison that a protocol itself makes of single runs."""
     from fedprompt.evaluation.registry import compare_runs
 
     runs = [run for row in loaded.rows for run in row.runs.values()]

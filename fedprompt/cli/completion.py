@@ -1,9 +1,10 @@
 """What the shell offers when Tab is pressed (`fedprompt --install-completion`).
 
-Bash breaks words at `=`: for `method=pr` it asks to complete `pr` alone, and `method` and `=` come
-before it as words of their own. Zsh and fish ask to complete the whole word.
+Bash breaks words at `=`: for `method=pr` it asks to complete `pr` alone, with `method` and `=` as
+separate words before it. Zsh and fish ask to complete the whole word.
 
-The shell waits for every answer, so nothing here imports PyTorch, Flower or Ray.
+The shell starts a new process at every Tab and waits for its answer, so nothing here imports
+PyTorch, Flower or Ray.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ SHELLS = ("bash", "zsh", "fish", "powershell", "pwsh")
 class CompletionGroup(TyperGroup):
     """A command whose `--install-completion` and `--show-completion` take the name of a shell.
 
-    Typer looks for a shell among the ancestors of the process. It finds none under nohup, in a
-    container's entry point or on a CI runner, so here the shell is named, or read from $SHELL.
+    Typer looks for a shell among the ancestors of the process. There is none under nohup, in a
+    container's entry point or on a CI runner, so the shell is named here, or read from $SHELL.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Answer the two options; leave everything else to Typer."""
+        """Answer the two options, and leave everything else to Typer."""
         if args[:1] == ["--show-completion"]:
             shell = _shell(args)
             click.echo(
@@ -92,16 +93,17 @@ def complete_override(ctx: typer.Context, incomplete: str) -> Offers:
     if equals:
         return [f"{key}={offer}" for offer in _starting(values_of(key), value)]
     before = [str(word) for word in ctx.params.get("overrides") or []]
+    # Bash has split `key=value` into three words, and asks for the last one only.
     if len(before) > 1 and before[-1] == "=":
         return _starting(values_of(before[-2]), incomplete)
     return _starting([f"{key}=" for key in keys(incomplete)], incomplete)
 
 
 def keys(incomplete: str) -> Offers:
-    """The config keys that may continue an incomplete one.
+    """Return the config keys that may continue an incomplete one.
 
     Args:
-        incomplete: what has been typed so far. Before its first dot, keys of all sections are
+        incomplete: What has been typed so far. Before its first dot, keys of all sections are
             offered, together with the groups that a name selects.
     """
     from fedprompt.config.schema import SECTIONS, Config
@@ -119,7 +121,7 @@ def keys(incomplete: str) -> Offers:
 
 
 def values_of(key: str) -> Offers:
-    """The values that a key may be set to if they are names or a fixed choice; else nothing."""
+    """Return the values of a key if they are names or a fixed choice, else an empty list."""
     from fedprompt.config.schema import SECTIONS
     from fedprompt.data.sources.registry import SOURCES, key_types
     from fedprompt.experiment.groups import GROUPS
@@ -139,7 +141,7 @@ def values_of(key: str) -> Offers:
 
 
 def _choices(group: str) -> Offers:
-    """Names of a group; none in a damaged installation, which the command itself reports."""
+    """Return the names of a group; none in a damaged installation, which the command reports."""
     from fedprompt.experiment.groups import choices
 
     try:

@@ -1,4 +1,4 @@
-"""The `fedprompt data` commands: the catalogue, partitions, contact sheets."""
+"""The `fedprompt data` commands: the catalogue, partitions and contact sheets."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedprompt.data.partition import Partition
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+"""Print text as it is: paths may contain brackets, and a copied line must not be wrapped."""
 data_app = typer.Typer(help="Inspect data sets and partitions.", no_args_is_help=True)
 
 Overrides = Annotated[
@@ -67,7 +68,13 @@ def list_datasets() -> None:
 
 
 def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
-    """Data sets of one kind, one row each; licences only if the terminal is wide enough."""
+    """Lay out data sets of one kind, one row each.
+
+    Args:
+        kind: The kind, which is the title.
+        entries: The entries of the catalogue.
+        width: Width of the terminal, in characters; licences are shown if it is at least 110.
+    """
     rows = []
     for entry in entries:
         hub = "-" if entry.hub is None else "yes" if entry.hub.verified else "?"
@@ -220,7 +227,7 @@ def sheet(
 
 
 def _dealt(config: Config) -> tuple[ImageDataset, Partition]:
-    """The data set, without what a protocol holds out, and its partition, as in a run."""
+    """Return the data set, without what a protocol holds out, and its partition, as in a run."""
     from fedprompt.data import open_dataset
     from fedprompt.data.cache_files import default_cache_dir
     from fedprompt.experiment.workspaces import deal

@@ -1,4 +1,7 @@
-"""Views of data sets: the table of a partition for the terminal, and a contact sheet."""
+"""Views of data sets: the table of a partition for the terminal, and a contact sheet.
+
+Shapes: K clients, C classes, D domains, N images.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,21 @@ from fedprompt.data.partition import dense
 from fedprompt.reports.terminal import fields, fitted
 
 CLIENTS_SHOWN = 30
+"""Maximum number of clients in the table."""
 TILE, COLUMNS, LABEL = 96, 8, 150
+"""Size of an image in pixels, images per row, and pixels for the name of a class."""
 
 
 def partition_table(name: str, description: Mapping[str, Any], width: int) -> Group:
-    """One row per client: training and test images, classes held, the largest class.
+    """Lay out one row per client: training and test images, classes held, the largest class.
 
-    Domains and missing labels have a column if the data set has several domains, or if there are
+    There is a column of domains if the data set has several, and a column of labels if there are
     clients without labels.
+
+    Args:
+        name: The name of the data set.
+        description: The content of `partition.json`.
+        width: Width of the terminal, in characters.
     """
     classes = description["class_names"]
     train_KC = dense(description["train_counts"], len(classes))
@@ -59,13 +69,13 @@ def partition_table(name: str, description: Mapping[str, Any], width: int) -> Gr
 
 
 def _domains(row_D: NDArray[np.int64], names: Sequence[str]) -> str:
-    """The name of a client's only domain, or the number of its domains."""
+    """Return the name of a client's only domain, or the number of its domains."""
     held = np.flatnonzero(row_D)
     return names[held[0]] if len(held) == 1 else str(len(held))
 
 
 def contact_sheet(dataset: ImageDataset) -> Image.Image:
-    """A picture with one row per class and `COLUMNS` images spread evenly over its domains."""
+    """Draw one row per class with `COLUMNS` images spread evenly over its domains."""
     rows = len(dataset.class_names)
     sheet = Image.new("RGB", (LABEL + COLUMNS * (TILE + 2), rows * (TILE + 2)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -73,6 +83,8 @@ def contact_sheet(dataset: ImageDataset) -> Image.Image:
         top = c * (TILE + 2)
         draw.text((4, top + TILE // 2 - 6), name[:24], fill="black")
         members = np.flatnonzero(dataset.labels_N == c)
+        # A stable sort keeps the images of a domain in their order, so the sheet is the same every
+        # time.
         members = members[np.argsort(dataset.domains_N[members], kind="stable")]
         picks = np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)
         for column, i in enumerate(members[picks]):

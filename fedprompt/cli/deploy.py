@@ -1,4 +1,4 @@
-"""`fedprompt deploy`: commands for a federation of real machines, see docs/deployment.md."""
+"""`fedprompt deploy`: commands for a federation of real machines (see docs/deployment.md)."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def node(
         "device": device, "threads": threads,
         "require-secure-aggregation": require_secure_aggregation, "require-noise": require_noise,
     }  # fmt: skip
-    # Checked here as well as on the node's first message, so that a mistake is reported now.
+    # Also checked on the node's first message; checking here reports a mistake at the start.
     given = {k: v for k, v in settings.items() if v is not None}
     read_node_settings({"partition-id": node_folder.client, **given})
     run_node(replace(node_folder, server=superlink or node_folder.server), settings, port)

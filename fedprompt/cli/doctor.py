@@ -1,4 +1,4 @@
-"""`fedprompt doctor`: what this machine has for a run, and which problems it has."""
+"""`fedprompt doctor`: what this machine offers for a run, and which problems it has."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SWITCHES = (
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 SECRET = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-"""Their values may hold a password."""
+"""Variables whose values may contain a password, so that only their presence is printed."""
 PROGRAMS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),
     "git": ("git",),
@@ -41,7 +41,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `problem` says what is wrong and what to do, or is empty."""
+    """One line of the table; `problem` says what is wrong and how to fix it, or is empty."""
 
     group: str
     name: str
@@ -50,10 +50,10 @@ class Finding:
 
 
 def examine(cache: str | None = None) -> list[Finding]:
-    """All findings, in the order in which they are printed.
+    """Collect all findings, in the order in which they are printed.
 
     Args:
-        cache: the feature cache, as `output.cache` in a config; None = the default.
+        cache: The feature cache, as `output.cache` in a config; None means the default.
     """
     return [
         *_versions(),
@@ -82,10 +82,10 @@ def _versions() -> Iterator[Finding]:
 
 
 def unmet(requirements: list[str]) -> list[str]:
-    """One line for each requirement that the installed packages do not meet.
+    """Return one line for each requirement that the installed packages do not meet.
 
     Args:
-        requirements: lines such as `torch>=2.5`. Those of extras are left out.
+        requirements: Lines such as `torch>=2.5`. Those of extras are ignored.
     """
     problems = []
     for text in requirements:
@@ -131,6 +131,7 @@ def _devices() -> Iterator[Finding]:
 
 def _store(cache: Path) -> Iterator[Finding]:
     here = cache
+    # Disk space and write permission are those of the nearest folder that exists.
     while not here.exists():
         here = here.parent
     if cache.is_dir():
@@ -147,6 +148,7 @@ def _store(cache: Path) -> Iterator[Finding]:
         problem = f"only {human_bytes(free)} of disk are free at {folder}: make room"
         low = free < LEAST_DISK
         yield Finding("storage", f"free at {name}", human_bytes(free), problem if low else "")
+    # Ray keeps its object store in shared memory, which containers often limit to 64 MB.
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free
         yield Finding("storage", "shared memory (Ray)", human_bytes(free))
@@ -161,7 +163,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Total and available bytes of memory; None if the system does not tell."""
+    """Return total and available memory in bytes, None where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -184,6 +186,7 @@ def _environment() -> Iterator[Finding]:
 
 
 def _programs() -> Iterator[Finding]:
+    # Flower's commands are installed beside Python, also if its environment is not activated.
     beside = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
     for name, commands in PROGRAMS.items():
         path = next((p for c in commands if (p := shutil.which(c, path=beside))), None)

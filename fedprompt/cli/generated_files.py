@@ -1,7 +1,7 @@
-"""The files of a checkout that are generated from the code: pages, the stored table, sweep rows.
+"""The files of a checkout that are generated from the code: pages, a stored table, sweep rows.
 
-`make docs-pages` writes them all, and a test compares each with what it should be. So whoever adds
-a method, a strategy, a protocol or a config key runs one command and edits none of these files.
+`make docs-pages` writes them all, and a test compares each with what it should contain. So whoever
+adds a method, a strategy, a protocol or a config key runs one command and edits none of them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PROTOCOL_PAGE, SWEEP = "docs/protocols.md", "configs/sweep/all_methods.yaml"
 
 
 def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
-    """A function that makes the text of each generated file, by its path within the checkout.
+    """Return for each generated file, by its path in the checkout, a function that makes its text.
 
     Args:
-        checkout: the folder of the checkout. Two files are written by hand but for the rows of
+        checkout: The folder of the checkout. Two files are written by hand except for the rows of
             new methods and protocols, so their present text is read from it.
     """
     return {
@@ -43,7 +43,7 @@ def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
 
 
 def write_generated_files(checkout: Path) -> list[str]:
-    """Write every generated file whose text has changed; returns their paths."""
+    """Write every generated file whose text has changed, and return their paths."""
     changed = []
     for name, make in generated_files(checkout).items():
         text = make()
@@ -55,12 +55,12 @@ def write_generated_files(checkout: Path) -> list[str]:
 
 
 def shipped(registry: Registry[Any]) -> list[str]:
-    """Names without those of other distributions, which have no place in our documentation."""
+    """Return the names without those of other distributions, which our documentation leaves out."""
     return [name for name in registry.names() if name not in registry.added()]
 
 
 def with_sweep_rows(text: str) -> str:
-    """The sweep of all methods with a row, at the end of its rows, for each method without one."""
+    """Add to the sweep of all methods, at the end of its rows, each method that it lacks."""
     rows = yaml.safe_load(text)["rows"]
     listed = {
         change.removeprefix("method=")
@@ -77,7 +77,7 @@ def with_sweep_rows(text: str) -> str:
 
 
 def with_protocol_rows(text: str) -> str:
-    """The page of protocols with a row, at the end of its table, for each protocol without one."""
+    """Add to the page of protocols, at the end of its table, each protocol that it lacks."""
     rows = list(re.finditer(r"^\| `(\w+)` \|.*\n", text, re.MULTILINE))
     listed: Collection[str] = {row[1] for row in rows}
     lines = [

@@ -1,4 +1,8 @@
-"""The `fedprompt` command."""
+"""The `fedprompt` command: its top-level subcommands, and how errors become exit statuses.
+
+Subcommands import what they use inside their functions, so that `--help` and completion do not wait
+for PyTorch and Flower.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import typer
 
 from fedprompt.runtime import set_defaults
 
-# Before anything below imports a library that reads the environment when it is imported.
+# Before anything below imports a library that reads environment variables when it is imported.
 set_defaults()
 
 from rich.console import Console
@@ -99,7 +103,8 @@ def run(
         raise UserError("give an experiment, e.g. 'fedprompt run quickstart', or --resume RUN.")
     display = make_display(quiet)
     try:
-        # The imports below take several seconds, in which the user should see that it works.
+        # The imports below take several seconds, during which the user should see that something
+        # happens.
         display.phase("loading PyTorch and Flower")
         from fedprompt.experiment import run as experiments
         from fedprompt.experiment.compose import compose
@@ -247,7 +252,7 @@ def main() -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     try:
-        # Named, so that usage lines and completion are the same under `python -m fedprompt`.
+        # Named explicitly, so that usage and completion are the same under `python -m fedprompt`.
         app(prog_name="fedprompt")
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")

@@ -1,7 +1,7 @@
 """The rows of the table of methods, computed from the methods themselves.
 
-This needs PyTorch. `fedprompt methods` reads the rows that were stored in `methods.json` instead,
-and computes only those of methods that are not in it.
+This requires PyTorch. `fedprompt methods` reads the rows stored in `methods.json` instead, and
+computes only those of methods that are not in it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Row = tuple[str, ...]
 
 
 def compute_rows(names: Sequence[str]) -> list[Row]:
-    """One row per method: the cells under `method_table.COLUMNS`.
+    """Return one row per method: the cells under `method_table.COLUMNS`.
 
     Args:
-        names: the methods. Each is built with its default config for a CLIP of ViT-B/16's shapes,
+        names: The methods. Each is built with its default config for a CLIP with ViT-B/16's shapes,
             without weights, and two classes.
     """
     clip = shape_only_clip("ViT-B-16")
@@ -46,7 +46,7 @@ def compute_rows(names: Sequence[str]) -> list[Row]:
 
 
 def _tensors(tensors: dict[str, Tensor]) -> str:
-    """Names and shapes; of more than three tensors only their number and size."""
+    """Format names and shapes; of more than three tensors, only their number and total size."""
     if not tensors:
         return "-"
     if len(tensors) > 3:
@@ -55,13 +55,13 @@ def _tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def _strategy(method: Method) -> str:
-    """The strategy of the paper and the keys that it sets."""
+    """Format the strategy of the paper and the keys that it sets."""
     keys = dict(method.config.default_strategy)
     name = str(keys.pop("name"))
     return name + "".join(f", {key}={value}" for key, value in keys.items())
 
 
 def _protocols(method: Method) -> str:
-    """The protocols that can be used with the method."""
+    """Format the list of protocols that can be used with the method."""
     missing = [name for name, protocol in all_protocols().items() if not protocol.suits(method)]
     return "all" if not missing else f"all but {', '.join(missing)}"

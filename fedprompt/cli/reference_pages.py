@@ -1,4 +1,8 @@
-"""Generated pages of the documentation: every config key and every strategy, as Markdown."""
+"""Generated pages of the documentation: every config key and every strategy, as Markdown.
+
+Meanings, defaults and limits come from `option()`, which also checks configs, so the pages cannot
+contradict the code.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ DATA_SOURCES = (
 
 
 def config_markdown() -> str:
-    """The page of config keys: a table per section, method, strategy and protocol."""
+    """Return the page of config keys: a table per section, source, method, strategy, protocol."""
     parts = [CONFIG_PAGE]
     for name, schema in SECTIONS.items():
         parts.append(_section(f"`{name}`", _title(schema), _rows(schema, name)))
@@ -66,7 +70,7 @@ def config_markdown() -> str:
 
 
 def strategies_markdown() -> str:
-    """The page of strategies: what each does, its keys, and the methods whose paper uses it."""
+    """Return the page of strategies: what each does, its keys, and the methods that use it."""
     common = {field.name for field in dataclasses.fields(StrategyConfig)}
     lines = []
     for name, cls in all_strategies().items():
@@ -86,7 +90,14 @@ def strategies_markdown() -> str:
 def _keys_of(
     name: str, schema: type[Any], where: str, common: Sequence[tuple[str, ...]] = ()
 ) -> str:
-    """The keys of one method, strategy or source that are not in `common` with that default."""
+    """Return the keys of one method, strategy or source.
+
+    Args:
+        name: Its name, which is the heading.
+        schema: Its config class.
+        where: The section of the config that its keys belong to.
+        common: Rows of keys that all of them share; a key is repeated only if its default differs.
+    """
     selecting = (f"`{where}.name`", f"`{where}.source`")
     rows = [row for row in _rows(schema, where) if row not in common and row[0] not in selecting]
     return _section(name, _title(schema), rows, level=3)
@@ -132,7 +143,7 @@ def _title(thing: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table; characters that mean something in Markdown are escaped."""
+    """Escape characters that have a meaning in a Markdown table."""
     for character in "|*[":
         text = text.replace(character, f"\\{character}")
     return text.replace("<", "&lt;")

@@ -186,7 +186,7 @@ def _print_plan(
 
 
 def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str]) -> None:
-    """Print the table of the complete runs, the path of the report, and the runs that failed."""
+    """Print the table of complete runs, the path of the report, and the runs that failed."""
     from fedprompt.cli.compare import print_sweep
     from fedprompt.reports.sweep_report import write_sweep_report
 

@@ -293,7 +293,7 @@ class RichDisplay:
         run_dir: Path | str | None = None,
         tables: Sequence[Table] = (),
     ) -> None:
-        """Close the live block; print the summary table, the tables of protocols and the run folder."""
+        """Close the live block, then print the tables and the run folder."""
         self.close()
         _print_summary(self._console, summary, run_dir, tables)
 

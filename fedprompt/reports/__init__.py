@@ -1,1 +1,1 @@
-"""From a run folder to tables, figures and pages."""
+"""From run folders to tables, figures and HTML pages."""

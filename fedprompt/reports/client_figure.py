@@ -1,6 +1,6 @@
 """The figure of one run's clients: their personal accuracies and their numbers of images.
 
-Up to `MANY` clients each has a bar; of more clients the figure shows distributions.
+Up to `MANY` clients have a bar each; for more clients the figure shows distributions.
 
 Shapes: K clients, C classes.
 """
@@ -16,13 +16,19 @@ from fedprompt.reports.format import percent_spread
 from fedprompt.reports.run_data import RunData, accuracy_of
 
 MANY = 200
-"""More clients than this cannot be told apart at a figure's width."""
+"""With more clients than this, single bars cannot be told apart at the width of a figure."""
 
 
 def clients_figure(run: RunData) -> Figure | None:
-    """Each client's last personal accuracy, above the number of images it was measured on.
+    """Describe each client's last personal accuracy, above the number of images it was measured on.
 
-    Of more than `MANY` clients, the distributions of these numbers.
+    With more than `MANY` clients, the figure shows the distributions of these numbers.
+
+    Args:
+        run: The run, finished or not.
+
+    Returns:
+        The figure, None if no personal accuracy was measured.
     """
     personal = run.last("personal")
     accuracy = accuracy_of(personal)
@@ -30,6 +36,7 @@ def clients_figure(run: RunData) -> Figure | None:
         return None
     zero_shot = accuracy_of(((run.summary or {}).get("zero_shot") or {}).get("personal"))
     train_K, test_K = _images(run, "train_counts"), _images(run, "test_counts")
+    # A run that tests its participants only may not have tested the client with the highest id.
     clients = max(max(accuracy) + 1, len(test_K))
     if clients > MANY:
         return _distributions(accuracy, zero_shot, test_K)
@@ -82,9 +89,9 @@ def _marks(zero_shot: Mapping[int, float], clients: int) -> Marks | None:
 def _distributions(
     accuracy: Mapping[int, float], zero_shot: Mapping[int, float], test_K: list[int]
 ) -> Figure:
-    """Clients by accuracy, above clients by the number of their test images."""
+    """Describe how many clients have which accuracy, and how many test images."""
     labels, counts, _ = shares(list(accuracy.values()))
-    # Both distributions are over the same clients: those that were tested.
+    # Both distributions cover the same clients: those that were tested.
     reference = [value for client, value in zero_shot.items() if client in accuracy]
     marks = Marks("Clients, zero-shot", [float(n) for n in shares(reference)[1]])
     panels: list[Panel] = [
@@ -108,7 +115,7 @@ def _distributions(
 
 
 def _images(run: RunData, part: str) -> list[int]:
-    """Images per client (K) in `train_counts` or `test_counts`; empty where they are not known."""
+    """Return the images per client (K) from `train_counts` or `test_counts`, empty if unknown."""
     if run.partition is None or run.partition.get(part) is None:
         return []
     counts_KC = dense(run.partition[part], len(run.partition["class_names"]))

@@ -1,7 +1,7 @@
-"""Figures as PNG files: matplotlib's rendering of what `figure.py` describes.
+"""Renders figures as PNG files: the matplotlib side of what `figure.py` describes.
 
-Matplotlib is imported when the first figure is drawn, because commands that draw nothing should
-not wait for it. pyplot is not used: there is no global state, and no display is needed.
+Matplotlib is imported when the first figure is drawn, so that commands that draw nothing do not
+wait for it. pyplot is not used: it keeps global state, and may look for a display.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 WIDTH_IN, DPI = 5.6, 150
 """Width of every picture in inches, and pixels per inch."""
 TITLE_LETTERS, CAPTION_LETTERS = 58, 84
-"""Letters that fit in one line of a picture."""
+"""Characters that fit in one line of the title and of the caption."""
 TITLE_LINE_IN, CAPTION_LINE_IN = 0.25, 0.15
 
 
 def draw(figure: Figure) -> Picture:
-    """A picture of a figure: title, panels from top to bottom, caption."""
+    """Render a figure with matplotlib: the title, the panels from top to bottom, the caption."""
     from matplotlib.figure import Figure as Picture
 
     title = wrap(figure.title, TITLE_LETTERS)
@@ -34,6 +34,7 @@ def draw(figure: Figure) -> Picture:
     heights = [panel_height(panel) for panel in figure.panels]
     frame = TITLE_LINE_IN * len(title) + CAPTION_LINE_IN * len(caption) + 0.15
     picture = Picture(figsize=(WIDTH_IN, sum(heights) + frame), dpi=DPI, layout="constrained")
+    # parse_math=False here and everywhere: a `$` in the name of a run or class is not mathematics.
     picture.suptitle(
         "\n".join(title), x=0.02, ha="left", fontsize=12.5, fontweight="bold", color=INK,
         parse_math=False,
@@ -49,17 +50,28 @@ def draw(figure: Figure) -> Picture:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file; the same figure always gives the same bytes.
+    """Write a figure as a PNG file. The same figure always gives the same bytes.
+
+    Args:
+        figure: The figure.
+        path: The file, which is replaced.
 
     Raises:
         OSError: The file cannot be written.
     """
-    # Without the tag of matplotlib's version, the file depends on the figure only.
+    # Without the tag that names matplotlib's version, the file depends on the figure only.
     draw(figure).savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
 
 
 def save_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Write figures as PNG files into a folder, which is created; return their paths.
+    """Write figures as PNG files, named after the figures.
+
+    Args:
+        figures: The figures.
+        folder: The folder, which is created if necessary.
+
+    Returns:
+        The paths of the files, in the order of the figures.
 
     Raises:
         OSError: A file cannot be written.

@@ -1,4 +1,4 @@
-"""Bars, stacked or beside each other, on matplotlib's axes."""
+"""Draws bar charts, stacked or side by side, with matplotlib."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 
 
 WRITTEN = 18
-"""Most bars that have their value written above them."""
+"""Up to this many bars have their value written above them."""
 
 
 def draw_bars(axes: Axes, panel: Bars) -> None:
-    """Bars beside or on top of each other, with notches, error bars and reference lines."""
+    """Draw bars with notches, error bars and reference lines.
+
+    Args:
+        axes: Where to draw.
+        panel: What to draw.
+    """
     style(axes)
     count = len(panel.labels)
     places = np.arange(count)
@@ -58,7 +63,7 @@ def draw_bars(axes: Axes, panel: Bars) -> None:
     _name_bars(axes, panel)
     axes.set_xlim(-0.6, count - 0.4)
     if panel.y.high is not None:
-        # Above a bar of full height its value must still fit.
+        # The value above a bar of full height must still fit.
         axes.set_ylim(0, panel.y.high * (1.08 if _written(panel) else 1))
     if len(panel.series) + len(panel.levels) > 1 or panel.marks is not None:
         legend_above(axes)
@@ -71,7 +76,15 @@ def _written(panel: Bars) -> bool:
 def _finish_bars(
     axes: Axes, panel: Bars, at: np.ndarray, values: np.ndarray, spread: list[float | None]
 ) -> None:
-    """Error bars, and values where there is room."""
+    """Draw error bars, and write values where there is room.
+
+    Args:
+        axes: Where to draw.
+        panel: What is drawn, for the format of values.
+        at: (B,) horizontal positions of the bars.
+        values: (B,) heights of the bars.
+        spread: B half lengths of error bars, None for a bar without one.
+    """
     write = VALUES[panel.y.format]
     size = 8.5 if len(panel.labels) * len(panel.series) <= 9 else 7
     for x, value, half in zip(at, values, spread, strict=True):
@@ -101,10 +114,10 @@ def _mark_bars(axes: Axes, panel: Bars) -> None:
 
 
 def _name_bars(axes: Axes, panel: Bars) -> None:
-    """Name as many bars as there is room for; long names are turned."""
+    """Label as many bars as there is room for; long labels are rotated."""
     names = [shorten(label) for label in panel.labels]
     letters = max((len(name) for name in names), default=0) + 2
-    # Numbers and ranges of numbers are read without the ones in between.
+    # Numbers can be thinned out, since a reader infers those in between; words cannot.
     words = any(character.isalpha() for name in names for character in name)
     turned = words and letters * len(names) > 84
     step = math.ceil(len(names) / NAMED) if turned else math.ceil(letters * len(names) / 84)

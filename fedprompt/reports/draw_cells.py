@@ -1,4 +1,4 @@
-"""Heat maps and box plots on matplotlib's axes."""
+"""Draws heat maps and box plots with matplotlib."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def draw_heat(axes: Axes, panel: Heat) -> None:
-    """Coloured cells, with their values where there is room."""
+    """Draw coloured cells, with their values where there is room.
+
+    Args:
+        axes: Where to draw.
+        panel: What to draw.
+    """
     from matplotlib.colors import Normalize, PowerNorm
 
     cells = np.array(
@@ -33,8 +38,9 @@ def draw_heat(axes: Axes, panel: Heat) -> None:
     )
     known = cells[np.isfinite(cells)]
     low = panel.low if panel.low is not None else float(known.min(initial=0 if panel.root else 1))
+    # The smallest distance keeps the norm from dividing by zero where all cells are equal.
     high = panel.high if panel.high is not None else max(float(known.max(initial=low)), low + 1e-9)
-    # Counts can span orders of magnitude; a square root keeps single ones visible.
+    # Counts can span orders of magnitude; with a square root, single images remain visible.
     norm = PowerNorm(0.5, vmin=low, vmax=high) if panel.root else Normalize(low, high)
     rows, columns = cells.shape
     image = axes.imshow(
@@ -53,18 +59,21 @@ def draw_heat(axes: Axes, panel: Heat) -> None:
             if math.isfinite(value) and not (panel.square and value < 0.005):
                 text = write(value).removesuffix(" %")
                 text = f"{100 * value:.0f}" if panel.square else text
+                # White letters on the dark end of the colour map, dark letters elsewhere.
                 color = "white" if norm(value) > 0.6 else INK
                 axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     _draw_scale(axes, image, panel)
 
 
 def _draw_scale(axes: Axes, image: AxesImage, panel: Heat) -> None:
-    """What the colours mean: below the cells, so that they stay in line with a panel above."""
+    """Draw the colour scale below the cells, so that they stay aligned with a panel above."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     if panel.square:
         bar = figure.colorbar(image, ax=axes, location="right", fraction=0.04, pad=0.02)
     else:
+        # Matplotlib sizes a colour bar as a fraction of the axes; the bar should be equally high in
+        # all.
         inches = axes.bbox.height / figure.dpi
         bar = figure.colorbar(
             image, ax=axes, location="bottom", fraction=0.12 / inches, pad=0.06 / inches, aspect=45
@@ -77,7 +86,7 @@ def _draw_scale(axes: Axes, image: AxesImage, panel: Heat) -> None:
 
 
 def _name_rows_and_columns(axes: Axes, panel: Heat) -> None:
-    """Name every row while there is room for a line each; beyond, every n-th."""
+    """Name every row while each fits on a line; with more rows, every n-th."""
     rows, columns = [shorten(name) for name in panel.rows], [shorten(n) for n in panel.columns]
     step = math.ceil(len(rows) / NAMED)
     size = 9 if len(rows) <= NAMED and not panel.square else 7.5
@@ -98,7 +107,12 @@ def _ordinal(n: int) -> str:
 
 
 def draw_boxes(axes: Axes, panel: Boxes) -> None:
-    """Boxes from quartile to quartile, with lines to the extremes."""
+    """Draw boxes from quartile to quartile, with lines to the extremes.
+
+    Args:
+        axes: Where to draw.
+        panel: What to draw.
+    """
     style(axes)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#E6E6E6", lw=0.8)
@@ -117,4 +131,5 @@ def draw_boxes(axes: Axes, panel: Boxes) -> None:
     axes.set_ylabel("")
     names = [shorten(group.name, 34) for group in panel.groups]
     axes.set_yticks(range(1, len(names) + 1), names, parse_math=False)
+    # Matplotlib places the first group at the bottom.
     axes.invert_yaxis()

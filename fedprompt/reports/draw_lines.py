@@ -1,4 +1,4 @@
-"""Curves, bands and reference lines on matplotlib's axes."""
+"""Draws curves, bands and reference lines with matplotlib."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 
 POINTS = 13
-"""A curve of at most this many points shows where they are."""
+"""A curve with at most this many points marks each of them."""
 
 
 def draw_lines(axes: Axes, panel: Lines) -> None:
-    """Curves with their bands, and reference lines."""
+    """Draw curves with their bands, and reference lines.
+
+    Args:
+        axes: Where to draw.
+        panel: What to draw.
+    """
     style(axes)
     for curve in visible(panel):
         _draw_curve(axes, panel, curve)
@@ -36,7 +41,7 @@ def draw_lines(axes: Axes, panel: Lines) -> None:
         axes.set_xscale("log")
     label_axes(axes, panel.x, panel.y)
     _limit_x(axes, panel)
-    # Data may lie anywhere within the bounds of an axis, but the picture never exceeds them.
+    # The data decide the limits, but never beyond the bounds of the axis, e.g. 0 and 100 %.
     low, high = axes.get_ylim()
     low = low if panel.y.low is None else max(low, panel.y.low)
     high = high if panel.y.high is None or high <= panel.y.high else panel.y.high
@@ -48,19 +53,19 @@ def draw_lines(axes: Axes, panel: Lines) -> None:
 
 
 def visible(panel: Lines) -> list[Curve]:
-    """A picture cannot switch curves on, so it leaves out those that a page would not show."""
+    """Return the curves to draw: a picture omits those that a page would show only on request."""
     return [curve for curve in panel.curves if curve.on]
 
 
 def legend_columns(panel: Lines) -> int:
-    """How many names stand beside each other in the legend."""
+    """Return how many names stand side by side in the legend."""
     longest = max((len(curve.name) for curve in panel.curves), default=0)
     return 3 if longest <= 20 else 2
 
 
 def _draw_curve(axes: Axes, panel: Lines, curve: Curve) -> None:
     color = COLOURS[curve.color]
-    # A single point would be invisible without a mark.
+    # A line through a single point is invisible without a marker.
     few = len(curve.x) <= POINTS or not curve.joined
     axes.plot(
         curve.x, curve.y, color=color, lw=curve.width if curve.joined else 0, label=curve.name,
@@ -87,12 +92,13 @@ def _draw_curve(axes: Axes, panel: Lines, curve: Curve) -> None:
         -math.inf if panel.y.low is None else panel.y.low,
         math.inf if panel.y.high is None else panel.y.high,
     )
+    # A band around an accuracy near 100 % must not rise above 100 %.
     low, high = np.clip(y - spread, *bounds), np.clip(y + spread, *bounds)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
 def _limit_x(axes: Axes, panel: Lines) -> None:
-    """No more room beside the curves than their points need."""
+    """Limit the horizontal axis to the curves, with a small margin."""
     if panel.x.low is not None and panel.x.high is not None:
         axes.set_xlim(panel.x.low, panel.x.high)
         return
@@ -105,7 +111,7 @@ def _limit_x(axes: Axes, panel: Lines) -> None:
 
 
 def _name_ends(axes: Axes, panel: Lines) -> None:
-    """Name every curve beside its last value, moved apart where names would overlap."""
+    """Name every curve beside its last value, moving names apart where they would overlap."""
     write = VALUES[panel.y.format]
     ends = [(curve.y[-1], curve.name, curve.color) for curve in visible(panel)]
     ends += [(level.value, level.name, level.color) for level in panel.levels]
@@ -119,11 +125,20 @@ def _name_ends(axes: Axes, panel: Lines) -> None:
 
 
 def spread_labels(heights: list[float], gap: float) -> list[float]:
-    """Positions in [0, 1] near the given ones and in their order, at least `gap` apart."""
+    """Move positions apart so that labels do not overlap.
+
+    Args:
+        heights: Desired positions in [0, 1].
+        gap: The smallest distance between two labels.
+
+    Returns:
+        Positions near the desired ones, in the same vertical order.
+    """
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed: list[float] = []
     for i in order:
         placed.append(max(heights[i], placed[-1] + gap) if placed else max(heights[i], 0.0))
+    # The pass above only moves labels up; this one moves them down again below the top edge.
     ceiling = 1.0
     for i in reversed(range(len(placed))):
         placed[i] = min(placed[i], ceiling)

@@ -1,4 +1,4 @@
-"""Any of the four kinds of panels: its height, and the function that draws it."""
+"""Chooses the height of a panel and the function that draws it, for the four kinds of panels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEGEND_LINE_IN = 0.2
 
 
 def panel_height(panel: Panel) -> float:
-    """The height of a panel in inches."""
+    """Return the height of a panel in inches, including its legend."""
     if isinstance(panel, Lines):
         named = 0 if panel.named_at_ends else len(visible(panel)) + len(panel.levels)
         return (1.1 if panel.small else 2.9) + LEGEND_LINE_IN * math.ceil(
@@ -32,6 +32,7 @@ def panel_height(panel: Panel) -> float:
         return (1.1 if panel.small else 2.7) + legend
     if isinstance(panel, Boxes):
         return 0.34 * len(panel.groups) + 0.7
+    # Only heat maps are left. Below 20 rows the cells get taller, beyond `NAMED` thinner.
     rows = len(panel.rows)
     if panel.square:
         return 4.9

@@ -1,4 +1,4 @@
-"""Axes, numbers and legends that all pictures have in common."""
+"""Axes, number formats and legends that all pictures share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 INK, GREY, PALE_GREY = "#222222", "#6B6B6B", "#999999"
 DASHES = (0, (4, 3))
 NAMED = 46
-"""Most names along a side of a picture."""
+"""Maximum number of names along one side of a picture."""
 NAME_LETTERS = 24
-"""Letters of a name beside an axis."""
+"""Maximum length of a name beside an axis, in characters."""
 
 TICKS: dict[Format, Callable[[float], str]] = {
     "percent": lambda value: f"{100 * value:g} %",
@@ -26,17 +26,17 @@ TICKS: dict[Format, Callable[[float], str]] = {
     "count": lambda value: f"{value:,.0f}",
     "bytes": lambda value: human_bytes(round(value)).replace(".0 ", " "),
 }
-"""How a value is written beside an axis."""
+"""How a value is written beside an axis, by format."""
 VALUES: dict[Format, Callable[[float], str]] = {
     **TICKS,
     "percent": lambda value: f"{100 * value:.1f} %",
     "number": lambda value: f"{value:.4g}",
 }
-"""How a value is written on its own."""
+"""How a value is written on its own, by format."""
 
 
 def style(axes: Axes) -> None:
-    """Thin grey axes and horizontal lines behind what is drawn."""
+    """Set thin grey axes, with horizontal lines behind what is drawn."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -47,15 +47,28 @@ def style(axes: Axes) -> None:
 
 
 def label_axes(axes: Axes, x: Axis, y: Axis) -> None:
-    """Write the axes' labels, and their values in their formats."""
+    """Write the labels of the axes, and their values in their formats.
+
+    Args:
+        axes: Where to draw.
+        x: The horizontal axis.
+        y: The vertical axis.
+    """
     axes.set_xlabel(x.label, fontsize=10, color=INK, parse_math=False)
     axes.set_ylabel(y.label, fontsize=10, color=INK, parse_math=False)
     set_ticks(axes.xaxis, x, 8)
+    # 150 pixels: a small panel has room for three values.
     set_ticks(axes.yaxis, y, 3 if axes.bbox.height < 150 else 6)
 
 
 def set_ticks(axis: AxisOfPicture, described: Axis, most: int) -> None:
-    """At most `most` round values along an axis, or the names of its categories."""
+    """Set the values along an axis, or the names of its categories.
+
+    Args:
+        axis: Where to draw.
+        described: The axis, whose format decides what counts as a round value.
+        most: The maximum number of values.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if described.names:
@@ -68,7 +81,7 @@ def set_ticks(axis: AxisOfPicture, described: Axis, most: int) -> None:
         whole = described.format == "count"
         locator = MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
         if described.format == "bytes":
-            # Round numbers of bytes are multiples of a binary unit.
+            # Round numbers of bytes are multiples of KiB, MiB, ..., not of powers of ten.
             low, high = axis.get_view_interval()
             unit = 1024 ** int(math.log(max(high, 1), 1024))
             axis.set_major_locator(
@@ -81,7 +94,7 @@ def set_ticks(axis: AxisOfPicture, described: Axis, most: int) -> None:
 
 
 def legend_above(axes: Axes, columns: int = 3) -> None:
-    """The legend above the axes, where anything drawn has a name."""
+    """Draw the legend above the axes if anything drawn has a name."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
@@ -95,12 +108,12 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
 
 
 def shorten(name: str, limit: int = NAME_LETTERS) -> str:
-    """A name with an ellipsis where it is longer than `limit` letters."""
+    """Return a name, with an ellipsis if it is longer than `limit` characters."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def draw_level(axes: Axes, level: Level) -> None:
-    """A dashed line across the whole panel, behind what else is drawn."""
+    """Draw a dashed line across the whole panel, behind everything else."""
     axes.axhline(
         level.value, color=COLOURS[level.color], lw=1.2, ls=DASHES, label=level.name, zorder=1
     )

@@ -1,11 +1,11 @@
 """Figures as plain data: what is drawn, without saying how.
 
 A figure is described once, with the dataclasses of this module, and rendered twice: `draw.py` makes
-a PNG file of it with matplotlib, and a report's page draws it with its own script
+a PNG file of it with matplotlib, and the page of a report draws it with its own script
 (`assets/charts.js`), so that a reader can point at values. Accuracies are fractions with the format
 "percent"; None means that a value was not measured.
 
-Colours are roles, which both renderers translate (`COLOURS` here, `assets/report.css` there): `own`
+Colours are roles that both renderers translate (`COLOURS` here, `assets/report.css` there): `own`
 for clients' own test images, `server` for the server's test set, `alone` for the local-only
 baseline, `bars` for counts, and `c0`, `c1`, ... for series without a role.
 """
@@ -33,10 +33,10 @@ COLOURS = {
     "c7": "#6b6b6b",
 }
 """The colours of a light page, after Okabe and Ito's palette, which colour-blind readers can tell
-apart. A dark page has its own in `report.css`."""
+apart. A dark page has its own colours in `report.css`."""
 PALETTE = 8
 MODEL_COLOURS = {"zero-shot": "bars", "global": "server", "personal": "own", "local-only": "alone"}
-"""In protocols' figures colour says which model was tested."""
+"""In the figures of protocols, the colour says which model was tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed horizontal line at one value."""
+    """A dashed horizontal line at one value, e.g. zero-shot accuracy."""
 
     name: str
     color: str
@@ -263,10 +263,10 @@ class Figure:
     wide: bool = False
 
     def spec(self) -> list[dict[str, Any]]:
-        """What the page's script reads: every panel as JSON values."""
+        """Return what the page's script reads: every panel as JSON values."""
         return [{"kind": panel.kind, **asdict(panel)} for panel in self.panels]
 
 
 def palette(i: int) -> str:
-    """The colour of the i-th series."""
+    """Return the colour role of the i-th series; the colours repeat after `PALETTE` series."""
     return f"c{i % PALETTE}"

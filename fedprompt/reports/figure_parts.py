@@ -1,4 +1,7 @@
-"""Ready-made parts of figures: histograms, box plots, steps, and bars of models."""
+"""Ready-made parts of figures: histograms, box plots, steps, and bars that compare models.
+
+Shapes: K clients.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,17 @@ from fedprompt.reports.figure import (
 )
 
 MOST_BARS = 40
-"""A histogram of whole numbers with more different values than this has a bar per range."""
+"""A histogram of whole numbers that span more values than this has one bar per range of numbers."""
 
 
 def box(name: str, color: str, values: Sequence[float]) -> Box:
-    """A box plot's group: extremes and quartiles (interpolated) of one or more values."""
+    """Return the box plot of some values: their extremes and quartiles, interpolated linearly.
+
+    Args:
+        name: What the values belong to, e.g. a row of a comparison.
+        color: The role of its colour.
+        values: At least one value.
+    """
     low, q1, median, q3, high = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
     return Box(
         name=name, color=color, count=len(values), low=low, q1=q1, median=median, q3=q3, high=high
@@ -32,30 +41,44 @@ def box(name: str, color: str, values: Sequence[float]) -> Box:
 
 
 def stairs(edges: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Corners of a step curve that has `values[i]` from `edges[i]` to `edges[i + 1]`."""
+    """Return the corners of a step curve that has `values[i]` from `edges[i]` to `edges[i + 1]`.
+
+    Args:
+        edges: N + 1 positions, in ascending order.
+        values: N values.
+
+    Returns:
+        2 N positions and 2 N values.
+    """
     x = [edge for pair in pairwise(edges) for edge in pair]
     return x, [value for value in values for _ in range(2)]
 
 
 def shares(values: Sequence[float]) -> tuple[list[str], list[int], list[float]]:
-    """How fractions are distributed: labels of 20 ranges, how many values each holds, and edges."""
+    """Count fractions in 20 equal ranges of [0, 1].
+
+    Returns:
+        The labels of the ranges, the number of values in each, and the 21 edges.
+    """
     edges = np.linspace(0, 1, 21).tolist()
     labels = [f"{100 * low:.0f}-{100 * high:.0f} %" for low, high in pairwise(edges)]
     return labels, np.histogram(values, edges)[0].tolist(), edges
 
 
 def count_bars(label: str, values_K: Sequence[int], *, noun: str = "", small: bool = False) -> Bars:
-    """How many clients have each whole number: a bar per number, or per range of numbers.
+    """Describe how many clients have each whole number, with a bar per number or range of numbers.
 
     Args:
-        label: What is counted of a client, e.g. "Training images of a client".
+        label: What is counted per client, e.g. "Training images of a client".
         values_K: One number per client, at least one.
         noun: What the page says before a number.
-        small: Whether the panel is a low one under another.
+        small: Whether the panel is a low one below another.
     """
     low, high = min(values_K), max(values_K)
     step = max(1, math.ceil((high - low + 1) / MOST_BARS))
     edges = range(low, high + step + 1, step)
+    # Edges between whole numbers, because NumPy's last bin includes its right edge, unlike the
+    # others.
     counts = np.histogram(values_K, [edge - 0.5 for edge in edges])[0].tolist()
     return Bars(
         labels=[str(a) if step == 1 else f"{a}-{b - 1}" for a, b in pairwise(edges)],
@@ -75,7 +98,7 @@ def model_bars(
     models: Mapping[str, Sequence[float | None]],
     spreads: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Figure:
-    """Accuracies of models side by side, in the colours of the models.
+    """Describe accuracies of models side by side, in the colours of the models.
 
     Args:
         name: The stem of the figure's file.

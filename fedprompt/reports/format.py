@@ -1,4 +1,4 @@
-"""Numbers, times and tables as text."""
+"""Formats numbers, durations and tables as text, for the terminal, tables and pages."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from dataclasses import dataclass
 from typing import Any
 
 MISSING = "-"
+"""What is printed for a value that was not measured."""
 
 
 def human_bytes(n: int) -> str:
-    """Bytes in binary units: `640 B`, `80.0 KiB`, `1.5 MiB`."""
+    """Format bytes in binary units: `640 B`, `80.0 KiB`, `1.5 MiB`."""
     if n < 1024:
         return f"{n} B"
     size = float(n)
     for unit in ("KiB", "MiB", "GiB", "TiB"):
         size /= 1024
-        # Compared as printed, so that 1 MiB - 1 B does not read "1024.0 KiB".
+        # Compared after rounding, so that 1 MiB - 1 B does not read "1024.0 KiB".
         if round(size, 1) < 1024 or unit == "TiB":
             break
     return f"{size:.1f} {unit}"
 
 
 def human_time(seconds: float) -> str:
-    """A duration as `0:12`, `3:05` or `1:02:03`."""
+    """Format a duration as `0:12`, `3:05` or `1:02:03`."""
     whole = max(0, round(seconds))
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def percent(fraction: float | None) -> str:
-    """An accuracy in [0, 1] as `61.2 %`; `-` when it was not measured."""
+    """Format an accuracy in [0, 1] as `61.2 %`, or `-` if it was not measured."""
     return MISSING if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def percent_spread(mean: float | None, std: float | None) -> str:
-    """Mean and standard deviation as `78.9 ± 6.1 %`; the mean alone without a deviation."""
+    """Format mean and standard deviation as `78.9 ± 6.1 %`; the mean alone without a deviation."""
     if mean is None or std is None:
         return percent(mean)
     return f"{100 * mean:.1f} ± {100 * std:.1f} %"
@@ -43,7 +44,18 @@ def percent_spread(mean: float | None, std: float | None) -> str:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One model's results in [0, 1]; None = not measured."""
+    """The results of one model, in [0, 1]; None means not measured.
+
+    Attributes:
+        name: The model, e.g. `zero-shot`.
+        global_accuracy: Accuracy on the server's test set.
+        mean: Mean over clients of the accuracy on their own test images.
+        std: Standard deviation of these accuracies over clients.
+        worst: The lowest of these accuracies.
+        p10: Their 10th percentile.
+        on_global_mean: Mean over clients of the accuracy of their models on the server's test set.
+        on_global_std: Standard deviation of the latter over clients.
+    """
 
     name: str
     global_accuracy: float | None
@@ -56,7 +68,12 @@ class ResultRow:
 
     @classmethod
     def of(cls, name: str, part: Mapping[str, Any]) -> ResultRow:
-        """From the `global`, `personal` and `personal_on_global` entries of `part`."""
+        """Create a row from the `global`, `personal` and `personal_on_global` entries of `part`.
+
+        Args:
+            name: The model.
+            part: A summary, or the part of one that holds a baseline.
+        """
         whole = part.get("global") or {}
         personal = part.get("personal") or {}
         on_global = part.get("personal_on_global") or {}
@@ -73,10 +90,15 @@ class ResultRow:
 
 
 def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
-    """Zero-shot, local-only and the method itself, without baselines that were not run."""
+    """Return the results of zero-shot, local-only and the method, without baselines not run.
+
+    Args:
+        summary: The content of `summary.json`. The method is always the last row.
+    """
     rows = []
     zero_shot = summary.get("zero_shot")
     if zero_shot:
+        # Zero-shot's global accuracy is not nested: `{"accuracy": ..., "personal": {...}}`.
         rows.append(ResultRow.of("zero-shot", {"global": zero_shot, **zero_shot}))
     local_only = summary.get("local_only")
     if local_only:
@@ -87,7 +109,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text cells; the first column names the row."""
+    """A table of text cells; the first column names the row."""
 
     title: str
     columns: tuple[str, ...]
@@ -95,6 +117,6 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """The table in Markdown, without its title and note."""
+        """Format the table in Markdown, without its title and note."""
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
         return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)

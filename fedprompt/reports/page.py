@@ -1,7 +1,8 @@
-"""A report as one HTML file: a template, its own style and script, and the figures' data.
+"""Renders a report as one HTML file: a template, its style and script, and the figures' data.
 
 The file needs no other file and no network. Everything that comes from a run is escaped, by Jinja2
-or as JSON. The page's content policy allows only its own script, which writes text, never HTML.
+or as JSON. The page's content security policy allows only its own script, which writes text and
+never HTML.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ SCRIPT, STYLE = "charts.js", "report.css"
 
 
 def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any]) -> str:
-    """Fill a page's template.
+    """Fill the template of a page.
 
     Args:
-        template: Name of a file in `assets/`.
+        template: The name of a file in `assets/`.
         figures: What the page's script draws, in order.
-        content: Values of the template's other names.
+        content: Values for the other names in the template.
 
     Returns:
-        The page's HTML.
+        The HTML of the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(asset(f"reports/assets/{template}").parent),
         autoescape=True,
+        # A name that is missing in `content` is an error rather than an empty place in the page.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "count": count, "unbroken": unbroken}
     script = asset(f"reports/assets/{SCRIPT}").read_text(encoding="utf-8")
-    # The content policy names the one script that may run by its digest.
+    # The content security policy names, by its digest, the one script that may run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(
         **content,
@@ -55,7 +57,7 @@ def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any])
 
 
 def _json(value: Any) -> Markup:
-    """JSON without any character that could end the element which holds it."""
+    """Serialise a value as JSON without characters that could end the HTML element around it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -63,10 +65,10 @@ def _json(value: Any) -> Markup:
 
 
 def unbroken(text: str) -> str:
-    """The text with no-break spaces, so that a narrow cell breaks before `±` and nowhere else."""
+    """Insert no-break spaces, so that a narrow table cell breaks before `±` and nowhere else."""
     return text.replace("± ", "±\N{NO-BREAK SPACE}").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def count(number: int | None) -> str:
-    """A count as `2,048`, or a dash where it is None."""
+    """Format a count as `2,048`, or as a dash if it is None."""
     return MISSING if number is None else f"{number:,}"

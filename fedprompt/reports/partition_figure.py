@@ -1,5 +1,7 @@
 """The figure of a partition: which client holds how many images of which class.
 
+It is drawn for a run's report, and by `fedprompt data show` before any run.
+
 Shapes: K clients, C classes, D domains.
 """
 
@@ -20,7 +22,7 @@ from fedprompt.reports.figure_parts import count_bars
 from fedprompt.reports.run_data import check_partition
 
 LISTED = 20
-"""Most clients that a caption lists by their ids."""
+"""Maximum number of clients whose ids a caption lists."""
 
 
 def plot_partition(description: Mapping[str, Any], path: Path) -> None:
@@ -28,7 +30,7 @@ def plot_partition(description: Mapping[str, Any], path: Path) -> None:
 
     Args:
         description: The content of a run folder's `partition.json`.
-        path: The file; its folder is created.
+        path: The file; its folder is created if necessary.
 
     Raises:
         UserError: The description lacks its counts.
@@ -40,12 +42,14 @@ def plot_partition(description: Mapping[str, Any], path: Path) -> None:
 
 
 def partition_figure(description: Mapping[str, Any]) -> Figure:
-    """Training images per class (rows) and client (columns), with each client's total above.
+    """Describe training images per class (rows) and client (columns), below each client's total.
 
-    Of more than `MANY` clients, how images and classes are distributed over clients.
+    With more than `MANY` clients, the figure shows how images and classes are distributed over
+    clients.
 
     Args:
-        description: The content of a run folder's `partition.json`, which has been checked.
+        description: The content of a run folder's `partition.json`, which must have passed
+            `check_partition`.
     """
     names = [str(name) for name in description["class_names"]]
     train_KC = dense(description["train_counts"], len(names))
@@ -56,6 +60,7 @@ def partition_figure(description: Mapping[str, Any]) -> Figure:
     heat = Heat(
         rows=names,
         columns=[str(client) for client in range(clients)],
+        # Cells of 0 stay empty, so that missing classes differ from classes with one image.
         cells=[[count or None for count in row] for row in train_KC.T.astype(int).tolist()],
         name="training images",
         format="count",
@@ -85,7 +90,13 @@ def _without_labels(clients: Sequence[int]) -> str:
 def _totals(
     train_KC: NDArray[np.int64], unlabelled: Sequence[int], description: Mapping[str, Any]
 ) -> Bars:
-    """Images per client: of training, or of training and local test where domains are known."""
+    """Describe images per client: training images, or training and local test images by domain.
+
+    Args:
+        train_KC: Training images per client and class.
+        unlabelled: Ids of clients that train without labels.
+        description: The content of `partition.json`, which may have counts of domains.
+    """
     total_K = train_KC.sum(axis=1)
     labels = [str(client) for client in range(len(total_K))]
     by_domain = _by_domain(train_KC, description)
@@ -110,7 +121,7 @@ def _totals(
 def _by_domain(
     train_KC: NDArray[np.int64], description: Mapping[str, Any]
 ) -> list[tuple[str, list[int]]] | None:
-    """Names of domains and images per client of each; None where the counts do not agree.
+    """Return names of domains and images per client of each, None if the counts are inconsistent.
 
     Domains are counted over a client's training and test images together.
     """
@@ -127,7 +138,7 @@ def _by_domain(
 
 
 def _distributions(train_KC: NDArray[np.int64], names: Sequence[str]) -> Figure:
-    """Clients by their training images, by their classes, and per class."""
+    """Describe clients by their training images, by their classes, and per class."""
     clients, classes = train_KC.shape
     held_KC = train_KC > 0
     images = count_bars(

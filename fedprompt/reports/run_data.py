@@ -1,4 +1,4 @@
-"""A run folder read back into memory, for figures and reports; any damage is named.
+"""Reads a run folder back into memory, for figures and reports; an error names what is damaged.
 
 Shapes: K clients, C classes, D domains.
 """
@@ -22,7 +22,17 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder in memory; what an unfinished or old run lacks is None or empty."""
+    """A run folder in memory; what an unfinished or old run lacks is None or empty.
+
+    Attributes:
+        path: The run folder.
+        config: The complete config, as plain values.
+        rounds: The lines of `metrics.jsonl` about rounds, beginning with round 0 before training.
+        local_only: Its lines about the local-only baseline.
+        partition: The content of `partition.json`.
+        summary: The content of `summary.json`, which only a complete run has.
+        timings: The lines of `timings.jsonl`, in seconds.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -33,12 +43,22 @@ class RunData:
     timings: list[dict[str, Any]]
 
     def last(self, part: str) -> dict[str, Any] | None:
-        """The `part` (`global`, `personal`, ...) of the last round in which it was measured."""
+        """Return a part of the last round in which it was measured.
+
+        Args:
+            part: A key of a metrics line: `global`, `personal`, ...
+        """
         return next((line[part] for line in reversed(self.rounds) if line.get(part)), None)
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read a run folder.
+    """Read a run folder and check everything that figures and reports use.
+
+    Args:
+        run_dir: The run folder, of a finished or unfinished run.
+
+    Returns:
+        The content of the folder.
 
     Raises:
         UserError: `config.yaml` or `metrics.jsonl` is missing, or any file is damaged; the
@@ -86,6 +106,13 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        text: The text to parse.
+        where: The file, for error messages.
+        first_line: The number of the text's first line within the file.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -98,7 +125,7 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last one without its newline is still being written, or was torn."""
+    """Read every complete line; a last one without newline is being written or was cut off."""
     *lines, _ = _read_text(path).split("\n")
     return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
 
@@ -118,7 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-# Every number that figures and report read, by the part of a line or summary that holds it.
+# Every number that figures and reports read, by the part of a line or summary that contains it.
 _NUMBERS = {
     "train": ("loss",),
     "clients": ("rejected",),
@@ -179,6 +206,7 @@ def _is_paired(personal: Mapping[str, Any]) -> bool:
         both
         and len(clients) == len(accuracy)
         and all(map(_is_whole, clients))
+        # `_check_numbers` lets None pass, which means not measured elsewhere.
         and (None not in accuracy)
     )
 
@@ -188,7 +216,15 @@ def _is_whole(value: object) -> bool:
 
 
 def check_partition(partition: Mapping[str, Any], path: Path) -> None:
-    """Refuse a partition description without its counts, before anything is drawn from it."""
+    """Check that a partition description has consistent counts, before anything is drawn from it.
+
+    Args:
+        partition: The content of `partition.json`.
+        path: Its file, for the error message.
+
+    Raises:
+        UserError: Counts are missing or do not fit together.
+    """
     try:
         train_KC = dense(partition["train_counts"], len(partition["class_names"]))
         fits = True
@@ -206,21 +242,27 @@ def check_partition(partition: Mapping[str, Any], path: Path) -> None:
 
 
 def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
-    """Accuracy by client id of a `personal` entry; empty where nothing was measured."""
+    """Return accuracy by client id of a `personal` entry; empty if nothing was measured."""
     clients, accuracy = (part or {}).get("clients") or [], (part or {}).get("accuracy") or []
     return dict(zip(clients, accuracy, strict=True))
 
 
 @dataclass(frozen=True)
 class Series:
-    """Measured points: round numbers and values; rounds without a value are left out."""
+    """Measured points: round numbers and values, without the rounds that have no value."""
 
     x: list[int]
     y: list[float]
 
 
 def series_of(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> Series:
-    """The finite values of `line[part][key]`, by round."""
+    """Return the finite values of `line[part][key]` by round.
+
+    Args:
+        lines: Metrics lines.
+        part: A part of a metrics line, e.g. "global".
+        key: The key of the value in that part.
+    """
     points = [(line["round"], (line.get(part) or {}).get(key)) for line in lines]
     kept = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
     return Series([r for r, _ in kept], [v for _, v in kept])
@@ -229,7 +271,16 @@ def series_of(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> Series
 def split_tests(
     run: RunData, lines: Sequence[Mapping[str, Any]]
 ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]:
-    """Lines whose personal tests are of one kind of clients, and the last one where it differs."""
+    """Separate the last round if its personal tests cover other clients than those before.
+
+    Args:
+        run: The run, whose config says whether rounds test their participants only.
+        lines: Metrics lines of its rounds or of its local-only baseline.
+
+    Returns:
+        The lines whose personal tests cover the same kind of clients, and the last one apart, or an
+        empty list if it is of the same kind.
+    """
     if (run.config.get("evaluation") or {}).get("clients") != "participants":
         return lines, []
     last = (run.config.get("federation") or {}).get("rounds")

@@ -1,4 +1,4 @@
-"""The figures of one run: accuracy and loss per round here, clients and partition beside."""
+"""The figures of one run; those of clients and of the partition have modules of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedprompt.reports.run_data import RunData, series_of, split_tests
 
 
 def run_figures(run: RunData) -> list[Figure]:
-    """Every figure that the run has data for."""
+    """Describe every figure that the run has data for."""
     figures = [accuracy_figure(run), clients_figure(run), loss_figure(run)]
     if run.partition is not None:
         figures.append(partition_figure(run.partition))
@@ -20,10 +20,16 @@ def run_figures(run: RunData) -> list[Figure]:
 
 
 def accuracy_figure(run: RunData) -> Figure | None:
-    """Test accuracy per round: global, personalised (mean, std, worst client) and baselines.
+    """Describe test accuracy per round: global, personalised (mean, std, worst client), baselines.
 
-    Where rounds test only their participants, the last round, which tests all clients, is a point
-    of its own: it is a mean over other clients.
+    If rounds test only their participants, the last round, which tests all clients, is a separate
+    point, because it is a mean over other clients.
+
+    Args:
+        run: The run, finished or not.
+
+    Returns:
+        The figure, None if no accuracy was measured.
     """
     rounds, all_rounds_end = split_tests(run, run.rounds)
     alone, alone_end = split_tests(run, run.local_only)
@@ -46,6 +52,7 @@ def accuracy_figure(run: RunData) -> Figure | None:
     colors = {curve.color for curve in curves}
     panel = Lines(
         curves=curves,
+        # A reference line is shown only beside a curve on the same test images.
         levels=[level for level in _zero_shot_levels(run) if level.color in colors],
         x=ROUND,
         y=ACCURACY,
@@ -72,7 +79,7 @@ def _zero_shot_levels(run: RunData) -> list[Level]:
 
 
 def loss_figure(run: RunData) -> Figure | None:
-    """Training loss of the clients, test loss of the global model, and local-only training."""
+    """Describe training loss, test loss of the global model, and loss of local-only training."""
     candidates = [
         _curve(run.rounds, "train", "loss", "Training", "own"),
         _curve(run.rounds, "global", "loss", "Global test", "server"),
@@ -100,7 +107,20 @@ def _curve(
     width: float = 2.2,
     band: bool = False,
 ) -> Curve | None:
-    """The values of `line[part][key]` by round; with `band`, the part's `std` around them."""
+    """Describe the values of `line[part][key]` by round.
+
+    Args:
+        lines: Metrics lines.
+        part: A part of a metrics line, e.g. "personal".
+        key: The key of the value in that part.
+        name: The name of the curve.
+        color: The role of its colour.
+        width: Width of the line in pixels.
+        band: Whether the part's `std` is drawn around the values.
+
+    Returns:
+        The curve, None if no line has such a value.
+    """
     points = series_of(lines, part, key)
     if not points.y:
         return None

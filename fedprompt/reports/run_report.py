@@ -1,6 +1,7 @@
-"""One run as one HTML file: results, figures, clients, config and how to repeat it.
+"""The report of one run as one HTML file: results, figures, clients, config and how to repeat it.
 
-The file needs no other file and has no link to anywhere (`page.py`).
+It is written at the end of a run and by `fedprompt report`. The file needs no other file and
+contains no link (see `page.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fedprompt.reports.run_figures import run_figures
 
 TEMPLATE = "report.html.j2"
 PROTOCOL = "protocol_"
-"""What the names of protocols' figures begin with."""
+"""Prefix of the names of protocols' figures."""
 OUR_FILES = (
     "accuracy_per_round.png",
     "client_accuracy.png",
@@ -40,12 +41,12 @@ OUR_FILES = (
     "partition.png",
     f"{PROTOCOL}*.png",
 )
-"""Files that a report replaces; anything else in the folder belongs to the user."""
+"""Files that a report replaces; everything else in the folder belongs to the user."""
 
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's line in the table; None means not known, or not tested."""
+    """One client's line in the table; None means unknown or not tested."""
 
     client: int
     train_images: int | None
@@ -71,7 +72,7 @@ def write_report(
     Raises:
         OSError: A file cannot be written.
     """
-    # The prefix keeps a protocol's file apart from the run's own figures and from the user's files.
+    # The prefix separates a protocol's file from the run's other figures and from the user's files.
     named = [replace(figure, name=f"{PROTOCOL}{figure.name}") for figure in figures]
     drawn = [*run_figures(run), *named]
     draw_all(drawn, run.path / "plots")
@@ -86,7 +87,7 @@ def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
     Args:
         figures: Every figure that the run has.
-        folder: The run's folder of figures; it is created.
+        folder: The run's folder of figures, which is created if necessary.
 
     Returns:
         The paths of the files, in the order of the figures.
@@ -102,7 +103,7 @@ def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def summary_of(run: RunData) -> dict[str, Any]:
-    """The run's summary; for an unfinished run, what its metrics lines hold so far."""
+    """Return the run's summary; for an unfinished run, what its metrics lines contain so far."""
     if run.summary is not None:
         return run.summary
     last_alone = next((x for x in reversed(run.local_only) if x.get("personal")), None)
@@ -123,9 +124,14 @@ def summary_of(run: RunData) -> dict[str, Any]:
 
 
 def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
-    """Images, classes and accuracies of the clients, in the order of their ids.
+    """Return images, classes and accuracies of the clients, ordered by id.
 
-    Of more than `MANY` clients, only the `MANY` with the lowest accuracies, lowest first.
+    Of more than `MANY` clients, only the `MANY` with the lowest accuracies are returned, lowest
+    first.
+
+    Args:
+        run: The run.
+        summary: Its summary (see `summary_of`), for zero-shot accuracies.
     """
     personal = accuracy_of(run.last("personal"))
     zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
@@ -178,7 +184,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "clients_title": _clients_title(run),
         "config_text": (run.path / CONFIG).read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
-        # The config may name the run's own folder, which a run never overwrites.
+        # The config may name the run's own folder, and a run never overwrites a folder.
         "command": shlex.join(
             ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
         ),
@@ -207,7 +213,7 @@ def _facts(summary: Mapping[str, Any], finished_at: datetime) -> list[str]:
 
 
 def _headlines(summary: Mapping[str, Any], rows: list[ResultRow]) -> list[tuple[str, str, str]]:
-    """Label, value and a small note of every headline number."""
+    """Return label, value and a small note of every headline number."""
     own = rows[-1]
     by_name = {row.name: row for row in rows[:-1]}
     zero_shot, alone = by_name.get("zero-shot"), by_name.get("local-only")

@@ -1,6 +1,6 @@
-"""A sweep, or any runs, as one HTML file: table over seeds, figures, runs and settings.
+"""The report of a sweep or of any runs as one HTML file: table over seeds, figures and settings.
 
-Table and figures are those of `fedprompt compare`; the page is made like a run's (`page.py`).
+Table and figures are those of `fedprompt compare`; the page is rendered like a run's (`page.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from fedprompt.reports.page import render
 
 TEMPLATE = "sweep.html.j2"
 HEADLINES = ("personal", "global", "worst")
+"""Metrics whose best row is shown at the top of the page."""
 FACTS = ("method.name", "data.title", "backbone.model", "strategy.name", "federation.rounds")
+"""Settings that the page's head names if all runs agree on them."""
 
 
 def write_sweep_report(
@@ -39,14 +41,14 @@ def write_sweep_report(
     """Write the report of several runs, e.g. of a sweep.
 
     Args:
-        paths: Run folders, sweeps' folders, or folders of runs.
+        paths: Run folders, folders of sweeps, or folders of runs.
         out: The HTML file.
-        title: The page's title; by default the name of the only path, else of the file's folder.
-        command: The line that repeats the sweep; by default what its folder says.
+        title: The title of the page; by default the name of the only path, else of `out`'s folder.
+        command: The command that repeats the sweep; by default the one recorded in its folder.
         failed: Names of failed runs and why they failed.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         UserError: No run is finished, a run is damaged, or `out` cannot be written.
@@ -89,9 +91,9 @@ def _title(paths: Sequence[Path], out: Path) -> str:
 
 
 def _command(folder: Path) -> str | None:
-    """The line that made a sweep's folder; None for other folders.
+    """Return the command that created a sweep's folder, None for other folders.
 
-    The plan has been read by `load_rows` before, so it is known to be whole.
+    The plan has already been read by `load_rows`, so it is known to be intact.
     """
     path = folder / PLAN
     if not path.is_file():
@@ -106,7 +108,12 @@ def _command(folder: Path) -> str | None:
 
 
 def sweep_figures(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Figure]:
-    """The figures of a comparison, after a map of accuracy where just two settings are swept."""
+    """Describe the figures of a comparison, after a heat map if just two settings are swept.
+
+    Args:
+        rows: The rows of the comparison.
+        metrics: Its columns; the map shows personalised accuracy, or else global accuracy.
+    """
     figures = comparison_figures(rows)
     keys = swept_settings(rows)
     metric = next((m for m in (KNOWN["personal"], KNOWN["global"]) if m in metrics), None)
@@ -116,7 +123,7 @@ def sweep_figures(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Figure
 
 
 def _cells(table: Comparison) -> list[list[tuple[str, float | None, bool]]]:
-    """Text, sort value and whether it is the best, of every cell."""
+    """Return for every cell its text, its value for sorting, and whether it is the best."""
     return [
         [
             (_text(metric, cell) + MARK * cell.differs, cell.mean, cell.best)
@@ -132,7 +139,7 @@ def _text(metric: Metric, cell: Cell) -> str:
 
 
 def _headlines(table: Comparison) -> list[tuple[str, str, str]]:
-    """The best row of a few metrics, and how many runs there are."""
+    """Return the best row of a few metrics: label, value and the row's name."""
     headlines = []
     for name in HEADLINES:
         i = next((i for i, metric in enumerate(table.metrics) if metric.name == name), None)
@@ -158,7 +165,7 @@ def _facts(rows: Sequence[Row]) -> list[str]:
 
 
 def _runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One line per run: its row, seed, folder, last results and time."""
+    """Return one line per run: its row, seed, folder, final results and wall time in seconds."""
     lines = []
     for row in rows:
         for seed, run in sorted(row.runs.items()):
@@ -181,12 +188,12 @@ def _runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _count_values(rows: Sequence[Row], key: str) -> int:
-    """How many values a setting has among the rows that have it."""
+    """Count the values of a setting among the rows that have it."""
     return len({repr(row.settings[key]) for row in rows if key in row.settings})
 
 
 def _settings(rows: Sequence[Row], keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Each of these settings, and the values that the rows have."""
+    """Return each of these settings with the values that the rows have."""
     settings = []
     for key in keys:
         values = dict.fromkeys(plain(row.settings[key]) for row in rows if key in row.settings)
@@ -200,8 +207,8 @@ def _common(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Versions and devices; where runs differ, every value."""
-    # A dictionary without values is a set that keeps its order.
+    """Return versions and devices; if runs differ, every value."""
+    # A dictionary without values serves as a set that keeps its order.
     values_of: dict[str, dict[str, None]] = {}
     for row in rows:
         for run in row.runs.values():

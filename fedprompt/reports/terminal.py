@@ -1,6 +1,6 @@
-"""Tables that keep every number whole in a terminal of any width.
+"""Tables for the terminal that never truncate a number, whatever the terminal's width.
 
-Columns that do not fit beside the first one go on below, in a further table with the same rows.
+Columns that do not fit beside the first one continue below, in a further table with the same rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from rich.table import Column, Table
 from rich.text import Text
 
 LOOK: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1), "pad_edge": False}
-"""Few lines, so that names can be copied and a file can be read."""
+"""Few lines, so that names can be copied and the output is readable in a file."""
 EDGES, BETWEEN = 2, 3
 """Characters that this look puts around a table, and between two columns."""
 LEAST = 8
-"""Of the first column, where the others leave it no room."""
+"""Minimum width of the first column in characters, if the other columns leave it no room."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One column; `most` is the widest it gets before its words are folded, 0 = never folded."""
+    """One column of a table.
+
+    Attributes:
+        head: Its heading, which may be wrapped between words.
+        cells: Its cells, one per row.
+        most: Maximum width in characters before cells are wrapped; 0 means that they never are.
+        right: Whether it is aligned to the right, as numbers are.
+    """
 
     head: str
     cells: Sequence[Text]
@@ -33,7 +40,7 @@ class Field:
 
     @property
     def width(self) -> int:
-        """Characters that it takes; a head is folded between its words."""
+        """The width that it needs, in characters; a heading is wrapped between its words."""
         lines = [len(line) for cell in self.cells for line in cell.plain.split("\n")]
         widest = max(lines, default=0)
         word = max((len(word) for word in self.head.split()), default=0)
@@ -47,7 +54,14 @@ def fields(
     left: Sequence[str] = (),
     most: Mapping[str, int] | None = None,
 ) -> list[Field]:
-    """The columns of a table given by rows; the first one and those of `left` stand on the left."""
+    """Turn a table that is given by rows into columns.
+
+    Args:
+        heads: The headings of the columns.
+        rows: The rows, with a text for each heading.
+        left: Headings of columns aligned to the left; the first column always is.
+        most: Maximum widths in characters, by heading, of columns that may be wrapped.
+    """
     columns = []
     for i, head in enumerate(heads):
         cells = [Text(row[i]) for row in rows]
@@ -58,11 +72,18 @@ def fields(
 def fitted(
     first: Field, others: Sequence[Field], width: int, *, title: str = "", note: str = ""
 ) -> Group:
-    """Tables of at most `width` characters: each holds `first`, together they hold all `others`.
+    """Lay out tables of at most `width` characters that together show all columns.
 
-    The title stands over them, the note below.
+    Args:
+        first: The column that names the rows; every table begins with it.
+        others: The other columns.
+        width: Width of the terminal, in characters.
+        title: A title above the tables.
+        note: A note below the tables.
     """
     whole = max((field.width for field in others if not field.most), default=LEAST)
+    # The widest unbreakable column must fit beside the names, which are wrapped to make room for
+    # it.
     names = max(min(first.width, LEAST), min(first.width, width - EDGES - BETWEEN - whole))
     room = width - EDGES - names
     shown: list[Table | Text] = [Text(title, style="table.title")] if title else []
@@ -81,7 +102,7 @@ def _column(field: Field, width: int) -> Column:
 
 
 def _parts(fields: Sequence[Field], room: int) -> Iterator[list[Field]]:
-    """As many fields to a table as there is room for, at least one."""
+    """Split the columns into as many as fit in `room` characters each time, but at least one."""
     part: list[Field] = []
     for field in fields:
         if part and sum(one.width + BETWEEN for one in (*part, field)) > room:

@@ -1,1 +1,1 @@
-"""Finished runs side by side: tables over seeds, tests, figures."""
+"""Comparisons of finished runs: tables over seeds, significance tests and figures."""

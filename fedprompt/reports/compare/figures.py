@@ -1,6 +1,8 @@
 """Figures of a comparison: curves with bands over seeds, accuracy over bytes, clients, heat maps.
 
 A row of the comparison has the same colour in every figure.
+
+Shapes: R rounds.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from fedprompt.reports.format import MISSING
 from fedprompt.reports.run_data import RunData, accuracy_of
 
 ACCURACIES = (("personal", "mean", "Personalised"), ("global", "accuracy", "Global"))
-"""Part and key of a metrics line, and what it is called."""
+"""Part and key of a metrics line, and the title of its panel."""
 AT_FIRST = PALETTE
-"""Curves that are shown before the reader switches others on: as many as there are colours."""
+"""Number of curves shown before the reader switches on others: as many as there are colours."""
 FORMATS: dict[Kind, Format] = {
     "share": "percent", "number": "number", "count": "count", "bytes": "bytes",
 }  # fmt: skip
@@ -44,7 +46,14 @@ FORMATS: dict[Kind, Format] = {
 
 @dataclass(frozen=True)
 class SeedCurve:
-    """Mean and standard deviation over seeds in the R rounds that all seeds have measured."""
+    """Mean and standard deviation over seeds in the R rounds that all seeds have measured.
+
+    Attributes:
+        rounds_R: Round numbers.
+        bytes_R: Bytes sent up and down until then by all clients, as a mean over seeds.
+        mean_R: Mean accuracy over seeds, in [0, 1].
+        std_R: Standard deviation over seeds, dividing by n.
+    """
 
     rounds_R: list[int]
     bytes_R: list[float]
@@ -53,18 +62,15 @@ class SeedCurve:
 
 
 def seed_curve(row: Row, part: str, key: str) -> SeedCurve:
-    """One row's accuracy by round, over its seeds.
+    """Average one row's accuracy over its seeds, round by round.
 
     Args:
         row: The row.
         part: A part of a metrics line, e.g. "global".
-        key: The accuracy's key in it.
-
-    Returns:
-        Mean and deviation by round; bytes are those sent up and down until then by all clients,
-        also a mean over seeds.
+        key: The key of the accuracy in that part.
     """
     by_seed = [_points(run, part, key) for run in row.runs.values()]
+    # Only rounds that all seeds have: otherwise the mean would jump where a seed drops out.
     rounds = sorted(set.intersection(*(set(points) for points in by_seed)))
     sent = [[points[r][0] for points in by_seed] for r in rounds]
     values = [[points[r][1] for points in by_seed] for r in rounds]
@@ -77,7 +83,7 @@ def seed_curve(row: Row, part: str, key: str) -> SeedCurve:
 
 
 def _points(run: RunData, part: str, key: str) -> dict[int, tuple[float, float]]:
-    """By round: bytes sent so far, and accuracy."""
+    """Return by round the bytes sent so far, and the accuracy."""
     points, sent = {}, 0.0
     for line in run.rounds:
         sent += (line.get("bytes_up") or 0) + (line.get("bytes_down") or 0)
@@ -88,11 +94,14 @@ def _points(run: RunData, part: str, key: str) -> dict[int, tuple[float, float]]
 
 
 def curves_figure(rows: Sequence[Row], *, over_bytes: bool = False) -> Figure | None:
-    """Personalised and global accuracy per round, or over the bytes sent; None without data.
+    """Describe personalised and global accuracy per round, or over the bytes sent.
 
     Args:
         rows: The rows of the comparison.
-        over_bytes: Whether the horizontal axis is the traffic instead of the round.
+        over_bytes: Whether the horizontal axis shows the traffic instead of the round.
+
+    Returns:
+        The figure, None if no run has measured these accuracies.
     """
     x = ROUND
     if over_bytes:
@@ -125,7 +134,7 @@ def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> li
     curves = []
     for i, (row, points) in enumerate(zip(rows, measured, strict=True)):
         x = points.bytes_R if over_bytes else [float(r) for r in points.rounds_R]
-        # A logarithmic axis has no place for round 0, before which nothing was sent.
+        # A logarithmic axis cannot show round 0, before which nothing was sent.
         places = [k for k, value in enumerate(x) if value > 0 or not over_bytes]
         if not places:
             continue
@@ -144,7 +153,7 @@ def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> li
 
 
 def clients_figure(rows: Sequence[Row]) -> Figure | None:
-    """Box plots of the clients' own accuracies, those of all seeds together; None without data."""
+    """Describe box plots of the clients' own accuracies over all seeds; None without data."""
     accuracies = [client_accuracies(row) for row in rows]
     groups = [
         box(row.name, palette(i), values)
@@ -165,20 +174,21 @@ def clients_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def client_accuracies(row: Row) -> list[float]:
-    """Every client's last accuracy on its own test images, of all seeds."""
+    """Return every client's last accuracy on its own test images, for all seeds."""
     return [a for run in row.runs.values() for a in accuracy_of(run.last("personal")).values()]
 
 
 def heat_figure(rows: Sequence[Row], keys: tuple[str, str], metric: Metric) -> Figure:
-    """A map of one metric over two settings, with the number in every cell.
+    """Describe a map of one metric over two settings, with the number in every cell.
 
     Args:
         rows: The rows of the comparison.
         keys: The settings along the horizontal and the vertical axis.
-        metric: What is shown, as its mean over seeds.
+        metric: What is shown, as a mean over seeds.
 
     Raises:
-        UserError: A setting is unknown, or rows differ in something else as well.
+        UserError: A setting is unknown, or two rows share a cell because they differ in something
+            else as well.
     """
     across, down, means = heat_values(rows, keys, metric)
     panel = Heat(
@@ -203,7 +213,7 @@ def heat_figure(rows: Sequence[Row], keys: tuple[str, str], metric: Metric) -> F
 def heat_values(
     rows: Sequence[Row], keys: tuple[str, str], metric: Metric
 ) -> tuple[list[Any], list[Any], np.ndarray[Any, np.dtype[np.float64]]]:
-    """The numbers of a heat map.
+    """Compute the numbers of a heat map.
 
     Args:
         rows: The rows of the comparison.
@@ -215,7 +225,8 @@ def heat_values(
         over seeds (Y, X), NaN where there is none.
 
     Raises:
-        UserError: A setting is unknown, or rows differ in something else as well.
+        UserError: A setting is unknown, or two rows share a cell because they differ in something
+            else as well.
     """
     for key in keys:
         if not all(key in row.settings for row in rows):
@@ -239,23 +250,23 @@ def heat_values(
 
 
 def swept_settings(rows: Sequence[Row]) -> tuple[str, str] | None:
-    """The two settings that the rows vary independently, if there are just two such settings."""
+    """Return the two settings that rows vary independently, None unless there are exactly two."""
     keys = differing(rows)
     if len(keys) != 2 or any(key not in row.settings for row in rows for key in keys):
         return None
     cells = math.prod(len(_values(rows, key)) for key in keys)
-    # Settings that change together would fill little more than the diagonal.
+    # Settings that always change together fill little more than the diagonal of the map.
     return (keys[0], keys[1]) if 2 * len(rows) > cells else None
 
 
 def comparison_figures(rows: Sequence[Row]) -> list[Figure]:
-    """Learning curves, accuracy over bytes, and clients, where there is data for them."""
+    """Describe learning curves, accuracy over bytes, and clients, where there is data for them."""
     figures = [curves_figure(rows), curves_figure(rows, over_bytes=True), clients_figure(rows)]
     return [figure for figure in figures if figure is not None]
 
 
 def _values(rows: Sequence[Row], key: str) -> list[Any]:
-    """Different values of a setting; numbers in ascending order, others in the rows' order."""
+    """Return a setting's different values: numbers ascending, others in the order of the rows."""
     values: list[Any] = []
     for row in rows:
         if not any(_same(value, row.settings[key]) for value in values):

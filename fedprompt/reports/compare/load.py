@@ -1,8 +1,8 @@
-"""Finished runs grouped into the rows of a table: runs that differ in their seed alone.
+"""Reads finished runs and groups them into rows: the runs of a row differ only in their seed.
 
-A folder of a sweep (it holds sweep.json) brings its rows with the names of its file; runs in it
-that the sweep's last plan does not name are left out. Any other runs are named by the settings in
-which they differ.
+The folder of a sweep (it contains sweep.json) contributes rows with the names of its file; runs in
+it that the sweep's latest plan does not list are left out. All other runs are named by the settings
+in which they differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
 
 @dataclass
 class Row:
-    """Runs of the same settings, by seed; `settings` are the flat keys of their config."""
+    """One row of a comparison: the runs of the same settings.
+
+    Attributes:
+        name: What the row is called in tables and legends.
+        source: The name of the folder it was found in, which tells rows of the same name apart.
+        settings: The flattened config of its runs, without the seed and `output`.
+        runs: The runs by seed.
+    """
 
     name: str
     source: str
@@ -32,19 +39,24 @@ class Row:
 
 @dataclass
 class Loaded:
-    """Rows in order, and remarks about what was left out."""
+    """The rows of a comparison in order, and remarks about what was left out."""
 
     rows: list[Row]
     notes: list[str]
 
 
 def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
-    """The finished runs in run folders, sweeps and folders of runs.
+    """Read the finished runs in some folders and group them into rows.
 
-    `where` keeps those with `KEY=VALUE` in their config.
+    Args:
+        paths: Run folders, folders of sweeps, or folders of runs.
+        where: Conditions `KEY=VALUE`; only runs whose config meets all of them are used.
+
+    Returns:
+        The rows in the order of the paths, with a different name each, and remarks for the user.
 
     Raises:
-        UserError: a path holds no run, nothing is finished, or a file is damaged.
+        UserError: A path contains no run, no run is finished, or a file is damaged.
     """
     wanted = [_condition(text) for text in where]
     rows: dict[str, Row] = {}
@@ -64,10 +76,12 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             flat = flatten(run.config)
             if not all(_same(plain(flat.get(key)), value) for key, value in wanted):
                 continue
-            # Runs of one row differ in their seed, and in where and how results are kept.
+            # The runs of a row differ only in their seed, and in where and how results are stored.
             settings = {
                 k: v for k, v in flat.items() if k != "seed" and not k.startswith("output.")
             }
+            # Rows of a sweep keep to themselves: equal settings in another folder may be named
+            # differently.
             key = json.dumps([str(path) if name else "", settings], sort_keys=True, default=str)
             row = rows.setdefault(key, Row(name, path.name, settings))
             seed = int(flat.get("seed", 0))
@@ -86,7 +100,12 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"partition": {"alpha": 1}}` as `{"partition.alpha": 1}`."""
+    """Return `{"partition": {"alpha": 1}}` as `{"partition.alpha": 1}`.
+
+    Args:
+        config: A nested config.
+        prefix: What every key begins with.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -97,9 +116,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
-    """Settings in which some rows differ, `method.name` first."""
+    """Return the settings in which the rows differ, `method.name` first."""
     keys = dict.fromkeys(key for row in rows for key in row.settings)
     return sorted(
+        # `repr` because 1, 1.0 and True are equal in Python but not as settings.
         (k for k in keys if len({repr(row.settings.get(k)) for row in rows}) > 1),
         key=lambda k: k != "method.name",
     )
@@ -107,12 +127,14 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Found:
+    """Run folders with the names of their rows, and how many run folders were left out."""
+
     runs: list[tuple[Path, str]]
     left_out: int = 0
 
 
 def _named_runs(path: Path) -> _Found:
-    """Run folders in `path` with the names of their rows, "" where they have none."""
+    """Find the run folders in `path`, with the names of their rows, or "" for those without one."""
     if (path / CONFIG).is_file():
         return _Found([(path, "")])
     if not path.is_dir():
@@ -138,9 +160,9 @@ def _row_name(run: Mapping[str, Any]) -> str:
 
 
 def _name(rows: Sequence[Row]) -> None:
-    """Names for rows that have none, and different ones for all."""
+    """Name the rows that have no name, and make all names different."""
     nameless = [row for row in rows if not row.name]
-    # Keys that not all rows have belong to their method, whose name says as much.
+    # A key that only some rows have belongs to their method, whose name already tells them apart.
     keys = [k for k in differing(rows) if all(k in row.settings for row in rows)]
     for row in nameless:
         parts = [
@@ -161,7 +183,7 @@ def _name(rows: Sequence[Row]) -> None:
 
 
 def _same(found: str, wanted: str) -> bool:
-    """Whether two plain values agree: as numbers where both are, else letter by letter."""
+    """Return whether two plain values agree, as numbers if both are numbers, else as text."""
     try:
         return float(found) == float(wanted)
     except ValueError:
@@ -169,6 +191,7 @@ def _same(found: str, wanted: str) -> bool:
 
 
 def _condition(text: str) -> tuple[str, str]:
+    """Parse `KEY=VALUE` the way a config is parsed, so that `lr=2e-3` matches 0.002."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"compare: --where {text!r} is not KEY=VALUE, e.g. partition.alpha=0.1.")

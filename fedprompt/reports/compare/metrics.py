@@ -1,4 +1,4 @@
-"""Columns of a comparison: numbers of a run's summary, by a short name or by their path."""
+"""The columns of a comparison: numbers of a run's summary, selected by a name or by a path."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ _PROTOCOL = "protocols.base_to_new.rows"
 class Metric:
     """One column.
 
-    `paths` into summary.json are added up. An element of a list is named by the first value that
-    it holds: `rows.personal` is the row whose `model` is `personal`. A `share` is printed in
-    percent.
+    Attributes:
+        name: How the user selects it.
+        title: Its heading in tables.
+        paths: Paths into summary.json, whose numbers are added up. An element of a list is selected
+            by the first value in it: `rows.personal` is the row whose `model` is `personal`.
+        kind: How its numbers are printed; a `share` in [0, 1] is printed in percent.
+        higher_is_better: None if no value is better than another, e.g. for a cost.
     """
 
     name: str
@@ -29,12 +33,12 @@ class Metric:
     higher_is_better: bool | None = True
 
     def value(self, summary: Mapping[str, Any]) -> float | None:
-        """The number in one run's summary; None where it was not measured."""
+        """Return the number in one run's summary, None if it was not measured."""
         numbers = [look_up(summary, path) for path in self.paths]
         return None if any(n is None for n in numbers) else float(sum(n or 0 for n in numbers))
 
     def by_seed(self, row: Row) -> dict[int, float]:
-        """The numbers of a row's runs, by seed, those that were not measured left out."""
+        """Return the numbers of a row's runs by seed, without those that were not measured."""
         found = {seed: self.value(run.summary or {}) for seed, run in sorted(row.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -63,10 +67,15 @@ KNOWN = {metric.name: metric for metric in (*USUAL, *NEW_CLASSES, *COSTS)}
 
 
 def choose(names: str | None, rows: Sequence[Row]) -> list[Metric]:
-    """The columns that `names` asks for, else the usual ones that any run has measured.
+    """Select the columns of a comparison.
+
+    Args:
+        names: Names or paths of metrics, separated by commas; None selects the known metrics that
+            any run has measured.
+        rows: The rows of the comparison.
 
     Raises:
-        UserError: no run has measured what is asked for.
+        UserError: A name is unknown, or no run has measured what it stands for.
     """
     if names is None:
         found = [m for m in KNOWN.values() if any(m.by_seed(row) for row in rows)]
@@ -79,10 +88,14 @@ def choose(names: str | None, rows: Sequence[Row]) -> list[Metric]:
 
 
 def metric(name: str) -> Metric:
-    """A column by its short name or its path; `:min` after a path says that less is better.
+    """Return a column by its short name or its path.
+
+    Args:
+        name: A key of `KNOWN`, or a dotted path, optionally followed by `:min` or `:max` to say
+            which values are better. By default larger ones are.
 
     Raises:
-        UserError: neither.
+        UserError: It is neither a known name nor a path.
     """
     path, _, direction = name.partition(":")
     if direction not in ("", "min", "max"):
@@ -95,7 +108,12 @@ def metric(name: str) -> Metric:
 
 
 def look_up(node: Any, path: str) -> float | None:
-    """The number at a dotted path, None where there is none."""
+    """Return the number at a dotted path, None if there is none.
+
+    Args:
+        node: The content of summary.json.
+        path: Keys of objects, and names of list elements (see `Metric.paths`).
+    """
     for part in path.split("."):
         if isinstance(node, list):
             node = next((item for item in node if _name_of(item) == part), None)
@@ -103,11 +121,13 @@ def look_up(node: Any, path: str) -> float | None:
             node = node.get(part)
         else:
             return None
+    # A bool is an int in Python, but no measurement.
     good = isinstance(node, (int, float)) and not isinstance(node, bool)
     return float(node) if good else None
 
 
 def _name_of(item: Any) -> str:
+    """Return the first value of a list element, by which a path selects it."""
     if not isinstance(item, Mapping) or not item:
         return ""
     first = next(iter(item.values()))
@@ -115,7 +135,7 @@ def _name_of(item: Any) -> str:
 
 
 def _hint(one: Metric, rows: Sequence[Row]) -> str:
-    """Names that would lead further along the path."""
+    """List the names that would continue the path from where it leads nowhere."""
     node: Any = next(iter(rows[0].runs.values())).summary
     for part in one.paths[0].split("."):
         if isinstance(node, list):

@@ -1,4 +1,4 @@
-"""The table of a comparison, and the four forms in which it is written."""
+"""The table of a comparison, and the four formats in which it is written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from fedprompt.reports.terminal import Field, fitted
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
 MARK, BEST_MARK = "*", "^"
 NAME = 26
-"""Widest first column in a terminal; longer names are folded."""
+"""Maximum width of the first column in a terminal, in characters; longer names are wrapped."""
 HEAD, ROOMY = 12, 3
-"""In LaTeX: characters of a head's line; with more columns than these the table is set smaller."""
+"""In LaTeX: line length of a heading in characters, and the number of columns above which the table
+is set in a smaller font."""
 FEWEST_FOR_WILCOXON = 6
-"""With fewer seeds its smallest p, 2^(1 - n), is above 0.05."""
+"""With fewer seeds than this, the smallest possible p, 2^(1 - n), is above 0.05."""
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -35,7 +36,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows by name, each with a cell per metric."""
+    """The table: a name per row, a cell per row and metric, and a note about how to read it."""
 
     metrics: tuple[Metric, ...]
     names: tuple[str, ...]
@@ -44,7 +45,13 @@ class Comparison:
 
 
 def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t") -> Comparison:
-    """Mean, deviation, best row and test of every metric."""
+    """Compute mean, deviation, best row and significance of every metric.
+
+    Args:
+        rows: The rows of the comparison.
+        metrics: The columns.
+        test: The significance test of every row against the best one.
+    """
     columns = [
         column([m.by_seed(row) for row in rows], higher_is_better=m.higher_is_better, test=test)
         for m in metrics
@@ -93,7 +100,7 @@ def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> s
 
 
 def number(metric: Metric, value: float) -> str:
-    """One number as it is printed, without a unit."""
+    """Format one number of a metric, without a unit."""
     if metric.kind == "share":
         return f"{100 * value:.1f}"
     if metric.kind == "count":
@@ -104,7 +111,10 @@ def number(metric: Metric, value: float) -> str:
 
 
 def text(metric: Metric, cell: Cell) -> str:
-    """Mean and deviation; the mean alone with one seed, or for a cost that is always the same."""
+    """Format mean and deviation of a cell.
+
+    The mean stands alone with a single seed, and for a cost that is the same for all seeds.
+    """
     if cell.mean is None or cell.std is None:
         return MISSING
     mean, std = number(metric, cell.mean), number(metric, cell.std)
@@ -113,9 +123,12 @@ def text(metric: Metric, cell: Cell) -> str:
 
 
 def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group:
-    """For rich; columns that do not fit into `width` go on in a further table.
+    """Lay out the table for rich; columns that do not fit continue in a further table below.
 
-    The best are bold, or marked where `bold` would not show, as in a file.
+    Args:
+        table: The comparison.
+        width: Width of the terminal, in characters.
+        bold: Whether the best cells are bold. If not, as in a file, they are marked with `^`.
     """
     mark, note = "", table.note
     if not bold:
@@ -137,7 +150,7 @@ def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group
 
 
 def markdown(table: Comparison) -> str:
-    """A Markdown table and its note."""
+    """Format the table and its note as Markdown."""
 
     def cell(metric: Metric, value: Cell) -> str:
         shown = text(metric, value)
@@ -149,12 +162,13 @@ def markdown(table: Comparison) -> str:
         cells = [cell(m, c) for m, c in zip(table.metrics, line, strict=True)]
         lines.append([name.replace("|", r"\|"), *cells])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    # Escaped, because a `*` could begin emphasis in Markdown.
     note = table.note.replace(f"{MARK}:", "\\" + f"{MARK}:")
     return f"{body}\n\n{note}\n"
 
 
 def latex(table: Comparison) -> str:
-    """A LaTeX table for the packages booktabs and, for `±`, none; the note is its caption."""
+    """Format the table for the LaTeX package booktabs, with the note as its caption."""
 
     def cell(metric: Metric, value: Cell) -> str:
         shown = escape(text(metric, value))
@@ -163,6 +177,7 @@ def latex(table: Comparison) -> str:
 
     heads = [wrap(metric.title, HEAD) for metric in table.metrics]
     depth = max(map(len, heads))
+    # Headings of several lines end in the same line, directly above the rule.
     stacked = [
         " & ".join(
             ["", *(escape(([""] * (depth - len(head)) + head)[k]) for head in heads)]
@@ -193,9 +208,9 @@ def latex(table: Comparison) -> str:
 
 
 def comma_separated(table: Comparison) -> str:
-    """CSV for programs: unrounded mean, std, number of seeds and p of every metric.
+    """Format the table as CSV for programs: unrounded mean, std, number of seeds and p per metric.
 
-    Shares are not in percent here, and bytes are bytes.
+    Shares are fractions here, not percent, and traffic is in bytes.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -211,5 +226,5 @@ def comma_separated(table: Comparison) -> str:
 
 
 def escape(words: str) -> str:
-    """Text for LaTeX."""
+    """Escape text for LaTeX."""
     return re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], words)
