@@ -1,6 +1,10 @@
 """Accuracy and loss of global and personal models.
 
-Shape suffixes: K clients, B images, N images of a test set, C classes.
+The server scores the global model here, and the clients' side scores personal models in blocks of K
+clients. Scoring has two steps: a method's `encode` runs the class prompts through the text tower
+once per model, then `logits` is called for batches of images of bounded size.
+
+Shape suffixes: K clients, B images of a batch, N images of a test set, C classes.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from fedprompt.methods.base import Method, Tensors, stack
 
 @dataclass(frozen=True)
 class Score:
-    """Counts on a test set; unlike accuracies, they can be added without rounding.
+    """The result of a model on a test set.
+
+    Counts are stored instead of an accuracy because counts can be added without rounding.
 
     Attributes:
-        correct: images classified correctly.
-        tested: all images.
-        loss_sum: sum of their cross-entropies.
+        correct: number of correctly classified images.
+        tested: number of images.
+        loss_sum: sum of their cross-entropies; infinity if it is not finite.
     """
 
     correct: int
@@ -37,20 +43,22 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """Fraction of correct predictions, or None without test images."""
+        """Fraction of correct predictions, or None if there are no test images."""
         return self.correct / self.tested if self.tested else None
 
 
 @dataclass(frozen=True)
 class Personal:
-    """Accuracies of clients with test images, as fractions; every client counts once.
+    """Statistics of personal accuracies, as fractions.
+
+    Every client with test images counts once, however many images it has.
 
     Attributes:
         mean: mean over clients.
-        std: standard deviation over clients, divided by n.
+        std: standard deviation over clients, with divisor n.
         worst: the lowest accuracy.
         p10: the 10th percentile, linearly interpolated.
-        clients_tested: number of clients.
+        clients_tested: number of clients with test images.
         accuracy: the accuracies, in the order given.
     """
 
@@ -67,7 +75,11 @@ class Personal:
 
 
 def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
-    """Statistics over the accuracies of clients with test images; None without any."""
+    """Compute statistics over clients; None if no client has test images.
+
+    Args:
+        accuracy: one accuracy per client with test images, as fractions.
+    """
     known = np.array(accuracy, dtype=np.float64)
     if known.size == 0:
         return None
@@ -88,10 +100,10 @@ def score_global(
     """Score the shared prompts alone on a test set.
 
     Args:
-        method: the method.
+        method: the method, for the class names of the test set.
         shared: shared tensors, without a client axis.
-        inputs_N: images.
-        labels_N: class indices (N,).
+        inputs_N: the test images (N, ...).
+        labels_N: their class indices (N,).
 
     Returns:
         The score, or None if the method has no global model.
@@ -105,7 +117,12 @@ def score_global(
 def encode_global(method: Method, shared: Tensors) -> Tensors:
     """Encode the shared prompts alone, as a model with client axis 1.
 
-    The method must have a global model.
+    Args:
+        method: a method that has a global model.
+        shared: shared tensors, without a client axis.
+
+    Returns:
+        The result of `method.encode` (1, ...), on the device of the backbone.
     """
     device = method.clip.device
     return method.encode({n: v[None].to(device) for n, v in shared.items()}, None)
@@ -117,7 +134,8 @@ def encode_personal(
 ) -> Tensors:
     """Encode the models of K clients.
 
-    Shared prompts that are equal on all clients are encoded only once.
+    Shared prompts that are equal on all clients are encoded only once, which saves K - 1 passes of
+    the class prompts through the text tower for methods without private prompts.
 
     Args:
         method: the method.
@@ -134,7 +152,15 @@ def encode_personal(
 
 
 def model_of(encoded: Tensors, client: int) -> Tensors:
-    """One of K encoded models, with client axis 1; tensors that all clients share are reused."""
+    """Select one of K encoded models.
+
+    Args:
+        encoded: encoded models, with client axis K, or 1 where all clients have the same tensor.
+        client: the position of the model, 0 .. K - 1.
+
+    Returns:
+        The model with client axis 1. Its tensors are views.
+    """
     return {n: v if v.shape[0] == 1 else v[client : client + 1] for n, v in encoded.items()}
 
 
@@ -146,21 +172,31 @@ def score_models(
 
     Args:
         method: the method.
-        encoded: encoded models, client axis `clients` or 1.
-        clients: number of clients.
-        inputs_N: images.
-        labels_N: class indices (N,).
+        encoded: encoded models, with client axis `clients` or 1.
+        clients: number of clients K.
+        inputs_N: the test images (N, ...).
+        labels_N: their class indices (N,).
 
     Returns:
         One score per client.
     """
+    # A single model for all clients is scored once, and its score is repeated.
     scores = _score(method, encoded, inputs_N, labels_N)
     return scores if len(scores) == clients else scores * clients
 
 
 @torch.no_grad()
 def logits_of(method: Method, encoded: Tensors, inputs_N: Inputs) -> Iterator[Tensor]:
-    """Logits (B, C) of one encoded model, as float32 on the CPU, for batches of bounded size."""
+    """Compute the logits of one encoded model, batch by batch.
+
+    Args:
+        method: the method.
+        encoded: one encoded model, with client axis 1.
+        inputs_N: images (N, ...).
+
+    Yields:
+        Logits (B, C) of consecutive batches of bounded size, as float32 on the CPU.
+    """
     batch_size = _batch_size(method)
     for first in range(0, len(inputs_N), batch_size):
         batch = inputs_N[first : first + batch_size].of_one().on(method.clip.device)
@@ -182,11 +218,12 @@ def score_personal(
         shared: per client, its shared tensors, without a client axis.
         private: per client, its private tensors, without a client axis.
         tests: per client, images (n, ...) and labels (n,); n may be 0.
-        common: images and labels that every client's model is tested on as well, or None.
+        common: images (N, ...) and labels (N,) on which every client's model is tested as well, or
+            None.
 
     Returns:
         One score per client on its own images, and one per client on the common images (None
-        without `common`). Each model is encoded only once.
+        without `common`). Each model is encoded only once for both.
     """
     encoded = encode_personal(method, shared, private)
     on_tests = _score_each(method, encoded, tests)
@@ -198,10 +235,11 @@ def _equal(a: Tensors, b: Tensors) -> bool:
 
 
 def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> list[Score]:
-    """Scores of K encoded models on one test set, a bounded number of logits at a time."""
+    """Scores of K encoded models on one test set, a bounded number of images at a time."""
     clients = max(v.shape[0] for v in encoded.values())
     correct_K = np.zeros(clients, dtype=np.int64)
     loss_K = np.zeros(clients)
+    # Every image is scored by all K models in one call, so K divides the batch.
     batch_size = max(1, _batch_size(method) // clients)
     for first in range(0, len(labels_N), batch_size):
         part = slice(first, first + batch_size)
@@ -216,7 +254,7 @@ def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor)
 def _score_each(
     method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
 ) -> list[Score]:
-    """Scores of every client's model on that client's own test set, in few large products."""
+    """Scores of every client's model on that client's own test set, in few batched products."""
     if all(v.shape[0] == 1 for v in encoded.values()):
         return _score_one_model(method, encoded, tests)
     scores = [Score(0, 0, 0.0)] * len(tests)
@@ -228,6 +266,7 @@ def _score_each(
         hits_KB, losses_KB = _in_parts(method, models, inputs_KB, labels_KB)
         for row, k in enumerate(clients):
             n = len(tests[k][1])
+            # Rows from n on are padding.
             scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
     return scores
 
@@ -235,10 +274,15 @@ def _score_each(
 def _score_one_model(
     method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
 ) -> list[Score]:
-    """Scores of one common model on every client's test set, in one product over all images."""
+    """Scores of one common model on every client's test set.
+
+    The images of all clients are concatenated, so nothing is padded, and the outcomes are split
+    among the clients again.
+    """
     sizes = [len(labels) for _, labels in tests]
     inputs_N = Inputs.cat([inputs for inputs, _ in tests])
     labels_N = torch.cat([labels for _, labels in tests])
+    # `np.concatenate` needs at least one array, and no client may have test images.
     hits, losses = [np.zeros(0, dtype=bool)], [np.zeros(0)]
     batch_size = _batch_size(method)
     for first in range(0, len(labels_N), batch_size):
@@ -256,17 +300,25 @@ def _score_one_model(
 
 
 def _batch_size(method: Method) -> int:
-    """Most images per call of `logits`; the image tower sets a lower bound for pixels."""
+    """The largest number of images in one call of `logits`.
+
+    For methods that read pixels, `logits` runs the image tower, whose activations need far more
+    memory per image than a product with class features; `image_batch` bounds that.
+    """
     bound = method.clip.image_batch if "pixels" in method.needs else method.images_at_once
     return min(bound, method.images_at_once)
 
 
 def _similar_sizes(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Clients with test images, in groups that padding to one length at most doubles."""
+    """Group clients by number of test images, so that padding at most doubles a group.
+
+    Clients without test images are in no group.
+    """
     order = sorted((k for k, n in enumerate(sizes) if n), key=lambda k: (-sizes[k], k))
     groups: list[list[int]] = []
     for k in order:
         longest = sizes[groups[-1][0]] if groups else 0
+        # A client with more images than a batch still gets a group; `_in_parts` splits it.
         fits = groups and (len(groups[-1]) + 1) * longest <= max(batch_size, longest)
         if fits and 2 * sizes[k] >= longest:
             groups[-1].append(k)
@@ -278,7 +330,7 @@ def _similar_sizes(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
 def _in_parts(
     method: Method, encoded: Tensors, inputs_KB: Inputs, labels_KB: Tensor
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """`_outcomes` for batches of bounded size."""
+    """Call `_outcomes` for batches of bounded size along the image axis."""
     batch_size = max(1, _batch_size(method) // len(inputs_KB))
     parts = [
         _outcomes(
@@ -298,6 +350,7 @@ def _outcomes(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Whether each image is classified correctly, and its cross-entropy: both (K, B)."""
     device = method.clip.device
+    # Argmax and loss are taken in float32, whatever the precision of the backbone.
     logits_KBC = method.logits(encoded, inputs_KB.on(device)).float()
     targets_KB = labels_KB.to(device).expand(logits_KBC.shape[:2])
     hits_KB = logits_KBC.argmax(-1) == targets_KB

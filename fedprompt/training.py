@@ -1,11 +1,13 @@
 """Local training of a block of K clients.
 
-Every prompt tensor has a leading client axis. Clients are independent, so the gradient of the sum
-of their losses is each client's own gradient, and an elementwise optimiser (SGD with momentum,
-AdamW) updates all of them as it would update one. Clients with unequal numbers of images are padded
-and masked, and a client that has taken its last step leaves the block with its optimiser state.
+A client (in a simulation, a block of clients) calls `train_clients` when the server asks it to
+train. Every prompt tensor has a leading client axis. Clients are independent, so the gradient of
+the sum of their losses holds each client's own gradient, and an elementwise optimiser (SGD with
+momentum, Adam, AdamW) updates all of them as it would update a single one. Batches of unequal size
+are padded and masked. Clients are sorted by their number of steps; one that has taken its last step
+leaves the block together with its optimiser state.
 
-Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, C classes; A the
+Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, C classes, A
 clients that are still training.
 """
 
@@ -31,11 +33,14 @@ class LocalResult:
 
     Attributes:
         client: client id.
-        shared: its shared tensors after training, without a client axis, on the CPU.
-        private: its private tensors after training, likewise.
-        num_examples: its training images, each counted once.
-        losses: mean over all images seen in the round of every loss term, and of their sum as
-            `loss`.
+        shared: its shared tensors after training, without a client axis, on the CPU. They are what
+            the client uploads.
+        private: its private tensors after training, without a client axis, on the CPU. They never
+            leave the client.
+        num_examples: the number of its training images, each counted once whatever the number of
+            epochs and views. It is the client's weight in an average over examples.
+        losses: every loss term, averaged over all images seen in the round, and the sum of these
+            terms as `loss`.
     """
 
     client: int
@@ -54,6 +59,9 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
         config: the `training` section.
         server_round: the round, 1 .. `rounds`.
         rounds: number of rounds of the experiment.
+
+    Returns:
+        The learning rate. It is `config.lr` in round 1, and still above 0 in the last round.
     """
     if config.schedule == "constant":
         return config.lr
@@ -73,27 +81,33 @@ def train_clients(
 ) -> list[LocalResult]:
     """Train K clients for `config.local_epochs` passes over their own images.
 
+    A client's result does not depend on the other clients of the block, up to the last bits of its
+    floats.
+
     Args:
-        method: supplies the loss.
+        method: supplies encoding, loss, gradients, and what happens at both ends of a round.
         received: per client, the shared tensors and extras that the server sent, without a client
             axis.
         private: per client, its private tensors, without a client axis.
-        data: per client, its images and labels; one image or more each.
+        data: per client, its images and labels; at least one image each.
         config: optimiser, batch size, epochs and schedule.
-        seed: keys the order of images, together with round, client and epoch.
+        seed: the experiment's seed. With round, client and epoch it determines the order of images.
         server_round: the round, counted from 1.
-        rounds: number of rounds, for the schedule.
+        rounds: number of rounds of the experiment, for the learning-rate schedule.
 
     Returns:
         One result per client, in the order given. The arguments are not changed.
     """
+    # Longest training first, so that the clients still training are always a prefix of the block.
     order = sorted(range(len(data)), key=lambda k: -_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
     schedule = _batches(ordered, config, seed, server_round)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
-    if inputs_N.pixels is None:  # pixels would fill a GPU, so they move batch by batch
+    # Features of a round fit on a GPU. Pixels may not, so they are moved batch by batch.
+    if inputs_N.pixels is None:
         inputs_N = inputs_N.on(device)
+    # The inputs of a client hold all images of view 0, then all of view 1, and so on.
     labels_N = torch.cat([d.labels_N.repeat(d.views) for d in ordered]).to(device)
     received_K = stack([received[k] for k in order], device)
     round_info = RoundInfo(
@@ -107,6 +121,8 @@ def train_clients(
         class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
     )
+    # Extras are sent by the server beside the shared tensors. They are inputs of `encode`, but
+    # they are neither trained nor uploaded.
     extra = method.init_extras(seed).keys()
     shared_K, private_K = method.start_round(
         {n: v for n, v in received_K.items() if n not in extra},
@@ -125,6 +141,7 @@ def train_clients(
     shared_K = {n: v.cpu() for n, v in shared_K.items()}
     private_K = {n: v.cpu() for n, v in private_K.items()}
     totals = {n: v.cpu() for n, v in totals.items()}
+    # Undo the sorting: the results are in the order of the arguments.
     place = {k: row for row, k in enumerate(order)}
     results = []
     for k, client in enumerate(data):
@@ -154,15 +171,28 @@ def _descend(
 ) -> tuple[Tensors, Tensors]:
     """Take all local steps.
 
-    Returns the `trained` tensors (K, ...) afterwards, and the sum over images of every loss term
-    (K,). Names say which container a tensor belongs to. The `fixed` tensors are used, not changed.
+    Args:
+        method: supplies encoding, loss and gradients.
+        config: the optimiser and its settings.
+        schedule: which images each client sees in each step.
+        inputs_N: images of all clients; pixels are on the CPU, features on the device.
+        labels_N: class indices (N,), on the device.
+        round_info: the round, with clients in the order of the schedule.
+        trained: tensors (K, ...) that the optimiser updates, with names as in `_named`.
+        fixed: tensors (K, ...) that are used and not changed, with names as in `_named`.
+
+    Returns:
+        The `trained` tensors (K, ...) after the last step, and the sum over all images seen of
+        every loss term (K,).
     """
     device = method.clip.device
     final = {n: v.clone() for n, v in trained.items()}
     totals: dict[str, Tensor] = {}
     state: list[dict[str, Tensor]] | None = None
     for first, stop, active in schedule.segments:
-        # Clients are sorted by their number of steps, so those still training come first.
+        # Within a segment the same A clients train. New leaves and a new optimiser per segment
+        # drop the clients that are done: with a zero gradient, momentum and weight decay would
+        # keep moving their prompts.
         leaves = {n: v[:active].clone().requires_grad_() for n, v in trained.items()}
         present = round_info.first(active)
         shared_A, private_A = _containers(leaves | {n: v[:active] for n, v in fixed.items()})
@@ -173,17 +203,22 @@ def _descend(
             mask_KB = schedule.mask_SKB[step, :active].to(device)
             inputs_KB = inputs_N[index_KB].on(device)
             batch = Batch(inputs_KB, labels_N[index_KB], mask_KB, present, step)
+            # The class prompts are encoded in every step, since the gradient flows through them.
             encoded = method.encode(shared_A, private_A)
             loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
             gradients = method.gradients(loss_terms, leaves, batch)
+            # The method may have clipped, projected or noised them, so `backward` is not used.
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]
             optimizer.step()
             loss_K = torch.stack(list(loss_terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
             for term, term_K in (*loss_terms.items(), ("loss", loss_K)):
+                # Terms are means over a batch, and the last batch may be smaller: weighted by
+                # images, the round's value is a mean over images and not over batches.
                 total_K = totals.setdefault(term, loss_K.new_zeros(len(round_info.clients)))
                 total_K[:active] += term_K.detach() * images_K
+        # The next segment has fewer clients; `final` keeps the values of those that leave here.
         trained = {n: v.detach() for n, v in leaves.items()}
         for name, value in trained.items():
             final[name][:active] = value
@@ -192,14 +227,14 @@ def _descend(
 
 
 def _named(shared: Tensors, private: Tensors) -> Tensors:
-    """Both containers in one dict, with the container's name before the tensor's."""
+    """Both containers in one dict; names are `shared.<name>` and `private.<name>`."""
     return {f"shared.{n}": v for n, v in shared.items()} | {
         f"private.{n}": v for n, v in private.items()
     }
 
 
 def _containers(named: Tensors) -> tuple[Tensors, Tensors]:
-    """The shared and the private container of `_named` tensors."""
+    """Split tensors with names as in `_named` into the shared and the private container."""
     shared, private = (
         {n.removeprefix(f"{kind}."): v for n, v in named.items() if n.startswith(f"{kind}.")}
         for kind in ("shared", "private")
@@ -214,12 +249,12 @@ def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Batches of a block.
+    """The batches of a block.
 
     Attributes:
-        index_SKB: rows of the images of each step, client and batch.
-        mask_SKB: which of them are images and not padding.
-        segments: (first step, last step + 1, clients still training), in order.
+        index_SKB: rows in `inputs_N` of the images of each step and client.
+        mask_SKB: True for images, False for padding, whose index is 0.
+        segments: (first step, last step + 1, number of clients that take these steps), in order.
     """
 
     index_SKB: Tensor
@@ -228,13 +263,24 @@ class _Schedule:
 
 
 def _steps(images: int, config: TrainingConfig) -> int:
+    # Rounded up: with `drop_last`, a client smaller than a batch would never train.
     return config.local_epochs * math.ceil(images / config.batch_size)
 
 
 def _batches(
     data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
 ) -> _Schedule:
-    """Every client's own seeded batches, padded to one shape; its last batch may be partial."""
+    """Draw the batches of all clients and pad them to one shape.
+
+    Args:
+        data: per client, its images and labels, most steps first.
+        config: batch size and epochs.
+        seed: the experiment's seed.
+        server_round: the round, counted from 1.
+
+    Returns:
+        The schedule. The last batch of an epoch may be smaller than `config.batch_size`.
+    """
     steps_K = [_steps(len(d), config) for d in data]
     width = min(config.batch_size, max(len(d) for d in data))
     index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
@@ -243,8 +289,11 @@ def _batches(
     for k, client in enumerate(data):
         step, n = 0, len(client)
         for epoch in range(config.local_epochs):
+            # The key names the client and not its place in the block, so that a client sees the
+            # same batches in any block, on any worker, and after a resume.
             draw = generator(seed, "shuffle", server_round, client.client, epoch)
             shuffled = draw.permutation(n) + offset
+            # Each image appears once per epoch, in a view drawn at random; views are n rows apart.
             if client.views > 1:
                 views = generator(seed, "view", server_round, client.client, epoch)
                 shuffled += n * views.integers(client.views, size=n)
@@ -264,6 +313,7 @@ def _batches(
 def _optimizer(
     config: TrainingConfig, leaves: Tensors, lr: float, lr_scale: Mapping[str, float]
 ) -> torch.optim.Optimizer:
+    """Create the optimiser, with one parameter group per tensor for its learning-rate factor."""
     groups = [
         {"params": [leaf], "lr": lr * lr_scale.get(name, 1.0)} for name, leaf in leaves.items()
     ]
@@ -284,11 +334,20 @@ def _restore(
     state: list[dict[str, Tensor]] | None,
     active: int,
 ) -> None:
-    """Give the optimiser the state of the clients still training; counters are common to all."""
+    """Give a new optimiser the state of the clients that are still training.
+
+    Args:
+        optimizer: the optimiser of the next segment.
+        leaves: its parameters (A, ...).
+        state: the state of each parameter after the previous segment, or None before the first.
+        active: the number A of clients still training.
+    """
     if state is None:
         return
     for leaf, leaf_state in zip(leaves, state, strict=True):
         optimizer.state[leaf] = {
+            # Momentum and moments have a client axis. Adam's step counter is a 0-d tensor that all
+            # clients share, as they have taken the same number of steps so far.
             n: v[:active].clone() if torch.is_tensor(v) and v.dim() > 0 else v
             for n, v in leaf_state.items()
         }

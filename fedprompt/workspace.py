@@ -1,6 +1,8 @@
 """What a participant of an experiment holds: frozen CLIP, image features, partition and method.
 
-`fedprompt.experiment.workspaces` opens one from a config.
+The server, every worker of a simulation and every node of a deployment have a workspace of their
+own, which `fedprompt.experiment.workspaces` opens from the config. Local training, scoring and the
+evaluation protocols read their images and their method from it.
 """
 
 from __future__ import annotations
@@ -32,18 +34,19 @@ about 14 float32 numbers, rounded up."""
 
 
 class Workspace:
-    """The frozen side of an experiment, opened once per process and only read afterwards.
+    """The frozen side of an experiment: opened once per process, and only read afterwards.
 
-    The server and every simulated client read the same workspace. On a node of a deployment it
-    holds the images of that node's client alone. Nothing that training changes is kept here.
+    The server and the simulated clients of a process use the same workspace. On a node of a
+    deployment it holds the images of that node's client alone. Nothing that training changes is
+    stored here, so private tensors cannot leak from one client to another through it.
 
     Args:
         config: the whole experiment.
         clip: the frozen backbone.
         dataset: the images that are dealt to the clients and to the server's test set.
         partition: which of these images each client and the server hold.
-        views: features of all images, one table per view of `data.views`. The first view is the
-            plain one, and tests use no other.
+        views: features of all images, one table per view of `data.views`. View 0 is the image
+            without augmentation; all tests use this view.
         held_out: what an evaluation protocol has taken out of the data set, or None.
 
     Raises:
@@ -71,7 +74,17 @@ class Workspace:
         self._server_test: tuple[Inputs, Tensor] | None = None
 
     def with_method(self, method_config: Any) -> Workspace:
-        """The same data and backbone with the method of another `method` section."""
+        """A workspace with the same data and backbone and another method, such as a baseline.
+
+        Args:
+            method_config: the `method` section, an instance of the method's `Config`.
+
+        Returns:
+            A new workspace, which shares the backbone, the data and the feature tables.
+
+        Raises:
+            UserError: the method does not fit the backbone or the class names.
+        """
         config = replace(self.config, method=method_config)
         return Workspace(
             config,
@@ -83,7 +96,18 @@ class Workspace:
         )
 
     def method_for(self, task: Task) -> Method:
-        """The experiment's method for another class list; it accepts the same prompt tensors."""
+        """The experiment's method for other class names, for example those of a held-out split.
+
+        Args:
+            task: class names and templates.
+
+        Returns:
+            A method that accepts the prompt tensors of `self.method`. It is created only once per
+            task, since the class names must be tokenised and embedded.
+
+        Raises:
+            UserError: the method does not fit the class names.
+        """
         if task not in self._methods:
             settings = self.config.method
             self._methods[task] = method_class(settings.name)(settings, self.clip, task)
@@ -96,23 +120,33 @@ class Workspace:
 
     @cached_property
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the method shares; all are float32."""
+        """Name and shape of every tensor that the method shares; all are float32.
+
+        Both sides check the messages that they receive against these shapes.
+        """
         start = self.method.init_shared(self.config.seed)
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     @cached_property
     def extras_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that clients receive beside the shared ones, float32."""
+        """Name and shape of every tensor that clients receive beside the shared ones.
+
+        All of them are float32.
+        """
         start = self.method.init_extras(self.config.seed)
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
     @cached_property
     def tokens_per_client(self) -> int:
-        """Positions that both towers process in one training step of one client."""
+        """Token positions that both towers process in one training step of one client.
+
+        Together with `step_bytes_per_client` it decides how many clients train in one block.
+        """
         seed, device = self.config.seed, self.clip.device
         received = self.method.init_shared(seed) | self.method.init_extras(seed)
         private = self.method.init_private(seed, 0)
-        # Measured on one image, since only the method knows which of its inputs pass a tower.
+        # Measured on one image, since only the method knows which of its inputs pass through a
+        # tower: CLIP counts the positions.
         before = self.clip.positions_encoded
         with torch.no_grad():
             encoded = self.method.encode(stack([received], device), stack([private], device))
@@ -125,7 +159,7 @@ class Workspace:
 
     @property
     def step_bytes_per_client(self) -> int:
-        """Estimate of the bytes that one client's training step keeps for its gradient."""
+        """Estimated bytes of activations that one client's training step keeps for its gradient."""
         tower = self.clip.text
         return self.tokens_per_client * len(tower.blocks) * tower.width * BYTES_PER_UNIT
 
@@ -136,10 +170,12 @@ class Workspace:
             client: client id, 0 .. K - 1.
 
         Returns:
-            Its n images in every view, view after view, and their labels (n,).
+            Its n images in V views, (V * n, ...), all images of one view before the next view,
+            and their labels (n,).
 
         Raises:
-            UserError: the client has no labelled images. The server does not ask it to train.
+            UserError: the client has no labelled images. The server does not ask such a client to
+                train.
         """
         train = self.partition.train(client)
         if client in self.partition.unlabelled or not len(train):
@@ -148,31 +184,45 @@ class Workspace:
         return ClientData(client, inputs, self._labels(train), views=len(self.views))
 
     def test_data(self, client: int) -> tuple[Inputs, Tensor]:
-        """A client's local test images (n, ...) and labels (n,); n may be 0."""
+        """A client's local test images (n, ...) and their labels (n,); n may be 0.
+
+        Args:
+            client: client id, 0 .. K - 1.
+        """
         return self._rows(self.partition.test(client))
 
     def server_test(self) -> tuple[Inputs, Tensor]:
-        """The server's test images (n, ...) and labels (n,)."""
+        """The server's test images (n, ...) and their labels (n,)."""
+        # Gathered once, since the server tests on all of them in every evaluated round.
         if self._server_test is None:
             self._server_test = self._rows(self.partition.server_test)
         return self._server_test
 
     def held_out_test(self) -> tuple[Inputs, Tensor]:
-        """The held-out images (n, ...) and labels (n,), which index the held-out class names."""
+        """The held-out images (n, ...) and their labels (n,).
+
+        After `hold_out_classes` the labels index the held-out class names, not the experiment's.
+        """
         assert self.held_out is not None
         inputs = self.views[0].rows(self.held_out.index_N)
         return inputs, torch.from_numpy(self.held_out.labels_N)
 
     def start_private(self, client: int) -> Tensors:
-        """A client's private tensors before its first training, without a client axis.
+        """A client's private tensors before its first training.
 
-        Methods that fill them from the client's images (`init_private_from_data`) do so here. A
-        client without labelled images keeps the values of `init_private`.
+        Methods that initialise them from the client's images (`init_private_from_data`) do so
+        here. A client without labelled images keeps the values of `init_private`.
+
+        Args:
+            client: client id, 0 .. K - 1.
+
+        Returns:
+            The private tensors by name, without a client axis.
         """
         start = self.method.init_private(self.config.seed, client)
         fills = type(self.method).init_private_from_data is not Method.init_private_from_data
         labelled = client not in self.partition.unlabelled and len(self.partition.train(client))
-        # `train_data` gathers all of a client's images: not for methods that ignore them.
+        # `train_data` copies all of a client's images, which most methods would not look at.
         if not (fills and labelled):
             return start
         return self.method.init_private_from_data(start, self.train_data(client), self.config.seed)

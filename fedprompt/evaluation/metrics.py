@@ -1,7 +1,9 @@
-"""Metrics that papers report, as plain functions of arrays.
+"""The metrics that papers report, as plain functions of arrays.
 
-They agree with scikit-learn's where it has the same metric (tested). Suffixes: N images, K clients,
-C classes, M bins.
+Evaluation protocols call them, most of them on the server after the last round. Where scikit-learn
+has the same metric, both give the same numbers; tests compare them.
+
+Shape suffixes: N images, K clients, C classes, M bins.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ Ints = NDArray[np.int64]
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """2ab / (a + b) of two numbers >= 0; 0 where one of them is 0."""
+    """The harmonic mean 2ab / (a + b) of two numbers >= 0; it is 0 if one of them is 0."""
     return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
 
 
-# Two sets of scores: images of the known classes should score higher than all others.
+# Detection: images of known classes should have higher scores than all other images.
 
 
 def auroc(known: ArrayLike, other: ArrayLike) -> float:
@@ -33,8 +35,12 @@ def auroc(known: ArrayLike, other: ArrayLike) -> float:
         other: scores of all other images (N,).
 
     Returns:
-        A fraction; ties count one half.
+        A fraction in [0, 1]; ties count one half.
+
+    Raises:
+        ValueError: the scores are empty, not one-dimensional, or contain NaN.
     """
+    # Ranks instead of all pairs: O(N log N), and no array of N x N comparisons.
     known_N, other_N = _scores(known), np.sort(_scores(other))
     below = np.searchsorted(other_N, known_N, side="left")
     not_above = np.searchsorted(other_N, known_N, side="right")
@@ -51,22 +57,32 @@ def fpr_at_tpr(known: ArrayLike, other: ArrayLike, tpr: float = 0.95) -> float:
             at least the threshold.
 
     Returns:
-        Fraction of the other images that are accepted.
+        The fraction of the other images that are accepted as well.
+
+    Raises:
+        ValueError: the scores are empty, not one-dimensional, or contain NaN.
     """
     known_N, other_N = np.sort(_scores(known)), _scores(other)
-    # Rounded first, so that float noise does not make 20 of 0.95 x 20 images.
+    # Rounding before `ceil` keeps float noise from turning 0.95 x 20 = 19 images into 20.
     accepted = max(1, math.ceil(round(tpr * len(known_N), 9)))
     return float((other_N >= known_N[-accepted]).mean())
 
 
 def average_precision(known: ArrayLike, other: ArrayLike) -> float:
-    """Area under precision over recall, as a sum of steps without interpolation.
+    """Area under the precision-recall curve, as a sum of steps without interpolation.
 
     Args:
         known: scores of images of known classes (N,), the positives.
-        other: scores of all other images (N,). Images of equal score enter together.
+        other: scores of all other images (N,). Images with equal scores form one step.
+
+    Returns:
+        A fraction in (0, 1].
+
+    Raises:
+        ValueError: the scores are empty, not one-dimensional, or contain NaN.
     """
     known_N, other_N = np.sort(_scores(known)), np.sort(_scores(other))
+    # Recall only rises at scores of known images, so these are the only thresholds that count.
     levels = np.unique(known_N)[::-1]
     true = len(known_N) - np.searchsorted(known_N, levels, side="left")
     false = len(other_N) - np.searchsorted(other_N, levels, side="left")
@@ -86,14 +102,15 @@ def _scores(values: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Sums over images in M bins of confidence of equal width; sums of parts can be added.
+    """Sums over images in M confidence bins of equal width.
 
-    Bin m, counted from 1, holds confidences in ((m - 1) / M, m / M]. The first also holds 0.
+    Bin m, counted from 1, holds confidences in ((m - 1) / M, m / M]. The first bin also holds 0.
+    The class stores sums instead of means, so that clients can be pooled by adding their sums.
 
     Attributes:
         count_M: images per bin.
         confidence_M: sum of their confidences.
-        correct_M: how many of them are classified correctly.
+        correct_M: number of correctly classified images per bin.
     """
 
     count_M: Ints
@@ -102,15 +119,19 @@ class Reliability:
 
     @classmethod
     def of(cls, confidence: ArrayLike, correct: ArrayLike, bins: int) -> Reliability:
-        """Sums over images.
+        """Sort images into bins.
 
         Args:
             confidence: confidence of every prediction (N,), in [0, 1].
-            correct: whether it is correct (N,).
+            correct: whether each prediction is correct (N,).
             bins: number of bins M.
+
+        Returns:
+            The sums over these images; N may be 0.
         """
         confidence_N = np.asarray(confidence, dtype=np.float64)
         correct_N = np.asarray(correct, dtype=np.int64)
+        # Without the outer edges, 0 falls into the first bin and 1 into the last one.
         edges = np.linspace(0, 1, bins + 1)[1:-1]
         bin_N = np.searchsorted(edges, confidence_N, side="left")
         return cls(
@@ -129,22 +150,22 @@ class Reliability:
 
     @property
     def gaps_M(self) -> Floats:
-        """Mean confidence minus accuracy of each bin; 0 if it is empty."""
+        """Mean confidence minus accuracy of each bin; 0 for an empty bin."""
         return (self.confidence_M - self.correct_M) / np.maximum(self.count_M, 1)
 
     @property
     def expected_error(self) -> float:
-        """ECE: mean absolute gap, weighted by images (Guo et al., ICML 2017)."""
+        """ECE: the mean absolute gap, weighted by images (Guo et al., ICML 2017)."""
         total = self.count_M.sum()
         return float((np.abs(self.gaps_M) * self.count_M).sum() / total) if total else 0.0
 
     @property
     def maximum_error(self) -> float:
-        """MCE: the largest absolute gap of a bin with images."""
+        """MCE: the largest absolute gap of any bin that has images."""
         return float(np.abs(self.gaps_M).max())
 
     def to_json(self) -> dict[str, Any]:
-        """Both errors, and per bin the count, mean confidence and accuracy (None if empty)."""
+        """ECE, MCE, and per bin the count, mean confidence and accuracy (None if it is empty)."""
 
         def mean(sums_M: Floats | Ints) -> list[float | None]:
             pairs = zip(sums_M.tolist(), self.count_M.tolist(), strict=True)
@@ -160,7 +181,7 @@ class Reliability:
 
 
 def confusion(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Ints:
-    """Confusion matrix.
+    """Count images by true and by predicted class.
 
     Args:
         labels: true classes (N,).
@@ -168,25 +189,32 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Ints:
         classes: number of classes C.
 
     Returns:
-        Images by true class (rows) and predicted class (columns), (C, C).
+        The confusion matrix (C, C): true classes are rows, predicted classes are columns.
     """
     cells = np.asarray(labels, dtype=np.int64) * classes + np.asarray(predictions, dtype=np.int64)
     counts: Ints = np.bincount(cells, minlength=classes**2).astype(np.int64)
     return counts.reshape(classes, classes)
 
 
-# How evenly something is spread over clients
+# Fairness: how evenly a quantity is spread over clients
 
 
 def gini(values: ArrayLike) -> float:
-    """Gini coefficient of numbers >= 0: 0 if all are equal, (K - 1) / K if one has everything.
+    """Gini coefficient: 0 if all values are equal, (K - 1) / K if one client has everything.
 
-    It is the mean absolute difference of all K^2 pairs over twice the mean, and 0 if all are 0.
+    It is the mean absolute difference over all K^2 pairs, divided by twice the mean.
+
+    Args:
+        values: one number >= 0 per client (K,).
+
+    Returns:
+        The coefficient; 0 if all values are 0.
     """
     sorted_K = np.sort(np.asarray(values, dtype=np.float64))
     clients, total = len(sorted_K), sorted_K.sum()
     if total == 0:
         return 0.0
+    # The sum over pairs is a weighted sum of the sorted values, without K^2 differences.
     rank_K = 2 * np.arange(1, clients + 1) - clients - 1
     return float((rank_K * sorted_K).sum() / (clients * total))
 
@@ -194,7 +222,13 @@ def gini(values: ArrayLike) -> float:
 def jain(values: ArrayLike) -> float:
     """Jain's index (sum x)^2 / (K sum x^2): 1 if all are equal, 1 / K if one has everything.
 
-    Source: Jain, Chiu and Hawe, DEC TR-301, 1984. It is 1 if all numbers are 0.
+    Source: Jain, Chiu and Hawe, DEC TR-301, 1984.
+
+    Args:
+        values: one number >= 0 per client (K,).
+
+    Returns:
+        The index; 1 if all values are 0.
     """
     values_K = np.asarray(values, dtype=np.float64)
     squares = float((values_K**2).sum())
@@ -202,6 +236,14 @@ def jain(values: ArrayLike) -> float:
 
 
 def mean_of_lowest(values: ArrayLike, share: float = 0.1) -> float:
-    """Mean of the lowest values: a fraction `share` of them, rounded up, one or more."""
+    """Mean of the lowest values.
+
+    Args:
+        values: one number per client (K,).
+        share: the fraction of clients to average over; their number is rounded up, to at least 1.
+
+    Returns:
+        The mean of these values.
+    """
     sorted_K = np.sort(np.asarray(values, dtype=np.float64))
     return float(sorted_K[: max(1, math.ceil(round(share * len(sorted_K), 9)))].mean())

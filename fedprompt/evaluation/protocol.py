@@ -1,10 +1,12 @@
-"""The contract of an evaluation protocol: what it holds out and measures, its table and figure.
+"""The contract of an evaluation protocol: what it holds out, measures, tabulates and draws.
 
 A protocol may hold images out before training (`hold_out`), measure the global model in every
-evaluated round (`measure_round`) and measure everything at the end (`measure`). Personal models are
-measured where their private tensors are: `measure_clients` runs on the client's side, for a block
-of clients, and only numbers come back. `measure` returns plain JSON. `table` and `figure` are made
-from that JSON alone, so that a report can be drawn from a run folder at any later time.
+evaluated round (`measure_round`) and measure everything after the last round (`measure`). These
+members run on the server. Personal models are measured where their private tensors are:
+`measure_clients` runs on the client's side, for a block of clients, and returns numbers only.
+
+`measure` returns plain JSON. `table` and `figure` use nothing but that JSON and the run folder, so
+a report can be drawn at any later time, without data, weights or the process that trained.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ if TYPE_CHECKING:
     from fedprompt.workspace import Workspace
 
 Part = Mapping[str, Any]
-"""A protocol's results as plain JSON."""
+"""A protocol's results, as the plain JSON that `Protocol.measure` returned."""
 Numbers = dict[str, int | float]
-"""What one client reports about its own model: finite numbers by name."""
+"""What one client reports about its personal model: finite numbers by name."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a protocol may use when a run ends.
+    """A finished run, as `Protocol.measure` sees it.
 
     Attributes:
-        workspace: the server's.
+        workspace: the server's workspace.
         shared: the final shared tensors, without a client axis.
         clients: what `measure_clients` returned for each client, by client id.
-        rounds: the metrics lines of all rounds.
-        summary: the run's summary without the protocols' parts.
+        rounds: the lines of `metrics.jsonl` of all rounds.
+        summary: the run's summary, before the results of the protocols are added.
     """
 
     workspace: Workspace
@@ -52,35 +54,35 @@ class Finished:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a protocol that has none."""
+    """The options class of a protocol without options."""
 
 
 class Protocol(ABC):
-    """One evaluation protocol. Its module's name selects it; nothing else knows its name.
+    """One evaluation protocol. A config selects it by the name of its module.
 
     Args:
-        options: its `Options`, built from `protocol_options.<name>`.
+        options: an instance of `Options`, built from `protocol_options.<name>`.
         config: the whole experiment.
 
     Attributes:
-        name: the protocol's name, which is that of its module.
-        title: heading of its table and figure.
-        Options: dataclass of its options.
+        name: the protocol's name, which is the name of its module.
+        title: the heading of its table and figure.
+        Options: the dataclass of its options.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     caption: ClassVar[str] = ""
-    """One line under the figure."""
+    """One line of text under the figure."""
     Options: ClassVar[type[Any]]
     one_of: ClassVar[tuple[str, ...]] = ()
-    """Protocols of which at least one must run too, since this one reads their results."""
+    """Protocols whose results this one reads; at least one of them must run as well."""
     asks_clients: ClassVar[bool] = False
-    """Whether clients are asked for `measure_clients`."""
+    """Whether the server asks the clients to run `measure_clients` after the last round."""
     needs_global: ClassVar[bool] = False
-    """Whether it needs a model of the shared tensors alone."""
+    """Whether the protocol needs a model that consists of the shared tensors alone."""
     needs_new_names: ClassVar[bool] = False
-    """Whether it needs tensors that can be used with other class names."""
+    """Whether the protocol needs prompts that can be used with other class names."""
 
     def __init__(self, options: Any, config: Config) -> None:
         self.options = options
@@ -88,45 +90,47 @@ class Protocol(ABC):
 
     @classmethod
     def suits(cls, method: Method) -> bool:
-        """Whether its results mean something for this method."""
+        """Whether the protocol's results are meaningful for this method."""
         if cls.needs_global and not method.has_global:
             return False
         return method.no_transfer_reason is None or not cls.needs_new_names
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Replace names of config files in the options by the files' content.
+        """Replace names of config files in the options by the content of the files.
 
         Args:
             options: the keys of `protocol_options.<name>`.
 
         Returns:
-            The complete options. Calling it again with these changes nothing, so that a run
-            folder's config reproduces the run without the files.
+            The complete options. The function is idempotent: it returns complete options
+            unchanged, so the config in a run folder reproduces the run without the files.
 
         Raises:
-            UserError: an unknown name or a damaged file.
+            UserError: a name is unknown, or a file is damaged.
         """
         return options
 
     @property
     def holds_out(self) -> Literal["classes", "domain"] | None:
-        """Whether classes or a domain must be held out before training."""
+        """What must be held out before training: classes, a domain, or nothing."""
         return None
 
     @property
     def takes_held_out(self) -> bool:
-        """Whether it can reuse another protocol's held-out split."""
+        """Whether the protocol can use what another protocol of the run holds out."""
         return False
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
-        """Take classes or a domain out of the data set; only called if `holds_out` is not None.
+        """Take classes or a domain out of the data set before it is partitioned.
+
+        Called only if `holds_out` is not None.
 
         Args:
             dataset: the whole data set.
 
         Returns:
-            The data set that is dealt to clients, and the part that was held out.
+            The data set that is dealt to the clients, and the part that was held out.
 
         Raises:
             UserError: the data set has too few classes, domains or test images.
@@ -134,12 +138,12 @@ class Protocol(ABC):
         raise NotImplementedError
 
     def open(self, workspace: Workspace) -> None:  # noqa: B027
-        """Open what `measure` needs, e.g. other data sets, on the server before the first round.
+        """Open what `measure` needs, such as other data sets, on the server before round 0.
 
-        A run then fails in its first minute and not at its end.
+        A run whose test data are missing then fails before training and not after it.
 
         Args:
-            workspace: the server's.
+            workspace: the server's workspace.
 
         Raises:
             UserError: something cannot be found, downloaded or read.
@@ -148,15 +152,15 @@ class Protocol(ABC):
     def measure_round(
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Measure the global model in an evaluated round.
+        """Measure the global model on the server, in every evaluated round.
 
         Args:
-            workspace: the server's.
+            workspace: the server's workspace.
             shared: the shared tensors after the round, without a client axis.
             line: the round's metrics line so far.
 
         Returns:
-            A small JSON object for the metrics line, or None.
+            A small JSON object for the metrics line, or None if there is nothing to report.
         """
         return None
 
@@ -167,43 +171,47 @@ class Protocol(ABC):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """Measure personal models, on the clients' side and after the last round.
+        """Measure personal models on the clients' side, after the last round.
 
         Args:
-            workspace: what the process of these clients holds.
+            workspace: the workspace of the process in which these clients run.
             clients: ids of the clients of one block.
             shared: per client, the shared tensors that it received, without a client axis.
             private: per client, its private tensors, without a client axis.
 
         Returns:
-            One dict per client, in the order given, with the same names in all of them.
+            One dict per client, in the order of `clients`, all with the same names. They are
+            the whole reply: no prompt, image or prediction leaves the client.
         """
         raise NotImplementedError
 
     def measure(self, run: Finished) -> dict[str, Any] | None:
-        """Measure what the protocol reports, after the last round.
+        """Compute the protocol's results on the server, after the last round.
 
         Args:
             run: the finished run.
 
         Returns:
-            Its part of `summary.json` as plain JSON, or None for protocols whose results have
-            keys of their own in metrics and summary.
+            The results as plain JSON, which are stored in `summary.json`. None for the protocols
+            `global` and `personalised`, whose results are top-level keys of the summary.
         """
         return None
 
     @classmethod
     def table(cls, part: Part) -> Table | None:
-        """The table of results, for the terminal and the report; None if there is none."""
+        """The table of results for the terminal and the report, or None."""
         return None
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure | None:
-        """The protocol's figure, or None.
+        """The protocol's figure.
 
         Args:
-            part: what `measure` returned, read from `summary.json`.
-            run: the run folder's content.
+            part: what `measure` returned, as read from `summary.json`.
+            run: the contents of the run folder.
+
+        Returns:
+            The figure, or None if the protocol has none.
         """
         return None
 
@@ -212,7 +220,7 @@ class Protocol(ABC):
         """Compare several runs.
 
         Args:
-            runs: name and results of every run.
+            runs: the name and the protocol's results of every run.
 
         Returns:
             One table and one figure of all runs, or None if the protocol has no comparison.
@@ -221,18 +229,18 @@ class Protocol(ABC):
 
 
 class Reported(Protocol):
-    """A protocol that must report: `measure`, `table` and `figure` never return None."""
+    """A protocol whose `measure`, `table` and `figure` never return None."""
 
     @abstractmethod
     def measure(self, run: Finished) -> dict[str, Any]:
-        """The part of `summary.json`."""
+        """Compute the protocol's results; see `Protocol.measure`."""
 
     @classmethod
     @abstractmethod
     def table(cls, part: Part) -> Table:
-        """The results for the terminal and the report."""
+        """The table of results; see `Protocol.table`."""
 
     @classmethod
     @abstractmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """The one figure of this protocol."""
+        """The protocol's figure; see `Protocol.figure`."""

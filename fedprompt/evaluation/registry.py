@@ -1,4 +1,9 @@
-"""Evaluation protocols by name: their options, what they hold out, their tables and figures."""
+"""Evaluation protocols by name: building their options and collecting their results.
+
+The config checks use it before a run (`build_options`, `who_holds_out`), every participant when it
+opens its data (`hold_out`), and reports when they draw a run folder (`result_tables`, `figures`,
+`compare_runs`).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +46,7 @@ DEFAULT = ("global", "personalised")
 
 
 def all_protocols() -> dict[str, type[Protocol]]:
-    """Every protocol by name; imports all of them."""
+    """All protocols by name. This imports all of their modules."""
     return PROTOCOLS.all()
 
 
@@ -49,7 +54,7 @@ def protocol_class(name: str) -> type[Protocol]:
     """The protocol called `name`.
 
     Raises:
-        UserError: there is no such protocol; the message has the nearest name.
+        UserError: there is no such protocol; the message suggests the nearest name.
     """
     return PROTOCOLS.get(name)
 
@@ -58,16 +63,16 @@ def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
     """Check the `protocols` and `protocol_options` of a config.
 
     Args:
-        names: names of the protocols that run.
-        options: options by protocol, or None. Those of protocols that do not run are checked too,
-            and dropped.
+        names: the names of the protocols that run, as they stand in the config.
+        options: the options by protocol, or None. Options of protocols that do not run are
+            checked as well, but dropped.
 
     Returns:
-        The names, and the built options of each.
+        The names, and the built options of each protocol by name.
 
     Raises:
-        UserError: an unknown or repeated name, wrong options, or a protocol without the one whose
-            results it reads.
+        UserError: a name is unknown or repeated, an option is wrong, or a protocol runs without
+            the one whose results it reads.
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         raise UserError(f"config: protocols is {names!r}; it must be a list of names.")
@@ -98,20 +103,26 @@ def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
 
 
 def open_protocols(config: Config) -> list[Protocol]:
-    """The protocols of an experiment, in the order of its config."""
+    """Create the protocols of an experiment, in the order of its config."""
     return [
         protocol_class(name)(config.protocol_options[name], config) for name in config.protocols
     ]
 
 
 def who_holds_out(protocols: Sequence[Protocol]) -> Protocol | None:
-    """The protocol that holds something out, or None.
+    """Find the protocol that decides what is held out before training.
+
+    Args:
+        protocols: the protocols of an experiment.
+
+    Returns:
+        The protocol, or None if nothing is held out.
 
     Raises:
-        UserError: two protocols hold something out, and neither can reuse the other's split.
+        UserError: two protocols hold something out, and neither can use what the other holds out.
     """
     holders = [p for p in protocols if p.holds_out]
-    # A protocol that can reuse another's split comes last, and so never decides on the split.
+    # Protocols that can use another one's split come last, so they decide only if no other does.
     holders.sort(key=lambda p: p.takes_held_out)
     for other in holders[1:]:
         if not other.takes_held_out or other.holds_out != holders[0].holds_out:
@@ -125,6 +136,9 @@ def who_holds_out(protocols: Sequence[Protocol]) -> Protocol | None:
 
 def hold_out(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut | None]:
     """Hold out what a protocol of the experiment asks for.
+
+    Every participant calls it on its own copy of the data set. The result depends on the config
+    and the data alone, so all of them get the same split.
 
     Args:
         config: the experiment.
@@ -141,9 +155,14 @@ def hold_out(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldO
 
 
 def measured(summary: Mapping[str, Any]) -> list[tuple[type[Protocol], Mapping[str, Any]]]:
-    """Protocols with results of their own in a run's summary, with these results, in order.
+    """The protocols that have results in a run's summary, each with its results.
 
-    Results of a protocol that is not installed are left out.
+    Args:
+        summary: the run's summary.
+
+    Returns:
+        Protocol classes and results, in the order of the summary. Results of a protocol that is
+        not installed here are left out.
     """
     parts = summary.get("protocols") or {}
     known = all_protocols()
@@ -151,11 +170,14 @@ def measured(summary: Mapping[str, Any]) -> list[tuple[type[Protocol], Mapping[s
 
 
 def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
-    """The tables of a run's protocols.
+    """Make the tables of a run's protocols.
 
     Args:
         summary: the run's summary.
         source: where the summary comes from, for messages.
+
+    Returns:
+        The tables, in the order of the summary.
 
     Raises:
         UserError: the results of a protocol are damaged.
@@ -165,10 +187,16 @@ def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
 
 
 def figures(run: RunData) -> list[Figure]:
-    """The figures of a run's protocols, named like them, in the order of its summary.
+    """Make the figures of a run's protocols.
+
+    Args:
+        run: the contents of a run folder, finished or not.
+
+    Returns:
+        The figures, each with the name of its protocol, in the order of the summary.
 
     Raises:
-        UserError: a protocol's results are not what it writes.
+        UserError: the results of a protocol are damaged.
     """
     source = str(run.path / SUMMARY)
     figures = [
@@ -181,14 +209,14 @@ def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
     """Compare the results of one protocol over several runs.
 
     Args:
-        name: the protocol.
-        runs: the runs.
+        name: the name of the protocol.
+        runs: the contents of the run folders.
 
     Returns:
         One table and one figure of all runs.
 
     Raises:
-        UserError: the protocol has no comparison, or a run has no results of it.
+        UserError: the protocol has no comparison, or a run has no or damaged results of it.
     """
     cls = protocol_class(name)
     parts = []
@@ -207,17 +235,22 @@ def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
 
 
 def read(cls: type[Protocol], source: str, make: Callable[..., T], *arguments: Any) -> T:
-    """Make a table or figure of a protocol's stored results.
+    """Make a table or figure from a protocol's stored results.
 
     Args:
         cls: the protocol.
         source: where the results come from, for messages.
-        make: makes the table or figure.
-        arguments: its arguments.
+        make: the function that makes the table or figure.
+        *arguments: the arguments of `make`.
+
+    Returns:
+        What `make` returns.
 
     Raises:
         UserError: the results are damaged, so that `make` fails.
     """
+    # A summary may be edited by hand or come from another version. Protocols index it without
+    # checks, so any of these errors means that a key is missing or has another type.
     try:
         return make(*arguments)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

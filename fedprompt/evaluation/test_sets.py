@@ -1,4 +1,7 @@
-"""Test images of data sets besides an experiment's own, for protocols that look at several."""
+"""Test images of data sets other than the experiment's, for protocols that test on several.
+
+Used on the server: `complete` when a config is composed, `open_others` before the first round.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,15 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """A data set's test images: indices, inputs and labels (n,)."""
+    """The test images of a data set.
+
+    Attributes:
+        dataset: the whole data set.
+        templates: the prompt templates of its `data` section, for the class names.
+        index_N: indices of its test images in the data set (n,).
+        inputs_N: inputs of these images (n, ...).
+        labels_N: class indices of these images (n,).
+    """
 
     dataset: ImageDataset
     templates: tuple[str, ...]
@@ -35,15 +46,24 @@ class TestSet:
 
     @property
     def name(self) -> str:
-        """The data set's title."""
+        """The title of the data set."""
         return self.dataset.name
 
 
 def complete(chosen: Any, where: str) -> list[dict[str, Any]]:
-    """Data sets as complete `data` sections; each is given by name, or by `use` and changes.
+    """Expand a list of data sets in a protocol's options to complete `data` sections.
+
+    Args:
+        chosen: the value of the option: a list of names, of mappings with `use` and changes, or of
+            complete sections.
+        where: the key of the option, for messages.
+
+    Returns:
+        One complete `data` section per data set. Complete sections are returned as they are.
 
     Raises:
-        UserError: not a list, an unknown name, wrong keys, or two data sets of one title.
+        UserError: the value is not a list, a name or key is unknown, or two data sets have the
+            same title.
     """
     if not isinstance(chosen, Sequence) or isinstance(chosen, str):
         raise UserError(f"config: {where} is {chosen!r}; it must be a list of data sets.")
@@ -65,12 +85,20 @@ def open_others(
     cache_dir: Path,
     needs: Collection[str],
 ) -> list[TestSet]:
-    """Open data sets that `complete` has described; images that no cache holds are encoded.
+    """Open the data sets of `complete`, and encode their test images if no cache holds them.
 
-    `needs` is what the method under test needs of an image.
+    Args:
+        sections: complete `data` sections.
+        seed: the experiment's seed, which decides on generated images and random splits.
+        clip: the frozen backbone.
+        cache_dir: the folder for downloads and encoded features.
+        needs: which inputs of an image the method under test reads; see `Method.needs`.
+
+    Returns:
+        One test set per section, in order.
 
     Raises:
-        UserError: a data set cannot be had, or has no test images.
+        UserError: a data set cannot be found, downloaded or read, or it has no test images.
     """
     configs = [build_data(section) for section in sections]
     return [_open(config, seed, clip, cache_dir, needs) for config in configs]

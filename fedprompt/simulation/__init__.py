@@ -1,1 +1,1 @@
-"""Where simulated clients run: in this process or on Ray actors."""
+"""Where simulated clients run: in the server's process, or on Ray actors."""

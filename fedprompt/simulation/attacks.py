@@ -1,18 +1,19 @@
 """Malicious and broken clients in a simulation.
 
 `handle` answers a block's messages as `client_app.handle` does, but corrupts what the attackers
-send. The attackers are a fixed share of the clients, drawn from the seed. A grid uses it instead of
-the honest function if `attack.kind` names an attack; clients of a deployment never run it.
+send. The attackers are a fixed fraction of the clients, drawn from the seed. A simulation's grid
+calls it instead of the honest function if `attack.kind` names an attack; the clients of a
+deployment never do.
 
-Let Delta be the change that an attacker's honest training makes, and s = `attack.scale`. It sends
-the received tensors plus
+Let Delta be the change that honest training makes to the received shared tensors, and
+s = `attack.scale`. An attacker sends the received tensors plus
     sign_flip      -s Delta                  Xie, Koyejo and Gupta (UAI 2019, arXiv 1903.03936)
     scaling         s Delta                  Bagdasaryan et al. (AISTATS 2020, arXiv 1807.00459)
     label_flip      s Delta', trained on labels C - 1 - y   Fang et al. (USENIX Security 2020,
                                                             arXiv 1911.11815)
     random_noise    Gaussian noise of norm s |Delta|        Blanchard et al. (NeurIPS 2017)
     many_examples  -s Delta, and claims to have been trained on 10^9 images
-or something broken: NaN, infinity, another name, shape or type, a reply of 64 MB, or no reply.
+or a broken reply: NaN, infinity, wrong names, shapes or types, 64 MB of zeros, or none at all.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
 
 MANY = 10**9
-"""Images that `many_examples` claims."""
+"""The number of training images that a `many_examples` attacker claims."""
 GIANT = 2**24
-"""Numbers of a tensor that `giant` sends, 64 MB."""
+"""Length of each float32 tensor that a `giant` attacker sends: 64 MB."""
 
 
 class Crashed(RuntimeError):
@@ -43,13 +44,13 @@ class Crashed(RuntimeError):
 
 @dataclass(frozen=True)
 class Training:
-    """What an attacker has received, and what it would send if it were honest.
+    """What an attacker received in a round, and what it would send if it were honest.
 
     Attributes:
         received: the shared tensors that the server sent.
         trained: the shared tensors after honest training.
         scale: `attack.scale`.
-        draw: the attacker's generator for this round.
+        draw: the attacker's random generator for this round.
     """
 
     received: Arrays
@@ -58,16 +59,19 @@ class Training:
     draw: np.random.Generator
 
     def change(self) -> Arrays:
-        """The change that training made, float64."""
+        """The change that training made to each tensor, as float64."""
         return {n: self.trained[n].astype(np.float64) - a for n, a in self.received.items()}
 
     def plus(self, factor: float) -> Arrays:
-        """The received tensors plus `factor` times the change of training."""
+        """The received tensors plus `factor` times the change, as float32."""
         change = self.change()
         return {n: (a + factor * change[n]).astype(np.float32) for n, a in self.received.items()}
 
     def noise(self) -> Arrays:
-        """The received tensors plus noise of norm `scale` times that of the change."""
+        """The received tensors plus Gaussian noise, as float32.
+
+        The noise's norm over all tensors together is `scale` times the norm of the change.
+        """
         noise = {n: self.draw.standard_normal(a.shape) for n, a in self.received.items()}
         factor = self.scale * _norm(self.change()) / max(_norm(noise), 1e-30)
         return {n: (a + factor * noise[n]).astype(np.float32) for n, a in self.received.items()}
@@ -99,16 +103,21 @@ SPOILED: dict[str, Callable[[Training], Arrays]] = {
     "giant": lambda t: {n: np.zeros(GIANT, np.float32) for n in t.trained},
     "crash": _crash,
 }
-"""What an attacker of each kind sends; `attack.kind` is one of them or `none`."""
+"""What an attacker of each kind sends. `attack.kind` is one of these keys or `none`.
+
+`label_flip` only scales here: its labels are already flipped when the attacker trains."""
 
 
 def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
-    """Ids of the clients that attack, the same in every round.
+    """Draw the clients that attack; they are the same in every round.
 
     Args:
         seed: the experiment's seed.
         clients: number of clients K.
-        share: fraction of them that attack; the number is rounded.
+        share: fraction of the clients that attack; their number is rounded.
+
+    Returns:
+        The ids of the attackers.
     """
     count = round(share * clients)
     draw = generator(seed, "attackers")
@@ -121,15 +130,17 @@ def handle(
     messages: Sequence[Message],
     private: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
-    """Answer as `client_app.handle`, but corrupt what attackers send after training.
+    """Answer as `client_app.handle` does, but corrupt what attackers send after training.
 
-    Args and returns are those of `client_app.handle`.
+    Arguments and return values are those of `client_app.handle`. Attackers evaluate honestly, so
+    that the reported accuracies are true.
     """
     config = workspace.config
     attacking = attackers(config.seed, workspace.num_clients, config.attack.share)
     bad = [k for k, client in enumerate(clients) if client in attacking]
     if messages[0].metadata.message_type != MessageType.TRAIN or not bad:
         return client_app.handle(workspace, clients, messages, private)
+    # Attackers train in a group of their own, since `label_flip` shows them other labels.
     replies: dict[int, Message] = {}
     changed: dict[int, Tensors] = {}
     honest = [k for k in range(len(clients)) if k not in bad]
@@ -146,9 +157,10 @@ def handle(
 
 
 def _as_attackers_see(workspace: Workspace) -> Workspace:
-    """The workspace as attackers train on it, with reversed labels for `label_flip`."""
+    """The workspace on which attackers train; its labels are reversed for `label_flip`."""
     if workspace.config.attack.kind != "label_flip":
         return workspace
+    # A shallow copy: backbone, method and feature tables are shared, only the labels differ.
     flipped = copy.copy(workspace)
     last = len(workspace.dataset.class_names) - 1
     labels_N: NDArray[np.int64] = last - workspace.dataset.labels_N
@@ -157,7 +169,7 @@ def _as_attackers_see(workspace: Workspace) -> Workspace:
 
 
 def _spoiled(workspace: Workspace, client: int, message: Message, reply: Message) -> Message:
-    """An attacker's reply, made from the honest one."""
+    """Turn an attacker's honest reply into the reply that it sends."""
     if reply.has_error():
         return reply
     config = workspace.config

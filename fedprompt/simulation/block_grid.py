@@ -1,12 +1,15 @@
 """What the grids of a simulation have in common: blocks of clients, bytes and private tensors.
 
-The grids implement Flower's public `Grid`, so any Flower strategy runs on them, with one message
-per client. `send_and_receive` sees all messages of a round together and can therefore give those of
-several clients, a block, to one call of `client_app.handle`. Messages cross the grid as bytes, as
-they would cross a network: nothing is shared by reference, and traffic is counted on these bytes.
+A grid carries messages between the server and its clients. Ours implement Flower's public `Grid`,
+so any Flower strategy runs on them, with one message per client. `send_and_receive` sees all
+messages of a round together. It can therefore pass those of several clients, a block, to one call
+of `client_app.handle`, which trains them in the same batched tensor operations.
 
-Private tensors stay on the client's side of the grid. They are in its `private` store, are handed
-to the call that answers a block and are taken back from it, and are never part of a message.
+Messages cross the grid as bytes, as they would cross a network: no object is shared by reference,
+so neither side can change what the other holds, and traffic is counted on these bytes.
+
+Private tensors stay on the clients' side of the grid, in its `private` store. They are passed to
+the call that answers a block, and taken back from it; they are never part of a message.
 """
 
 from __future__ import annotations
@@ -45,37 +48,37 @@ from fedprompt.workspace import Workspace
 log = logging.getLogger("fedprompt.grid")
 
 KEY_STAGES = (SETUP, SHARE_KEYS, UNMASK)
-"""Stages of secure aggregation that only exchange keys; nobody trains in them."""
+"""Stages of secure aggregation that only exchange keys; no client trains in them."""
 
 Handler = Callable[
     [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
     tuple[list[Message], dict[int, Tensors]],
 ]
-"""What answers a block's messages, with the signature and contract of `client_app.handle`."""
+"""A function that answers a block's messages: signature and contract of `client_app.handle`."""
 
 
 Opener = Callable[[Config], Workspace]
-"""What opens the workspace of a config in another process: an importable function."""
+"""A function that opens the workspace of a config. Another process must be able to import it."""
 
 
 class PrivateStore(Protocol):
-    """Where a grid keeps its clients' private tensors."""
+    """Where a grid stores its clients' private tensors: `MemoryStore` or `PrivateLog`."""
 
     def get(self, client: int) -> Tensors | None:
         """A client's tensors, without a client axis, or None before its first training."""
 
     def put(self, client: int, tensors: Tensors) -> None:
-        """Store a client's tensors; they replace those of its last training."""
+        """Store a client's tensors in place of those from its previous training."""
 
 
 class BlockGrid(CountingGrid):
-    """A grid that answers messages in blocks of clients; subclasses say where a block runs.
+    """A grid that answers messages in blocks of clients; subclasses decide where a block runs.
 
     Args:
-        workspace: what this process holds.
-        private: keeps the clients' private tensors; a new `MemoryStore` if it is None.
-        answer: answers a block's messages. Grids with several processes pickle it by reference, so
-            it must be importable.
+        workspace: the workspace of this process.
+        private: the store of the clients' private tensors; a new `MemoryStore` if it is None.
+        answer: the function that answers a block's messages. Grids with several processes pickle
+            it by reference, so it must be importable.
     """
 
     def __init__(
@@ -91,33 +94,35 @@ class BlockGrid(CountingGrid):
         self.answer = answer
         self._replies: dict[str, Message] = {}
         self._secrets: dict[int, RecordDict] = {}
+        # Measured once: if it changed between rounds, so would the blocks and the last bits.
         self._free_bytes = free_memory(workspace.clip.device)
         self._told: set[int] = set()
-        # The server's own scores depend on the number of threads too, in their last bits.
+        # The server scores the global model in this process, and the last bits of its scores
+        # depend on the number of threads as well.
         use_threads(workspace.config.simulation)
         become_server()
 
     def use(self, workspace: Workspace) -> None:
-        """Change to another method on the same data, with no private tensors yet.
+        """Change to another method on the same data; no client has private tensors afterwards.
 
         Args:
-            workspace: the same data and backbone with the other method.
+            workspace: the workspace of the other method, as `Workspace.with_method` makes it.
         """
         self.workspace = workspace
         self.private = MemoryStore()
         self._secrets = {}
 
     def close(self) -> None:
-        """Release processes and memory; the grid is not used afterwards."""
+        """Release processes and memory. The grid cannot be used afterwards."""
 
     # Flower's Grid
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all clients, in the order of client ids."""
+        """The node ids of all clients, in the order of client ids."""
         return [node_of(c) for c in range(self.workspace.num_clients)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer the messages now and store the replies; returns the messages' ids."""
+        """Answer the messages immediately, store the replies, and return the messages' ids."""
         sent = list(messages)
         replies = list(self.send_and_receive(sent))
         ids = [m.metadata.message_id for m in sent]
@@ -125,7 +130,7 @@ class BlockGrid(CountingGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to messages that were pushed earlier."""
+        """Replies to messages that were pushed earlier; each reply can be pulled once."""
         return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
 
     def send_and_receive(
@@ -135,11 +140,11 @@ class BlockGrid(CountingGrid):
 
         Args:
             messages: one message per client, all of one type and round.
-            timeout: seconds for the whole exchange; None waits for all clients.
+            timeout: time limit of the whole exchange in seconds; None waits for all clients.
 
         Returns:
-            Replies in the order of the messages. Clients whose block had not started in time have
-            none, as on Flower's own grid. The bytes sent and received are in `traffic`.
+            Replies in the order of the messages. Clients whose block did not start in time are
+            missing, as on Flower's own grid. `traffic` holds the bytes sent and received.
         """
         sent = list(messages)
         self.traffic = Traffic()
@@ -149,14 +154,16 @@ class BlockGrid(CountingGrid):
         kind, stage = sent[0].metadata.message_type, stage_of(sent[0])
         parcels = to_parcels(sent)
         replies = {} if stage in KEY_STAGES else self._in_blocks(kind, parcels, deadline)
+        # In the stage COLLECT the clients train in blocks as usual, and each then masks its reply.
         if stage is not None:
             asked = replies if stage == COLLECT else range(len(parcels))
             replies = {k: self._secured(parcels[k], replies.get(k)) for k in asked}
+        # Replies are ordered by message and not by arrival, since the server's sums depend on it.
         self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
         return [from_wire(replies[place]) for place in sorted(replies)]
 
     def _in_blocks(self, kind: str, parcels: Sequence[Parcel], deadline: float) -> dict[int, bytes]:
-        """Replies by position of their message; one that has not started by then has none."""
+        """Replies by position of their message; those of blocks not started in time are missing."""
         clients = [p.client for p in parcels]
         places = group(self.workspace, clients, self.clients_per_block(len(parcels)))
         blocks = [[parcels[i] for i in block] for block in places]
@@ -168,10 +175,14 @@ class BlockGrid(CountingGrid):
         }
 
     def _secured(self, parcel: Parcel, trained: bytes | None) -> bytes:
-        """A client's reply in one stage of secure aggregation; `trained` is the reply it masks.
+        """A client's reply in one stage of secure aggregation.
 
-        The clients' keys are kept here, on the clients' side of the grid. They are not part of a
-        checkpoint, so a round that is repeated uses new keys.
+        The clients' keys are stored here, on the clients' side of the grid. They are not part of a
+        checkpoint, so a round that is repeated after a resume uses new keys.
+
+        Args:
+            parcel: the client's message.
+            trained: the client's reply after training, which it masks; None in other stages.
         """
         message, state = parcel.open(), self._secrets.setdefault(parcel.client, RecordDict())
 
@@ -186,16 +197,20 @@ class BlockGrid(CountingGrid):
 
     @property
     def workers(self) -> int:
-        """Processes that share the clients of an exchange."""
+        """The number of processes that share the clients of an exchange."""
         return 1
 
     @property
     def threads(self) -> int:
-        """CPU threads of each of these processes."""
+        """The number of CPU threads of each of these processes."""
         return thread_count(self.workspace.config.simulation)
 
     def clients_per_block(self, clients: int) -> int:
-        """Clients per block in an exchange with `clients` clients, see `blocks.choose_size`."""
+        """Clients per block in an exchange with `clients` clients; see `blocks.choose_size`.
+
+        It logs a warning, once per size, if memory is the limit: a machine with more memory would
+        then form other blocks, and results would differ in their last bits.
+        """
         size, wanted = (
             choose_size(self.workspace, clients, self.workers, free, self.threads)
             for free in (self._free_bytes, math.inf)
@@ -213,11 +228,14 @@ class BlockGrid(CountingGrid):
         return size
 
     def known(self, block: Sequence[Parcel]) -> dict[int, Tensors]:
-        """Stored private tensors of a block's clients, by client id."""
+        """The stored private tensors of a block's clients, by client id.
+
+        Clients that have not trained before are missing; they start from `start_private`.
+        """
         return {p.client: t for p in block if (t := self.private.get(p.client))}
 
     def keep(self, changed: Mapping[int, Tensors]) -> None:
-        """Take back private tensors that training has changed."""
+        """Store the private tensors that training has changed."""
         for client, tensors in changed.items():
             self.private.put(client, tensors)
 
@@ -225,7 +243,17 @@ class BlockGrid(CountingGrid):
     def _run_blocks(
         self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float
     ) -> dict[int, list[bytes]]:
-        """Replies of every block by its position; one that has not started by then has none."""
+        """Answer all blocks.
+
+        Args:
+            kind: type of the messages.
+            blocks: the messages of every block.
+            deadline: no block is started after this time on the monotonic clock.
+
+        Returns:
+            The replies of every block by its position, in the order of its messages. Blocks that
+            were not started in time are missing.
+        """
 
 
 def run_block(
@@ -234,20 +262,20 @@ def run_block(
     private: Mapping[int, Tensors],
     answer: Handler = handle,
 ) -> tuple[list[bytes], dict[int, Tensors]]:
-    """Answer a block's messages as bytes.
+    """Answer a block's messages, on the process that holds `workspace`.
 
     If `answer` raises, every client of the block is tried alone, so that one failing client does
-    not cost the others their round.
+    not exclude the others from the round.
 
     Args:
-        workspace: what this process holds.
+        workspace: the workspace of this process.
         block: the block's messages.
-        private: private tensors of clients that have trained before, by client id.
-        answer: answers the messages.
+        private: private tensors of the clients that have trained before, by client id.
+        answer: the function that answers the messages.
 
     Returns:
-        Replies as bytes in the order of the block, with an error in the place of a client that
-        raised, and the private tensors that training has changed.
+        Replies as bytes in the order of the block, where a client that raised has an error reply,
+        and the private tensors that training has changed, by client id.
     """
     messages = [parcel.open() for parcel in block]
     clients = [parcel.client for parcel in block]

@@ -1,4 +1,9 @@
-"""How clients are grouped into blocks, and how much work a block is."""
+"""How clients are grouped into blocks, and how much work a block is.
+
+A grid calls these functions at the start of every exchange. The clients of a block train in the
+same batched tensor operations: a large block keeps the processor busy, a small one needs less
+memory.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +19,23 @@ from fedprompt.runtime import thread_count
 from fedprompt.workspace import Workspace
 
 CPU_TOKENS, GPU_TOKENS = 384, 65536
-"""Text positions per call that keep a CPU thread (measured on 2 cores) or a GPU (assumed) busy."""
+"""Token positions per call that keep a CPU thread (measured on 2 cores) or a GPU (assumed) busy."""
 MEMORY_SHARE = 0.5
-"""Fraction of the free memory that the activations of a block may take."""
+"""Fraction of the free memory that the activations of a block may take: their size is an
+estimate."""
 
 
 def work(workspace: Workspace, kind: str, client: int) -> int:
-    """Units of work of one message.
+    """Estimate the work of answering one message.
 
     Args:
-        workspace: the partition and the number of local epochs.
+        workspace: supplies the partition and the number of local epochs.
         kind: type of the message.
-        client: client id; one that does not exist counts as one unit.
+        client: client id.
 
     Returns:
-        Training images x local epochs, test images of an evaluation, 1 for other messages.
+        Units of work: training images x local epochs for training, test images for an evaluation,
+        and 1 for other messages and for clients that do not exist.
     """
     if not 0 <= client < workspace.num_clients:
         return 1
@@ -43,17 +50,17 @@ def work(workspace: Workspace, kind: str, client: int) -> int:
 def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[int]]:
     """Group clients with similar numbers of training images, most images first.
 
-    A client that finishes early leaves its block too small to keep the processor busy. The
-    grouping depends on the partition and on `size` alone, never on the workers, so that the last
-    bits of a result do not depend on who is alive.
+    If a client finishes early, the rest of its block may be too small to keep the processor busy.
+    The grouping depends on the partition and on `size` alone, never on the workers, so the last
+    bits of a result do not depend on which workers are alive.
 
     Args:
-        workspace: the partition.
+        workspace: supplies the partition.
         clients: client ids in the order of their messages.
-        size: most clients per block.
+        size: the largest number of clients per block.
 
     Returns:
-        Blocks as positions in `clients`.
+        The blocks, each as positions in `clients`.
     """
     images = [work(workspace, MessageType.TRAIN, c) for c in clients]
     order = sorted(range(len(clients)), key=lambda i: (-images[i], clients[i]))
@@ -67,17 +74,20 @@ def choose_size(
     free_bytes: float,
     threads: int | None = None,
 ) -> int:
-    """Clients per block: as configured, else as many as keep the processor busy and fit in memory.
+    """Choose the number of clients per block.
+
+    It is `simulation.clients_per_block` if that is set. Otherwise it is as large as the processor
+    and the memory can use, and then lowered so that all workers get the same number of blocks.
 
     Args:
-        workspace: the sizes of the task.
-        clients: clients of the exchange.
-        workers: processes that share them.
+        workspace: supplies the cost of one client's training step.
+        clients: number of clients of the exchange.
+        workers: number of processes that share them.
         free_bytes: free memory per worker in bytes; it can only lower the result.
         threads: CPU threads of each worker; by default those of this process.
 
     Returns:
-        Clients per block, 1 or more, such that all workers have about as many blocks.
+        Clients per block, at least 1.
     """
     if workspace.config.simulation.clients_per_block:
         return workspace.config.simulation.clients_per_block
@@ -85,12 +95,18 @@ def choose_size(
     budget = GPU_TOKENS if workspace.clip.device.type == "cuda" else cpu_tokens
     fits = MEMORY_SHARE * free_bytes / max(1, workspace.step_bytes_per_client)
     most = max(1, int(min(budget / max(1, workspace.tokens_per_client), fits)))
+    # Blocks that each worker runs one after the other; the clients are spread evenly over them.
     turns = max(1, math.ceil(clients / (most * workers)))
     return max(1, math.ceil(clients / (turns * workers)))
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free now on a GPU, or on this machine for the CPU."""
+    """Bytes of memory that are free now, on a GPU or on this machine.
+
+    Args:
+        device: the device of the backbone. For a CPU without `/proc/meminfo`, half of the machine's
+            memory counts as free.
+    """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,4 +1,4 @@
-"""Opening the grid of a simulation: clients in this process, or on Ray."""
+"""Opening the grid of a simulation, which runs its clients in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def open_grid(
     opener: Opener,
     private: PrivateStore | None = None,
 ) -> BlockGrid:
-    """The grid that `simulation.kind` names.
+    """Open the grid that `simulation.kind` names.
 
     Args:
-        config: the experiment; its `simulation` and `attack` sections decide.
-        workspace: what this process holds.
-        opener: opens the workspace of a config in a Ray worker; an importable function or a
-            `functools.partial` of one, since Ray pickles it by reference.
-        private: keeps the clients' private tensors; memory, where it is None.
+        config: the experiment; its `simulation` and `attack` sections are used.
+        workspace: the workspace of this process.
+        opener: the function that opens the workspace of a config in a Ray worker. It must be an
+            importable function or a `functools.partial` of one, since Ray pickles it by reference.
+        private: the store of the clients' private tensors; they stay in memory if it is None.
 
     Returns:
-        The grid; the caller closes it.
+        The grid, which the caller must close.
 
     Raises:
         UserError: Ray or its workers do not start.
@@ -36,7 +36,7 @@ def open_grid(
     answer = handle if config.attack.kind == "none" else attacks.handle
     if config.simulation.kind == "inline":
         return InlineGrid(workspace, private, answer=answer)
-    # By name, since importing Ray takes a second that runs without it should not pay.
+    # Imported only here, since importing Ray takes about a second.
     ray_grid = importlib.import_module("fedprompt.simulation.ray_grid")
     grid: BlockGrid = ray_grid.RayGrid(workspace, private, answer=answer, opener=opener)
     return grid

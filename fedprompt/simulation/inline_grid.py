@@ -1,4 +1,7 @@
-"""The grid that answers all clients in this process."""
+"""The grid that runs all clients in the server's process; `simulation.kind: inline`.
+
+It is also the plain reference for the grid on Ray, which must give the same results bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from fedprompt.simulation.block_grid import BlockGrid, run_block
 
 
 class InlineGrid(BlockGrid):
-    """Blocks answered in this process, one after the other; see `BlockGrid`."""
+    """A grid that runs its blocks in this process, one after the other; see `BlockGrid`."""
 
     def _run_blocks(
         self, kind: str, blocks: Sequence[Sequence[Parcel]], deadline: float

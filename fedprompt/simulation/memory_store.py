@@ -1,4 +1,7 @@
-"""Private tensors of simulated clients, in memory."""
+"""The private tensors of simulated clients, in memory.
+
+Used for baselines, and for runs without a checkpoint; `PrivateLog` stores them on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from fedprompt.methods.base import Tensors
 
 
 class MemoryStore:
-    """Private tensors of a simulation's clients, by client id."""
+    """The private tensors of a simulation's clients, by client id."""
 
     def __init__(self) -> None:
         self._tensors: dict[int, Tensors] = {}
@@ -16,6 +19,6 @@ class MemoryStore:
         return self._tensors.get(client)
 
     def put(self, client: int, tensors: Tensors) -> None:
-        """Store a client's tensors; methods without private tensors store nothing."""
+        """Store a client's tensors; an empty dict (no private tensors) is not stored."""
         if tensors:
             self._tensors[client] = tensors

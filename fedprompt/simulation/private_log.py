@@ -1,11 +1,15 @@
-"""Private tensors of a simulation's clients on disk: one file per checkpoint, in the run folder.
+"""The private tensors of a simulation's clients on disk, in the run folder.
 
-private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): states that were put since
-                                   the previous checkpoint, and older ones that were moved here
+There is one file per checkpoint:
 
-Time, memory and disk space grow with the clients that take part, not with all clients. States that
-are put stay in memory until the next checkpoint writes them. Afterwards a client's state is its row
-in the newest file that holds it, and only two integers per client stay in memory.
+private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): the states that were put
+                                   since the previous checkpoint, and older ones that were moved
+
+The grid reads and stores a client's state in every round that the client trains in; the loop over
+rounds saves and restores. Time, memory and disk space grow with the clients that take part, not
+with all clients. States that are put stay in memory until the next checkpoint writes them.
+Afterwards a client's state is its row in the newest file that holds it, and only two integers per
+client stay in memory.
 
 A checkpoint of the run takes three steps. `save` writes the new file and returns a digest of all
 files in use. The caller writes its own checkpoint with this digest. `remove_stale` removes the
@@ -17,7 +21,7 @@ newer state) may have its live rows moved to the new file, but never more rows t
 moved row frees at least one stale row, so at most twice the rows that training produces are ever
 written, and stale rows do not accumulate.
 
-Suffixes: K clients of the run, R rows of a file.
+Shape suffixes: K clients of the run, R rows of a file.
 """
 
 from __future__ import annotations
@@ -44,10 +48,12 @@ CLIENTS, TENSOR = "clients", "tensor/"
 
 
 class PrivateLog:
-    """Private tensors of clients 0 .. K - 1, by client id; empty until `restore` or `read`.
+    """The private tensors of clients 0 .. K - 1, by client id.
+
+    A new log is empty; `restore` or `read` loads the states of a checkpoint.
 
     Args:
-        folder: where the files are; it is created with the first file.
+        folder: the folder of the files, which is created with the first file.
         clients: number of clients K.
     """
 
@@ -61,8 +67,10 @@ class PrivateLog:
         return len(self._file_K)
 
     def _forget(self, clients: int) -> None:
+        # Per client, its file (named by its round; -1 for none) and its row there.
         self._file_K = np.full(clients, -1, dtype=np.int64)
         self._row_K = np.zeros(clients, dtype=np.int64)
+        # Per file, the number of its rows, and of those that are some client's newest state.
         self._rows: dict[int, int] = {}
         self._live: dict[int, int] = {}
         self._pending: dict[int, Tensors] = {}
@@ -71,7 +79,7 @@ class PrivateLog:
         """A client's tensors, or None before its first training.
 
         Raises:
-            UserError: its file is missing or damaged.
+            UserError: the file with its state is missing or damaged.
         """
         if client in self._pending:
             return self._pending[client]
@@ -88,7 +96,10 @@ class PrivateLog:
 
     @property
     def digest(self) -> str:
-        """Which files are in use, as 16 hexadecimal digits; `restore` compares it."""
+        """16 hexadecimal digits that identify the files in use; `restore` compares them.
+
+        They cover which files there are and how many rows of each are live, not the tensors.
+        """
         files = [(f, self._rows[f], live) for f, live in sorted(self._live.items()) if live]
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
@@ -99,13 +110,14 @@ class PrivateLog:
             server_round: the checkpoint's round, higher than in any earlier call.
 
         Returns:
-            The digest, which belongs into the run's checkpoint.
+            The digest, which the caller must store in the run's checkpoint.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
         if self._pending:
             states = {**self._moved(), **self._pending}
+            # Sorted, so that the file's bytes do not depend on the order of training.
             clients = sorted(states)
             tensors = {CLIENTS: torch.tensor(clients, dtype=torch.int64)}
             for name in states[clients[0]]:
@@ -116,15 +128,17 @@ class PrivateLog:
         return self.digest
 
     def remove_stale(self) -> None:
-        """Remove files without a live row; call it once the run's checkpoint is on disk."""
+        """Remove files without live rows. Call it after the run's checkpoint is on disk."""
         for file in [f for f, live in self._live.items() if not live]:
-            # A file that cannot be removed does no harm, since none of its rows is read again.
+            # A file that cannot be removed does no harm, since its rows are never read again.
             with contextlib.suppress(OSError):
                 self._path(file).unlink()
             del self._live[file], self._rows[file]
 
     def read(self, server_round: int, digest: str) -> None:
         """Load the states of a checkpoint without changing anything on disk.
+
+        Only the client ids of each file are read now; `get` reads the tensors.
 
         Args:
             server_round: the checkpoint's round.
@@ -134,6 +148,8 @@ class PrivateLog:
             UserError: a file is missing or damaged.
         """
         self._forget(self.num_clients)
+        # In ascending order, so that newer files take over the clients of older ones. Files of
+        # later rounds were written after the checkpoint, by rounds that are now repeated.
         for file in [f for f in self._files() if f <= server_round]:
             self._point(file, self._clients_of(file))
         if self.digest != digest:
@@ -157,14 +173,17 @@ class PrivateLog:
         self._remove([f for f in self._files() if f > server_round])
 
     def clear(self) -> None:
-        """Start without any state and remove the files of an earlier start."""
+        """Forget all states, and remove the files of a run that failed before a checkpoint."""
         self._forget(self.num_clients)
         self._remove(self._files())
 
     # Files
 
     def _moved(self) -> dict[int, Tensors]:
-        """Live rows of the files that this checkpoint compacts, by client."""
+        """The states in the files that this checkpoint compacts, by client.
+
+        Files with the fewest live rows come first. At most as many states are moved as were put.
+        """
         newer = Counter(int(self._file_K[c]) for c in self._pending)
         left = {f: live - newer[f] for f, live in self._live.items()}
         room, moved = len(self._pending), {}
@@ -179,7 +198,7 @@ class PrivateLog:
         return moved
 
     def _point(self, file: int, clients_R: NDArray[np.int64]) -> None:
-        """Note that the newest states of these clients are the rows of `file`."""
+        """Record that the newest states of these clients are the rows of `file`."""
         before, counts = np.unique(self._file_K[clients_R], return_counts=True)
         for older, count in zip(before.tolist(), counts.tolist(), strict=True):
             if older >= 0:
@@ -189,7 +208,11 @@ class PrivateLog:
         self._rows[file] = self._live[file] = len(clients_R)
 
     def _clients_of(self, file: int) -> NDArray[np.int64]:
-        """Client ids of a file's rows; refuses a file whose rows do not fit its ids."""
+        """The client ids of a file's rows (R,).
+
+        Raises:
+            UserError: the file is missing or damaged, or its rows do not fit its ids.
+        """
         with self._reading(file) as reader:
             clients_R: NDArray[np.int64] = reader.get_tensor(CLIENTS).numpy()
             rows = {
@@ -205,6 +228,7 @@ class PrivateLog:
 
     @contextlib.contextmanager
     def _reading(self, file: int) -> Iterator[Any]:
+        """Open a file for reading; every error inside the block becomes a `UserError`."""
         path = self._path(file)
         try:
             with safe_open(path, framework="pt") as reader:
@@ -218,6 +242,7 @@ class PrivateLog:
 
     def _write(self, file: int, content: bytes) -> None:
         try:
+            # Readable by the owner alone: these tensors are what a real client never sends.
             self.folder.mkdir(exist_ok=True, mode=0o700)
             write_bytes(self._path(file), content, mode=0o600)
         except OSError as error:
@@ -227,6 +252,7 @@ class PrivateLog:
             ) from None
 
     def _remove(self, files: list[int]) -> None:
+        # A crash while a file was being replaced leaves its temporary file behind.
         strays = self.folder.glob(".round-*.tmp")
         try:
             for path in (*(self._path(f) for f in files), *strays):
@@ -237,7 +263,7 @@ class PrivateLog:
             ) from None
 
     def _files(self) -> list[int]:
-        """Rounds of the files that lie in the folder, ascending."""
+        """The rounds of the files in the folder, in ascending order."""
         if not self.folder.is_dir():
             return []
         matches = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in self.folder.iterdir())
@@ -253,6 +279,6 @@ class PrivateLog:
 
 
 def _row(reader: Any, row: int) -> Tensors:
-    """One client's tensors, copied out of an open file."""
+    """One client's tensors. A slice reads only this row of the file."""
     names = [n for n in reader.keys() if n != CLIENTS]  # noqa: SIM118
     return {n.removeprefix(TENSOR): reader.get_slice(n)[row : row + 1][0] for n in names}
