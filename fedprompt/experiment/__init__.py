@@ -1,1 +1,1 @@
-"""From an experiment file to a finished run folder."""
+"""Running an experiment: from its file to a finished run folder."""

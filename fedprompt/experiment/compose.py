@@ -1,13 +1,14 @@
-"""The typed experiment config: schema, composition, overrides, checks.
+"""Composing the config of an experiment from files and overrides.
 
-Order, later wins: schema defaults < `configs/<group>/<name>.yaml` < the experiment file <
-`key=value` overrides. The result is frozen. A run folder's `config.yaml` is complete and composes
-to the same config again.
+Every command that runs or shows an experiment starts here. There are four layers, and later ones
+take precedence: the schema's defaults, `configs/<group>/<name>.yaml`, the experiment file, and
+`key=value` overrides. The result is checked and frozen. The `config.yaml` of a run folder is
+complete and composes to the same config again.
 
-In an experiment file a group is a name (`method: promptfl`), a name with changes
-(`method: {use: promptfl, context_tokens: 4}`) or plain keys. `extends:` names a shipped experiment
-or a YAML file beside it; choosing a group anew drops the keys of the old choice, while plain keys
-change it.
+In an experiment file, the value of a group is a name (`method: promptfl`), a name with changes
+(`method: {use: promptfl, context_tokens: 4}`) or plain keys. `extends:` names a shipped experiment,
+or a YAML file relative to the one that extends it. If the upper file selects a group by name, all
+keys of the lower file's selection are dropped; if it gives plain keys, they change the selection.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from fedprompt.experiment.groups import GROUPS, select
 from fedprompt.experiment.validate import TOP_LEVEL, validate
 
 SELECTING = ("use", "name", "source")
-"""Keys of a group that replace it, with all its keys, instead of changing it."""
+"""Keys of a group that replace the whole group instead of changing it."""
 
 
 def compose(
@@ -52,7 +53,8 @@ def compose(
         experiment: the name of a shipped experiment, a YAML file, or a config to change.
         overrides: changes as on the command line, e.g. `federation.rounds=20`.
         changes: changes as values by key, e.g. `{"federation.rounds": 20}`. A value may be a
-            mapping of keys: `{"federation": {"rounds": 20}}`. They come after `overrides`.
+            mapping of keys: `{"federation": {"rounds": 20}}`. They take precedence over
+            `overrides`.
 
     Returns:
         The complete, checked and frozen config.
@@ -64,6 +66,8 @@ def compose(
     raw = to_dict(experiment) if isinstance(experiment, Config) else _load(str(experiment))
     parsed = [_parse_override(item) for item in overrides]
     parsed += [(_path_of(key), plain_value(value, key)) for key, value in changes.items()]
+    # First the overrides that select a group, then the keys within groups. `method=...` would
+    # otherwise drop a key of the method that was given before it.
     for path, value in parsed:
         if _selects_group(path):
             selection = {"source": value} if path[-1] == "source" else value
@@ -77,16 +81,20 @@ def compose(
 
 
 def plain_value(value: Any, key: str) -> Any:
-    """A Python value as a config holds it: text, numbers, None, lists and dicts.
+    """Convert a Python value to the types that a config holds.
 
     Args:
-        value: may also be a path, a tuple or a NumPy number.
-        key: the config key, for the message.
+        value: None, a bool, number or string, a path, a NumPy number, or lists, tuples and mappings
+            of these.
+        key: the config key, for messages.
+
+    Returns:
+        The value made of None, bools, numbers, strings, lists and dicts.
 
     Raises:
-        UserError: the value is none of these.
+        UserError: the value has another type.
     """
-    if isinstance(value, np.generic):  # first: np.float64 is a float, but OmegaConf refuses it
+    if isinstance(value, np.generic):  # first, since np.float64 is a float that OmegaConf refuses
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -100,10 +108,16 @@ def plain_value(value: Any, key: str) -> Any:
 
 
 def parse(text: str) -> Config:
-    """The config that `to_yaml` wrote; data only, no file is read.
+    """Read a config that `to_yaml` wrote, as the server of a deployment receives it.
+
+    Args:
+        text: a complete config as YAML, which no file is needed for.
+
+    Returns:
+        The checked and frozen config.
 
     Raises:
-        UserError: not such a text, or what `validate` refuses.
+        UserError: the text is not such a config, or `validate` refuses it.
     """
     try:
         raw = OmegaConf.to_container(OmegaConf.create(text))
@@ -117,7 +131,19 @@ def parse(text: str) -> Config:
 def _load(
     experiment: str, folder: Path | None = None, seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
-    """The file's keys over those that it extends; `folder` is where relative paths start."""
+    """Load an experiment file and the files that it extends.
+
+    Args:
+        experiment: the name of a shipped experiment, or a YAML file.
+        folder: the folder that relative paths start from.
+        seen: the files that extend this one, to detect a circle.
+
+    Returns:
+        The merged keys.
+
+    Raises:
+        UserError: a file is missing or not valid, or extends itself.
+    """
     if experiment.endswith((".yaml", ".yml")):
         path = (folder or Path()) / Path(experiment).expanduser()
         if not path.is_file():
@@ -127,6 +153,7 @@ def _load(
     if path.resolve() in seen:
         raise UserError(f"config: {path} extends itself.")
     raw = load_yaml(path)
+    # Without a name of its own, an experiment has that of its file, not of the one it extends.
     raw.setdefault("experiment", path.stem)
     base = raw.pop("extends", None)
     if base is None:
@@ -137,13 +164,14 @@ def _load(
 
 
 def _layer(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; a group that `top` chooses anew replaces the old choice and its keys."""
+    """Merge `top` over `base`; a group that `top` selects replaces the one in `base`."""
     below = dict(base)
     for group in GROUPS:
         new, old = top.get(group), below.get(group)
         chooses = not isinstance(new, Mapping) or any(key in new for key in SELECTING)
         if new is not None and chooses:
             below.pop(group, None)
+        # Plain keys can only be merged into a mapping, so a bare name becomes one.
         elif isinstance(old, str):
             below[group] = {"use": old}
     return merge(below, top)
@@ -161,7 +189,7 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
     path = _path_of(key.strip())
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except Exception as error:  # OmegaConf's and PyYAML's errors have no common public parent
+    except Exception as error:  # the errors of OmegaConf and PyYAML have no common base class
         raise UserError(f"config: cannot read {item!r}: {one_line(error)}.") from None
     if parsed["value"] is None and _selects_group(path):
         raise UserError(f"config: {item!r} has no value.")
@@ -169,10 +197,10 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
 
 
 def _path_of(key: str) -> list[str]:
-    """The parts of a dotted key.
+    """Split a dotted key into its parts.
 
     Raises:
-        UserError: its first part is no key of a config.
+        UserError: the first part is not a key of a config.
     """
     path = key.split(".")
     if path[0] not in TOP_LEVEL:
@@ -182,7 +210,7 @@ def _path_of(key: str) -> list[str]:
 
 
 def _nearest_key(key: str) -> str:
-    """A hint; a key that was given without its section gets it."""
+    """A hint with the nearest key; for a key without its section, the key with its section."""
     whole = [
         f"{name}.{field.name}"
         for name, schema in SECTIONS.items()

@@ -1,4 +1,7 @@
-"""Use what a run has learned: classify images, or export class embeddings for plain open_clip."""
+"""Using a trained model: classify image files, or export class embeddings for plain open_clip.
+
+Everything comes from a finished run folder and the backbone's weights; no data set is opened.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,13 @@ from fedprompt.simulation.private_log import PrivateLog
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, best first, with softmax probabilities."""
+    """The most probable classes of one image.
+
+    Attributes:
+        image: the image file.
+        classes: names of the classes, most probable first.
+        probabilities: their softmax probabilities.
+    """
 
     image: Path
     classes: tuple[str, ...]
@@ -39,15 +48,18 @@ class Prediction:
 
 
 class Classifier:
-    """A finished run's model: the global one, or one client's personal one."""
+    """The model of a finished run: the global model, or the personal model of one client.
+
+    Args:
+        run_dir: the run folder.
+        client: id of the client whose personal model is loaded; None loads the global model.
+
+    Raises:
+        UserError: the folder holds no finished run, there is no such client, the method has no
+            global model, or the private prompts are not in the run folder.
+    """
 
     def __init__(self, run_dir: Path, client: int | None = None) -> None:
-        """Load a run.
-
-        Raises:
-            UserError: no finished run there, no such client, no global model, or private
-                prompts that are not in the run folder.
-        """
         if not (run_dir / CONFIG).is_file():
             raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
         if not (run_dir / PROMPTS).is_file():
@@ -65,8 +77,10 @@ class Classifier:
             if not 0 <= client < config.partition.clients:
                 raise UserError(f"no client {client}; the run has {config.partition.clients}.")
             start = self.method.init_private(config.seed, client)
+            # A client that never trained has the values that it would start from.
             own = _trained(run_dir, client, config.partition.clients) or start if start else {}
             private = {n: t[None].to(self.clip.device) for n, t in own.items()}
+            # Some strategies send each client shared tensors of its own.
             shared |= _sent_to(run_dir, config, self.method, client)
         elif self.method.has_global:
             private = None
@@ -74,6 +88,7 @@ class Classifier:
             raise UserError(
                 f"method '{self.method.name}' has no global model; choose one with --client."
             )
+        # Encoded once: the class prompts do not depend on the images.
         with torch.no_grad():
             self.encoded = self.method.encode(
                 {n: t[None].to(self.clip.device) for n, t in shared.items()}, private
@@ -81,10 +96,17 @@ class Classifier:
 
     @torch.no_grad()
     def predict(self, paths: Sequence[Path], top: int = 3) -> list[Prediction]:
-        """The `top` classes of every image.
+        """Classify images.
+
+        Args:
+            paths: image files; all of them are encoded in one batch.
+            top: number of classes per image.
+
+        Returns:
+            One prediction per image, in order.
 
         Raises:
-            UserError: a path that is no readable image.
+            UserError: a file is missing or is not a readable image.
         """
         images_B3HW = torch.stack([self.clip.preprocess(_open(p)) for p in paths])
         inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
@@ -101,8 +123,12 @@ class Classifier:
     def export(self, path: Path) -> None:
         """Write `class_embeddings` (C, D) and `logit_scale` as safetensors.
 
-        With image features v from plain open_clip, `logit_scale * v/|v| @ class_embeddings.T` are
-        this model's logits; the header holds the class names and the backbone.
+        With image features v from plain open_clip, the logits of this model are
+        `logit_scale * v/|v| @ class_embeddings.T`. The file's header holds the class names and the
+        name of the backbone.
+
+        Args:
+            path: the file to write.
 
         Raises:
             UserError: the method's logits are not products with fixed class embeddings, or the
@@ -123,7 +149,7 @@ class Classifier:
 
 
 def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:
-    """What the server would send to this client and not to all, after the last round."""
+    """The tensors that the server would send to this client alone, after the last round."""
     checkpoint = read_checkpoint(run_dir / CHECKPOINT)
     strategy = strategy_class(config.strategy.name)(
         config.strategy,
@@ -138,7 +164,11 @@ def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tens
 
 
 def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
-    """A client's private tensors at the end of the run, or None where it never trained."""
+    """A client's private tensors at the end of the run, or None if it never trained.
+
+    Raises:
+        UserError: the run was a deployment, in which private tensors stay on the nodes.
+    """
     checkpoint = read_checkpoint(run_dir / CHECKPOINT)
     if not checkpoint.private:
         raise UserError(

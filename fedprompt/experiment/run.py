@@ -1,4 +1,8 @@
-"""One experiment from config to report, on this machine or a Ray cluster."""
+"""One simulated experiment from config to report, on this machine or a Ray cluster.
+
+`fedprompt run`, `fedprompt.run` and every run of a sweep end up here. Federations of real machines
+are run by `fedprompt.deploy`, with the same loop over rounds.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +40,22 @@ def run(config: Config, display: Display, resources: ResourceCache | None = None
         resources: keeps backbone and data sets open for later runs of this process.
 
     Returns:
-        The run folder.
+        The path of the run folder. The run is unfinished if the display stopped it (`StopRun`).
 
     Raises:
         UserError: data or weights cannot be read, Ray does not start, or a file cannot be written.
             A folder without a finished round is removed again.
     """
+    # Checked before the folder is created: packages of the trackers may not be installed.
     check_installed(config.output.loggers)
     return _run(config, RunFolder.create(config), display, resources)
 
 
 def resume(path: Path, display: Display, resources: ResourceCache | None = None) -> Path:
-    """Continue an interrupted run from its checkpoint, with the same results bit for bit.
+    """Continue an interrupted run from its last checkpoint.
 
-    A finished run is not changed, except that a missing report is drawn.
+    The results are the same, bit for bit, as without the interruption. A finished run is not
+    changed, except that a missing report is drawn.
 
     Args:
         path: the run folder.
@@ -57,10 +63,10 @@ def resume(path: Path, display: Display, resources: ResourceCache | None = None)
         resources: keeps backbone and data sets open for later runs of this process.
 
     Returns:
-        The run folder.
+        The path of the run folder.
 
     Raises:
-        UserError: the folder holds no run, is damaged or in use, or what `run` raises.
+        UserError: the folder holds no run, is damaged or in use, or `run` would raise it.
     """
     folder, config = RunFolder.resume(path)
     if (path / SUMMARY).is_file():
@@ -79,6 +85,7 @@ def _run(
     grid: BlockGrid | None = None
     loggers = Loggers(config, folder.path)
     try:
+        # Cheap checks first; opening data and backbone may take minutes.
         _refuse_absent_folders(config)
         loggers.open()
         checkpoint = folder.load_checkpoint()
@@ -91,6 +98,7 @@ def _run(
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         local_only = None
+        # The baseline is tested on the clients' own images, and is `coop_local` itself.
         baseline = config.evaluation.local_only and "personalised" in config.protocols
         if baseline and config.method.name != "coop_local":
             local_only = _local_only(workspace, grid, folder, display, loggers)
@@ -110,7 +118,10 @@ def _run(
 
 
 def _refuse_absent_folders(config: Config) -> None:
-    """Refuse a run without all clients' images, which a run on this machine needs."""
+    """Refuse a simulation without the images of all clients.
+
+    On real nodes, each node has the folder of its own client, and the config names none.
+    """
     if not isinstance(config.data, ClientFoldersConfig):
         return
     if not (config.data.folders and all(config.data.folders)):
@@ -127,11 +138,18 @@ def _local_only(
     display: Display,
     loggers: Loggers,
 ) -> dict[str, Any] | None:
-    """The local-only baseline: every client trains alone, for as many rounds as the method."""
+    """Run the local-only baseline: every client trains alone, for as many rounds as the method.
+
+    It uses the same grid, and therefore the same processes, after the method under test is done.
+
+    Returns:
+        The accuracies after the last round, or None if there are none.
+    """
     display.phase("local-only baseline")
     reference = method_class("coop_local")
     tokens = workspace.config.evaluation.local_only_tokens
     alone = workspace.with_method(reference.Config(context_tokens=tokens))
+    # Nothing is uploaded that would have to be hidden.
     alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
     grid.use(alone)
 

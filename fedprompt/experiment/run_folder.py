@@ -1,15 +1,16 @@
-"""A run on disk: config, metrics, checkpoint, results.
+"""A run on disk: config, metrics, checkpoint and results. The server writes it.
 
-Crash-safe: every file is replaced atomically, or appended to line by line.
+It is crash-safe: every file is replaced atomically, or appended to line by line.
 
-config.yaml            complete; reproduces the run
-partition.json         clients x classes and domains
-metrics.jsonl          one line per round; bitwise the same after a resume
-timings.jsonl          seconds per round; different after a resume
-checkpoint.safetensors round, shared and strategy tensors; replaced atomically
+config.yaml            the complete config, which reproduces the run
+partition.json         images of every client by class and domain
+metrics.jsonl          one line per round; the same bytes with and without a resume
+timings.jsonl          seconds per round
+checkpoint.safetensors the last saved round: shared tensors and the strategy's state
 private/               in a simulation, the clients' private tensors (private_log.py)
-prompts.safetensors    final shared prompts
-summary.json, plots/, report.html
+prompts.safetensors    the final shared prompts
+summary.json           the results; it exists only if the run is complete
+plots/, report.html    the report
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ VERSIONS = "versions.json"
 """The versions that a run was started with and those that it was resumed with, in order."""
 
 UNSTARTED = {CONFIG, VERSIONS, ".lock", "loggers.json", "tensorboard", "wandb"}
-"""What a run's folder may hold before its first round: its config, and empty trackers' logs."""
+"""What a run folder may hold before its first round: config, versions and the logs of trackers."""
 
 
 class RunFolder:
-    """One run's folder, locked by one process at a time.
+    """The folder of one run, which one process at a time can hold.
 
     Args:
-        path: the folder, which exists.
+        path: the folder, which must exist.
 
     Raises:
         UserError: another process holds the folder, or it cannot be written.
@@ -56,6 +57,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # Two processes that resume the same run would interleave their lines. The operating system
+        # releases the lock of a process that dies.
         self._lock = FileLock(path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -69,14 +72,15 @@ class RunFolder:
         """Create the folder of a new run and write its `config.yaml`.
 
         Args:
-            config: the experiment. The folder is `output.dir` or, without one, the first free of
-                `<output.root>/<experiment>-<method>-seed<seed>`, the same with `-2`, and so on.
+            config: the experiment. The folder is `output.dir` or, if that is not set,
+                `<output.root>/<experiment>-<method>-seed<seed>`, with `-2`, `-3`, ... appended
+                if the name is taken.
 
         Returns:
             The locked folder.
 
         Raises:
-            UserError: the folder holds a run already, or cannot be written.
+            UserError: the folder already holds a run, or cannot be written.
         """
         if config.output.dir:
             path = Path(config.output.dir).expanduser()
@@ -105,7 +109,8 @@ class RunFolder:
             The locked folder and the run's config.
 
         Raises:
-            UserError: the folder holds no run, its config is damaged, or another process holds it.
+            UserError: the folder holds no run, its config is damaged, or another process holds
+                the folder.
         """
         if not (path / CONFIG).is_file():
             raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
@@ -141,7 +146,10 @@ class RunFolder:
         self._lock.release()
 
     def discard_unstarted(self) -> None:
-        """Remove the folder of a run that failed before its first round; a retry takes its name."""
+        """Remove the folder of a run that failed before its first round.
+
+        The next attempt then gets the same name, without a number.
+        """
         if {p.name for p in self.path.iterdir()} <= UNSTARTED:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -168,13 +176,15 @@ class RunFolder:
 
         Args:
             name: the file's name in the folder.
-            value: plain JSON values; NaN and infinity are refused with a `ValueError`.
+            value: plain JSON values.
 
         Raises:
             UserError: the disk is full, or the file cannot be written.
+            ValueError: a number is NaN or infinite.
         """
         text = json.dumps(value, indent=2, allow_nan=False)
-        # The brackets must not contain a quote, so that no text is changed.
+        # Joins the lines of each list of numbers. Lists with a quote are left alone, so no string
+        # can be changed.
         text = re.sub(r'\[\n[^\]\["{}]+\]', lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
         self.write(name, f"{text}\n".encode())
 
@@ -183,15 +193,17 @@ class RunFolder:
 
         Args:
             name: the file's name in the folder.
-            record: plain JSON values; NaN and infinity are refused with a `ValueError`.
+            record: plain JSON values.
 
         Raises:
             UserError: the disk is full, or the file cannot be written.
+            ValueError: a number is NaN or infinite.
         """
         try:
             with (self.path / name).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record, allow_nan=False) + "\n")
                 stream.flush()
+                # A checkpoint may be written next, and must not reach the disk before this line.
                 os.fsync(stream.fileno())
         except OSError as error:
             raise UserError(
@@ -200,7 +212,15 @@ class RunFolder:
             ) from None
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """All complete lines of a `.jsonl` file; a last line that was cut off is left out."""
+        """Read the complete lines of a `.jsonl` file.
+
+        Args:
+            name: the file's name in the folder.
+
+        Returns:
+            The records; none if there is no file. Everything from the first damaged line on is
+            left out, since a crash can cut off the last line.
+        """
         path = self.path / name
         if not path.is_file():
             return []
@@ -213,10 +233,13 @@ class RunFolder:
         return records
 
     def rewind(self, server_round: int) -> None:
-        """Remove all lines that were written after a checkpoint.
+        """Remove all lines that were written after a checkpoint, and temporary files.
 
         Args:
             server_round: the checkpoint's round; -1 removes all lines.
+
+        Raises:
+            UserError: the disk is full, or a file cannot be written.
         """
         for name in (METRICS, TIMINGS):
             if not (self.path / name).is_file():
@@ -234,13 +257,13 @@ class RunFolder:
         """Replace the checkpoint atomically.
 
         Args:
-            checkpoint: the round, its shared tensors, the strategy's state, and byte totals.
+            checkpoint: the round, its shared tensors, the strategy's state and the totals.
 
         Raises:
             UserError: the disk is full, or the file cannot be written.
         """
         groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
-        # Cloned, since the format refuses tensors that share memory, as a strategy's may.
+        # Cloned, since safetensors refuses tensors that share memory, as a strategy's may.
         tensors = {
             f"{group}/{name}": tensor.detach().contiguous().clone()
             for group, named in groups.items()
@@ -254,7 +277,7 @@ class RunFolder:
         self.write(CHECKPOINT, save(tensors, metadata=header))
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The last checkpoint, or None before the first.
+        """Read the last checkpoint; None if there is none yet.
 
         Raises:
             UserError: the file is damaged.
@@ -264,13 +287,24 @@ class RunFolder:
 
 
 def default_path(config: Config) -> Path:
-    """The run folder without `output.dir`; a number is appended to its name if it exists."""
+    """The run folder of a config without `output.dir`, before a number is appended."""
     name = f"{config.experiment}-{config.method.name}-seed{config.seed}"
     return Path(config.output.root).expanduser() / name
 
 
 def _make(path: Path, *, fresh: bool) -> bool:
-    """Create a folder; False where a `fresh` one is wanted and the name is taken."""
+    """Create a folder and its parents.
+
+    Args:
+        path: the folder.
+        fresh: whether the folder must be new.
+
+    Returns:
+        False if the folder must be new and the name is taken, otherwise True.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=not fresh)
     except OSError as error:
@@ -284,7 +318,11 @@ def _make(path: Path, *, fresh: bool) -> bool:
 
 
 def _make_first_free(stem: Path) -> Path:
-    """`stem`, `stem-2`, ...: created here, so that runs started at once get their own."""
+    """Create the first of `stem`, `stem-2`, ... that does not exist.
+
+    Creating the folder, instead of testing for it, gives runs that start at the same time different
+    folders.
+    """
     path, number = stem, 2
     while not _make(path, fresh=True):
         path = stem.with_name(f"{stem.name}-{number}")

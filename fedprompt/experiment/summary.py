@@ -1,4 +1,4 @@
-"""The end of a run: prompts, summary, tracker entries and report."""
+"""The end of a run: prompts, summary, tracker entries and report; runs on the server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,21 @@ def finish(
     *,
     local_only: dict[str, Any] | None,
 ) -> None:
-    """Write prompts, the summary that says the run is complete, then logs, plots and report."""
+    """Finish a run after its last round: measure, then write prompts, summary and report.
+
+    Args:
+        federation: the server's side, with the final shared tensors.
+        folder: the run folder.
+        display: shows the progress and the result.
+        line: the last round's line of `metrics.jsonl`.
+        totals: bytes and rejected replies since the run began.
+        started: the time at which the run was started or resumed, on the monotonic clock.
+        loggers: the experiment trackers.
+        local_only: the last round of the local-only baseline, or None.
+
+    Raises:
+        UserError: a client's measurements are missing, or a file cannot be written.
+    """
     config, workspace, method = federation.config, federation.workspace, federation.method
     rounds = config.federation.rounds if method.trainable else 0
     tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
@@ -66,10 +80,13 @@ def finish(
         "skipped_images": len(workspace.dataset.bad_images),
     }
     recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
+    # After everything else is known: protocols such as `fairness` read the summary.
     if parts := federation.measure_protocols(recorded, summary):
         summary["protocols"] = parts
     summary["wall_s"] = round(time.monotonic() - started, 3)
     summary["environment"] = environment(workspace)
+    # A run folder with a summary is a complete run, so this comes after all measurements. What
+    # follows can be repeated: resuming a finished run draws a missing report.
     folder.write_json(SUMMARY, summary)
     loggers.finish(summary, folder.lines(METRICS))
     if config.output.report:
@@ -81,6 +98,11 @@ def finish(
 def show_result(display: Display, summary: Mapping[str, Any], path: Path) -> None:
     """Show the result of a complete run, with the tables of its protocols.
 
+    Args:
+        display: where it is shown.
+        summary: the contents of `summary.json`.
+        path: the run folder.
+
     Raises:
         UserError: the protocols' results in the summary are damaged.
     """
@@ -88,13 +110,17 @@ def show_result(display: Display, summary: Mapping[str, Any], path: Path) -> Non
 
 
 def _zero_shot(workspace: Workspace) -> dict[str, Any]:
-    """Zero-shot accuracy on the server's test set and on every client's own."""
+    """Zero-shot accuracy on the server's test images and on every client's own.
+
+    Computed in the server's process, on the images that this process holds.
+    """
     zero = workspace
     if workspace.method.name != "zero_shot":
         zero = workspace.with_method(method_class("zero_shot").Config())
     score = score_global(zero.method, {}, *zero.server_test())
     assert score is not None
     clients, accuracy = [], []
+    # The test images of all clients together may not fit in memory.
     for first in range(0, zero.num_clients, CLIENTS_AT_ONCE):
         some = range(first, min(first + CLIENTS_AT_ONCE, zero.num_clients))
         own, _ = score_personal(zero.method, [{}], [{}], [zero.test_data(c) for c in some])
@@ -105,7 +131,11 @@ def _zero_shot(workspace: Workspace) -> dict[str, Any]:
 
 
 def environment(workspace: Workspace | None = None) -> dict[str, Any]:
-    """Versions and device, for the summary."""
+    """Versions, device and threads, which explain why two machines may give different last bits.
+
+    Args:
+        workspace: supplies the device; None if no backbone is open.
+    """
     return {
         **versions(),
         "device": str(workspace.clip.device) if workspace else None,
@@ -115,7 +145,13 @@ def environment(workspace: Workspace | None = None) -> dict[str, Any]:
 
 
 def draw_report(path: Path) -> Path:
-    """Draw the figures of a run, finished or not, and write its report; returns its path.
+    """Draw the figures of a run, finished or not, and write its report.
+
+    Args:
+        path: the run folder.
+
+    Returns:
+        The path of the report.
 
     Raises:
         UserError: the run folder lacks a file, or a file is damaged.

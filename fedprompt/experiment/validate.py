@@ -1,4 +1,8 @@
-"""From nested dicts to a frozen config, with all checks that concern more than one section."""
+"""From nested dicts to a frozen config, with all checks that concern more than one section.
+
+Checks of a single key or section belong to its dataclass. The checks here also need the registries
+of methods, strategies, protocols and data sources, so they cannot be part of `fedprompt.config`.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +33,14 @@ def validate(raw: Mapping[str, Any]) -> Config:
     """Check plain nested dicts and freeze them as a `Config`.
 
     Args:
-        raw: sections by name, as in a run folder's `config.yaml`. Missing keys take their defaults.
+        raw: sections by name, as in a run folder's `config.yaml`. Missing keys get their defaults.
 
     Returns:
         The complete config.
 
     Raises:
-        UserError: an unknown key, a wrong type, an impossible value, or parts that do not fit
-            together. The message names the key.
+        UserError: a key is unknown, a value has the wrong type or is impossible, or sections do
+            not fit together. The message names the key.
     """
     _check_keys(raw)
     parts: dict[str, Any] = {}
@@ -49,6 +53,7 @@ def validate(raw: Mapping[str, Any]) -> Config:
     cls = method_class(str(method.get("name", "fedrsclip")))
     parts["method"] = build(cls.Config, method, "method")
     strategy = dict(_mapping("strategy", raw.get("strategy")))
+    # `auto` stands for the strategy of the method's paper. The run folder's config names it.
     if strategy.get("name", "auto") == "auto":
         strategy = {**strategy, **parts["method"].default_strategy}
     rule = str(strategy["name"])
@@ -63,13 +68,14 @@ def validate(raw: Mapping[str, Any]) -> Config:
         raw.get("protocols", protocols.DEFAULT), raw.get("protocol_options")
     )
     config = Config(experiment=_experiment(raw), seed=_seed(raw), **parts)
+    # Called for its error: two protocols may not both hold something out.
     protocols.who_holds_out(protocols.open_protocols(config))
     check_config(config)
     return config
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:
-    """Refuse top-level keys that do not exist, with the new or the nearest name."""
+    """Refuse unknown top-level keys; the message has a renamed key's new name or the nearest."""
     for key in raw:
         if key not in TOP_LEVEL:
             refuse_renamed(str(key))
@@ -79,14 +85,14 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
 
 def _seed(raw: Mapping[str, Any]) -> int:
     seed = raw.get("seed", 1)
-    # True and False are integers in Python.
+    # A bool is an int in Python, so `seed: true` would be seed 1.
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
     return seed
 
 
 def _experiment(raw: Mapping[str, Any]) -> str:
-    """The experiment's name, which is part of the run folder's name."""
+    """The experiment's name, which must be valid as part of a folder's name."""
     name = raw.get("experiment", "experiment")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
         raise UserError(
@@ -97,6 +103,7 @@ def _experiment(raw: Mapping[str, Any]) -> str:
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    # A section without keys is None in YAML.
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -105,10 +112,14 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Refuse what secure aggregation does not allow: rules that see replies, and small rounds.
+    """Check that secure aggregation is possible, if the config enables it.
+
+    Args:
+        config: the whole experiment.
 
     Raises:
-        UserError: the strategy or the attack needs single replies, or a round has too few clients.
+        UserError: the strategy needs single replies, the attack is one that only checks of single
+            replies detect, or a round has too few clients.
     """
     if not config.secure_aggregation.enabled:
         return
@@ -124,6 +135,7 @@ def check_config(config: Config) -> None:
             f"config: attack.kind={kind} is caught by checks of single replies, which "
             f"secure_aggregation hides; use {', '.join(SEEN_THROUGH[:-1])} or {SEEN_THROUGH[-1]}."
         )
+    # Clients without labels never train, so they are not sampled.
     partition, fraction = config.partition, config.federation.fraction
     able_to_train = partition.clients - partition.unlabelled_clients
     asked = max(1, round(fraction * able_to_train))

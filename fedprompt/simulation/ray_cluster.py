@@ -1,4 +1,4 @@
-"""Starting or joining Ray, and the memory of its workers."""
+"""Starting or joining Ray, and the memory of its workers; runs in the server's process."""
 
 from __future__ import annotations
 
@@ -23,35 +23,42 @@ def start_ray(config: SimulationConfig) -> None:
         config: the `simulation` section.
 
     Raises:
-        UserError: Ray does not start, the cluster does not answer, or a GPU is asked for that
-            PyTorch does not see.
+        UserError: Ray does not start, the cluster does not answer, or the config reserves GPUs
+            and PyTorch sees none.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray hides all GPUs from actors that reserve none, and prints a notice that this will change.
-    # Our workers choose their device themselves.
+    # Ray hides all GPUs from actors that reserve none, and warns that this will change. With 0 it
+    # leaves them visible: our workers choose their device themselves.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.ray_address:
         options["address"] = config.ray_address
     else:
         cpus = math.ceil(config.workers * config.cpus_per_worker)
-        # "local" starts a new Ray even if another one runs on this machine.
+        # "local" starts a new Ray even if another one is running on this machine.
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         if config.gpus_per_worker > 0 and not torch.cuda.is_available():
             raise UserError("simulation.gpus_per_worker is set, but PyTorch sees no GPU.")
     try:
         ray.init(**options)
-    except Exception as error:  # Ray raises errors of many types here
+    except Exception as error:  # `ray.init` raises errors of many types
         where = config.ray_address or "this machine"
         raise UserError(f"grid: cannot start or join Ray on {where}: {brief(error)}") from None
 
 
 def free_bytes_per_worker(places: Sequence[Place]) -> float:
-    """Free bytes of the worker that has the fewest; workers in one memory share it evenly."""
+    """Free memory of the worker that has the least of it.
+
+    Args:
+        places: where each worker runs. Workers in the same memory share it evenly.
+
+    Returns:
+        Bytes per worker. The smallest value counts, as all blocks have the same size.
+    """
     sharing = Counter(place.memory for place in places)
     return min(place.free_bytes / sharing[place.memory] for place in places)
 
 
 def brief(error: BaseException) -> str:
-    """The end of an error's text on one line; in Ray's long errors the reason comes last."""
+    """The end of an error's text on one line: in Ray's long errors the reason comes last."""
     return " ".join(str(error).replace("^", "").split())[-300:]

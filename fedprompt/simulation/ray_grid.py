@@ -1,10 +1,12 @@
-"""Blocks on persistent Ray actors, on one machine or a cluster.
+"""Blocks on persistent Ray actors, on one machine or a cluster; `simulation.kind: ray`.
 
-The grid owns its actors (`ray_pool.py`). A dead actor is replaced and its block tried again. Every
-random draw is keyed and private tensors are handed in, so the result does not depend on who
-answers. A round never waits for an actor that is starting; the others take its blocks. Only
-configs, messages and private tensors go through Ray: every worker maps the weights and the feature
-cache of its own machine.
+The grid runs in the server's process and owns its actors (`ray_pool.py`). Flower's own Ray backend
+never replaces a dead actor; this grid does, and runs the actor's block again. Every random draw is
+keyed and private tensors are passed with the block, so the result does not depend on which worker
+answers. A round does not wait for an actor that is starting while others can take its blocks.
+
+Only configs, messages and private tensors go through Ray: every worker maps the weights and the
+feature cache from files on its own machine.
 """
 
 from __future__ import annotations
@@ -31,20 +33,20 @@ from fedprompt.workspace import Workspace
 log = logging.getLogger("fedprompt.grid")
 
 LONGEST_WAIT_S = 60.0
-"""Longest wait for a report while all workers are busy, in seconds."""
+"""Longest wait for a worker's report while all workers are busy, in seconds."""
 
 
 @dataclass
 class _Exchange:
-    """One `send_and_receive`.
+    """The state of one call of `send_and_receive`.
 
     Attributes:
-        kind: type of its messages.
+        kind: type of the messages.
         blocks: the messages, in blocks.
-        units: work of every block.
-        deadline: when no further block is started, on the monotonic clock.
-        waiting: (position, earlier tries) of blocks that wait, most work first.
-        done: replies by position of their block.
+        units: the work of every block; see `blocks.work`.
+        deadline: the time after which no block is started, on the monotonic clock.
+        waiting: (position, earlier attempts) of the blocks that wait, most work first.
+        done: the replies of every finished block by its position.
     """
 
     kind: str
@@ -56,21 +58,21 @@ class _Exchange:
 
 
 class RayGrid(BlockGrid):
-    """Blocks spread over Ray actors that each hold the frozen CLIP.
+    """A grid that spreads its blocks over Ray actors, each of which holds the frozen CLIP.
 
-    A block that exceeds `simulation.block_timeout_s` is given up together with its worker, and its
-    clients are left out of the round.
+    If a block exceeds `simulation.block_timeout_s`, its worker is stopped, and its clients are left
+    out of the round.
 
     Args:
-        workspace: what this process holds.
-        private: keeps the clients' private tensors; memory, where it is None.
-        opener: opens the workspace of a config in a worker. Ray pickles it by reference, so it
-            must be importable there.
-        answer: answers a block's messages in a worker; pickled likewise.
+        workspace: the workspace of this process.
+        private: the store of the clients' private tensors; they stay in memory if it is None.
+        opener: the function that opens the workspace of a config in a worker. Ray pickles it by
+            reference, so it must be importable there.
+        answer: the function that answers a block's messages in a worker, pickled by reference too.
 
     Raises:
-        UserError: Ray or its workers do not start. `send_and_receive` raises it too, when no
-            worker is left and none starts.
+        UserError: Ray or its workers do not start. `send_and_receive` also raises it, if no worker
+            is left and no new one starts.
     """
 
     def __init__(
@@ -95,26 +97,27 @@ class RayGrid(BlockGrid):
 
     @property
     def workers(self) -> int:
-        """Workers that the config asks for: blocks must not depend on how many are alive."""
+        """The number of workers in the config: blocks must not depend on how many are alive."""
         return self.workspace.config.simulation.workers
 
     @property
     def threads(self) -> int:
-        """CPU threads of a worker."""
+        """The number of CPU threads of each worker."""
         return thread_count(self.workspace.config.simulation, worker=True)
 
     def pids(self) -> list[int]:
-        """Process ids of the workers that are up."""
+        """Process ids of the workers that have opened their workspace."""
         return [s.place.pid for s in self.pool.slots if s.place]
 
     def use(self, workspace: Workspace) -> None:
-        """Change to another method; workers keep their CLIP and features."""
+        """Change to another method; see `BlockGrid.use`. Workers keep their CLIP and features."""
         super().use(workspace)
+        # Methods differ in cost per image, so the measured rates no longer apply.
         self._costs = Costs()
         self.pool.use(workspace.config)
 
     def close(self) -> None:
-        """Stop the actors, and Ray if this grid has started it."""
+        """Stop the actors, and also Ray if this grid started it."""
         self.pool.close()
         self._stop_ray()
 
@@ -128,6 +131,8 @@ class RayGrid(BlockGrid):
         units = [sum(work(self.workspace, kind, p.client) for p in block) for block in blocks]
         order = sorted(range(len(blocks)), key=lambda i: -units[i])
         exchange = _Exchange(kind, blocks, units, deadline, [(i, 0) for i in order])
+        # An event loop in one thread: start what can be started, wait until a worker reports or a
+        # limit passes, and react to it.
         while True:
             self._dispatch(exchange)
             running = [s.task for s in self.pool.slots if s.task]
@@ -142,7 +147,7 @@ class RayGrid(BlockGrid):
             self._end_overdue(exchange)
 
     def _dispatch(self, exchange: _Exchange) -> None:
-        """Start waiting blocks on free workers, unless it is better to wait for a busy one."""
+        """Start waiting blocks on free workers, unless waiting for a busy worker is faster."""
         while exchange.waiting and (now := time.monotonic()) < exchange.deadline:
             plan = next_start(
                 (exchange.units[index] for index, _ in exchange.waiting),
@@ -171,11 +176,12 @@ class RayGrid(BlockGrid):
             )
 
     def _collect(self, exchange: _Exchange, slot: Slot, task: Task) -> None:
-        """Take a block's replies, or have it tried again if its worker died."""
+        """Take a block's replies, or queue the block again if its worker failed or died."""
         try:
             answer: Answer = ray.get(task.ref)
         except ray.exceptions.RayError as error:
-            # A RayTaskError was raised by our code in the worker, which is still alive.
+            # A RayTaskError means that our code in the worker raised; the actor is still alive.
+            # Any other RayError is treated as the loss of the actor.
             alive = isinstance(error, ray.exceptions.RayTaskError)
             self._retry(exchange, task, "failed" if alive else "died", error)
             if alive:
@@ -183,13 +189,15 @@ class RayGrid(BlockGrid):
             else:
                 self._replace(slot)
             return
+        # Only now the private tensors are stored. An attempt that was lost has changed nothing, so
+        # its block can be repeated on any worker.
         slot.task, slot.failed_starts = None, 0
         self._costs.record(exchange.kind, slot.number, exchange.units[task.index], answer.seconds)
         self.keep(unpack(answer.changed))
         exchange.done[task.index] = answer.replies
 
     def _retry(self, exchange: _Exchange, task: Task, what: str, error: Exception) -> None:
-        """Put a lost block back into the queue, or give it up after `simulation.retries`."""
+        """Queue a lost block again, or give it up after `simulation.retries` further attempts."""
         if task.attempt < self.workspace.config.simulation.retries:
             log.warning("a worker %s; its block is tried again: %s", what, brief(error))
             exchange.waiting.append((task.index, task.attempt + 1))
@@ -199,25 +207,29 @@ class RayGrid(BlockGrid):
             self._give_up(exchange, task.index, f"its worker {what}")
 
     def _end_overdue(self, exchange: _Exchange) -> None:
-        """Give up blocks that are over their time limit, and the workers that run them."""
+        """Give up blocks that exceed their time limit, and replace the workers that run them."""
         for slot in list(self.pool.slots):
             if slot.task and time.monotonic() >= slot.task.limit:
                 self._give_up(exchange, slot.task.index, "time limit exceeded")
                 self._replace(slot)
 
     def _give_up(self, exchange: _Exchange, index: int, reason: str) -> None:
-        """Answer with an error in the place of all clients of a block."""
+        """Give every client of a block an error reply with this reason."""
         block = exchange.blocks[index]
         log.error("clients %s: %s", [p.client for p in block], reason)
         exchange.done[index] = [failure(parcel.open(), reason) for parcel in block]
 
     def _replace(self, slot: Slot) -> None:
-        # Another process may run on another machine, at another speed.
+        # The new process may run on another machine, at another speed.
         self._costs.forget(slot.number)
         self.pool.replace(slot)
 
     def _pause(self, exchange: _Exchange, running: Sequence[Task]) -> float:
-        """Seconds until something must be done even if no worker reports."""
+        """Seconds until something must be done even if no worker reports.
+
+        The wait is short while a worker is idle or starting and blocks are waiting: the planner's
+        estimates change as time passes, so an idle worker may get a block after all.
+        """
         ends = [task.limit for task in running]
         ends += [exchange.deadline] if exchange.waiting else []
         steady = all(s.task for s in self.pool.slots) or not exchange.waiting

@@ -1,4 +1,7 @@
-"""The Ray actors of a grid: how they start, fail and are replaced."""
+"""The Ray actors of a grid: how they are started, checked and replaced.
+
+The pool runs in the server's process and belongs to a `RayGrid`, which decides what the workers do.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,23 @@ from fedprompt.simulation.ray_worker import Place, Worker
 log = logging.getLogger("fedprompt.grid")
 
 PLACE_LIMIT_S = 60.0
-"""How long Ray may take to find room for a worker when no other worker is left."""
+"""How long Ray may take to find room for a worker, in seconds. After the first start it matters only
+if no other worker is left."""
 POLL_S = 1.0
-"""Longest wait for a report while a worker idles or starts, in seconds."""
+"""Longest wait for a report while a worker is idle or starting, in seconds."""
 
 
 @dataclass
 class Task:
-    """A block that runs on a worker.
+    """A block that is running on a worker.
 
     Attributes:
         ref: Ray's reference to the answer.
         index: the block's position in its exchange.
-        attempt: how often the block was tried before.
-        expected_s: the planner's estimate of its seconds.
-        started: when it was started, on the monotonic clock.
-        limit: when it is given up, on the monotonic clock.
+        attempt: how many times the block was tried before.
+        expected_s: the planner's estimate of its duration in seconds.
+        started: the time at which it was started, on the monotonic clock.
+        limit: the time at which it is given up, on the monotonic clock.
     """
 
     ref: Any
@@ -46,19 +50,21 @@ class Task:
 
 @dataclass(eq=False)
 class Slot:
-    """The place of one worker, which keeps its number when another actor replaces a dead one.
+    """One worker of the pool. Its number stays the same if a new actor replaces a dead one.
 
-    A worker is starting (`steps` are left), busy (`task` is set) or free (neither).
+    A worker is starting (`steps` is not empty), busy (`task` is set) or free (neither).
 
     Attributes:
         number: the worker's number.
         actor: the Ray actor.
-        steps: references that resolve in turn: Ray has placed the actor; its workspace is open.
-        since: when the actor was created or came one step further, on the monotonic clock.
-        failed_starts: actors of this slot that failed to start, one after the other.
+        steps: references that resolve one after the other while the worker starts: first Ray has
+            placed the actor, then its workspace is open.
+        since: the time at which the actor was created or finished its last step, on the monotonic
+            clock.
+        failed_starts: how many actors of this slot have failed to start in a row.
         placed: whether Ray has found room for the actor.
         place: where the worker runs; None until its workspace is open.
-        task: the block that it runs.
+        task: the block that it is running.
     """
 
     number: int
@@ -72,12 +78,12 @@ class Slot:
 
     @property
     def free(self) -> bool:
-        """Whether it can take a block now."""
+        """Whether the worker can take a block now."""
         return not self.steps and self.task is None
 
     @property
     def awaited(self) -> Any | None:
-        """The reference that resolves next; None for a free worker."""
+        """The reference that resolves next; None if the worker is free."""
         return self.task.ref if self.task else self.steps[0] if self.steps else None
 
 
@@ -85,8 +91,9 @@ class WorkerPool:
     """The workers of one grid.
 
     Args:
-        config: the experiment that workers open.
-        opener: opens the workspace of a config in a worker; pickled by reference.
+        config: the experiment that the workers open.
+        opener: the function that opens the workspace of a config in a worker. Ray pickles it by
+            reference, so it must be importable there.
         needs_timm: whether the backbone needs timm, which costs a worker about 25 MB.
 
     Raises:
@@ -99,6 +106,7 @@ class WorkerPool:
         self._opener = opener
         self._needs_timm = needs_timm
         settings = self._settings
+        # On a cluster, SPREAD distributes the workers over the nodes; Ray's default packs them.
         self._new_actor = (
             ray.remote(Worker)
             .options(
@@ -111,7 +119,7 @@ class WorkerPool:
         try:
             self.slots = [self._spawn(number) for number in range(settings.workers)]
             self._await_start()
-        except BaseException:
+        except BaseException:  # also KeyboardInterrupt: actors must not outlive a failed start
             self.close()
             raise
 
@@ -120,27 +128,41 @@ class WorkerPool:
         return self.config.simulation
 
     def use(self, config: Config) -> None:
-        """Change the method of all workers to that of `config`; CLIP and features stay."""
+        """Change all workers to the method of `config`; they keep CLIP, features and data."""
         self.config = config
         for slot in self.slots:
-            # An actor runs its calls in order, so a worker that is still starting gets there too.
+            # An actor runs its calls in order, so this also works for one that is still starting.
             slot.steps.append(slot.actor.use.remote(config.method))
             slot.since = time.monotonic()
 
     def close(self) -> None:
-        """Stop all actors."""
+        """Stop all workers."""
         for slot in self.slots:
             ray.kill(slot.actor)
         self.slots = []
 
     def resolved(self, timeout: float) -> list[Slot]:
-        """Workers whose awaited reference has resolved, after at most `timeout` seconds."""
+        """Wait until a worker reports.
+
+        Args:
+            timeout: longest wait in seconds.
+
+        Returns:
+            The workers whose awaited reference has resolved; none after a timeout.
+        """
         slots = {ref: s for s in self.slots if (ref := s.awaited) is not None}
         ready, _ = ray.wait(list(slots), num_returns=1, timeout=timeout)
         return [slots[ref] for ref in ready]
 
     def advance(self, slot: Slot) -> None:
-        """Take the report of a starting worker; replace one that failed, or drop it in the end."""
+        """Process the report of a starting worker.
+
+        A worker whose start failed is replaced, and after `simulation.retries` failures in a row
+        its slot is removed. The run continues with the other workers.
+
+        Args:
+            slot: a worker whose next step has resolved.
+        """
         try:
             self._take_step(slot)
         except ray.exceptions.RayError as error:
@@ -153,16 +175,21 @@ class WorkerPool:
             self.slots.remove(slot)
 
     def replace(self, slot: Slot) -> None:
-        """Stop the actor of a slot and start another one in its place."""
+        """Stop the actor of a slot and start a new one in its place.
+
+        Args:
+            slot: the slot, which must not be used afterwards; the new one has its number.
+        """
         ray.kill(slot.actor)
         self.slots[self.slots.index(slot)] = self._spawn(slot.number, slot.failed_starts)
 
     def check(self) -> None:
-        """Refuse to wait any longer for workers.
+        """Check that there is a worker to wait for.
 
         Raises:
             UserError: no worker is left, and none has started in time.
         """
+        # True for an empty list of slots as well, when all of them have been removed.
         if all(s.steps and self._late(s) for s in self.slots):
             raise UserError(
                 f"grid: no Ray worker is left and none could be started within {PLACE_LIMIT_S:g} s;"
@@ -170,12 +197,18 @@ class WorkerPool:
             )
 
     def _spawn(self, number: int, failed_starts: int = 0) -> Slot:
+        # `placed` returns at once, so it tells when Ray has created the process. `open` may take
+        # minutes, because it encodes images that no cache holds.
         actor = self._new_actor(self._needs_timm)
         steps = [actor.placed.remote(), actor.open.remote(self.config, self._opener)]
         return Slot(number, actor, steps, time.monotonic(), failed_starts)
 
     def _await_start(self) -> None:
-        """Wait for all workers. The first that fails ends the start with its reason."""
+        """Wait until all workers have started; unlike later, no failed start is retried.
+
+        Raises:
+            UserError: a worker failed, with its reason, or did not start in time.
+        """
         while starting := [s for s in self.slots if s.steps]:
             late = [s for s in starting if self._late(s)]
             if late:
@@ -191,7 +224,7 @@ class WorkerPool:
 
     @staticmethod
     def _take_step(slot: Slot) -> None:
-        """Note that a starting worker has come one step further."""
+        """Record that a starting worker has finished a step; raises what the step raised."""
         result = ray.get(slot.steps[0])
         del slot.steps[0]
         slot.placed, slot.since = True, time.monotonic()
@@ -202,7 +235,7 @@ class WorkerPool:
         return time.monotonic() - slot.since > self._start_limit(slot)
 
     def _start_limit(self, slot: Slot) -> float:
-        # An actor without room may wait for ever. Once placed, it may have images to encode.
+        # Ray lets an actor wait for room without limit. Once placed, it may have images to encode.
         return self._settings.block_timeout_s if slot.placed else PLACE_LIMIT_S
 
     def _room(self) -> str:

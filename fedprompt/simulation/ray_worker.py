@@ -1,7 +1,8 @@
-"""A Ray actor that answers blocks: one process, one frozen CLIP.
+"""The Ray actor that answers blocks of clients: one process, one frozen CLIP.
 
-Ray imports this module in a new process. Environment variables that a library reads when it is
-loaded are therefore set here first, and the libraries are imported later, inside the methods.
+It runs on the clients' side of a simulation. Ray imports this module in a new process. Environment
+variables that a library reads when it is imported must therefore be set here first, and the
+libraries are imported later, inside the methods.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fedprompt.workspace import Workspace
 
 Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
-"""Tensors of some clients: their ids, and by name one array with a leading client axis."""
+"""Tensors of several clients: the clients' ids, and by name one array with a client axis."""
 
 
 class Place(NamedTuple):
@@ -32,8 +33,8 @@ class Place(NamedTuple):
 
     Attributes:
         pid: its process id.
-        memory: names the machine or GPU whose memory it shares with other workers.
-        free_bytes: free bytes there.
+        memory: a name of the memory, of a machine or GPU, that it shares with other workers.
+        free_bytes: the number of free bytes in this memory.
     """
 
     pid: int
@@ -42,7 +43,13 @@ class Place(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Replies of a block, the private tensors that it changed, and the worker's seconds."""
+    """What a worker returns for a block.
+
+    Attributes:
+        replies: the replies as bytes, in the order of the block.
+        changed: the private tensors that training has changed.
+        seconds: the time that the worker took, for the planner.
+    """
 
     replies: list[bytes]
     changed: Packed
@@ -50,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class Worker:
-    """The actor. Creating it is cheap; `open` then loads CLIP, features and data.
+    """The actor class. Creating an actor is cheap; `open` then loads CLIP, features and data.
 
     Args:
         needs_timm: whether the backbone needs timm.
@@ -59,28 +66,30 @@ class Worker:
     def __init__(self, needs_timm: bool) -> None:
         set_defaults()
         if not needs_timm:
-            # open_clip works without timm where timm cannot be imported. Pretending so saves
-            # about 25 MB per worker. It must happen before Ray unpickles the arguments of `open`,
-            # which imports open_clip.
+            # open_clip also works where timm is not installed. A None in `sys.modules` makes the
+            # import fail, which saves about 25 MB per worker. It must happen before Ray unpickles
+            # the arguments of `open`, because that imports open_clip.
             sys.modules.setdefault("timm", None)  # type: ignore[arg-type]
         self._workspace: Workspace
 
     def placed(self) -> bool:
-        """Return as soon as Ray has found room for the process."""
+        """Report that Ray has found room for the process and created it."""
         return True
 
     def open(self, config: Config, opener: Opener) -> Place:
-        """Open this worker's workspace; weights and features are mapped from files, not sent.
+        """Open this worker's workspace.
+
+        Weights and features are mapped from files on this machine and not sent through Ray.
 
         Args:
             config: the experiment.
-            opener: opens the workspace of a config. Ray pickles it by reference.
+            opener: the function that opens the workspace of a config.
 
         Returns:
             Where the worker runs and how much memory is left there.
 
         Raises:
-            UserError: what `opener` raises.
+            UserError: `opener` raised it.
         """
         import ray
 
@@ -96,7 +105,11 @@ class Worker:
         return Place(os.getpid(), f"{node} {ray.get_gpu_ids() or 'cpu'}", free_memory(device))
 
     def use(self, method_config: Any) -> bool:
-        """Change to the method of `method_config`; CLIP, features and data stay."""
+        """Change to another method and keep CLIP, features and data.
+
+        Args:
+            method_config: the `method` section.
+        """
         self._workspace = self._workspace.with_method(method_config)
         return True
 
@@ -105,8 +118,12 @@ class Worker:
 
         Args:
             block: the block's messages as bytes.
-            private: private tensors of its clients, as `pack` makes them.
-            answer: answers the messages; pickled by reference.
+            private: private tensors of its clients, as `pack` returns them.
+            answer: the function that answers the messages. Ray pickles it by reference.
+
+        Returns:
+            The replies, the changed private tensors and the time. A client that fails has an error
+            reply.
         """
         from fedprompt.simulation.block_grid import run_block
 
@@ -116,7 +133,14 @@ class Worker:
 
 
 def pack(tensors: Mapping[int, Tensors]) -> Packed:
-    """Tensors of several clients as few large arrays; Ray is slow with many small objects."""
+    """Stack the tensors of several clients, since Ray is slow with many small objects.
+
+    Args:
+        tensors: by client id, tensors by name; all clients have the same names and shapes.
+
+    Returns:
+        The clients' ids and one array per name.
+    """
     import numpy as np
 
     clients = list(tensors)
@@ -125,7 +149,15 @@ def pack(tensors: Mapping[int, Tensors]) -> Packed:
 
 
 def unpack(packed: Packed) -> dict[int, Tensors]:
-    """The tensors that `pack` was given, copied so that no array of Ray's store stays in use."""
+    """Restore the tensors that `pack` stacked.
+
+    Args:
+        packed: the result of `pack`. After Ray has sent it, its arrays are read-only and lie in
+            Ray's shared memory.
+
+    Returns:
+        By client id, tensors by name. They are copies, so that no memory of Ray stays in use.
+    """
     import torch
 
     clients, arrays = packed
