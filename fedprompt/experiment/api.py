@@ -1,4 +1,7 @@
-"""Runs from Python: `fedprompt.run`, `fedprompt.resume`, `fedprompt.compose` and their result."""
+"""The Python interface: `fedprompt.compose`, `fedprompt.run`, `fedprompt.resume` and `Result`.
+
+These functions do what the commands of the same names do, in the calling process.
+"""
 
 from __future__ import annotations
 
@@ -71,20 +74,20 @@ def run(
     For example, `fedprompt.run("quickstart", method="promptfl", seed=2)`.
 
     Args:
-        experiment: as for `compose`, likewise `overrides` and `changes`.
-        *overrides: changes as on the command line.
+        experiment: the name of a shipped experiment, a YAML file, or a config to change.
+        *overrides: changes as on the command line, e.g. `"federation.rounds=20"`.
         progress: whether to show what `fedprompt run` shows; by default nothing is printed.
         on_round: called after every round with the round's metrics, once its checkpoint is
             written. If it returns False or raises `StopRun`, the run stops there and can be
             resumed.
         on_end: called with the result when the run is complete or has been stopped.
-        **changes: values by key.
+        **changes: values by key, as for `compose`.
 
     Returns:
-        What the run folder holds.
+        The result, which reads the run folder.
 
     Raises:
-        UserError: the config, the data or the backbone is not right, or the folder cannot be
+        UserError: the config is wrong, data or weights cannot be read, or the folder cannot be
             written.
     """
     config = compose(experiment, *overrides, **changes)
@@ -102,16 +105,16 @@ def resume(
     """Continue an interrupted or stopped run; the result is the same as without interruption.
 
     Args:
-        path: the run folder. A finished run is left as it is.
-        progress: as for `run`, likewise `on_round` and `on_end`.
-        on_round: called after every round that is still to be done.
-        on_end: called with the result.
+        path: the run folder. A finished run is not changed.
+        progress: whether to show what `fedprompt run` shows; by default nothing is printed.
+        on_round: called after every remaining round, as for `run`.
+        on_end: called with the result when the run is complete or has been stopped.
 
     Returns:
-        What the run folder holds.
+        The result, which reads the run folder.
 
     Raises:
-        UserError: the folder holds no run, or its data set has changed since the run began.
+        UserError: the folder holds no run, or the data set has changed since the run began.
     """
     folder = Path(path)
     return _observe(lambda display: experiments.resume(folder, display), progress, on_round, on_end)
@@ -119,7 +122,7 @@ def resume(
 
 @dataclass(frozen=True)
 class Result:
-    """What a run folder holds; the run may be unfinished.
+    """The contents of a run folder; the run may be unfinished.
 
     Attributes:
         path: the run folder.
@@ -161,17 +164,17 @@ class Result:
 
     @property
     def local_only(self) -> list[dict[str, Any]]:
-        """As `metrics`, of the baseline in which every client is trained alone; may be empty."""
+        """As `metrics`, for the baseline in which every client trains alone; it may be empty."""
         return flat_lines(self._data.local_only)
 
     def table(self) -> str:
-        """The tables with which `fedprompt run` ends, as text.
+        """The tables that `fedprompt run` prints at the end, as text.
 
         Raises:
             UserError: the run is not finished.
         """
         text = io.StringIO()
-        # Not for Jupyter: there rich would show the table instead of writing it to the file.
+        # In Jupyter, rich would otherwise display the table instead of writing it to `text`.
         console = Console(
             file=text, width=WIDTH, highlight=False, force_terminal=False, force_jupyter=False
         )
@@ -184,8 +187,8 @@ class Result:
     def figures(self) -> dict[str, Figure]:
         """The figures of the run and of its protocols by name, as matplotlib figures.
 
-        A figure for which there are no data is left out. A notebook shows a figure that is the
-        last value of a cell: `result.figures()["accuracy_per_round"]`.
+        Figures without data are left out. A notebook shows a figure that is the last value of a
+        cell: `result.figures()["accuracy_per_round"]`.
         """
         run = self._data
         return {figure.name: draw(figure) for figure in (*run_figures(run), *figures(run))}
@@ -195,6 +198,9 @@ class Result:
 
         Args:
             client: the client whose personalised model is loaded; None loads the global model.
+
+        Returns:
+            The classifier.
 
         Raises:
             UserError: the run is not finished, there is no such client, or the method has no
@@ -208,9 +214,17 @@ class Result:
 
 
 def flat_lines(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics lines whose nested keys are joined by dots; all lines need not have all keys."""
+    """Flatten metrics lines by joining nested keys with dots.
+
+    Args:
+        lines: lines of `metrics.jsonl`.
+
+    Returns:
+        One flat dict per line. Not all lines need to have the same keys.
+    """
     flat = [dict(_flatten(line)) for line in lines]
-    # A part that was not measured in a round is null there; its keys of other rounds are enough.
+    # A part that was not measured in a round is null in its line. It is dropped if other lines have
+    # keys for it: a column `global` of nulls beside `global.accuracy` would say nothing.
     parts = {key.rpartition(".")[0] for line in flat for key in line}
     return [{key: value for key, value in line.items() if key not in parts} for line in flat]
 
@@ -228,8 +242,8 @@ def _flatten(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 class _Observer:
     """A display that also calls a function after every round.
 
-    The display hears of a round when its metrics and its checkpoint are on disk, so a run that is
-    stopped there loses nothing.
+    The loop over rounds calls a display after the round's metrics and checkpoint are on disk, so a
+    run that is stopped there loses nothing.
     """
 
     def __init__(self, display: Display, on_round: OnRound | None) -> None:
@@ -268,7 +282,14 @@ def _observe(
     on_round: OnRound | None,
     on_end: OnEnd | None,
 ) -> Result:
-    """Start or resume a run with its callbacks."""
+    """Start or resume a run with its callbacks.
+
+    Args:
+        start: starts or resumes the run with a display, and returns the run folder.
+        progress: whether to show the progress.
+        on_round: as for `run`.
+        on_end: as for `run`.
+    """
     display = _Observer(make_display() if progress else QuietDisplay(Console(quiet=True)), on_round)
     try:
         result = Result(start(display))

@@ -1,4 +1,7 @@
-"""Reading the checkpoints and tensor files of a run folder."""
+"""Reading the checkpoints and tensor files of a run folder.
+
+The server reads its checkpoint to resume a run; `predict` reads both kinds of files.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Args:
         path: the file.
 
+    Returns:
+        The checkpoint, with its tensors on the CPU.
+
     Raises:
-        UserError: the file is missing, damaged or something else.
+        UserError: the file is missing, damaged, or not a checkpoint.
     """
     try:
         tensors, header = read_tensors(path)
@@ -46,14 +52,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         path: the file.
 
     Returns:
-        Tensors by name, and the header.
+        The tensors by name, on the CPU, and the file's metadata.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as reader:
-            # The reader is no mapping: it can only be iterated by its `keys`.
+            # The reader is not a mapping and can only be iterated through `keys`.
             tensors = {k: reader.get_tensor(k) for k in reader.keys()}  # noqa: SIM118
             return tensors, dict(reader.metadata() or {})
     except FileNotFoundError:

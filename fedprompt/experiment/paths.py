@@ -1,6 +1,7 @@
-"""Which keys of an experiment are paths, and what happens to them on another machine.
+"""Which keys of an experiment are paths, and what to do with them for another machine.
 
-A key declares itself a path by `option(..., path=True)`. The data sets that protocol options list
+A deployment passes the config on to other machines, on which the paths of this one mean nothing.
+A key is declared as a path by `option(..., path=True)`. The data sets in the options of a protocol
 are `data` sections, with the keys of their sources.
 """
 
@@ -20,7 +21,14 @@ Change = Callable[[Any, Field[Any]], Any]
 
 
 def absolute(config: Config) -> Config:
-    """Resolve relative paths on this machine; texts that name no file here stay as they are."""
+    """Resolve relative paths on this machine.
+
+    Args:
+        config: the experiment.
+
+    Returns:
+        The config with absolute paths. A text that names no file or folder here is not changed.
+    """
 
     def resolve(text: str) -> str:
         path = Path(text).expanduser()
@@ -33,12 +41,12 @@ def absolute(config: Config) -> Config:
 
 
 def without_paths(config: Config) -> Config:
-    """Set every path to its default, as if the experiment did not name it."""
+    """Set every path to its default value, as if the experiment did not set it."""
     return _changed(config, lambda value, field: _default(field))
 
 
 def _changed(section: T, change: Change) -> T:
-    """Apply `change` to all paths of a dataclass, including those of dataclasses inside it."""
+    """Apply `change` to all paths of a dataclass, including those in nested dataclasses."""
     values: dict[str, Any] = {}
     for field in fields(section):  # type: ignore[arg-type]
         value = getattr(section, field.name)
@@ -55,7 +63,7 @@ def _inside(value: Any, change: Change) -> Any:
     if isinstance(value, list):
         return [_inside(item, change) for item in value]
     if isinstance(value, Mapping):
-        # A mapping with a source is a complete `data` section, as `test_sets.complete` writes it.
+        # A mapping with a source is a complete `data` section, as `test_sets.complete` returns it.
         keys = source_keys(str(value["source"])) if "source" in value else {}
         paths = {name: field for name, field in keys.items() if field.metadata.get("path")}
         return {

@@ -1,6 +1,6 @@
-"""The loop over the rounds of a run.
+"""The loop over the rounds of a run; it runs on the server, in a simulation and in a deployment.
 
-One round takes seven steps; the first four are `Federation.train_round`:
+A round has seven steps; the first four are `Federation.train_round`:
 
 1. Sample the clients that train.
 2. Send them the shared tensors.
@@ -10,7 +10,7 @@ One round takes seven steps; the first four are `Federation.train_round`:
 6. Record the round in `metrics.jsonl`.
 7. Write a checkpoint.
 
-Round 0 is the state before any training, and starts at step 5.
+Round 0 is the state before any training and begins with step 5.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def run_server(
 
     Args:
         federation: the server's side of a round.
-        folder: takes metrics and checkpoints.
+        folder: the run folder, which receives metrics and checkpoints.
         display: shows the progress.
-        checkpoint: where to continue; None to start.
-        private: the clients' private tensors in a simulation, saved with every checkpoint. On real
-            nodes they stay there, and this is None.
-        log_line: called with every line of `metrics.jsonl`, at first with those that the folder
+        checkpoint: the checkpoint to continue from; None starts with round 0.
+        private: in a simulation, the clients' private tensors, saved with every checkpoint. None in
+            a deployment, where they stay on the nodes.
+        log_line: called with every line of `metrics.jsonl`, first with those that the folder
             already holds.
 
     Returns:
@@ -62,6 +62,7 @@ def run_server(
     """
     config = federation.config
     rounds = _last_round(federation)
+    # Data sets of protocols are opened before training, so that a missing one is noticed now.
     federation.open_protocols()
     federation.join()
     first, totals = _continue_from(federation, folder, checkpoint, private)
@@ -90,11 +91,13 @@ def run_server(
         # 7. Checkpoint.
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
             _save(federation.checkpoint(server_round, totals), folder, private)
+        # After the checkpoint, since a display may stop the run here and nothing should be lost.
         seconds_per_round = (time.monotonic() - began) / (server_round - first + 1)
         display.round(
             line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
             seconds_per_round * (rounds - server_round),
         )
+    # The protocols' measurements of personal models, for `finish`.
     federation.ask_clients(rounds)
     return line, totals
 
@@ -102,14 +105,14 @@ def run_server(
 def run_reference(
     federation: Federation, record: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any] | None:
-    """Run a baseline beside the method under test; nothing is written to a checkpoint.
+    """Run a baseline. It has no checkpoints: after an interruption it starts from round 0 again.
 
     Args:
         federation: the baseline's federation.
-        record: called with the accuracies after every round.
+        record: called with the losses and accuracies after every round.
 
     Returns:
-        What `record` was called with after the last round.
+        The last argument of `record`.
     """
     rounds = _last_round(federation)
     federation.join()
@@ -123,7 +126,7 @@ def run_reference(
 
 
 def _last_round(federation: Federation) -> int:
-    """The number of rounds; a method without trainable tensors has round 0 only."""
+    """The number of the last round; it is 0 for a method without trainable tensors."""
     return federation.config.federation.rounds if federation.method.trainable else 0
 
 
@@ -133,7 +136,14 @@ def _continue_from(
     checkpoint: Checkpoint | None,
     private: PrivateLog | None,
 ) -> tuple[int, dict[str, int]]:
-    """Restore a checkpoint, if there is one; returns the next round and the totals so far."""
+    """Restore a checkpoint, if there is one, and prepare the run folder.
+
+    Returns:
+        The next round, and the bytes and rejected replies so far.
+
+    Raises:
+        UserError: the data set, its partition or the private tensors do not match the checkpoint.
+    """
     totals = {"bytes_up": 0, "bytes_down": 0, "rejected": 0}
     next_round = 0
     description = federation.describe()
@@ -145,16 +155,16 @@ def _continue_from(
         private.restore(checkpoint.server_round, checkpoint.private)
     elif private is not None:
         private.clear()
-    # Lines after the checkpoint belong to rounds that are now repeated.
+    # Lines after the checkpoint belong to rounds that will be repeated.
     folder.rewind(next_round - 1)
     folder.write_json(PARTITION, description)
     return next_round, totals
 
 
 def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
-    """Refuse to continue with other data than the run began with."""
+    """Refuse to continue with data that differ from those at the start of the run."""
     path = folder.path / PARTITION
-    # Through JSON and back, which turns tuples into lists and keys into text.
+    # A trip through JSON turns tuples into lists and keys into strings, as in the file.
     if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(description)):
         raise UserError(
             f"the data set or its partition is not what {path} says it was when the run began; "
@@ -163,12 +173,12 @@ def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
 
 
 def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None) -> None:
-    """Write a checkpoint, so that a crash at any moment leaves a complete one."""
+    """Write a checkpoint such that a crash at any point leaves a complete one."""
     if private is None:
         folder.save_checkpoint(checkpoint)
         return
-    # The new private tensors come first, and the old ones go last: the checkpoint on disk,
-    # whichever it is, finds those that it refers to.
+    # New private tensors are written first and stale ones removed last: whichever checkpoint is on
+    # disk, the private tensors that it refers to are there as well.
     digest = private.save(checkpoint.server_round)
     folder.save_checkpoint(replace(checkpoint, private=digest))
     private.remove_stale()
@@ -177,7 +187,17 @@ def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None)
 def _one_round(
     federation: Federation, server_round: int, rounds: int, *, protocols: bool = False
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Steps 1 to 5 of a round: its line for `metrics.jsonl`, and the seconds it took."""
+    """Run steps 1 to 5 of a round.
+
+    Args:
+        federation: the server's side of a round.
+        server_round: the round; 0 only evaluates.
+        rounds: the last round, which is always evaluated on all clients.
+        protocols: whether the protocols measure the round as well.
+
+    Returns:
+        The line for `metrics.jsonl`, and the seconds of training and evaluation.
+    """
     start = time.monotonic()
     line: dict[str, Any] = {
         "kind": "round",
@@ -202,4 +222,5 @@ def _one_round(
         if protocols:
             line |= federation.measure_round(line)
     seconds = {"train_s": trained - start, "evaluate_s": time.monotonic() - trained}
+    # Seconds are not part of the line, which must be the same after a resume.
     return finite(line), seconds

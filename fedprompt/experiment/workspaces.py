@@ -1,7 +1,7 @@
 """Opening what a participant of an experiment holds: data, partition, CLIP and features.
 
 The server, every worker of a simulation, every node of a deployment and the commands that show a
-partition open their data here, so that all of them see the same clients.
+partition open their data here, so all of them agree on which images each client holds.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fedprompt.evaluation.registry import hold_out
 from fedprompt.workspace import Workspace
 
 MAX_OPEN_DATASETS = 8
-"""Data sets that a `ResourceCache` keeps open: a sweep over seeds may split one data set anew for
-each of them."""
+"""How many data sets a `ResourceCache` keeps open. A sweep over seeds may need another split of the
+same data set for each seed."""
 
 
 class ResourceCache:
     """The frozen backbone and the data sets that several runs of one process share.
 
-    Both are only read, so a run that shares them computes the same bits as one that opened its
-    own. Files that change while the process lives are not read again.
+    Both are only read, so a run that shares them computes the same bits as a run that opens them
+    itself. Files that change during the life of the process are not read again.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class ResourceCache:
         self._datasets: OrderedDict[str, ImageDataset] = OrderedDict()
 
     def clip(self, config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
-        """The backbone of a config, loaded if the last call asked for another one.
+        """The backbone of a config; it is loaded unless the previous call asked for the same one.
 
         Args:
             config: the `backbone` section.
@@ -52,13 +52,13 @@ class ResourceCache:
         """
         key = f"{config!r} {cache_dir}"
         if self._clip is None or self._clip[0] != key:
-            # Two backbones do not always fit into the memory of a GPU.
+            # Released before the next one is loaded, as two may not fit into the memory of a GPU.
             self._clip = None
             self._clip = key, load_clip(config, cache_dir)
         return self._clip[1]
 
     def dataset(self, config: DataConfig, seed: int, cache_dir: Path) -> ImageDataset:
-        """The data set of a config and seed, opened if it is not among the last ones used.
+        """The data set of a config and seed; it is opened unless it is among the last ones used.
 
         Args:
             config: the `data` section.
@@ -81,15 +81,15 @@ class ResourceCache:
 
 
 def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut | None, Partition]:
-    """Hold out what an evaluation protocol asks for, and deal the rest to the clients.
+    """Hold out what an evaluation protocol asks for, and partition the rest among the clients.
 
     Args:
         config: the experiment.
         dataset: the whole data set.
 
     Returns:
-        The data set that is dealt, what was held out of it (None where no protocol asks for it),
-        and the partition.
+        The data set that is partitioned, what was held out of it (None if no protocol asks for
+        it), and the partition.
 
     Raises:
         UserError: the data set has too few classes, domains or images for the protocol or the
@@ -106,23 +106,24 @@ def open_workspace(
 
     Args:
         config: the experiment.
-        progress: show a bar while images that no cache holds are encoded.
+        progress: whether to show a bar while images that no cache holds are encoded.
         resources: keeps backbone and data sets open for the next workspace of this process.
 
     Returns:
         The workspace, with one feature table per view of `data.views`.
 
     Raises:
-        UserError: weights or data that cannot be found, downloaded or read, or that do not fit
-            the config.
+        UserError: weights or data cannot be found, downloaded or read, or do not fit the config.
     """
     resources = resources or ResourceCache()
     cache_dir = default_cache_dir(config.output.cache)
-    # The cheap checks come first: an impossible partition is refused before images are encoded.
+    # The cheap checks come first: an impossible partition is refused before weights are loaded and
+    # images encoded.
     dataset = resources.dataset(config.data, config.seed, cache_dir)
     dataset, held_out, partition = deal(config, dataset)
     clip = resources.clip(config.backbone, cache_dir)
     workspace = Workspace(config, clip, dataset, partition, (), held_out)
+    # Which columns a feature table needs is known only once the workspace has created its method.
     workspace.views = tuple(
         open_feature_table(
             clip,

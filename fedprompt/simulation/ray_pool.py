@@ -21,7 +21,7 @@ from fedprompt.simulation.ray_worker import Place, Worker
 log = logging.getLogger("fedprompt.grid")
 
 PLACE_LIMIT_S = 60.0
-"""How long Ray may take to find room for a worker, in seconds. After the first start it matters only
+"""How long Ray may take to find room for a worker, in seconds. Once the grid is up, it only matters
 if no other worker is left."""
 POLL_S = 1.0
 """Longest wait for a report while a worker is idle or starting, in seconds."""
