@@ -1,5 +1,9 @@
 """The contract of a prompt-learning method: what it shares, what it keeps, its logits and its loss.
 
+Every module of `fedprompt.methods` implements `Method`. The server calls a method to obtain the
+starting tensors and to score the global model; the clients call it to train and to score their
+personal models. A method knows neither Flower nor the strategy that aggregates its tensors.
+
 Shape suffixes: K clients, B images of a batch, C classes, D joint embedding. Image features and
 class features are L2-normalised, and `clip.logit_scale` multiplies their cosine.
 """
@@ -65,6 +69,7 @@ class MethodConfig:
     def __post_init__(self) -> None:
         """Take the name of the file that defines the config, unless a name is given."""
         if not self.name:
+            # The dataclass is frozen, so plain assignment would raise.
             object.__setattr__(self, "name", type(self).__module__.rpartition(".")[2].rstrip("_"))
 
 
@@ -145,15 +150,16 @@ class Method(ABC):
     def init_private(self, seed: int, client: int) -> Tensors:
         """Starting values of the tensors that client `client` keeps, without a client axis.
 
-        The default is none. Names and shapes must be the same for all clients, and all tensors are
-        float32.
+        The default is none. Names and shapes must be the same for all clients, because private
+        tensors are stacked along the client axis; all tensors are float32.
         """
         return {}
 
     def init_extras(self, seed: int) -> Tensors:
-        """What the server sends to a client besides the shared tensors, before it has anything.
+        """Placeholders of what the server sends to a client besides the shared tensors.
 
-        A strategy fills them in `client_extras`. In `encode` and `loss_terms` they stand beside
+        A strategy fills in the values in `client_extras`; until it has any, the client receives
+        the tensors that this member returns. In `encode` and `loss_terms` the extras appear among
         the shared tensors, so their names must differ from those. They are neither trained nor
         uploaded, and the global model is encoded without them.
         """
@@ -236,6 +242,9 @@ class Method(ABC):
             private: private tensors, (K, ...).
             encoded: the result of `encode` for these tensors.
             batch: images, labels and mask of the step.
+
+        Returns:
+            One (K,) tensor per term, each already multiplied by its weight; `ce` comes first.
         """
         del shared, private
         return {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
@@ -246,8 +255,8 @@ class Method(ABC):
         """The gradients that the optimiser applies.
 
         The default differentiates the sum of all terms. A method that projects, clips or adds noise
-        to gradients overrides this member; one that differentiates several sums must keep the graph
-        until the last of them (`retain_graph=True`).
+        to gradients overrides this member. A method that differentiates several sums must keep the
+        graph until the last of them (`retain_graph=True`).
 
         Args:
             loss_terms: the result of `loss_terms`.
@@ -259,6 +268,8 @@ class Method(ABC):
         """
         # Clients are independent, so the gradient of the sum over clients is each client's own.
         total = torch.stack(list(loss_terms.values())).sum(0).sum()
+        # A leaf that the loss does not reach gets None, not zeros: torch's optimisers skip None, so
+        # that neither weight decay nor momentum moves it.
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
 
@@ -269,9 +280,11 @@ class Method(ABC):
         because image prompts or adapters change the image features.
         """
         classes = encoded.get("classes")
+        # One model is exported at a time, so the client axis has length 1.
         return None if classes is None else classes[0]
 
 
 def uploaded_numbers(method: Method) -> int:
-    """How many numbers a client sends per round."""
+    """Number of scalars that a client uploads per round."""
+    # Names and shapes do not depend on the seed, so any seed gives the count.
     return sum(t.numel() for t in method.init_shared(0).values())

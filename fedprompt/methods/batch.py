@@ -1,5 +1,8 @@
 """What a method is given to work on: the task, a client's images, the round and a batch.
 
+Local training (`fedprompt/training.py`) builds these values on the client and passes them to the
+members of `Method`. They are read-only: a method returns new tensors instead of changing them.
+
 Shape suffixes: K clients, N images of one client, B images of a batch, C classes.
 """
 
@@ -79,17 +82,27 @@ class RoundInfo:
     momentum: float = 0.0
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """Draws (K, *shape) from N(0, 1), keyed by purpose, round and client."""
+        """Draws (K, *shape) from N(0, 1), keyed by purpose, round and client.
+
+        Args:
+            shape: shape of one client's draw.
+            purpose: what the draw is for; different purposes give independent draws.
+        """
         key = (*purpose, self.server_round)
+        # One draw per client id, so that a client's numbers do not depend on who trains beside it.
         return self._rows([normal(shape, 1.0, self.seed, *key, c) for c in self.clients])
 
     def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
-        """Draws (K, *shape) from U[0, 1), keyed by purpose, round and client."""
+        """Draws (K, *shape) from U[0, 1), keyed as in `normal`."""
         key = (*purpose, self.server_round)
         return self._rows([uniform(shape, self.seed, *key, c) for c in self.clients])
 
     def first(self, clients: int) -> RoundInfo:
-        """The same round for the first `clients` clients only."""
+        """The same round for the first `clients` clients only.
+
+        Training orders clients by their number of steps and drops those that have finished, so the
+        clients that are still training are always the first ones.
+        """
         return replace(
             self,
             clients=self.clients[:clients],
@@ -99,6 +112,7 @@ class RoundInfo:
         )
 
     def _rows(self, rows: list[Tensor]) -> Tensor:
+        # Draws are made on the CPU, where they are the same whatever device trains.
         return torch.stack(rows).to(self.steps_K.device)
 
 
@@ -130,5 +144,5 @@ class Batch:
 
 
 def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:
-    """The named tensors of K clients, stacked along a leading client axis on `device`."""
+    """Stack the named tensors of K clients along a leading client axis, on `device`."""
     return {k: torch.stack([item[k] for item in items]).to(device) for k in items[0]}

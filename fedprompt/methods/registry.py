@@ -1,4 +1,8 @@
-"""Every method by name: the modules of `fedprompt.methods`, and entry points of others."""
+"""Every method by name: the modules of `fedprompt.methods`, and other distributions' entry points.
+
+Server, clients and command line all find a method here by the value of `method.name`. A name is
+the name of a module, so a new file is a new method and no list has to be edited.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,22 @@ if TYPE_CHECKING:
 METHODS: Registry[Method] = Registry(
     "method",
     "fedprompt.methods",
+    # The class is named by text, so that names can be listed without importing PyTorch.
     "fedprompt.methods.base:Method",
+    # Modules of the package that are not methods.
     helpers=("base", "batch", "registry"),
 )
 
 
 def all_methods() -> dict[str, type[Method]]:
-    """Every method by name; this imports all of them."""
+    """Return every method class by name; this imports all of their modules."""
     return METHODS.all()
 
 
 def method_class(name: str) -> type[Method]:
-    """The method called `name`.
+    """Return the class of the method called `name`.
 
     Raises:
-        UserError: there is no such method; the message has the nearest name.
+        UserError: there is no such method; the message suggests the nearest name.
     """
     return METHODS.get(name)

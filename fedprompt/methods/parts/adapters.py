@@ -1,5 +1,7 @@
 """Small networks on image features that several methods share, for K clients together.
 
+CLIP-Adapter, FedCLIP, FedDDA and Tip-Adapter use them on clients, in training and in evaluation.
+
 Suffixes: K clients, B images, D joint embedding, H hidden width, C classes.
 """
 
@@ -19,7 +21,17 @@ from fedprompt.methods.parts.linear import linear, linear_start
 def bottleneck_start(
     width: int, reduction: int, seed: int, *purpose: str | int
 ) -> dict[str, Tensor]:
-    """`adapter.down.weight` (H, D) and `adapter.up.weight` (D, H), H = D // reduction, no bias."""
+    """Starting weights of a bottleneck without biases, without a client axis.
+
+    Args:
+        width: D.
+        reduction: divides D to give the hidden width H, at least 1.
+        seed: seed of the run.
+        purpose: keys the draw, together with `seed`.
+
+    Returns:
+        `adapter.down.weight` (H, D) and `adapter.up.weight` (D, H).
+    """
     hidden = max(1, width // reduction)
     return linear_start("adapter.down", hidden, width, seed, *purpose, bias=False) | linear_start(
         "adapter.up", width, hidden, seed, *purpose, bias=False
@@ -30,7 +42,8 @@ def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """CLIP-Adapter's network ReLU(W_up ReLU(W_down v)): (K, B, D).
 
     Without biases the network is positively homogeneous: for an L2-normalised v it gives the result
-    for the un-normalised v, divided by the length of v.
+    for the un-normalised v, divided by the length of v. The cached normalised features therefore
+    lead to the same direction as the raw features of the public code.
     """
     hidden_KBH = F.relu(linear(features_KBD, tensors["adapter.down.weight"]))
     return F.relu(linear(hidden_KBH, tensors["adapter.up.weight"]))
@@ -39,7 +52,7 @@ def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 def raw_features(inputs: Inputs) -> Tensor:
     """Image features as the frozen tower gives them, before L2 normalisation: (..., D).
 
-    If their lengths are not known, they have length 1.
+    Features whose lengths are unknown are returned with length 1.
     """
     norms = inputs.norms
     return inputs.features if norms is None else inputs.features * norms[..., None]
@@ -51,15 +64,27 @@ def template_classes(
     templates: tuple[str, ...],
     template: str | None,
 ) -> Tensor:
-    """L2-normalised text features (1, C, D) of `template`, or of the data set's own templates.
+    """Frozen text features of the classes.
 
-    Underscores in class names are read as spaces.
+    Args:
+        clip: the frozen backbone.
+        class_names: C names; underscores are read as spaces.
+        templates: the data set's own templates, used if `template` is None.
+        template: a sentence with `{}` for the class name, or None.
+
+    Returns:
+        L2-normalised features (1, C, D).
     """
     used = templates if template is None else (template,)
+    # The text is the same for all clients: a client axis of 1 broadcasts.
     return clip.zero_shot_classifier(class_names, used)[None]
 
 
 def check_template(template: str | None) -> None:
-    """Raise `UserError` where a template has no place, or more than one, for the class name."""
+    """Check that a template has exactly one place for the class name.
+
+    Raises:
+        UserError: the template has no `{}`, more than one, or other braces.
+    """
     if template is not None and (template.count("{}") != 1 or template.count("{") != 1):
         raise UserError(f"template '{template}' needs one {{}} where the class name stands.")

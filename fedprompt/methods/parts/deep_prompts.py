@@ -1,12 +1,15 @@
 """Text prompts at the inputs of several layers, and start words of which only some are learned.
 
+MaPLe, IVLP and the methods that derive from them hold a `DeepText`; FedMGP, VPT, pFedMMA and
+FedRSCLIP use the functions alone.
+
 Sources: MaPLe (Khattak et al., CVPR 2023, arXiv 2210.03117) and PromptSRC (Khattak et al., ICCV
 2023, arXiv 2307.06948), whose public code fixes two conventions that are followed here:
 
 - Depth J counts the first layer: one prompt among the token embeddings, J - 1 that replace its
   hidden states at the inputs of layers 1 .. J - 1; later layers receive the output of the layer
   before.
-- Of the start words the first M tokens are learned. The others stay in the text as frozen words:
+- Only the first M tokens of the start words are learned. The others stay in the text, frozen:
   "a photo of a" with M = 2 learns "a photo" and reads "[ctx] of a {class}.".
 
 How we differ: J is at most the tower's number of layers, and a surplus is logged, while the
@@ -37,18 +40,18 @@ log = logging.getLogger(__name__)
 
 
 class DeepText:
-    """Deep text prompts (J, M, d) for one class list; `prompts[0]` stands among the embeddings.
+    """Deep text prompts (J, M, d) for one class list; `prompts[0]` joins the token embeddings.
 
     Args:
         clip: the frozen backbone.
         task: class names.
         tokens: M.
-        depth: J, at most the number of layers.
-        words: start words, or None for N(0, std^2).
-        std: standard deviation of the random starts; deeper layers always start so.
+        depth: J; a surplus over the number of layers is logged and dropped.
+        words: start words of the first layer's prompt, or None for N(0, std^2).
+        std: standard deviation of the random starts; deeper layers always start at random.
 
     Raises:
-        UserError: no split of `words` after `tokens` tokens.
+        UserError: no word of `words` ends after `tokens` tokens.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class DeepText:
         self.depth = layers_within("text", depth, len(clip.text.blocks))
         self.std = std
         learned, frozen = split_words(clip, words, tokens) if words else (None, "")
+        # Frozen words are tokenised as a part of the class name: "[ctx] of a {class}.".
         names = tuple(f"{frozen} {name}".strip() for name in task.class_names)
         self.source = PromptSource(clip, Task(names), tokens, init_text=learned, init_std=std)
 
@@ -72,9 +76,18 @@ class DeepText:
         return F.normalize(self.source.tower(first, deep), dim=-1)
 
 
-@cache
+@cache  # so that the warning is logged once per process and not for every client
 def layers_within(tower: str, asked: int, available: int) -> int:
-    """Number of a tower's layers that get prompts; a warning is logged if it has too few layers."""
+    """Number of a tower's layers that get prompts; a warning is logged if it has too few layers.
+
+    Args:
+        tower: name of the tower, for the warning.
+        asked: number of layers in the config.
+        available: number of layers of the tower.
+
+    Returns:
+        The smaller of the two numbers.
+    """
     if asked > available:
         log.warning(
             "the method asks for %d %s layers, but this backbone has %d; all of them are used",
@@ -86,18 +99,27 @@ def layers_within(tower: str, asked: int, available: int) -> int:
 
 
 def split_layers(prompts_KJM_: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The shallow prompt (K, M, ...) and the deep ones (K, J - 1, M, ...), None where J is 1."""
+    """The first layer's prompt (K, M, ...) and the deep ones (K, J - 1, M, ...), None if J is 1."""
     deep = prompts_KJM_[:, 1:] if prompts_KJM_.shape[1] > 1 else None
     return prompts_KJM_[:, 0], deep
 
 
 def split_words(clip: FrozenCLIP, words: str, tokens: int) -> tuple[str, str]:
-    """The words that make up the first `tokens` tokens, and the rest.
+    """Split start words into those that are learned and those that stay in the text.
+
+    Args:
+        clip: the frozen backbone, for its tokenizer.
+        words: start words; underscores are read as spaces.
+        tokens: number of tokens that are learned.
+
+    Returns:
+        The words that make up the first `tokens` tokens, and the remaining words.
 
     Raises:
-        UserError: no such split.
+        UserError: no word ends after `tokens` tokens.
     """
     parts = words.replace("_", " ").split()
+    # A word may be several tokens, so the running length is counted by the tokenizer.
     lengths = [token_count(clip, " ".join(parts[: i + 1])) for i in range(len(parts))]
     if tokens not in lengths:
         raise UserError(

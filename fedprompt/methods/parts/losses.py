@@ -1,5 +1,8 @@
 """CLIP's logits, and losses of K clients whose batches are padded to a common size.
 
+Every method's `logits` and `loss_terms` use them. Losses are means over a client's real images, so
+that K clients trained together have the losses of each client trained alone.
+
 Shape suffixes: K clients, B images of a batch, C classes, D joint embedding.
 """
 
@@ -13,12 +16,22 @@ from fedprompt.methods.batch import Batch
 
 
 def cosine_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor) -> Tensor:
-    """CLIP's logits (K, B, C): exp(logit_scale) times the products with the class features."""
+    """CLIP's logits: `clip.logit_scale` times the products of image and class features.
+
+    Args:
+        clip: the frozen backbone, for its logit scale.
+        features_KBD: image features, L2-normalised unless the method says otherwise.
+        classes_KCD: class features, likewise; a client axis of 1 broadcasts on either side.
+
+    Returns:
+        Logits (K, B, C).
+    """
     return clip.logit_scale * (features_KBD @ classes_KCD.transpose(-1, -2))
 
 
 def cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy (K,) of each client over its images, without the padding."""
+    # torch's mean would run over all clients and over the padding.
     loss_KB = F.cross_entropy(logits_KBC.flatten(0, 1), batch.labels_KB.flatten(), reduction="none")
     return masked_mean(loss_KB.view_as(batch.mask_KB), batch.mask_KB)
 

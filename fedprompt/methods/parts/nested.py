@@ -1,6 +1,6 @@
 """Containers that consist of parts, and the flat names under which they leave a method.
 
-A wrapper (FedProx, SCAFFOLD, Ditto, FedPer) adds tensors to those of the method that it wraps.
+Only wrappers use this module, on the server as well as on clients. A wrapper (FedProx, SCAFFOLD, Ditto, FedPer) adds tensors to those of the method that it wraps.
 Inside the wrapper a container is nested: it maps the name of a part to the tensors of that part,
 for example `{"base": {"ctx": ...}, "control": {"ctx": ...}}`. Training, messages, private stores
 and checkpoints hold flat containers, and `Layout` is the only place that translates between them.
@@ -36,10 +36,13 @@ class Layout:
         Args:
             part: the name of the part.
             names: names of its tensors within the part.
-            prefix: what stands before them in the flat container.
+            prefix: text that precedes these names in the flat container.
+
+        Returns:
+            A new layout; this one does not change.
 
         Raises:
-            ValueError: a flat name is taken by another part.
+            ValueError: a flat name already belongs to another part.
         """
         added = {name: prefix + name for name in names}
         taken = {flat for names in self.flat_names.values() for flat in names.values()}
@@ -48,17 +51,19 @@ class Layout:
         return Layout({**self.flat_names, part: added})
 
     def nest(self, flat: Tensors) -> Parts:
-        """The parts of a flat container, in new dicts.
+        """Divide a flat container into its parts, in new dicts.
 
-        Tensors of the table may be missing, as those that only the server sends are in places.
+        Tensors of the table may be missing: the extras, which only the server sends, are not part
+        of every container.
 
         Raises:
-            KeyError: a name that the table does not list.
+            KeyError: the table does not list one of the names.
         """
         nested = {
             part: {name: flat[flat_name] for name, flat_name in names.items() if flat_name in flat}
             for part, names in self.flat_names.items()
         }
+        # Flat names are unique in the table, so a smaller count means that one was not listed.
         if sum(map(len, nested.values())) < len(flat):
             listed = {name for names in self.flat_names.values() for name in names.values()}
             raise KeyError(f"tensors {sorted(set(flat) - listed)} belong to no part")

@@ -1,4 +1,10 @@
-"""Learned text contexts: their config keys, their starting values and their class features."""
+"""Learned text contexts: their config keys, their starting values and their class features.
+
+Methods with text prompts hold a `PromptSource`. It gives the server the starting context and turns
+the contexts of K clients into class features, in training and in evaluation.
+
+Suffixes: M context tokens, d text width, C classes, D joint embedding.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +44,7 @@ class PromptConfig(RandomPromptConfig):
 
 
 class PromptSource:
-    """A text tower and the starting values of the contexts that it takes.
+    """A text tower for one class list, and the starting values of the contexts that it takes.
 
     Args:
         clip: the frozen backbone.
@@ -47,6 +53,9 @@ class PromptSource:
         position: where the class name stands, `end`, `middle` or `front`.
         init_text: words to start from; None for a random start.
         init_std: standard deviation of the random start.
+
+    Raises:
+        UserError: a class name and M tokens need more positions than the text tower has.
     """
 
     def __init__(
@@ -67,7 +76,14 @@ class PromptSource:
     def of(
         cls, config: RandomPromptConfig, clip: FrozenCLIP, task: Task, *, position: Any = "end"
     ) -> PromptSource:
-        """The source that a method's prompt keys describe."""
+        """The source that a method's prompt keys describe.
+
+        Args:
+            config: the method's config; number of tokens, start words and standard deviation.
+            clip: the frozen backbone.
+            task: class names.
+            position: where the class name stands, `end`, `middle` or `front`.
+        """
         words = config.context_init if isinstance(config, PromptConfig) else None
         return cls(
             clip,
@@ -79,7 +95,7 @@ class PromptSource:
         )
 
     def start(self, seed: int, *purpose: str | int) -> Tensor:
-        """A starting context (M, d), keyed by `seed` and `purpose` where it is random."""
+        """A starting context (M, d); where it is random, `seed` and `purpose` key the draw."""
         draw = normal((self.tokens, self.clip.text.width), self.init_std, seed, *purpose)
         return context_init(self.clip, self.init_text, self.tokens, draw)
 

@@ -1,8 +1,8 @@
 """The common part of methods that turn any prompt method into a variant of itself.
 
-A wrapper owns a `base` method and delegates to it; a subclass overrides what it changes. Tensors
-that a wrapper adds are parts of their own beside the base's tensors (`nested.py`), and the base
-never sees them.
+FedProx, SCAFFOLD, Ditto and FedPer derive from `WrappedMethod`. A wrapper holds a `base` method and
+delegates to it; a subclass overrides what it changes. Tensors that a wrapper adds form parts of
+their own beside the base's tensors (`nested.py`), and the base never sees them.
 
 Suffix: K clients.
 """
@@ -61,12 +61,16 @@ class WrapperConfig(MethodConfig):
         try:
             complete = dataclasses.asdict(self.base_config())
         except UserError as error:
+            # The caller puts "config: " in front of the message once more.
             raise UserError(str(error).removeprefix("config: ")) from None
         # `options` is completed here so that the config.yaml of a run folder lists every key.
         object.__setattr__(self, "options", {k: v for k, v in complete.items() if k != "name"})
 
     def base_config(self) -> Any:
-        """The base's own config.
+        """Build the base's own config from `options`.
+
+        Returns:
+            An instance of the base's `Config`, with its defaults filled in.
 
         Raises:
             UserError: an unknown or unsuitable base, or an invalid key; the message names
@@ -83,7 +87,7 @@ class WrapperConfig(MethodConfig):
 
 
 def base_class(name: str) -> type[Method]:
-    """The method called `name`, which is to be wrapped.
+    """Return the class of the method called `name`, which is to be wrapped.
 
     Raises:
         UserError: there is no such method, it is a wrapper itself, or it trains nothing.
@@ -124,12 +128,14 @@ class WrappedMethod(Method):
         super().__init__(config, clip, task)
         base = base_class(config.base)(config.base_config(), clip, task)
         self.base = base
+        # These are read from the instance: a base may set them in its constructor, by its config.
         self.needs = base.needs
         self.frozen = base.frozen
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
         self.no_transfer_reason = base.no_transfer_reason
         self.images_at_once = base.images_at_once
+        # Only names are needed here, and they do not depend on the seed or the client.
         shared = base.init_shared(0)
         self.learned = tuple(n for n in shared if f"shared.{n}" not in base.frozen)
         if not self.learned:
@@ -144,11 +150,14 @@ class WrappedMethod(Method):
             shared: the parts of the shared container, with the base's extras; (K, ...).
             private: the parts of the private container, (K, ...).
             batch: the step, as the wrapper sees it.
+
+        Returns:
+            A (K,) tensor for every name in `term_names`.
         """
         return {}
 
     def base_round(self, round_info: RoundInfo) -> RoundInfo:
-        """The round as the base sees it: it received the base's part only."""
+        """The round as the base sees it, in which only the base's part was received."""
         received = self.shared_layout.nest(round_info.received)[BASE]
         return replace(round_info, received=received)
 
@@ -169,7 +178,7 @@ class WrappedMethod(Method):
         return self.base.init_extras(seed)
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """The base's part as the base completes it."""
+        """Let the base complete its own part; the wrapper's parts stay as they are."""
         parts = self.private_layout.nest(private)
         parts[BASE] = self.base.init_private_from_data(parts[BASE], data, seed)
         return self.private_layout.flatten(parts)
@@ -177,7 +186,7 @@ class WrappedMethod(Method):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The base's parts as the base prepares them."""
+        """Let the base prepare its own parts; the wrapper's parts stay as they are."""
         s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
         s[BASE], p[BASE] = self.base.start_round(s[BASE], p[BASE], self.base_round(round_info))
         return self.shared_layout.flatten(s), self.private_layout.flatten(p)
@@ -185,7 +194,7 @@ class WrappedMethod(Method):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The base's parts as the base finishes them."""
+        """Let the base finish its own parts; the wrapper's parts stay as they are."""
         s, p = self.shared_layout.nest(shared), self.private_layout.nest(private)
         s[BASE], p[BASE] = self.base.end_round(s[BASE], p[BASE], self.base_round(round_info))
         return self.shared_layout.flatten(s), self.private_layout.flatten(p)
@@ -217,6 +226,8 @@ class WrappedMethod(Method):
         gradients = self.base.gradients(base_terms, leaves, self.base_batch(batch))
         if not extra_terms:
             return gradients
+        # The base's backward pass has freed its graph. The extra terms are functions of the leaves
+        # alone (`extra_loss_terms` is not given `encoded`), so they have a graph of their own.
         total = torch.stack(extra_terms).sum()
         extra = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {n: add(gradients[n], more) for n, more in zip(leaves, extra, strict=True)}
@@ -227,7 +238,7 @@ class WrappedMethod(Method):
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, where None counts as zero."""
+    """The sum of two gradients, where None counts as zero; None if both are None."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
