@@ -73,6 +73,7 @@ class CLIPAdapter(Method):
         The public code mixes un-normalised features; the result is the same (`bottleneck`).
         """
         v_KBD, ratio = inputs.features, self.cfg.ratio
+        # v' = ratio A(v) + (1 - ratio) v.
         mixed_KBD = ratio * bottleneck(v_KBD, encoded) + (1 - ratio) * v_KBD
         return cosine_logits(self.clip, F.normalize(mixed_KBD, dim=-1), encoded["classes"])
 

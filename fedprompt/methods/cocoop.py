@@ -1,14 +1,14 @@
 """CoCoOp: a small network shifts the context depending on the image.
 
 Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
-2203.05557): v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU,
-Linear(D / 16, d) on the L2-normalised image feature, so every image has its own class features.
-Checked against the authors' `trainers/cocoop.py`.
+2203.05557): v_m(x) = v_m + pi, pi = h(x), h the Meta-Net Linear(D, D / 16), ReLU, Linear(D / 16, d)
+on the L2-normalised image feature, so every image has its own class features. Checked against the
+authors' `trainers/cocoop.py`.
 
 How we differ: the prompts of many images pass through the text tower together (one prompt per
 image), as many as `POSITIONS_AT_ONCE` allows. Beyond that, training stores only the contexts and
-recomputes the tower for the gradient, so the memory does not grow with the batch. Values and
-gradients are the same. N images still cost N x C text sequences: the paper trains with
+recomputes the tower for the gradient, so the tower's activations of only one part are in memory.
+Values and gradients are the same. N images still cost N x C text sequences: the paper trains with
 `training.batch_size=1`.
 """
 
@@ -53,6 +53,7 @@ class CoCoOp(Method):
         super().__init__(config, clip, task)
         self.prompts = PromptSource.of(config, clip, task)
         self.hidden = max(1, clip.embed_dim // config.bottleneck)
+        # One prompt is the least that can be encoded, even if its classes exceed the bound.
         self.prompts_at_once = max(1, POSITIONS_AT_ONCE // self.prompts.tower.positions)
 
     def init_shared(self, seed: int) -> Tensors:
@@ -73,7 +74,9 @@ class CoCoOp(Method):
         features_KBD = inputs.features
         hidden = F.relu(linear(features_KBD, encoded["linear1.weight"], encoded["linear1.bias"]))
         shift_KBd = linear(hidden, encoded["linear2.weight"], encoded["linear2.bias"])
+        # v_m(x) = v_m + pi: one shift pi per image, the same for all M tokens.
         context_KBMd = encoded["ctx"][:, None] + shift_KBd[:, :, None]
+        # Clients and images are flattened into one axis of prompts for the text tower.
         classes_KBCD = self._classes(context_KBMd.flatten(0, 1)).unflatten(0, shift_KBd.shape[:2])
         return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", features_KBD, classes_KBCD)
 
@@ -83,6 +86,7 @@ class CoCoOp(Method):
         if len(parts) == 1:
             return self.prompts.classes(context_NMd)
         if not torch.is_grad_enabled():
+            # Without a graph there are no activations to store, so nothing has to be recomputed.
             return torch.cat([self.prompts.classes(part) for part in parts])
         return torch.cat(
             [checkpoint(self.prompts.classes, part, use_reentrant=False) for part in parts]

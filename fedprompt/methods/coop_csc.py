@@ -72,6 +72,7 @@ class CoOpCSC(Method):
         classes, tokens = len(self.task.class_names), self.cfg.context_tokens
         shape = (classes, tokens, self.clip.text.width)
         draw = normal(shape, self.cfg.init_std, seed, "init", "shared")
+        # With start words, every class gets the same embeddings and its draw is not used.
         starts = [context_init(self.clip, self.cfg.context_init, tokens, d) for d in draw]
         return {"ctx": torch.stack(starts), "class_shares": torch.zeros(classes)}
 
@@ -79,8 +80,10 @@ class CoOpCSC(Method):
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """Add each class's share of the client's training images."""
+        # The strategy `per_class` multiplies the shares by the client's number of images.
         counts_KC = round_info.class_counts_KC.float()
         shares_KC = counts_KC / counts_KC.sum(-1, keepdim=True)
+        # The received zeros are replaced: what a client uploads does not depend on earlier rounds.
         return {**shared, "class_shares": shares_KC}, private
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:

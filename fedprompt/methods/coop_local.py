@@ -31,9 +31,11 @@ class CoOpLocal(PromptFL):
 
     def init_private(self, seed: int, client: int) -> Tensors:
         """`ctx` (M, d); all clients start from the same draw, as PromptFL's clients do."""
+        # The purpose strings are PromptFL's, so both methods start from the same context.
         return {"ctx": self.prompts.start(seed, "init", "shared")}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Class features (K, C, D) of each client's own context."""
         assert private is not None, "coop_local has no global model"
+        # PromptFL reads `ctx` from its first argument; here that is the private container.
         return super().encode(private, None)

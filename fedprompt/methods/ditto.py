@@ -7,12 +7,12 @@ shared tensors w and a client's own copy v of them:
     w <- w - lr * grad F_k(w)                                  uploaded and averaged as usual
     v <- v - lr * (grad F_k(v) + lam * (v - w_received))       stays on the client
 
-Both see the same batches. The client's model is v; the global one is w. If the base has private
-tensors, both models have their own set of them. A copy starts from the same values as w.
+Both models see the same batches. The client predicts with v; the global model is w. If the base has
+private tensors, each model has its own set of them. The copy v starts from the same values as w.
 
-How we differ: both are moved by the configured optimiser (the paper's steps are plain SGD). The
-paper tunes lam per data set (its code lets clients choose among 0.1, 1 and 2 on validation data);
-here it is one number, 1, as in the example scripts of the code.
+How we differ: both models are updated by the configured optimiser (the paper's steps are plain
+SGD). The paper tunes lam per data set (its code lets clients choose among 0.1, 1 and 2 on
+validation data); here it is one number, 1, as in the example scripts of the code.
 """
 
 from __future__ import annotations
@@ -66,25 +66,28 @@ class Ditto(WrappedMethod):
             for name, flat in self.private_layout.flat_names[part].items()
         }
         """The personal model's leaf for each leaf of the base, e.g. of `shared.ctx`."""
+        # The copy is trained exactly as the original: the same frozen tensors, the same rates.
         self.frozen = base.frozen | {self.copies[n] for n in base.frozen}
         copied_scale = {self.copies[n]: factor for n, factor in base.lr_scale.items()}
         self.lr_scale = {**base.lr_scale, **copied_scale}
 
     def _personal(self, shared: Tensors, private: Parts) -> tuple[Tensors, Tensors]:
-        """The personal model's containers as the base knows them, with the extras in `shared`."""
+        """The personal model's containers under the base's names, with the extras in `shared`."""
+        # Extras are sent by the server and exist once; both models of a client read them.
         extras = {n: shared[n] for n in self.base.init_extras(0) if n in shared}
         return private[PERSONAL_SHARED] | extras, private[PERSONAL_PRIVATE]
 
     def init_private(self, seed: int, client: int) -> Tensors:
         """The base's tensors, and the personal model's."""
         private = self.base.init_private(seed, client)
+        # v starts where w starts, so the same seed gives the starting values of both.
         shared = self.base.init_shared(seed)
         return self.private_layout.flatten(
             {BASE: private, PERSONAL_SHARED: shared, PERSONAL_PRIVATE: private}
         )
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """The base's tensors as the base completes them, in both models."""
+        """Let the base complete its private tensors; both models start from the result."""
         parts = self.private_layout.nest(private)
         completed = self.base.init_private_from_data(parts[BASE], data, seed)
         parts[BASE] = parts[PERSONAL_PRIVATE] = completed
@@ -93,8 +96,9 @@ class Ditto(WrappedMethod):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Both models as the base prepares them."""
+        """Let the base prepare both models."""
         p = self.private_layout.nest(private)
+        # Hooks of a round receive the shared container without extras, hence the empty dict.
         personal = self.base.start_round(*self._personal({}, p), round_info)
         p[PERSONAL_SHARED], p[PERSONAL_PRIVATE] = personal
         shared, p[BASE] = self.base.start_round(shared, p[BASE], round_info)
@@ -103,7 +107,7 @@ class Ditto(WrappedMethod):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Both models as the base finishes them; the shared one is uploaded."""
+        """Let the base finish both models; the shared one is uploaded."""
         p = self.private_layout.nest(private)
         personal = self.base.end_round(*self._personal({}, p), round_info)
         p[PERSONAL_SHARED], p[PERSONAL_PRIVATE] = personal
@@ -111,7 +115,7 @@ class Ditto(WrappedMethod):
         return shared, self.private_layout.flatten(p)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """The personal model, or the global one."""
+        """The personal model v; the global model w without private tensors."""
         if private is None:
             return self.base.encode(shared, None)
         return self.base.encode(*self._personal(shared, self.private_layout.nest(private)))
@@ -125,11 +129,14 @@ class Ditto(WrappedMethod):
         shared_encoded = self.base.encode(shared, p[BASE])
         terms = self.base.loss_terms(shared, p[BASE], shared_encoded, batch)
         personal = self.base.loss_terms(*self._personal(shared, p), encoded, batch)
+        # The pull is towards w as received, which is constant during the round, and not towards the
+        # w that is trained beside v.
         copies = {n: p[PERSONAL_SHARED][n] for n in self.learned}
         distance_K = squared_distance(copies, batch.round_info.received)
         return (
             terms
             | {_personal_term(n): t for n, t in personal.items()}
+            # Its gradient is lam * (v - w_received), as in the module's docstring.
             | {PROX: self.config.lam / 2 * distance_K}
         )
 
@@ -137,6 +144,8 @@ class Ditto(WrappedMethod):
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
         """The base's gradients of each model, and the pull towards the received prompts."""
+        # The base is asked once for each model, so that a base that projects or clips its gradients
+        # does so for w and for v separately, as it would alone.
         terms = {n: t for n, t in loss_terms.items() if _personal_term(n) in loss_terms}
         personal_terms = {n: loss_terms[_personal_term(n)] for n in terms}
         personal_leaves = {n: leaves[copy] for n, copy in self.copies.items() if copy in leaves}

@@ -6,24 +6,25 @@ paper only the abstract and a summary of the method were readable to us. They sa
 
     text input [T, P_t], image input [I, P_i], P_i = F(P_t; P_d)
 
-P_t is the global task prompt. P_d, the data prompt, is what the map F is made of; a client makes
-its own from those of "positive" clients and of "retained negative" ones, whose loss on its data is
-below alpha times its own; a global model serves new data and new clients. alpha 1.2, beta 0.2,
-MaPLe's code base, learning rate 0.035, 5 local epochs, batch 4, 10 clients, 10 rounds.
+P_t is the global task prompt. P_d, the data prompt, is the set of parameters of the map F; a client
+computes its own from those of "positive" clients and of "retained negative" ones, whose loss on its
+data is below alpha times its own; a global model serves new data and new clients. alpha 1.2, beta
+0.2, MaPLe's code base, learning rate 0.035, 5 local epochs, batch 4, 10 clients, 10 rounds.
 
-RECONSTRUCTED, and config keys where a number is involved: F is MaPLe's linear layer, at the input
-only; before a round a client sets, with l_j the loss of peer j's P_d on a few of its own training
-images under the received P_t, and l its own P_d's,
+RECONSTRUCTED, with config keys for the numbers: F is MaPLe's linear layer, at the input only. Let
+l_j be the loss of peer j's P_d on a few of the client's own training images under the received P_t,
+and l that of the client's own P_d. Before a round the client sets
 
     P_d <- (1 - beta) P_d + beta * sum_j w_j P_d^j,     w_j ~ 1 / l_j for peers with l_j < alpha * l
 
-and trains P_t and P_d together. P_d starts from the average of all clients' where it has none yet;
-that average, with P_t, is also the global model. The strategy `nearest_peers` sends the data
-prompts of the E nearest clients (all, where there are no more).
+and then trains P_t and P_d together. A client that has no P_d yet starts from the average of all
+clients' data prompts; that average, with P_t, is also the global model. The strategy
+`nearest_peers` sends the data prompts of the E nearest clients, or of all if there are fewer.
 
-MISSING: the paper's server weighs clients' P_t by losses of every client on every other client's
-validation set; here they are weighed by training images. Its validation images are held out of
-training; here they are training images, kept as private tensors.
+MISSING: the paper's server weights clients' P_t by the losses of every client on every other
+client's validation set; here they are weighted by numbers of training images. The paper's
+validation images are held out of training; here they are training images, stored as private
+tensors.
 
 PRIVACY: other clients see a client's P_d as it was trained, and a client is sent E of them in every
 exchange (394,000 numbers each on ViT-B/16).
@@ -87,7 +88,7 @@ class DP2FL(MaPLe):
         self.cfg = config
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """The own P_d, and `val.pixels` (V, 3, H, W), `val.labels` and `val.mask` (V,)."""
+        """The client's P_d, and `val.pixels` (V, 3, H, W), `val.labels` and `val.mask` (V,)."""
         factors = {n: self.init_shared(seed)[n] for n in FACTORS}
         count, (height, width) = self.cfg.validation_images, self.vision.visual.image_size
         return local_copy.start(factors) | {
@@ -103,12 +104,14 @@ class DP2FL(MaPLe):
         return {**rows, "peers.known": torch.zeros(peers)}
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
-        """Store a few of the client's own images, on which peers are evaluated."""
+        """Store a few of the client's own images, on which peers' data prompts are evaluated."""
         draw = generator(seed, "validation images", data.client)
         count = min(self.cfg.validation_images, len(data))
         rows = torch.from_numpy(draw.permutation(len(data))[:count])
+        # `on` also turns cached bytes into normalised floats; private tensors are float32.
         pixels = data.plain()[rows].on(torch.device("cpu")).pixels
         assert pixels is not None
+        # Clones, because a method must not modify its arguments.
         filled = {n: t.clone() for n, t in private.items()}
         filled["val.pixels"][:count] = pixels
         filled["val.labels"][:count] = data.labels_N[rows].float()
@@ -118,7 +121,7 @@ class DP2FL(MaPLe):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """P_d from the client's own and its peers', or from the average if it has none yet."""
+        """Mix P_d from the client's own and its peers', or take the average if it has none yet."""
         current = local_copy.model(shared, private)
         weights_KE = self.peer_weights(current, private, round_info)
         mixed = dict(shared)
@@ -126,13 +129,24 @@ class DP2FL(MaPLe):
             peers_KE = round_info.received[f"peers.{n}"]
             mean = torch.einsum("ke,ke...->k...", weights_KE, peers_KE)
             some_K = weights_KE.sum(-1) > 0
+            # P_d <- (1 - beta) P_d + beta * sum_j w_j P_d^j; without a qualified peer the mean is
+            # zero, and blending it in would shrink P_d.
             blend = (1 - self.cfg.beta) * current[n] + self.cfg.beta * mean
             mixed[n] = local_copy.where(some_K, blend, current[n])
         return mixed, local_copy.for_training(private)
 
     @torch.no_grad()
     def peer_weights(self, current: Tensors, private: Tensors, round_info: RoundInfo) -> Tensor:
-        """Weight of each peer (K, E); rows sum to 1, or to 0 if no peer qualifies."""
+        """Weights w_j of the peers' data prompts.
+
+        Args:
+            current: the client's model, P_t and P_d, (K, ...).
+            private: the stored private tensors with the validation images, (K, ...).
+            round_info: the round; `received` holds the peers' data prompts.
+
+        Returns:
+            Weights (K, E); rows sum to 1, or to 0 if no peer qualifies.
+        """
         own_K = self._judge(current, private)
         peers = {n: round_info.received[f"peers.{n}"] for n in FACTORS}
         losses_KE = torch.stack(
@@ -142,23 +156,29 @@ class DP2FL(MaPLe):
             ],
             dim=1,
         )
+        # A client compares only if it has images to judge with and a P_d of its own.
         able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[local_copy.VALID] > 0)
         qualified = (round_info.received["peers.known"] > 0) & able_K1
+        # "Retained" peers: l_j < alpha * l.
         qualified = qualified & (losses_KE < self.cfg.alpha * own_K[:, None])
+        # w_j ~ 1 / l_j; the clamps prevent a division by zero for a perfect peer or an empty row.
         inverse_KE = torch.where(qualified, 1 / losses_KE.clamp(min=1e-8), 0.0)
         return inverse_KE / inverse_KE.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def _judge(self, model: Tensors, private: Tensors) -> Tensor:
         """Mean cross-entropy (K,) of a model on the client's validation images."""
         pixels_KV = private["val.pixels"]
+        # The image tower reads the pixels; the cached features are not used, so zeros fill in.
         inputs = Inputs(
             pixels_KV.new_zeros(*pixels_KV.shape[:2], self.clip.embed_dim), None, pixels_KV
         )
         logits_KVC = self.logits(super().encode(model, None), inputs)
+        # Labels are stored as floats, like all tensors of a method.
         labels_KV = private["val.labels"].long()
         loss = F.cross_entropy(logits_KVC.flatten(0, 1), labels_KV.flatten(), reduction="none")
         mask_KV = private["val.mask"]
         loss_KV = loss.view_as(mask_KV)
+        # A client without images would divide by zero; its loss is not used (`peer_weights`).
         return masked_mean(loss_KV, torch.where(mask_KV.sum(-1, keepdim=True) > 0, mask_KV, 1.0))
 
     def end_round(

@@ -114,15 +114,19 @@ class DPFPL(Method):
     def gradients(
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
     ) -> dict[str, Tensor | None]:
-        """g_G and g_L: clipped, noisy, and L's through the factors."""
+        """g_G and g_L: clipped and noisy, g_L by way of the factors."""
         gradients = super().gradients(loss_terms, leaves, batch)
+        # p = G + L, so both leaves have the same gradient g.
         g_KMd = gradients["private.ctx"]
         assert g_KMd is not None
+        # U and V are constants of this step: no gradient passes through the factorisation.
         private_KMd = leaves["private.ctx"].detach()
         start_Kdr = batch.normal((private_KMd.shape[-1], self.cfg.rank), "dp_fpl", "power")
         u_KMr, v_Krd = factorise(private_KMd, start_Kdr)
+        # g_U = clip(g V^T) + n and g_V = clip(U^T g) + n.
         gu_KMr = self._private_noise(g_KMd @ v_Krd.transpose(-1, -2), batch, "u")
         gv_Krd = self._private_noise(u_KMr.transpose(-1, -2) @ g_KMd, batch, "v")
+        # g_U V, then g_U V + U g_V, then U U^T g_U V.
         left_KMd = gu_KMr @ v_Krd
         sides_KMd = left_KMd + u_KMr @ gv_Krd
         both_KMd = u_KMr @ (u_KMr.transpose(-1, -2) @ left_KMd)
@@ -130,13 +134,16 @@ class DPFPL(Method):
             gradients["private.ctx"] = sides_KMd - both_KMd
         else:
             gradients["private.ctx"] = (sides_KMd + both_KMd) / 10
+        # g_G is made of the raw g and gets noise of its own.
         gradients["shared.ctx"] = self._shared_noise(g_KMd, batch)
         return gradients
 
     def noise_std(self, batch: Batch) -> Tensor:
         """std of each client's noise (K,): sqrt(T ln(1 / delta)) / epsilon * clip_norm / B."""
         assert self.cfg.epsilon is not None
+        # T is the number of rounds, not of steps, as in the public code.
         spent = math.sqrt(batch.round_info.rounds * math.log(1 / self.cfg.delta)) / self.cfg.epsilon
+        # B counts the real images of each client, so a partial batch gets more noise.
         return spent * self.cfg.clip_norm / batch.mask_KB.sum(-1)
 
     def _private_noise(self, gradient_K: Tensor, batch: Batch, factor: str) -> Tensor:
@@ -151,16 +158,19 @@ class DPFPL(Method):
             return clipped(gradient_KMd, self.cfg.clip_norm)
         std_K = self.noise_std(batch)
         if self.cfg.shared_noise == "clients":
+            # The mean of N independent draws with std / sqrt(N) has the server's std / N.
             std_K = std_K / math.sqrt(self.cfg.clients)
         return self._noisy(gradient_KMd, std_K, batch, "shared")
 
     def _noisy(self, gradient_K: Tensor, std_K: Tensor, batch: Batch, name: str) -> Tensor:
+        # The name of the part is in the key: draws of U, V and G must be independent.
         noise_K = batch.normal(tuple(gradient_K.shape[1:]), "dp_fpl", name)
         return clipped(gradient_K, self.cfg.clip_norm) + std_K[:, None, None] * noise_K
 
 
 def clipped(gradient_Kab: Tensor, limit: float) -> Tensor:
-    """Each client's matrix, scaled down to Frobenius norm `limit` where it is longer."""
+    """Each client's matrix, scaled down to Frobenius norm `limit` where its norm is larger."""
+    # Clamping the norm from below gives a factor of 1 within the limit, and never divides by zero.
     norm_K11 = gradient_Kab.norm(dim=(-2, -1), keepdim=True)
     shorter: Tensor = gradient_Kab * (limit / norm_K11.clamp(min=limit))
     return shorter
@@ -177,6 +187,7 @@ def factorise(matrix_KMd: Tensor, start_Kdr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(matrix_Kar: Tensor) -> Tensor:
+    """Gram-Schmidt over the r columns: each unit column is projected out of those after it."""
     columns: list[Tensor] = []
     rest_Kar = matrix_Kar
     for _ in range(matrix_Kar.shape[-1]):

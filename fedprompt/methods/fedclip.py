@@ -14,8 +14,8 @@ averaged: 2 (D^2 + D) numbers, 525,312 at D = 512; all clients have equal weight
 
 As in the paper, two images of one class in a batch are negatives of each other, so the loss of such
 a batch cannot reach zero. The loss and the gradient of a batch with a single image are zero (the
-public code skips it). How we differ: the public code keeps the round with the best
-validation accuracy; here the protocol decides what is reported.
+public code skips it). How we differ: the public code keeps the round with the best validation
+accuracy; here the protocol decides what is reported.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class FedCLIP(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,): the symmetric cross-entropy over the batch's pairs, not over classes."""
+        # t_{y_j} of each image's label; class features are the same for all clients.
         texts_KBD = encoded["classes"][0][batch.labels_KB]
         pairs_KBB = cosine_logits(self.clip, _attend(encoded, batch.inputs), texts_KBD)
         there_K = _diagonal(pairs_KBB, batch.mask_KB)
@@ -93,6 +94,7 @@ class FedCLIP(Method):
 
 def _attend(encoded: Tensors, inputs: Inputs) -> Tensor:
     """The unit vectors of a(v) * v: (K, B, D)."""
+    # tanh and softmax are not homogeneous, so the length of the raw feature matters here.
     v_KBD = raw_features(inputs)
     hidden = torch.tanh(linear(v_KBD, encoded["attention.0.weight"], encoded["attention.0.bias"]))
     scores = linear(hidden, encoded["attention.2.weight"], encoded["attention.2.bias"])
@@ -101,6 +103,8 @@ def _attend(encoded: Tensors, inputs: Inputs) -> Tensor:
 
 def _diagonal(logits_KBB: Tensor, mask_KB: Tensor) -> Tensor:
     """Mean cross-entropy with target i in row i, over real rows and real columns alone: (K,)."""
+    # Padding must not be a negative. The diagonal of a padding row is then infinite, and is set to
+    # 0 because the mask would turn it into 0 * inf, which is NaN.
     real_KBB = logits_KBB.masked_fill(~mask_KB[:, None, :], float("-inf"))
     own_KB = real_KBB.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
     return masked_mean(-own_KB.masked_fill(~mask_KB, 0.0), mask_KB)

@@ -13,12 +13,12 @@ the shared and P the private context, f the un-normalised image feature:
 G and the shared adapter are averaged (8,192 + 131,072 numbers at 16 tokens and D = 512); P, the
 private adapter and the gate stay. All clients start from the same values, as in the public code.
 
-The text is a context of 2 M tokens with the class name in the middle, so it goes through the text
-tower's plain path, exactly: learned tokens behind the name leave no common prefix but [SOS][G].
+The text is a context of 2 M tokens with the class name in the middle, so it takes the text tower's
+plain path, which is exact: with learned tokens behind the name, only [SOS][G] is a common prefix.
 
-How we differ: the public code sizes the adapters by the text tower's width, we by the image
-feature's, which is the same on every ViT-B. Like it, we have no model of the shared tensors alone:
-they are half a sentence, and an adapter without the gate that mixes it.
+How we differ: the public code sizes the adapters by the width of the text tower, we by that of the
+image feature, which is the same on every ViT-B. Like that code, we have no model of the shared
+tensors alone: they are half a sentence, and an adapter without the gate that mixes its output.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class FedDDA(Method):
         super().__init__(config, clip, task)
         self.cfg = config
         self.context = PromptSource.of(config, clip, task)
+        # "{class} with a style of" stands between the contexts as if it were the class name.
         names = tuple(f"{name} {config.style}".strip() for name in task.class_names)
         self.sentence = PromptSource(
             clip, replace(task, class_names=names), 2 * config.context_tokens, position="middle"
@@ -83,21 +84,25 @@ class FedDDA(Method):
         """Class features (K, C, D) of the whole sentences, and both adapters as they are."""
         assert private is not None, "feddda has no global model"
         ours, theirs = private["ctx"], shared["ctx"]
+        # `middle` splits the context in two halves: G in front of the name, P behind it.
         whole_KMd = torch.cat([theirs.expand(len(ours), -1, -1), ours], dim=-2)
         return (
+            # Prefixes keep both adapters apart: their tensors have the same names.
             {"classes": self.sentence.classes(whole_KMd)}
             | {f"shared.{n}": t for n, t in shared.items() if n != "ctx"}
             | {f"private.{n}": t for n, t in private.items() if n != "ctx"}
         )
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
-        """Cosine logits (K, B, C) of the gated features.
+        """Cosine logits (K, B, C) of the gated features f'.
 
-        Gate apart, mixing L2-normalised features gives the same direction (`bottleneck`).
+        Except for the gate, which sees the un-normalised feature f, mixing L2-normalised features
+        gives the same direction (`bottleneck`).
         """
         v_KBD = inputs.features
         shared, private = (_of(encoded, kind) for kind in ("shared", "private"))
         gate_KB3 = linear(raw_features(inputs), private["gate.weight"]).softmax(-1)
+        # f' = g_0 f + g_1 A_private(f) + g_2 A_shared(f).
         mixed_KBD = (
             gate_KB3[..., 0:1] * v_KBD
             + gate_KB3[..., 1:2] * bottleneck(v_KBD, private)

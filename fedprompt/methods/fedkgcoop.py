@@ -6,8 +6,8 @@ method. Checked against the authors' `model/custom_coop.py` and `federated/serve
 N(0, 0.02^2), weight 8, equal weights in the average.
 
 How we differ: there, a client's classes are those of its own data; here all clients know all class
-names, as in every other method. The public `CoOpCLIP` cannot run: it calls
-`encode_text` with an argument that the function does not take.
+names, as in every other method. The public `CoOpCLIP` cannot run: it calls `encode_text` with an
+argument that the function does not take.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ groups of a text prompt P_g and a visual prompt V_g; with f_g, t_gc the normalis
 Diversity is the mean over text and image features of the mean over pairs of groups (and over
 classes or images) of their cosine, or of minus their L1 (per number) or L2 distance.
 
-At the end of a round a client samples S groups without replacement, text and visual on their own,
+At the end of a round a client samples S groups without replacement, text and visual separately,
 with probabilities softmax(max_r cos(group, global group r) / temperature); in the first round
-uniformly. The r-th sampled one is uploaded as r-th global group, 5,120 numbers on ViT-B/16, and
-averaged with equal weights; the average then stands in the sampled one's place, is part of the
-client's model and is trained on. The other groups stay. The global model is the S global groups.
-Of the start words the first tokens are learned, the others stay in the text (MaPLe's convention).
+uniformly. The r-th sampled group is uploaded as r-th global group, 5,120 numbers on ViT-B/16, and
+averaged with equal weights. The average then replaces the sampled group in the client's model and
+is trained further. The other groups stay on the client. The global model is the S global groups.
+The first tokens of the start words are learned, the others stay in the text (MaPLe's convention).
 
 How we differ: the public loss takes the absolute value of a negative diversity term, and its cosine
 form is 1 - cos, so in every form minimising it pulls groups together; ours pushes them apart, as
@@ -107,6 +107,7 @@ class FedMGP(Method):
 
     def init_shared(self, seed: int) -> Tensors:
         """`text` (S, M, w) and `visual` (S, M, w): the first S groups."""
+        # Cloned, so that shared and private tensors never share memory.
         return {n: t[: self.cfg.uploaded_groups].clone() for n, t in self._start(seed).items()}
 
     def init_private(self, seed: int, client: int) -> Tensors:
@@ -130,27 +131,39 @@ class FedMGP(Method):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Sample the groups to upload; all groups stay."""
+        """Sample the groups to upload; the client stores all of its groups."""
         stored, uploaded = dict(private), {}
         for kind in KINDS:
             groups_KGMw = _placed(kind, shared, private)
+            # Compared with the global groups as received, not as trained since.
             slots_KS = self._sample(groups_KGMw, round_info.received[kind], round_info)
             uploaded[kind] = groups_KGMw.gather(1, _index(slots_KS, groups_KGMw))
             stored |= {kind: groups_KGMw, f"slots.{kind}": slots_KS.to(groups_KGMw)}
         return shared | uploaded, stored
 
     def _sample(self, groups_KGMw: Tensor, global_KSMw: Tensor, round_info: RoundInfo) -> Tensor:
-        """Groups in the order in which they are drawn (K, S), by adding Gumbel noise."""
+        """Indices (K, S) of the sampled groups, in the order in which they are drawn.
+
+        The S largest of scores plus Gumbel noise are distributed as S draws without replacement
+        from the softmax of the scores.
+
+        Args:
+            groups_KGMw: all groups of each client.
+            global_KSMw: the global groups that were received.
+            round_info: the round, which keys the draw.
+        """
         scores_KG = self.similarities(groups_KGMw, global_KSMw) / self.cfg.temperature
         if round_info.server_round == 1:
             scores_KG = torch.zeros_like(scores_KG)
+        # Text and visual choices share this draw, as in the public code. U[0, 1) contains 0, whose
+        # logarithm is not finite.
         draw_KG = round_info.uniform((self.cfg.groups,), "groups").clamp(min=1e-20)
         keys_KG = scores_KG - (-draw_KG.log()).log()
         return keys_KG.topk(self.cfg.uploaded_groups, dim=-1).indices
 
     @staticmethod
     def similarities(groups_KGMw: Tensor, global_KSMw: Tensor) -> Tensor:
-        """Cosine (K, G) of each group with the global group that is most like it."""
+        """Cosine (K, G) of each group with the most similar global group."""
         groups, references = (F.normalize(t.flatten(2), dim=-1) for t in (groups_KGMw, global_KSMw))
         return (groups @ references.transpose(-1, -2)).amax(-1)
 
@@ -171,6 +184,7 @@ class FedMGP(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce`, the mean over groups, and `diversity`, each (K,) and weighted."""
+        # L = mean_g CE(z_g): the loss of each group, not of the mean of their logits.
         logits, images = self._of_groups(encoded, batch.inputs)
         loss_terms = {"ce": torch.stack([cross_entropy(z_KBC, batch) for z_KBC in logits]).mean(0)}
         if self.cfg.groups > 1 and self.cfg.diversity_weight != 0:
@@ -183,6 +197,7 @@ class FedMGP(Method):
         """Each group's logits (K, B, C) and normalised image features (K, B, D)."""
         assert inputs.pixels is not None
         logits, images = [], []
+        # Each group has its own pass through the image tower; image g meets text g only.
         for text_KCD, visual_KMw in zip(
             encoded["texts"].unbind(1), encoded["visual"].unbind(1), strict=True
         ):
@@ -193,7 +208,13 @@ class FedMGP(Method):
 
 
 def _placed(kind: str, shared: Tensors, private: Tensors) -> Tensor:
-    """A client's groups (K, G, M, w), the shared ones in their slots."""
+    """A client's groups (K, G, M, w), with the shared ones in their slots.
+
+    Args:
+        kind: `text` or `visual`.
+        shared: shared tensors, (K, ...) or (1, ...).
+        private: private tensors, (K, ...).
+    """
     groups_KGMw, slots_KS = private[kind], private[f"slots.{kind}"].long()
     index = _index(slots_KS, groups_KGMw)
     return groups_KGMw.scatter(1, index, shared[kind].expand(index.shape))
@@ -205,7 +226,7 @@ def _index(slots_KS: Tensor, groups_KGMw: Tensor) -> Tensor:
 
 
 def _pairwise(form: str, groups: list[Tensor]) -> Tensor:
-    """How alike groups of normalised features (K, N, D) are: mean over pairs, (K, N)."""
+    """Similarity of groups of normalised features (K, N, D): mean over pairs, (K, N)."""
     pairs = []
     for a, b in combinations(groups, 2):
         if form == "cosine":
@@ -213,5 +234,6 @@ def _pairwise(form: str, groups: list[Tensor]) -> Tensor:
         elif form == "l1":
             pairs.append(-(a - b).abs().mean(-1))
         else:
+            # The gradient of the square root is not finite at 0, where two groups agree.
             pairs.append(-((a - b).square().sum(-1) + 1e-8).sqrt())
     return torch.stack(pairs).mean(0)

@@ -15,9 +15,10 @@ has eps 0.01, where the kernel can leave float32: the code then returns no logit
 ours in float64.
 
 How we differ: the public code keeps both prompts in one tensor and slices it; here they are in two
-containers. Its stopping mean is over the batch, ours over each client's own real images. Its first
-round trains all clients whatever the fraction; ours samples them, and a client that has not
-trained holds the start of the local prompt, which is the same for all clients in both.
+containers. There the mean that stops the iteration is taken over the batch; here it is taken over
+each client's own real images. Its first round trains all clients whatever the fraction; ours
+samples them, and a client that has not trained holds the start of the local prompt, which is the
+same for all clients in both.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ class FedOTP(PLOT):
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`prompts`: class features (K, 2, C, D), global, local; (K, 1, C, D) without private."""
+        # The prompt axis N stands behind the client axis: (K, N, M, d), N = 1 or 2.
         contexts = shared["ctx"][:, None]
         if private is not None:
+            # Shared contexts that are equal on all clients have a client axis of 1 in evaluation.
             local = private["ctx"][:, None]
             contexts = torch.cat([contexts.expand(len(local), -1, -1, -1), local], dim=1)
         return {"prompts": self.prompts.classes(contexts)}

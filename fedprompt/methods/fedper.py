@@ -6,11 +6,11 @@ arXiv 1912.00818): the lower layers are averaged, the upper ones stay; both are 
 For prompts, the config names the personal part: whole tensors (`private`, by name), and the last
 `private_tokens` tokens of the tensors in `token_tensors`. The rest is uploaded, so the upload is
 smaller than the base's. All clients start from the same values. A model is incomplete without its
-private part, so there is no global one.
+personal part, so there is no global model.
 
-How we differ: the paper speaks of layers; the split by tokens is ours, and so is its default. The
-alternation of FedRep (Collins et al., ICML 2021: first the personal part, then the shared one, each
-with the other fixed) is not implemented.
+How we differ: the paper divides a network by layers; the split by tokens is ours, and so is its
+default. The alternation of FedRep (Collins et al., ICML 2021: first the personal part, then the
+shared one, each with the other fixed) is not implemented.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class FedPer(WrappedMethod):
             self.split = tuple(n for n in matching if n not in self.whole)
         for name in self.split:
             shape = tuple(shared[name].shape)
+            # Tokens are the last axis but one, and at least one of them has to be uploaded.
             if len(shape) < 2 or shape[-2] <= config.private_tokens:
                 raise UserError(
                     f"fedper: {config.private_tokens} tokens of '{name}' {shape} cannot stay; "
@@ -91,6 +92,7 @@ class FedPer(WrappedMethod):
         uploaded = {name: t for name, t in shared.items() if name not in self.whole}
         personal = {name: shared[name] for name in self.whole}
         for name in self.split:
+            # `split` is empty if n is 0, in which case `:-n` would select nothing.
             uploaded[name] = shared[name][..., :-n, :]
             personal[name] = shared[name][..., -n:, :]
         return uploaded, personal
@@ -102,6 +104,8 @@ class FedPer(WrappedMethod):
             joined[name] = personal[name]
         for name in self.split:
             tail = personal[name]
+            # In evaluation, shared tensors that are equal on all clients have a client axis of 1;
+            # the joined prompt differs by client all the same.
             head = uploaded[name].expand(len(tail), *uploaded[name].shape[1:])
             joined[name] = torch.cat([head, tail], dim=-2)
         return joined
@@ -112,7 +116,10 @@ class FedPer(WrappedMethod):
         return self._join(shared, parts[PERSONAL]), parts[BASE], parts[PERSONAL]
 
     def _joined_round(self, round_info: RoundInfo, personal: Tensors) -> RoundInfo:
-        """The round as if the personal part, as it is now, had been received too."""
+        """The round as if the current personal part had been received too.
+
+        A base that compares with what it received needs the shapes that it knows.
+        """
         return replace(round_info, received=self._join(round_info.received, personal))
 
     def init_shared(self, seed: int) -> Tensors:
@@ -128,7 +135,7 @@ class FedPer(WrappedMethod):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The joined tensors as the base prepares them, divided again."""
+        """Join the tensors, let the base prepare them, and divide the result."""
         s, p, personal = self._base_view(shared, private)
         s, p = self.base.start_round(s, p, self._joined_round(round_info, personal))
         uploaded, personal = self._divide(s)
@@ -137,14 +144,14 @@ class FedPer(WrappedMethod):
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """The joined tensors as the base finishes them, divided again."""
+        """Join the tensors, let the base finish them, and divide the result."""
         s, p, personal = self._base_view(shared, private)
         s, p = self.base.end_round(s, p, self._joined_round(round_info, personal))
         uploaded, personal = self._divide(s)
         return uploaded, self.private_layout.flatten({BASE: p, PERSONAL: personal})
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """The client's model."""
+        """The client's model: the base's encoding of the joined tensors."""
         assert private is not None, "fedper has no global model"
         s, p, _ = self._base_view(shared, private)
         return self.base.encode(s, p)
@@ -161,7 +168,15 @@ class FedPer(WrappedMethod):
 
 
 def _matching(patterns: list[str], tensors: Tensors, key: str) -> tuple[str, ...]:
-    """Names of the tensors that match any of the patterns of `method.<key>`.
+    """Find the tensors that match any of the patterns of `method.<key>`.
+
+    Args:
+        patterns: shell-style patterns of names.
+        tensors: the base's learned shared tensors.
+        key: name of the config key, for the message.
+
+    Returns:
+        Names in the order of `tensors`.
 
     Raises:
         UserError: a pattern matches no tensor.

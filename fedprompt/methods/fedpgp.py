@@ -8,10 +8,10 @@ d) is averaged, U (M, b) and V (b, d) stay. With T the L2-normalised class featu
     L_con = mean over classes of -log( exp(p / tau) / (exp(p / tau) + exp(n / tau)) )
     p = cos(T(0), T(sigma)),  n = cos(T(sigma), T(sigma + U V))
 
-T(0) is of the un-tuned text "X X .. name.", one X per context token; it never changes and is
-computed once. The contrast keeps sigma close to CLIP and the personal prompt away from sigma;
-gradients flow into both sides of n. The global model is sigma alone, which the paper does not
-evaluate.
+T(0) are the features of the un-tuned text "X X .. name.", with one X per context token; they never
+change and are computed once. The contrast keeps sigma close to CLIP and the personal prompt away
+from sigma; gradients flow into both sides of n. The global model is sigma alone, which the paper
+does not evaluate.
 
 Defaults are those of the base-to-new script: b = 8, mu = 0.5 (4 and 1 on the command line), tau =
 0.5. All clients start from the same U and V, as in the public code.
@@ -76,6 +76,7 @@ class FedPGP(Method):
         """`classes` (K, C, D): of sigma + U V, or of sigma alone without private tensors."""
         context = shared["sigma"]
         if private is not None:
+            # p_k = sigma + U V; a client axis of 1 of sigma broadcasts.
             context = context + private["U"] @ private["V"]
         return {"classes": self.prompts.classes(context)}
 
@@ -89,6 +90,7 @@ class FedPGP(Method):
         """`ce` and `contrast`, each (K,)."""
         loss_terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
         if self.cfg.mu > 0:
+            # The contrast costs another pass through the text tower, for sigma alone.
             loss_terms["contrast"] = self.cfg.mu * self._contrast(
                 shared["sigma"], encoded["classes"]
             )
@@ -96,6 +98,7 @@ class FedPGP(Method):
 
     def _contrast(self, sigma_KMd: Tensor, personal_KCD: Tensor) -> Tensor:
         """L_con (K,); -log(e^a / (e^a + e^b)) = softplus(b - a)."""
+        # Nothing is detached: as in the public code, n also moves sigma and the personal prompt.
         sigma_KCD = self.prompts.classes(sigma_KMd)
         positive_KC = (self.untuned_CD * sigma_KCD).sum(-1)
         negative_KC = (sigma_KCD * personal_KCD).sum(-1)
@@ -105,6 +108,7 @@ class FedPGP(Method):
     def untuned_CD(self) -> Tensor:
         """T(0): class features of "X X .. name.", L2-normalised, constant."""
         tower = self.prompts.tower
+        # The placeholders' ids, which are the same for all classes, so the first class serves.
         ids_M = tower.token_ids_CL[0, tower.first : tower.first + self.cfg.context_tokens]
         with torch.no_grad():
             context = self.clip.text.token_embedding(ids_M.to(self.clip.device)).float()

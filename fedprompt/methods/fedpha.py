@@ -12,15 +12,16 @@ Predictions are the local prompt's; the global model is the global prompt alone.
 through everything, the singular vectors too, as in the public code, which detaches nothing.
 
 Only M singular vectors exist in the code's thin decomposition, so V_2 V_2^T also removes what lies
-outside the span of G, most of L. `projection: row_space` is that, the default; `complement` keeps
-it and removes the first vectors only, as the code's name for it, null space, suggests.
+outside the span of G, which is most of L. The default, `projection: row_space`, does the same;
+`complement` keeps that part and removes the first vectors only, as the code's name for the
+operation, null space, suggests.
 
 Defaults are those of the public code: M = 16, ratio 0.8, alpha 1, weights 1. `local_tokens` is
-dealt to clients in turn: client k has local_tokens[k modulo its length] tokens. `ctx` is padded to
-the longest with zeros, which stay zero; `length` says how many rows are real.
+assigned to clients in turn: client k has local_tokens[k modulo its length] tokens. `ctx` is padded
+with zeros to the longest length, and the padding stays zero; `length` is the number of real rows.
 
 How we differ: if lengths are unequal, the public code uses the end-of-text positions of the longest
-prompt for all of them, and so reads a shorter prompt's feature too far behind, by the difference of
+prompt for all of them, and so reads a shorter prompt's feature too late, by the difference of
 lengths; we read each at its own position. All clients start from the first rows of one draw, as in
 GL_SVDMSE (GL_SVDMSE_HE draws each client's). A start from words fails in the code, so it is not
 offered. The code decomposes G in float32, we G G^T = U S^2 U^T in float64.
@@ -76,6 +77,7 @@ class FedPHA(Method):
     def __init__(self, config: FedPHAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
+        # One text tower per length, since the positions of names and end-of-text depend on it.
         self.sources = {
             tokens: PromptSource(clip, task, tokens, init_std=config.init_std)
             for tokens in {config.shared_tokens, *config.local_tokens}
@@ -90,6 +92,8 @@ class FedPHA(Method):
     def init_private(self, seed: int, client: int) -> Tensors:
         """`ctx` (longest, d), zeros behind the client's own `length` () rows."""
         length = self.cfg.local_tokens[client % len(self.cfg.local_tokens)]
+        # One draw for all lengths: a shorter prompt is the beginning of a longer one. The draw is a
+        # fresh tensor, so it may be changed in place.
         ctx = self.longest.start(seed, "init", "private")
         ctx[length:] = 0
         return {"ctx": ctx, "length": torch.tensor(float(length))}
@@ -109,11 +113,14 @@ class FedPHA(Method):
     ) -> dict[str, Tensor]:
         """`ce`, `ce_global`, `pull` and `push`, each (K,) and already weighted."""
         cfg, local_KCD = self.cfg, encoded["classes"]
+        # CE(t(L)) + CE(t(G)); predictions are L's, so `ce` is the first term.
         loss_terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
         global_KCD = self.shared_prompts.classes(shared["ctx"])
         logits_KBC = cosine_logits(self.clip, batch.inputs.features, global_KCD)
         loss_terms["ce_global"] = cross_entropy(logits_KBC, batch)
         if cfg.pull_weight > 0:
+            # Not detached, as in the public code: the gradient also reaches G by its singular
+            # vectors.
             projected = project(private["ctx"], shared["ctx"], cfg.ratio, cfg.projection)
             projected_KCD = self._local_classes(projected, private["length"])
             pull_K = (local_KCD - projected_KCD).square().mean((-1, -2))
@@ -124,29 +131,43 @@ class FedPHA(Method):
         return loss_terms
 
     def _local_classes(self, ctx_KLd: Tensor, length_K: Tensor) -> Tensor:
-        """Class features (K, C, D) of prompts of unequal lengths, equal ones in one pass."""
+        """Class features (K, C, D) of prompts of unequal lengths; equal lengths share a pass."""
         lengths = [int(n) for n in length_K.tolist()]
         order: list[int] = []
         features: list[Tensor] = []
         for length in sorted(set(lengths)):
             rows = [k for k, n in enumerate(lengths) if n == length]
+            # Rows behind the length are cut off, so they get no gradient and stay zero.
             features.append(self.sources[length].classes(ctx_KLd[rows, :length]))
             order += rows
+        # The inverse permutation returns the features to the order of the client axis.
         place = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(features)[place]
 
 
 def project(local_KLd: Tensor, global_KMd: Tensor, ratio: float, onto: Projection) -> Tensor:
-    """L V_2 V_2^T, V_2 the right singular vectors of G without the first floor(M (1 - ratio)).
+    """L' = L V_2 V_2^T, V_2 the right singular vectors of G without the first floor(M (1 - ratio)).
 
-    `complement` adds what lies outside the span of G's rows. With G G^T = U S^2 U^T, the right
-    singular vectors are G^T U / S. Rows of zeros stay zero.
+    With G G^T = U S^2 U^T, the right singular vectors are G^T U / S. Rows of zeros stay zero.
+
+    Args:
+        local_KLd: local prompts L.
+        global_KMd: global prompts G.
+        ratio: share of G's singular vectors that the projection keeps.
+        onto: `complement` also keeps what lies outside the span of G's rows.
+
+    Returns:
+        Projected prompts (K, L, d), in the dtype of `local_KLd`.
     """
+    # G G^T squares the singular values, which float32 would resolve too coarsely.
     g_KMd, l_KLd = global_KMd.double(), local_KLd.double()
     cut = int(global_KMd.shape[-2] * (1 - ratio))
     square_KM, u_KMM = torch.linalg.eigh(g_KMd @ g_KMd.transpose(-1, -2))  # ascending
     rest = square_KM.shape[-1] - cut
+    # `eigh` sorts in ascending order, so the first singular vectors are the last columns. The
+    # complement is what remains after these are removed; otherwise all others are kept.
     columns = slice(rest, None) if onto == "complement" else slice(0, rest)
+    # Keeps S away from zero where G has less than full rank; the bound itself is a constant.
     square_KM = torch.maximum(square_KM, 1e-12 * square_KM[:, -1:].detach())
     scale = square_KM[:, None, columns].rsqrt()
     v_KdR = g_KMd.transpose(-1, -2) @ u_KMM[..., columns] * scale

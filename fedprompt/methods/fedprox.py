@@ -40,6 +40,7 @@ class FedProx(WrappedMethod):
 
     def extra_loss_terms(self, shared: Parts, private: Parts, batch: Batch) -> Tensors:
         """`prox` (K,), eq. 2: mu / 2 times the squared distance to the received prompts."""
+        # Frozen tensors and extras do not move, so they are left out of the distance.
         learned = {n: shared[BASE][n] for n in self.learned}
         received = self.base_round(batch.round_info).received
         return {"prox": self.config.mu / 2 * squared_distance(learned, received)}

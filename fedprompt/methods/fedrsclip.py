@@ -12,24 +12,24 @@ all weights are our choices and are config keys; never read them as the paper's.
 
     L = CE + dpa_weight * DPA + cmfa_weight * CMFA
 
-How prompts compose (`composition`), S shared and P private, g the text tower, t = g/|g|:
+How prompts compose (`composition`), with S shared, P private, g the text tower and t = g/|g|:
     two_branch  t = (1 - theta) t(S) + theta t(P)        (PromptFolio's mix, arXiv 2409.19610)
     concat      t = t([S][P])
     sum         t = t(S + P)                             (FedPGP's form, arXiv 2405.09771)
 The global model is t(S) alone. `prompts` selects shared, private or both for ablations.
 
-The constraint is said to align "text and image prompts". Both readings can be run:
+The abstract says that CMFA aligns "text and image prompts". Both readings are available:
     visual: none     no image prompts; CMFA aligns text with the frozen image features (default)
     visual: shared | private | both
-                     learned tokens after the image's patches, S' aggregated and P' kept; v = v/|v|
+                     learned tokens after the image's patches, S' aggregated, P' private; v = v/|v|
                      is then the feature of the image under them, in prediction and in CMFA
 With `both` they compose as the text prompts do: v = (1 - theta) v(S') + theta v(P') from two passes
-(where each text branch meets its own v in DPA's `kl` and in CMFA), v([S'][P']) or v(S' + P'); DPA
-is then the mean of its text and its image part. With one kind there is one v. The global model has
-v(S'), or the frozen features where no image prompts are shared.
+(each text branch is then paired with its own v in DPA's `kl` and in CMFA), v([S'][P']) or
+v(S' + P'); DPA is then the mean of its text and its image part. With one kind there is one v. The
+global model uses v(S'), or the frozen features where no image prompts are shared.
 
-The default weights were chosen on the embedded scenes with seeds of their own (11 and 12), between
-personal accuracy, which falls with them, and global accuracy, which rises with them.
+The default weights were chosen on the embedded scenes with separate seeds (11 and 12), as a
+compromise between personal accuracy, which falls with them, and global accuracy, which rises.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class FedRSCLIPConfig(MethodConfig):
 
     def check(self) -> None:
         """Refuse combinations without a meaning."""
+        # Both constraints compare two prompts; a sum or a squared difference needs equal shapes.
         if self.prompts != "both" and self.dpa != "none":
             raise UserError("'dpa' aligns two prompts: with prompts=shared|private set dpa=none.")
         if self.prompts != "both" and self.cmfa != "none":
@@ -102,7 +103,7 @@ class FedRSCLIPConfig(MethodConfig):
 class FedRSCLIP(Method):
     """Dual prompts: `ctx` of the shared container is aggregated, `ctx` of the private one stays.
 
-    So with `visual` (J, M, w), J layers of M image tokens, where the config asks for it.
+    The same holds for `visual` (J, M, w), J layers of M image tokens, where the config asks for it.
     """
 
     name = "fedrsclip"
@@ -122,6 +123,8 @@ class FedRSCLIP(Method):
         self.shared_prompts = source(config.shared_tokens)
         self.private_prompts = source(config.private_tokens)
         if config.composition == "concat":
+            # [S][P] is one context of both lengths, so it needs a tower with room for it. It never
+            # starts a prompt, so it gets no start words.
             tokens = config.shared_tokens + config.private_tokens
             self.joint_prompts = PromptSource(clip, task, tokens)
         if config.visual != "none":
@@ -130,7 +133,7 @@ class FedRSCLIP(Method):
             self.images_at_once = 256
 
     def init_shared(self, seed: int) -> Tensors:
-        """`ctx` (shared_tokens, d), and `visual`."""
+        """`ctx` (shared_tokens, d), and `visual` where image prompts are shared."""
         if self.cfg.prompts == "private":
             return {}
         start = {"ctx": self.shared_prompts.start(seed, "init", "shared")}
@@ -139,11 +142,12 @@ class FedRSCLIP(Method):
         return start
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """`ctx` (private_tokens, d) and `visual`, a draw per client; 0 as a residual."""
+        """`ctx` (private_tokens, d) and `visual`, a draw per client; zeros where they are added."""
         start = {}
         if self.cfg.prompts != "shared":
             start["ctx"] = self.private_prompts.start(seed, "init", "private", client)
             if self.cfg.prompts == "both" and self.cfg.composition == "sum":
+                # P is a residual of S, so the client's first model is the shared one.
                 start["ctx"] = torch.zeros_like(start["ctx"])
         if self.cfg.visual in ("private", "both"):
             start["visual"] = self._visual_start(seed, "private", client)
@@ -152,10 +156,11 @@ class FedRSCLIP(Method):
         return start
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """Normalised class features: `classes` to predict with, `shared` and `private` to align.
+        """Class features `classes` for prediction, `shared` and `private` for the constraints.
 
-        Each (K, C, D). A branch that neither prediction nor a constraint needs is left out. Image
-        prompts (K, J, M, w): `visual` for one pass, or `visual_shared` and `visual_private`.
+        Each is (K, C, D), of normalised features. A branch that neither prediction nor a constraint
+        needs is left out. Image prompts (K, J, M, w) are `visual` if one pass through the image
+        tower is enough, else `visual_shared` and `visual_private`.
         """
         return self._encode_text(shared, private) | self._compose_visual(shared, private)
 
@@ -169,10 +174,13 @@ class FedRSCLIP(Method):
         s, p = shared["ctx"], private["ctx"]
         if self.cfg.composition == "two_branch":
             s_KCD, p_KCD = self._branches(s, p)
+            # t = (1 - theta) t(S) + theta t(P), which is not normalised again (PromptFolio's mix).
             mixed = (1 - self.cfg.theta) * s_KCD + self.cfg.theta * p_KCD
             return {"classes": mixed, "shared": s_KCD, "private": p_KCD}
+        # Evaluation only predicts, so the branches' passes through the text tower are saved there.
         needed = torch.is_grad_enabled() and self._needs_branches()
         if self.cfg.composition == "sum":
+            # t(S + P) takes the part of the private branch: P alone is a residual, not a prompt.
             joint = self.shared_prompts.classes(s + p)
             encoded = {"classes": joint, "private": joint}
             return encoded | ({"shared": self.shared_prompts.classes(s)} if needed else {})
@@ -194,6 +202,7 @@ class FedRSCLIP(Method):
         images = self._images(encoded, batch.inputs)
         logits_KBC = cosine_logits(self.clip, images["images"], encoded["classes"])
         loss_terms = {"ce": cross_entropy(logits_KBC, batch)}
+        # A term of weight zero is left out: it would cost time and change nothing.
         if self.cfg.dpa != "none" and self.cfg.dpa_weight > 0:
             loss_terms["dpa"] = self.cfg.dpa_weight * self._dpa(
                 shared, private, encoded, images, batch
@@ -208,13 +217,15 @@ class FedRSCLIP(Method):
         return None if prompted else super().class_embeddings(encoded)
 
     def _branches(self, s_KMd: Tensor, p_KMd: Tensor) -> tuple[Tensor, Tensor]:
-        """Class features of both prompts, in one pass where their lengths allow."""
+        """Class features of both prompts, in one pass if they are equally long."""
+        # The shared contexts may have a client axis of 1, so the result is divided at their length.
         if s_KMd.shape[-2] == p_KMd.shape[-2]:
             both = self.shared_prompts.classes(torch.cat([s_KMd, p_KMd]))
             return both[: len(s_KMd)], both[len(s_KMd) :]
         return self.shared_prompts.classes(s_KMd), self.private_prompts.classes(p_KMd)
 
     def _needs_branches(self) -> bool:
+        # `mse` compares the prompts themselves, not their class features.
         return self.cfg.dpa not in ("none", "mse") or self.cfg.cmfa != "none"
 
     def _visual_start(self, seed: int, *purpose: str | int) -> Tensor:
@@ -234,7 +245,10 @@ class FedRSCLIP(Method):
         return {"visual": torch.cat([s.expand(len(p), -1, -1, -1), p], dim=-2)}
 
     def _images(self, encoded: Tensors, inputs: Inputs) -> Tensors:
-        """Image features (K, B, D): `images` to predict with; after two passes also each."""
+        """Image features (K, B, D): `images` for prediction; after two passes also both branches.
+
+        The branches are called `shared` and `private`, like the text branches that they meet.
+        """
 
         def prompted(name: str) -> Tensor:
             assert inputs.pixels is not None
@@ -276,11 +290,12 @@ class FedRSCLIP(Method):
         return _mean([pair_contrast(*pair, self.cfg.dpa_temperature) for pair in pairs])
 
     def _prompt_distance(self, s: Tensor, p: Tensor) -> Tensor:
-        """Mean squared difference of prompts (K, ..., M, d); of residuals to nothing: (K,)."""
+        """Mean squared difference (K,) of prompts (K, ..., M, d); of a residual, its square."""
         difference = p if self.cfg.composition == "sum" else self._fixed(s) - p
         return difference.square().flatten(1).mean(-1)
 
     def _fixed(self, shared_side: Tensor) -> Tensor:
+        # Detached, the shared prompt is a target and DPA moves the private prompt only.
         return shared_side.detach() if self.cfg.dpa_stop_gradient else shared_side
 
     def _cmfa(self, encoded: Tensors, images: Tensors, batch: Batch) -> Tensor:
@@ -294,6 +309,7 @@ class FedRSCLIP(Method):
         )
         losses = []
         for branch in (b for b in branches if b in encoded):
+            # After one pass through the image tower both branches share its features.
             images_KBD = images.get(branch, images["images"])
             if self.cfg.cmfa == "cosine":
                 losses.append(image_text_distance(images_KBD, encoded[branch], batch))

@@ -1,8 +1,8 @@
 """FedTPG: a shared network generates the context from the names of the classes.
 
 Source: Federated Text-driven Prompt Generation for Vision-Language Models (Qiu et al., ICLR 2024,
-arXiv 2310.06123). Learned queries Q look at CLIP's features T of the bare class names, LN a layer
-norm and [a, g] the halves of a linear layer's output:
+arXiv 2310.06123). Learned queries Q attend to CLIP's features T of the bare class names. With LN a
+layer norm and [a, g] the halves of a linear layer's output:
 
     P = Attention(LN(Q), LN'(T), LN'(T)),    context = P + W_2 (a * GELU(g)),  [a, g] = W_1 LN''(P)
 
@@ -69,6 +69,7 @@ class FedTPG(Method):
             )
         self.prompts = PromptSource.of(config, clip, task)
         names = [name.replace("_", " ") for name in task.class_names]
+        # T is frozen and depends on the class list only, so it is encoded once.
         self.names_CD = F.normalize(clip.encode_text_raw(names), dim=-1)
 
     def init_shared(self, seed: int) -> Tensors:
@@ -85,6 +86,7 @@ class FedTPG(Method):
             bound = math.sqrt(6 / (outputs + inputs))
             start[f"{name}.weight"] = bound * (2 * uniform((d, inputs), *key, name) - 1)
             start[f"{name}.bias"] = torch.zeros(d)
+        # torch's attention starts all of its biases at zero, that of `out` included.
         start |= linear_start("out", d, d, *key, bias=False) | {"out.bias": torch.zeros(d)}
         start |= linear_start("up", 2 * hidden, d, *key)
         start |= linear_start("down", d, hidden, *key)
@@ -100,6 +102,7 @@ class FedTPG(Method):
     def context(self, shared: Tensors) -> Tensor:
         """The contexts (K, M, d) of K generators."""
         attended_KMd = self._attend(shared)
+        # context = P + W_2 (a * GELU(g)), [a, g] = W_1 LN''(P).
         normed = layer_norm(attended_KMd, shared["norm_up.weight"], shared["norm_up.bias"])
         value, gate = linear(normed, shared["up.weight"], shared["up.bias"]).chunk(2, dim=-1)
         return attended_KMd + linear(
@@ -111,7 +114,7 @@ class FedTPG(Method):
         return cosine_logits(self.clip, inputs.features, encoded["classes"])
 
     def _attend(self, shared: Tensors) -> Tensor:
-        """Attention of the queries over the class names' features: (K, M, d)."""
+        """P = Attention(LN(Q), LN'(T), LN'(T)), without a residual: (K, M, d)."""
 
         def norm(name: str, x: Tensor) -> Tensor:
             return layer_norm(x, shared[f"{name}.weight"], shared[f"{name}.bias"])
@@ -122,6 +125,7 @@ class FedTPG(Method):
             return torch.stack(projected.chunk(self.cfg.heads, dim=-1), dim=1)
 
         queries = norm("norm_queries", shared["queries"])
+        # T is the same for all clients, but every client has a layer norm of its own.
         names = norm("norm_names", self.names_CD.expand(len(queries), -1, -1))
         attended: Tensor = F.scaled_dot_product_attention(
             by_head("q", queries), by_head("k", names), by_head("v", names)

@@ -5,8 +5,8 @@ arXiv 2210.03117) and of PromptSRC (Khattak et al., ICCV 2023, arXiv 2307.06948)
 visual tokens of their own in the first J layers of either tower, cosine logits times
 exp(logit_scale), cross-entropy. Checked against the authors' code (trainers/independentVL.py and
 clip/model.py of muzairkhattak/multimodal-prompt-learning and muzairkhattak/PromptSRC): the first
-text prompt starts from words, all others from N(0, 0.02^2); visual prompts follow the
-patches, before `ln_pre`; deeper ones replace the output of the previous layer at their positions.
+text prompt starts from words, all others from N(0, 0.02^2); visual prompts follow the patches,
+before `ln_pre`; deeper ones replace the output of the previous layer at their positions.
 
 How we differ: the papers use one machine; here all prompts are averaged over clients and nothing is
 private. We use float32 where the code rounds prompts to half precision. J is at most the number of
@@ -64,7 +64,7 @@ class IVLP(Method):
         )
 
     def init_shared(self, seed: int) -> Tensors:
-        """`text` from words, deeper layers and `visual` from N(0, init_std^2)."""
+        """`text` starts from words; its deeper layers and `visual` from N(0, init_std^2)."""
         depth = layers_within("image", self.config.visual_depth, self.vision.layers)
         shape = (depth, self.config.visual_tokens, self.vision.width)
         visual = normal(shape, self.config.init_std, seed, "init", "shared", "visual")
@@ -72,6 +72,7 @@ class IVLP(Method):
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D) and the visual prompts (K, J, M, w)."""
+        # Visual prompts meet the images in every layer, so they can only be passed on.
         return {"classes": self.text.classes(shared["text"]), "visual": shared["visual"]}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:

@@ -5,8 +5,8 @@ Source: Visual-Language Prompt Tuning with Knowledge-guided Context Optimization
 
     L = CE + lambda * (1 - (1/C) sum_c cos(t_c, t0_c)),    lambda = 8,
 
-t_c the features of the learned prompts, t0_c those of the data set's template. Checked against the
-authors' `KgCoOp/trainers/kgcoop.py`.
+with t_c the features of the learned prompts and t0_c those of the data set's template. Checked
+against the authors' `KgCoOp/trainers/kgcoop.py`.
 
 How we differ: if a data set has several templates, t0 is their normalised mean. The AMP branch of
 the public code omits the term and cannot run (it passes logits and term together as logits); its
@@ -53,6 +53,7 @@ class KgCoOp(PromptFL):
         super().__init__(config, clip, task)
         self.kg_weight = config.kg_weight
         templates = (config.template,) if config.template else task.templates
+        # t0 is frozen, so it is encoded once per class list and carries no gradient.
         self.template_CD = clip.zero_shot_classifier(task.class_names, templates)
 
     def loss_terms(
@@ -60,5 +61,6 @@ class KgCoOp(PromptFL):
     ) -> dict[str, Tensor]:
         """Cross-entropy `ce` and the weighted distance `kg` to the template's features."""
         loss_terms = super().loss_terms(shared, private, encoded, batch)
+        # lambda * (1 - (1/C) sum_c cos(t_c, t0_c)).
         cosine_KC = F.cosine_similarity(encoded["classes"], self.template_CD, dim=-1)
         return {**loss_terms, "kg": self.kg_weight * (1 - cosine_KC.mean(-1))}

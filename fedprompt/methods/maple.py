@@ -6,7 +6,7 @@ P_j W_j^T + b_j after its patches at the same depths; cosine logits, cross-entro
 the authors' code (muzairkhattak/multimodal-prompt-learning): P_0 starts from words, the other
 prompts from N(0, 0.02^2), F_0 and one F for all deeper layers as torch's linear layers start.
 
-`sharing` says what the clients average (the paper has one machine and no federation):
+`sharing` selects what is averaged over clients (the paper uses one machine and no federation):
 
     text          P (9,216 numbers on ViT-B/16); each client keeps its F. The global model has no
                   visual prompts: P with CLIP's own image features.
@@ -14,8 +14,8 @@ prompts from N(0, 0.02^2), F_0 and one F for all deeper layers as torch's linear
     materialised  P and V_j = F_j(P_j) (23,040 numbers); each client keeps its F.
 
 mean(F_k) mean(P_k) is not mean(F_k P_k): `factors` averages the former, `materialised` the latter.
-After a `materialised` round a client's own F does not give the average V at the average P, so it
-trains on with a constant offset that does: within a round its visual prompts are
+After a `materialised` round a client's own F does not map the average P to the average V. A
+constant offset corrects this: within a round, the client's visual prompts are
 
     V + F_k(P) - A_k,    A_k = F_k(P) at the start of the round,
 
@@ -68,6 +68,7 @@ class MaPLe(Method):
         super().__init__(config, clip, task)
         self.sharing = config.sharing
         if self.sharing == "materialised":
+            # V is trained through P and F only; an optimiser must not move it as well.
             self.frozen = frozenset({"shared.visual", "private.anchor", "private.training"})
         self.vision = VisionTower(clip)
         depth = layers_within("image", config.depth, self.vision.layers)
@@ -83,6 +84,7 @@ class MaPLe(Method):
         factors = self._start_factors(seed)
         if self.sharing == "factors":
             return text | factors
+        # V_j = F_j(P_j) of the common start, so that every client's first anchor equals V.
         return text | {"visual": _visual(text, factors)}
 
     def init_private(self, seed: int, client: int) -> Tensors:
@@ -106,6 +108,7 @@ class MaPLe(Method):
         if self.sharing != "materialised":
             return shared, private
         training = torch.ones_like(private["training"])
+        # A_k = F_k(P) at the received P and the client's own F.
         return shared, private | {"anchor": _visual(shared, private), "training": training}
 
     def end_round(
@@ -114,6 +117,7 @@ class MaPLe(Method):
         """`materialised`: upload the visual prompts at the end of training."""
         if self.sharing != "materialised":
             return shared, private
+        # Computed while `training` is still 1, so that the change within the round is included.
         visual = self._materialised(shared, private)
         training = torch.zeros_like(private["training"])
         return shared | {"visual": visual}, private | {"training": training}
@@ -140,7 +144,10 @@ class MaPLe(Method):
         return None if "visual" in encoded else super().class_embeddings(encoded)
 
     def _start_factors(self, seed: int) -> Tensors:
-        """F of all layers; one draw for the first, one for all deeper ones, as the authors copy."""
+        """F of all layers: one draw for the first, and one that all deeper layers start from.
+
+        The authors' code copies one linear layer for the deeper ones.
+        """
         inputs, outputs, key = self.clip.text.width, self.vision.width, ("init", "projection")
         layers = [linear_start("F_0", outputs, inputs, seed, *key)]
         layers += [linear_start("F_deep", outputs, inputs, seed, *key)] * (self.text.depth - 1)
@@ -152,6 +159,7 @@ class MaPLe(Method):
         if private is None:
             return shared["visual"]
         moved = _visual(shared, private) - private["anchor"]
+        # `training` is a tensor of 0 or 1 rather than a flag of the method, which must stay pure.
         return shared["visual"] + private["training"][..., None, None] * moved
 
 

@@ -14,13 +14,14 @@ the towers' hook, clip/model.py, is stored only in ZjjConan/Multi-Modal-Adapter)
 a ReLU after W_s too, He's normal start by the number of outputs with zero biases, the same for all
 clients, average by the number of images. `gradient_scale: mma` is that code's backward pass, which
 the published formula leaves out: the adapters' own gradients are those of alpha = 1 (1/alpha times
-the true ones), and what flows on to lower layers is the true one; `exact` is the plain gradient.
+the true ones), while the gradient that reaches lower layers is the true one; `exact` is the plain
+gradient.
 
 How we differ: the public code counts layers from below, 5 to 12 in both towers; we count the top 8,
 which is the same in ViT-B but not in ViT-L/14's 24 image layers. In evaluation the public model
 keeps the text features of the first client that it evaluates for all clients and rounds, and the
-best round is reported; ours encodes each client's own. Clients that are not sampled do not train.
-There is no global model: without W_d and W_u the shared projection has no meaning.
+best round is reported; ours encodes each client's own text. Clients that are not sampled do not
+train. There is no global model: without W_d and W_u the shared projection has no meaning.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class PFedMMA(Method):
     def __init__(self, config: PFedMMAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.vision = VisionTower(clip)
+        # No learned tokens: the words "a photo of a" are a part of every class name.
         self.text = TextTower(clip, [f"{config.words} {c}".strip() for c in task.class_names], 0)
         self.depth = {"text": len(clip.text.blocks), "visual": self.vision.layers}
+        # Both towers share W_s layer by layer, so they have equally many layers with adapters.
         self.layers = layers_within("text and image", config.layers, min(self.depth.values()))
         self.width = {"text": clip.text.width, "visual": self.vision.width}
 
@@ -84,7 +87,7 @@ class PFedMMA(Method):
         return self._start("", (rank, rank), seed, "shared")
 
     def init_private(self, seed: int, client: int) -> Tensors:
-        """W_d and W_u of both towers: the same draw for all clients."""
+        """W_d and W_u of both towers; all clients start from the same draw."""
         rank = self.config.rank
         start: Tensors = {}
         for tower, width in self.width.items():
@@ -95,15 +98,23 @@ class PFedMMA(Method):
     def _start(
         self, name: str, shape: tuple[int, int], seed: int, *purpose: str
     ) -> dict[str, Tensor]:
-        """He's normal start by the number of outputs, and zero biases."""
+        """He's normal start by the number of outputs, and zero biases, for all L layers.
+
+        Args:
+            name: prefix of the tensors' names.
+            shape: (outputs, inputs) of one layer.
+            seed: seed of the run.
+            purpose: keys the draw, together with `seed`.
+        """
         std = math.sqrt(2 / shape[0])
         weight = normal((self.layers, *shape), std, seed, "init", *purpose)
         return {f"{name}weight": weight, f"{name}bias": torch.zeros(self.layers, shape[0])}
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """`classes` (K, C, D), and all that the image adapters need."""
+        """`classes` (K, C, D), and the tensors that the image adapters need."""
         assert private is not None, "pfedmma has no global model"
         adapters = {**shared, **private}
+        # An empty context with a client axis of 1; the adapters turn it into K clients.
         nothing_1Md = torch.zeros(1, 0, self.clip.text.width, device=self.clip.device)
         classes_KCD = self.text(nothing_1Md, adapt=self._adapt("text", adapters))
         visual = {n: t for n, t in adapters.items() if not n.startswith("text.")}
@@ -122,6 +133,8 @@ class PFedMMA(Method):
     def _adapt(self, tower: str, adapters: Tensors) -> Adapt:
         """alpha A(z) for the top layers of a tower."""
         first, alpha = self.depth[tower] - self.layers, self.config.scale
+        # In `mma` the two factors below are alpha on the way into the adapter and 1/alpha on the
+        # way out: they cancel for lower layers, and the adapter's own weights see 1/alpha alone.
         factor = alpha if self.config.gradient_scale == "mma" else 1.0
 
         def project(name: str, j: int, x_K: Tensor) -> Tensor:
@@ -131,7 +144,8 @@ class PFedMMA(Method):
         def adapt(layer: int, block: Any, z_K: Tensor) -> Tensor | None:
             j = layer - first
             if j < 0:
-                return None
+                return None  # layers below the top L have no adapter
+            # A(z) of the module's docstring: W_d, then W_s of both towers, then W_u.
             y_K = block.ln_1(_scaled_gradient(z_K, factor))
             y_K = project(f"{tower}.down.", j, y_K).relu()
             y_K = project("", j, y_K).relu()
@@ -154,4 +168,5 @@ class _ScaledGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # One gradient per input of `forward`; the factor has none.
         return grad * ctx.factor, None

@@ -2,16 +2,16 @@
 
 Source: Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models
 (Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP,
-read in later projects that contain it. With the client's own prompt P, the prompts of its E nearest
-peers, v the image feature, t class features and r(.) every (D / d)-th of D numbers:
+as copied in later projects. With the client's own prompt P, the prompts of its E nearest peers, v
+the image feature, t class features and r(.) every (D / d)-th of D numbers:
 
     q = W_q r(v)     k_e, u_e = W_k r(t_e), W_v r(t_e)     e = own, peer 1 .. peer E
     m_c = W_o [softmax_e(scaling * q_h . k_ech) u_ech]_h     heads h, class c
     logits_c = s * (lambda * v . t_c(P) + r(v) . m_c)        loss: cross-entropy
 
 Shared: the prompt, averaged, and shown to peers by the strategy `nearest_peers`. Private: the gate.
-In a client's first round only its prompt is trained; the gate is added from the second round on. A
-client predicts with the prompt that its own training left, not with the average.
+In a client's first round only its prompt is trained; the gate is used from the second round on. A
+client predicts with the prompt that it trained last, not with the average.
 
 PRIVACY: other clients see a client's prompt as it was trained, before any averaging, and secure
 aggregation is impossible. Each client is sent E more prompts in every exchange.
@@ -87,6 +87,8 @@ class PFedMoAP(Method):
             for part in PARTS
             for kind in ("weight", "bias")
         }
+        # The last peers and their features (`_experts`). This is a cache of a pure function, not
+        # state: results do not depend on it.
         self._encoded: tuple[Tensor, Tensor] | None = None
 
     def init_shared(self, seed: int) -> Tensors:
@@ -109,7 +111,7 @@ class PFedMoAP(Method):
     def start_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
-        """Training starts from the average, and the number of rounds is counted."""
+        """Start training from the average, and count the client's rounds."""
         return shared, local_copy.for_training(private) | {"visits": private["visits"] + 1}
 
     def end_round(
@@ -119,18 +121,21 @@ class PFedMoAP(Method):
         return shared, local_copy.after_training(private, shared)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
-        """`classes` (K, C, D), and where any client's gate is in use, what it works on.
+        """`classes` (K, C, D), and the gate's inputs if the gate of any client is in use.
 
-        `experts` (K, C, E + 1, d), the own one first, `known` (K, E + 1), `gated` (K, 1), gates.
+        These are `experts` (K, C, E + 1, d), the client's own first, `known` (K, E + 1), `gated`
+        (K, 1) and the weights of the gates.
         """
         if private is None:
             return {"classes": self.prompts.classes(shared["ctx"])}
         classes_KCD = self.prompts.classes(local_copy.model(shared, private)["ctx"])
         known_KE = shared["peers.known"].expand(len(private["visits"]), -1)
+        # The gate is used from the second round on, and only if there is a peer to mix in.
         gated_K1 = (private["visits"] > 1) & (known_KE > 0).any(-1, keepdim=True)
         if not gated_K1.any():
             return {"classes": classes_KCD}
         peers_KECd = self._experts(shared["peers.ctx"]).expand(len(known_KE), -1, -1, -1)
+        # r(t): the client's own expert carries a gradient to its prompt, the peers' do not.
         own_K1Cd = classes_KCD[:, None, :, :: self.stride]
         own_K1Cd = own_K1Cd.expand(len(known_KE), -1, -1, -1)
         return {
@@ -148,12 +153,13 @@ class PFedMoAP(Method):
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
-        """Cross-entropy, under dropout of attention weights where it is on."""
+        """Cross-entropy `ce` (K,), with dropout of attention weights if it is switched on."""
         keep = None
         if self.cfg.dropout > 0 and "experts" in encoded:
             classes, experts = encoded["experts"].shape[1:3]
             shape = (batch.labels_KB.shape[1], classes, self.cfg.gate_heads, experts)
             draw = batch.uniform(shape, "gate dropout")
+            # Scaled as in torch's dropout, so that the expected weights stay the same.
             keep = (draw >= self.cfg.dropout) / (1 - self.cfg.dropout)
         return {"ce": cross_entropy(self._logits(encoded, batch.inputs, keep), batch)}
 
@@ -166,6 +172,7 @@ class PFedMoAP(Method):
         if "experts" not in encoded:
             return own_KBC
         mixture_KBC = self.clip.logit_scale * self._mixture(encoded, inputs.features, keep)
+        # s * (lambda * v . t_c(P) + r(v) . m_c); clients without a gate have the prompt's logits.
         both_KBC = self.cfg.lam * own_KBC + mixture_KBC
         return torch.where(encoded["gated"][..., None], both_KBC, own_KBC)
 
@@ -175,14 +182,17 @@ class PFedMoAP(Method):
         r(v) . (W_o x + b) is computed as (W_o^T r(v)) . x + r(v) . b, so no mixed feature of an
         image and class is ever laid out.
         """
+        # Axes of the products: k clients, b images, c classes, n experts, h heads, e width of one.
         image_KBd = features_KBD[..., :: self.stride]
         heads = (self.cfg.gate_heads, -1)
         q_KBhe = self._project(encoded, "q", image_KBd).unflatten(-1, heads)
         k_KCEhe = self._project(encoded, "k", encoded["experts"]).unflatten(-1, heads)
         v_KCEhe = self._project(encoded, "v", encoded["experts"]).unflatten(-1, heads)
+        # W_o^T r(v), see above.
         back_KBhe = (image_KBd @ encoded["gate.o.weight"]).unflatten(-1, heads)
         scores = self.cfg.scaling * torch.einsum("kbhe,kcnhe->kbchn", q_KBhe, k_KCEhe)
         unknown = (encoded["known"] == 0)[:, None, None, None]
+        # The client's own expert is always known, so no row consists of minus infinity alone.
         weights = scores.masked_fill(unknown, float("-inf")).softmax(-1)
         if keep is not None:
             weights = weights * keep
@@ -196,15 +206,17 @@ class PFedMoAP(Method):
 
     @torch.no_grad()
     def _experts(self, peers_KEMd: Tensor) -> Tensor:
-        """The gate's view of the peers' class features (K, E, C, d).
+        """The peers' class features as the gate sees them, r(t_e): (K, E, C, d).
 
-        The last result is reused while the peers are the same: all steps of a round.
+        Peers do not change during a round, so the last result is reused in all of its steps.
         """
         if self._encoded is None or not _same(self._encoded[0], peers_KEMd):
             features = self.prompts.classes(peers_KEMd)[..., :: self.stride]
+            # A clone, so that a change of the caller's tensor in place cannot look like equality.
             self._encoded = (peers_KEMd.clone(), features.contiguous())
         return self._encoded[1]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    # `torch.equal` raises an error for tensors on different devices.
     return a.device == b.device and torch.equal(a, b)

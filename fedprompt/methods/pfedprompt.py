@@ -12,9 +12,9 @@ training:
     logits_c = exp(logit_scale) v . t_c(ctx) + alpha sum_s exp(-beta (1 - v . k_cs))
 
 ctx is CoOp's unified context, shared and averaged as PromptFL's (8,192 numbers for 16 tokens of
-512); the memory stays. By default the memory is not part of the training loss: every training image
-in the memory would match itself, and the consensus would be learned around the memory of one
-client. `memory_in_training` includes it.
+512); the memory stays on the client. By default the memory is not part of the training loss: every
+training image in the memory would match itself, and the consensus would be learned around the
+memory of one client. `memory_in_training` includes it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class PFedPrompt(PromptFL):
         """The prompt's logits plus the memory's votes, (K, B, C)."""
         logits_KBC = super().logits(encoded, inputs)
         if "keys" not in encoded:
-            return logits_KBC
+            return logits_KBC  # the global model has no memory
         votes_KBC = recall(inputs.features, encoded["keys"], encoded["filled"], self.cfg.beta)
         return logits_KBC + self.cfg.alpha * votes_KBC
 
@@ -80,6 +80,7 @@ class PFedPrompt(PromptFL):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,), of the prompt's logits alone unless `memory_in_training`."""
+        # Leaving out the memory makes `logits` return the prompt's part alone.
         seen = encoded if self.cfg.memory_in_training else {"classes": encoded["classes"]}
         return {"ce": cross_entropy(self.logits(seen, batch.inputs), batch)}
 

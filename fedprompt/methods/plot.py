@@ -62,11 +62,13 @@ class PLOT(Method):
         self.transport = self._transport()
 
     def _transport(self) -> Transport:
+        # FedOTP overrides this to make the problem partial.
         cfg = self.config
         return Transport(cfg.eps, cfg.threshold, cfg.max_iterations)
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (N, M, d)."""
+        # A draw per context: contexts that start alike would get equal gradients and stay alike.
         starts = [self.prompts.start(seed, "init", "shared", n) for n in range(self.config.prompts)]
         return {"ctx": torch.stack(starts)}
 
@@ -83,6 +85,7 @@ class PLOT(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` (K,)."""
+        # In training the mask of the batch is known; `logits` has to infer it from the patches.
         return {"ce": cross_entropy(self._logits(encoded, batch.inputs, batch.mask_KB), batch)}
 
     def _logits(self, encoded: Tensors, inputs: Inputs, real_KB: Tensor) -> Tensor:

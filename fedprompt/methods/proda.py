@@ -77,8 +77,10 @@ class ProDA(Method):
             position: PromptSource(clip, task, tokens, position=position, init_std=config.init_std)
             for position in ("end", "middle", "front")
         }
+        # The rest of a division by 4 also gets the name at the end.
         at_the_end = config.contexts - 2 * quarter
         self.positions = ["front"] * quarter + ["middle"] * quarter + ["end"] * at_the_end
+        # `[SOS][context].` without a class name, for the orthogonality.
         self.nameless = TextTower(clip, [""], tokens)
 
     def init_shared(self, seed: int) -> Tensors:
@@ -96,6 +98,7 @@ class ProDA(Method):
         encoded, and `logits` computes the means when it is called.
         """
         context_KPMd = shared["ctx"]
+        # Only leaves of training require a gradient.
         return {"ctx": context_KPMd} if context_KPMd.requires_grad else self._means(context_KPMd)
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
@@ -113,6 +116,7 @@ class ProDA(Method):
         if count > 1:
             nameless_KPD = F.normalize(self.nameless(shared["ctx"])[..., 0, :], dim=-1)
             cosine_KPP = nameless_KPD @ nameless_KPD.transpose(-1, -2)
+            # The diagonal is each context with itself, whose cosine is always 1.
             pairs = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
             loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, pairs].abs().mean(
                 -1
@@ -122,6 +126,8 @@ class ProDA(Method):
     def step_contexts(self, batch: Batch) -> list[int]:
         """The contexts that this step trains: the next ones of the round's random order."""
         size = self.cfg.contexts_per_step
+        # Once all contexts have had their turn, the next turn draws a new order. The key holds no
+        # client, so all clients of a round take the same contexts.
         turn, part = divmod(batch.step, self.cfg.contexts // size)
         draw = generator(batch.round_info.seed, "contexts", batch.round_info.server_round, turn)
         order: list[int] = draw.permutation(self.cfg.contexts).tolist()
@@ -132,7 +138,11 @@ class ProDA(Method):
         return {"classes": features_KPCD.mean(1)}
 
     def _features(self, context_KPMd: Tensor, contexts: Sequence[int]) -> Tensor:
-        """Class features (K, len(contexts), C, D) of some contexts, by class position."""
+        """Class features (K, len(contexts), C, D) of some contexts, grouped by class position.
+
+        Each position has its own text tower, so the result is not in the order of `contexts`;
+        means over contexts do not depend on the order.
+        """
         features = []
         for position, prompts in self.prompts.items():
             indices = [p for p in contexts if self.positions[p] == position]
@@ -141,16 +151,24 @@ class ProDA(Method):
         return torch.cat(features, dim=1)
 
     def _bound(self, features_KPCD: Tensor, batch: Batch) -> Tensor:
-        """The enlarged logits (K, B, C) whose cross-entropy bounds the expected loss."""
+        """The enlarged logits z_ic (K, B, C) whose cross-entropy bounds the expected loss.
+
+        The square (a_yd - a_cd)^2 is expanded into three products, so that no tensor (K, B, C, D)
+        is needed.
+        """
         scale, count = self.clip.logit_scale, features_KPCD.shape[1]
         images_KBD = batch.inputs.features
         mean_KCD = features_KPCD.mean(1)
+        # a_c^p = t_c^p - m_c.
         spread_KPCD = features_KPCD - mean_KCD[:, None]
         squares_KBD = images_KBD.square()
+        # sum_d v_id^2 sum_p (a_cd^p)^2 for every class c, the label's own class included.
         variance_KBC = squares_KBD @ spread_KPCD.square().sum(1).transpose(-1, -2)
         label_KPBD = batch.labels_KB[:, None, :, None].expand(-1, count, -1, images_KBD.shape[-1])
+        # The mixed product sum_d v_id^2 sum_p a_yd^p a_cd^p.
         own_KPBD = spread_KPCD.gather(2, label_KPBD) * squares_KBD[:, None]
         shared_KBC = (own_KPBD @ spread_KPCD.transpose(-1, -2)).sum(1)
         own_KB1 = variance_KBC.gather(-1, batch.labels_KB[..., None])
+        # Divided by P + 1, with P the contexts of this step.
         between_KBC = (own_KB1 + variance_KBC - 2 * shared_KBC) / (count + 1)
         return cosine_logits(self.clip, images_KBD, mean_KCD) + scale**2 / 2 * between_KBC

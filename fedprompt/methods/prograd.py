@@ -10,13 +10,13 @@ vector,
 z0 the logits of the data set's template. Checked against the authors' `trainers/prograd.py` and
 `prograd_backward_and_update` of their Dassl.
 
-How we differ: not in the formula. L_KL guides the gradient and is not minimised; it is reported as
-`kl` (without the teacher's entropy, as in the public code), and so it is part of the reported sum
-of terms. In a federation each client projects the gradient of its own batch. If a data set has
-several templates, the teacher is their normalised mean and the start is the first one. The public
-code counts the words of a template instead of its tokens: if there is a comma before the name ("a
-type of pet, a photo of a {}."), the last token stays frozen behind the M learned ones; ours is
-learned. Its class position `middle` fails on an undefined name; ours is CoOp's.
+How we differ: the formula is the paper's. L_KL guides the gradient and is not minimised; it is
+reported as `kl` (without the teacher's entropy, as in the public code), and so it is part of the
+reported sum of terms. In a federation each client projects the gradient of its own batch. If a data
+set has several templates, the teacher is their normalised mean and the start is the first one. The
+public code counts the words of a template instead of its tokens: if there is a comma before the
+name ("a type of pet, a photo of a {}."), the last token stays frozen behind the M learned ones;
+ours is learned. Its class position `middle` fails on an undefined name; ours is CoOp's.
 
 Defaults are those of its configs. Its README has lambda 0.8 for 8 and 16 shots of Flowers102, DTD
 and EuroSAT.
@@ -84,15 +84,17 @@ class ProGrad(PromptFL):
                 f"the template's words '{words}' are {len(embedded)} tokens, but context_tokens is "
                 f"{self.cfg.context_tokens}; raise it or set start=context_init."
             )
+        # The words stand directly before the class name, as in the template; zeros precede them.
         return {"ctx": F.pad(embedded, (0, 0, spare, 0))}
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
-        """Cross-entropy `ce`, which is minimised, and `kl`, which must not grow by it."""
+        """Cross-entropy `ce`, which is minimised, and `kl`, which its steps must not increase."""
         t = self.cfg.temperature
         logits_KBC = self.logits(encoded, batch.inputs)
         teacher_KBC = cosine_logits(self.clip, batch.inputs.features, self.teacher_CD)
+        # L_KL = T^2 * mean_i sum_c -q_ic log p_ic; the teacher carries no gradient.
         kl_KB = -(F.softmax(teacher_KBC / t, -1) * F.log_softmax(logits_KBC / t, -1)).sum(-1)
         return {
             "ce": cross_entropy(logits_KBC, batch),
@@ -104,6 +106,7 @@ class ProGrad(PromptFL):
     ) -> dict[str, Tensor | None]:
         """The cross-entropy's gradients, without the part that would raise `kl`."""
         tensors = list(leaves.values())
+        # Both terms are made of the same logits, so the first pass must keep the graph.
         kl = torch.autograd.grad(loss_terms["kl"].sum(), tensors, retain_graph=True)
         ce = torch.autograd.grad(loss_terms["ce"].sum(), tensors)
         return {
@@ -113,7 +116,14 @@ class ProGrad(PromptFL):
 
 
 def _projected(g: Tensor, h: Tensor, part: float) -> Tensor:
-    """`g` (K, ...) without `part` of its component along `h`, for clients where they conflict."""
+    """Remove `part` of the component of `g` along `h`, for clients whose gradients conflict.
+
+    Args:
+        g: gradients (K, ...) of the cross-entropy.
+        h: gradients (K, ...) of L_KL.
+        part: lambda.
+    """
+    # g - lambda * <g, h> h / |h|^2 where <g, h> < 0: the clamp makes it g elsewhere.
     along_K = (g * h).flatten(1).sum(-1)
     share_K = part * along_K.clamp(max=0) / h.flatten(1).square().sum(-1).clamp(min=TINY)
     return g - share_K.view(-1, *(1,) * (g.dim() - 1)) * h

@@ -44,6 +44,8 @@ class PromptFL(Method):
 
     def __init__(self, config: PromptFLConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
+        # The tower belongs to this class list: token ids and end-of-text positions follow its names
+        # and are never part of a container, so they cannot be averaged.
         self.prompts = PromptSource.of(config, clip, task, position=config.class_position)
 
     def init_shared(self, seed: int) -> Tensors:

@@ -62,6 +62,8 @@ class PromptFolio(Method):
         """`classes`: mixed class features (K, C, D); the global prompt's own without private."""
         if private is None:
             return {"classes": self.prompts.classes(shared["ctx"])}
+        # One pass through the text tower for both prompts. The shared contexts may have a client
+        # axis of 1 in evaluation, so the result is divided at their own length.
         both = self.prompts.classes(torch.cat([shared["ctx"], private["ctx"]]))
         clients = len(shared["ctx"])
         return {"classes": (1 - self.theta) * both[:clients] + self.theta * both[clients:]}

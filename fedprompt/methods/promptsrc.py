@@ -75,10 +75,13 @@ class PromptSRC(IVLP):
         images_KBD = self.vision.features(batch.inputs.pixels, encoded["visual"])
         logits_KBC = cosine_logits(self.clip, images_KBD, classes_KCD)
         frozen_KBC = cosine_logits(self.clip, frozen_KBD, self.frozen_classes)
+        # mean|v - v0| over dimensions; the mean over images follows, without the padding.
         image_KB = (images_KBD - frozen_KBD).abs().mean(-1)
+        # KL(softmax z0 || softmax z): the frozen distribution is the reference.
         log_p, log_q = logits_KBC.log_softmax(-1), frozen_KBC.log_softmax(-1)
         kl_KB = (log_q.exp() * (log_q - log_p)).sum(-1)
         if self.config.kl_norm == "numel":
+            # The public code divides by the number of logits; the number of images follows below.
             kl_KB = kl_KB / logits_KBC.shape[-1]
         text_K = (classes_KCD - self.frozen_classes).abs().mean(dim=(-1, -2))
         return {
@@ -90,7 +93,10 @@ class PromptSRC(IVLP):
 
     @cached_property
     def frozen_classes(self) -> Tensor:
-        """t0 (C, D): class features of the frozen CLIP, over all templates."""
+        """t0 (C, D): class features of the frozen CLIP, over all templates.
+
+        They cost 60 passes through the text tower, so they are computed on the first use only.
+        """
         return template_mean(self.clip, self.task.class_names, imagenet_templates())
 
 
@@ -105,16 +111,26 @@ def imagenet_templates() -> tuple[str, ...]:
 def template_mean(
     clip: FrozenCLIP, class_names: tuple[str, ...], templates: tuple[str, ...]
 ) -> Tensor:
-    """Class features (C, D): the mean over templates of un-normalised features, L2-normalised.
+    """Class features over many templates, averaged before they are normalised.
 
     A template's words before its `{}` are a context that all classes share, so the text tower
-    evaluates them once. Every template has such words and ends in a full stop.
+    evaluates them once. Every template must have such words and end in a full stop.
+
+    Args:
+        clip: the frozen backbone.
+        class_names: C names.
+        templates: sentences with one `{}` each.
+
+    Returns:
+        L2-normalised features (C, D).
     """
     features = []
     for template in templates:
+        # The tower adds a full stop behind every class name itself.
         before, after = template.removesuffix(".").split("{}")
         tokens = token_count(clip, before)
         names = Task(tuple(name + after for name in class_names))
         context = PromptSource(clip, names, tokens, init_text=before.strip())
+        # `tower`, not `classes`: the features must not be normalised before the mean.
         features.append(context.tower(context.start(0).to(clip.device)))
     return F.normalize(torch.stack(features).mean(0), dim=-1)

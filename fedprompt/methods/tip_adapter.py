@@ -5,17 +5,18 @@ Source: Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification 
 
     logits_c = exp(logit_scale) v . t_c + alpha sum_s exp(-beta (1 - v . k_cs))
 
-t_c are the data set's templates, k_cs features of the client's training images
-(`feature_memory.py`). Nothing is trained; with `fine_tune` (Tip-Adapter-F) the keys are, by
-cross-entropy, and are not normalised again.
+t_c are the features of the data set's templates, k_cs those of the client's training images
+(`feature_memory.py`). Nothing is trained by default; with `fine_tune` (Tip-Adapter-F) the keys are
+trained by cross-entropy, and are not normalised again.
 
-How we differ: the paper is not federated. The memory is made of raw images, so NOTHING is shared:
-clients do not learn from each other, and the global model is zero-shot CLIP. It shows what a client
-reaches without a federation, as `coop_local` does for prompts. Defaults of alpha and beta are the
-public code's for ImageNet (its other data sets start from alpha 2); it then searches both on
-validation images, and keeps the epoch with the best TEST accuracy for Tip-Adapter-F: we do
-neither. It multiplies cosines by 100, which is exp(logit_scale) of OpenAI's models; we take the
-backbone's own. Its 10 augmented epochs for the keys are our cached views (data.views).
+How we differ: the paper is not federated. The memory is made of features of raw images, so NOTHING
+is shared: clients do not learn from each other, and the global model is zero-shot CLIP. The method
+shows what a client reaches without a federation, as `coop_local` does for prompts. Defaults of
+alpha and beta are the public code's for ImageNet (its other data sets start from alpha 2); that
+code then searches both on validation images, and keeps the epoch with the best TEST accuracy for
+Tip-Adapter-F: we do neither. It multiplies cosines by 100, which is exp(logit_scale) of OpenAI's
+models; we take the backbone's own. Its 10 augmented epochs for the keys are our cached views
+(data.views).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class TipAdapter(Method):
     def __init__(self, config: TipAdapterConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
+        # Without fine-tuning nothing is learned, and a run has no rounds.
         self.trainable = config.fine_tune
         self.frozen = frozenset(
             {"private.filled"} | (set() if self.trainable else {"private.keys"})
@@ -82,7 +84,7 @@ class TipAdapter(Method):
         v_KBD = inputs.features
         logits_KBC = cosine_logits(self.clip, v_KBD, encoded["classes"])
         if "keys" not in encoded:
-            return logits_KBC
+            return logits_KBC  # the global model has no memory
         votes_KBC = recall(v_KBD, encoded["keys"], encoded["filled"], self.cfg.beta)
         return logits_KBC + self.cfg.alpha * votes_KBC
 

@@ -7,9 +7,9 @@ of muzairkhattak/multimodal-prompt-learning, against which it is checked): promp
 patches and before `ln_pre`, N(0, 0.02^2); the frozen features of "a photo of a {}." classify;
 cosine logits times exp(logit_scale), cross-entropy.
 
-`init: vpt` starts as the first paper's code does (KMnP/vpt): uniform within
-sqrt(6 / (3 p^2 + w)), p the patch size, w the width. There the prompts stand before the patches,
-which makes no difference, since they have no position.
+`init: vpt` starts as the first paper's code does (KMnP/vpt): uniform within +-sqrt(6 / (3 p^2 +
+w)), p the patch size, w the width. There the prompts stand before the patches, which makes no
+difference, since they have no positional embedding.
 
 How we differ: the papers use one machine; here the prompts are averaged over clients. The first
 paper's learned linear head and prompt dropout (0 by default) are left out: the head is the text. We
@@ -67,6 +67,7 @@ class VPT(Method):
         layers = layers_within("image", config.depth, self.vision.layers)
         self.shape = (layers, config.tokens, self.vision.width)
         templates = (config.template,) if config.template else task.templates
+        # The text is not learned: one frozen set of class features serves all clients and rounds.
         self.classes_1CD = clip.zero_shot_classifier(task.class_names, templates)[None]
 
     def init_shared(self, seed: int) -> Tensors:
@@ -74,6 +75,7 @@ class VPT(Method):
         key = (seed, "init", "shared", "visual")
         if self.config.init == "normal":
             return {"visual": normal(self.shape, self.config.init_std, *key)}
+        # VPT's bound sqrt(6 / (3 p^2 + w)), for patches that need not be square.
         height, width = self.vision.visual.patch_size
         bound = math.sqrt(6 / (3 * height * width + self.vision.width))
         return {"visual": bound * (2 * uniform(self.shape, *key) - 1)}

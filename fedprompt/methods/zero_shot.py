@@ -31,6 +31,7 @@ class ZeroShot(Method):
 
     def __init__(self, config: ZeroShotConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
+        # A client axis of 1: all clients have the same model, which is then scored only once.
         self.classes_1CD = clip.zero_shot_classifier(task.class_names, task.templates)[None]
 
     def init_shared(self, seed: int) -> Tensors:

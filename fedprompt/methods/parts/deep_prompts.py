@@ -76,7 +76,7 @@ class DeepText:
         return F.normalize(self.source.tower(first, deep), dim=-1)
 
 
-@cache  # so that the warning is logged once per process and not for every client
+@cache  # so that the warning is logged once per process and not on every call
 def layers_within(tower: str, asked: int, available: int) -> int:
     """Number of a tower's layers that get prompts; a warning is logged if it has too few layers.
 

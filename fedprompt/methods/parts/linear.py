@@ -2,8 +2,8 @@
 
 Methods use them instead of torch.nn modules, because every client of a block has its own weights.
 Shapes are torch's own with K in front, so that a layer of public code can be loaded unchanged. A
-client axis of 1 broadcasts, in the input as well as in the weights. Suffixes: K clients, i inputs, o outputs, w width of a
-layer norm; `...` any axes in between (images, tokens, none).
+client axis of 1 broadcasts, in the input as well as in the weights. Suffixes: K clients, i inputs,
+o outputs, w width of a layer norm; `...` any axes in between (images, tokens, none).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Containers that consist of parts, and the flat names under which they leave a method.
 
-Only wrappers use this module, on the server as well as on clients. A wrapper (FedProx, SCAFFOLD, Ditto, FedPer) adds tensors to those of the method that it wraps.
-Inside the wrapper a container is nested: it maps the name of a part to the tensors of that part,
-for example `{"base": {"ctx": ...}, "control": {"ctx": ...}}`. Training, messages, private stores
-and checkpoints hold flat containers, and `Layout` is the only place that translates between them.
+Only wrappers (FedProx, SCAFFOLD, Ditto, FedPer) use this module, on the server as well as on
+clients. A wrapper adds tensors to those of the method that it wraps. Inside the wrapper a container
+is nested: it maps the name of a part to the tensors of that part, for example `{"base": {"ctx":
+...}, "control": {"ctx": ...}}`. Training, messages, private stores and checkpoints hold flat
+containers, and `Layout` is the only place that translates between them.
 
 A layout looks names up in a table that is fixed when the method is built. It never derives a part
 from the way a name begins, so a tensor cannot end up in the wrong part by its name.

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 FLOAT32_EPS = 1 / 40
-"""Costs reach 2; below this eps, exp(-2 / eps) underflows in float32 and float64 is used."""
+"""Costs reach 2; below this eps, exp(-2 / eps) is too close to the smallest float32, and float64
+is used."""
 SMALLEST_EPS = 1 / 300
 """Below this eps, exp(-2 / eps) is too close to the smallest float64."""
 
@@ -118,7 +119,7 @@ def _partial(problem: Transport, kernel_KBCNP: Tensor, real_KB: Tensor) -> tuple
     mass = problem.gamma / n
 
     def step(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # A scaling above 1 would raise a row to its cap of 1/P; rows may carry less than that.
+        # A scaling above 1 would fill a row up to its cap of 1/P, but rows may carry less.
         capped = (1 / p / _over_prompts(kernel_KBCNP, columns)).clamp(max=1)
         new = mass / _over_patches(kernel_KBCNP, capped)
         return capped, new, new - columns
