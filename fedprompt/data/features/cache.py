@@ -1,7 +1,9 @@
 """The feature cache: the frozen image tower encodes each image once, and later runs read the file.
 
-The key of a file hashes the backbone's weights, its preprocessing, the view and the pixels of the
-data set. A file is therefore never out of date, only unused, and may be deleted at any time.
+It is filled before the first round, in whichever process of a machine needs a file first. The key
+of a file hashes the backbone's weights, its preprocessing, the view and the pixels of the data set.
+A file is therefore never out of date, only unused, and may be deleted at any time.
+
 Suffixes: N images of a data set, R images (rows) of a file, B images in a batch.
 """
 
@@ -37,13 +39,13 @@ def feature_path(
     *,
     of_weights: bool = True,
 ) -> Path:
-    """The file with one view of a data set's images, encoded by one backbone.
+    """Return the path of the file with one view of a data set's images, encoded by one backbone.
 
     Args:
         clip: the backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        view: name of the encoding, see `Encoding.view`.
+        view: name of the encoding; see `Encoding.view`.
         of_weights: False for files that depend on the preprocessing only, such as pixels; all
             backbones with the same preprocessing then share the file.
 
@@ -64,16 +66,16 @@ def cached(
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
 ) -> NDArray[Any]:
-    """Encoded images, read from the cache; they are computed and stored on first use.
+    """Read encoded images from the cache; they are computed and stored on first use.
 
-    Of several processes that need the same file, one computes it and the others wait.
+    If several processes need the same file, one computes it and the others wait.
 
     Args:
         clip: the backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        encoding: what to compute of each image.
-        index_R: the images to encode, in this order; None = all of them.
+        encoding: how an image becomes a row.
+        index_R: the images to encode, in this order; None for all of them.
         progress: whether to report progress on stderr.
 
     Returns:
@@ -85,6 +87,7 @@ def cached(
     """
     view, rows = encoding.view, range(len(dataset))
     if index_R is not None:
+        # The images enter the key in a fixed byte order, so that all machines agree on the name.
         view = f"{view}-of-{digest(index_R.astype('<i8').tobytes().hex())[:16]}"
         rows = index_R.tolist()
     path = feature_path(clip, dataset, cache_dir, view, of_weights=encoding.of_weights)
@@ -107,8 +110,9 @@ def cached(
 def _read(
     path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, report: bool = False
 ) -> NDArray[Any] | None:
-    """The cached rows, or None if there is no complete file of this shape and type."""
+    """Map the cached rows, or return None if there is no complete file of this shape and type."""
     try:
+        # allow_pickle=False: a pickle could execute code when it is opened.
         array: np.memmap[Any, np.dtype[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
@@ -116,6 +120,7 @@ def _read(
         if report:
             log.warning("feature cache: %s is damaged (%s) and is computed again", path, error)
         return None
+    # np.load maps a file even if it is longer than its header says.
     complete = array.offset + array.nbytes == path.stat().st_size
     if array.shape != shape or array.dtype != dtype or not complete:
         if report:
@@ -133,7 +138,7 @@ def _read(
 
 @dataclass(frozen=True)
 class _Job:
-    """One cache file to be computed."""
+    """A cache file that has to be computed; fields as the arguments of `cached`."""
 
     clip: ImageEncoder
     dataset: ImageDataset
@@ -142,7 +147,7 @@ class _Job:
     progress: bool
 
     def write(self, file: BinaryIO) -> None:
-        """Write all rows as .npy, batch by batch."""
+        """Encode all rows batch by batch and write them to `file` in NumPy's .npy format."""
         # We write through the file and not through a writable memory map: when the disk is full,
         # a map ends the process with SIGBUS, while a write raises an error that we can report.
         total, start, shape = len(self.rows), time.monotonic(), self.encoding.shape
@@ -159,11 +164,12 @@ class _Job:
         announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", self.progress)
 
     def _encode(self, first: int, images_BCHW: torch.Tensor) -> NDArray[Any]:
-        """Rows (B, *shape) of one batch, checked; `first` is the number of its first row."""
+        """Encode one batch as rows (B, *shape) and check them; `first` is its first row number."""
         features = self.encoding.encode(images_BCHW).numpy()
         rows = np.ascontiguousarray(features, dtype=self.encoding.dtype)
         if rows.shape != (len(images_BCHW), *self.encoding.shape):
             raise ValueError(f"encoding gave {rows.shape} for {len(images_BCHW)} images")
+        # A NaN in the cache would enter every later run, far from its cause.
         if not np.isfinite(rows).all():
             raise UserError(
                 f"features of images {first} to {first + len(rows) - 1} are not finite; check the "
@@ -172,7 +178,10 @@ class _Job:
         return rows
 
     def _batches(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, images (B, C, H, W)), decoded by threads two batches ahead of the encoder."""
+        """Yield (first row, images (B, C, H, W)); threads decode two batches ahead of the encoder.
+
+        The bound on the number of decoded batches also bounds the memory that they take.
+        """
         starts = range(0, len(self.rows), self.clip.image_batch)
         pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
         ahead: deque[tuple[int, list[Future[torch.Tensor]]]] = deque()
@@ -187,4 +196,5 @@ class _Job:
                 ready, futures = ahead.popleft()
                 yield ready, torch.stack([future.result() for future in futures])
         finally:
+            # After an error, images that are still queued must not be decoded first.
             pool.shutdown(cancel_futures=True)

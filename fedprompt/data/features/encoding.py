@@ -1,4 +1,6 @@
-"""What one file of the feature cache holds: a view of the images, encoded in one way.
+"""What one file of the feature cache contains: a view of the images, encoded in one way.
+
+`table.open_feature_table` chooses the encodings and `cache.cached` computes them.
 
 Suffixes: B images in a batch, C channels, H and W pixels.
 """
@@ -18,15 +20,15 @@ from fedprompt.rng import generator
 
 
 class ImageEncoder(Protocol):
-    """What the cache needs of a frozen CLIP."""
+    """What the cache needs from a frozen CLIP; `FrozenCLIP` satisfies it."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the weights do."""
+        """Hash that changes when the image features may change."""
 
     @property
     def preprocess_fingerprint(self) -> str:
-        """Changes when preprocessing does."""
+        """Hash that changes when the preprocessing changes."""
 
     @property
     def embed_dim(self) -> int:
@@ -34,27 +36,29 @@ class ImageEncoder(Protocol):
 
     @property
     def image_batch(self) -> int:
-        """Images per batch."""
+        """Number of images to encode in one batch."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """One RGB image as a (3, H, W) tensor."""
+        """Resize, crop and normalise one RGB image to a (3, H, W) tensor."""
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Un-normalised features (B, D), float32, on the CPU."""
+        """Encode a batch as features (B, D), not normalised, float32, on the CPU."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How image i becomes a row of a cache file.
+    """How an image becomes a row of a cache file.
 
     Attributes:
         view: name of the encoding. It is part of the file's key, so it must contain every
             parameter that the rows depend on.
         shape: shape of one row.
-        load: opens image i and returns the encoder's input, (C, H, W).
+        load: opens the image of a given number and returns the encoder's input, (C, H, W). It is
+            called from several threads.
         encode: turns a batch of inputs (B, C, H, W) into B rows of `shape`, on the CPU.
         dtype: NumPy type in which rows are stored.
-        of_weights: whether rows depend on the backbone's weights, not on its preprocessing alone.
+        of_weights: whether rows depend on the backbone's weights, and not on its preprocessing
+            alone.
     """
 
     view: str
@@ -66,7 +70,7 @@ class Encoding:
 
 
 def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
-    """Features (D,) of the whole image, as CLIP preprocesses it."""
+    """Return the encoding of whole images, as CLIP preprocesses them, into features (D,)."""
 
     def load(index: int) -> torch.Tensor:
         return clip.preprocess(dataset.open_image(index))
@@ -75,10 +79,10 @@ def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
 
 
 def augmented(clip: ImageEncoder, dataset: ImageDataset, view: int, min_scale: float) -> Encoding:
-    """Features (D,) of one random crop per image, mirrored in half of the cases.
+    """Return the encoding of one random crop per image into features (D,).
 
-    The crop depends on `view`, the image's index and `min_scale` only, not on the experiment's
-    seed, so that all runs share the files.
+    Half of the crops are mirrored. A crop depends on `view`, the image's index and `min_scale`
+    only, not on the experiment's seed, so that all runs share the files.
 
     Args:
         clip: the frozen backbone.
@@ -96,6 +100,7 @@ def augmented(clip: ImageEncoder, dataset: ImageDataset, view: int, min_scale: f
     height, width = clip.preprocess(Image.new("RGB", (64, 64))).shape[-2:]
 
     def load(index: int) -> torch.Tensor:
+        # Keyed by the image: decoding threads may load images in any order.
         draw = generator(0, "view", view, index)
         image = dataset.open_image(index)
         return clip.preprocess(random_view(image, (width, height), draw, min_scale))

@@ -1,4 +1,6 @@
-"""Images as methods see them: always CLIP's frozen features, and what else a method needs.
+"""Images as methods see them: CLIP's frozen features, and patches or pixels if a method needs them.
+
+A training step and an evaluation pass `Inputs` to the method, on clients and on the server.
 
 Shape suffixes: N images of a set, K clients, B images of a batch, D joint embedding, P patches.
 """
@@ -16,14 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Some images, by what is known of them; leading axes (N,) for a set, (K, B) for a batch.
+    """Several images. The leading axes are (N,) for a set and (K, B) for a batch of K clients.
 
     Attributes:
         features: (..., D), L2-normalised features of the frozen image tower.
         patches: (..., P, D), L2-normalised features of the image's patches, or None.
-        pixels: (..., 3, H, W) as the image tower takes them, or bytes before they are normalised
-            (as they are kept; `on` turns them into floats), or None.
-        mean_std: (2, 3), how bytes are normalised; given with them.
+        pixels: (..., 3, H, W), or None. Either floats as the image tower takes them, or bytes that
+            are not normalised yet. The cache stores bytes; `on` turns them into floats.
+        mean_std: (2, 3), mean and standard deviation that normalise pixels; required with bytes.
         norms: (...,), lengths of the features before they were L2-normalised; None where unknown.
     """
 
@@ -34,19 +36,20 @@ class Inputs:
     norms: Tensor | None = None
 
     def __len__(self) -> int:
-        """Length of the first axis."""
+        """Return the length of the first axis."""
         return self.features.shape[0]
 
     def __getitem__(self, index: Any) -> Inputs:
-        """Every part at `index` of the leading axes."""
+        """Index every part along the leading axes."""
         return self._each(lambda part: part[index])
 
     def of_one(self) -> Inputs:
-        """A set (N, ...) as the batch (1, N, ...) of one client."""
+        """Return a set (N, ...) as the batch (1, N, ...) of one client."""
         return self._each(lambda part: part[None])
 
     def on(self, device: torch.device) -> Inputs:
-        """Every part on `device`, pixels as normalised floats."""
+        """Move every part to `device` and turn pixels into normalised floats."""
+        # Bytes are moved before they become floats: a quarter of the data to copy.
         moved = self._each(lambda part: part.to(device))
         if moved.pixels is None or moved.pixels.dtype != torch.uint8:
             return moved
@@ -57,12 +60,12 @@ class Inputs:
 
     @staticmethod
     def cat(parts: Sequence[Inputs]) -> Inputs:
-        """Sets one after the other."""
+        """Concatenate sets along the first axis."""
         return _join(parts, torch.cat)
 
     @staticmethod
     def padded(parts: Sequence[Inputs]) -> Inputs:
-        """Sets of K clients as (K, longest, ...), zeros behind the shorter ones."""
+        """Stack the sets of K clients as (K, longest, ...), padding shorter ones with zeros."""
         return _join(parts, lambda tensors: pad_sequence(tensors, batch_first=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -78,6 +81,7 @@ class Inputs:
 def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inputs:
     def one(name: str) -> Tensor | None:
         tensors = [getattr(part, name) for part in parts]
+        # All parts were read for the same method, so a column is in all of them or in none.
         return None if tensors[0] is None else how(tensors)
 
     features = how([part.features for part in parts])

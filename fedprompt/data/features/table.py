@@ -1,4 +1,7 @@
-"""What is known of every image of a data set: memory-mapped columns that share a row order.
+"""The feature table of a data set: memory-mapped columns that share a row order.
+
+Clients and the server open tables before the first round and read rows in every training step and
+evaluation.
 
 Suffixes: N images, D joint embedding, P patches, H and W pixels.
 """
@@ -27,9 +30,15 @@ from fedprompt.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
-    """One view of a data set's images; see `Inputs` for what each column holds.
+    """One view of a data set's images.
 
-    Features are not normalised; pixels are bytes, which `mean_std` (2, 3) normalises.
+    Columns are those of `Inputs`, except that features are not normalised and pixels are bytes.
+
+    Attributes:
+        features_ND: image features.
+        patches_NPD: L2-normalised patch features, or None.
+        pixels_N3HW: pixels before they are normalised, or None.
+        mean_std: (2, 3), mean and standard deviation that normalise pixels; given with them.
     """
 
     features_ND: NDArray[np.float32]
@@ -38,7 +47,7 @@ class FeatureTable:
     mean_std: Tensor | None = None
 
     def rows(self, index: NDArray[np.int64]) -> Inputs:
-        """Some images, in memory."""
+        """Read the images of the given row numbers into memory."""
 
         def read(column: NDArray[Any] | None) -> Tensor | None:
             return None if column is None else torch.from_numpy(np.array(column[index]))
@@ -60,13 +69,27 @@ def open_feature_table(
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
 ) -> FeatureTable:
-    """Columns of one view, of all images or of `index_R`; computed on first use, then cached.
+    """Open the columns of one view; they are computed on first use and then cached.
 
-    `needs` is a method's; view 0 is the whole image, others are crops of at least `crop_scale`.
+    Args:
+        clip: the frozen backbone.
+        dataset: the images.
+        cache_dir: the cache folder.
+        needs: what the method needs beside features: `patches`, `pixels`, or nothing.
+        view: number of the view; 0 is the whole image, others are random crops.
+        crop_scale: smallest share of an image's area in a crop.
+        index_R: the images to open, in this order; None for all of them.
+        progress: whether to report progress on stderr.
+
+    Returns:
+        A table with one row per image, memory-mapped.
 
     Raises:
-        UserError: the backbone has no patches, or the cache cannot be written.
+        UserError: the backbone has no patch features, an image cannot be read, or the cache cannot
+            be written.
     """
+    # A data set of client folders is cached folder by folder: a node that holds only some of the
+    # folders then uses the same files as a simulation of all of them.
     if dataset.owners_N is not None and index_R is None:
         parts = [
             open_feature_table(
@@ -88,10 +111,18 @@ def open_feature_table(
 
 @torch.no_grad()
 def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str]) -> Inputs:
-    """Preprocessed images as a method that `needs` these sees them, without any cache.
+    """Encode preprocessed images as `Inputs`, without the cache.
+
+    Args:
+        clip: the frozen backbone.
+        images_B3HW: images as `clip.preprocess` returns them.
+        needs: what the method needs beside features: `patches`, `pixels`, or nothing.
+
+    Returns:
+        The images as a set of B.
 
     Raises:
-        UserError: the backbone has no patches.
+        UserError: the backbone has no patch features.
     """
     features, norms = _normalised(clip.encode_images(images_B3HW))
     patches = _dense(clip)[0](images_B3HW) if "patches" in needs else None
@@ -99,13 +130,18 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
 
 
 def _normalised(features: Tensor) -> tuple[Tensor, Tensor]:
-    """L2-normalised features (..., D), and the lengths that they had (...)."""
+    """Return L2-normalised features (..., D) and their original lengths (...)."""
     return F.normalize(features, dim=-1), features.norm(dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Columns of several data sets as one, read where they lie; indexed by row numbers."""
+    """Columns of several data sets that are indexed as one; no column is copied.
+
+    Attributes:
+        parts: columns of the same row shape and dtype.
+        starts: row number at which each part begins.
+    """
 
     parts: tuple[NDArray[Any], ...]
     starts: NDArray[np.int64]
@@ -121,7 +157,8 @@ class _Stack:
 
 
 def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
-    """The columns of all parts, one after the other; none of them is copied."""
+    """Concatenate the columns of all parts without copying them."""
+    # A node may hold no images at all.
     if not parts:
         return FeatureTable(np.zeros((0, embed_dim), dtype=np.float32))
 
@@ -138,7 +175,7 @@ def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
 
 
 def _patches(clip: FrozenCLIP, view: Encoding) -> Encoding:
-    """Normalised features (P, D) of the patches, float32."""
+    """Return the encoding of images into L2-normalised patch features (P, D)."""
     encode, patches = _dense(clip)
     return Encoding(f"patches-{view.view}", (patches, clip.embed_dim), view.load, encode)
 
@@ -154,7 +191,11 @@ def _dense(clip: FrozenCLIP) -> tuple[LocalEncoder, int]:
 
 
 def _pixels(clip: FrozenCLIP, view: Encoding) -> Encoding:
-    """The bytes (3, H, W) that preprocessing makes of an image before it normalises them."""
+    """Return the encoding of images into the bytes (3, H, W) that preprocessing normalises.
+
+    Bytes need a quarter of the space of floats and lose nothing: preprocessing resizes and crops
+    bytes before it normalises them, so rounding restores them exactly.
+    """
     mean_3, std_3 = clip.mean_std
     shape = tuple(view.load(0).shape)
 

@@ -1,13 +1,15 @@
-"""Which client holds which image.
+"""The partition: which client holds which image.
 
-Clients share the TRAIN images only; the TEST images stay with the server. Each client's images are
-split into local train and local test class by class, so that both have the same label skew and no
-image in common. The schemes are in `schemes`; a partition file (`file`) replaces them if one is
-named, and then also says which images the server tests on.
+It is computed before the first round, from the config and the seed, in every process of a run; all
+processes obtain the same partition. The TRAIN images of the data set are divided among the clients
+and the TEST images stay with the server. Each client's images are then split into local train and
+local test class by class, so that both parts have the same label skew and no image in common. The
+schemes are in `schemes`. A partition file (`file`) replaces the scheme if the config names one; it
+then also determines which images the server tests on.
 
-Every image has one holder, so no image can be in two places. A client may be unlabelled: its
-training images are there without their labels, and it never trains. Neither does a client without
-training images. Both are tested like any other client; one without test images is not tested.
+Every image has at most one holder, so no image can be in two places. A client may be unlabelled: it
+holds training images without their labels and never trains. A client without training images does
+not train either. Both are tested like any other client. A client without test images is not tested.
 """
 
 from fedprompt.data.partition.assign import make_partition

@@ -1,4 +1,4 @@
-"""A partition as counts, for run folders and figures.
+"""A partition as counts of images, for `partition.json` in run folders and for figures.
 
 Suffixes: K clients, C classes, D domains, G (client, column) pairs with a count.
 """
@@ -17,18 +17,19 @@ from fedprompt.data.partition.holders import Partition, count_values
 
 
 def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
-    """The partition as counts, ready for JSON: the content of a run folder's `partition.json`.
+    """Summarise a partition as counts, ready for JSON: a run folder's `partition.json`.
 
     Args:
         dataset: the data set that was partitioned.
         partition: its partition.
 
     Returns:
-        Names of classes and domains, and counts. `train_counts` and `test_counts` have a row per
-        client, of classes and their counts in turn: `[3, 12, 7, 1]` stands for 12 images of class
-        3 and 1 of class 7; `dense` makes an array (K, C) of them. `domain_counts` has the same
-        form, over a client's local train and test images. `server_test_counts` has one number per
-        class. Images of `unlabelled_clients` are counted like all others.
+        Names of classes and domains, and counts of images. `train_counts` and `test_counts` have
+        one row per client in which class numbers and counts alternate: `[3, 12, 7, 1]` means 12
+        images of class 3 and 1 image of class 7. `dense` turns the rows into an array (K, C).
+        `domain_counts` has the same form and counts local train and test images together.
+        `server_test_counts` has one number per class. Images of `unlabelled_clients` are counted
+        like all others.
     """
     num_classes, num_domains = len(dataset.class_names), len(dataset.domain_names)
     domain_KD = count_values(
@@ -47,7 +48,12 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
 
 
 def sparse(counts_KC: Indices) -> list[list[int]]:
-    """Counts (K, columns) as one row per client: non-zero columns and their counts in turn."""
+    """Turn counts (K, columns) into one list per client: `[column, count, column, count, ...]`.
+
+    Columns without images are omitted.
+    """
+    # A client usually holds few of the classes: with 1,000 clients and 1,000 classes, a dense table
+    # would make `partition.json` megabytes large.
     client_G, column_G = np.nonzero(counts_KC)
     pairs_G2 = np.stack((column_G, counts_KC[client_G, column_G]), axis=1)
     ends = np.cumsum(np.bincount(client_G, minlength=len(counts_KC))[:-1])
@@ -55,10 +61,10 @@ def sparse(counts_KC: Indices) -> list[list[int]]:
 
 
 def dense(rows: Sequence[Sequence[int]], width: int) -> Indices:
-    """Counts (K, width) from rows as `sparse` returns them.
+    """Turn rows as `sparse` returns them back into counts (K, width).
 
     Raises:
-        ValueError: the rows do not have that form, or name columns beyond `width`.
+        ValueError: the rows do not have that form, or contain a column of `width` or above.
     """
     lengths_K = np.array([len(row) for row in rows], dtype=np.int64)
     flat = np.array(list(chain.from_iterable(rows)), dtype=np.int64)

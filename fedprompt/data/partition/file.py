@@ -1,8 +1,9 @@
-"""Partition files: who holds which image, as JSON that other systems can read and write.
+"""Partition files: which client holds which image, as JSON that other systems can read and write.
 
-docs/partition_file.md describes the format. Images go by name, not by number, so a file does not
-depend on the order in which a data set lists them; a fingerprint of names and labels ties it to
-its data. Suffix: N images.
+`fedprompt data partition` writes them, and every process of a run with `partition.file` reads one.
+docs/partition_file.md describes the format. Images are identified by name and not by number, so a
+file does not depend on the order in which a data set lists its images. A fingerprint of names and
+labels ties the file to its data. Suffix: N images.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ CLIENT_KEYS = {"train", "test", "labelled"}
 
 
 def fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 of the lines `label<TAB>image name<LF>`, sorted by image name as UTF-8 bytes.
+    """Return the SHA-256 of the lines `label<TAB>image name<LF>`, sorted by name as UTF-8 bytes.
 
-    It does not depend on where the images lie, on their order, or on the train-test split. The
-    label of an image that a protocol holds out is -1.
+    It does not depend on the location of the images, on their order, or on the train-test split.
+    The label of an image that a protocol holds out is -1.
 
     Raises:
-        UserError: the images have no names of their own.
+        UserError: the data set does not name its images.
     """
     names = _names(dataset)
     hashed = hashlib.sha256()
@@ -49,7 +50,13 @@ def fingerprint(dataset: ImageDataset) -> str:
 def write_partition(
     path: Path, dataset: ImageDataset, partition: Partition, origin: Mapping[str, Any]
 ) -> None:
-    """Write the partition of `dataset` to a file; `origin` says how it was made.
+    """Write the partition of `dataset` to a partition file.
+
+    Args:
+        path: the file to create or replace.
+        dataset: the data set that was partitioned; its images must have names.
+        partition: the partition.
+        origin: how the partition was made, for human readers; see `origin_of`.
 
     Raises:
         UserError: the file cannot be written, or the images have no names.
@@ -85,16 +92,25 @@ def write_partition(
 
 
 def origin_of(config: PartitionConfig, seed: int) -> dict[str, Any]:
-    """How a partition was made, for people to read: the seed and the `partition` section."""
+    """Describe how a partition was made, for human readers: seed and `partition` section."""
     return {"seed": seed, "partition": dataclasses.asdict(config)}
 
 
 def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition:
-    """The partition in a file, checked against the data set and the number of clients.
+    """Read a partition file and check it against the data set and the number of clients.
+
+    Args:
+        path: the partition file.
+        dataset: the data set that the file must have been written for.
+        clients: number of clients that the file must contain, `partition.clients`.
+
+    Returns:
+        The partition, with indices into `dataset`.
 
     Raises:
-        UserError: no such file, another format, other data, another number of clients, or an image
-            that is unknown or named twice.
+        UserError: the file does not exist, has another format, belongs to other data, contains
+            another number of clients, or names an image that is unknown, held out by a protocol or
+            named twice.
     """
     stored = _load(path)
     _check_data(path, stored, dataset)
@@ -126,6 +142,7 @@ def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition
                     "image may be named once."
                 )
             place[i], holder_N[i], is_test_N[i] = where, holder, is_test
+    # A warning and no error: some papers pool all images and split them among the clients.
     taken = int(((holder_N >= 0) & ~is_test_N & (dataset.split_N == TEST)).sum())
     if taken:
         log.warning(
@@ -150,11 +167,12 @@ def _bytes(name: str) -> bytes:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The content of a file, with all keys that are needed, of their types."""
+    """Read a file and return its content; all required keys are present and of the right type."""
     try:
         stored = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"partition: cannot read {path}: {error.strerror}.") from None
+    # json raises RecursionError for deeply nested input, which a file from elsewhere may contain.
     except (ValueError, RecursionError) as error:
         raise UserError(f"partition: {path} is not JSON: {error}.") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
@@ -170,7 +188,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _problem(stored: Mapping[str, Any]) -> str | None:
-    """What is wrong with the keys and types of a file's content."""
+    """Return what is wrong with the keys and types of a file's content, or None."""
     unknown = sorted(set(stored) - KEYS)
     if unknown:
         return f"unknown key '{unknown[0]}'"

@@ -1,4 +1,7 @@
-"""A partition as a value: which images each client and the server hold.
+"""The `Partition` value: which images each client and the server hold.
+
+Schemes and partition files produce it before the first round. Clients read their images from it,
+and the server its test images.
 
 Suffixes: N images, K clients, C classes.
 """
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from fedprompt.data.partition.draws import Indices
 
 SERVER, NOBODY = -1, -2
-"""Holders of an image that are no clients."""
+"""Values of `holder_N` for images that no client holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +28,15 @@ class Partition:
 
     Attributes:
         train_flat: training images of all clients.
-        train_offsets: (K + 1,), where each client's training images begin in `train_flat`.
+        train_offsets: (K + 1,), start of each client's training images in `train_flat`, and the
+            total at the end.
         test_flat: local test images of all clients.
         test_offsets: (K + 1,), likewise for `test_flat`.
         server_test: test images of the server.
         unlabelled: clients whose training images have no labels, so that they never train.
 
     Raises:
-        ValueError: an image is held twice.
+        ValueError: an image has more than one holder.
     """
 
     train_flat: Indices
@@ -43,6 +47,8 @@ class Partition:
     unlabelled: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        # Checked here and not in each scheme: a test image that is also a training image would
+        # silently inflate the accuracies of a whole run.
         held = np.concatenate((self.train_flat, self.test_flat, self.server_test))
         if len(np.unique(held)) < len(held):
             raise ValueError("an image is held twice")
@@ -55,20 +61,24 @@ class Partition:
         clients: int,
         unlabelled: frozenset[int] = frozenset(),
     ) -> Partition:
-        """The partition that gives each image to one holder.
+        """Build a partition from the holder of each image.
 
         Args:
-            holder_N: a client, `SERVER` or `NOBODY` for each image. What the server holds are test
-                images.
-            is_test_N: which of the clients' images are for testing.
+            holder_N: a client, `SERVER` or `NOBODY` for each image. All images of the server are
+                test images.
+            is_test_N: which of the clients' images are local test images; ignored for others.
             clients: number of clients K.
             unlabelled: clients whose training images have no labels.
+
+        Returns:
+            The partition; its arrays are read-only.
         """
         arrays = (
             *_group(holder_N, ~is_test_N, clients),
             *_group(holder_N, is_test_N, clients),
             np.flatnonzero(holder_N == SERVER).astype(np.int64),
         )
+        # `train` and `test` return views of these arrays; a caller must not be able to modify them.
         for array in arrays:
             array.flags.writeable = False
         return cls(*arrays, unlabelled=unlabelled)
@@ -80,38 +90,50 @@ class Partition:
 
     @property
     def trainable(self) -> list[int]:
-        """Clients with labelled training images, ascending: those that can train."""
+        """Clients that can train, ascending: those with labelled training images."""
         holding = np.flatnonzero(np.diff(self.train_offsets))
         return [int(k) for k in holding if int(k) not in self.unlabelled]
 
     def train(self, client: int) -> Indices:
-        """Indices of the images that a client trains on."""
+        """Return the indices of a client's local training images, ascending."""
         return self.train_flat[self.train_offsets[client] : self.train_offsets[client + 1]]
 
     def test(self, client: int) -> Indices:
-        """Indices of the images that a client tests on; it trains on none of them."""
+        """Return the indices of a client's local test images, ascending; it trains on none."""
         return self.test_flat[self.test_offsets[client] : self.test_offsets[client + 1]]
 
     def train_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
-        """Local training images per client and class, (K, C)."""
+        """Count the local training images per client and class, (K, C)."""
         return count_values(self.train_flat, self.train_offsets, labels_N, num_classes)
 
     def test_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
-        """Local test images per client and class, (K, C)."""
+        """Count the local test images per client and class, (K, C)."""
         return count_values(self.test_flat, self.test_offsets, labels_N, num_classes)
 
 
 def _group(holder_N: Indices, mask_N: NDArray[np.bool_], clients: int) -> tuple[Indices, Indices]:
-    """(flat, offsets) of the images in the mask that clients hold."""
+    """Group the images in the mask that clients hold: (flat, offsets), as in `Partition`."""
     chosen = np.flatnonzero(mask_N & (holder_N >= 0)).astype(np.int64)
+    # A stable sort keeps each client's images in ascending order.
     chosen = chosen[np.argsort(holder_N[chosen], kind="stable")]
     sizes_K = np.bincount(holder_N[chosen], minlength=clients)
     return chosen, np.concatenate(([0], np.cumsum(sizes_K))).astype(np.int64)
 
 
 def count_values(flat: Indices, offsets: Indices, values_N: Indices, num_values: int) -> Indices:
-    """How many of its images in `flat` have each value, per client: (K, num_values)."""
+    """Count, for every client, how many of its images have each value.
+
+    Args:
+        flat: images of all clients, client by client, as in `Partition`.
+        offsets: (K + 1,), where each client's images begin in `flat`.
+        values_N: value of each image, such as its class or domain, from 0.
+        num_values: number of possible values.
+
+    Returns:
+        (K, num_values).
+    """
     clients = len(offsets) - 1
+    # One bincount over combined (client, value) numbers instead of a loop over clients.
     client = np.repeat(np.arange(clients), np.diff(offsets))
     cells = np.bincount(client * num_values + values_N[flat], minlength=clients * num_values)
     return cells.reshape(clients, num_values).astype(np.int64)

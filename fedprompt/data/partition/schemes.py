@@ -1,16 +1,17 @@
-"""The rules by which training images are dealt to clients, one function each.
+"""The schemes that divide the training images among the clients, one function each.
 
-A scheme sees the images in a seeded random order, so that "the first few" of them are a random
-few, and gives every image its client. `partition` calls it, checks sizes and splits locally.
+A scheme receives the images in a seeded random order, so that "the first few" of them are a random
+few, and assigns every image to a client. `assign.make_partition` calls it, checks the sizes and
+splits each client's images locally. A new scheme is a function here and an entry in `SCHEMES`.
 
-The rules are our own NumPy code rather than flwr-datasets' partitioners (0.6.1), for reasons read
-in their source: `IidPartitioner` cuts the data set in its stored order, without a shuffle;
-`DirichletPartitioner` does likewise within a class, and gives up after 11 draws, which many
-clients do not survive (alpha 0.1, 21,600 images, 10 classes, at least 2 images each: of 20 seeds
-none fails with 100 clients, 12 with 200, all with 500); `PathologicalPartitioner` may draw classes
-for nobody, and leaves them out. Importing them takes seconds, which a deployed client would pay
-with every message. On the same shuffled images and with the same seed our Dirichlet deal is
-theirs, image by image (tested).
+The schemes are our own NumPy code rather than flwr-datasets' partitioners (0.6.1), for reasons
+found in their source. `IidPartitioner` cuts the data set in its stored order, without a shuffle.
+`DirichletPartitioner` does the same within a class, and gives up after 11 draws, which is too few
+for many clients (alpha 0.1, 21,600 images, 10 classes, at least 2 images each: of 20 seeds, none
+fails with 100 clients, 12 fail with 200, and all fail with 500). `PathologicalPartitioner` may
+assign a class to no client, and omits its images. Importing them takes seconds, which a deployed
+client would spend on every message. On the same shuffled images and with the same seed, our
+Dirichlet partition equals theirs, image by image (tested).
 
 Suffixes: M images in their random order, K clients, C classes, D domains, S superclasses.
 """
@@ -38,7 +39,15 @@ from fedprompt.rng import generator
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """What a scheme knows of the training images: their labels and domains, randomly ordered."""
+    """What a scheme knows of the training images, in their seeded random order.
+
+    Attributes:
+        labels_M: class of each image.
+        domains_M: domain of each image.
+        class_names: names of the C classes, in label order.
+        domain_names: names of the D domains.
+        superclass_names: the superclass of each class; empty where the data set has none.
+    """
 
     labels_M: Indices
     domains_M: Indices
@@ -52,15 +61,24 @@ class Images:
 
 
 def deal(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """The client of every image, (M,).
+    """Assign every image to a client by the scheme that the config names.
+
+    Args:
+        images: the training images.
+        config: the config's `partition` section.
+        seed: seed of the experiment.
+
+    Returns:
+        The client (M,) of every image.
 
     Raises:
-        UserError: the scheme cannot be met with these images; the message has the numbers.
+        UserError: the scheme is impossible with these images; the message contains the numbers.
     """
     return SCHEMES[config.scheme](images, config, seed)
 
 
 def _iid(images: Images, config: PartitionConfig, seed: int) -> Indices:
+    # No draw is needed: the images are already in random order.
     return runs(len(images), np.arange(config.clients))
 
 
@@ -73,8 +91,9 @@ def _dirichlet(images: Images, config: PartitionConfig, seed: int) -> Indices:
 def _pathological(images: Images, config: PartitionConfig, seed: int) -> Indices:
     """Each client holds exactly `classes_per_client` classes (after McMahan et al., 2017).
 
-    Clients in turn take the classes with the fewest owners so far, ties at random: every class
-    finds owners, and their numbers differ by one at most. A class is dealt evenly to its owners.
+    Clients in turn take the classes with the fewest owners so far, ties at random. Every class
+    therefore has an owner, and numbers of owners differ by at most one. The images of a class are
+    divided evenly among its owners.
     """
     num_classes, each = len(images.class_names), config.classes_per_client
     if each > num_classes:
@@ -90,6 +109,7 @@ def _pathological(images: Images, config: PartitionConfig, seed: int) -> Indices
     owned_KC = np.zeros((config.clients, num_classes), dtype=bool)
     owners_C = np.zeros(num_classes, dtype=np.int64)
     for client in range(config.clients):
+        # The last key is the primary one: fewest owners first, ties in random order.
         chosen = np.lexsort((rng.random(num_classes), owners_C))[:each]
         owned_KC[client, chosen] = True
         owners_C[chosen] += 1
@@ -110,8 +130,9 @@ def _shards(images: Images, config: PartitionConfig, seed: int) -> Indices:
     """Images sorted by class are cut into equal shards, `shards_per_client` for each client.
 
     McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
-    AISTATS 2017 (two shards per client). All clients hold as many images, give or take a shard's
-    rounding, of `shards_per_client` classes or a few more.
+    AISTATS 2017 (two shards per client). All clients hold equally many images, up to the rounding
+    of shards. They hold `shards_per_client` classes, or a few more where a shard spans a boundary
+    between classes.
     """
     shards = config.clients * config.shards_per_client
     if shards > len(images):
@@ -122,16 +143,18 @@ def _shards(images: Images, config: PartitionConfig, seed: int) -> Indices:
     rng = generator(seed, "partition", "shards")
     client_of_shard = rng.permutation(shards) % config.clients
     owner_M = np.empty(len(images), dtype=np.int64)
+    # A stable sort keeps the images of a class in their random order.
     owner_M[np.argsort(images.labels_M, kind="stable")] = runs(len(images), client_of_shard)
     return owner_M
 
 
 def _disjoint_classes(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """Every class has one client; clients hold as many classes each, within one.
+    """Every class belongs to one client; numbers of classes per client differ by at most one.
 
-    FedOTP's few-shot split and its successors' (H. Li et al., CVPR 2024) do this too; they give
-    round(C / K) classes to all clients but the last, which takes the rest.
+    The few-shot split of FedOTP (H. Li et al., CVPR 2024) and its successors is similar, but gives
+    round(C / K) classes to all clients except the last, which takes the rest.
     """
+    # A class without training images would leave its client without any.
     present = np.unique(images.labels_M)
     if config.clients > len(present):
         raise UserError(
@@ -145,7 +168,7 @@ def _disjoint_classes(images: Images, config: PartitionConfig, seed: int) -> Ind
 
 
 def _quantity(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """Client sizes ~ Dir(alpha), labels as they come.
+    """Client sizes ~ Dir(alpha); labels are not considered.
 
     Q. Li, Y. Diao, Q. Chen, B. He. Federated Learning on Non-IID Data Silos: An Experimental
     Study. ICDE 2022, arXiv 2102.02079 ("quantity skew").
@@ -161,13 +184,14 @@ def _quantity(images: Images, config: PartitionConfig, seed: int) -> Indices:
 
 
 def _power_law(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """The r-th largest client's size is proportional to r^-exponent, labels as they come.
+    """The r-th largest client's size is proportional to r^-exponent; labels are not considered.
 
     "The number of samples per device follows a power law" is a setting of T. Li et al., Federated
-    Optimization in Heterogeneous Networks (FedProx), MLSys 2020; they do not state its form, this
-    one is ours. Every client first gets `min_images`; the rest follows the law.
+    Optimization in Heterogeneous Networks (FedProx), MLSys 2020. They do not state the form of the
+    law; this one is ours. Every client first receives `min_images`; the rest follows the law.
     """
     weights = np.arange(1, config.clients + 1, dtype=np.float64) ** -config.exponent
+    # Permuted: otherwise client 0 would always be the largest.
     shares_K = generator(seed, "partition", "power law").permutation(weights / weights.sum())
     rest = len(images) - config.clients * config.min_images
     sizes_K = config.min_images + apportion(shares_K, rest)
@@ -175,7 +199,7 @@ def _power_law(images: Images, config: PartitionConfig, seed: int) -> Indices:
 
 
 def _by_domain(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """A client holds images of one domain; a domain is dealt evenly at random to its clients."""
+    """Each client holds images of one domain; a domain is divided evenly among its clients."""
     owner_M = np.empty(len(images), dtype=np.int64)
     for domain, owners in _clients_of_domains(images, config).items():
         members = np.flatnonzero(images.domains_M == domain)
@@ -184,10 +208,10 @@ def _by_domain(images: Images, config: PartitionConfig, seed: int) -> Indices:
 
 
 def _domain_dirichlet(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """A client holds images of one domain; within it, class shares over its clients ~ Dir(alpha).
+    """Each client holds images of one domain; its classes are divided in shares ~ Dir(alpha).
 
-    So are DomainNet and Office-Caltech10 dealt to 30 and 20 clients in W. Bo et al., FedMGP,
-    NeurIPS 2025, arXiv 2511.00480 (alpha 0.3).
+    W. Bo et al., FedMGP, NeurIPS 2025, arXiv 2511.00480, divide DomainNet among 30 clients and
+    Office-Caltech10 among 20 clients in this way (alpha 0.3).
     """
     owner_M = np.empty(len(images), dtype=np.int64)
     for domain, owners in _clients_of_domains(images, config).items():
@@ -198,6 +222,7 @@ def _domain_dirichlet(images: Images, config: PartitionConfig, seed: int) -> Ind
                 f"clients with at least {config.min_images} each; lower partition.clients or "
                 "partition.min_images."
             )
+        # Keyed by domain, so that the draws of one domain do not depend on the other domains.
         rng = generator(seed, "partition", "domain-dirichlet", int(domain))
         own = label_skew(images.labels_M[members], len(owners), config, rng)
         owner_M[members] = owners[own]
@@ -205,11 +230,11 @@ def _domain_dirichlet(images: Images, config: PartitionConfig, seed: int) -> Ind
 
 
 def _superclass_dirichlet(images: Images, config: PartitionConfig, seed: int) -> Indices:
-    """Clients of one size draw superclasses ~ Dir(alpha), and in them classes ~ Dir(alpha_within).
+    """Equal clients draw superclasses ~ Dir(alpha), and classes within them ~ Dir(alpha_within).
 
-    The Pachinko allocation of S. Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv
-    2003.00295, made for CIFAR-100 (alpha 0.1, alpha_within 10). Clients draw one after another
-    without replacement, so the last ones get what is left. All images are dealt.
+    This is the Pachinko allocation of S. Reddi et al., Adaptive Federated Optimization, ICLR 2021,
+    arXiv 2003.00295, designed for CIFAR-100 (alpha 0.1, alpha_within 10). Clients draw one after
+    another without replacement, so the last clients receive what is left. Every image is assigned.
     """
     names = images.superclass_names
     if not names:
@@ -233,6 +258,7 @@ def _superclass_dirichlet(images: Images, config: PartitionConfig, seed: int) ->
             within = draw_shares(rng, len(classes), config.alpha_within)
             taken = draw_counts(rng, wanted, within, left_C[classes])
             for label, count in zip(classes, taken, strict=True):
+                # Images are in random order, so the next `count` images are a random draw.
                 start = len(members_C[label]) - left_C[label]
                 owner_M[members_C[label][start : start + count]] = client
                 left_C[label] -= count
@@ -254,11 +280,11 @@ SCHEMES: dict[str, Callable[[Images, PartitionConfig, int], Indices]] = {
 
 
 def _clients_of_domains(images: Images, config: PartitionConfig) -> dict[int, Indices]:
-    """The clients of each domain with training images.
+    """Assign clients to the domains that have training images.
 
-    `equal`: client k has the k-th domain, modulo their number. `proportional`: each domain in turn
-    has a run of clients; it starts with one, and every further client goes where one client would
-    hold most.
+    With `domain_clients=equal`, client k belongs to the domain numbered k modulo their number. With
+    `proportional`, each domain has a run of consecutive clients: every domain starts with one, and
+    each further client joins the domain with the most images per client.
     """
     present, sizes_D = np.unique(images.domains_M, return_counts=True)
     if len(present) < 2:
