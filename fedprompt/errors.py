@@ -1,4 +1,7 @@
-"""The error that a user is meant to read, and the exception that stops a run."""
+"""The error that is written for the user to read, and the exception that stops a run.
+
+`UserError` is used on all sides: command line, server, clients and nodes.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
+        # One line, because logs, rejection reasons and the terminal show one line per error.
         super().__init__(" ".join(message.split()))
 
 
@@ -27,7 +31,16 @@ class StopRun(Exception):
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`" Did you mean 'x'?"` when some known name is close, or else the list of known names."""
+    """Return a hint to append to an error message about an unknown name.
+
+    Args:
+        name: the unknown name.
+        known: the names that would have been valid.
+
+    Returns:
+        `" Did you mean 'x'?"` if a known name is similar, otherwise the list of known names. It
+        begins with a space, and is empty if no names are known.
+    """
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{close[0]}'?"

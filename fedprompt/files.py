@@ -1,7 +1,9 @@
-"""Atomic replacement of files, and files that are installed with the package.
+"""Atomic replacement of files, and access to files that are installed with the package.
 
-A Flower app bundle contains .py, .toml, .md, .yaml and .json files only. In a deployment the code
-may run from such a bundle, while weights and templates are in the `fedprompt` that is installed.
+Run folders and caches are written through `replacing`, on the server and on nodes. A Flower
+app bundle contains .py, .toml, .md, .yaml and .json files only. In a deployment the code may run
+from such a bundle, while weights and templates are in the `fedprompt` that is installed on the
+node; `asset` finds them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ from fedprompt.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """A context manager that yields a temporary path and renames it to `path` on success.
+    """Yield a temporary path and rename it to `path` when the block succeeds.
 
-    A crash at any moment leaves the old file, or none, and at most a `.tmp` file beside it.
+    A crash at any moment leaves the old file, or none, and at most a `.tmp` file beside it. If the
+    block raises an exception, the old file stays and the temporary file is removed.
 
     Args:
         path: the file to create or replace; its folder must exist.
         mode: permissions of the file.
+
+    Yields:
+        The path to write to; the file exists and is empty.
 
     Raises:
         OSError: the folder cannot be written.
@@ -48,7 +54,16 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `content` atomically; arguments and errors as in `replacing`."""
+    """Write a file atomically; a reader sees the old content or the new, never a part.
+
+    Args:
+        path: the file to create or replace; its folder must exist.
+        content: the new content.
+        mode: permissions of the file.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     with replacing(path, mode=mode) as temporary:
         temporary.write_bytes(content)
 
@@ -62,13 +77,16 @@ def _sync(path: Path) -> None:
 
 
 def asset(name: str) -> Path:
-    """A file of the package, beside this code or else in an installed copy.
+    """Find a file of the package, beside this code or else in an installed copy.
 
     Args:
         name: path below `fedprompt`, e.g. `backbone/assets/x`.
 
+    Returns:
+        The path of an existing file.
+
     Raises:
-        UserError: no installed copy has the file.
+        UserError: no installed copy contains the file.
     """
     for candidate in _candidates(name):
         if candidate.is_file():
@@ -80,7 +98,7 @@ def asset(name: str) -> Path:
 
 
 def _candidates(name: str) -> list[Path]:
-    """Where the file may be, in the order of preference."""
+    """Return the paths at which the file may be, in the order of preference."""
     inside = Path(name)
     paths = [Path(str(resources.files("fedprompt") / str(inside)))]
     try:

@@ -1,7 +1,8 @@
-"""Random draws that are keyed by their purpose.
+"""Random draws that are keyed by their purpose, for the server, clients and nodes alike.
 
-There is no global generator. Every draw names what it is for (`"shuffle", round, client, epoch`),
-so that no result depends on the order of clients, the worker they run on, or a restart.
+There is no global generator. Every draw states its purpose (`"shuffle", round, client, epoch`), so
+that no result depends on the order of clients, on the worker that runs them, or on a restart.
+Purposes must never be renamed: every published result depends on them.
 """
 
 from __future__ import annotations
@@ -16,27 +17,38 @@ if TYPE_CHECKING:  # importing PyTorch takes seconds, and data sets need only Nu
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 64-bit seed that depends on `seed` and on every part of `purpose`.
+    """Derive a 64-bit seed that depends on `seed` and on every part of `purpose`.
 
-    It is the same in all processes, on all machines and in all versions of Python: it is made of
-    SHA-256, because Python salts `hash`. The type of each part counts, so 1 and "1" differ.
+    The result is the same in all processes, on all machines and in all versions of Python. It is
+    derived with SHA-256, because Python salts `hash`. The type of each part counts: 1 and "1"
+    differ.
+
+    Args:
+        seed: seed of the run.
+        purpose: what the draw is for, usually a name followed by round, client and the like.
     """
+    # The separator keeps ("a", "bc") and ("ab", "c") apart.
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """NumPy generator for one purpose, e.g. `generator(seed, "shuffle", round, client, epoch)`."""
+    """Create the generator of one purpose, e.g. `generator(seed, "shuffle", round, client)`.
+
+    Two calls with the same arguments return identical generators, so every independent draw needs
+    its own purpose.
+    """
+    # The bit generator is explicit, because that of `np.random.default_rng` may change.
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *purpose)))
 
 
 def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -> torch.Tensor:
-    """Float32 tensor of `shape` drawn from N(0, std^2) for one purpose, on the CPU.
+    """Draw a float32 tensor from N(0, std^2) for one purpose, on the CPU.
 
     Args:
-        shape: of the tensor.
+        shape: shape of the tensor.
         std: standard deviation.
-        seed: of the run.
+        seed: seed of the run.
         purpose: as in `derive_seed`.
     """
     import torch
@@ -47,7 +59,7 @@ def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -
 
 
 def uniform(shape: tuple[int, ...], seed: int, *purpose: str | int) -> torch.Tensor:
-    """Float32 tensor of `shape` drawn from U[0, 1) for one purpose, on the CPU."""
+    """Draw a float32 tensor from U[0, 1) for one purpose, on the CPU; arguments as in `normal`."""
     import torch
 
     return torch.from_numpy(generator(seed, *purpose).random(shape, dtype=np.float32))

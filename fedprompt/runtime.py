@@ -1,4 +1,8 @@
-"""The process: environment variables that libraries read on import, threads and versions."""
+"""Settings of a process: environment variables that libraries read on import, threads, versions.
+
+The command line and every worker set the variables before they import PyTorch, Flower or Ray. Every
+process of a run sets its number of threads before it trains.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 DEFAULTS = {
-    # Idle threads sleep. Spinning ones multiply the time of a step on a busy machine.
+    # Idle OpenMP threads sleep. Spinning threads multiply the time of a step on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Flower, Ray and MLflow otherwise report usage over the network. Without a connection, Flower's
+    # report delays the end of a process by up to four seconds.
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,11 +31,11 @@ PACKAGES = {
     "ray": "ray",
     "numpy": "numpy",
 }
-"""Distributions by the names under which results list their versions."""
+"""From the name under which a run lists a package's version to the name of its distribution."""
 
 
 def versions() -> dict[str, str | None]:
-    """The versions that a result depends on; None where a package is not installed."""
+    """Return the versions on which a result depends; None where a package is not installed."""
     installed: dict[str, str | None] = {}
     for name, distribution in PACKAGES.items():
         try:
@@ -40,7 +46,7 @@ def versions() -> dict[str, str | None]:
 
 
 def set_defaults() -> None:
-    """Turn off spinning threads, telemetry and update checks, unless the user has set them."""
+    """Disable spinning threads, telemetry and update checks, except where the user has set them."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
@@ -60,12 +66,12 @@ class ThreadSettings(Protocol):
 
 
 def thread_count(config: ThreadSettings, *, worker: bool = False) -> int:
-    """CPU threads of a process: `simulation.threads`, or a default if that is 0.
+    """Return the number of CPU threads of a process: `simulation.threads`, or a default if it is 0.
 
     Args:
-        config: the `simulation` section.
-        worker: whether the process is a Ray worker. Its default is the number of its CPUs; that
-            of other processes is what PyTorch uses.
+        config: the config's `simulation` section.
+        worker: whether the process is a Ray worker. The default of a worker is the number of its
+            CPUs, that of other processes is PyTorch's.
     """
     import torch  # not at the top: `set_defaults` must run before torch is imported
 
@@ -76,10 +82,11 @@ def thread_count(config: ThreadSettings, *, worker: bool = False) -> int:
 def use_threads(config: ThreadSettings, *, worker: bool = False) -> None:
     """Set the number of threads of this process.
 
-    The last bits of every matrix product depend on it, so all processes of a run use the same.
+    The last bits of every matrix product depend on this number, so runs that must agree bit for
+    bit need the same number.
 
     Args:
-        config: the `simulation` section.
+        config: the config's `simulation` section.
         worker: whether the process is a Ray worker.
     """
     import torch

@@ -1,5 +1,8 @@
 """A deterministic generator of small aerial scenes of land use, which needs no download.
 
+The data source `aerial_scenes` draws its images with it (quickstart, tests, demo), and
+`scripts/pretrain_tiny_clip.py` draws the images on which the tiny CLIP is trained.
+
 Facts: 20 classes (names as in UC Merced and RESISC45), 4 federated and 12 pre-training domains
 (sensor x season x region x ground resolution), 64x64 RGB, any number of images. An image depends
 only on its class, domain, index and seed, and on `VERSION`.
@@ -52,24 +55,27 @@ VERSION = 1
 def draw(
     class_name: str, domain: str, index: int, seed: int = 0
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Draw one image and say what it shows.
+    """Draw one image and describe its content.
 
     Args:
         class_name: one of `CLASSES` or `EXTRA_CLASSES`.
         domain: a federated or a pre-training domain.
         index: number of the image within its class and domain.
-        seed: another seed gives other images; the data set uses 0.
+        seed: a different seed gives different images; the data set uses 0.
 
     Returns:
         The image, uint8 (64, 64, 3), and notes on the objects in it, from which captions are made.
 
     Raises:
-        UserError: unknown class or domain.
+        UserError: the class or the domain is unknown.
     """
     check_domain(domain)
     _check(class_name, CLASSES + EXTRA_CLASSES, "class")
     look = DOMAINS[domain]
+    # Keyed by the image, so that images can be drawn in any order and in any process.
     rng = generator(seed, "aerial_scenes", VERSION, class_name, domain, index)
+    # The order of draws from `rng` is part of the data set: any change of it alters all images and
+    # requires a new VERSION.
     canvas = Canvas(
         rng,
         step=look.zoom * rng.uniform(0.88, 1.14),
@@ -84,28 +90,24 @@ def draw(
 
 
 def render(class_name: str, domain: str, index: int, seed: int = 0) -> NDArray[np.uint8]:
-    """One image, uint8 (64, 64, 3); see `draw`.
-
-    Raises:
-        UserError: unknown class or domain.
-    """
+    """Draw one image, uint8 (64, 64, 3). Arguments and errors are those of `draw`."""
     return draw(class_name, domain, index, seed)[0]
 
 
 def check_domain(name: str) -> None:
-    """Refuse a name that is no domain of the generator.
+    """Check that the generator has a domain of this name.
 
     Raises:
-        UserError: the message has the nearest domain.
+        UserError: it has not; the message contains the nearest domain.
     """
     _check(name, tuple(DOMAINS), "domain")
 
 
 def check_class(name: str) -> None:
-    """Refuse a name that is none of the 20 classes.
+    """Check that a name is one of the 20 classes.
 
     Raises:
-        UserError: the message has the nearest class.
+        UserError: it is not; the message contains the nearest class.
     """
     _check(name, CLASSES, "class")
 

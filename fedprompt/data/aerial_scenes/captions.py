@@ -1,10 +1,12 @@
-"""Captions for pre-training: what is true of an image, and sentences that say part of it.
+"""Captions for pre-training the tiny CLIP: facts about an image, and sentences that state some.
 
-An image has *facts*: its class, attributes ("circular", "residential", "ice"), its season, region,
-sensor and ground resolution. A caption mentions some of them. An image and a caption match when
-everything that the caption says is true of the image, whoever they were made for; the contrastive
-loss needs no other notion of a pair. A class that is held out is never named, but its words occur,
-because other classes share its attributes.
+Only `scripts/pretrain_tiny_clip.py` uses this module; no federated run does.
+
+An image has *facts*: its class, attributes ("circular", "residential", "ice"), season, region,
+sensor and ground resolution. A caption states some of them. An image and a caption match if every
+fact in the caption is true of the image, even if the caption was made for another image; the
+contrastive loss needs no other notion of a pair. A held-out class is never named, but its words
+occur, because other classes share its attributes.
 """
 
 from __future__ import annotations
@@ -107,8 +109,6 @@ DETAILS: dict[str, tuple[str, ...]] = {
     "trees": ("with trees",),
     "water": ("with water",),
 }
-# "Satellite" is said of what is seen from far, "aerial" of what is seen from near: a template that
-# says so states the ground resolution, and fits some images better than others.
 COLOURS: dict[str, tuple[str, ...]] = {
     "white": ("white", "with white colours"),
     "grey": ("grey", "with grey colours"),
@@ -130,6 +130,8 @@ ANY_TEMPLATES: tuple[str, ...] = (
     "a remote sensing image of {}.",
     "in this picture, which was taken from above, there is a {}.",
 )
+# "Satellite" describes images with a coarse ground resolution, "aerial" those with a fine one. Such
+# a template states a fact about the resolution, so it does not match every image.
 ZOOM_TEMPLATES: dict[str, tuple[str, ...]] = {
     FINE[0]: (
         "an aerial photo of a {}.",
@@ -154,7 +156,8 @@ class Caption:
 
 
 def colours(image_HW3: NDArray[np.uint8]) -> tuple[str, ...]:
-    """Names of the colours that cover at least 30 % of an image."""
+    """Return the names of the colours that cover at least 30 % of an image."""
+    # int64, because differences and sums of uint8 would wrap around.
     red, green, blue = np.moveaxis(image_HW3.astype(np.int64), 2, 0)
     bright, spread = (red + green + blue) / 3, image_HW3.max(2).astype(np.int64) - image_HW3.min(2)
     tinted = spread > 28
@@ -171,18 +174,35 @@ def colours(image_HW3: NDArray[np.uint8]) -> tuple[str, ...]:
 
 
 def image_facts(class_name: str, domain: str, notes: tuple[str, ...]) -> frozenset[str]:
-    """Everything that is true of an image, as far as captions can say it."""
+    """Return all facts about an image that captions can state.
+
+    Args:
+        class_name: the image's class.
+        domain: the image's domain.
+        notes: what `draw` and `colours` returned for the image.
+    """
     return frozenset((class_name, *ATTRIBUTES.get(class_name, ()), *notes, *_domain_words(domain)))
 
 
 def caption(
     rng: np.random.Generator, class_name: str, domain: str, notes: tuple[str, ...]
 ) -> Caption:
-    """A random caption of an image: subject, perhaps attributes, perhaps season, sensor, region.
+    """Draw a random caption of an image: a subject, and perhaps attributes and facts of the domain.
 
-    One in five leaves the class out and names attributes only. No caption holds the name of a
-    held-out class.
+    One caption in five omits the class and names an attribute instead. No caption contains the name
+    of a held-out class.
+
+    Args:
+        rng: the generator of the caption.
+        class_name: the image's class.
+        domain: the image's domain.
+        notes: what `draw` and `colours` returned for the image.
+
+    Returns:
+        The sentence and the facts that it states.
     """
+    # Independent words can combine to the name of a held-out class ("dense" and "residential").
+    # Such a caption would leak the name into pre-training, so it is drawn again.
     while True:
         drawn = _draw_caption(rng, class_name, domain, notes)
         if not any(name in drawn.text.lower() for name in HELD_OUT_CLASSES):
@@ -190,7 +210,7 @@ def caption(
 
 
 def all_facts() -> tuple[str, ...]:
-    """Every fact an image can have, in a fixed order."""
+    """Return every fact that an image can have, sorted."""
     facts = {*CLASSES, *EXTRA_CLASSES, *ADJECTIVES, *NOUNS, *DETAILS}
     facts |= {*COLOURS}
     facts |= {word for domain in DOMAINS for word in _domain_words(domain)}
@@ -198,9 +218,10 @@ def all_facts() -> tuple[str, ...]:
 
 
 def _domain_words(domain: str) -> dict[str, tuple[str, ...]]:
-    """The facts of a domain and the words for each."""
+    """Return the facts of a domain and the words for each."""
     look = DOMAINS[domain]
     groups = (look.season.words, look.region.words, look.sensor.words, look.zoom_words)
+    # The prefix distinguishes a sensor's "dark" from the colour of that name.
     return {f"look:{words[0]}": words for words in groups}
 
 
@@ -253,7 +274,7 @@ def _draw_caption(
 
 
 def _drop_words(rng: np.random.Generator, text: str) -> str:
-    """Now and then the sentence loses its small words."""
+    """Remove articles and other small words from 15 % of the sentences."""
     if rng.random() < 0.15:
         kept = [w for w in text.split() if w not in ("a", "an", "the", "of", "is", "this")]
         return " ".join(kept)

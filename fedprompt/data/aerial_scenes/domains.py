@@ -1,8 +1,8 @@
-"""Domains: sensor x season x region x ground resolution.
+"""Domains: combinations of sensor, season, region and ground resolution.
 
-A domain decides what colours a scene is painted in, how densely things stand and how the sensor
-renders the result. Four domains are for federated experiments; twelve others are for pre-training.
-No federated combination occurs in pre-training.
+A domain determines the colours of a scene, how densely objects stand and how the sensor renders the
+result. Four domains are for federated experiments and twelve others for pre-training. No federated
+combination occurs in pre-training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Season:
-    """Colours of vegetation, and how much of the ground lies under snow (0 to 1)."""
+    """Colours of vegetation, and the share of the ground under snow (0 to 1)."""
 
     words: tuple[str, ...]
     grass: RGB
@@ -29,7 +29,7 @@ class Season:
 
 @dataclass(frozen=True)
 class Region:
-    """Soil, water, paving, roofs and how green it is."""
+    """Colours of soil, water, paving and roofs, and how many trees there are."""
 
     words: tuple[str, ...]
     soil: RGB
@@ -44,7 +44,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Sensor:
-    """How light becomes numbers: gains, saturation, contrast, haze, blur (pixels) and noise."""
+    """How light is recorded: gains, saturation, contrast, haze, blur (in pixels) and noise."""
 
     words: tuple[str, ...]
     gains: RGB = (1.0, 1.0, 1.0)
@@ -215,13 +215,30 @@ SNOW: RGB = (0.90, 0.92, 0.95)
 
 
 def under_snow(colour: Colour, season: Season, share: float = 1.0) -> Array:
-    """`colour` as it looks under the season's snow; `share` scales the cover."""
+    """Return a colour as it looks under the season's snow.
+
+    Args:
+        colour: the colour without snow.
+        season: decides how much snow there is.
+        share: multiplies the snow cover, e.g. less for roads that are cleared.
+    """
     return mix(colour, SNOW, season.snow * share)
 
 
 def sense(rgb_HW3: Array, sensor: Sensor, rng: np.random.Generator) -> Array:
-    """What the sensor records of a scene; float RGB, clipped to [0, 1]."""
+    """Render a scene as the sensor records it.
+
+    Args:
+        rgb_HW3: the scene.
+        sensor: the domain's sensor.
+        rng: the image's generator; exposure, tint, haze and noise vary from image to image.
+
+    Returns:
+        RGB (H, W, 3), float64, clipped to [0, 1].
+    """
+    # Blur comes first and noise last, because the optics do not blur the sensor's noise.
     image = smooth(rgb_HW3, sensor.blur)
+    # Luma weights of ITU-R BT.601.
     grey = image @ np.array([0.30, 0.59, 0.11])
     image = grey[..., None] + sensor.saturation * (image - grey[..., None])
     exposure = rng.uniform(0.90, 1.10)
@@ -230,6 +247,7 @@ def sense(rgb_HW3: Array, sensor: Sensor, rng: np.random.Generator) -> Array:
     image = 0.45 + sensor.contrast * rng.uniform(0.92, 1.08) * (image - 0.45)
     haze = sensor.haze * rng.uniform(0.7, 1.3)
     image = mix(image, sensor.haze_colour, haze)
+    # Grey noise and, half as strong, coloured noise, which a sensor without colours lacks.
     image = image + sensor.noise * rng.standard_normal((SIZE, SIZE, 1))
     image = image + 0.5 * sensor.noise * rng.standard_normal((SIZE, SIZE, 3)) * sensor.saturation
     return np.clip(image, 0.0, 1.0)

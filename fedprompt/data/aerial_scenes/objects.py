@@ -1,4 +1,8 @@
-"""What scenes are made of: ground, vegetation, roads, buildings, vehicles."""
+"""The objects that scenes are made of: ground, vegetation, roads, buildings and vehicles.
+
+`x` and `y` are scene coordinates of an object's centre, lengths are in scene units (about metres)
+and angles in radians. Objects are painted over each other, so the order of calls matters.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,13 @@ LIMIT = 72.0  # scene units from the centre within which things are drawn; beyon
 
 
 class Scene:
-    """A canvas, the domain that colours it and notes on what was drawn, for captions."""
+    """A canvas, the domain that colours it, and notes on its content for captions.
+
+    Args:
+        canvas: the picture to paint on.
+        domain: decides colours, roofs and the number of trees.
+        rng: the image's generator, the same as the canvas's.
+    """
 
     def __init__(self, canvas: Canvas, domain: Domain, rng: np.random.Generator) -> None:
         self.canvas = canvas
@@ -36,61 +46,72 @@ class Scene:
     # Colours
 
     def pick(self, colours: Sequence[RGB], spread: float = 0.08) -> Array:
-        """One of `colours`, a little varied."""
+        """Draw one of `colours` and vary its brightness by up to `spread`."""
         colour = np.array(colours[int(self.rng.integers(len(colours)))])
         return colour * (1.0 + self.rng.uniform(-spread, spread))
 
     @property
     def grass(self) -> Array:
-        """Meadow or lawn, under snow in winter."""
+        """Colour of meadows and lawns, under snow in winter."""
         return under_snow(self.season.grass, self.season)
 
     @property
     def soil(self) -> Array:
-        """Bare ground, half covered by snow in winter."""
+        """Colour of bare ground, half covered by snow in winter."""
         return under_snow(self.region.soil, self.season, 0.55)
 
     @property
     def asphalt(self) -> Array:
-        """Road surface, cleared of most snow."""
+        """Colour of road surfaces, cleared of most snow."""
         return under_snow(self.region.asphalt, self.season, 0.15)
 
     @property
     def concrete(self) -> Array:
-        """Paved yards and quays."""
+        """Colour of paved yards and quays."""
         return under_snow(self.region.concrete, self.season, 0.3)
 
     @property
     def water(self) -> Array:
-        """Open water."""
+        """Colour of open water; every access draws another brightness."""
         return np.asarray(self.region.water) * self.rng.uniform(0.9, 1.12)
 
     def roof(self, share: float = 0.55) -> Array:
-        """A roof of the region, partly under snow in winter."""
+        """Draw the colour of a roof of the region, partly under snow in winter."""
         return under_snow(self.pick(self.region.roofs, 0.14), self.season, share)
 
     # Ground
 
     def ground(self, colour: Colour, texture: float = 0.16) -> None:
-        """Cover everything with `colour`, mottled."""
+        """Cover the whole picture with `colour`, mottled by `texture`."""
         noise = self.canvas.fbm(4, 4) * texture
         self.canvas.rgb_HW3[:] = np.asarray(colour) * (1.0 + noise)[..., None]
 
     def open_ground(self) -> None:
-        """Grass with patches of bare soil, as the region and season have it."""
+        """Cover the whole picture with grass and patches of bare soil."""
         self.ground(self.grass)
+        # A region with few trees also has much bare soil.
         bare = 0.25 + 0.45 * (1.0 - self.region.trees) + 0.5 * self.canvas.fbm(3, 3)
         self.canvas.paint(self.soil, np.clip(2.0 * (bare - 0.5), 0.0, 0.85))
 
     def sea(self, distance: Array, ripple: float = 0.06) -> None:
         """Fill a shape with water that is lighter near its edge."""
+        # Distances are negative inside, so `near` is 1 at the shore and fades over 5 units.
         near = np.exp(np.minimum(distance, 0.0) / 5.0)[..., None]
         tint = self.water * (1.0 - 0.4 * near) + np.array([0.36, 0.48, 0.46]) * 0.4 * near
         waves = 1.0 + ripple * (self.canvas.noise(32) + self.canvas.noise(8))
         self.canvas.paint(tint * waves[..., None], self.canvas.cover(distance))
 
     def floes(self, distance: Array, size: float, share: float) -> None:
-        """Ice floes of about `size` units on the water inside `distance`: cracked cells."""
+        """Draw ice floes: irregular cells that cracks of open water separate.
+
+        Args:
+            distance: signed distance to the water.
+            size: mean diameter of a floe.
+            share: share of the cells that carry ice, 0 to 1.
+        """
+        # Floes are the cells of a Voronoi diagram with one random point per grid square. Of each
+        # pixel the nearest and the second nearest point are needed; only the 3x3 squares around it
+        # are searched. The grid repeats after 16 squares.
         x, y = self.canvas.x_HW / size, self.canvas.y_HW / size
         x = x + 0.25 * self.canvas.noise(8)
         y = y + 0.25 * self.canvas.noise(8)
@@ -110,6 +131,7 @@ class Scene:
                 second = np.where(nearer, first, np.minimum(second, there))
                 floe = np.where(nearer, kept[i, j], floe)
                 first = np.where(nearer, there, first)
+        # A crack runs where the two nearest points are almost equally far away.
         crack = (0.16 - (second - first)) * size / 2
         inside = np.maximum(np.where(floe, crack, 9.0), distance)
         ice = np.array([0.88, 0.92, 0.95]) * (1.0 + 0.06 * self.canvas.fbm(8, 3))[..., None]
@@ -118,7 +140,7 @@ class Scene:
     # Vegetation
 
     def scatter(self, free_HW: NDArray[np.bool_], count: int) -> list[tuple[float, float]]:
-        """Random scene points among the pixels that are free; none where nothing is free."""
+        """Draw `count` random scene points among the free pixels; none if no pixel is free."""
         places = np.flatnonzero(free_HW)
         if not len(places) or count <= 0:
             return []
@@ -127,7 +149,7 @@ class Scene:
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
     def tree(self, x: float, y: float, radius: float) -> None:
-        """A crown, lit on one side, with its shadow."""
+        """Draw the crown of a tree, lit on one side, and its shadow."""
         canvas = self.canvas
         window = canvas.window(x, y, 2.2 * radius)
         if window is None:
@@ -142,13 +164,27 @@ class Scene:
         canvas.paint(tone * light[..., None], canvas.cover(np.hypot(dx, dy) - radius), window)
 
     def trees(self, free_HW: NDArray[np.bool_], count: int, size: float = 2.6) -> None:
-        """About `count` trees on free ground, fewer in barren regions."""
+        """Draw trees on free ground.
+
+        Args:
+            free_HW: pixels on which a tree may stand.
+            count: number of trees in a region of medium greenness; barren regions have fewer.
+            size: mean radius of a crown.
+        """
         count = round(count * self.region.trees * 1.6)
         for x, y in self.scatter(free_HW, count):
             self.tree(x, y, size * self.rng.uniform(0.6, 1.3))
 
     def canopy(self, density: float, spacing: float, keep_HW: Array) -> None:
-        """Closed woodland: a crown in about `density` of all cells, where `keep_HW` > 0."""
+        """Draw closed woodland.
+
+        Args:
+            density: share of the grid squares with a crown, 0 to 1.
+            spacing: width of a grid square, about the distance between trees.
+            keep_HW: the woodland covers the pixels where this is positive.
+        """
+        # One crown per grid square. Only the 2x2 squares nearest to a pixel are searched, so any
+        # number of crowns costs four passes over the picture. The grid repeats after 48 squares.
         canvas = self.canvas
         x, y = canvas.x_HW / spacing - 0.5, canvas.y_HW / spacing - 0.5
         base_x, base_y = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
@@ -170,6 +206,7 @@ class Scene:
                 higher = height > best
                 colour = np.where(higher[..., None], tone[i, j] * light[..., None], colour)
                 best = np.where(higher, height, best)
+        # `best` is the depth below the highest crown's edge, in squares; scene units are needed.
         crown = canvas.cover(-best * spacing) * (keep_HW > 0)
         floor = under_snow(self.season.trees[0], self.season, 0.8) * 0.62
         canvas.paint(floor, np.clip(best * spacing / 2 + 1.0, 0.0, 0.8) * (keep_HW > 0))
@@ -178,7 +215,7 @@ class Scene:
     # Roads
 
     def road(self, distance: Array, kerb: float = 0.0) -> None:
-        """Asphalt inside a shape, with a paler kerb of width `kerb` around it."""
+        """Fill a shape with asphalt and surround it with a paler kerb of width `kerb`."""
         if kerb:
             self.canvas.fill(self.concrete, distance - kerb)
         self.canvas.fill(self.asphalt, distance, texture=0.05)
@@ -186,7 +223,15 @@ class Scene:
     def dashes(
         self, across_HW: Array, along_HW: Array, width: float, dash: float, gap: float
     ) -> None:
-        """A broken white line where `across` is zero; unbroken for `gap` 0."""
+        """Draw a broken white line.
+
+        Args:
+            across_HW: signed offset of each pixel from the middle of the line.
+            along_HW: coordinate of each pixel along the line.
+            width: width of the line.
+            dash: length of a dash.
+            gap: length between dashes; 0 for a continuous line.
+        """
         distance = np.abs(across_HW) - width / 2
         if gap:
             phase = np.mod(along_HW + self.rng.uniform(0.0, dash + gap), dash + gap)
@@ -206,13 +251,25 @@ class Scene:
         height: float = 0.0,
         ridge: bool = False,
     ) -> None:
-        """A box seen from above, with a shadow of `height` and, if asked, a ridged roof."""
+        """Draw a box as seen from above.
+
+        Args:
+            x: its centre.
+            y: its centre.
+            half_x: half of its side along x before the rotation.
+            half_y: half of its side along y before the rotation.
+            colour: colour of its top.
+            angle: rotation in radians.
+            height: length of its shadow; 0 for none.
+            ridge: whether its roof has a ridge along the longer side, lit on the sunny side.
+        """
         canvas = self.canvas
         window = canvas.window(x, y, float(np.hypot(half_x, half_y)) + height)
         if window is None:
             return
         dx, dy = canvas.x_HW[window] - x, canvas.y_HW[window] - y
         cos, sin = float(np.cos(angle)), float(np.sin(angle))
+        # In the box's coordinates (u, v) its sides are parallel to the axes; the sun turns along.
         u, v = dx * cos + dy * sin, dy * cos - dx * sin
         sun_u = canvas.sun[0] * cos + canvas.sun[1] * sin
         sun_v = canvas.sun[1] * cos - canvas.sun[0] * sin
@@ -227,7 +284,14 @@ class Scene:
         canvas.paint(tint, canvas.cover(box(u, v, half_x, half_y)), window)
 
     def house(self, x: float, y: float, size: float, angle: float = 0.0) -> None:
-        """A dwelling about `size` units long, gabled or flat as in the region, maybe L-shaped."""
+        """Draw a dwelling, gabled or flat as is usual in the region, sometimes L-shaped.
+
+        Args:
+            x: its centre.
+            y: its centre.
+            size: its approximate length.
+            angle: rotation in radians.
+        """
         half_x = size * self.rng.uniform(0.42, 0.56)
         half_y = half_x * self.rng.uniform(0.6, 0.85)
         roof = self.roof()
@@ -250,7 +314,14 @@ class Scene:
         self.slab(x, y, half_x, half_y, roof, angle, size * 0.25, ridge)
 
     def hall(self, x: float, y: float, half_x: float, half_y: float) -> None:
-        """An industrial hall: a large pale flat or saw-tooth roof with skylights."""
+        """Draw an industrial hall with a large pale roof and parallel grooves.
+
+        Args:
+            x: its centre.
+            y: its centre.
+            half_x: half of its side along x.
+            half_y: half of its side along y.
+        """
         roof = under_snow(
             self.pick(((0.78, 0.79, 0.80), (0.62, 0.65, 0.69), (0.70, 0.68, 0.64)), 0.1),
             self.season,
@@ -264,7 +335,7 @@ class Scene:
         canvas.paint(roof * self.rng.uniform(0.6, 0.78), 0.9 * canvas.cover(groove))
 
     def car(self, x: float, y: float, angle: float = 0.0, truck: bool = False) -> None:
-        """A car, or a lorry three times as long."""
+        """Draw a car, or a lorry more than twice as long; arguments as in `slab`."""
         colour = self.pick(CARS, 0.05)
         if truck:
             self.slab(x, y, 5.0, 1.3, mix(colour, WHITE, 0.5), angle, 1.0)
@@ -272,7 +343,14 @@ class Scene:
             self.slab(x, y, 2.1, 1.0, colour, angle, 0.7)
 
     def boat(self, x: float, y: float, length: float, angle: float) -> None:
-        """A pale hull, pointed at one end, with a darker deck."""
+        """Draw a boat: a pale hull, pointed at one end, with a darker deck.
+
+        Args:
+            x: its centre.
+            y: its centre.
+            length: length of the hull.
+            angle: direction of the bow, in radians.
+        """
         canvas = self.canvas
         window = canvas.window(x, y, length)
         if window is None:

@@ -1,11 +1,12 @@
-"""The catalogue of published data sets: one YAML file of facts per set, `<name>.yaml` here.
+"""The catalogue of published data sets: one YAML file of facts per data set, `<name>.yaml` here.
 
-An entry says what the set holds (images, pixels, classes in label order), who made it and under
-which licence, how its split came about, where it is on the Hugging Face hub, and how the authors'
-folder is laid out. It is the only place for these facts: `data=<name>` selects it, and the loaders
-read it. Class lists that a copy of the set defines itself (`classes_from`) are read from there.
+An entry states what the data set contains (images, pixel size, classes in label order), who made it
+and under which licence, where its split comes from, where it is on the Hugging Face hub, and how
+the authors' folder is laid out. It is the only place for these facts: `data=<name>` selects an
+entry, and the loaders in `data/sources` read it before the first round. Where a copy of the data
+set defines the classes itself (`classes_from`), the loader reads them from the copy.
 
-What could not be checked against the source says `verified: false` or has a remark.
+A fact that could not be checked against its source is marked `verified: false` or has a remark.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Kind = Literal["remote sensing", "natural"]
 
 @dataclass(frozen=True)
 class Citation:
-    """What to cite."""
+    """The publication to cite."""
 
     authors: str
     title: str
@@ -37,10 +38,16 @@ class Citation:
 
 @dataclass(frozen=True)
 class Split:
-    """Where train and test come from, and how many images each has, where that is known.
+    """Where training and test images come from, and their numbers where these are known.
 
-    `official`: the authors' own; `hold-out`: there is none, `data.test_fraction` of each class is
-    held out, seeded; `test only`: all images are test images.
+    Attributes:
+        kind: `official` for the authors' split; `hold-out` where there is none, so that a seeded
+            `data.test_fraction` of each class is held out; `test only` where all images are test
+            images.
+        source: where the split is documented.
+        train: number of training images.
+        val: number of validation images.
+        test: number of test images.
     """
 
     kind: Literal["official", "hold-out", "test only"]
@@ -54,8 +61,19 @@ class Split:
 class Hub:
     """A copy on the Hugging Face hub: its id, splits and columns.
 
-    Rows of the classes in `ignore` are left out. `verified` is true where the id and its columns
-    were read from a stored copy of the data set card; no entry was tried on the live hub.
+    Attributes:
+        id: the data set's id, `owner/name`.
+        config: the data set's configuration on the hub, if it has several.
+        revision: a branch, tag or commit; None for the default.
+        train: name of the split with training images, or None.
+        test: name of the split with test images, or None.
+        image: name of the column with images.
+        label: name of the column with labels.
+        domain: name of the column with domains, or None.
+        ignore: classes whose rows are skipped.
+        verified: whether id and columns were read from a stored copy of the data set card. No entry
+            was tried on the live hub.
+        remark: what a user should know about this copy.
     """
 
     id: str
@@ -85,11 +103,32 @@ class CoopSplit:
 class Entry:
     """The facts about one data set.
 
-    `classes` maps the authors' name of a class (a folder, mostly) to the name used in prompts, in
-    label order; it is empty where `classes_from` says what in the copy defines them. `class_style`
-    then tells how such names are made readable. `domains` maps the authors' names of the domains
-    to ours. `superclasses` groups class names. `size` is in pixels, `metres_per_pixel` on the
-    ground. `download` says what to fetch, `layout` how the unpacked folder is read.
+    Attributes:
+        name: name of the entry and of its file.
+        title: the data set's name as its authors write it.
+        kind: `remote sensing` or `natural`.
+        images: number of images.
+        size: width and height in pixels, as text.
+        num_classes: number of classes.
+        templates: hand-written prompts with `{}` in place of the class name.
+        templates_source: where the templates come from.
+        split: where training and test images come from.
+        licence: the licence of the images.
+        cite: the publication to cite.
+        homepage: the authors' page.
+        download: what to download, for the user.
+        layout: how the unpacked folder is read.
+        classes: from the authors' name of a class (usually a folder) to the name used in prompts,
+            in label order. It is empty where `classes_from` is given.
+        classes_from: what in the copy defines the classes.
+        class_style: how names that the copy defines are made readable.
+        metres_per_pixel: ground resolution, as text.
+        domains: from the authors' names of the domains to ours.
+        superclasses: from a superclass to the names of its classes.
+        hub: the copy on the Hugging Face hub, if there is one.
+        coop_split: the split file of CoOp, if there is one.
+        verified: whether the facts were checked against their source.
+        remarks: what a user should know about the data set.
     """
 
     name: str
@@ -119,16 +158,22 @@ class Entry:
 
 
 def names() -> list[str]:
-    """Names of all entries, sorted."""
+    """Return the names of all entries, sorted."""
     return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
 @cache
 def entry(name: str) -> Entry:
-    """The entry of that name.
+    """Read the entry of a data set.
+
+    Args:
+        name: name of the entry, e.g. `eurosat`.
+
+    Returns:
+        The entry. It is cached and shared by all callers.
 
     Raises:
-        UserError: no such entry.
+        UserError: there is no such entry; the message contains the nearest name.
     """
     if name not in names():
         raise UserError(f"data: no '{name}' in the catalogue.{did_you_mean(name, names())}")
@@ -137,7 +182,16 @@ def entry(name: str) -> Entry:
 
 
 def parse(name: str, raw: Mapping[str, Any]) -> Entry:
-    """An `Entry` from the plain mapping of its file; a `TypeError` for a missing or unknown key."""
+    """Build an `Entry` from the plain mapping of its file.
+
+    Args:
+        name: name of the entry.
+        raw: content of its YAML file.
+
+    Raises:
+        KeyError: `split` or `cite` is missing.
+        TypeError: another key is missing, or a key is unknown.
+    """
     values = dict(raw)
     values["split"] = Split(**values["split"])
     values["cite"] = Citation(**values["cite"])
@@ -150,6 +204,7 @@ def parse(name: str, raw: Mapping[str, Any]) -> Entry:
         values["coop_split"] = CoopSplit(**values["coop_split"])
     for key in ("classes", "domains"):
         pairs = values.get(key, {}).items()
+        # YAML reads a key such as 3 as a number, and a name that stays as it is has no value.
         values[key] = {str(theirs): str(ours or theirs) for theirs, ours in pairs}
     groups = values.get("superclasses", {}).items()
     values["superclasses"] = {str(group): tuple(members) for group, members in groups}
@@ -157,7 +212,7 @@ def parse(name: str, raw: Mapping[str, Any]) -> Entry:
 
 
 def data_keys(name: str) -> dict[str, Any]:
-    """The `data` section of a config that selects this entry."""
+    """Return the keys of a config's `data` section that select this entry."""
     found = entry(name)
     hub = found.hub
     keys: dict[str, Any] = {
@@ -181,7 +236,7 @@ def data_keys(name: str) -> dict[str, Any]:
 
 
 def facts(found: Entry) -> dict[str, Any]:
-    """The entry as plain nested dicts and lists without what is empty, for display."""
+    """Convert an entry to nested dicts and lists for display; empty fields are omitted."""
     plain: dict[str, Any] = _filled(dataclasses.asdict(found))
     return plain
 

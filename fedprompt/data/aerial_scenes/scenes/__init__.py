@@ -1,10 +1,10 @@
-"""One function per class: it draws the scene and notes what captions may mention.
+"""One function per class, which draws the scene and notes what captions may mention.
 
-Units are about metres at a view 64 wide; rivers, fields and ice are drawn at a coarser scale, as
-in RESISC45, whose ground resolution varies from 0.2 to 30 m per pixel. Class names follow UC
-Merced (Yang & Newsam, "Bag-of-visual-words and spatial extensions for land-use classification",
-ACM GIS 2010) and RESISC45 (Cheng, Han & Lu, "Remote sensing image scene classification: benchmark
-and state of the art", Proc. IEEE 2017); no image of either was used.
+Units are approximately metres for a view 64 units wide; rivers, fields and ice are drawn at a
+coarser scale, as in RESISC45, whose ground resolution varies from 0.2 to 30 m per pixel. Class
+names follow UC Merced (Yang & Newsam, "Bag-of-visual-words and spatial extensions for land-use
+classification", ACM GIS 2010) and RESISC45 (Cheng, Han & Lu, "Remote sensing image scene
+classification: benchmark and state of the art", Proc. IEEE 2017); no image of either was used.
 """
 
 from __future__ import annotations

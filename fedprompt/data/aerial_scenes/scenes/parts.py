@@ -1,4 +1,4 @@
-"""What several scenes share: traffic, fields, tanks."""
+"""Parts that several scenes share: traffic, fields and tanks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from fedprompt.data.aerial_scenes.objects import LIMIT, Scene
 
 
 def steps(scene: Scene, low: float, high: float) -> list[float]:
-    """Positions from -LIMIT to LIMIT in random steps between `low` and `high`."""
+    """Draw positions from -LIMIT to LIMIT.
+
+    Args:
+        scene: its generator is used.
+        low: smallest distance between neighbours.
+        high: largest distance between neighbours.
+    """
     place, places = -LIMIT + float(scene.rng.uniform(0.0, high)), []
     while place < LIMIT:
         places.append(place)
@@ -19,7 +25,14 @@ def steps(scene: Scene, low: float, high: float) -> list[float]:
 
 
 def traffic(scene: Scene, lanes: list[float], gap: float, along_x: bool = True) -> None:
-    """Cars and a few lorries along lanes at fixed offsets, about every `gap` units."""
+    """Draw cars and a few lorries along straight lanes.
+
+    Args:
+        scene: the scene.
+        lanes: offset of each lane, y for lanes along x.
+        gap: mean distance between vehicles, approximately.
+        along_x: whether the lanes are parallel to x or to y.
+    """
     for lane in lanes:
         for place in steps(scene, 0.5 * gap, 1.6 * gap):
             x, y = (place, lane) if along_x else (lane, place)
@@ -27,13 +40,31 @@ def traffic(scene: Scene, lanes: list[float], gap: float, along_x: bool = True) 
 
 
 def at(scene: Scene, curve_HW: Array, x: float) -> float:
-    """Value of a curve that depends on x alone, at the pixel nearest to that x."""
+    """Evaluate a curve at one x.
+
+    Args:
+        scene: the scene.
+        curve_HW: values that depend on x alone.
+        x: scene coordinate.
+
+    Returns:
+        The value at the pixel nearest to x.
+    """
+    # The view may be rotated, so x varies along rows and along columns.
     nearest = int(np.argmin(np.abs(scene.canvas.x_HW - x)))
     return float(curve_HW.ravel()[nearest])
 
 
 def patchwork(scene: Scene, size_x: float, size_y: float, rows: float = 0.16) -> None:
-    """Rectangular fields with furrows over the whole picture."""
+    """Cover the whole picture with rectangular fields.
+
+    Args:
+        scene: the scene.
+        size_x: length of a field along x.
+        size_y: length of a field along y.
+        rows: contrast of the furrows.
+    """
+    # The 32 keeps coordinates positive; each strip of fields is shifted by a random amount.
     canvas, rng = scene.canvas, scene.rng
     x, y = canvas.x_HW / size_x + rng.uniform(0, 9), canvas.y_HW / size_y + 32.0
     strip = np.floor(y).astype(np.int64) % 16
@@ -55,7 +86,7 @@ def patchwork(scene: Scene, size_x: float, size_y: float, rows: float = 0.16) ->
 
 
 def tank(scene: Scene, x: float, y: float, radius: float) -> None:
-    """A cylinder: shadow, pale lid, darker rim."""
+    """Draw a storage tank of the given radius: a shadow, a pale lid and a darker rim."""
     canvas = scene.canvas
     window = canvas.window(x, y, 2.0 * radius)
     if window is None:
