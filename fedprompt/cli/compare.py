@@ -60,6 +60,7 @@ def compare_command(
     Raises:
         UserError: An option is invalid, or there is no finished run to compare.
     """
+    # Options are checked before the runs are read, which takes a while for many of them.
     _check(form, ["terminal", *FORMS], "--format")
     _check(test, ["t", "wilcoxon", "none"], "--test")
     if heat is not None and out is None:
@@ -136,6 +137,7 @@ def write_all(
 
 def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
     """Print and write the comparison that a protocol itself makes of single runs."""
+    # Protocols import PyTorch, which the other comparisons do not need.
     from fedprompt.evaluation.registry import compare_runs
 
     runs = [run for row in loaded.rows for run in row.runs.values()]

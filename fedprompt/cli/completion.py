@@ -111,6 +111,8 @@ def keys(incomplete: str) -> Offers:
 
     section = incomplete.partition(".")[0]
     inside = {name: [f.name for f in dataclasses.fields(s)] for name, s in SECTIONS.items()}
+    # The keys of `data` depend on the source, which completion does not know yet; it offers them
+    # all.
     inside["data"] = list(all_keys())
     if "." in incomplete and section in inside:
         return [f"{section}.{key}" for key in inside[section]]
@@ -137,6 +139,7 @@ def values_of(key: str) -> Offers:
     kind: Any = types.get(name)
     if get_origin(kind) is Literal:
         return [str(choice) for choice in get_args(kind)]
+    # Numbers and free text have no list of values to offer.
     return ["true", "false"] if kind is bool else []
 
 

@@ -84,6 +84,7 @@ def _entries(kind: str, entries: Sequence[Entry], width: int) -> Group:
     heads = ("name", "images", "classes", "hub", "size", "m/pixel", "licence")
     most = {"size": 24, "licence": max(20, width - 90)}
     name, *columns = fields(heads, rows, left=heads[3:], most=most)
+    # A column in which no data set of this kind has a value is left out.
     bare = [field.head for field in columns if all(cell.plain == "-" for cell in field.cells)]
     dropped = (*bare, *(() if width >= 110 else ("licence",)))
     columns = [field for field in columns if field.head not in dropped]
@@ -168,6 +169,7 @@ def prepare(
 
     if from_hub == (root is not None):
         raise UserError("give --root DIR for the authors' folder, or --hub for the hub's copy.")
+    # on_bad_image=skip: the default stops at the first unreadable image, and here all are reported.
     keys = catalogue.data_keys(catalogue.entry(name).name)
     keys |= {"root": None if root is None else str(root), "split": _split(split)}
     config = build_data({**keys, "on_bad_image": "skip"})

@@ -44,6 +44,7 @@ def partition_table(name: str, description: Mapping[str, Any], width: int) -> Gr
     rows = []
     for k, row_C in enumerate(train_KC[:CLIENTS_SHOWN]):
         largest = int(row_C.argmax())
+        # `max(..., 1)`: a client may hold no training image.
         share = f"{classes[largest]} ({100 * row_C[largest] / max(row_C.sum(), 1):.0f} %)"
         cells = [
             str(k),

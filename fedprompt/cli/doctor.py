@@ -90,6 +90,7 @@ def unmet(requirements: list[str]) -> list[str]:
     problems = []
     for text in requirements:
         required = Requirement(text)
+        # A marker such as `extra == "wandb"` is false for the empty extra, so extras drop out here.
         if required.marker is not None and not required.marker.evaluate({"extra": ""}):
             continue
         installed = _installed(required.name)
@@ -121,6 +122,7 @@ def _devices() -> Iterator[Finding]:
             card = torch.cuda.get_device_properties(i)
             yield Finding("devices", f"GPU {i}", f"{card.name}, {human_bytes(card.total_memory)}")
         return
+    # The kernel driver creates this file, so a card is there although PyTorch sees none.
     driver = Path("/dev/nvidiactl").exists()
     problem = (
         f"an NVIDIA driver is present, but PyTorch {torch.__version__} cannot use it; install "
@@ -171,6 +173,7 @@ def memory() -> tuple[int | None, int | None]:
     except (OSError, ValueError, IndexError):
         pass
     try:
+        # Systems other than Linux have no /proc; sysconf tells the total only.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
     except (OSError, ValueError):
         return None, None

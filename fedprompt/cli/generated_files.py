@@ -73,6 +73,7 @@ def with_sweep_rows(text: str) -> str:
         for name in shipped(METHODS)
         if name not in listed
     ]
+    # `quick:` follows the rows in the file, so a lookahead inserts them right before it.
     return re.sub(r"^(?=quick:)", "".join(lines), text, count=1, flags=re.MULTILINE)
 
 

@@ -142,6 +142,7 @@ def report(
     from fedprompt.reports.sweep_report import write_sweep_report
 
     single = len(paths) == 1
+    # A path that is no folder also goes to `draw_report`, whose error names what a run folder is.
     if single and out is None and ((paths[0] / METRICS).is_file() or not paths[0].is_dir()):
         path = draw_report(paths[0])
     else:

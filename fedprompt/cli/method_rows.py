@@ -25,11 +25,13 @@ def compute_rows(names: Sequence[str]) -> list[Row]:
         names: The methods. Each is built with its default config for a CLIP with ViT-B/16's shapes,
             without weights, and two classes.
     """
+    # Only shapes matter here, so no weights are downloaded or allocated.
     clip = shape_only_clip("ViT-B-16")
     rows: list[Row] = []
     for name in names:
         cls = METHODS.get(name)
         method = cls(cls.Config(), clip, Task(("a class", "another class")))
+        # The seed and the client id do not matter either: only names and shapes are printed.
         rows.append(
             (
                 name,
@@ -49,6 +51,7 @@ def _tensors(tensors: dict[str, Tensor]) -> str:
     """Format names and shapes; of more than three tensors, only their number and total size."""
     if not tensors:
         return "-"
+    # Methods such as adapters of every layer would otherwise fill a page.
     if len(tensors) > 3:
         return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers"
     return ", ".join(f"{n} {'x'.join(str(s) for s in t.shape) or '1'}" for n, t in tensors.items())

@@ -42,6 +42,7 @@ def method_rows() -> list[Row]:
     rows = {row[0]: row for row in stored_rows()}
     names = METHODS.names()
     missing = [name for name in names if name not in rows]
+    # PyTorch is imported only when a method outside the stored table is installed.
     if missing:
         from fedprompt.cli.method_rows import compute_rows
 

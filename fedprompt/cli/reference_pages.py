@@ -75,6 +75,7 @@ def strategies_markdown() -> str:
     lines = []
     for name, cls in all_strategies().items():
         title = _title(sys.modules[cls.__module__])
+        # Screening limits are keys of every strategy; the page names them once, above the table.
         keys = [f for f in dataclasses.fields(cls.Config) if f.name not in common]
         shown = ", ".join(f"`{f.name}` {_default(f)}" for f in keys) or "-"
         makers = [
@@ -82,6 +83,7 @@ def strategies_markdown() -> str:
             for m, method in all_methods().items()
             if method.Config().default_strategy["name"] == name
         ]
+        # FedAvg is the default of most methods, too many to list.
         users = "the others" if name == "fedavg" else ", ".join(makers) or "-"
         lines.append((name, _cell(title), shown, users))
     return f"{STRATEGIES_PAGE}\n{_table(('strategy', 'what it does', 'keys', '`auto` for'), lines)}"
@@ -124,9 +126,11 @@ def _rows(schema: type[Any], where: str) -> list[tuple[str, ...]]:
 def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
+        # Containers as defaults are made by a factory, and `default` is then unset.
         value = field.default_factory()
     if value is dataclasses.MISSING:
         return "-"
+    # As YAML writes them, so that a reader can copy the value into an experiment file.
     words = {None: "null", True: "true", False: "false"}
     text = words[value] if value is None or isinstance(value, bool) else str(value)
     return f"`{text}`".replace("|", r"\|")

@@ -76,6 +76,7 @@ def sweep(
         failures = run_planned(
             table, planned, folder, jobs=jobs, serial=serial, address=ray_address
         )
+    # Caught here and not in `main`, whose message names `fedprompt run`; 130 is 128 + SIGINT.
     except KeyboardInterrupt:
         sys.stderr.write("fedprompt: interrupted; the same command continues.\n")
         raise typer.Exit(130) from None
@@ -191,6 +192,7 @@ def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, 
     from fedprompt.reports.sweep_report import write_sweep_report
 
     console = Console(highlight=False)
+    # With no complete run there is nothing to put into a table.
     if len(failures) < len(planned):
         print_sweep(folder, console)
         page = write_sweep_report([folder], folder / "report.html", failed=[*failures.items()])

@@ -46,6 +46,7 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     cells = [(row.name, *_result_cells(row)) for row in rows]
     first, *others = fields(("", *_RESULT_COLUMNS), cells)
     for field in (first, *others):
+        # The last row is the method; those above it are baselines.
         field.cells[-1].stylize("bold")
     return fitted(
         first,

@@ -56,6 +56,7 @@ def clients_figure(run: RunData) -> Figure | None:
             x=Axis(label="" if test_K else "Client"),
             y=ACCURACY,
             noun="Client",
+            # A cross tells a client that was not tested from one with an accuracy of 0.
             missing="not tested" if len(accuracy) < clients else "",
             notes=[
                 [(name, f"{rows[k]:,}") for name, rows in counts.items() if k < len(rows)]

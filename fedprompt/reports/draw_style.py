@@ -76,6 +76,7 @@ def set_ticks(axis: AxisOfPicture, described: Axis, most: int) -> None:
         return
     if described.log:
         axis.set_major_locator(LogLocator(base=2 if described.format == "bytes" else 10))
+        # On a short logarithmic axis matplotlib also labels minor ticks, and not in our format.
         axis.set_minor_locator(NullLocator())
     else:
         whole = described.format == "count"

@@ -150,7 +150,7 @@ class Marks:
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """Bars over labels: beside each other, or on top of each other when stacked.
+    """Bars over labels: side by side, or on top of each other when stacked.
 
     Attributes:
         labels: What the bars stand for, L of them.
@@ -163,7 +163,7 @@ class Bars:
         noun: What the page says before a label: "Client 3".
         missing: What a cross in place of a bar means, e.g. "not tested"; empty for no crosses.
         notes: Further names and values that the page shows for each label.
-        small: Whether the panel is a low one under another.
+        small: Whether the panel is a low one below another.
     """
 
     kind: ClassVar[str] = "bars"
@@ -185,6 +185,8 @@ class Bars:
 class Heat:
     """A table of coloured cells.
 
+    Shapes: R rows, C columns.
+
     Attributes:
         rows: Names of the R rows.
         columns: Names of the C columns.
@@ -197,7 +199,7 @@ class Heat:
         high: The value of the darkest colour; None takes the largest cell.
         root: Whether colour grows with the square root, so that small counts stay visible.
         missing: What the page says of a cell without a value.
-        square: Whether rows and columns are the same things.
+        square: Whether rows and columns are the same things, as in a confusion matrix.
     """
 
     kind: ClassVar[str] = "heat"
@@ -218,7 +220,18 @@ class Heat:
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """The extremes and quartiles of `count` values."""
+    """The extremes and quartiles of `count` values.
+
+    Attributes:
+        name: What the values belong to.
+        color: The role of the colour.
+        count: How many values there are.
+        low: The smallest value; there are no outliers beyond the whiskers.
+        q1: The first quartile.
+        median: The median.
+        q3: The third quartile.
+        high: The largest value.
+    """
 
     name: str
     color: str

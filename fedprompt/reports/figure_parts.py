@@ -76,6 +76,7 @@ def count_bars(label: str, values_K: Sequence[int], *, noun: str = "", small: bo
     """
     low, high = min(values_K), max(values_K)
     step = max(1, math.ceil((high - low + 1) / MOST_BARS))
+    # One step more than the range needs, so that the last bar includes `high`.
     edges = range(low, high + step + 1, step)
     # Edges between whole numbers, because NumPy's last bin includes its right edge, unlike the
     # others.

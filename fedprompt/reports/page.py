@@ -58,6 +58,7 @@ def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any])
 
 def _json(value: Any) -> Markup:
     """Serialise a value as JSON without characters that could end the HTML element around it."""
+    # NaN is not JSON: the page's script could not parse it, so it must fail here.
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

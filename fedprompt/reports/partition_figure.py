@@ -126,6 +126,7 @@ def _by_domain(
     Domains are counted over a client's training and test images together.
     """
     names = [str(name) for name in description.get("domain_names") or []]
+    # More domains than colours could not be told apart in a stack.
     if not 1 < len(names) <= PALETTE:
         return None
     images_K, test_rows = train_KC.sum(axis=1), description.get("test_counts")

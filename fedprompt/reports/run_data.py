@@ -126,6 +126,7 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read every complete line; a last one without newline is being written or was cut off."""
+    # Lines are appended while the run goes on; the newline is what completes one.
     *lines, _ = _read_text(path).split("\n")
     return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
 
@@ -264,6 +265,7 @@ def series_of(lines: Sequence[Mapping[str, Any]], part: str, key: str) -> Series
         key: The key of the value in that part.
     """
     points = [(line["round"], (line.get(part) or {}).get(key)) for line in lines]
+    # A loss that has diverged to infinity or NaN would break the axes.
     kept = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
     return Series([r for r, _ in kept], [v for _, v in kept])
 
@@ -283,6 +285,7 @@ def split_tests(
     """
     if (run.config.get("evaluation") or {}).get("clients") != "participants":
         return lines, []
+    # The last round tests all clients, whatever `evaluation.clients` says.
     last = (run.config.get("federation") or {}).get("rounds")
     return [x for x in lines if x["round"] != last], [x for x in lines if x["round"] == last]
 

@@ -33,6 +33,7 @@ def accuracy_figure(run: RunData) -> Figure | None:
     """
     rounds, all_rounds_end = split_tests(run, run.rounds)
     alone, alone_end = split_tests(run, run.local_only)
+    # The labels mention participants only if there are two kinds of tests to tell apart.
     participants = bool(all_rounds_end or alone_end)
     among = ", participants" if participants else ""
     candidates = [

@@ -96,6 +96,7 @@ def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
         OSError: A file cannot be written.
     """
     folder.mkdir(exist_ok=True)
+    # Protocols may have been removed from the config since, so stale files must not remain.
     for pattern in OUR_FILES:
         for stale in folder.glob(pattern):
             stale.unlink()
@@ -106,6 +107,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
     """Return the run's summary; for an unfinished run, what its metrics lines contain so far."""
     if run.summary is not None:
         return run.summary
+    # An unfinished run has no summary, so the last measured values stand in for the final ones.
     last_alone = next((x for x in reversed(run.local_only) if x.get("personal")), None)
     return {
         "experiment": run.config.get("experiment"),
@@ -142,6 +144,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     clients = range(max(len(train_KC), max(personal, default=-1) + 1))
     listed = list(clients)
     if len(clients) > MANY:
+        # The id breaks ties, so that the same run always gives the same page.
         listed = sorted(personal, key=lambda k: (personal[k], k))[:MANY]
     return [
         ClientRow(

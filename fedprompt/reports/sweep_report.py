@@ -60,6 +60,7 @@ def write_sweep_report(
     metrics = choose(None, rows)
     table = compare_rows(rows, metrics)
     differ = differing(rows)
+    # Keys with one value differ only in that some methods lack them; they are listed separately.
     several = [key for key in differ if _count_values(rows, key) > 1]
     content = {
         "title": title or _title(paths, out),
@@ -100,6 +101,7 @@ def _command(folder: Path) -> str | None:
         return None
     plan = json.loads(path.read_text(encoding="utf-8"))
     file = Path(str(plan.get("file")))
+    # Shipped sweeps are repeated by name, since their path belongs to this installation.
     words = ["fedprompt", "sweep", file.stem if file.stem in available("sweep") else str(file)]
     words += map(str, plan.get("overrides") or [])
     words += ["--seeds", ",".join(map(str, plan.get("seeds") or []))]
@@ -159,6 +161,7 @@ def _facts(rows: Sequence[Row]) -> list[str]:
     facts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
     for key in FACTS:
         values = {plain(row.settings[key]) for row in rows if row.settings.get(key) is not None}
+        # A setting that differs between rows is part of their names instead.
         if len(values) == 1:
             facts.append(f"{key.partition('.')[0].replace('federation', 'rounds')} {values.pop()}")
     return facts

@@ -91,6 +91,7 @@ def sweep(
     planned = expand(table, folder, texts)
     write_plan(table, planned, folder, texts)
     failures = run_planned(table, planned, folder, jobs=jobs, quiet=not progress)
+    # Read from the folders, so that runs completed by an earlier sweep are included.
     complete = {run.name: Result(run.folder) for run in planned if progress_of(run).done}
     return SweepResult(folder, complete, failures)
 

@@ -131,6 +131,7 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     experiment = values.get("experiment")
     if not isinstance(experiment, str):
         raise UserError(f"sweep: {path} must name its 'experiment', e.g. experiment: benchmark.")
+    # A sweep file and its experiment can be kept in one folder, wherever the command is run.
     beside = path.parent / experiment
     if experiment.endswith((".yaml", ".yml")) and beside.is_file():
         experiment = str(beside)
@@ -166,6 +167,7 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
     for row, changes in rows.items():
         for values in itertools.product(*sweep.grid.values()):
             point = dict(zip(sweep.grid, values, strict=True))
+            # JSON is valid YAML, in which overrides are parsed, so values keep their types.
             cell = [f"{key}={json.dumps(value)}" for key, value in point.items()]
             label = ", ".join(filter(None, (row, describe(point)))) or sweep.name
             some = [*sweep.common, *changes, *cell, *overrides]
@@ -324,6 +326,7 @@ def _grid(grid: Any, path: Path) -> dict[str, tuple[Any, ...]]:
         return {}
     if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
         raise UserError(f"sweep: {path}: 'grid' must hold 'key: [value, ...]' lines.")
+    # Both are set by `expand` for every run.
     for key in ("seed", "output.dir"):
         if key in grid:
             raise UserError(f"sweep: {path}: 'grid' cannot hold {key}; use 'seeds' and --out.")

@@ -95,6 +95,7 @@ class MLflow(SteppedLogger):
         """Write one point per metric."""
         from mlflow.entities import Metric
 
+        # MLflow expects milliseconds.
         now = int(1000 * time.time())
         points = [Metric(name, value, now, server_round) for name, value in metrics.items()]
         for some in _chunks(points):

@@ -130,6 +130,7 @@ def curves_figure(rows: Sequence[Row], *, over_bytes: bool = False) -> Figure | 
 def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> list[Curve]:
     measured = [seed_curve(row, part, key) for row in rows]
     last = sorted((curve.mean_R[-1] for curve in measured if curve.mean_R), reverse=True)
+    # Curves at least as good as this one are shown at first; ties may add some.
     least = last[min(AT_FIRST, len(last)) - 1] if last else 0.0
     curves = []
     for i, (row, points) in enumerate(zip(rows, measured, strict=True)):
@@ -145,6 +146,7 @@ def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> li
                 x=[x[k] for k in places],
                 y=[points.mean_R[k] for k in places],
                 spread=[points.std_R[k] for k in places] if len(row.runs) > 1 else None,
+                # Colours repeat after the palette; dashes keep the repeated ones apart.
                 dashed=i >= PALETTE,
                 on=points.mean_R[-1] >= least,
             )
@@ -271,6 +273,7 @@ def _values(rows: Sequence[Row], key: str) -> list[Any]:
     for row in rows:
         if not any(_same(value, row.settings[key]) for value in values):
             values.append(row.settings[key])
+    # Rows come in the order of the file, but a numeric axis should ascend.
     numbers = all(isinstance(v, (int, float)) for v in values)
     return sorted(values) if numbers else values
 

@@ -72,6 +72,7 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             if not (folder / SUMMARY).is_file():
                 unfinished += 1
                 continue
+            # Only finished runs are read, because `load_run` refuses a run that has no round yet.
             run = load_run(folder)
             flat = flatten(run.config)
             if not all(_same(plain(flat.get(key)), value) for key, value in wanted):

@@ -104,6 +104,7 @@ def metric(name: str) -> Metric:
         return KNOWN[path]
     if "." not in path:
         raise UserError(f"compare: no metric {path!r}.{did_you_mean(path, list(KNOWN))}")
+    # Nothing is known about a value selected by path, so it is printed as a plain number.
     return Metric(name, path.removeprefix("protocols."), (path,), "number", direction != "min")
 
 
@@ -131,6 +132,7 @@ def _name_of(item: Any) -> str:
     if not isinstance(item, Mapping) or not item:
         return ""
     first = next(iter(item.values()))
+    # `:g` lets a path name the row of 16 shots as `16`, whether it is stored as 16 or 16.0.
     return f"{first:g}" if isinstance(first, (int, float)) else str(first)
 
 

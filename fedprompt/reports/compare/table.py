@@ -118,6 +118,7 @@ def text(metric: Metric, cell: Cell) -> str:
     if cell.mean is None or cell.std is None:
         return MISSING
     mean, std = number(metric, cell.mean), number(metric, cell.std)
+    # Compared as printed, so that rounding decides whether a cost is the same for all seeds.
     constant = metric.higher_is_better is None and std == number(metric, 0)
     return mean if len(cell.by_seed) < 2 or constant else f"{mean} ± {std}"
 
@@ -220,6 +221,7 @@ def comma_separated(table: Comparison) -> str:
         cells: list[str] = []
         for c in line:
             numbers = (c.mean, c.std, len(c.by_seed), c.p)
+            # `repr` gives the shortest text that reads back as the same float.
             cells += ["" if n is None else repr(n) for n in numbers]
         writer.writerow([name, *cells])
     return out.getvalue()
@@ -227,4 +229,5 @@ def comma_separated(table: Comparison) -> str:
 
 def escape(words: str) -> str:
     """Escape text for LaTeX."""
+    # One pass over the text: replacing in turn would escape the braces of earlier replacements.
     return re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], words)
