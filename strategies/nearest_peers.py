@@ -38,7 +38,7 @@ PEERS = "peers."
 """Prefix of the names of peers' tensors."""
 KNOWN = "peers.known"
 CLIENTS = "peers.clients"
-"""Name in the state: ids of the clients whose uploads are kept, ascending."""
+"""Name in the state: ids of the clients whose uploads are stored, ascending."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class NearestPeers(FedAvg):
         self._keep({})
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
-        """FedAvg; the updates are kept as well."""
+        """FedAvg; also stores the updates as the clients' last uploads."""
         # Copied, because uploads outlive the round that they belong to.
         new = {u.client: {n: u.arrays[n].copy() for n in self.names} for u in updates}
         self._keep(self.uploads | new)

@@ -66,7 +66,7 @@ class PerClass(SharedPromptStrategy):
             return {}
         counts_UC = np.stack([class_counts(u) for u in updates])
         total_C = counts_UC.sum(0)
-        # Rows of classes that nobody has in this round stay as they are.
+        # Rows of classes that no client has in this round stay unchanged.
         held_C = total_C > 0
         mean: Arrays = {}
         for name, last in shared.items():

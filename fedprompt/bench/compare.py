@@ -109,7 +109,7 @@ def max_rel_diff(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
     """
     worst = 0.0
     for name, expected in reference.items():
-        # In float64, so that the subtraction adds no rounding of its own.
+        # In float64, so that the subtraction itself does not round.
         gap = (ours[name].detach().double() - expected.detach().double()).abs().max()
         scale = expected.detach().double().abs().max()
         # An all-zero reference would hide any error; NaN must not compare as small.

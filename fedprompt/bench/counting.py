@@ -47,7 +47,7 @@ def count_gflop(call: Callable[[], Any]) -> float:
 def _attention_formulas() -> dict[Any, Callable[..., int]]:
     """A formula for every fused attention kernel of the installed PyTorch.
 
-    PyTorch's own counter knows some of them, and releases differ in which: on a CPU it silently
+    PyTorch's counter covers only some of them, which differ between releases; on a CPU it silently
     counts nothing. Attention without a fused kernel is made of ordinary products and counted there.
     """
     formulas: dict[Any, Callable[..., int]] = {}

@@ -35,7 +35,7 @@ def write_job(
         class_names: names of the classes, which are also folders.
         sizes: numbers of images.
         invent_features: write random features into the cache. Otherwise every process that opens
-            the experiment encodes its images, as a client must that sees nothing but its own.
+            the experiment encodes its images, as a client with access to only its images must.
         sections: merged over the config.
 
     Returns:

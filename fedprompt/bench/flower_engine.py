@@ -1,4 +1,4 @@
-"""An experiment on Flower's own simulation engine: `flwr run` in a process of its own."""
+"""Runs an experiment on Flower's simulation engine, by `flwr run` in a separate process."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run_engine(config: Config, folder: Path) -> Path:
 
     Args:
         config: the experiment.
-        folder: where the clients' private prompts are kept (in `state`), and the run folder unless
-            `output.dir` names another.
+        folder: where the clients' private prompts are stored (in `state`), and the run folder
+            unless `output.dir` names another.
 
     Returns:
         The run folder.
@@ -84,7 +84,8 @@ def training_seconds(run: Path) -> list[float]:
 def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
     """Environment variables for a Flower apart from any other on this machine.
 
-    Its background processes carry `FLWR_HOME` in their environment; they are found by it and ended.
+    Its background processes have this `FLWR_HOME` in their environment, which identifies them, and
+    they are ended with it.
     """
     home = str(folder / "flwr")
     environment = {

@@ -1,4 +1,4 @@
-"""A fresh process for one measurement, so that its peak memory holds nothing of an earlier one."""
+"""A fresh process for one measurement, so that earlier ones do not affect its peak memory."""
 
 from __future__ import annotations
 

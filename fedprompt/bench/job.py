@@ -78,7 +78,7 @@ class Job:
             ("test", sizes.server_test, self.test_batch, self.rounds + 1),
         )
         for kind, images, at_once, times in jobs:
-            # A last, smaller batch has a cost of its own.
+            # A last, smaller batch does not cost the same, so it is counted separately.
             full, rest = divmod(images, at_once)
             counts[Piece("reference", kind, at_once)] += full * times
             counts[Piece("reference", kind, rest)] += times if rest else 0

@@ -93,6 +93,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         function = PRODUCTS.get(func.overloadpacket)
         if function is not None:
+            # Recorded after the call, when the address of the result is known.
             tensors = [a for a in args if isinstance(a, Tensor)]
             options = {k: v for k, v in (kwargs or {}).items() if k in ("alpha", "beta")}
             self.products.append(

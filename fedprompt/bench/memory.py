@@ -109,6 +109,7 @@ def _ratios(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
 def inline_round(config: Config) -> dict[str, Any]:
     """Run a round with evaluation in this process, and measure its memory."""
+    # Read before anything is loaded: the share of PyTorch and the other libraries alone.
     libraries = {"libraries_mb": peak_mb(), "libraries_private_mb": private_mb()}
     workspace = open_workspace(config)
     federation = Federation(workspace, open_grid(config, workspace, open_workspace))
@@ -136,9 +137,11 @@ def reference_step(config: Config) -> dict[str, Any]:
     reference = ReferencePieces(workspace, images_N3HW)
     began = perf_counter()
     server = reference.model
+    # Public code copies the whole model for every client, so the peak contains both.
     reference.model = copy.deepcopy(server)
     trained = reference.train(IMAGES)
     seconds = perf_counter() - began
+    # Read before the comparison below, which would add to the peak.
     peak = peak_mb()
     difference = max_rel_diff(train_ours(workspace, IMAGES), trained)
     return {"reference_s": seconds, "reference_peak_mb": peak, "max_rel_diff": difference}

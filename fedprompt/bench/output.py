@@ -1,4 +1,4 @@
-"""Where results go: progress and tables in the terminal, rows in a JSON file."""
+"""Output of a benchmark: progress and tables in the terminal, rows in a JSON file."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class Output:
         """
         self.rows.append({**row, "machine": self.machine})
         if self.json_file is not None:
+            # JSON has no NaN, and a benchmark must not report one.
             text = json.dumps(self.rows, indent=2, allow_nan=False) + "\n"
             try:
                 self.json_file.write_text(text, encoding="utf-8")

@@ -116,6 +116,7 @@ def extrapolated(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
         MismatchError: a step's loss or gradient differs from the reference's.
     """
     name = f"{clip.name}, {job.title}"
+    # Only as many images as the largest batch needs; the other features are random.
     most = max(p.images for p in job.reference_counts())
     images_N3HW = random_images(clip, max(most, 2 * job.batch), seed=0)
     features_ND = random_features(job.sizes.images, clip.embed_dim)

@@ -1,4 +1,4 @@
-"""Seconds of a round by the rule that places blocks on workers, on a simulated clock.
+"""Simulated seconds of a round under two rules that place client blocks on workers.
 
 Longest first gives the longest waiting block to the first worker that is free. The planner of
 `fedprompt.simulation.placement` learns how fast every worker is and may leave a block to a faster

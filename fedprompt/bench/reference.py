@@ -36,7 +36,7 @@ def reference_class_features(
     """What `tower(context, deep)` computes, over all positions and one prompt at a time.
 
     This is the pass of CoOp's public code: every class's full sequence of (usually 77) positions
-    passes through the model's own blocks, and open_clip's own pooling reads the feature.
+    passes through the model's own blocks, and open_clip's pooling extracts the feature.
 
     Args:
         tower: class list, context length and class position.

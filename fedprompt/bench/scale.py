@@ -113,6 +113,7 @@ def measure(options: ScaleOptions, clients: int, method: str) -> Row:
             output={"dir": str(Path(name) / "run")},
         )
         folder = RunFolder.create(workspace.config)
+        # On disk, as in `fedprompt run`, so that storing private tensors is part of the time.
         private = PrivateLog(folder.path / PRIVATE, clients)
         federation = Federation(workspace, InlineGrid(workspace, private))
         began = perf_counter()

@@ -96,6 +96,7 @@ def make_workspace(
         features_ND: image features; random ones when None.
         sections: merged over the config.
     """
+    # Random labels suffice: speed does not depend on them, and both implementations get the same.
     labels_N = make_labels(sizes.images, len(class_names))
     if features_ND is None:
         features_ND = random_features(sizes.images, clip.embed_dim)
@@ -115,6 +116,7 @@ def make_workspace(
     image_KN = number_N[: sizes.clients * sizes.per_client].reshape(sizes.clients, sizes.per_client)
     partition = Partition(
         train_flat=image_KN[:, : sizes.train].ravel(),
+        # Client k's images are the slice from offset k to offset k + 1.
         train_offsets=np.arange(sizes.clients + 1) * sizes.train,
         test_flat=image_KN[:, sizes.train :].ravel(),
         test_offsets=np.arange(sizes.clients + 1) * sizes.test,

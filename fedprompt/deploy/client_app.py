@@ -20,13 +20,13 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train this node's client on its own images."""
+    """Train this node's client on its images."""
     return _answer(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test this node's personal model on its own images."""
+    """Test this node's personal model on its test images."""
     return _answer(message, context)
 
 

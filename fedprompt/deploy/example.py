@@ -40,7 +40,7 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
     images_of_client = [0] * nodes
     for i in range(len(dataset)):
         label, domain = int(dataset.labels_N[i]), int(dataset.domains_N[i])
-        # With fewer nodes than domains, nobody owns the training images of the remaining domains.
+        # With fewer nodes than domains, the training images of the remaining domains are not used.
         owners = range(domain, nodes, domains)
         if dataset.split_N[i] == TEST:
             owner = "server"
@@ -50,7 +50,7 @@ def write_example(folder: Path, nodes: int, images_per_class: int) -> Path:
             owner = f"client-{client}"
         else:
             continue
-        # A class is found by its folder's name, in which underscores stand for spaces.
+        # Class folders are matched without regard to spaces and underscores.
         class_folder = folder / owner / dataset.class_names[label].replace(" ", "_")
         class_folder.mkdir(parents=True, exist_ok=True)
         dataset.open_image(i).save(class_folder / f"{i:05d}.png")

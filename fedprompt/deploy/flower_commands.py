@@ -39,6 +39,7 @@ def run_flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"cannot run 'flwr {arguments[0]}': {error}.") from None
+    # Both streams, so that the caller can quote the reason of a failure.
     return finished.stdout + finished.stderr
 
 

@@ -131,12 +131,13 @@ class NodeFolder:
     def worker_socket(self) -> Path:
         """The socket on which the node's worker listens.
 
-        It lies in this folder. If that path is too long for a socket, it lies in a folder of this
-        user's own below the system's folder for temporary files.
+        The socket is in this folder. If that path is too long for a socket, it is in a folder of
+        this user below the system's folder for temporary files.
         """
         path = self.path / "worker.sock"
         if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
             return path
+        # Derived from the path, so that SuperNode and worker agree on it without a message.
         name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"fedprompt-{os.getuid()}" / f"{name}.sock"
 
@@ -150,7 +151,7 @@ class NodeFolder:
         Args:
             settings: entries of `--node-config` (see node_config.py) that differ from the defaults
                 for this folder; an entry that is None is ignored.
-            port: port on the loopback interface for the SuperNode's own child processes.
+            port: port on the loopback interface for the child processes of the SuperNode.
 
         Raises:
             UserError: a value cannot be passed through Flower's command line.
@@ -184,6 +185,7 @@ def format_node_config(settings: Mapping[str, Any]) -> str:
                 f"{key} is {value!r}; Flower does not accept quotes or line breaks in a node's "
                 "settings. Rename the folder or file."
             )
+        # A JSON string is a TOML basic string; JSON numbers and booleans are TOML's as well.
         pairs.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     return " ".join(pairs)
 

@@ -98,7 +98,7 @@ class LocalFederation:
         self.processes.start(f"node-{client}", command, node.environment)
 
     def keep_running(self, report: Callable[[str], None]) -> None:
-        """Restart nodes that have exited; is called again and again.
+        """Restart nodes that have exited; to be called in a loop.
 
         Args:
             report: is called with one line about every node process that has exited.

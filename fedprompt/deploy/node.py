@@ -1,7 +1,7 @@
-"""Answers the server's messages: for this node's client, from its own images and private prompts.
+"""Answers the server's messages for this node's client, from its images and private prompts.
 
-Runs on a node, in its worker; without a worker, in the process that Flower starts for the message.
-What leaves the node is the reply and nothing else.
+Runs on a node, in its worker or, without a worker, in the process that Flower starts for the
+message. Nothing leaves the node except the reply.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A federation on real nodes, which join late, leave and return. Runs in the server app.
 
-What a round does is the same as in a simulation (`fedprompt.federation`); here is only what differs
-because the clients are elsewhere.
+A round is the same as in a simulation (`fedprompt.federation`). This module contains only what
+differs because the clients are on other machines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("fedprompt.server")
 
 
 class NodeFederation(Federation):
-    """A `Federation` whose clients are nodes, and which knows of their data what they report.
+    """A `Federation` whose clients are nodes; it knows about their data only what they report.
 
     Args:
         workspace: the server's own workspace; it has no client's images.
@@ -99,7 +99,7 @@ class NodeFederation(Federation):
         return {"personal": personal_scores(rows, "correct", "num-examples")}
 
     def _update_nodes(self, server_round: int) -> None:
-        """Take in who has joined and who has left since the last round."""
+        """Update the clients to the nodes that are connected now, and record their image counts."""
         if self.nodes.update():
             self._set_nodes()
             self.recorded = self.describe()

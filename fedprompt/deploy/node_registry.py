@@ -69,7 +69,7 @@ class NodeRegistry:
         return sorted(c for c in self.node_of_client if self.reports[c].trains)
 
     def update(self) -> bool:
-        """Take in which nodes are connected now; returns whether clients have joined or left.
+        """Update to the nodes that are connected now; returns whether clients have joined or left.
 
         New nodes are asked which client they are, and nodes with a fault are asked again after
         `RETRY_S`. The method waits for no answer. An answer counts whenever it arrives, so a node
@@ -109,7 +109,7 @@ class NodeRegistry:
         for client, report in self.reports.items():
             rows["train_counts"][client] = _sparse(report.train_C)
             rows["test_counts"][client] = _sparse(report.test_C)
-            # Every node's folder is a domain of its own.
+            # Every node's folder counts as a separate domain.
             rows["domain_counts"][client] = [client, sum(report.train_C) + sum(report.test_C)]
         return rows
 
@@ -145,6 +145,8 @@ class NodeRegistry:
             self._refuse(node, report)
             return
         client, registered = report.client, self.registered.get(node)
+        # Without registered keys, for example on Flower's simulation engine, a node's claim is
+        # believed.
         if self.registered and registered != client:
             whose = "is no client's" if registered is None else f"is client {registered}'s"
             self._refuse(node, f"it claims to be client {client}, but its key {whose}")

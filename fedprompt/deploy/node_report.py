@@ -79,7 +79,7 @@ def make_report(workspace: Workspace, client: int) -> NodeReport:
     classes = len(workspace.dataset.class_names)
     train_C = partition.train_counts(labels_N, classes)[client].tolist()
     test_C = partition.test_counts(labels_N, classes)[client].tolist()
-    # Without owners the node opened the whole data set, and bad images are nobody's in particular.
+    # Without owners, the node has opened the whole data set, and bad images belong to no client.
     has_owners = workspace.dataset.owners_N is not None
     bad_images = len(workspace.dataset.bad_images) if has_owners else 0
     labelled = client not in partition.unlabelled
@@ -130,6 +130,7 @@ def read_report(reply: Message, classes: int, clients: int) -> NodeReport | str:
     if not isinstance(metrics, MetricRecord):
         return "its report cannot be read"
     client = metrics.get("client-id")
+    # The number becomes an index into the partition's rows, so its range matters.
     if not isinstance(client, int) or not 0 <= client < clients:
         return f"it claims to be client {client!r}, but there are {clients} clients"
     train_C = _counts(metrics, "train-counts", classes)

@@ -33,11 +33,11 @@ def checksum(tensors: Tensors) -> str:
 
 
 class FileStore:
-    """One client's private tensors: a file per round, of which the last two are kept.
+    """One client's private tensors, with one file per round and the last two rounds on disk.
 
-    Files have mode 0600, are replaced atomically and contain the SHA-256 of their tensors. Two
-    rounds are kept so that a round that the server repeats after a crash starts from the tensors of
-    the round before it, and not from its own first attempt.
+    Files have mode 0600, are replaced atomically and contain the SHA-256 of their tensors. If
+    the server repeats a round after a crash, the round must start from the tensors of the round
+    before it and not from those of its first attempt, so two rounds are needed.
 
     Args:
         folder: the client's folder, which is created when the first file is written.

@@ -1,4 +1,4 @@
-"""A group of child processes that are started together and ended together, each by its own id.
+"""A group of child processes that are started and ended together, each by its process id.
 
 Every process of a group, and every process that it starts, has an environment variable with a value
 that no other process has. Flower's commands start further processes, some of them in sessions of
@@ -123,7 +123,7 @@ class Processes:
             time.sleep(0.1)
 
     def restart_exited(self, pause_s: float, report: Callable[[str, int], None]) -> None:
-        """Start processes again that have exited by themselves; is called again and again.
+        """Restart processes that have exited by themselves; to be called in a loop.
 
         Args:
             pause_s: seconds between the report and the new start.
@@ -147,7 +147,7 @@ class Processes:
     def kill(self, name: str) -> None:
         """Kill one process and all processes that it has started."""
         process = self.running.pop(name)
-        # The children first: once their parent is gone, they can no longer be found through it.
+        # The children come first: after their parent has ended, nothing links them to it.
         for child in descendants(process.pid):
             send_signal(child, signal.SIGKILL)
         send_signal(process.pid, signal.SIGKILL)

@@ -95,7 +95,7 @@ def new_run(config: Config) -> Config:
         output = replace(output, cache=str(Path(output.cache).expanduser().resolve()))
     data = config.data
     if isinstance(data, ClientFoldersConfig):
-        # The clients' folders are the nodes' own business, so they do not cross the network.
+        # Every node knows its image folder, so the folders of clients need not cross the network.
         data = replace(data, folders=[])
     return replace(config, output=replace(output, dir=str(path)), data=data)
 
@@ -242,6 +242,7 @@ def _submit_and_follow(
 
 
 def _lines(log: Path) -> list[str]:
+    # The last piece is an incomplete line or empty.
     return log.read_text(errors="replace").split("\n")[:-1] if log.is_file() else []
 
 

@@ -112,6 +112,7 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         _refuse_used_port(port, "set another --port, or leave it out to use any free one")
     with Processes(node.path / "logs") as processes:
         _stop_on_sigterm()
+        # Created before the SuperNode starts, because it skips the lines that the log already has.
         connection = Connection(processes.log("supernode"), node.server, _print)
 
         def report(name: str, status: int) -> None:
@@ -121,6 +122,8 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
                 _print(processes.exit_line(name, status))
 
         command = node.supernode_command(settings, port or free_port())
+        # The worker first: it takes longest to start, and a message that comes earlier waits for
+        # it.
         processes.start("worker", node.worker_command())
         processes.start("supernode", command, node.environment)
         _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")

@@ -85,7 +85,7 @@ def _connect(path: str, deadline: float) -> socket.socket:
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
-            # Another user could have put a socket of their own in a folder for temporary files.
+            # In the folder for temporary files, another user could have created this socket.
             if os.lstat(path).st_uid != os.geteuid():
                 raise WorkerUnavailable("the socket belongs to another user")
             connection.connect(path)

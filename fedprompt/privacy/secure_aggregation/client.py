@@ -110,7 +110,7 @@ def _answer(
     out = flower.secaggplus_mod(request, Context(0, 0, {}, state, {}), trained_parameters)
     reply = out.content.config_records[RECORD]
     if vector is not None:
-        # The mod's reply also has the number of images and the metrics, which nobody needs to know.
+        # The mod's reply also has the number of images and the metrics, which must not leave here.
         masked = _add_own_masks(reply, _round_state(state), _ids(record, flower.Key.SOURCE_LIST))
         reply = ConfigRecord({flower.Key.MASKED_PARAMETERS: masked.astype("<u4").tobytes()})
     return Message(RecordDict({RECORD: reply}), reply_to=message)
@@ -155,12 +155,15 @@ def _vector(
 def _add_own_masks(
     reply: ConfigRecord, state: flower.SecAggPlusState, sources: list[int]
 ) -> Masked:
-    """Flower's masked numbers with our own masks added, see masks.py.
+    """Add our masks to the numbers that Flower's mod has masked, see masks.py.
 
     Args:
         reply: what Flower's mod would send.
         state: this client's secrets of the round.
         sources: node ids of the peers whose masks cancel this client's.
+
+    Returns:
+        The numbers to send, modulo 2^32.
     """
     arrays: Any = reply[flower.Key.MASKED_PARAMETERS]
     parts = [flower.bytes_to_ndarray(part).ravel() for part in arrays]
@@ -175,7 +178,7 @@ def _add_own_masks(
 
 
 def _check_terms(settings: SecureAggregationConfig, record: Mapping[str, Any]) -> None:
-    """The server's terms must be the experiment's for the number of clients that it names."""
+    """Refuse parameters that differ from the experiment's for the stated number of clients."""
     clients = record.get("sample_num")
     if not isinstance(clients, int) or clients < FEWEST_CLIENTS:
         raise UserError(f"the server names {clients!r} clients; {FEWEST_CLIENTS} are needed.")
@@ -186,14 +189,14 @@ def _check_terms(settings: SecureAggregationConfig, record: Mapping[str, Any]) -
 
 
 def _check_peers(record: Mapping[str, Any], state: flower.SecAggPlusState) -> None:
-    """There must not be more peers than shares; Flower's mod checks the rest."""
+    """Refuse more peers than shares; Flower's mod checks the rest."""
     peers = len(record) - 1
     if peers > state.share_num:
         raise UserError(f"the server names {peers} peers for {state.share_num} shares.")
 
 
 def _check_sources(record: Mapping[str, Any], state: flower.SecAggPlusState) -> None:
-    """Encrypted shares must come from peers whose keys are known, once from each."""
+    """Refuse encrypted shares unless they come from peers with known keys, once from each."""
     sources = _ids(record, flower.Key.SOURCE_LIST)
     peers = set(state.public_keys_dict) - {state.nid}
     if len(set(sources)) != len(sources) or not set(sources) <= peers:
@@ -201,7 +204,7 @@ def _check_sources(record: Mapping[str, Any], state: flower.SecAggPlusState) -> 
 
 
 def _check_lists(record: Mapping[str, Any], state: flower.SecAggPlusState) -> None:
-    """Every peer whose shares are held must be either present or gone, and this client present.
+    """Refuse lists in which a peer is neither present nor gone, or both.
 
     From shares of both the seed and the key of one peer, its update could be unmasked. More than
     half of the shares are needed for each, so the server cannot obtain both by telling one half of
@@ -217,16 +220,16 @@ def _check_lists(record: Mapping[str, Any], state: flower.SecAggPlusState) -> No
 
 
 def _ids(record: Mapping[str, Any], name: str) -> list[int]:
-    """The node ids in an entry of the server's; none if the entry is missing or something else."""
+    """The node ids in an entry of the server's record; none if it is missing or not a list."""
     values = record.get(name)
     return [v for v in values if isinstance(v, int)] if isinstance(values, list) else []
 
 
 def _round_state(state: RecordDict) -> flower.SecAggPlusState:
-    """What this client has kept of the present round.
+    """This client's secrets of the present round.
 
     Raises:
-        UserError: there is no such round.
+        UserError: no round is under way.
     """
     if flower.RECORD_KEY_STATE not in state.config_records:
         raise UserError("this client knows of no round that is under way; it may have restarted.")

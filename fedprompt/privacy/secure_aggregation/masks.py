@@ -1,4 +1,4 @@
-"""Masks: numbers modulo 2^32 that look random to whoever lacks the secret behind them.
+"""Masks: numbers modulo 2^32 that look random without the secret that they are derived from.
 
 Flower reduces a secret to 32 bits by XOR and seeds the Mersenne Twister with them. A secret that
 two peers share is base64 text, in which at most 7 of 8 bits vary, so that 28 bits remain; all of

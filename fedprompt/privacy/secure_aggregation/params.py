@@ -1,4 +1,8 @@
-"""The parameters of a round, which server and clients each derive for themselves."""
+"""The parameters of a round.
+
+Server and clients derive them independently from the experiment, so that a client can refuse those
+of a server that deviates.
+"""
 
 from __future__ import annotations
 

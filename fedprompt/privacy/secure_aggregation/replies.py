@@ -1,4 +1,7 @@
-"""Reading a client's reply to one stage; every byte of it comes from a peer."""
+"""Reads a client's reply to one stage, on the server.
+
+Every byte of a reply comes from a client, so types and sizes are checked before use.
+"""
 
 from __future__ import annotations
 

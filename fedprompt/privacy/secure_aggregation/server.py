@@ -1,8 +1,8 @@
 """The server's side of the four stages, on any Flower grid.
 
-A client that does not reply at one stage, or replies with something malformed, is left out from
-there on. What it has already added to the others' masks is removed with the shares of its key. If
-too few clients are left, the round is void, and nobody's update is revealed.
+A client that does not reply at one stage, or whose reply is malformed, is excluded from the later
+stages. Its contribution to the masks of others is removed with the shares of its key. If too few
+clients are left, the round is void, and no update is revealed.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Round:
         total = np.zeros(self.count, dtype=np.uint32)
         for vector in vectors.values():
             total = total + vector
-        # Everybody who distributed shares may have left masks in the vectors of its peers.
+        # Every client that distributed shares may have left masks in the vectors of its peers.
         for owner in sorted(sealed):
             total = self._without_masks_of(owner, total, set(vectors), shares.get(owner, []))
         self.outcome.total = self._read_sum(total, len(vectors))
@@ -209,7 +209,17 @@ class _Round:
     def _without_masks_of(
         self, owner: int, total: Masked, present: set[int], shares: list[bytes]
     ) -> Masked:
-        """The sum without the masks that depend on one client's secret; raises `_Void`."""
+        """Remove the masks that depend on one client's secret from the sum.
+
+        Args:
+            owner: node id of the client.
+            total: the sum so far.
+            present: nodes whose vectors are in the sum.
+            shares: shares of the owner's seed if it is present, of its key if not.
+
+        Raises:
+            _Void: there are too few shares, or they do not fit together.
+        """
         if len(shares) < self.terms.threshold:
             raise _Void(
                 f"{len(shares)} shares of a client's secret came, and {self.terms.threshold} are "
