@@ -86,7 +86,7 @@ class Aligned(SharedPromptStrategy):
         return {CLIENTS: np.array(clients, dtype=np.int64), SCORES: scores}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         pairs = zip(state[CLIENTS], state[SCORES], strict=True) if state else ()
         self.scores = {int(client): float(score) for client, score in pairs}
 

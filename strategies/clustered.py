@@ -89,7 +89,7 @@ class Clustered(SharedPromptStrategy):
         return {MEMBERS: pairs, CENTRES: self.centres_GP, **tensors}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         if not state:
             return
         self.cluster_of = {int(client): int(cluster) for client, cluster in state[MEMBERS]}

@@ -113,7 +113,7 @@ class DPFedAvg(SharedPromptStrategy):
         return {KEY: self._key, ASKED: pairs}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         self._key = state[KEY].copy()
         self._asked = {int(client): int(rounds) for client, rounds in state[ASKED]}
         most = max(self._asked.values(), default=0)

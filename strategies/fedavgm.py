@@ -53,5 +53,5 @@ class FedAvgM(SharedPromptStrategy):
         return {} if self._velocity is None else {"velocity": self._velocity}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         self._velocity = state.get("velocity")

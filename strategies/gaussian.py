@@ -76,7 +76,7 @@ class Gaussian(FedAvg):
         return {LOG_WEIGHT: total} | {MEAN + n: mean for n, mean in self.means.items()}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         self.means = {n.removeprefix(MEAN): a for n, a in state.items() if n != LOG_WEIGHT} or None
         self.log_weight = float(state[LOG_WEIGHT][0]) if state else -np.inf
 

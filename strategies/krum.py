@@ -23,7 +23,7 @@ from .parts.vectors import Rows, distances
 
 @dataclass(frozen=True)
 class KrumConfig(RobustConfig):
-    """No hyper-parameters of its own."""
+    """The options of all robust strategies, and no others."""
 
     name: str = option("krum", "strategy name")
 

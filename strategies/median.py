@@ -21,7 +21,7 @@ from .parts.vectors import Rows
 
 @dataclass(frozen=True)
 class MedianConfig(RobustConfig):
-    """No hyper-parameters of its own."""
+    """The options of all robust strategies, and no others."""
 
     name: str = option("median", "strategy name")
 

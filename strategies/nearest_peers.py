@@ -49,7 +49,7 @@ class NearestPeersConfig(FedAvgConfig):
 
 
 class NearestPeers(FedAvg):
-    """FedAvg that keeps every client's last upload and sends each client its nearest ones."""
+    """FedAvg that stores every client's last upload and sends each client its nearest ones."""
 
     name = "nearest_peers"
     Config = NearestPeersConfig
@@ -101,7 +101,7 @@ class NearestPeers(FedAvg):
         return {CLIENTS: self._uploaders, **rows}
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         clients = [int(c) for c in state.get(CLIENTS, ())]
         self._keep(
             {c: {n: state[PEERS + n][row] for n in self.names} for row, c in enumerate(clients)}

@@ -31,7 +31,7 @@ SHARES = "class_shares"
 
 @dataclass(frozen=True)
 class PerClassConfig(StrategyConfig):
-    """No hyper-parameters of its own."""
+    """The options that every strategy has, and no others."""
 
     name: str = option("per_class", "strategy name")
 

@@ -61,7 +61,7 @@ class Output:
         self._say(text)
 
     def add(self, row: Row) -> None:
-        """Add a row, and rewrite the JSON file, so that an interrupted benchmark loses none.
+        """Add a row, and rewrite the JSON file, so that an interrupted benchmark loses no rows.
 
         Raises:
             UserError: the file cannot be written.

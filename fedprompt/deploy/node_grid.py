@@ -108,6 +108,7 @@ class NodeGrid(CountingGrid):
                 # A reply may claim to answer any message, so an unknown id is not an error.
                 waiting.pop(reply.message_id, None)
                 replies.append(reply.message)
+            # The deadline is checked after a look, so that replies that came in time always count.
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break
             time.sleep(POLL_S)

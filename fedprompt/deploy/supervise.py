@@ -122,8 +122,7 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
                 _print(processes.exit_line(name, status))
 
         command = node.supernode_command(settings, port or free_port())
-        # The worker first: it takes longest to start, and a message that comes earlier waits for
-        # it.
+        # The worker first, because a message that arrives before it listens has to wait for it.
         processes.start("worker", node.worker_command())
         processes.start("supernode", command, node.environment)
         _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")

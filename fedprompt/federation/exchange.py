@@ -58,6 +58,6 @@ class PlainExchange:
     def train(
         self, server_round: int, shared: Arrays, messages: Mapping[int, Message]
     ) -> Exchanged:
-        """See `Exchange.train`."""
+        """Send the messages and screen the replies, see `Exchange.train`."""
         replies, traffic = self._send(list(messages.values()))
         return replace(self._strategy.screen(server_round, replies), traffic=traffic)

@@ -99,7 +99,7 @@ class Federation:
         return {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}
 
     def join(self) -> None:
-        """Learn which client each node is; in a simulation the node id says it."""
+        """Tell the strategy which node is which client; in a simulation, the id determines it."""
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}
         self.strategy.set_nodes(nodes, self.workspace.partition.trainable)
 
@@ -108,7 +108,7 @@ class Federation:
         return self.workspace.describe()
 
     def zero_shot_elsewhere(self) -> dict[str, Any]:
-        """Zero-shot results that only clients can measure; there are none on this machine."""
+        """Zero-shot results that only clients can measure; in a simulation there are none."""
         return {}
 
     # Training
@@ -235,7 +235,7 @@ class Federation:
     # Protocols
 
     def open_protocols(self) -> None:
-        """Let every protocol open what it needs, so that nothing is missing after the training.
+        """Open the data of every protocol, so that a missing file is noticed before the training.
 
         Raises:
             UserError: a protocol's data set or file cannot be opened.

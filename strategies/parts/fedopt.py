@@ -74,5 +74,5 @@ class FedOpt(SharedPromptStrategy):
         return {} if self._moments is None else dict(zip(("m", "v"), self._moments, strict=True))
 
     def load_state(self, state: Arrays) -> None:
-        """See `state`."""
+        """Restore what `state` has returned."""
         self._moments = (state["m"], state["v"]) if state else None

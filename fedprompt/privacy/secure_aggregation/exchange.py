@@ -113,6 +113,7 @@ class SecureExchange:
                 len(outcome.counted),
                 clip,
             )
+        # In float64, as `Update` allows for a mean of several clients; float32 would round it.
         mean = {n: last.astype(np.float64) + decoded.change[n] for n, last in shared.items()}
         # With noise on the clients, losses are not sent, and the sum holds zeros in their place.
         losses = {} if self._config.privacy.noise else {"loss": decoded.loss}

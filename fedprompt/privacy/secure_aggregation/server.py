@@ -95,7 +95,10 @@ def secure_sum(
 
 
 class _Round:
-    """One round; nodes are Flower's node ids, and the survivors of a stage are sorted by id."""
+    """One round. Nodes are Flower's node ids; the survivors of every stage are sorted by id.
+
+    The arguments are those of `secure_sum`; `outcome` is filled in as the round proceeds.
+    """
 
     def __init__(
         self,
@@ -110,6 +113,7 @@ class _Round:
         self.ask, self.outcome = ask, outcome
         self.terms = Terms.of(settings, len(messages))
         self.count = numbers + 1  # Flower puts a weight of its own in front
+        # With fewer clients than the threshold, no secret could be recovered.
         self.min_clients = max(min_clients, self.terms.threshold)
         self.peers = draw_peers(sorted(self.messages), self.terms.shares)
         self.keys: dict[int, tuple[bytes, bytes]] = {}
@@ -121,6 +125,7 @@ class _Round:
         vectors = self._survivors(self._collect(sealed), COLLECT)
         self.outcome.counted = sorted(vectors)
         shares = self._unmask(set(sealed), set(vectors))
+        # uint32 wraps around at 2^32, which is the modulus of the masks.
         total = np.zeros(self.count, dtype=np.uint32)
         for vector in vectors.values():
             total = total + vector
