@@ -55,7 +55,7 @@ class Board:
     """
 
     def __init__(self, planned: Sequence[PlannedRun], at_once: int, console: Console) -> None:
-        """Start with every run waiting; see the class for the arguments."""
+        """Start with every run in the state of waiting."""
         self.console = console
         self._planned = planned
         self._at_once = at_once

@@ -201,6 +201,8 @@ class RaySweep:
             )
             self._todo.remove(run)
             slot.run, slot.last = run, _parts(run)
+            # The config travels as plain values and is validated by the worker, like one read from
+            # a file.
             slot.ref = slot.actor.run.remote(to_dict(run.config), torch.get_num_threads())
             self._board.start(run)
 
@@ -215,8 +217,8 @@ class RaySweep:
             run, slot.run, slot.ref = slot.run, None, None
             try:
                 answer = ray.get(ref)
-            # RayTaskError is raised by our code in the actor, which survives it; any other RayError
-            # means that the actor's process or its node is gone.
+            # A RayTaskError wraps what our code raised inside the actor, which survives it. Any
+            # other RayError means that the actor's process or its node is gone.
             except ray.exceptions.RayTaskError as error:
                 if run is None:
                     self._drop(slot, error)
