@@ -1,4 +1,4 @@
-"""Evaluation protocols, one per file.
+"""Evaluation protocols, one per file; the name of the file selects a protocol in a config.
 
 >>> import fedprompt
 >>> "calibration" in fedprompt.protocols.names()
@@ -25,7 +25,7 @@ PROTOCOLS: Registry[Protocol] = Registry(
 
 
 def names() -> list[str]:
-    """The names of all protocols, those of other installed distributions included."""
+    """The names of all protocols, including those of other installed distributions."""
     return PROTOCOLS.names()
 
 

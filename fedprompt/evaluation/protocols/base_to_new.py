@@ -1,14 +1,16 @@
-"""Base-to-new generalisation: prompts learned on some classes, tested on the names of others.
+"""Base-to-new generalisation: prompts learned on some classes are tested on the names of others.
 
 Sources: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
-2203.05557), section 4.1: the first half of the classes in label order (rounded up) is base, the
-rest new; each half is tested with its own class names only. Federated as in FedTPG (Qiu et al.,
-ICLR 2024, arXiv 2310.06123) and FedPGP (Cui et al., ICML 2024, arXiv 2405.09771): base classes are
-dealt to the clients by the experiment's partition, and no client holds images of new classes.
+2203.05557), section 4.1: the first half of the classes in label order (rounded up) are base
+classes, the rest are new; each half is tested with its own class names only. The federated form is
+that of FedTPG (Qiu et al., ICLR 2024, arXiv 2310.06123) and FedPGP (Cui et al., ICML 2024, arXiv
+2405.09771): base classes are distributed over the clients by the experiment's partition, and no
+client holds images of new classes.
 
-Base and new accuracies are over the server's test images of these classes, for personal models as
-for the global one; those of personal models are means over clients, and their harmonic mean is that
-of the means. `all_classes` adds the harder test in which all names compete.
+All models, personal ones included, are tested on the server's test images of the base classes and
+on the test images of the new classes. The results of personal models are means over clients; their
+harmonic mean is computed from these means. `all_classes` adds the harder test in which the names of
+all classes compete.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class BaseToNewOptions:
 
 @dataclass(frozen=True)
 class _Test:
-    """A test: images, their labels, and the class names that compete."""
+    """One test: images (n, ...), their labels (n,), and the task with the competing class names."""
 
     name: str
     task: Task
@@ -65,7 +67,7 @@ class _Test:
 
 
 class BaseToNew(Reported):
-    """Classes that no client holds are tested at the end."""
+    """Tests the models on classes that no client holds."""
 
     name = "base_to_new"
     title = "Base-to-new generalisation"
@@ -77,7 +79,7 @@ class BaseToNew(Reported):
 
     @property
     def holds_out(self) -> Literal["classes"]:
-        """The new classes."""
+        """The new classes are held out."""
         return "classes"
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
@@ -101,7 +103,7 @@ class BaseToNew(Reported):
     def measure_round(
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Accuracy of the global model on the new classes."""
+        """Accuracy of the global model on the new classes; see `Protocol.measure_round`."""
         if workspace.method.no_transfer_reason is not None:
             return None
         new = _tests(workspace, self.options)[1]
@@ -115,11 +117,12 @@ class BaseToNew(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """Accuracy of every client's own model in each of the tests."""
+        """Accuracy of every personal model in each test; see `Protocol.measure_clients`."""
         rows: list[Numbers] = [{} for _ in clients]
         for test in _tests(workspace, self.options):
             if test.task != workspace.task and workspace.method.no_transfer_reason is not None:
                 continue
+            # Other class names need another method object and their own encoding.
             method = workspace.method_for(test.task)
             encoded = encode_personal(method, shared, private)
             scores = score_models(method, encoded, len(clients), test.inputs_N, test.labels_N)
@@ -129,7 +132,7 @@ class BaseToNew(Reported):
         return rows
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Base, new and harmonic mean of zero-shot, the global model and the personal ones."""
+        """Accuracies and harmonic means of zero-shot, global and personal models."""
         workspace, tests = run.workspace, _tests(run.workspace, self.options)
         assert workspace.held_out is not None
         zero_shot = method_class("zero_shot")
@@ -202,7 +205,10 @@ class BaseToNew(Reported):
 
 
 def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
-    """Base and new classes with their own names, and with all names if `all_classes` is set."""
+    """The tests of both halves with their own names, and with all names for `all_classes`.
+
+    The base test comes first and the new one second.
+    """
     held, task = workspace.held_out, workspace.task
     assert held is not None
     base_inputs, base_labels = workspace.server_test()
@@ -213,6 +219,7 @@ def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
     ]
     if options.all_classes:
         every = Task((*task.class_names, *held.class_names), task.templates)
+        # In the joint list of names, the new classes follow the base classes.
         shifted = new_labels + len(task.class_names)
         tests.append(_Test("base_of_all", every, base_inputs, base_labels))
         tests.append(_Test("new_of_all", every, new_inputs, shifted))
@@ -231,7 +238,14 @@ def _row(
     *,
     why: str | None = None,
 ) -> dict[str, Any]:
-    """One model's results; None means not measured, and `why` says so if the method is why."""
+    """One model's results.
+
+    Args:
+        model: name of the model.
+        accuracy: accuracy by name of the test; None or missing if it was not measured.
+        std: standard deviation over clients by name of the test, for personal models.
+        why: why the method does not allow some measurements, or None.
+    """
     row: dict[str, Any] = {"model": model, "std": dict(std or {}), "why": why}
     for end in ("", "_of_all"):
         base, new = accuracy.get(f"base{end}"), accuracy.get(f"new{end}")

@@ -1,10 +1,14 @@
 """Calibration: is a model right in 80 % of the cases in which its confidence is 80 %?
 
-Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017, arXiv 1706.04599). A
-prediction's confidence is its softmax probability at CLIP's own logit scale. ECE is the mean of
-|confidence - accuracy| over equal-width bins, weighted by images; MCE the largest one of a bin.
-Zero-shot and global: the server's test images. Personal: each client's own model on its own test
-images, the images of all clients pooled, so that a client counts by its images.
+Source: On Calibration of Modern Neural Networks (Guo et al., ICML 2017, arXiv 1706.04599). The
+confidence of a prediction is its softmax probability at CLIP's logit scale. ECE is the mean of
+|confidence - accuracy| over bins of equal width, weighted by images; MCE is the largest such gap.
+
+Zero-shot and the global model are measured on the server's test images. Each personal model is
+measured on its client's own test images. The images of all clients are pooled, so a client counts
+in proportion to its number of images.
+
+Shape suffixes: N images of a test set, B images of a batch, C classes, M bins.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class CalibrationOptions:
 
 
 class Calibration(Reported):
-    """Expected and maximum calibration error, reliability diagram."""
+    """Expected and maximum calibration error, and the reliability diagram."""
 
     name = "calibration"
     title = "Calibration"
@@ -56,7 +60,7 @@ class Calibration(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """Sums per bin over each client's own test images."""
+        """Sums per bin over each client's own test images; see `Protocol.measure_clients`."""
         method = workspace.method
         encoded = encode_personal(method, shared, private)
         return [
@@ -65,7 +69,7 @@ class Calibration(Reported):
         ]
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Both errors and the reliability diagram of each model."""
+        """ECE, MCE and the reliability diagram of each model."""
         workspace, bins = run.workspace, self.options.bins
         test = workspace.server_test()
         zero_shot = method_class("zero_shot")
@@ -87,6 +91,7 @@ class Calibration(Reported):
         for logits_BC in logits_of(method, encoded, inputs_N):
             confidence_B, predicted_B = logits_BC.double().softmax(-1).max(-1)
             correct_B = predicted_B == labels_N[first : first + len(logits_BC)]
+            # Rounding can put a probability slightly above 1.
             total += Reliability.of(
                 confidence_B.clamp(max=1.0).numpy(), correct_B.numpy(), self.options.bins
             )
@@ -114,7 +119,7 @@ class Calibration(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """The reliability diagram, above the share of images in each bin of confidence."""
+        """The reliability diagram, and below it the share of images in each confidence bin."""
         perfect = Curve(
             name="perfect calibration", color="alone", x=[0, 1], y=[0, 1], width=1.0, dashed=True
         )
@@ -149,6 +154,7 @@ class Calibration(Reported):
 
 
 def _numbers(found: Reliability) -> Numbers:
+    """A client's sums as flat numbers, the only form that a reply can carry."""
     row: Numbers = {}
     for m in range(len(found.count_M)):
         row[f"count-{m}"] = int(found.count_M[m])
@@ -158,6 +164,7 @@ def _numbers(found: Reliability) -> Numbers:
 
 
 def _pooled(rows: Iterable[Mapping[str, int | float]], bins: int) -> Reliability:
+    """The sums of all clients from what `_numbers` returned for each."""
     total = Reliability.of([], [], bins)
     for row in rows:
         total += Reliability(

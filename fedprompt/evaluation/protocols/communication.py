@@ -1,9 +1,11 @@
-"""Communication: bytes sent until x % of the final accuracy is reached and kept.
+"""Communication: how many bytes are sent until a model stays above x % of its final accuracy.
 
-A level counts as reached in the first evaluated round from which on no evaluated round falls below
-it, so that one lucky round is not rewarded. Final accuracy is that of the last round. Bytes are
-those of all training messages up to then, as they cross the grid; tests are not counted. Rounds
-that are not evaluated (`evaluation.every`) cannot be the first.
+A level counts as reached in the first evaluated round that is not below it and that no round below
+it follows, so a single lucky round is not rewarded. The final accuracy is that of the last round. Bytes are
+those of all training messages up to that round, as they cross the grid; messages of evaluations are
+not counted. Rounds that are not evaluated (`evaluation.every`) are not considered.
+
+The protocol runs on the server after the last round and reads only the metrics of the rounds.
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ CURVES = {"global": ("global", "accuracy"), "personal": ("personal", "mean")}
 
 @dataclass(frozen=True)
 class CommunicationOptions:
-    """Which shares of the final accuracy are looked for."""
+    """Which percentages of the final accuracy are reported."""
 
     percents: list[float] = option([90.0, 95.0, 99.0], "percents of the final accuracy")
 
     def check(self) -> None:
-        """Refuse shares that no accuracy can have."""
+        """Refuse percentages outside (0, 100]."""
         if not self.percents or not all(0 < p <= 100 for p in self.percents):
             raise UserError(f"'percents' is {self.percents}; each must be above 0 and at most 100.")
 
 
 class Communication(Reported):
-    """Bytes up and down until the accuracy is nearly the final one."""
+    """Bytes up and down until the accuracy is close to the final one."""
 
     name = "communication"
     title = "Communication to reach x % of the final accuracy"
@@ -49,7 +51,7 @@ class Communication(Reported):
     options: CommunicationOptions
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """For each curve and share: round, accuracy and bytes."""
+        """Round, accuracy and bytes for each curve and percentage."""
         curves = {}
         for name, (part, key) in CURVES.items():
             points = curve(run.rounds, part, key)
@@ -66,7 +68,7 @@ class Communication(Reported):
 
     @classmethod
     def table(cls, part: Part) -> Table:
-        """One row per curve and share."""
+        """One row per curve and percentage."""
         rows = [
             (
                 f"{name}, {mark['percent']:g} %",
@@ -87,16 +89,16 @@ class Communication(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Accuracy over bytes in both directions."""
+        """Accuracy over the bytes in both directions."""
         curves = []
         for name, measured in part["curves"].items():
             color = MODEL_COLOURS[name]
             points = measured["points"]
-            # An accuracy holds until the next evaluation, so the curve is a flight of steps.
+            # The curve is a step function, since an accuracy holds until the next evaluation.
             x = [_sent(point) for point in points for _ in range(2)][1:]
             y = [point["accuracy"] for point in points for _ in range(2)][:-1]
             curves.append(Curve(name=name, color=color, x=x, y=y))
-            # Shares that are reached in the same round have one label.
+            # Percentages that are reached in the same round share one label.
             together: dict[tuple[int, float], list[str]] = {}
             for mark in measured["reached"]:
                 place = (_sent(mark), mark["accuracy"])
@@ -127,7 +129,16 @@ def _sent(point: Mapping[str, Any]) -> int:
 def curve(
     rounds: Sequence[Mapping[str, Any]], part: str, key: str
 ) -> list[tuple[int, float, int, int]]:
-    """Round, accuracy and bytes up and down so far, of every evaluated round."""
+    """The accuracy of a model over the rounds and the bytes sent.
+
+    Args:
+        rounds: the lines of `metrics.jsonl` of all rounds.
+        part: key of the model's results in a line, such as `global`.
+        key: key of the accuracy in these results.
+
+    Returns:
+        For every evaluated round: round, accuracy, and bytes up and down since the run began.
+    """
     up = np.cumsum([line.get("bytes_up") or 0 for line in rounds]).tolist()
     down = np.cumsum([line.get("bytes_down") or 0 for line in rounds]).tolist()
     return [
@@ -138,10 +149,18 @@ def curve(
 
 
 def reached(points: Sequence[tuple[int, float, int, int]], share: float) -> dict[str, Any]:
-    """The first point from which on no accuracy is below `share` of the last one."""
+    """Find the first point from which all accuracies are at least a fraction of the last one.
+
+    Args:
+        points: the result of `curve`, with at least one point.
+        share: fraction of the last accuracy, in (0, 1].
+
+    Returns:
+        The point's `round`, `accuracy`, and bytes `up` and `down`.
+    """
     level = share * points[-1][1]
     first = len(points) - 1
-    # Float noise must not put the last point itself below the level.
+    # The tolerance keeps float noise from excluding points that equal the level.
     while first > 0 and points[first - 1][1] >= level - 1e-12:
         first -= 1
     server_round, accuracy, up, down = points[first]

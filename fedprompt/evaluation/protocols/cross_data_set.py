@@ -1,9 +1,10 @@
-"""Cross-data-set transfer: prompts learned on one data set, tested on others.
+"""Cross-data-set transfer: prompts learned on one data set are tested on others.
 
 Source: Conditional Prompt Learning for Vision-Language Models (Zhou et al., CVPR 2022, arXiv
-2203.05557), section 4.2. The learned context is put before the other data set's own class names and
-tested on its test images. Personal models are not tested, since they are fitted to their client's
-data. `targets` lists data sets as `data` does: by name, or as `{use: name, key: value}`.
+2203.05557), section 4.2. The learned context is combined with the class names of the other data set
+and tested on its test images. The server measures the global model after the last round. Personal
+models are not tested, since they are fitted to their client's data. `targets` lists data sets as
+`data` does: by name, or as `{use: name, key: value}`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ DEFAULT = [
     }
     for name in ("steppe", "tundra", "oasis")
 ]
-"""Embedded domains outside the federation (the embedded CLIP was trained on them)."""
+"""The default targets: domains of the embedded images that are not part of the federation. The
+embedded CLIP was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ class CrossDataSet(Reported):
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Targets as complete `data` sections."""
+        """Expand the targets to complete `data` sections; see `Protocol.prepare`."""
         targets = options.get("targets") or DEFAULT
         return {**options, "targets": complete(targets, f"protocol_options.{cls.name}.targets")}
 
     def open(self, workspace: Workspace) -> None:
-        """Open the data sets and encode their images, if no cache holds them."""
+        """Open the targets, and encode their test images if no cache holds them."""
         cache_dir = default_cache_dir(self.config.output.cache)
         self._others = open_others(
             self.options.targets,
@@ -86,7 +88,7 @@ class CrossDataSet(Reported):
         )
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Zero-shot and global accuracy on every target, and on the source for comparison."""
+        """Zero-shot and global accuracy on every target, and for comparison on the source."""
         workspace = run.workspace
         source_names = set(map(name_key, workspace.task.class_names))
         inputs, labels = workspace.server_test()
@@ -101,6 +103,7 @@ class CrossDataSet(Reported):
         for name, task, inputs_N, labels_N, is_source in cases:
             reference = zero_shot(zero_shot.Config(), workspace.clip, task)
             before = score_global(reference, {}, inputs_N, labels_N)
+            # Prompts that belong to the training classes can still be tested on the source.
             after = None
             if is_source or method.no_transfer_reason is None:
                 after = score_global(workspace.method_for(task), run.shared, inputs_N, labels_N)
@@ -158,5 +161,6 @@ class CrossDataSet(Reported):
 
 
 def _mean(values: list[float | None]) -> float | None:
+    # None if one is missing: a mean over fewer targets could not be compared with other means.
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,8 +1,11 @@
-"""Fairness: how evenly accuracy is spread over clients, and who would be better off alone.
+"""Fairness: how evenly accuracy is spread over clients, and which would be better off alone.
 
 Sources: Fair Resource Allocation in Federated Learning (Li et al., ICLR 2020, arXiv 1905.10497) for
-spread and worst tenth; Jain, Chiu and Hawe (DEC TR-301, 1984) for the index; Gini's coefficient.
-Every client with test images counts once, whatever their number. Standard deviation divides by n.
+the spread and the worst tenth; Jain, Chiu and Hawe (DEC TR-301, 1984) for the index; Gini's
+coefficient. Every client with test images counts once, however many it has. The standard deviation
+has divisor n.
+
+The protocol runs on the server after the last round and reads only the run's summary.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FairnessOptions:
-    """What the lowest clients are."""
+    """How many clients count as the lowest ones."""
 
     lowest_share: float = option(0.1, "share of clients whose mean is reported", gt=0, le=1)
 
@@ -43,7 +46,7 @@ class Fairness(Reported):
     options: FairnessOptions
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Spread of each model's client accuracies, and the gap to local-only training."""
+        """The spread over clients for each model, and the gap to local-only training."""
         summary = run.summary
         found = {
             "zero-shot": accuracy_of((summary.get("zero_shot") or {}).get("personal")),
@@ -86,7 +89,7 @@ class Fairness(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Cumulative distribution of accuracies over clients."""
+        """The cumulative distribution of accuracies over clients."""
         curves = []
         for name, accuracy in part["accuracy"].items():
             edges_K = np.sort(np.array(accuracy, dtype=float)).tolist()
@@ -108,12 +111,20 @@ class Fairness(Reported):
 
 
 def _points(difference: float) -> str:
-    """A difference of fractions in points; never "-0.0"."""
+    """Format a difference of fractions in percentage points; adding 0.0 avoids "-0.0"."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def spread(accuracy: Mapping[int, float], lowest_share: float) -> dict[str, Any]:
-    """Statistics over clients, each counted once."""
+    """Compute statistics over clients, each of which counts once.
+
+    Args:
+        accuracy: accuracy by client id, as fractions; at least one client.
+        lowest_share: fraction of clients for `lowest_mean`.
+
+    Returns:
+        The statistics by name, as plain numbers.
+    """
     values = np.array(list(accuracy.values()), dtype=np.float64)
     return {
         "clients": len(values),
@@ -128,7 +139,16 @@ def spread(accuracy: Mapping[int, float], lowest_share: float) -> dict[str, Any]
 
 
 def gap(own: Mapping[int, float], alone: Mapping[int, float]) -> dict[str, Any] | None:
-    """Own minus local-only accuracy over clients that were tested with both, or None."""
+    """Compare personal models with local-only training.
+
+    Args:
+        own: accuracy of the personal model by client id.
+        alone: accuracy of local-only training by client id.
+
+    Returns:
+        Statistics of own minus local-only accuracy over the clients that were tested with both, or
+        None if there are none.
+    """
     both = [own[k] - alone[k] for k in own if k in alone]
     if not both:
         return None

@@ -1,10 +1,13 @@
-"""Few-shot: accuracy at the number of training images per class and client that a run was given.
+"""Few-shot: accuracy at a given number of training images per class and client.
 
 Source: Learning to Prompt for Vision-Language Models (Zhou et al., IJCV 2022, arXiv 2109.01134),
-which trains on 1, 2, 4, 8 and 16 images per class. There the number is for the whole training set;
-here `partition.shots` is per class and client, as in the federated papers, so that the federation
-holds up to K times as many. One run is one point; `fedprompt sweep few_shot` runs the curve and
-`fedprompt compare --protocol few_shot` draws it.
+which trains on 1, 2, 4, 8 and 16 images per class. How we differ: there the number counts images
+of the whole training set; here `partition.shots` counts images per class and client, as in the
+federated papers, so the federation holds up to K times as many.
+
+The protocol runs on the server after the last round and reads only the run's summary. One run is
+one point of the curve; `fedprompt sweep few_shot` runs all points and
+`fedprompt compare --protocol few_shot` draws the curve.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ MODELS = {"zero-shot": "zero_shot", "global": "global", "personal": "personal"}
 
 @dataclass(frozen=True)
 class FewShotOptions:
-    """There are none: the number of shots is `partition.shots`."""
+    """The protocol has no options: the number of shots is `partition.shots`."""
 
 
 class FewShot(Reported):
-    """One point of the few-shot curve; the curve over several runs."""
+    """One point of the few-shot curve for a run, and the curve for several runs."""
 
     name = "few_shot"
     title = "Few-shot"
@@ -41,7 +44,7 @@ class FewShot(Reported):
     one_of = ("global", "personalised")
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Accuracies beside the number of shots and of training images."""
+        """The accuracies, the number of shots and the number of training images."""
         partition, summary = run.workspace.partition, run.summary
         whole, own = summary["global"], summary["personal"] or {}
         zero = summary["zero_shot"]
@@ -63,12 +66,12 @@ class FewShot(Reported):
 
     @classmethod
     def table(cls, part: Part) -> Table:
-        """One row: this run."""
+        """One row for this run."""
         return _table(cls.title, [("", part)])
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Bars of this run; `compare` draws the curve over several runs."""
+        """Bars for this run; `compare` draws the curve over several runs."""
         return model_bars(
             cls.name,
             cls.title,
@@ -80,7 +83,7 @@ class FewShot(Reported):
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
-        """The curve: mean over runs of the same number of shots."""
+        """The curve, with the mean over runs that have the same number of shots."""
         ordered = sorted(runs, key=lambda run: (_order(run[1]), run[0]))
         levels = list(dict.fromkeys(_shots(part) for _, part in ordered))
         curves = []
@@ -132,4 +135,5 @@ def _shots(part: Part) -> str:
 
 
 def _order(part: Part) -> float:
+    # A run without a limit has all images, so it comes last.
     return float("inf") if part["shots"] is None else float(part["shots"])

@@ -1,8 +1,10 @@
 """One model for all clients, tested on the server's test images; on by default.
 
-The results have keys of their own (`global`) in every metrics line and in the summary, and the
-tables and figures of all runs show them. Without this protocol the shared prompts are not tested
-on the server's test set.
+The server measures it in every evaluated round (`Federation.evaluate`), not here. The results are
+the key `global` of every metrics line and of the summary, and the tables and figures of all runs
+show them. Without this protocol, the shared prompts are not tested on the server's test set.
+
+The file's name has an underscore because `global` is a keyword of Python.
 """
 
 from __future__ import annotations

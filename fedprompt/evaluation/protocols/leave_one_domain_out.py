@@ -1,12 +1,13 @@
-"""Leave one domain out: the models are tested at the end on a domain that no client holds.
+"""Leave one domain out: the models are tested on a domain that no client holds.
 
 Sources: Deeper, Broader and Artier Domain Generalization (Li et al., ICCV 2017, arXiv 1710.03077)
 for the protocol; FedCLIP (Lu et al., 2023, arXiv 2302.13485) for its federated form. One run holds
-out one domain; configs/sweep/leave_one_domain_out.yaml holds out each in turn, and
-`fedprompt compare --protocol leave_one_domain_out` puts the runs into one table.
+out one domain; configs/sweep/leave_one_domain_out.yaml holds out each domain in turn, and
+`fedprompt compare --protocol leave_one_domain_out` puts these runs into one table.
 
-Seen and unseen accuracies are of the global model, over images; the unseen one also of the clients'
-own models (mean over clients). Nothing is selected on the unseen domain.
+Zero-shot and the global model are tested on seen domains and on the unseen one, with accuracies
+over images. Personal models are tested on the unseen domain, with the mean over clients. Nothing is
+selected on the unseen domain.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LeaveOneDomainOutOptions:
 
 
 class LeaveOneDomainOut(Reported):
-    """A domain that no client holds is tested at the end."""
+    """Tests the models on a domain that no client holds."""
 
     name = "leave_one_domain_out"
     title = "Leave one domain out"
@@ -56,7 +57,7 @@ class LeaveOneDomainOut(Reported):
 
     @property
     def holds_out(self) -> Literal["domain"]:
-        """The unseen domain."""
+        """The unseen domain is held out."""
         return "domain"
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
@@ -83,7 +84,7 @@ class LeaveOneDomainOut(Reported):
     def measure_round(
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Accuracy of the global model on the unseen domain."""
+        """Accuracy of the global model on the unseen domain; see `Protocol.measure_round`."""
         score = score_global(workspace.method, shared, *workspace.held_out_test())
         return None if score is None else {"unseen": score.accuracy}
 
@@ -94,7 +95,7 @@ class LeaveOneDomainOut(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """Accuracy of every client's own model on the unseen domain."""
+        """Result of every personal model on the unseen domain; see `Protocol.measure_clients`."""
         encoded = encode_personal(workspace.method, shared, private)
         test = workspace.held_out_test()
         scores = score_models(workspace.method, encoded, len(clients), *test)
@@ -103,7 +104,7 @@ class LeaveOneDomainOut(Reported):
         ]
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Accuracy per seen domain and on the unseen one."""
+        """Accuracies per seen domain, on all seen domains, and on the unseen one."""
         workspace = run.workspace
         assert workspace.held_out is not None
         zero_shot = method_class("zero_shot")
@@ -177,7 +178,11 @@ class LeaveOneDomainOut(Reported):
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
-        """Each domain's accuracy in the runs that held it out (mean over them), and their mean."""
+        """The accuracy on each domain in the runs that held it out, and the mean over domains.
+
+        If several runs held out the same domain, for example with different seeds, their mean
+        counts.
+        """
         domains = sorted({part["unseen_domain"] for _, part in runs})
         models = list(dict.fromkeys(row["model"] for _, part in runs for row in part["rows"]))
 

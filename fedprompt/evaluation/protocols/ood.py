@@ -1,16 +1,19 @@
-"""Out-of-distribution detection: does the model notice images of classes that it has no name for?
+"""Out-of-distribution detection: does a model notice images of classes that it has no name for?
 
 Sources: MCM (Delving into Out-of-Distribution Detection with Vision-Language Representations, Ming
 et al., NeurIPS 2022, arXiv 2211.13445): the highest softmax probability over the cosines of image
 and class names, at temperature 1; GL-MCM (Miyai et al., IJCV 2025, arXiv 2304.04521): MCM plus
-`local_weight` times the highest such probability of any patch. Settings are those of the authors'
-code. In it FPR95 is taken where recall is nearest to 95 %; here at the highest threshold that keeps
-95 % of the known images, as is usual.
+`local_weight` times the highest such probability of any patch. The settings are those of the
+authors' code. How we differ: their code takes FPR95 where the recall is nearest to 95 %; we take
+it at the highest threshold that keeps 95 % of the known images, as is usual.
 
-Known images are the server's test images. The others are `out`, data sets by name or as
-`{use: name, key: value}`; without them, test images of classes that are held out: those of
-base_to_new where that runs too, else the last `held_share` of the classes. Known images are the
-positives of AUROC and AUPR. Zero-shot and the global model are measured, personal models are not.
+Known images are the server's test images. The other images are those of the data sets in `out`, by
+name or as `{use: name, key: value}`. If `out` is empty, they are test images of held-out classes:
+the new classes of base_to_new if that protocol runs too, otherwise the last `held_share` of the
+classes. Known images are the positives of AUROC and AUPR. The server measures zero-shot and the
+global model after the last round; personal models are not measured.
+
+Shape suffixes: N or n images, P patches, D joint embedding, B rows of a batch, C classes.
 """
 
 from __future__ import annotations
@@ -66,7 +69,14 @@ class OodOptions:
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """Images of one kind: features (n, D), and where to find them for local features."""
+    """Images of one kind.
+
+    Attributes:
+        name: name of the kind, for tables.
+        inputs_N: what the method needs of the images (n, ...).
+        dataset: the data set of the images, from which local features are encoded.
+        index_N: indices of the images in the data set (n,).
+    """
 
     name: str
     inputs_N: Inputs
@@ -87,22 +97,22 @@ class Ood(Reported):
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Data sets as complete `data` sections."""
+        """Expand the data sets to complete `data` sections; see `Protocol.prepare`."""
         where = f"protocol_options.{cls.name}.out"
         return {**options, "out": complete(options.get("out") or [], where)}
 
     @property
     def holds_out(self) -> Literal["classes"] | None:
-        """Classes, where no other data set is given."""
+        """Classes are held out if no other data set is given."""
         return None if self.options.out else "classes"
 
     @property
     def takes_held_out(self) -> bool:
-        """It would as soon use the new classes of base_to_new."""
+        """The new classes of base_to_new can serve as the unknown classes."""
         return True
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
-        """All but the last classes, and the test images of these."""
+        """Hold out the last classes; see `Protocol.hold_out`."""
         classes = len(dataset.class_names)
         held = math.ceil(round(self.options.held_share * classes, 9))
         if classes - held < 2:
@@ -117,7 +127,7 @@ class Ood(Reported):
         return view, found
 
     def open(self, workspace: Workspace) -> None:
-        """Open the other data sets, and encode what no cache holds, patches included."""
+        """Open the other data sets, and encode what no cache holds, including patch features."""
         cache_dir = default_cache_dir(self.config.output.cache)
         self._others = open_others(
             self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method.needs
@@ -127,7 +137,7 @@ class Ood(Reported):
                 self._local_features(workspace, images)
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """The three numbers of each model, score and other data set."""
+        """AUROC, FPR95 and AUPR of each model, score and kind of other images."""
         workspace = run.workspace
         zero_shot = method_class("zero_shot")
         reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
@@ -162,7 +172,7 @@ class Ood(Reported):
 
     @classmethod
     def table(cls, part: Part) -> Table:
-        """One row per model, score and other data set."""
+        """One row per model, score and kind of other images."""
         several = len(part["out_images"]) > 1
         rows = tuple(
             (
@@ -179,7 +189,7 @@ class Ood(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Histograms of MCM, of the global model where there is one."""
+        """Histograms of the MCM score of the global model, or of zero-shot if there is none."""
         model = "global" if "global" in part["histogram"] else "zero-shot"
         histogram = part["histogram"][model]
         curves = []
@@ -197,7 +207,7 @@ class Ood(Reported):
         )
 
     def _images(self, workspace: Workspace) -> list[_Images]:
-        """Known images, then each kind of others."""
+        """The known images first, then each kind of other images."""
         dataset, index_N = workspace.dataset, workspace.partition.server_test
         kinds = [_Images("known classes", workspace.server_test()[0], dataset, index_N)]
         if not self.options.out:
@@ -216,7 +226,7 @@ class Ood(Reported):
         return NO_PATCHES if local_encoder(workspace.clip) is None else None
 
     def _local_features(self, workspace: Workspace, images: _Images) -> NDArray[np.float16]:
-        """Local features (n, P, D) in half precision: their cosines need no more."""
+        """Local features (n, P, D), cached in half precision, which suffices for cosines."""
         found = local_encoder(workspace.clip)
         assert found is not None
         encode, patches = found
@@ -232,7 +242,8 @@ class Ood(Reported):
     def _scores(
         self, workspace: Workspace, method: Method, encoded: Tensors, images: _Images, local: bool
     ) -> dict[str, Floats]:
-        """MCM, and GL-MCM where that is possible, of every image."""
+        """The scores of every image (n,) by name: MCM, and GL-MCM if `local` is true."""
+        # A method's logits are cosines times CLIP's logit scale, which MCM does not use.
         at = self.options.temperature * workspace.clip.logit_scale
         whole_N = np.concatenate(
             [_highest(x, at).numpy() for x in logits_of(method, encoded, images.inputs_N)]
@@ -240,9 +251,11 @@ class Ood(Reported):
         if not local:
             return {"MCM": whole_N}
         local_NPD = self._local_features(workspace, images)
+        # In batches of images, since float32 features of all patches may not fit in memory.
         parts = []
         for first in range(0, len(local_NPD), 64):
             some = torch.from_numpy(local_NPD[first : first + 64].astype(np.float32))
+            # To the method, every patch is an image with one feature vector.
             flat = torch.cat(
                 [_highest(x, at) for x in logits_of(method, encoded, Inputs(some.flatten(0, 1)))]
             )
@@ -254,7 +267,13 @@ class Ood(Reported):
 
 
 def _highest(logits_BC: Tensor, scale: float) -> Tensor:
-    """The highest softmax probability of the cosines over the temperature, float64 (B,)."""
+    """The highest softmax probability of cosines divided by the temperature, as float64 (B,).
+
+    Args:
+        logits_BC: cosines times CLIP's logit scale.
+        scale: the temperature times CLIP's logit scale.
+    """
+    # float64: at temperature 1 the probabilities of different images are very close to each other.
     return (logits_BC.double() / scale).softmax(-1).amax(-1)
 
 
@@ -273,7 +292,7 @@ def _numbers(known_N: Floats, other_N: Floats) -> dict[str, float]:
 
 
 def _histogram(names: list[str], scores: list[Floats]) -> dict[str, Any]:
-    """Share of each kind's images per bin of a common range."""
+    """The fraction of each kind's images per bin, with common bin edges."""
     low, high = min(s.min() for s in scores), max(s.max() for s in scores)
     edges = np.linspace(low, high if high > low else low + 1e-6, BINS + 1)
     share = {

@@ -1,9 +1,11 @@
-"""Accuracy per class, and which classes are confused.
+"""Accuracy per class, and which classes are confused with each other.
 
-Zero-shot and global: the server's test images. Personal: each client's own model on its own test
-images, the images of all clients pooled, so that a client counts by its images. The confusion
-matrix is the global model's (zero-shot's where a method has none), rows divided by the images of
-the class.
+Zero-shot and the global model are measured on the server's test images. Each personal model is
+measured on its client's own test images. The images of all clients are pooled, so a client counts
+in proportion to its number of images. The confusion matrix is that of the global model, or of
+zero-shot if a method has none; the figure divides each row by the number of images of its class.
+
+Shape suffixes: N images of a test set, B images of a batch, C classes.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
     from fedprompt.workspace import Workspace
 
 NAMED = 46
-"""With more classes than this, not every class has a row of the table or a name on the axes."""
+"""The largest number of rows of the table, and of classes whose names fit on the axes."""
 
 
 @dataclass(frozen=True)
 class PerClassOptions:
-    """There are none."""
+    """The protocol has no options."""
 
 
 class PerClass(Reported):
@@ -53,7 +55,7 @@ class PerClass(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """Tested and correct images of each class, of each client's own test images."""
+        """Counts per class over each client's own test images; see `Protocol.measure_clients`."""
         method = workspace.method
         encoded = encode_personal(method, shared, private)
         rows: list[Numbers] = []
@@ -67,7 +69,7 @@ class PerClass(Reported):
         return rows
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Accuracy per class and model, and one confusion matrix."""
+        """Accuracies per class and model, and one confusion matrix."""
         workspace = run.workspace
         names, test = workspace.task.class_names, workspace.server_test()
         zero_shot = method_class("zero_shot")
@@ -96,7 +98,7 @@ class PerClass(Reported):
 
     @classmethod
     def table(cls, part: Part) -> Table:
-        """One row per class; of more than `NAMED` classes the lowest ones, lowest first."""
+        """One row per class; with more than `NAMED` classes, those with the lowest accuracies."""
         counts = np.array(part["confusion"], dtype=np.int64)
         models, names = part["accuracy"], part["class_names"]
         shown, note = list(range(len(names))), ""
@@ -155,6 +157,7 @@ class PerClass(Reported):
 
 
 def _confusion(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> Ints:
+    """The confusion matrix (C, C) of one encoded model on a test set."""
     classes = len(method.task.class_names)
     total = np.zeros((classes, classes), dtype=np.int64)
     first = 0

@@ -1,8 +1,9 @@
 """Privacy audit: what the shared prompts reveal about the images that they were trained on.
 
-Four attacks, each compared with a guess that does not use the prompts. The first needs only the
-final model. The others see what one client uploads, as the server does, after one more round of its
-usual training from the final prompts (with the first round's learning rate, and `privacy.noise`).
+There are four attacks. Each is compared with a guess that does not use the prompts. The first
+attack needs only the final model. The others see what one client uploads, as the server does, after
+one more round of its usual training from the final prompts (with the learning rate of the first
+round, and with `privacy.noise`).
     member, model     loss of the final global model on an image: lower for members? (Yeom et al.,
                       CSF 2018, arXiv 1709.01604); area under the ROC, guess 0.5
     member, update    how far one client's update lowers the loss of an image; likewise
@@ -10,12 +11,13 @@ usual training from the final prompts (with the first round's learning rate, and
                       guess: uniform
     image             the feature of the one image behind one step of SGD: cosine with the true one;
                       guess: the mean feature of the class (for methods that see features alone)
-Members are a client's own training images, the others its own test images: images of other clients
-would differ by their classes alone. AUC is over all clients, weighted by pairs. Test sets here are
-far too small for true positives at rates of false ones near 0, which say more (Carlini et al., S&P
-2022, arXiv 2112.03570). The attacks run where the client's images are; only numbers come back.
+Members are a client's own training images, and non-members its own test images: images of other
+clients could be told apart by their classes alone. The AUC is averaged over all clients, weighted
+by pairs. The true positive rate at a false positive rate near 0 would say more (Carlini et al., S&P
+2022, arXiv 2112.03570), but the test sets are far too small for it. The attacks run on the client's
+side, where its images are, and return numbers only.
 
-An attack that fails does not prove privacy. Epsilon, if the run has one, is a bound.
+A failed attack does not prove privacy. Epsilon, if the run has one, is a bound.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ ATTACKS = {
     "classes": "class mix",
     "image": "image",
 }
-"""Keys of the results and names in tables."""
+"""The attacks: keys of the results, and names in tables."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ class PrivacyAudit(Reported):
         shared: Sequence[Tensors],
         private: Sequence[Tensors],
     ) -> list[Numbers]:
-        """How well the attacks do on every client; zeros where there is nothing to attack."""
+        """Results of the attacks on every client; see `Protocol.measure_clients`.
+
+        All numbers are zero for a client that does not train or shares nothing. The counts `pairs`,
+        `trained` and `inverted` are the weights in the means over clients, so zeros do not count.
+        """
         return [
             self._attack(workspace, client, received, own)
             for client, received, own in zip(clients, shared, private, strict=True)
@@ -95,6 +101,7 @@ class PrivacyAudit(Reported):
                 for prompts in ({}, uploaded)
             )
             numbers["pairs"] = len(data) * len(other_labels)
+            # Members have a lower loss, and an update lowers their loss further.
             numbers["model"] = auroc(-before[0], -before[1])
             numbers["update"] = auroc(before[0] - after[0], before[1] - after[1])
         classes = len(workspace.task.class_names)
@@ -123,7 +130,7 @@ class PrivacyAudit(Reported):
         return {"image": image, "image_guess": guess, "inverted": 1}
 
     def measure(self, run: Finished) -> dict[str, Any]:
-        """Means over clients; None where an attack had nothing to work on."""
+        """Means over clients; None for an attack that could not be run on any client."""
         rows = list(run.clients.values())
         pairs = [r["pairs"] for r in rows]
         trained, inverted = [r["trained"] for r in rows], [r["inverted"] for r in rows]
@@ -159,7 +166,7 @@ class PrivacyAudit(Reported):
 
     @classmethod
     def figure(cls, part: Part, run: RunData) -> Figure:
-        """Each attack beside its guess."""
+        """Bars of each attack and of its guess."""
         attacks = part["attacks"]
         guess = BarSeries("guess", "bars", [attacks[k]["guess"] for k in ATTACKS])
         result = BarSeries("attack", "own", [attacks[k]["result"] for k in ATTACKS])
@@ -172,7 +179,7 @@ class PrivacyAudit(Reported):
 
     @classmethod
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
-        """The attacks on several runs, e.g. with and without noise."""
+        """Compare the attacks on several runs, for example with and without noise."""
         rows = tuple(
             (name, *(_number(part["attacks"][k]["result"]) for k in ATTACKS), _epsilon(part))
             for name, part in runs
@@ -189,11 +196,11 @@ NUMBERS = (
     "pairs", "model", "update", "trained", "classes", "classes_guess", "inverted", "image",
     "image_guess",
 )  # fmt: skip
-"""What every client reports."""
+"""The numbers that every client reports."""
 
 
 def variation(a: Any, b: Any) -> float:
-    """Total variation distance of two distributions: 0 the same, 1 disjoint."""
+    """Total variation distance of two distributions: 0 if they are equal, 1 if disjoint."""
     return float(np.abs(np.asarray(a) - np.asarray(b)).sum() / 2)
 
 
