@@ -1,9 +1,10 @@
 """Communication: how many bytes are sent until a model stays above x % of its final accuracy.
 
-A level counts as reached in the first evaluated round that is not below it and that no round below
-it follows, so a single lucky round is not rewarded. The final accuracy is that of the last round. Bytes are
-those of all training messages up to that round, as they cross the grid; messages of evaluations are
-not counted. Rounds that are not evaluated (`evaluation.every`) are not considered.
+A level counts as reached in the first evaluated round from which on all accuracies are at least
+that high, so a single lucky round is not rewarded. The final accuracy is that of the last round.
+Bytes are those of all training messages up to the round in which the level is reached, as they
+cross the grid; messages of evaluations are not counted. Rounds that are not evaluated
+(`evaluation.every`) are not considered.
 
 The protocol runs on the server after the last round and reads only the metrics of the rounds.
 """

@@ -251,7 +251,7 @@ class Ood(Reported):
         if not local:
             return {"MCM": whole_N}
         local_NPD = self._local_features(workspace, images)
-        # In batches of images, since float32 features of all patches may not fit in memory.
+        # In batches, which bounds the memory for float32 features of all patches.
         parts = []
         for first in range(0, len(local_NPD), 64):
             some = torch.from_numpy(local_NPD[first : first + 64].astype(np.float32))
@@ -273,7 +273,6 @@ def _highest(logits_BC: Tensor, scale: float) -> Tensor:
         logits_BC: cosines times CLIP's logit scale.
         scale: the temperature times CLIP's logit scale.
     """
-    # float64: at temperature 1 the probabilities of different images are very close to each other.
     return (logits_BC.double() / scale).softmax(-1).amax(-1)
 
 
