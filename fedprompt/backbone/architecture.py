@@ -62,7 +62,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def empty_model(model_cfg: Mapping[str, Any], *, meta: bool) -> CLIP | CustomTextCLIP:
-    """The architecture without trained weights.
+    """Build the architecture without trained weights.
 
     Args:
         model_cfg: from `model_settings`.
@@ -83,13 +83,14 @@ _GLOBAL_RNG = threading.Lock()
 
 
 def adopt_weights(model: CLIP | CustomTextCLIP, state: Mapping[str, Tensor]) -> None:
-    """Make the tensors of `state` the model's own, without a copy.
+    """Put the tensors of `state` into the model without copying them.
 
     Memory-mapped tensors stay mapped. The causal mask, which no checkpoint holds, is rebuilt.
 
     Raises:
         RuntimeError: `state` lacks tensors, has others, or has them in other shapes.
     """
+    # assign: a model on the meta device has no memory to copy into, and a copy would not be mapped.
     model.load_state_dict(dict(state), strict=True, assign=True)
     text = getattr(model, "text", model)
     if getattr(text, "attn_mask", None) is not None and text.attn_mask.is_meta:

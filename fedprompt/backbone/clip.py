@@ -84,7 +84,8 @@ class FrozenCLIP:
         self.logit_scale = float(model.logit_scale.exp())
         self.text = text_parts(model)
         self.positions_encoded = 0
-        # Configs name D in several places, and some towers change it: encoding a text settles it.
+        # open_clip's settings state D in several places, and some towers change it, so it is read
+        # from an encoded text.
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
 
     @property
@@ -118,21 +119,21 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def encode_images(self, images_B3HW: Tensor) -> Tensor:
-        """Image features (B, D), float32 on the CPU, not normalised."""
+        """Encode images as features (B, D), float32 on the CPU, not normalised."""
         with self.autocast():
             features_BD: Tensor = self.model.encode_image(images_B3HW.to(self.device))
         return features_BD.float().cpu()
 
     @torch.no_grad()
     def encode_text_raw(self, texts: Sequence[str]) -> Tensor:
-        """open_clip's own features (len(texts), D) of hard prompts, float32, not normalised."""
+        """Encode hand-written prompts as open_clip's features (len(texts), D), not normalised."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         with self.autocast():
             features: Tensor = self.model.encode_text(tokens)
         return features.float()
 
     def zero_shot_classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Class features of hand-written prompts: the normalised mean over templates.
+        """Compute class features of hand-written prompts: the normalised mean over templates.
 
         Source: CLIP (Radford et al., ICML 2021), section 3.1.4, prompt ensembling in the
         embedding space.

@@ -1,4 +1,4 @@
-"""Hashes that tell one set of weights from another; names of cached files are made of them."""
+"""Hashes that identify weights; the names of cached files contain them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from fedprompt.files import write_bytes
 
 
 def digest(text: str) -> str:
-    """SHA-256 of a text, 64 hexadecimal digits."""
+    """Return the SHA-256 of a text, 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path, cache_dir: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits.
 
-    Hashing gigabytes takes seconds, so the result is remembered by path, size and modification
-    time. A cache that cannot be written only costs that time.
+    Hashing gigabytes takes seconds, so the result is cached by path, size and modification time.
+    If the cache cannot be written, the file is hashed again next time.
+
+    Args:
+        path: the file to hash.
+        cache_dir: the cache folder.
 
     Raises:
         UserError: the file cannot be read.

@@ -144,7 +144,13 @@ class FrozenLayer:
     def project_backward(
         self, d_parts: Tensor, state: NormState, part: slice = slice(None)
     ) -> Tensor:
-        """Gradient of `project`'s rows (R, d) from that of its result."""
+        """Compute the gradient of `project`'s rows (R, d).
+
+        Args:
+            d_parts: gradient of `project`'s result, in the dtype of the products.
+            state: from `project`.
+            part: as in `project`.
+        """
         return self.norm_1.backward((d_parts @ self.qkv[0][part]).float(), state)
 
     def project_few(

@@ -58,6 +58,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     preprocess_cfg = open_clip.transform.merge_preprocess_dict(
         open_clip.transform.PreprocessCfg(), tag_cfg
     )
+    # As open_clip does: the size comes from the architecture and not from the tag.
     preprocess_cfg["size"] = model.visual.image_size
     open_clip.model.set_model_preprocess_cfg(model, preprocess_cfg)
     return FrozenCLIP(
@@ -98,10 +99,10 @@ def _device(requested: str) -> str:
 
 
 def shape_only_clip(name: str) -> FrozenCLIP:
-    """A model with the tensor shapes of `name` and random weights, built quickly.
+    """Build a model with the tensor shapes of `name` and random weights, quickly.
 
-    All layers of a tower are one and the same, and the image is two patches wide. `fedprompt
-    methods` counts parameters of methods with it.
+    All layers of a tower share their tensors, and images are two patches wide. `fedprompt methods`
+    counts the parameters of methods with it.
 
     Args:
         name: a model with open_clip's own transformers.

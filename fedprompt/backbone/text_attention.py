@@ -60,7 +60,17 @@ def score_gradient(d_out: Tensor, state: AttentionState) -> Tensor:
 def key_value_gradients(
     d_out: Tensor, d_score: Tensor, state: AttentionState, keys: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (X, h, s, e) of keys and values, or of those in `keys`."""
+    """Compute the gradients of keys and values.
+
+    Args:
+        d_out: gradient (X, h, t, e) of the mixed values.
+        d_score: gradient (X, h, t, s) of the scores, from `score_gradient`.
+        state: from `attend`.
+        keys: the keys that need a gradient; all by default.
+
+    Returns:
+        Gradients (X, h, s, e) of the keys and of the values.
+    """
     d_k = d_score[..., keys].transpose(-1, -2) @ state.q
     d_v = state.share[..., keys].to(d_out.dtype).transpose(-1, -2) @ d_out
     return d_k, d_v

@@ -67,11 +67,29 @@ class TextLayout:
         return self.tokens + self.bins * self.slots
 
     def split(self, rows: Tensor, batch: int, length: int) -> Tensor:
-        """(batch * length, parts * d) -> (batch, length, parts, h, e), a view."""
+        """Split rows into sequences, parts and heads, as a view.
+
+        Args:
+            rows: (batch * length, parts * d), e.g. 3 parts: queries, keys and values.
+            batch: number of sequences.
+            length: positions of a sequence.
+
+        Returns:
+            (batch, length, parts, h, e).
+        """
         return rows.view(batch, length, -1, self.heads, self.width // self.heads)
 
     def by_head(self, rows: Tensor, batch: int, length: int) -> Tensor:
-        """(batch * length, d) -> (batch, h, length, e), a view."""
+        """Split rows into sequences and heads, heads first, as a view.
+
+        Args:
+            rows: (batch * length, d).
+            batch: number of sequences.
+            length: positions of a sequence.
+
+        Returns:
+            (batch, h, length, e).
+        """
         return rows.view(batch, length, self.heads, -1).transpose(1, 2)
 
     def prefix_kv(self, before: Tensor, context: Tensor) -> Tensor:
@@ -101,7 +119,14 @@ class TextLayout:
         return kv
 
     def fill_gradients(self, target: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> None:
-        """Write gradients (batch, h, length, e) into (batch, length, 3, h, e)."""
+        """Write the gradients of queries, keys and values into one tensor.
+
+        Args:
+            target: (batch, length, 3, h, e), a view from `split`; every element is overwritten.
+            d_q: (batch, h, length, e), gradient of the scaled queries.
+            d_k: (batch, h, length, e).
+            d_v: (batch, h, length, e).
+        """
         # Attention was given scaled queries, so the scale multiplies their gradient.
         torch.mul(d_q.transpose(1, 2), self.scale, out=target[:, :, 0])
         target[:, :, 1] = d_k.transpose(1, 2)
@@ -123,7 +148,13 @@ class TextLayout:
         return suffix[:, self._end_rows].flatten(0, 1)
 
     def add_at_ends(self, rows: Tensor, values: Tensor, n: int) -> None:
-        """Add values (N * B * E, d) to the end slots of rows (R, d), in place."""
+        """Add values to the end slots of rows, in place.
+
+        Args:
+            rows: (R, d).
+            values: (N * B * E, d).
+            n: N.
+        """
         # index_add_, because the padding of `end_slot_BE` names slot 0 several times.
         suffix = rows[n * self.tokens :].view(n, -1, self.width)
         suffix.index_add_(1, self._end_rows, values.view(n, -1, self.width))

@@ -67,7 +67,7 @@ class TextParts:
 
 
 def text_parts(model: CLIP | CustomTextCLIP) -> TextParts:
-    """The pieces of a model's text tower.
+    """Return the pieces of a model's text tower.
 
     Raises:
         UserError: the tower is of another kind, or adds a class embedding or a padding mask, so

@@ -54,7 +54,7 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
     length = clip.text.context_length
     placeholders = " ".join([PLACEHOLDER] * context_tokens)
     texts = [f"{placeholders} {name.replace('_', ' ')}.".strip() for name in class_names]
-    # Tokenizers cut texts that are too long without a word, so the check has 256 more positions.
+    # Tokenizers silently cut texts that are too long, so the check uses 256 more positions.
     roomy_ids = clip.tokenizer(texts, context_length=length + 256)
     ends = _end_of_text(clip.text, roomy_ids)
     for name, end in zip(class_names, ends.tolist(), strict=True):
@@ -79,12 +79,12 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
 
 
 def token_count(clip: FrozenCLIP, text: str) -> int:
-    """How many tokens `text` has, without the special ones."""
+    """Count the tokens of a text without the special ones."""
     return int(_end_of_text(clip.text, clip.tokenizer([text]))[0]) - _specials_before(clip)
 
 
 def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: Tensor) -> Tensor:
-    """The initial context of a text prompt.
+    """Return the initial context of a text prompt.
 
     Args:
         clip: the frozen backbone.

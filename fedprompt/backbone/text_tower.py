@@ -187,9 +187,9 @@ class TextTower:
         end: int,
         adapt: Adapt | None,
     ) -> Tensor:
-        """Features (N, G, D) of classes whose prompts end at the same position.
+        """Compute features (N, G, D) of classes whose prompts end at the same position.
 
-        Only positions up to the last one that matters are computed.
+        Positions after the end of the text are not computed where attention is causal.
         """
         parts = self.clip.text
         n, g = context_N.shape[0], len(classes)
@@ -216,7 +216,7 @@ class TextTower:
         return features_NGD
 
     def assemble(self, context_N: Tensor, classes: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Embeddings at the input of the first layer.
+        """Build the embeddings at the input of the first layer.
 
         Args:
             context_N: (N, M, d), or (N, C, M, d) when `class_specific`.

@@ -68,13 +68,13 @@ _TENSORS = sum(len(part._fields) for part in (NormState, AttentionState, Attenti
 
 
 class PromptTransformer:
-    """All but the last norm and projection of a text tower, for one class list and context length.
+    """A text tower without its last norm and projection, for one class list and context length.
 
     Args:
-        layers: at least two.
+        layers: the tower's layers, at least two.
         packing: where the suffix tokens lie.
-        suffix_BSd: their embeddings with positions.
-        before_Fd: embeddings with positions of the special tokens before the context.
+        suffix_BSd: embeddings of the suffix tokens, positions added.
+        before_Fd: embeddings of the special tokens before the context, positions added.
         context_tokens: M.
         heads: h.
     """
@@ -125,7 +125,17 @@ class PromptTransformer:
     def forward(
         self, context: Tensor, deep: Tensor | None, states: list[_LayerState] | None
     ) -> Tensor:
-        """As `__call__`; appends to `states` what `backward` needs, unless it is None."""
+        """Run the layers without autograd.
+
+        Args:
+            context: as in `__call__`.
+            deep: as in `__call__`.
+            states: receives what `backward` needs, one entry per layer; None if no gradient is
+                needed.
+
+        Returns:
+            Hidden states (N, C, d), float32.
+        """
         n = context.shape[0]
         head = n * self.layout.tokens
         x = context.new_empty(n * self.layout.rows, self.layout.width)
@@ -206,11 +216,11 @@ class PromptTransformer:
     def backward(
         self, grad_NCd: Tensor, states: list[_LayerState], deep_layers: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the prompts.
+        """Compute the gradients of the prompts.
 
         Args:
             grad_NCd: gradient of `forward`'s result, float32.
-            states: as `forward` left them.
+            states: from `forward`.
             deep_layers: J.
 
         Returns:
@@ -288,6 +298,7 @@ class PromptTransformer:
             layout.add_at_ends(rows, values, n)
 
         d_x = layer.project_few_backward(d_q, d_kv, state.norm, add_at_ends)
+        # The residual connection of the last layer exists at the end slots only.
         layout.add_at_ends(d_x, grad, n)
         return d_x
 

@@ -1,6 +1,6 @@
-"""The embedded tiny CLIP: open_clip's own architecture with committed weights, no download.
+"""The embedded tiny CLIP: open_clip's own architecture with committed weights, without a download.
 
-It makes the quickstart, the tests and the demo run offline. `scripts/pretrain_tiny_clip.py` trains
+The quickstart, the tests and the demo run offline with it. `scripts/pretrain_tiny_clip.py` trains
 it. The file stores float16 tensors. Of the 49,408 token embeddings it stores the rows that training
 changed, with their ids; the others are a seeded draw, as open_clip initialises them.
 """
@@ -31,7 +31,7 @@ EMBEDDING = "token_embedding.weight"
 
 @cache
 def tiny_card() -> dict[str, Any]:
-    """Model config, preprocessing and provenance of the embedded weights (`tiny_clip.json`)."""
+    """Read model config, preprocessing and provenance of the weights from `tiny_clip.json`."""
     text = (resources.files("fedprompt.backbone") / "assets" / CARD_NAME).read_text(
         encoding="utf-8"
     )
@@ -59,7 +59,7 @@ def tiny_weights_path() -> Path:
 
 
 def tiny_state_dict() -> dict[str, torch.Tensor]:
-    """All tensors by name, float32; they load strictly into `CLIP(**tiny_model_config())`.
+    """Read all tensors by name, float32; they load strictly into `CLIP(**tiny_model_config())`.
 
     Raises:
         UserError: the file is missing, or its SHA-256 differs from the card's.
@@ -86,5 +86,14 @@ def tiny_state_dict() -> dict[str, torch.Tensor]:
 
 
 def initial_embedding(vocabulary: int, width: int, seed: int) -> torch.Tensor:
-    """Token embeddings before training, (vocabulary, width): N(0, 0.02^2) from `seed`."""
+    """Draw the token embeddings before training from N(0, 0.02^2).
+
+    Args:
+        vocabulary: number of tokens.
+        width: d of the text tower.
+        seed: seed of the pre-training, from the card.
+
+    Returns:
+        (vocabulary, width), float32.
+    """
     return rng.normal((vocabulary, width), 0.02, seed, "tiny_clip", EMBEDDING)

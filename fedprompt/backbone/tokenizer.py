@@ -1,4 +1,4 @@
-"""The tokenizer of a model."""
+"""Opens the tokenizer that belongs to a model, once per process before the first round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedprompt.errors import UserError
 
 
 def load_tokenizer(model: str) -> Callable[..., Tensor]:
-    """The tokenizer that open_clip uses with a model.
+    """Open the tokenizer that open_clip uses with a model.
 
     Args:
         model: a name that open_clip knows.

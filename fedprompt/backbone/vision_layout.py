@@ -53,7 +53,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """N images of T positions, in K groups with M prompt tokens each."""
+    """Sizes of the image path: N images in K equal groups, one group per client.
+
+    Attributes:
+        images: N.
+        positions: T.
+        clients: K; 1 where there are no prompts.
+        tokens: M; 0 where there are no prompts.
+    """
 
     images: int
     positions: int
@@ -74,6 +81,7 @@ class ImageLayout:
 
     def over_images(self, grad: Tensor) -> Tensor:
         """The sum (K * M, R), in float32, of gradients (N, M, R) over each client's images."""
+        # Summed in float32, because a sum of many bfloat16 gradients would lose digits.
         each = self.images // self.clients
         by_client = grad.view(self.clients, each, self.tokens, -1)
         return by_client.sum(1, dtype=torch.float32).flatten(0, 1)

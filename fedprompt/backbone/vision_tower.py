@@ -116,7 +116,7 @@ class VisionTower:
                 the first.
         """
         self._check(prompts, deep)
-        # Patches are constants: no gradient is needed before the prompts enter.
+        # The embedded image is constant: no gradient is needed before the prompts enter.
         with torch.no_grad(), self.clip.autocast():
             embedded = self.visual._embeds(pixels.to(self.clip.device).flatten(0, 1))
         image_KBTw = embedded.unflatten(0, pixels.shape[:2])
@@ -138,7 +138,7 @@ class VisionTower:
         return (out[:, :, 0], out[:, :, 1:]) if patches else out[:, :, 0]
 
     def features(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
-        """L2-normalised features (K, B, D) under prompts of the first J layers."""
+        """Compute L2-normalised features (K, B, D) under prompts of the first J layers."""
         first, deep = prompts_KJMw[:, 0], prompts_KJMw[:, 1:]
         return F.normalize(self(pixels, first, deep if deep.shape[1] else None), dim=-1)
 

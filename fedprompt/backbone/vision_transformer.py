@@ -2,7 +2,7 @@
 
 `vision_tower.py` calls it in every local training step of a method with visual prompts. Both
 directions are written out, as in `text_transformer.py`: only what the gradient of the prompts needs
-is kept, and what the usual pass computes in vain is left out:
+is kept, and computations whose result nobody reads are omitted:
 
 - A prompt that enters at a layer is the same for all images of a client, so its norm and
   projections are computed once per client, and their gradient is that of the sum over images.
@@ -50,10 +50,10 @@ class _LayerState:
 
 
 class ImageTransformer:
-    """All but the last norm and projection of an image tower.
+    """An image tower without its last norm and projection.
 
     Args:
-        layers: at least one.
+        layers: the tower's layers, at least one.
         heads: h.
     """
 
@@ -93,7 +93,19 @@ class ImageTransformer:
         patches: bool,
         states: list[_LayerState] | None,
     ) -> Tensor:
-        """As `__call__`; appends to `states` what `backward` needs, unless it is None."""
+        """Run the layers without autograd.
+
+        Args:
+            image: as in `__call__`.
+            prompts: as in `__call__`.
+            deep: as in `__call__`.
+            patches: as in `__call__`.
+            states: receives what `backward` needs, one entry per layer; None if no gradient is
+                needed.
+
+        Returns:
+            Hidden states, as `__call__` returns them.
+        """
         layout = ImageLayout.of(image, prompts)
         deep_layers = 0 if deep is None else deep.shape[1]
         x, prompt = image.flatten(0, 1), None if prompts is None else prompts.flatten(0, 1)
@@ -169,12 +181,12 @@ class ImageTransformer:
         deep_layers: int,
         patches: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the prompts.
+        """Compute the gradients of the prompts.
 
         Args:
             grad: gradient of `forward`'s result, float32.
-            states: as `forward` left them.
-            layout: of the images and prompts.
+            states: from `forward`.
+            layout: layout of the images and prompts.
             deep_layers: J.
             patches: as in `forward`.
 

@@ -1,7 +1,8 @@
-"""Weights of a model: found or downloaded, converted once, and mapped into memory.
+"""Weights of a model: located or downloaded, converted once, and mapped into memory.
 
-Mapped means that pages of the file serve as the tensors' memory. All processes of a machine that
-map the same file share one copy, and no process reads what it does not use.
+Every process does this once before the first round. Mapped means that pages of the file serve as
+the tensors' memory. All processes of a machine that map the same file share one copy, and no
+process reads what it does not use.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedprompt.files import replacing
 
 
 def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
-    """The file that holds the weights: `config.checkpoint`, or a download of the tag.
+    """Locate the weights: the file `config.checkpoint`, or a download of the pretrained tag.
 
     Args:
         config: the config's `backbone` section.
@@ -51,10 +52,10 @@ def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
 def mappable_weights(
     name: str, model_cfg: Mapping[str, Any], source: Path, key: str, cache_dir: Path
 ) -> Path:
-    """A float32 safetensors file with the model's own tensor names.
+    """Return a float32 safetensors file with the model's own tensor names.
 
-    This is `source` itself where it is such a file. Everything else (half precision, pickles,
-    checkpoints of a training run) is converted once and kept below `cache_dir`.
+    This is `source` itself if it is such a file. Everything else (half precision, pickles,
+    checkpoints of a training run) is converted once and stored below `cache_dir`.
 
     Args:
         name: the model's name, part of the copy's file name.
@@ -87,7 +88,7 @@ def mappable_weights(
 
 
 def map_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `mappable_weights`, mapped into memory.
+    """Map the tensors of a file from `mappable_weights` into memory.
 
     Raises:
         UserError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Homes and industry."""
+"""Scenes of homes and industry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Farmland and woodland."""
+"""Scenes of farmland and woodland."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Courts and playing fields."""
+"""Scenes of sports courts and playing fields."""
 
 from __future__ import annotations
 

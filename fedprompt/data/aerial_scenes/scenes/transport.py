@@ -1,4 +1,4 @@
-"""Roads, railways and runways."""
+"""Scenes of roads, railways and runways."""
 
 from __future__ import annotations
 

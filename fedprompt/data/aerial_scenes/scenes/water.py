@@ -1,4 +1,4 @@
-"""Rivers, lakes, coasts, harbours and ice."""
+"""Scenes of rivers, lakes, coasts, harbours and ice."""
 
 from __future__ import annotations
 
