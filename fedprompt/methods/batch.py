@@ -22,7 +22,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """The classification task: class names in label order, and templates for zero-shot CLIP."""
+    """The classification task.
+
+    Attributes:
+        class_names: names in label order; underscores are read as spaces.
+        templates: sentences for zero-shot CLIP, each with one `{}` for the class name.
+    """
 
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -136,6 +141,7 @@ class Batch:
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Like `RoundInfo.normal`, but with different draws in every step."""
+        # The step's index is part of the key, so a repeated step repeats its draws.
         return self.round_info.normal(shape, *purpose, self.step)
 
     def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:

@@ -75,7 +75,7 @@ class DP2FLConfig(MaPLeConfig):
 
 
 class DP2FL(MaPLe):
-    """MaPLe, whose factors are averaged for newcomers and kept by those who have their own."""
+    """MaPLe whose factors are averaged for new clients; others continue from their own."""
 
     name = "dp2fl"
     source = "Chang et al., Sci. Rep. 2025 (reconstructed)"

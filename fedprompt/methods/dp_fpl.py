@@ -12,8 +12,8 @@ cross-entropy for their sum; L is factorised again at every step:
     g_G = clip(g)                                  what moves G
     n ~ N(0, std^2),  std = sqrt(T ln(1 / delta)) / epsilon * clip_norm / B
 
-T rounds, B images in the step. U, V and R have no state of their own and R is never dropped, so the
-prompt is G + L for every rank; rank and noise affect only the gradient of L.
+T is the number of rounds, B that of images in the step. U, V and R are not stored and R is never
+dropped, so the prompt is G + L for every rank; the rank affects only the gradient of L.
 
 WHAT IS NOT THE PAPER'S. There, the server averages the clients' g_G after every batch, adds noise
 of std / N for N clients and steps. Here a client steps G itself and weights are averaged once a

@@ -11,7 +11,8 @@ the shared and P the private context, f the un-normalised image feature:
     logits    exp(logit_scale) cos(f', t_c),  loss = cross-entropy
 
 G and the shared adapter are averaged (8,192 + 131,072 numbers at 16 tokens and D = 512); P, the
-private adapter and the gate stay. All clients start from the same values, as in the public code.
+private adapter and the gate stay on the client. All clients start from the same values, as in the
+public code.
 
 The text is a context of 2 M tokens with the class name in the middle, so it takes the text tower's
 plain path, which is exact: with learned tokens behind the name, only [SOS][G] is a common prefix.

@@ -1,13 +1,14 @@
 """FedOTP: a global and a local prompt share an image's patches by unbalanced optimal transport.
 
 Source: Global and Local Prompts Cooperation via Optimal Transport for Federated Learning (Li et
-al., CVPR 2024, arXiv 2403.00041; code HongxiaLee/FedOTP). Features and logits are PLOT's with N =
-2 prompts per class: the first context is averaged by the server, the second never leaves. The plan
-carries a mass gamma of the patches (`top_percent` in the code), gamma/2 to each prompt, and at most
-1/P from each patch; `transport: balanced` carries all of it (`OT: Sinkhorn`). Loss CE.
+al., CVPR 2024, arXiv 2403.00041; code HongxiaLee/FedOTP). Features and logits are PLOT's with N = 2
+prompts per class: the server averages the first context, the second never leaves the client. The
+plan carries a mass gamma of the patches (`top_percent` in the code), gamma/2 to each prompt, and at
+most 1/P from each patch; `transport: balanced` carries all of it (`OT: Sinkhorn`). Loss CE.
 
 The global model is the shared prompt alone with the same transport, N = 1: the mass gamma comes
-from the patches that suit the prompt best. Neither paper nor code has one.
+from the patches that are most similar to the prompt. Neither the paper nor its code has a global
+model.
 
 Defaults are those of the public code, with gamma 0.8 as in both of its scripts (1 on its command
 line). Its CIFAR-100 script has 4 tokens, i.e. 2,048 numbers uploaded on ViT-B; its few-shot script
@@ -16,9 +17,9 @@ ours in float64.
 
 How we differ: the public code keeps both prompts in one tensor and slices it; here they are in two
 containers. There the mean that stops the iteration is taken over the batch; here it is taken over
-each client's own real images. Its first round trains all clients whatever the fraction; ours
-samples them, and a client that has not trained holds the start of the local prompt, which is the
-same for all clients in both.
+each client's own real images. The public code's first round trains all clients whatever the
+fraction; ours samples them. A client that has not trained yet holds the starting local prompt,
+which is the same for all clients in both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FedPer: any prompt method, with a part of the shared prompts that stays on the client.
 
 Source: Federated Learning with Personalization Layers (Arivazhagan, Aggarwal, Singh, Choudhary,
-arXiv 1912.00818): the lower layers are averaged, the upper ones stay; both are trained together.
+arXiv 1912.00818): the lower layers are averaged, the upper ones stay on the client; both are
+trained together.
 
 For prompts, the config names the personal part: whole tensors (`private`, by name), and the last
 `private_tokens` tokens of the tensors in `token_tensors`. The rest is uploaded, so the upload is

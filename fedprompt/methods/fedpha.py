@@ -1,4 +1,4 @@
-"""FedPHA: a global prompt of one length, local prompts of each client's own length.
+"""FedPHA: a global prompt of fixed length, and local prompts whose lengths differ by client.
 
 Source: FedPHA: Federated Prompt Learning for Heterogeneous Client Adaptation (Fang et al., ICML
 2025; code CYFang6/FedPHA, trainers GL_SVDMSE and GL_SVDMSE_HE, checked in two forks of it). G (M,

@@ -5,8 +5,9 @@ Smith, MLSys 2020, arXiv 1812.06127), eq. 2:
 
     min_w  F_k(w) + mu / 2 * ||w - w_received||^2
 
-`w` are all shared tensors that are trained; private ones are not constrained. The sum of squares is
-not divided by the number of entries, so the same `mu` constrains longer prompts more strongly.
+`w` stands for all shared tensors that are trained; private ones are not constrained. The sum of
+squares is not divided by the number of entries, so the same `mu` constrains longer prompts more
+strongly.
 
 How we differ: the paper also allows inexact local solutions (fewer steps on slow clients); here all
 clients make their usual number of steps. The paper searches mu in {0.001, 0.01, 0.1, 1}; 0.5 is the

@@ -1,12 +1,12 @@
 """IVLP: independent deep prompts in both towers, learned by all clients.
 
 Source: independent vision-language prompting, the baseline of MaPLe (Khattak et al., CVPR 2023,
-arXiv 2210.03117) and of PromptSRC (Khattak et al., ICCV 2023, arXiv 2307.06948): M text and M
-visual tokens of their own in the first J layers of either tower, cosine logits times
-exp(logit_scale), cross-entropy. Checked against the authors' code (trainers/independentVL.py and
-clip/model.py of muzairkhattak/multimodal-prompt-learning and muzairkhattak/PromptSRC): the first
-text prompt starts from words, all others from N(0, 0.02^2); visual prompts follow the patches,
-before `ln_pre`; deeper ones replace the output of the previous layer at their positions.
+arXiv 2210.03117) and of PromptSRC (Khattak et al., ICCV 2023, arXiv 2307.06948): each of the first
+J layers of either tower has M separate prompt tokens; cosine logits times exp(logit_scale),
+cross-entropy. Checked against the authors' code (trainers/independentVL.py and clip/model.py of
+muzairkhattak/multimodal-prompt-learning and muzairkhattak/PromptSRC): the first text prompt starts
+from words, all others from N(0, 0.02^2); visual prompts follow the patches, before `ln_pre`; deeper
+ones replace the output of the previous layer at their positions.
 
 How we differ: the papers use one machine; here all prompts are averaged over clients and nothing is
 private. We use float32 where the code rounds prompts to half precision. J is at most the number of

@@ -2,7 +2,7 @@
 
 Sources: pFedMMA: Personalized Federated Fine-Tuning with Multi-Modal Adapter for Vision-Language
 Models (Ghiasvand et al., ICLR 2026, arXiv 2507.05394); the adapter is MMA's (Yang et al., CVPR
-2024). In each of the top L layers f of a tower, with LN the layer's own first norm,
+2024). In each of the top L layers f of a tower, with LN the first layer norm of that layer,
 
     A(z) = W_u relu(W_s relu(W_d LN(z) + b_d) + b_s) + b_u,    f(z) <- f(z) + alpha A(z).
 

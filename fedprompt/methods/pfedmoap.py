@@ -2,8 +2,8 @@
 
 Source: Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models
 (Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP,
-as copied in later projects. With the client's own prompt P, the prompts of its E nearest peers, v
-the image feature, t class features and r(.) every (D / d)-th of D numbers:
+which we read in later projects that contain it. With the client's own prompt P, the prompts of its
+E nearest peers, v the image feature, t class features and r(.) every (D / d)-th of D numbers:
 
     q = W_q r(v)     k_e, u_e = W_k r(t_e), W_v r(t_e)     e = own, peer 1 .. peer E
     m_c = W_o [softmax_e(scaling * q_h . k_ech) u_ech]_h     heads h, class c
@@ -17,11 +17,11 @@ PRIVACY: other clients see a client's prompt as it was trained, before any avera
 aggregation is impossible. Each client is sent E more prompts in every exchange.
 
 How we differ: every client's gate starts from the same draw and is private from then on. In the
-public loop, a gate that was not stored yet continues from the client that trained before, and a
-client that is new in a later round still holds that client's experts. There, clients train one
-after the other and may be sent a prompt of the same round; here, all experts are of earlier rounds.
-Predictions use the experts after the round. Dropout is off: the public attention is configured with
-0.1 and never applies it.
+public code's loop, the gate of a client that has not trained yet continues from the client that
+trained before it, and a client that joins in a later round still holds that client's experts.
+There, clients train one after the other and may be sent a prompt of the same round; here, all
+experts are from earlier rounds. Predictions use the experts that are sent after the round. Dropout
+is off: the public attention is configured with 0.1 and never applies it.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ Gaussian class features is bounded by a cross-entropy with larger logits,
 
     z_ic = s <v_i, m_c> + (s^2 / 2) sum_d v_id^2 (1 / (P + 1)) sum_p (a_yd^p - a_cd^p)^2,
 
-y the label of image i, s = exp(logit_scale), P in training only the contexts of the step;
-covariances between dimensions d are dropped. A second term keeps contexts apart: the mean |cosine|
-between their text features without any class name, `[SOS][context].`, times `orthogonality`.
-Prediction uses s <v, m_c> over all P, m_c as it is (not normalised again).
+with y the label of image i and s = exp(logit_scale). In training, P counts only the contexts of the
+step; covariances between dimensions d are dropped. A second term keeps contexts apart: the mean
+|cosine| between their text features without any class name, `[SOS][context].`, times
+`orthogonality`. Prediction uses s <v, m_c> over all P contexts, where m_c is not normalised again.
 
 RECONSTRUCTED: the authors announced their code, but their repository contains only a README. The
 formulae are those of three public ports, which agree exactly (one is FLIP's,

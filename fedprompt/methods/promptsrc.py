@@ -1,9 +1,9 @@
 """PromptSRC: deep prompts in both towers that stay close to the frozen CLIP.
 
 Source: Self-regulating Prompts: Foundational Model Adaptation without Forgetting (Khattak et al.,
-ICCV 2023, arXiv 2307.06948). M text and M visual tokens of their own in the first J layers of
-either tower. With t, v the prompted class and image features, z their logits, and t0, v0, z0 those
-of the frozen CLIP, all features L2-normalised:
+ICCV 2023, arXiv 2307.06948). Each of the first J layers of either tower has M separate prompt
+tokens. With t, v the prompted class and image features, z their logits, and t0, v0, z0 those of the
+frozen CLIP, all features L2-normalised:
 
     L = CE(z) + 25 mean|t - t0| + 10 mean|v - v0| + KL(softmax z0 || softmax z) / C
 
@@ -13,8 +13,8 @@ classes or images and over dimensions. Checked against the authors' code
 the mean over images divided by the number of classes C; `batchmean` does not divide by C, so that
 the weight does not depend on the length of the class list.
 
-The paper's third part, the average of all epochs' prompts with Gaussian weights, belongs on the
-server: `strategies/gaussian.py`, which `strategy: auto` picks.
+The paper's third part, the average of all epochs' prompts with Gaussian weights, is computed on the
+server over rounds, by the strategy `strategies/gaussian.py`, which `strategy: auto` selects.
 
 How we differ: nothing is private, all prompts are averaged over clients (the paper uses one
 machine). v0 are the cached features of the same view of an image. We use float32 where the code

@@ -2,14 +2,17 @@
 
 Source: Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119): M learned tokens at the
 input of the first layer (VPT-shallow, depth 1) or of every layer (VPT-deep), where they replace the
-output of the previous layer at their positions. On CLIP as in MaPLe's public code (trainers/vpt.py
-of muzairkhattak/multimodal-prompt-learning, against which it is checked): prompts behind the
-patches and before `ln_pre`, N(0, 0.02^2); the frozen features of "a photo of a {}." classify;
-cosine logits times exp(logit_scale), cross-entropy.
+output of the previous layer at their positions. The application to CLIP is that of MaPLe's public
+code (trainers/vpt.py of muzairkhattak/multimodal-prompt-learning, against which it is checked):
+prompts behind the patches and before `ln_pre`, N(0, 0.02^2); the frozen features of "a photo of a
+{}." as classifier; cosine logits times exp(logit_scale), cross-entropy.
 
-`init: vpt` starts as the first paper's code does (KMnP/vpt): uniform within +-sqrt(6 / (3 p^2 +
-w)), p the patch size, w the width. There the prompts stand before the patches, which makes no
-difference, since they have no positional embedding.
+`init: vpt` starts as the first paper's code does (KMnP/vpt): uniform within plus and minus
+
+    sqrt(6 / (3 p^2 + w)),    p the patch size, w the tower's width.
+
+There the prompts stand before the patches, which makes no difference, since they have no positional
+embedding.
 
 How we differ: the papers use one machine; here the prompts are averaged over clients. The first
 paper's learned linear head and prompt dropout (0 by default) are left out: the head is the text. We

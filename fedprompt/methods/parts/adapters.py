@@ -45,6 +45,7 @@ def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     for the un-normalised v, divided by the length of v. The cached normalised features therefore
     lead to the same direction as the raw features of the public code.
     """
+    # The public code has a ReLU behind the second layer as well.
     hidden_KBH = F.relu(linear(features_KBD, tensors["adapter.down.weight"]))
     return F.relu(linear(hidden_KBH, tensors["adapter.up.weight"]))
 

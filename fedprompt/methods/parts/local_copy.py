@@ -27,6 +27,7 @@ It is a float, because all tensors of a method are float32.
 
 def start(shared: Tensors) -> Tensors:
     """Private tensors for a copy of `shared`, without a client axis; the copy is not valid yet."""
+    # Cloned, so that shared and private tensors never share memory.
     copies = {PREFIX + n: t.clone() for n, t in shared.items()}
     return {**copies, VALID: torch.zeros(1)}
 
@@ -43,12 +44,14 @@ def for_training(private: Tensors) -> Tensors:
 
 def after_training(private: Tensors, shared: Tensors) -> Tensors:
     """The private tensors with a valid copy of those trained tensors that are to be copied."""
+    # A method may copy some of its shared tensors only, as DP2FL does.
     copies = {PREFIX + n: t for n, t in shared.items() if PREFIX + n in private}
     return private | copies | {VALID: torch.ones_like(private[VALID])}
 
 
 def model(shared: Tensors, private: Tensors) -> Tensors:
     """The shared tensors (K, ...), replaced by the client's copies where these are valid."""
+    # Chosen by client: of the clients of one block, some may not have trained yet.
     valid_K1 = private[VALID] > 0
     mine = {n: PREFIX + n for n in shared if PREFIX + n in private}
     return shared | {n: where(valid_K1[:, 0], private[copy], shared[n]) for n, copy in mine.items()}

@@ -46,6 +46,7 @@ class Layout:
             ValueError: a flat name already belongs to another part.
         """
         added = {name: prefix + name for name in names}
+        # Messages and stores know tensors by their flat names, so two parts cannot share one.
         taken = {flat for names in self.flat_names.values() for flat in names.values()}
         if clash := taken & set(added.values()):
             raise ValueError(f"part '{part}': the names {sorted(clash)} belong to another part")

@@ -84,6 +84,7 @@ class PromptSource:
             task: class names.
             position: where the class name stands, `end`, `middle` or `front`.
         """
+        # Methods that offer no start words have a `RandomPromptConfig`.
         words = config.context_init if isinstance(config, PromptConfig) else None
         return cls(
             clip,
@@ -101,4 +102,5 @@ class PromptSource:
 
     def classes(self, context: Tensor) -> Tensor:
         """L2-normalised class features (..., C, D) of contexts (..., M, d)."""
+        # The tower returns raw features, whose lengths only PromptSRC's template mean needs.
         return F.normalize(self.tower(context), dim=-1)
