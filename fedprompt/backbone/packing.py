@@ -61,7 +61,9 @@ def pack(suffixes: Sequence[Sequence[int]], prefix: int, width: int) -> Packing:
         The position of every token; bins of one size, classes in the order of `suffixes`.
     """
     paths = [tuple(s) for s in suffixes]
+    # A class never spans two bins, so no bin is smaller than the longest suffix.
     longest = max(len(p) for p in paths)
+    # Sorted, so that suffixes with common beginnings are neighbours and equal suffixes merge.
     unique = sorted(set(paths))
     trees = [list(tree) for _, tree in groupby(unique, key=lambda p: p[0])]
     total = sum(_nodes(tree) for tree in trees)
@@ -80,24 +82,25 @@ _Path = tuple[int, ...]
 
 
 def _common(a: _Path, b: _Path) -> int:
-    """How many leading tokens two suffixes share."""
+    """Count the leading tokens that two suffixes share."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
 
 
 def _nodes(paths: list[_Path]) -> int:
-    """Number of different tokens of a tree of sorted suffixes."""
+    """Count the different tokens of a tree of sorted suffixes."""
     shared = sum(_common(a, b) for a, b in pairwise(paths))
     return sum(len(p) for p in paths) - shared
 
 
 def _fill(trees: list[list[_Path]], size: int) -> list[list[_Path]]:
-    """Trees in bins of `size` slots: largest first, each into the fullest bin that has room.
+    """Put trees into bins of `size` slots: largest first, each into the fullest bin with room.
 
     Best-fit decreasing needs at most 11/9 of the fewest possible bins, and in practice hardly more.
     """
     items = [(_nodes(part), part) for tree in trees for part in _cut(tree, size)]
     items.sort(key=lambda item: -item[0])
     bins: list[list[_Path]] = []
+    # Numbers of the bins with each amount of room, so that a bin is found without a search.
     by_room: list[list[int]] = [[] for _ in range(size + 1)]
     for nodes, part in items:
         room = next((r for r in range(nodes, size + 1) if by_room[r]), None)
@@ -112,7 +115,7 @@ def _fill(trees: list[list[_Path]], size: int) -> list[list[_Path]]:
 
 
 def _cut(tree: list[_Path], size: int) -> list[list[_Path]]:
-    """Parts of a tree with at most `size` tokens each; neighbours share the longest beginnings."""
+    """Cut a tree into parts of at most `size` tokens each, between sorted neighbours."""
     if _nodes(tree) <= size:
         return [tree]
     parts: list[list[_Path]] = []
@@ -124,12 +127,13 @@ def _cut(tree: list[_Path], size: int) -> list[list[_Path]]:
             used += added
         else:
             parts.append([path])
+            # The new part repeats the tokens that it shares with the previous one.
             used = len(path)
     return parts
 
 
 def _lay_out(paths: list[_Path], bins: list[list[_Path]], size: int) -> Packing:
-    """The tensors of a packing of `paths` in `bins`."""
+    """Build the tensors of a packing of `paths` in `bins`."""
     token = torch.full((len(bins), size), paths[0][-1])
     depth = torch.zeros(len(bins), size, dtype=torch.int64)
     # Free slots see themselves too: a softmax over nothing would give NaN.

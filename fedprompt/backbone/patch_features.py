@@ -34,15 +34,17 @@ CPU."""
 
 
 def dense_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
-    """An encoder of images into the output tokens of their patches, and P.
+    """Return an encoder of images into the output tokens of their patches, and P.
 
-    None where the image tower is neither open_clip's plain vision transformer nor its ResNet.
+    The result is None if the image tower is neither open_clip's plain vision transformer nor its
+    ResNet.
     """
     return _patch_encoder(clip, _tokens_of_transformer, _tokens_of_resnet)
 
 
 def _tokens_of_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
     x = visual.transformer(visual._embeds(images_B3HW))
+    # Position 0 is the class token. ln_post and the projection work on each position by itself.
     tokens_BPD: Tensor = visual.ln_post(x[:, 1:]) @ visual.proj
     return tokens_BPD
 
@@ -53,6 +55,8 @@ def _tokens_of_resnet(visual: ModifiedResNet, images_B3HW: Tensor) -> Tensor:
         x = layer(x)
     pool: Any = visual.attnpool
     x = x.flatten(2).transpose(1, 2)
+    # The attention pool puts the mean first, and open_clip returns the output of that position only.
+    # The attention is repeated here to obtain the outputs of the patches.
     x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
     x = x + pool.positional_embedding.to(x.dtype)
     q, k, v = (
@@ -71,9 +75,10 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def local_encoder(clip: FrozenCLIP) -> tuple[LocalEncoder, int] | None:
-    """An encoder of images into the local features of their patches, and P.
+    """Return an encoder of images into the local features of their patches, and P.
 
-    None where the image tower is neither open_clip's plain vision transformer nor its ResNet.
+    The result is None if the image tower is neither open_clip's plain vision transformer nor its
+    ResNet.
     """
     return _patch_encoder(clip, _from_transformer, _from_resnet)
 
@@ -83,7 +88,7 @@ def _patch_encoder(
     from_transformer: Callable[[Any, Tensor], Tensor],
     from_resnet: Callable[[Any, Tensor], Tensor],
 ) -> tuple[LocalEncoder, int] | None:
-    """The function for the kind of image tower that the backbone has, as an encoder; and P."""
+    """Make an encoder of the function for the backbone's kind of image tower; return it and P."""
     visual: Any = clip.model.visual
     if isinstance(visual, VisionTransformer) and is_plain(visual):
         tower, patches = from_transformer, visual.positional_embedding.shape[0] - 1
@@ -104,7 +109,7 @@ def _patch_encoder(
 def is_plain(visual: VisionTransformer) -> bool:
     """Whether a tower has plain blocks and reads its class token through ln_post and a projection.
 
-    Patches are read the same way, so what is true of other towers cannot be assumed here.
+    Patches are read in the same way; in other towers they might need other steps.
     """
     last = visual.transformer.resblocks[-1]
     return (
@@ -129,6 +134,7 @@ def _from_transformer(visual: VisionTransformer, images_B3HW: Tensor) -> Tensor:
     x_BPW = x if batch_first else x.transpose(0, 1)
     width = x_BPW.shape[-1]
     bias = last.attn.in_proj_bias
+    # The last third of the joint weight of queries, keys and values.
     value_BPW = F.linear(
         last.ln_1(x_BPW),
         last.attn.in_proj_weight[2 * width :],

@@ -124,6 +124,7 @@ class TextTower:
         if adapt is not None:
             return self._adapted(context_N, deep_N, adapt)
         self.clip.positions_encoded += context_N.shape[0] * self.positions
+        # The fast path runs in its layers' dtype and needs no autocast.
         if self.fast:
             features_NCD = self._fast(context_N, deep_N)
         else:
@@ -171,6 +172,8 @@ class TextTower:
     def _plain(
         self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None = None
     ) -> Tensor:
+        # One pass per position of the end of the text: padding all classes to the longest name
+        # would waste most of the work.
         features: list[Tensor] = [torch.empty(0)] * len(self.class_names)
         for end in self._tokens.pooled_C.unique().tolist():
             classes = torch.nonzero(self._tokens.pooled_C == end).flatten()
@@ -205,6 +208,7 @@ class TextTower:
             added = None if adapt is None else adapt(i, block, x.unflatten(0, (n, g)))
             x = block(x, attn_mask=mask)
             if added is not None:
+                # An adapter may turn the prompts of one client into those of several.
                 n = added.shape[0]
                 x = (x.unflatten(0, (-1, g)) + added).flatten(0, 1)
         if parts.pools_at_end:
@@ -232,6 +236,7 @@ class TextTower:
         for c in classes.tolist():
             row = self.token_ids_CL[c]
             name_end = int(self._tokens.name_end_C[c])
+            # The tokens exist in the order of `end`; other positions only rearrange them.
             name, rest = row[self.first + m : name_end], row[name_end:]
             before, x = row[: self.first], row[self.first : self.first + m]
             split = {"end": m, "middle": m // 2, "front": 0}[self.position]

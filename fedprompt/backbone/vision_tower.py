@@ -131,6 +131,7 @@ class VisionTower:
                 x_KBTw = self._plain(image_KBTw, prompts, deep, adapt)
         tokens = 0 if prompts is None else prompts.shape[1]
         images = x_KBTw.shape[0] * x_KBTw.shape[1]
+        # Counted as if every position ran in every layer, on both paths.
         self.clip.positions_encoded += images * (1 + self.patches + tokens)
         used = 1 + self.patches if patches else 1
         with self.clip.autocast():
@@ -170,6 +171,7 @@ class VisionTower:
         self, x: Tensor, prompts: Tensor | None, deep: Tensor | None, adapt: Adapt | None
     ) -> Tensor:
         """Hidden states (K, B, T, w) after the last layer, through open_clip's own blocks."""
+        # Prompts come last, so the class token and the patches keep their positions.
         if prompts is not None:
             x = torch.cat([x, _per_image(prompts, x)], dim=2)
         for i, block in enumerate(self.blocks):
@@ -182,6 +184,7 @@ class VisionTower:
         return x
 
     def _block(self, block: Any, x_NTw: Tensor) -> Tensor:
+        # open_clip's transformer takes the batch as first or second axis, as it was built.
         if self.visual.transformer.batch_first:
             out: Tensor = block(x_NTw)
             return out

@@ -228,10 +228,16 @@ def _domain_words(domain: str) -> dict[str, tuple[str, ...]]:
 def _draw_caption(
     rng: np.random.Generator, class_name: str, domain: str, notes: tuple[str, ...]
 ) -> Caption:
+    """Draw a caption, which may contain the name of a held-out class; arguments as in `caption`.
+
+    Every word that states something about the image adds a fact. A missing fact would let the
+    caption match images that it does not describe.
+    """
     attributes = [*ATTRIBUTES.get(class_name, ()), *notes]
     facts: set[str] = set()
     if attributes and rng.random() < 0.2:
         subject = _one(rng, [a for a in attributes if a in NOUNS])
+        # If no attribute has a noun, the subject is "place", which states nothing.
         facts |= {subject} - {""}
         words = _one(rng, NOUNS.get(subject, ("place",)))
     else:

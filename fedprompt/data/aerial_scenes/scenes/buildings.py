@@ -154,5 +154,6 @@ def storage_tanks(scene: Scene) -> None:
             y = row * pitch + rng.uniform(-1, 1)
             if max(abs(x), abs(y)) < 30.0 and rng.random() < 0.72:
                 tank(scene, x, y, radius * rng.choice([1.0, 1.0, 0.7]))
+    # At least one tank is in view, whatever was drawn above.
     tank(scene, 0.0, 0.0, radius)
     scene.trees(yard > 3.0, int(rng.integers(2, 15)))

@@ -64,6 +64,7 @@ def orchard(scene: Scene) -> None:
     size = scene.rng.uniform(1.5, 2.4)
     for x in np.arange(-50.0, 50.0, gap_x):
         for y in np.arange(-50.0, 50.0, gap_y):
+            # Only trees whose whole crown lies inside the block are drawn.
             column, row = (int(place) for place in canvas.pixel(x, y))
             if 0 <= column < SIZE and 0 <= row < SIZE and block[row, column] < -size:
                 scene.tree(x, y, size)

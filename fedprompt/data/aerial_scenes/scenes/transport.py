@@ -175,6 +175,7 @@ def runway(scene: Scene) -> None:
     scene.open_ground()
     width = rng.uniform(15.0, 23.0)
     end = rng.uniform(-26.0, -6.0) if rng.random() < 0.75 else -LIMIT
+    # Usually the runway's end is in view; otherwise it lies beyond every view.
     strip = np.maximum(canvas.band(0.0, width), end - 4.0 - canvas.x_HW)
     if rng.random() < 0.5:
         taxiway = rng.choice([-1.0, 1.0]) * rng.uniform(width / 2 + 10, width / 2 + 18)
@@ -183,6 +184,7 @@ def runway(scene: Scene) -> None:
         scene.road(link)
         scene.notes.append("taxiway")
     scene.road(strip, kerb=1.2)
+    # Far outside the runway, so that no line is drawn there.
     inside = np.where(strip < -1.0, canvas.y_HW, 99.0)
     scene.dashes(np.where(canvas.x_HW > end + 12.0, inside, 99.0), canvas.x_HW, 1.0, 7.0, 5.0)
     for side in (-1.0, 1.0):

@@ -121,6 +121,7 @@ def sea_ice(scene: Scene) -> None:
     """Floes of all sizes on dark water."""
     canvas, rng = scene.canvas, scene.rng
     scene.ground(scene.water * 0.8, 0.08)
+    # A negative distance everywhere: the whole picture is water.
     everywhere = np.full(canvas.x_HW.shape, -9.0)
     scene.floes(everywhere, rng.uniform(9.0, 22.0), rng.uniform(0.45, 0.85))
     if rng.random() < 0.6:
