@@ -30,7 +30,7 @@ def model_settings(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, An
 
     Raises:
         UserError: the model or the tag is unknown, or learned prompts cannot pass through the
-            model's text tower. The last is checked here so that nothing is downloaded in vain.
+            model's text tower. The last is checked here, before weights are downloaded.
     """
     known = open_clip.list_models()
     if config.model not in known:

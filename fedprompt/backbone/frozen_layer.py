@@ -3,7 +3,7 @@
 The fast paths of both towers (`text_transformer.py`, `vision_transformer.py`) run through these
 blocks in every local training step. Autograd keeps the input of each matrix product, because the
 gradient of a weight would need it. Here the weights are constants: the gradient of a product's
-input needs the weight alone. What remains to be kept are the inputs of the layer norms, the
+input needs the weight alone. What remains to be saved are the inputs of the layer norms, the
 attention and the pre-activations of the MLP.
 
 Shape suffixes: R rows (positions of all sequences, flattened), d width.

@@ -32,7 +32,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
 
     Args:
         config: the config's `backbone` section.
-        cache_dir: where float32 copies of checkpoints are kept that cannot be mapped into memory
+        cache_dir: folder for float32 copies of checkpoints that cannot be mapped into memory
             directly (half precision, pickles). All processes of a machine share one copy in memory.
 
     Returns:

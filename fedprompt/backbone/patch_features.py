@@ -55,8 +55,8 @@ def _tokens_of_resnet(visual: ModifiedResNet, images_B3HW: Tensor) -> Tensor:
         x = layer(x)
     pool: Any = visual.attnpool
     x = x.flatten(2).transpose(1, 2)
-    # The attention pool puts the mean first, and open_clip returns the output of that position only.
-    # The attention is repeated here to obtain the outputs of the patches.
+    # The attention pool puts the mean first, and open_clip returns only the output at the mean. The
+    # attention is repeated here to obtain the outputs at the patches.
     x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
     x = x + pool.positional_embedding.to(x.dtype)
     q, k, v = (

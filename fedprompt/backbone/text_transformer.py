@@ -2,7 +2,7 @@
 
 `text_tower.py` calls it in every local training step and evaluation. Autograd would keep what only
 weight gradients need, fill whole tensors with zeros for every slice, and add them up. Here both
-directions are written out: only what the gradient of the context needs is kept, and nearly all time
+directions are written out: only what the gradient of the context needs is saved, and nearly all time
 is spent in matrix products over the tokens of all clients together (`scripts/bench.py limit`
 measures how nearly). `fedprompt/bench/reference.py` states the same mathematics plainly, and
 `tests/backbone/test_text_tower.py` compares values and gradients.

@@ -2,7 +2,7 @@
 
 `vision_tower.py` calls it in every local training step of a method with visual prompts. Both
 directions are written out, as in `text_transformer.py`: only what the gradient of the prompts needs
-is kept, and computations whose result nobody reads are omitted:
+is saved, and computations whose result nobody reads are omitted:
 
 - A prompt that enters at a layer is the same for all images of a client, so its norm and
   projections are computed once per client, and their gradient is that of the sum over images.
