@@ -2,9 +2,9 @@
 
 `text_tower.py` calls it in every local training step and evaluation. Autograd would keep what only
 weight gradients need, fill whole tensors with zeros for every slice, and add them up. Here both
-directions are written out: only what the gradient of the context needs is saved, and nearly all time
-is spent in matrix products over the tokens of all clients together (`scripts/bench.py limit`
-measures how nearly). `fedprompt/bench/reference.py` states the same mathematics plainly, and
+directions are written out: only what the gradient of the context needs is saved, and nearly all of
+the time is spent in matrix products over the tokens of all clients together (`scripts/bench.py
+limit` measures how nearly). `fedprompt/bench/reference.py` states the same mathematics plainly, and
 `tests/backbone/test_text_tower.py` compares values and gradients.
 
 What is constant is computed once: the keys and values of the special tokens before the context in

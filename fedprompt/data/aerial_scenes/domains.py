@@ -173,7 +173,7 @@ FADED = Sensor(
 )
 DIM = Sensor(("dark", "dim light"), gains=(0.62, 0.64, 0.72), contrast=1.1, noise=0.03, blur=0.6)
 # The federated sensors are of one family, bluer than any in pre-training: a shift that all clients
-# share and one prompt can mend in part. What differs between them is for private prompts.
+# share, which one shared prompt can correct in part. Private prompts can correct the differences.
 BLUISH: RGB = (0.88, 0.98, 1.19)
 BLUISH_HAZY = Sensor(("bluish, hazy",), gains=BLUISH, contrast=1.05, haze=0.10, noise=0.018)
 BLUISH_CRISP = Sensor(("bluish, crisp",), gains=BLUISH, contrast=1.15, noise=0.018)
