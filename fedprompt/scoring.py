@@ -145,6 +145,8 @@ def encode_personal(
     Returns:
         Encoded tensors with client axis K, or 1 where all clients have the same tensor.
     """
+    # Clients receive equal tensors from most strategies. Comparing them costs far less than
+    # encoding the class prompts K times.
     device, models = method.clip.device, list(shared)
     if all(_equal(other, models[0]) for other in models[1:]):
         models = models[:1]
@@ -257,6 +259,7 @@ def _score_each(
     """Scores of every client's model on that client's own test set, in few batched products."""
     if all(v.shape[0] == 1 for v in encoded.values()):
         return _score_one_model(method, encoded, tests)
+    # Clients without test images are in no group and keep this score.
     scores = [Score(0, 0, 0.0)] * len(tests)
     for clients in _similar_sizes([len(labels) for _, labels in tests], _batch_size(method)):
         rows = torch.tensor(clients)

@@ -43,7 +43,7 @@ class Workspace:
     Args:
         config: the whole experiment.
         clip: the frozen backbone.
-        dataset: the images that are dealt to the clients and to the server's test set.
+        dataset: the images that are partitioned among the clients and the server's test set.
         partition: which of these images each client and the server hold.
         views: features of all images, one table per view of `data.views`. View 0 is the image
             without augmentation; all tests use this view.
@@ -70,6 +70,7 @@ class Workspace:
         self.held_out = held_out
         self.task = Task(dataset.class_names, tuple(config.data.templates))
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
+        # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
         self._server_test: tuple[Inputs, Tensor] | None = None
 

@@ -130,7 +130,7 @@ class Protocol(ABC):
             dataset: the whole data set.
 
         Returns:
-            The data set that is dealt to the clients, and the part that was held out.
+            The data set that is partitioned among the clients, and the part that was held out.
 
         Raises:
             UserError: the data set has too few classes, domains or test images.

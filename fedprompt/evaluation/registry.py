@@ -84,6 +84,8 @@ def build_options(names: Any, options: Any) -> tuple[list[str], dict[str, Any]]:
             f"config: protocol_options is {options!r}; it must hold a key per protocol."
         )
     built: dict[str, Any] = {}
+    # Options of protocols that do not run are built too: a wrong key should not go unnoticed until
+    # the protocol is switched on.
     for name in [*names, *given]:
         cls = protocol_class(str(name))
         values = given.get(name) or {}
@@ -145,7 +147,7 @@ def hold_out(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldO
         dataset: the whole data set.
 
     Returns:
-        The data set that is dealt to the clients, and the held-out part or None.
+        The data set that is partitioned among the clients, and the held-out part or None.
 
     Raises:
         UserError: the data set has too few classes, domains or test images.

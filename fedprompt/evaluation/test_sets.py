@@ -68,6 +68,7 @@ def complete(chosen: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(chosen, Sequence) or isinstance(chosen, str):
         raise UserError(f"config: {where} is {chosen!r}; it must be a list of data sets.")
     configs = [data_config(one, where) for one in chosen]
+    # Protocols store and show results by title.
     titles = [config.title for config in configs]
     for title in titles:
         if titles.count(title) > 1:

@@ -57,6 +57,7 @@ def compose(experiment: str | Path | Config, /, *overrides: str, **changes: Any)
         UserError: a file is missing, a key is unknown, or a value has the wrong type or is
             impossible.
     """
+    # `experiment` is positional-only, so that `experiment=...` can be a key of `changes`.
     return composition.compose(experiment, overrides, changes)
 
 

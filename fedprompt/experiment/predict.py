@@ -150,6 +150,7 @@ class Classifier:
 
 def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:
     """The tensors that the server would send to this client alone, after the last round."""
+    # The strategy is restored from the checkpoint as on a resume; it alone knows what it sends.
     checkpoint = read_checkpoint(run_dir / CHECKPOINT)
     strategy = strategy_class(config.strategy.name)(
         config.strategy,

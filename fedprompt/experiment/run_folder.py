@@ -3,6 +3,7 @@
 It is crash-safe: every file is replaced atomically, or appended to line by line.
 
 config.yaml            the complete config, which reproduces the run
+versions.json          the versions that the run was started and resumed with
 partition.json         images of every client by class and domain
 metrics.jsonl          one line per round; the same bytes with and without a resume
 timings.jsonl          seconds per round
@@ -39,7 +40,7 @@ from fedprompt.runtime import versions
 log = logging.getLogger("fedprompt.run")
 
 VERSIONS = "versions.json"
-"""The versions that a run was started with and those that it was resumed with, in order."""
+"""The versions with which a run was started and those with which it was resumed, in order."""
 
 UNSTARTED = {CONFIG, VERSIONS, ".lock", "loggers.json", "tensorboard", "wandb"}
 """What a run folder may hold before its first round: config, versions and the logs of trackers."""
@@ -94,6 +95,7 @@ class RunFolder:
                 f"{path} already holds a run; resume it with 'fedprompt run --resume {path}', or "
                 "choose another output.dir."
             )
+        # The lock has been held since before the check, so no other process can write in between.
         folder.write(CONFIG, to_yaml(config).encode())
         folder.record_versions()
         return folder
@@ -121,10 +123,13 @@ class RunFolder:
         return folder, config
 
     def record_versions(self) -> None:
-        """Add this process's versions to `versions.json`, unless they are the last ones there.
+        """Append the versions of this process to `versions.json`, if they differ from the last.
 
-        The last bits of a result depend on the versions, so a run that continues with others says
-        so in a warning.
+        The last bits of a result depend on the versions of the libraries, so a run that is resumed
+        with other versions logs a warning.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written.
         """
         here = versions()
         try:

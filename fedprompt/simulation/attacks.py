@@ -120,6 +120,7 @@ def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
         The ids of the attackers.
     """
     count = round(share * clients)
+    # Drawn once per seed: an attacker stays an attacker in every round and after a resume.
     draw = generator(seed, "attackers")
     return frozenset(int(c) for c in draw.choice(clients, size=count, replace=False))
 
@@ -184,6 +185,7 @@ def _spoiled(workspace: Workspace, client: int, message: Message, reply: Message
     metrics = reply.content[METRICS]
     assert isinstance(metrics, MetricRecord)
     if kind == "many_examples":
+        # Without screening, an average weighted by examples would follow this client almost alone.
         metrics["num-examples"] = MANY
     arrays = to_record(SPOILED[kind](training))
     return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)

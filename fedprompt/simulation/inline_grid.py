@@ -20,6 +20,7 @@ class InlineGrid(BlockGrid):
     ) -> dict[int, list[bytes]]:
         done = {}
         for index, block in enumerate(blocks):
+            # A block that has started is never interrupted.
             if time.monotonic() > deadline:
                 break
             done[index], changed = run_block(self.workspace, block, self.known(block), self.answer)

@@ -101,6 +101,7 @@ class Worker:
         become_server()
         self._workspace = opener(config)
         device = self._workspace.clip.device
+        # Workers with the same GPUs, or on the CPUs of the same node, share their memory.
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), f"{node} {ray.get_gpu_ids() or 'cpu'}", free_memory(device))
 

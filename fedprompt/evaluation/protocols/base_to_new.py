@@ -87,6 +87,7 @@ class BaseToNew(Reported):
         classes = len(dataset.class_names)
         # Rounded, so that float noise does not make 11 of 0.55 x 20 classes 12.
         base = math.ceil(round(self.options.base_share * classes, 9))
+        # With a single base class every prediction would be right, and nothing could be learned.
         if not 2 <= base < classes:
             raise UserError(
                 f"protocol base_to_new: {base} of {classes} classes would be base; it takes two or "
@@ -106,6 +107,7 @@ class BaseToNew(Reported):
         """Accuracy of the global model on the new classes; see `Protocol.measure_round`."""
         if workspace.method.no_transfer_reason is not None:
             return None
+        # The protocol `global` measures the base classes in every evaluated round.
         new = _tests(workspace, self.options)[1]
         score = score_global(workspace.method_for(new.task), shared, new.inputs_N, new.labels_N)
         return None if score is None else {"new": score.accuracy}
@@ -136,6 +138,7 @@ class BaseToNew(Reported):
         workspace, tests = run.workspace, _tests(run.workspace, self.options)
         assert workspace.held_out is not None
         zero_shot = method_class("zero_shot")
+        # Zero-shot is built for each list of names, so that it competes under the same conditions.
         by_task = {t.task: zero_shot(zero_shot.Config(), workspace.clip, t.task) for t in tests}
         rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
         method = workspace.method

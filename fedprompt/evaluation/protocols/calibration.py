@@ -79,6 +79,7 @@ class Calibration(Reported):
             encoded = encode_global(workspace.method, run.shared)
             models["global"] = self._reliability(workspace.method, encoded, *test)
         own = _pooled(run.clients.values(), bins)
+        # Clients that were not asked, or have no test images, report no sums.
         if own.count_M.sum():
             models["personal"] = own
         return {"bins": bins, "models": {name: _part(found) for name, found in models.items()}}

@@ -140,6 +140,7 @@ def curve(
     Returns:
         For every evaluated round: round, accuracy, and bytes up and down since the run began.
     """
+    # Summed over all rounds, since rounds that are not evaluated send bytes too.
     up = np.cumsum([line.get("bytes_up") or 0 for line in rounds]).tolist()
     down = np.cumsum([line.get("bytes_down") or 0 for line in rounds]).tolist()
     return [

@@ -36,7 +36,7 @@ class FairnessOptions:
 
 
 class Fairness(Reported):
-    """Spread of personal accuracies over clients, beside zero-shot and local-only training."""
+    """Spread of accuracies over clients, for personal models, zero-shot and local-only training."""
 
     name = "fairness"
     title = "Fairness over clients"
@@ -53,6 +53,7 @@ class Fairness(Reported):
             "local-only": accuracy_of((summary.get("local_only") or {}).get("personal")),
             "personal": accuracy_of(summary.get("personal")),
         }
+        # Baselines that were not run, and runs without test images, have no accuracies.
         share = self.options.lowest_share
         models = {name: spread(values, share) for name, values in found.items() if values}
         own, alone = found["personal"], found["local-only"]

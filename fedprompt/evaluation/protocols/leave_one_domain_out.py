@@ -121,6 +121,7 @@ class LeaveOneDomainOut(Reported):
                 rows_N = np.flatnonzero(domains_N == d)
                 score = score_models(method, encoded, 1, inputs[rows_N], labels[rows_N])[0]
                 by_domain[name] = score.accuracy
+            # Over all images: domains differ in size, so this is not the mean of their accuracies.
             seen = score_models(method, encoded, 1, inputs, labels)[0]
             unseen = score_models(method, encoded, 1, *workspace.held_out_test())[0]
             rows.append(

@@ -132,6 +132,7 @@ class Ood(Reported):
         self._others = open_others(
             self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method.needs
         )
+        # Patches are encoded now, so that an unreadable image ends the run before training.
         if self._why_not_local(workspace) is None:
             for images in self._images(workspace):
                 self._local_features(workspace, images)
@@ -221,6 +222,7 @@ class Ood(Reported):
     def _why_not_local(self, workspace: Workspace) -> str | None:
         if not self.options.local:
             return "protocol_options.ood.local is false"
+        # A patch is scored as if it were an image, and a patch has nothing but one feature vector.
         if workspace.method.needs != {"features"}:
             return NEEDS_MORE
         return NO_PATCHES if local_encoder(workspace.clip) is None else None
@@ -293,6 +295,7 @@ def _numbers(known_N: Floats, other_N: Floats) -> dict[str, float]:
 def _histogram(names: list[str], scores: list[Floats]) -> dict[str, Any]:
     """The fraction of each kind's images per bin, with common bin edges."""
     low, high = min(s.min() for s in scores), max(s.max() for s in scores)
+    # Equal scores everywhere would give bins of width 0.
     edges = np.linspace(low, high if high > low else low + 1e-6, BINS + 1)
     share = {
         name: (np.histogram(s, edges)[0] / len(s)).tolist()

@@ -81,6 +81,7 @@ class PerClass(Reported):
             shown = _confusion(workspace.method, encoded, *test)
             models["global"] = _accuracy(shown)
         if run.clients:
+            # Counts are added and then divided: a client may have no images of a class.
             sums = {
                 name: [sum(int(row[f"{name}-{c}"]) for row in run.clients.values())
                        for c in range(len(names))]

@@ -93,6 +93,7 @@ class PrivacyAudit(Reported):
             return numbers
         attacker = Attacker(workspace, client, received)
         data, (others, other_labels) = workspace.train_data(client), workspace.test_data(client)
+        # Only view 0: the other views are augmented, which no test image is.
         members = data.inputs[: len(data)], data.labels_N
         uploaded = uploaded_by(workspace, client, received, private, image=None)
         if len(other_labels):
@@ -115,6 +116,8 @@ class PrivacyAudit(Reported):
         self, workspace: Workspace, attacker: Attacker, received: Tensors, private: Tensors
     ) -> Numbers:
         client, privacy = attacker.client, workspace.config.privacy
+        # The attacker trains on many imagined images per client, so only a few are attacked. It
+        # reconstructs a feature vector, so the update may depend on nothing else.
         few = sorted(workspace.partition.trainable)[: self.options.images]
         if client not in few or workspace.method.needs != {"features"}:
             return {}
