@@ -59,6 +59,10 @@ class MemoryOptions:
 def bench_memory(options: MemoryOptions, out: Output) -> None:
     """Measure a process with the inline grid, one with the reference, and Ray workers.
 
+    Args:
+        options: what to measure.
+        out: where rows and notes go.
+
     Raises:
         MismatchError: a client's loss or prompts differ from the reference's.
     """
@@ -84,7 +88,15 @@ def bench_memory(options: MemoryOptions, out: Output) -> None:
 
 
 def write_experiment(folder: Path, options: MemoryOptions) -> Config:
-    """Write the experiment, with random weights unless the backbone is the embedded one."""
+    """Write the experiment, with random weights unless the backbone is the embedded one.
+
+    Args:
+        folder: an empty folder for images, cache, weights and the run folder.
+        options: backbone, number of classes and context tokens.
+
+    Returns:
+        The config that opens the experiment.
+    """
     backbone: dict[str, Any] = {"model": options.backbone, "device": "cpu"}
     if options.backbone != "tiny":
         backbone["checkpoint"] = str(folder / "weights.safetensors")

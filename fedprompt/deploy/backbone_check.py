@@ -41,6 +41,9 @@ def has_other_weights(features: Sequence[float], sample_2D: NDArray[np.float32])
     Args:
         features: the node's 2 x D numbers, row by row; they are untrusted.
         sample_2D: the server's own features (2, D), L2-normalised.
+
+    Returns:
+        True if the numbers of features differ or a cosine is below `MIN_COSINE`.
     """
     if len(features) != sample_2D.size:
         return True

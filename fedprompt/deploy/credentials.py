@@ -40,6 +40,10 @@ SKEW = datetime.timedelta(hours=1)
 def write_authority(folder: Path, days: int) -> None:
     """Create a certificate authority, `ca.crt` and `ca.key`, that is valid for `days` days.
 
+    Args:
+        folder: where both files are written; it is created if it does not exist.
+        days: how long the certificate is valid.
+
     Raises:
         UserError: the folder cannot be written.
     """

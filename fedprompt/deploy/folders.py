@@ -193,6 +193,12 @@ def format_node_config(settings: Mapping[str, Any]) -> str:
 def read_server_folder(path: Path) -> ServerFolder:
     """Read the settings in the server's folder.
 
+    Args:
+        path: the folder, which contains `federation.json`.
+
+    Returns:
+        The folder's absolute path and the server's ports.
+
     Raises:
         UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.
     """
@@ -202,6 +208,12 @@ def read_server_folder(path: Path) -> ServerFolder:
 
 def read_node_folder(path: Path) -> NodeFolder:
     """Read the settings in a node's folder.
+
+    Args:
+        path: the folder, which contains `federation.json`.
+
+    Returns:
+        The folder's absolute path, the server's address and the node's client.
 
     Raises:
         UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.

@@ -51,7 +51,7 @@ def register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[
 
 
 def registered_clients(server: ServerFolder) -> dict[int, int]:
-    """The client of every node id that has been registered."""
+    """Read the client of every registered node id from `nodes.json`; empty if there is none."""
     return _client_of_node(_read(server))
 
 

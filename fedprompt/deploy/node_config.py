@@ -61,6 +61,12 @@ class NodeSettings:
 def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     """Check the entries of a `--node-config`.
 
+    Args:
+        node_config: values by key; the keys are explained at the top of this module.
+
+    Returns:
+        The settings, with `~` expanded in paths and None where the default applies.
+
     Raises:
         UserError: a key is unknown, or a value has the wrong type or is out of range.
     """
@@ -99,6 +105,13 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
 
 def on_node(config: Config, node: NodeSettings) -> Config:
     """The experiment as this node runs it, with the node's own folder as its only data.
+
+    Args:
+        config: the experiment, as the server sends it.
+        node: the node's settings, which take precedence.
+
+    Returns:
+        The experiment with the node's folder, device, threads, weights and cache.
 
     Raises:
         UserError: the experiment has no such client, does not use the folder that this node lends,
