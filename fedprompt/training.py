@@ -104,7 +104,7 @@ def train_clients(
     ordered = [data[k] for k in order]
     schedule = _batches(ordered, config, seed, server_round)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
-    # Features of a round fit on a GPU. Pixels may not, so they are moved batch by batch.
+    # Features are moved once. Pixels would fill a GPU, so they are moved batch by batch.
     if inputs_N.pixels is None:
         inputs_N = inputs_N.on(device)
     # The inputs of a client hold all images of view 0, then all of view 1, and so on.

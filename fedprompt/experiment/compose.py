@@ -111,7 +111,7 @@ def parse(text: str) -> Config:
     """Read a config that `to_yaml` wrote, as the server of a deployment receives it.
 
     Args:
-        text: a complete config as YAML, which no file is needed for.
+        text: a complete config as YAML; no file is read.
 
     Returns:
         The checked and frozen config.

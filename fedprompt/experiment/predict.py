@@ -168,7 +168,8 @@ def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
     """A client's private tensors at the end of the run, or None if it never trained.
 
     Raises:
-        UserError: the run was a deployment, in which private tensors stay on the nodes.
+        UserError: the run was a deployment, so private tensors are on the nodes, or the files of
+            the run folder are damaged.
     """
     checkpoint = read_checkpoint(run_dir / CHECKPOINT)
     if not checkpoint.private:

@@ -131,7 +131,7 @@ def _zero_shot(workspace: Workspace) -> dict[str, Any]:
 
 
 def environment(workspace: Workspace | None = None) -> dict[str, Any]:
-    """Versions, device and threads, which explain why two machines may give different last bits.
+    """Versions, device and threads: the last bits of results depend on them.
 
     Args:
         workspace: supplies the device; None if no backbone is open.

@@ -21,7 +21,7 @@ from fedprompt.workspace import Workspace
 CPU_TOKENS, GPU_TOKENS = 384, 65536
 """Token positions per call that keep a CPU thread (measured on 2 cores) or a GPU (assumed) busy."""
 MEMORY_SHARE = 0.5
-"""Fraction of the free memory that the activations of a block may take: their size is an
+"""Fraction of the free memory that the activations of a block may take, since their size is only an
 estimate."""
 
 
