@@ -62,12 +62,14 @@ class Aligned(SharedPromptStrategy):
         """One step towards the clients that agree."""
         rows_UP, trust = changes(shared, updates), self.config.trust
         for update, cosine in zip(updates, agreement(rows_UP), strict=True):
+            # score_k <- min(credit, score_k + a_k).
             score = self.scores.get(update.client, 0.0) + float(cosine)
             self.scores[update.client] = min(self.config.credit, score)
         # Only a negative score lowers the weight; a positive one is credit for later rounds.
         lost_U = np.array([min(0.0, self.scores[u.client]) for u in updates])
         # The largest factor is exp(0), so the sum cannot vanish even if all scores are very low.
         factor_U = np.exp(self.config.sharpness * (lost_U - lost_U.max()))
+        # w_k ~ n_k exp(sharpness min(0, score_k)).
         weights_U = sample_shares(updates) * factor_U
         if trust is not None:
             rows_UP = clipped(rows_UP, trust * float(np.median(norms(rows_UP))))

@@ -60,6 +60,8 @@ class Gaussian(FedAvg):
     def log_density(self, server_round: int) -> float:
         """Logarithm of a round's weight, up to a constant."""
         mean, std = (share * self.rounds for share in (self.config.mean, self.config.std))
+        # The normalising constant of N(e; mu, sigma^2) cancels, because the weights are divided by
+        # their sum.
         return float(-0.5 * ((server_round - mean) / std) ** 2)
 
     def eval_tensors(self, shared: Arrays) -> Arrays:

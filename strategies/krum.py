@@ -38,6 +38,7 @@ class Krum(RobustStrategy):
         """The mean change of the clients with the lowest scores; for Krum this is one client."""
         # The scores are defined for n >= 2 f + 3 only.
         withstood = max(0, min(attackers, (len(rows_UP) - 3) // 2))
+        # A stable sort over rows by client id: a tie goes to the lowest id.
         order = np.argsort(scores(rows_UP, withstood), kind="stable")
         # Sorted by client, so that equal selections have equal means, bit for bit.
         selected = np.sort(order[: self.num_selected(len(rows_UP), attackers)])

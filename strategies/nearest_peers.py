@@ -87,6 +87,7 @@ class NearestPeers(FedAvg):
         place = int(np.searchsorted(self._uploaders, client))
         # L2 distances between the prompts before aggregation, as in the paper.
         distance = np.linalg.norm(self._flat - self._flat[place], axis=1)
+        # A stable sort, so that equal distances are ordered by client id.
         order = [i for i in np.argsort(distance, kind="stable") if i != place]
         return [int(self._uploaders[i]) for i in order[: self.num_peers]]
 

@@ -36,5 +36,6 @@ class TrimmedMean(RobustStrategy):
 
     def robust_step(self, rows_UP: Rows, attackers: int) -> Rows:
         """The mean without `attackers` values at either end."""
+        # Sorted coordinate by coordinate: the outermost values of a coordinate may be any client's.
         ordered_UP = np.sort(rows_UP, axis=0)
         return np.asarray(ordered_UP[attackers : len(rows_UP) - attackers].mean(axis=0))

@@ -85,6 +85,7 @@ def interleave(
         for name, job in jobs.items():
             entry = measured[name]
             first = entry.peak_mb is None
+            # Outside of the timed part, because it returns memory to the system.
             if first:
                 reset_peak()
             start = time.perf_counter()

@@ -69,6 +69,7 @@ def _forward(
     query heads share.
     """
     scores = math.prod(query[:-1]) * key[-2]
+    # E multiply-adds per score for Q K^T, V for P V, and two operations for each.
     return 2 * scores * (query[-1] + value[-1])
 
 

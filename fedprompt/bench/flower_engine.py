@@ -103,6 +103,8 @@ def _flower_home(folder: Path) -> Iterator[dict[str, str]]:
     try:
         yield environment
     finally:
+        # `flwr run` leaves a SuperLink and a SuperExec running, and Flower has no command that
+        # stops them.
         for process in processes_with(f"FLWR_HOME={home}"):
             send_signal(process, signal.SIGKILL)
         _remove(Path(home))

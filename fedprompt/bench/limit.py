@@ -178,6 +178,7 @@ def bench_limit(
         require_equal(name, difference)
         products = record(real)
         replay = Replay(products)
+        # A warm-up, which also shows that every recorded product can be replayed.
         replay()
         measured = interleave(
             {"real": lambda _: real(), "bare": lambda _: replay()},  # noqa: B023

@@ -45,6 +45,7 @@ def describe_machine(facts: dict[str, Any]) -> str:
 def peak_mb(process: int | str = "self") -> float | None:
     """A process's largest resident memory in MB, since its start or `reset_peak` (VmHWM)."""
     kilobytes = _kilobytes(PROC / str(process) / "status", "VmHWM")
+    # The kB of /proc are 1024 bytes.
     return None if kilobytes is None else kilobytes * 1024 / MB
 
 

@@ -76,6 +76,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         invent_features=False,
         method={"name": "promptfl", "context_tokens": 4},
         federation={"rounds": options.rounds + 1},
+        # Evaluated only after the last round, because training alone is measured.
         evaluation={"every": options.rounds + 1},
         simulation={"threads": 1},
     )

@@ -118,6 +118,7 @@ class ReferenceCoOp(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Logits (B, C)."""
         with torch.no_grad():
+            # The image tower is frozen, so only the text tower needs a graph.
             images_BD = F.normalize(self.model.encode_image(images_B3HW), dim=-1)
         return self.logit_scale * images_BD @ self.class_features().T
 
@@ -177,6 +178,7 @@ def reference_local_training(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            # Weighted by images, because the last batch of an epoch may be smaller.
             total += loss.item() * len(rows)
     return total / (count * config.local_epochs)
 

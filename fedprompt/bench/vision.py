@@ -66,6 +66,7 @@ def bench_vision(clip: FrozenCLIP, options: VisionOptions, out: Output) -> None:
         MismatchError: a feature or gradient of ours differs from the reference's.
         UserError: prompts are asked for in more layers than the tower has.
     """
+    # Two towers on one CLIP, so that they differ in the path only.
     ours, reference = VisionTower(clip), VisionTower(clip)
     reference.fast = False
     lead = (options.clients, options.batch)

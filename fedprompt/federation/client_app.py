@@ -100,7 +100,9 @@ def _train(
             examples, losses = 1, {}
         # `to_record` copies, so the reply does not share memory with the training results.
         arrays = to_record({n: t.numpy() for n, t in shared.items()})
+        # The server reads as losses the metrics whose names start with `loss`, see screening.py.
         named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
+        # `num-examples` is the name that Flower's own strategies use.
         metrics = MetricRecord({"num-examples": examples, **named})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         replies.append(Message(content, reply_to=message))
@@ -146,6 +148,7 @@ def _measure(
         if protocol.asks_clients:
             results = protocol.measure_clients(workspace, clients, shared, privates)
             for row, result in zip(rows, results, strict=True):
+                # Prefixed, so that two protocols may use the same name for different values.
                 row.update({f"{protocol.name}.{n}": v for n, v in result.items()})
     return [
         Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=m)

@@ -60,4 +60,5 @@ class PlainExchange:
     ) -> Exchanged:
         """Send the messages and screen the replies, see `Exchange.train`."""
         replies, traffic = self._send(list(messages.values()))
+        # The strategy sees the replies only; the bytes are counted by the grid.
         return replace(self._strategy.screen(server_round, replies), traffic=traffic)

@@ -185,6 +185,7 @@ def reply_fault(
     """
     if reply.has_error():
         return error_reason(reply)
+    # Read after the check for an error: Flower raises if an error's content is read.
     content = reply.content
     if set(content) != {ARRAYS, METRICS}:
         return f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']"

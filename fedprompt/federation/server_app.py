@@ -128,6 +128,7 @@ class Federation:
         exchanged = self.exchange.train(server_round, self.strategy.shared, messages)
         # 4. Aggregate: the strategy computes the new shared tensors, if there is enough to do so.
         arrays = self.strategy.finish_round(server_round, exchanged)
+        # With too few valid replies, the next round starts from the same tensors.
         if arrays is not None:
             self.arrays = arrays
         self.rejected += len(exchanged.dropped)

@@ -116,6 +116,7 @@ class SharedPromptStrategy(Strategy):
         self.seed = seed
         self.fraction = fraction
         self.min_replies = min_replies
+        # No client is known before `set_nodes` has been called.
         self.known = Clients({})
         self.shared: Arrays = {}
         self.sampled: list[int] = []
@@ -358,6 +359,7 @@ class SharedPromptStrategy(Strategy):
         arrays: ArrayRecord,
         config: ConfigRecord,
     ) -> list[Message]:
+        # `server-round` is the key that Flower's own strategies use.
         settings = ConfigRecord({**config, "server-round": server_round})
         # Most clients are sent this very object, which a simulation then serialises once.
         common = RecordDict({ARRAYS: arrays, CONFIG: settings})
