@@ -21,7 +21,8 @@ ALWAYS = (
     "tests/sweeps/test_all_methods.py",
     "tests/cli/test_method_table.py",
     "tests/config",
-    "tests/experiment/test_compose.py",
+    "tests/experiment/test_shipped.py",
+    "tests/experiment/test_refusals.py",
     "tests/test_layers.py",
 )
 PAGES = {
