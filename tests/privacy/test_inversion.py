@@ -125,8 +125,8 @@ def test_the_audit_of_a_run(run_config: Callable[..., Any], tmp_path: Path) -> N
     compared, figure = PrivacyAudit.compare([("one", part), ("two", part)])
     assert compared.rows[0][0] == "one"
     assert compared.rows[0][-1] == "none"
-    assert len(figure.axes) == 1
-    assert PrivacyAudit.figure(part, None).axes  # type: ignore[arg-type]
+    assert len(figure.panels) == 1
+    assert PrivacyAudit.figure(part, None).panels  # type: ignore[arg-type]
 
 
 def test_the_audit_skips_what_it_cannot_attack(make_workspace: MakeWorkspace) -> None:
