@@ -26,7 +26,7 @@ ALWAYS = (
     "tests/test_layers.py",
 )
 PAGES = {
-    "new_method.md": ("tests/methods/test_contract.py", "task_res"),
+    "new_method.md": ("tests/methods/contract", "task_res"),
     "new_strategy.md": ("tests/strategies/test_contract.py", "geometric_median"),
     "new_protocol.md": ("tests/evaluation", "top_k"),
     "new_dataset.md": ("tests/data", "coastal_scenes or array_file"),

@@ -45,6 +45,16 @@ def test_commands_are_understood(page: Path) -> None:
             understood(words, command)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_repository_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(
+        r"(?<![\w/.-])((?:tests|fedprompt|strategies|scripts)/[\w./-]+)", page.read_text()
+    )
+    for name in {n.rstrip(".") for n in named}:
+        if not INVENTED & set(re.split(r"[/.]|test_", name)):
+            assert (ROOT / name).exists(), name
+
+
 def understood(words: list[str], command: str) -> None:
     """Parses a command as the program would, and composes its config, but does not run it."""
     node = typer.main.get_command(app)
