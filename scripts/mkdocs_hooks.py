@@ -37,7 +37,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         modules = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
         modules.sort(key=lambda module: module != "base")
         parts = [f"# {name.capitalize()}\n\n{text}\n"]
-        parts += [f"::: {package.__name__}.{module}\n" for module in modules]
+        # The site's reader of sources does not follow `fedprompt.strategies` to the top level.
+        where = package.__name__.replace("fedprompt.strategies", "strategies")
+        parts += [f"::: {where}.{module}\n" for module in modules]
         files.append(File.generated(config, f"api/{name}.md", content="\n".join(parts)))
     return files
 
