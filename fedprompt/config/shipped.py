@@ -51,11 +51,12 @@ def shipped_file(group: str, name: Any, also: Sequence[str] = ()) -> Path:
     return configs_dir() / group / f"{name}.yaml"
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
     """Read a YAML file that contains a mapping.
 
     Args:
         path: the file.
+        what: what messages begin with: the kind of file.
 
     Returns:
         The mapping. Interpolations such as `${...}` are left as text.
@@ -67,11 +68,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
         # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        raise UserError(f"config: cannot read {path}: {error.strerror}.") from None
+        raise UserError(f"{what}: cannot read {path}: {error.strerror}.") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"config: {path} is not valid YAML: {one_line(error)}.") from None
+        raise UserError(f"{what}: {path} is not valid YAML: {one_line(error)}.") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"config: {path} must hold 'key: value' lines.")
+        raise UserError(f"{what}: {path} must hold 'key: value' lines.")
     return {str(k): v for k, v in loaded.items()}
 
 

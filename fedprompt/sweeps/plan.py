@@ -27,13 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from fedprompt.config.fields import build, option
 from fedprompt.config.schema import Config, to_yaml
-from fedprompt.config.shipped import configs_dir
+from fedprompt.config.shipped import configs_dir, load_yaml
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.compose import compose
@@ -117,15 +113,7 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     Raises:
         UserError: The file cannot be read, has unknown keys, or one of its parts is malformed.
     """
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path))
-    except OSError as error:
-        raise UserError(f"sweep: cannot read {path}: {error.strerror}.") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"sweep: {path} is not valid YAML: {error}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"sweep: {path} must hold 'key: value' lines.")
-    values = _known_keys({str(k): v for k, v in raw.items()}, str(path))
+    values = _known_keys(load_yaml(path, "sweep"), str(path))
     if quick:
         values = _quick(values, path)
     experiment = values.get("experiment")
