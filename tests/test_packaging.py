@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -58,6 +61,27 @@ def test_the_wheel_is_complete_and_has_one_top_level_package(tmp_path: Path) -> 
     for path in data:
         assert str(path.relative_to(ROOT)) in names
     assert "fedprompt/strategies/__init__.py" in names
+
+
+def test_the_app_that_flower_sends_holds_every_module(tmp_path: Path) -> None:
+    """`flwr run` leaves out whatever looks like a test, such as a module called `test_sets`."""
+    flower = Path(sys.executable).parent / "flwr"
+    if not flower.is_file():
+        pytest.skip("Flower's command is not installed")
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [flower, "build", "--app", ROOT],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (app,) = tmp_path.glob("*.fab")
+    names = set(zipfile.ZipFile(app).namelist())
+    modules = {
+        str(path.relative_to(ROOT)) for top in ("fedprompt", "strategies")
+        for path in (ROOT / top).rglob("*.py")
+    }  # fmt: skip
+    assert modules
+    assert modules - names == set()
 
 
 def test_a_foreign_strategies_package_is_not_imported(
