@@ -63,7 +63,7 @@ def _inside(value: Any, change: Change) -> Any:
     if isinstance(value, list):
         return [_inside(item, change) for item in value]
     if isinstance(value, Mapping):
-        # A mapping with a source is a complete `data` section, as `other_data_sets.complete` returns it.
+        # A mapping with a source is a complete `data` section (`other_data_sets.complete`).
         keys = source_keys(str(value["source"])) if "source" in value else {}
         paths = {name: field for name, field in keys.items() if field.metadata.get("path")}
         return {

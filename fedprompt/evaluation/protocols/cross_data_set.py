@@ -17,8 +17,8 @@ from fedprompt.config.fields import option
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.images import name_key
 from fedprompt.errors import UserError
-from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
+from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Task
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Figure

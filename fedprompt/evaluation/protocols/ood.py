@@ -38,8 +38,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError
 from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
-from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
+from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette
