@@ -192,6 +192,18 @@ class Workspace:
         """
         return self._rows(self.partition.test(client))
 
+    def validation_data(self, client: int) -> tuple[Inputs, Tensor]:
+        """A client's local validation images (n, ...) and their labels (n,); n may be 0.
+
+        Args:
+            client: client id, 0 .. K - 1.
+        """
+        return self._rows(self.partition.validation(client))
+
+    def server_validation(self) -> tuple[Inputs, Tensor]:
+        """The server's validation images (n, ...) and their labels (n,); n may be 0."""
+        return self._rows(self.partition.server_validation)
+
     def server_test(self) -> tuple[Inputs, Tensor]:
         """The server's test images (n, ...) and their labels (n,)."""
         # Gathered once, since the server tests on all of them in every evaluated round.

@@ -20,7 +20,7 @@ from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp
 from fedprompt.config.schema import Config
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.features.table import FeatureTable
-from fedprompt.data.partition import Partition
+from fedprompt.data.partition import SERVER, Partition
 from fedprompt.experiment.validate import validate
 from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
@@ -101,7 +101,6 @@ def make_workspace(
     if features_ND is None:
         features_ND = random_features(sizes.images, clip.embed_dim)
     number_N = np.arange(sizes.images, dtype=np.int64)
-    server_test = number_N[sizes.clients * sizes.per_client :]
     split_N = np.where(number_N < sizes.clients * sizes.per_client, TRAIN, TEST).astype(np.int8)
     dataset = ImageDataset(
         name="bench",
@@ -114,14 +113,11 @@ def make_workspace(
         open_image=_no_picture,
     )
     image_KN = number_N[: sizes.clients * sizes.per_client].reshape(sizes.clients, sizes.per_client)
-    partition = Partition(
-        train_flat=image_KN[:, : sizes.train].ravel(),
-        # Client k's images are the slice from offset k to offset k + 1.
-        train_offsets=np.arange(sizes.clients + 1) * sizes.train,
-        test_flat=image_KN[:, sizes.train :].ravel(),
-        test_offsets=np.arange(sizes.clients + 1) * sizes.test,
-        server_test=server_test,
-    )
+    holder_N = np.full(sizes.images, SERVER, dtype=np.int64)
+    holder_N[image_KN] = np.arange(sizes.clients)[:, None]
+    part_N = np.full(sizes.images, TEST, dtype=np.int8)
+    part_N[image_KN[:, : sizes.train]] = TRAIN
+    partition = Partition.of_holders(holder_N, part_N, sizes.clients)
     config = settings(sizes.clients, **sections)
     return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND.numpy())])
 

@@ -73,6 +73,15 @@ class PartitionConfig:
     local_test_fraction: float = option(
         0.25, "share of a client's images kept for its own test", ge=0, lt=1
     )
+    local_validation_fraction: float = option(
+        0.0,
+        "share of a client's images on which choices are made, never trained on or tested; not 0 "
+        "with shots: min(shots, 4) per class",
+        ge=0, lt=1,
+    )  # fmt: skip
+    server_validation_fraction: float = option(
+        0.0, "share of the server's test images on which choices are made instead", ge=0, lt=1
+    )
     unlabelled_clients: int = option(
         0, "clients, drawn at random, whose training images have no labels: they never train", ge=0
     )
@@ -83,7 +92,13 @@ class PartitionConfig:
     )
 
     def check(self) -> None:
-        """Refuse a federation in which no client has labels."""
+        """Refuse a federation in which no client has labels, or none could have training images."""
+        if self.local_test_fraction + self.local_validation_fraction >= 1:
+            raise UserError(
+                f"'local_test_fraction' ({self.local_test_fraction:g}) and "
+                f"'local_validation_fraction' ({self.local_validation_fraction:g}) leave no "
+                "training images; their sum must be below 1."
+            )
         if self.unlabelled_clients >= self.clients:
             raise UserError(
                 f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "

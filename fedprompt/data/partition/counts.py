@@ -27,7 +27,8 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
         Names of classes and domains, and counts of images. `train_counts` and `test_counts` have
         one row per client in which class numbers and counts alternate: `[3, 12, 7, 1]` means 12
         images of class 3 and 1 image of class 7. `dense` turns the rows into an array (K, C).
-        `domain_counts` has the same form and counts local train and test images together.
+        `domain_counts` has the same form and counts local train and test images together. If there
+        are validation images, `validation_counts` and `server_validation_counts` count them.
         `server_test_counts` has one number per class. Images of `unlabelled_clients` are counted
         like all others.
     """
@@ -36,7 +37,7 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
         partition.train_flat, partition.train_offsets, dataset.domains_N, num_domains
     ) + count_values(partition.test_flat, partition.test_offsets, dataset.domains_N, num_domains)
     server_C = np.bincount(dataset.labels_N[partition.server_test], minlength=num_classes)
-    return {
+    counts = {
         "class_names": list(dataset.class_names),
         "domain_names": list(dataset.domain_names),
         "train_counts": sparse(partition.train_counts(dataset.labels_N, num_classes)),
@@ -45,6 +46,14 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
         "server_test_counts": server_C.tolist(),
         "unlabelled_clients": sorted(partition.unlabelled),
     }
+    if partition.has_validation:
+        validation_KC = partition.validation_counts(dataset.labels_N, num_classes)
+        server_C = np.bincount(dataset.labels_N[partition.server_validation], minlength=num_classes)
+        counts |= {
+            "validation_counts": sparse(validation_KC),
+            "server_validation_counts": server_C.tolist(),
+        }
+    return counts
 
 
 def sparse(counts_KC: Indices) -> list[list[int]]:

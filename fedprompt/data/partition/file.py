@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedprompt.config.schema import PartitionConfig
-from fedprompt.data.dataset import HELD, TEST, ImageDataset
+from fedprompt.data.dataset import HELD, TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.partition.holders import NOBODY, SERVER, Partition
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "fedprompt partition", 1
 KEYS = {"format", "version", "dataset", "origin", "server_test", "clients"}
-CLIENT_KEYS = {"train", "test", "labelled"}
+SERVER_VALIDATION = "server_validation"
+"""An optional key of a file."""
+PARTS = {"train": TRAIN, "validation": VAL, "test": TEST}
+"""The lists of a client, and what they say of an image; `validation` is optional."""
 
 
 def fingerprint(dataset: ImageDataset) -> str:
@@ -69,9 +72,11 @@ def write_partition(
     clients = []
     for k in range(partition.num_clients):
         client: dict[str, Any] = {} if k not in partition.unlabelled else {"labelled": False}
-        clients.append(
-            client | {"train": named(partition.train(k)), "test": named(partition.test(k))}
-        )
+        client["train"] = named(partition.train(k))
+        if len(partition.validation(k)):
+            client["validation"] = named(partition.validation(k))
+        client["test"] = named(partition.test(k))
+        clients.append(client)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -85,6 +90,9 @@ def write_partition(
         "server_test": named(partition.server_test),
         "clients": clients,
     }
+    # Left out if there are none, so that older versions can read files without validation images.
+    if len(partition.server_validation):
+        content[SERVER_VALIDATION] = named(partition.server_validation)
     try:
         write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
@@ -122,14 +130,15 @@ def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition
         )
     number = {name: i for i, name in enumerate(_names(dataset))}
     holder_N = np.full(len(dataset), NOBODY, dtype=np.int64)
-    is_test_N = np.zeros(len(dataset), dtype=bool)
-    lists = [("server_test", SERVER, False, stored["server_test"])]
+    part_N = np.full(len(dataset), TEST, dtype=np.int8)
+    lists = [
+        ("server_test", SERVER, TEST, stored["server_test"]),
+        (SERVER_VALIDATION, SERVER, VAL, stored.get(SERVER_VALIDATION, [])),
+    ]
     for k, row in enumerate(rows):
-        lists += [
-            (f"clients[{k}].{part}", k, part == "test", row[part]) for part in ("train", "test")
-        ]
+        lists += [(f"clients[{k}].{name}", k, PARTS[name], row.get(name, [])) for name in PARTS]
     place: dict[int, str] = {}
-    for where, holder, is_test, names in lists:
+    for where, holder, part, names in lists:
         for name in names:
             i = number.get(name)
             if i is None:
@@ -141,9 +150,9 @@ def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition
                     f"partition: {path}: image '{name}' is in {place[i]} and in {where}; every "
                     "image may be named once."
                 )
-            place[i], holder_N[i], is_test_N[i] = where, holder, is_test
+            place[i], holder_N[i], part_N[i] = where, holder, part
     # A warning and no error: some papers pool all images and split them among the clients.
-    taken = int(((holder_N >= 0) & ~is_test_N & (dataset.split_N == TEST)).sum())
+    taken = int(((holder_N >= 0) & (part_N == TRAIN) & (dataset.split_N == TEST)).sum())
     if taken:
         log.warning(
             "partition: %s trains on %d of the %d images that %s keeps for tests",
@@ -153,7 +162,7 @@ def read_partition(path: Path, dataset: ImageDataset, clients: int) -> Partition
             dataset.name,
         )
     unlabelled = frozenset(k for k, row in enumerate(rows) if not row.get("labelled", True))
-    return Partition.of_holders(holder_N, is_test_N, clients, unlabelled)
+    return Partition.of_holders(holder_N, part_N, clients, unlabelled)
 
 
 def _names(dataset: ImageDataset) -> tuple[str, ...]:
@@ -189,21 +198,26 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _problem(stored: Mapping[str, Any]) -> str | None:
     """Return what is wrong with the keys and types of a file's content, or None."""
-    unknown = sorted(set(stored) - KEYS)
+    unknown = sorted(set(stored) - KEYS - {SERVER_VALIDATION})
     if unknown:
         return f"unknown key '{unknown[0]}'"
     if not isinstance(stored.get("dataset"), dict) or "fingerprint" not in stored["dataset"]:
         return "'dataset' must hold a 'fingerprint'"
-    if not _is_names(stored.get("server_test")):
-        return "'server_test' must be a list of image names"
+    for name in ("server_test", SERVER_VALIDATION):
+        if not _is_names(stored.get(name, [] if name == SERVER_VALIDATION else None)):
+            return f"'{name}' must be a list of image names"
     rows = stored.get("clients")
     if not isinstance(rows, list) or not rows:
         return "'clients' must be a list with an object for each client"
     for k, row in enumerate(rows):
-        if not isinstance(row, dict) or not {"train", "test"} <= set(row) <= CLIENT_KEYS:
-            return f"clients[{k}] must hold 'train' and 'test', and beside them only 'labelled'"
-        if not _is_names(row["train"]) or not _is_names(row["test"]):
-            return f"clients[{k}]: 'train' and 'test' must be lists of image names"
+        if not isinstance(row, dict) or not {"train", "test"} <= set(row) <= {*PARTS, "labelled"}:
+            return (
+                f"clients[{k}] must hold 'train' and 'test', and beside them only 'validation' and "
+                "'labelled'"
+            )
+        for name in PARTS:
+            if not _is_names(row.get(name, [])):
+                return f"clients[{k}]: '{name}' must be a list of image names"
         if not isinstance(row.get("labelled", True), bool):
             return f"clients[{k}]: 'labelled' must be true or false"
     return None

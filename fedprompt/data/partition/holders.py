@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.partition.draws import Indices
 
 SERVER, NOBODY = -1, -2
@@ -24,7 +25,8 @@ class Partition:
     """Which images each client and the server hold.
 
     Indices point into the `ImageDataset` that was partitioned. They are stored compactly: client k
-    has the images `flat[offsets[k]:offsets[k + 1]]`, in ascending order.
+    has the images `flat[offsets[k]:offsets[k + 1]]`, in ascending order. No image is in two parts,
+    so nothing that is chosen on validation images has seen a test image.
 
     Attributes:
         train_flat: training images of all clients.
@@ -34,6 +36,10 @@ class Partition:
         test_offsets: (K + 1,), likewise for `test_flat`.
         server_test: test images of the server.
         unlabelled: clients whose training images have no labels, so that they never train.
+        validation_flat: local validation images of all clients: empty unless the config asks for
+            them.
+        validation_offsets: (K + 1,), likewise for `validation_flat`.
+        server_validation: validation images of the server.
 
     Raises:
         ValueError: an image has more than one holder.
@@ -44,12 +50,16 @@ class Partition:
     test_flat: Indices
     test_offsets: Indices
     server_test: Indices
-    unlabelled: frozenset[int] = frozenset()
+    unlabelled: frozenset[int]
+    validation_flat: Indices
+    validation_offsets: Indices
+    server_validation: Indices
 
     def __post_init__(self) -> None:
         # Checked here and not in each scheme: a test image that is also a training image would
         # silently inflate the accuracies of a whole run.
-        held = np.concatenate((self.train_flat, self.test_flat, self.server_test))
+        clients = (self.train_flat, self.validation_flat, self.test_flat)
+        held = np.concatenate((*clients, self.server_validation, self.server_test))
         if len(np.unique(held)) < len(held):
             raise ValueError("an image is held twice")
 
@@ -57,31 +67,32 @@ class Partition:
     def of_holders(
         cls,
         holder_N: Indices,
-        is_test_N: NDArray[np.bool_],
+        part_N: NDArray[np.int8],
         clients: int,
         unlabelled: frozenset[int] = frozenset(),
     ) -> Partition:
         """Build a partition from the holder of each image.
 
         Args:
-            holder_N: a client, `SERVER` or `NOBODY` for each image. All images of the server are
-                test images.
-            is_test_N: which of the clients' images are local test images; ignored for others.
+            holder_N: a client, `SERVER` or `NOBODY` for each image.
+            part_N: `TRAIN`, `VAL` or `TEST` for each image; ignored where nobody holds it. The
+                server has no training images: what it holds is `VAL` or counts as `TEST`.
             clients: number of clients K.
             unlabelled: clients whose training images have no labels.
 
         Returns:
             The partition; its arrays are read-only.
         """
-        arrays = (
-            *_group(holder_N, ~is_test_N, clients),
-            *_group(holder_N, is_test_N, clients),
-            np.flatnonzero(holder_N == SERVER).astype(np.int64),
-        )
+        train = _group(holder_N, part_N == TRAIN, clients)
+        test = _group(holder_N, part_N == TEST, clients)
+        validation = _group(holder_N, part_N == VAL, clients)
+        of_server = holder_N == SERVER
+        server_test = np.flatnonzero(of_server & (part_N != VAL)).astype(np.int64)
+        server_validation = np.flatnonzero(of_server & (part_N == VAL)).astype(np.int64)
         # `train` and `test` return views of these arrays; a caller must not be able to modify them.
-        for array in arrays:
+        for array in (*train, *test, *validation, server_test, server_validation):
             array.flags.writeable = False
-        return cls(*arrays, unlabelled=unlabelled)
+        return cls(*train, *test, server_test, unlabelled, *validation, server_validation)
 
     @property
     def num_clients(self) -> int:
@@ -102,6 +113,16 @@ class Partition:
         """Return the indices of a client's local test images, ascending; it trains on none."""
         return self.test_flat[self.test_offsets[client] : self.test_offsets[client + 1]]
 
+    def validation(self, client: int) -> Indices:
+        """Return the indices of a client's local validation images, ascending; often none."""
+        first, end = self.validation_offsets[client : client + 2]
+        return self.validation_flat[first:end]
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anyone, a client or the server, holds validation images."""
+        return bool(len(self.validation_flat) or len(self.server_validation))
+
     def train_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
         """Count the local training images per client and class, (K, C)."""
         return count_values(self.train_flat, self.train_offsets, labels_N, num_classes)
@@ -109,6 +130,10 @@ class Partition:
     def test_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
         """Count the local test images per client and class, (K, C)."""
         return count_values(self.test_flat, self.test_offsets, labels_N, num_classes)
+
+    def validation_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
+        """Count the local validation images per client and class, (K, C)."""
+        return count_values(self.validation_flat, self.validation_offsets, labels_N, num_classes)
 
 
 def _group(holder_N: Indices, mask_N: NDArray[np.bool_], clients: int) -> tuple[Indices, Indices]:

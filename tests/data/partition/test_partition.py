@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from dataclasses import replace
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprompt.config.schema import PartitionConfig
-from fedprompt.data.dataset import TRAIN, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import (
     NOBODY,
     SERVER,
@@ -295,21 +296,17 @@ def test_every_scheme_of_the_config_is_there_and_no_other() -> None:
 
 def test_an_image_has_one_holder() -> None:
     holders = np.array([0, 1, SERVER, NOBODY, 0, 1])
-    is_test = np.array([False, True, True, False, True, False])
-    partition = Partition.of_holders(holders, is_test, 2)
+    parts = np.array([TRAIN, TEST, TEST, TRAIN, TEST, TRAIN], dtype=np.int8)
+    partition = Partition.of_holders(holders, parts, 2)
     assert [partition.train(k).tolist() for k in range(2)] == [[0], [5]]
     assert [partition.test(k).tolist() for k in range(2)] == [[4], [1]]
     assert partition.server_test.tolist() == [2]
-    one, two = np.array([0, 1]), np.array([0, 1, 2])
-    for train, test, server in (
-        ([3, 3], [4, 5], [6]),
-        ([3, 4], [4, 5], [6]),
-        ([3, 4], [5, 6], [4]),
-    ):
-        with pytest.raises(ValueError, match="held twice"):
-            Partition(np.array(train), two, np.array(test), two, np.array(server))
-    with pytest.raises(ValueError, match="held twice"):
-        Partition(np.array([3]), one, np.array([4]), one, np.array([5, 5]))
+    fields = {f.name: getattr(partition, f.name) for f in dataclasses.fields(partition)}
+    for name in ("train_flat", "test_flat", "validation_flat", "server_test", "server_validation"):
+        for held in (0, 1, 2):
+            twice = np.append(fields[name], held)
+            with pytest.raises(ValueError, match="held twice"):
+                Partition(**fields | {name: twice})
 
 
 def test_indices_are_ascending_and_cannot_be_changed() -> None:
