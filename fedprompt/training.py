@@ -129,12 +129,21 @@ def train_clients(
         stack([private[k] for k in order], device),
         round_info,
     )
+    at_rest = method.at_rest(private_K, round_info)
     names = _named(shared_K, private_K)
     trained = {n: v for n, v in names.items() if n not in method.frozen}
     fixed = {n: v for n, v in names.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
     final, totals = _descend(
-        method, config, schedule, inputs_N, labels_N, round_info, trained=trained, fixed=fixed
+        method,
+        config,
+        schedule,
+        inputs_N,
+        labels_N,
+        round_info,
+        trained=trained,
+        fixed=fixed,
+        at_rest=at_rest,
     )
     frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
     shared_K, private_K = method.end_round(*_containers(final | frozen), round_info)
@@ -168,6 +177,7 @@ def _descend(
     *,
     trained: Tensors,
     fixed: Tensors,
+    at_rest: Tensors,
 ) -> tuple[Tensors, Tensors]:
     """Take all local steps.
 
@@ -180,6 +190,7 @@ def _descend(
         round_info: the round, with clients in the order of the schedule.
         trained: tensors (K, ...) that the optimiser updates, with names as in `_named`.
         fixed: tensors (K, ...) that are used and not changed, with names as in `_named`.
+        at_rest: what `Method.at_rest` returned.
 
     Returns:
         The `trained` tensors (K, ...) after the last step, and the sum over all images seen of
@@ -211,6 +222,9 @@ def _descend(
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]
             optimizer.step()
+            # One optimiser step updates the tensors of all clients, so those at rest are put back.
+            for name, rest_K in at_rest.items():
+                _put_back(leaves[name], trained[name][:active], rest_K[:active])
             loss_K = torch.stack(list(loss_terms.values())).sum(0)
             images_K = mask_KB.sum(-1)
             for term, term_K in (*loss_terms.items(), ("loss", loss_K)):
@@ -224,6 +238,12 @@ def _descend(
             final[name][:active] = value
         state = [dict(optimizer.state[p]) for p in leaves.values()]
     return final, totals
+
+
+@torch.no_grad()
+def _put_back(leaf: Tensor, start: Tensor, rest_A: Tensor) -> None:
+    """Return the rows of `leaf` (A, ...) at which `rest_A` is true to their values in `start`."""
+    leaf.copy_(torch.where(rest_A.view(-1, *[1] * (leaf.dim() - 1)), start, leaf))
 
 
 def _named(shared: Tensors, private: Tensors) -> Tensors:

@@ -88,6 +88,7 @@ class Method(ABC):
     2. In a round, K clients train together. All tensors carry a leading client axis K:
 
            shared, private = start_round(shared, private, round_info)
+           at_rest(private, round_info)                which clients do not train which tensors
            for each batch:
                encoded = encode(shared, private)
                terms = loss_terms(shared, private, encoded, batch)
@@ -192,6 +193,24 @@ class Method(ABC):
             The shared and private tensors (K, ...) from which training starts.
         """
         return shared, private
+
+    def at_rest(self, private: Tensors, round_info: RoundInfo) -> Tensors:
+        """Which clients leave which trained tensors unchanged in this round.
+
+        The default is none. `frozen` names the tensors that no client ever trains. A tensor that
+        some clients train and others do not, for example from their second visit on, belongs here:
+        beside a client that trains it, its gradient on the others is zero and not None, and weight
+        decay would move it.
+
+        Args:
+            private: the private tensors that `start_round` returned, (K, ...).
+            round_info: the round, as in `start_round`.
+
+        Returns:
+            By tensor, such as `private.gate`, a boolean tensor (K,): true for the clients that
+            keep it as it is.
+        """
+        return {}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo

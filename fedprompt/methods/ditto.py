@@ -104,6 +104,14 @@ class Ditto(WrappedMethod):
         shared, p[BASE] = self.base.start_round(shared, p[BASE], round_info)
         return shared, self.private_layout.flatten(p)
 
+    def at_rest(self, private: Tensors, round_info: RoundInfo) -> Tensors:
+        """The base's tensors at rest, in each of the two models."""
+        p = self.private_layout.nest(private)
+        personal = self.base.at_rest(p[PERSONAL_PRIVATE], round_info)
+        return self.base.at_rest(p[BASE], round_info) | {
+            self.copies[n]: rest_K for n, rest_K in personal.items()
+        }
+
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:

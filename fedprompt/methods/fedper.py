@@ -142,6 +142,17 @@ class FedPer(WrappedMethod):
         uploaded, personal = self._divide(s)
         return uploaded, self.private_layout.flatten({BASE: p, PERSONAL: personal})
 
+    def at_rest(self, private: Tensors, round_info: RoundInfo) -> Tensors:
+        """The base's tensors at rest; of a divided one, both parts."""
+        parts = self.private_layout.nest(private)
+        rest = self.base.at_rest(parts[BASE], self._joined_round(round_info, parts[PERSONAL]))
+        for n, flat in self.private_layout.flat_names[PERSONAL].items():
+            if f"shared.{n}" in rest:
+                rest[f"private.{flat}"] = rest[f"shared.{n}"]
+        return {
+            n: rest_K for n, rest_K in rest.items() if n.removeprefix("shared.") not in self.whole
+        }
+
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:

@@ -114,6 +114,11 @@ class PFedMoAP(Method):
         """Start training from the average, and count the client's rounds."""
         return shared, local_copy.for_training(private) | {"visits": private["visits"] + 1}
 
+    def at_rest(self, private: Tensors, round_info: RoundInfo) -> Tensors:
+        """The gate, on clients that do not use it in this round."""
+        unused_K = ~self._gated(private, round_info.received["peers.known"])[:, 0]
+        return dict.fromkeys(self.lr_scale, unused_K)
+
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
@@ -130,8 +135,7 @@ class PFedMoAP(Method):
             return {"classes": self.prompts.classes(shared["ctx"])}
         classes_KCD = self.prompts.classes(local_copy.model(shared, private)["ctx"])
         known_KE = shared["peers.known"].expand(len(private["visits"]), -1)
-        # The gate is used from the second round on, and only if there is a peer to mix in.
-        gated_K1 = (private["visits"] > 1) & (known_KE > 0).any(-1, keepdim=True)
+        gated_K1 = self._gated(private, known_KE)
         if not gated_K1.any():
             return {"classes": classes_KCD}
         peers_KECd = self._experts(shared["peers.ctx"]).expand(len(known_KE), -1, -1, -1)
@@ -166,6 +170,11 @@ class PFedMoAP(Method):
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """The class features (C, D) of the client's own prompt; None if the gate is used."""
         return None if "experts" in encoded else encoded["classes"][0]
+
+    @staticmethod
+    def _gated(private: Tensors, known_KE: Tensor) -> Tensor:
+        """Which clients use their gate (K, 1): from the second visit on, if a peer is known."""
+        return (private["visits"] > 1) & (known_KE > 0).any(-1, keepdim=True)
 
     def _logits(self, encoded: Tensors, inputs: Inputs, keep: Tensor | None) -> Tensor:
         own_KBC = cosine_logits(self.clip, inputs.features, encoded["classes"])

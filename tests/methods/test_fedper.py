@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def test_whole_tensors_stay_by_name(clip: FrozenCLIP) -> None:
     ours = method.logits(method.encode(shared, private), data.inputs)
     both = stack([base.init_shared(1) for _ in range(K)])
     twins.close(ours, base.logits(base.encode(both, {}), data.inputs))
+
+
+def test_both_parts_of_a_shared_prompt_are_at_rest(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = twins.build(clip, "fedper", base="cocoop", private=["linear*"], private_tokens=1)
+    rest = torch.tensor([False, True])
+    names = [f"shared.{n}" for n in method.base.init_shared(1)]
+    monkeypatch.setattr(method.base, "at_rest", lambda *_: dict.fromkeys(names, rest))
+    private = stack([method.init_private(1, k) for k in range(K)])
+    received = stack([method.init_shared(1)] * K)
+    found = method.at_rest(private, replace(twins.batch(clip).round_info, received=received))
+    leaves = {f"shared.{n}" for n in method.init_shared(1)} | {f"private.{n}" for n in private}
+    assert set(found) == leaves
+    assert all(t is rest for t in found.values())
 
 
 def test_private_prompts_of_the_base_stay_too(clip: FrozenCLIP) -> None:

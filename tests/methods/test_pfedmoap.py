@@ -183,6 +183,42 @@ def test_visits_by_hand(clip: FrozenCLIP) -> None:
     twins.close(general["classes"][0], twins.class_features(clip, received["ctx"]))
 
 
+@pytest.mark.parametrize("wrapper", [None, "ditto", "fedper", "fedprox"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gate_at_rest_stays_beside_one_that_trains(
+    clip: FrozenCLIP, wrapper: str | None, optimizer: str
+) -> None:
+    """Clients 0 and 2 train their gates; client 1 is new, and client 0 later finds no peer."""
+    if wrapper is None:
+        method = twins.build(clip, "pfedmoap", **OPTIONS)
+    else:
+        mine = {"private_tokens": 1, "token_tensors": ["ctx"]} if wrapper == "fedper" else {}
+        method = twins.build(clip, wrapper, base="pfedmoap", options=OPTIONS, **mine)
+    training = twins.config(weight_decay=0.5, optimizer=optimizer)
+    data = twins.clients(clip)
+    received = method.init_shared(1) | method.init_extras(1)
+    start = [method.init_private(1, k) for k in range(N)]
+    first = twins.train(method, [received] * N, start, data, training, 1)
+    ctx = received["ctx"]
+    peers = torch.stack([torch.cat([ctx, ctx[:1]])[:3] + 0.1 * k for k in range(3)])
+    known = received | {"peers.ctx": peers, "peers.known": torch.ones(3)}
+    private = [first[0].private, start[1], first[2].private]
+
+    def gates(held: Tensors) -> Tensors:
+        found = {n: t for n, t in held.items() if "gate." in n}
+        assert len(found) == (16 if wrapper == "ditto" else 8)
+        return found
+
+    def moved(k: int, sent: list[Tensors]) -> set[bool]:
+        result = twins.train(method, sent, private, data, training, 2)[k]
+        held = gates(private[k])
+        return {not torch.equal(t, held[n]) for n, t in gates(result.private).items()}
+
+    assert moved(0, [known] * N) == moved(2, [known] * N) == {True}
+    assert moved(1, [known] * N) == {False}
+    assert moved(0, [received, known, known]) == {False}
+
+
 def test_experts_are_encoded_once_for_the_same_peers_and_again_for_others(
     clip: FrozenCLIP,
 ) -> None:

@@ -191,6 +191,11 @@ class WrappedMethod(Method):
         s[BASE], p[BASE] = self.base.start_round(s[BASE], p[BASE], self.base_round(round_info))
         return self.shared_layout.flatten(s), self.private_layout.flatten(p)
 
+    def at_rest(self, private: Tensors, round_info: RoundInfo) -> Tensors:
+        """The base's; a wrapper that copies the base's tensors adds the copies."""
+        base_private = self.private_layout.nest(private)[BASE]
+        return self.base.at_rest(base_private, self.base_round(round_info))
+
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.methods.base import Method
+from fedprompt.training import LocalResult
 from tests.support.method_contract import (
     Server,
     assert_close,
@@ -53,22 +56,37 @@ def test_training_moves_prompts_and_nothing_else(
     assert all(p.grad is None for p in clip.model.parameters())
 
 
-def test_clients_at_once_equal_one_at_a_time(
+def test_results_are_equal_for_every_block_size(
     trainable: Method, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
-    """The sizes differ, so this also shows that padded batches change nothing."""
+    """In round 2 a client trains for the first time, beside two that train for the second.
+
+    The sizes differ, so this also shows that padded batches change nothing. Weight decay moves
+    every tensor of a block that the optimiser is given, also where only one client trains it.
+    """
     method, data = trainable, clients(columns, dataset)
     server, private = Server(method, data), first_private(method, data)
-    for server_round in (1, 2):
+    for server_round, blocks in ((1, [[0, 2]]), (2, [[0, 1, 2], [1, 0]])):
         received = server.send(server_round, data)
-        together = train(method, data, received, private, server_round)
-        for k, one in enumerate(data):
-            alone = train(method, [one], [received[k]], [private[k]], server_round)[0]
-            assert alone.losses == pytest.approx(together[k].losses, rel=1e-3, abs=1e-5)
-            assert_close(together[k].shared, alone.shared, received[k], 1e-3)
-            assert_close(together[k].private, alone.private, private[k], 1e-3)
-        server.collect(server_round, together)
-        private = [r.private for r in together]
+        start = (data, received, private)
+        alone = [_block(method, [k], start, server_round)[0] for k in range(3)]
+        results = [_block(method, clients_, start, server_round) for clients_ in blocks]
+        for clients_, block in zip(blocks, results, strict=True):
+            for k, ours in zip(clients_, block, strict=True):
+                assert alone[k].losses == pytest.approx(ours.losses, rel=1e-3, abs=1e-5)
+                assert_close(ours.shared, alone[k].shared, received[k], 1e-3)
+                assert_close(ours.private, alone[k].private, private[k], 1e-3)
+        server.collect(server_round, results[0])
+        trained = {r.client: r.private for r in results[0]}
+        private = [trained.get(k, held) for k, held in enumerate(private)]
+
+
+def _block(
+    method: Method, of: list[int], start: tuple[list[Any], ...], server_round: int
+) -> list[LocalResult]:
+    """Train some clients together, from their data, received and private tensors."""
+    inputs = ([values[k] for k in of] for values in start)
+    return train(method, *inputs, server_round, weight_decay=0.1)
 
 
 def test_the_order_of_clients_never_matters(
