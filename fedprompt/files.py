@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,40 @@ def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """
     with replacing(path, mode=mode) as temporary:
         temporary.write_bytes(content)
+
+
+def stand_in(head: bytes) -> str | None:
+    """Say what a file is if it only stands in for the file that was meant.
+
+    Args:
+        head: the first bytes of the file, some hundreds.
+
+    Returns:
+        What it is and what to do, for a message; None if it is not one of the known cases.
+    """
+    if not head.strip(b"\0"):
+        return "the file is empty" if not head else "the file holds zeros only"
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "this is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "this is an HTML page, such as a web site's error message; download the file again"
+    return None
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file; a pipe or device would block, or never end.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    return path.read_bytes()
 
 
 def _sync(path: Path) -> None:

@@ -250,6 +250,8 @@ def _show_partition(experiment: str, overrides: list[str], out: Path) -> None:
     description = describe(dataset, made)
     console = Console()
     console.print(partition_table(dataset.name, description, console.width))
+    for note in dataset.notes:
+        console.print(note, markup=False, highlight=False)
     for bad in dataset.bad_images:
         console.print(f"skipped {bad.where}: {bad.reason}", markup=False, highlight=False)
     try:

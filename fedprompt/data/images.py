@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 import warnings
 
 import numpy as np
@@ -15,7 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fedprompt.data.dataset import TEST, TRAIN
+from fedprompt.files import stand_in
 from fedprompt.rng import generator
+
+# The typographic quotation marks, single and double.
+_QUOTES = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -34,6 +39,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         ValueError: the bytes are not a readable image; the message is the reason on one line.
     """
+    instead = stand_in(data[:512])
+    if instead is not None:
+        raise ValueError(instead)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on EXIF and palettes; errors are still raised
@@ -100,14 +108,22 @@ def readable_name(name: str) -> str:
     """Make a class name readable: 'DenseResidential' or 'dense_residential' -> 'dense residential'.
 
     Words are separated by spaces, underscores, hyphens or capitals; the result is in lower case.
+    Accents are composed with their letters, since some file systems store them apart.
     """
+    name = unicodedata.normalize("NFC", name)
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return " ".join(re.sub(r"[_\-\s]+", " ", spaced).split()).lower()
 
 
 def name_key(name: str) -> str:
-    """A key that all spellings of a name share: without case, spaces, underscores and hyphens."""
-    return re.sub(r"[_\-\s]+", "", name).casefold()
+    """A key that all spellings of a name share.
+
+    It is without case, spaces, underscores, hyphens and invisible characters. Accents, ligatures
+    and wide letters have one form (NFKC), since some file systems store `é` as two characters.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    plain = folded.translate(_QUOTES)
+    return re.sub(r"[_\-\s\u200b-\u200f\u2060\ufeff\u00ad]+", "", plain)
 
 
 def hold_out_test(labels_N: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int8]:

@@ -25,7 +25,7 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.registry import strategy_class
-from fedprompt.files import write_bytes
+from fedprompt.files import read_regular, write_bytes
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
@@ -184,7 +184,7 @@ def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
 
 def _open(path: Path) -> Image.Image:
     try:
-        return decode_rgb(path.read_bytes())
+        return decode_rgb(read_regular(path))
     except OSError as error:
         raise UserError(f"cannot read image {path}: {error.strerror}.") from None
     except ValueError as error:

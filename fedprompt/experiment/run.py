@@ -91,6 +91,8 @@ def _run(
         checkpoint = folder.load_checkpoint()
         display.phase("opening data and backbone")
         workspace = open_workspace(config, progress=True, resources=resources)
+        for note in workspace.dataset.notes:
+            display.message(note)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
         private = PrivateLog(folder.path / PRIVATE, config.partition.clients)

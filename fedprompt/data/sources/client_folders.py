@@ -19,8 +19,9 @@ Suffix: N images.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,15 +33,12 @@ from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset, opener_of
 from fedprompt.data.images import name_key
 from fedprompt.data.sources.base import DataSource, StoredImagesConfig
-from fedprompt.data.sources.parts.image_files import (
-    SUFFIXES,
-    ImageFile,
-    files_dataset,
-    images_below,
-    subfolders,
-)
+from fedprompt.data.sources.parts.folder_layout import split_of
+from fedprompt.data.sources.parts.image_files import ImageFile, files_dataset
+from fedprompt.data.sources.parts.walk import SUFFIXES, LeftOut, files_in, images_below, subfolders
 from fedprompt.errors import UserError, did_you_mean
 
+log = logging.getLogger(__name__)
 SERVER = -1
 """The owner, in `ImageDataset.owners_N`, of the server's images."""
 
@@ -156,6 +154,7 @@ def _join(
             for image in part.image_names
         ),
         owners_N=owners_N,
+        notes=tuple(note for part in parts for note in part.notes),
         parts=tuple(parts),
     )
 
@@ -169,11 +168,14 @@ def _load_folder(
         what = "is a file, not a folder" if root.is_file() else "does not exist"
         raise UserError(f"data: {title}: {root} {what}; it must contain <class>/*.jpg.")
     label_of = _labels(config.class_names, subfolders(root), title, root)
+    left_out = LeftOut()
     files = [
         ImageFile(path.relative_to(root).as_posix(), label, split)
         for class_folder, label in label_of.items()
-        for path in images_below(root / class_folder)
+        for path in images_below(root / class_folder, left_out)
     ]
+    for path in files_in(root):
+        left_out.add(path)
     # `os.walk` lists files in an order that depends on the file system, and so differs on a node.
     files.sort(key=lambda file: file.path)
     dataset = files_dataset(
@@ -184,7 +186,12 @@ def _load_folder(
         raise UserError(
             f"data: {title}: no readable image in {root}/<class>/ ({', '.join(SUFFIXES)})."
         )
-    return dataset
+    if left_out.images:
+        log.warning("%s: not read: %s in %s", title, left_out.images, root)
+    unused = f"; not used: {left_out}" if left_out.suffixes else ""
+    found = len(set(dataset.labels_N.tolist()))
+    note = f"{title}: {root}: {found} classes, {len(dataset)} images{unused}"
+    return replace(dataset, notes=(note,))
 
 
 def _labels(
@@ -197,6 +204,13 @@ def _labels(
     for folder in folders:
         label = label_of_key.get(name_key(folder))
         if label is None:
+            # Clients' local tests are drawn from their images, so there are no folders of splits.
+            if split_of(folder) is not None and len(folders) <= 3:
+                raise UserError(
+                    f"data: {title}: {root} contains '{folder}', the name of a split; move the "
+                    f"class folders to {root}/<class>: local test images are held out by "
+                    "partition.local_test_fraction."
+                )
             more = sum(name_key(name) not in label_of_key for name in folders) - 1
             rest = f" (and {more} more)" if more else ""
             raise UserError(

@@ -16,6 +16,7 @@ from fedprompt.data.dataset import TEST, TRAIN
 from fedprompt.data.images import name_key
 from fedprompt.data.sources.parts.hub_keys import HubKeys
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.files import read_regular
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Part:
         if value is None:
             raise ValueError("the row holds no image")
         data = value["bytes"]
-        return bytes(data) if data is not None else Path(value["path"]).read_bytes()
+        return bytes(data) if data is not None else read_regular(Path(value["path"]))
 
     def keys(self) -> list[str]:
         """One key per row that changes when its image may have changed.

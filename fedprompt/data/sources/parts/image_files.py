@@ -5,8 +5,7 @@ Suffix: N images.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from fedprompt.data.images import decode_rgb, hold_out_test
 from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.data.sources.parts.integrity import bad_images, memo_path, scan
 from fedprompt.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from fedprompt.files import read_regular
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class _Opener:
     def __call__(self, index: int) -> Image.Image:
         path = self.root / self.paths[index]
         try:
-            return decode_rgb(path.read_bytes())
+            return decode_rgb(read_regular(path))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"data: {path} can no longer be read: {error}; start the run again."
@@ -89,7 +87,7 @@ def files_dataset(
     """
     keys = [_key(root, file.path) for file in files]
     memo = memo_path(cache_dir, "folder", str(root.resolve()))
-    verdicts = scan(keys, lambda i: (root / files[i].path).read_bytes(), memo, config.title)
+    verdicts = scan(keys, lambda i: _read(root / files[i].path), memo, config.title)
     names = [str(root / file.path) for file in files]
     bad = bad_images(names, verdicts, config.on_bad_image, config.title)
     readable = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
@@ -116,33 +114,10 @@ def files_dataset(
     )
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name is not hidden and has the suffix of an image."""
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
-
-
-def subfolders(parent: Path) -> list[str]:
-    """The names of the visible folders in `parent`, sorted; `.git` and `__MACOSX` are not visible.
-
-    Raises:
-        UserError: the folder cannot be listed.
-    """
-    try:
-        return sorted(p.name for p in parent.iterdir() if _is_visible(p.name) and p.is_dir())
-    except OSError as error:
-        raise UserError(f"data: cannot list {parent}: {error.strerror}.") from None
-
-
-def images_below(folder: Path) -> Iterator[Path]:
-    """Iterate over all image files in a folder and its visible sub-folders, in no fixed order."""
-    for parent, below, names in os.walk(folder):
-        # `os.walk` descends into the folders that this list has afterwards.
-        below[:] = [name for name in below if _is_visible(name)]
-        yield from (Path(parent) / name for name in names if is_image(name))
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "__"))
+def _read(path: Path) -> bytes:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"it is a link to {path.readlink()}, which does not exist")
+    return read_regular(path)
 
 
 def _key(root: Path, path: str) -> str:

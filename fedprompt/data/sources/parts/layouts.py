@@ -38,7 +38,7 @@ from typing import Any
 from fedprompt.data.catalogue import Entry
 from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.images import name_key
-from fedprompt.data.sources.parts.image_files import images_below, subfolders
+from fedprompt.data.sources.parts.walk import images_below, subfolders
 from fedprompt.errors import UserError
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST}
