@@ -59,7 +59,7 @@ def test_names_of_splits() -> None:
 
 REFUSED = {
     "splits without class folders": ({"Train": 3, "Test": 3}, "no class folders"),
-    "one level too high": ({"set/train/a": 1, "set/train/b": 1, "set/test/a": 1}, "Set data.root to"),
+    "one level too high": ({"set/train/a": 1, "set/train/b": 1, "set/test/a": 1}, "Set data"),
     "two data sets side by side": ({"one/a": 2, "one/b": 2, "two/a": 2, "two/c": 2}, "root/one"),
     "splits below classes": ({"a/train": 2, "a/test": 2, "b/train": 2, "b/test": 2}, "root/a"),
     "images and labels": ({"images/train": 2, "images/val": 2, "labels": 0}, "root/images"),
