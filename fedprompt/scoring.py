@@ -188,6 +188,37 @@ def score_models(
 
 
 @torch.no_grad()
+def score_each(
+    method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
+) -> list[Score]:
+    """Score every client's encoded model on that client's own images, in few batched products.
+
+    Args:
+        method: the method.
+        encoded: encoded models, with client axis K or 1.
+        tests: per client, images (n, ...) and labels (n,); n may be 0.
+
+    Returns:
+        One score per client.
+    """
+    if all(v.shape[0] == 1 for v in encoded.values()):
+        return _score_one_model(method, encoded, tests)
+    # Clients without test images are in no group and keep this score.
+    scores = [Score(0, 0, 0.0)] * len(tests)
+    for clients in _similar_sizes([len(labels) for _, labels in tests], _batch_size(method)):
+        rows = torch.tensor(clients)
+        models = {n: v if v.shape[0] == 1 else v[rows] for n, v in encoded.items()}
+        inputs_KB = Inputs.padded([tests[k][0] for k in clients])
+        labels_KB = pad_sequence([tests[k][1] for k in clients], batch_first=True)
+        hits_KB, losses_KB = _in_parts(method, models, inputs_KB, labels_KB)
+        for row, k in enumerate(clients):
+            n = len(tests[k][1])
+            # Rows from n on are padding.
+            scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
+    return scores
+
+
+@torch.no_grad()
 def logits_of(method: Method, encoded: Tensors, inputs_N: Inputs) -> Iterator[Tensor]:
     """Compute the logits of one encoded model, batch by batch.
 
@@ -228,7 +259,7 @@ def score_personal(
         without `common`). Each model is encoded only once for both.
     """
     encoded = encode_personal(method, shared, private)
-    on_tests = _score_each(method, encoded, tests)
+    on_tests = score_each(method, encoded, tests)
     return on_tests, None if common is None else score_models(method, encoded, len(tests), *common)
 
 
@@ -251,27 +282,6 @@ def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor)
         correct_K += hits_KB.sum(-1)
         loss_K += losses_KB.sum(-1)
     return [_as_score(c, len(labels_N), s) for c, s in zip(correct_K, loss_K, strict=True)]
-
-
-def _score_each(
-    method: Method, encoded: Tensors, tests: Sequence[tuple[Inputs, Tensor]]
-) -> list[Score]:
-    """Scores of every client's model on that client's own test set, in few batched products."""
-    if all(v.shape[0] == 1 for v in encoded.values()):
-        return _score_one_model(method, encoded, tests)
-    # Clients without test images are in no group and keep this score.
-    scores = [Score(0, 0, 0.0)] * len(tests)
-    for clients in _similar_sizes([len(labels) for _, labels in tests], _batch_size(method)):
-        rows = torch.tensor(clients)
-        models = {n: v if v.shape[0] == 1 else v[rows] for n, v in encoded.items()}
-        inputs_KB = Inputs.padded([tests[k][0] for k in clients])
-        labels_KB = pad_sequence([tests[k][1] for k in clients], batch_first=True)
-        hits_KB, losses_KB = _in_parts(method, models, inputs_KB, labels_KB)
-        for row, k in enumerate(clients):
-            n = len(tests[k][1])
-            # Rows from n on are padding.
-            scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
-    return scores
 
 
 def _score_one_model(

@@ -200,6 +200,16 @@ class Workspace:
         """
         return self._rows(self.partition.validation(client))
 
+    @property
+    def validates_locally(self) -> bool:
+        """Whether clients measure on validation images of their own.
+
+        It is the same in every process of an experiment, even where other clients' images are not
+        known, so that all clients report the same metrics.
+        """
+        settings, partition = self.config.partition, self.partition
+        return bool(settings.local_validation_fraction or len(partition.validation_flat))
+
     def server_validation(self) -> tuple[Inputs, Tensor]:
         """The server's validation images (n, ...) and their labels (n,); n may be 0."""
         return self._rows(self.partition.server_validation)

@@ -205,8 +205,13 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured and when; results are those of the last round."""
+    """What is measured and when."""
 
+    select: Literal["last", "best_validation"] = option(
+        "last",
+        "the round whose accuracies are reported; best_validation: the global model's best on the "
+        "server's validation images, each personal model's best on its client's own",
+    )
     every: int = option(1, "evaluate every n rounds, and at the end", ge=1)
     clients: Literal["all", "participants"] = option(
         "all", "personal tests: all, or those who trained in the round and all at the end"

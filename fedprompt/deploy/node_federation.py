@@ -19,6 +19,7 @@ from fedprompt.deploy.node_report import ZERO_SHOT
 from fedprompt.errors import UserError
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.scores import personal_scores
+from fedprompt.federation.screening import TEST_COUNTS
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
 from fedprompt.reports.run_data import PARTITION
@@ -96,7 +97,7 @@ class NodeFederation(Federation):
         clients = self.strategy.clients
         # Zero-shot CLIP has no prompts, so no tensors are sent.
         rows = dict(self._client_rows(rounds, clients, to_record({}), {ZERO_SHOT: True}))
-        return {"personal": personal_scores(rows, "correct", "num-examples")}
+        return {"personal": personal_scores(rows, TEST_COUNTS)}
 
     def _update_nodes(self, server_round: int) -> None:
         """Update the clients to the nodes that are connected now, and record their image counts."""

@@ -24,6 +24,7 @@ from typing import Any
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.experiment.selection import select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
@@ -104,7 +105,7 @@ def run_server(
 
 def run_reference(
     federation: Federation, record: Callable[[dict[str, Any]], None]
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run a baseline. It has no checkpoints: after an interruption it starts from round 0 again.
 
     Args:
@@ -112,17 +113,20 @@ def run_reference(
         record: called with the losses and accuracies after every round.
 
     Returns:
-        The last argument of `record`.
+        The last argument of `record`, with the accuracies of the chosen rounds if
+        `evaluation.select` asks for them.
     """
     rounds = _last_round(federation)
     federation.join()
-    last = None
+    recorded: list[dict[str, Any]] = []
     for server_round in range(rounds + 1):
         line, _ = _one_round(federation, server_round, rounds)
-        names = ("round", "train", "global", "personal", "personal_on_global")
-        last = {name: line[name] for name in names}
-        record(last)
-    return last
+        names = ("round", "train", "global", "personal", "personal_on_global", "validation")
+        recorded.append({name: line[name] for name in names if name in line})
+        record(recorded[-1])
+    if federation.config.evaluation.select == "best_validation":
+        return recorded[-1] | select(recorded)
+    return recorded[-1]
 
 
 def _last_round(federation: Federation) -> int:

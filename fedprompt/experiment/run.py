@@ -139,13 +139,13 @@ def _local_only(
     folder: RunFolder,
     display: Display,
     loggers: Loggers,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run the local-only baseline: every client trains alone, for as many rounds as the method.
 
     It uses the same grid, and therefore the same processes, after the method under test is done.
 
     Returns:
-        The accuracies after the last round, or None if there are none.
+        The reported accuracies.
     """
     display.phase("local-only baseline")
     reference = method_class("coop_local")

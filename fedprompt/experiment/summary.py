@@ -14,6 +14,7 @@ from safetensors.torch import save
 from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.experiment.selection import last_round, select
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.federation.scores import personal_part
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
@@ -47,7 +48,7 @@ def finish(
         totals: bytes and rejected replies since the run began.
         started: the time at which the run was started or resumed, on the monotonic clock.
         loggers: the experiment trackers.
-        local_only: the last round of the local-only baseline, or None.
+        local_only: the reported accuracies of the local-only baseline, or None.
 
     Raises:
         UserError: a client's measurements are missing, or a file cannot be written.
@@ -66,9 +67,7 @@ def finish(
         "classes": len(workspace.task.class_names),
         "backbone": config.backbone.model,
         "data": config.data.title,
-        "global": line.get("global") or {"accuracy": None, "loss": None},
-        "personal": line.get("personal"),
-        "personal_on_global": line.get("personal_on_global"),
+        **last_round([line]),
         "zero_shot": _zero_shot(workspace) | federation.zero_shot_elsewhere(),
         "local_only": local_only,
         "shared": {n: list(shape) for n, shape in workspace.shared_shapes.items()},
@@ -80,6 +79,8 @@ def finish(
         "skipped_images": len(workspace.dataset.bad_images),
     }
     recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
+    if config.evaluation.select == "best_validation":
+        summary |= {"last": last_round(recorded), **select(recorded)}
     # After everything else is known: protocols such as `fairness` read the summary.
     if parts := federation.measure_protocols(recorded, summary):
         summary["protocols"] = parts

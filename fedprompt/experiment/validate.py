@@ -112,17 +112,29 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Check that secure aggregation is possible, if the config enables it.
+    """Check what concerns several sections: validation images and secure aggregation.
 
     Args:
         config: the whole experiment.
 
     Raises:
-        UserError: the strategy needs single replies, the attack is one that only checks of single
-            replies detect, or a round has too few clients.
+        UserError: a round is to be chosen without validation images; or, with secure aggregation,
+            the strategy needs single replies, the attack is one that only checks of single replies
+            detect, or a round has too few clients.
     """
-    if not config.secure_aggregation.enabled:
-        return
+    partition = config.partition
+    fractions = partition.local_validation_fraction or partition.server_validation_fraction
+    # A partition file may contain validation images; `Federation` sees it.
+    if config.evaluation.select == "best_validation" and not fractions and partition.file is None:
+        raise UserError(
+            "config: evaluation.select=best_validation needs validation images: set "
+            "partition.local_validation_fraction and partition.server_validation_fraction."
+        )
+    if config.secure_aggregation.enabled:
+        _check_secure_aggregation(config)
+
+
+def _check_secure_aggregation(config: Config) -> None:
     if not strategy_class(config.strategy.name).needs_only_the_mean():
         able = [n for n, rule in all_strategies().items() if rule.needs_only_the_mean()]
         raise UserError(

@@ -23,10 +23,11 @@ from flwr.app import (
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
+from fedprompt.federation.screening import COMMON_COUNTS, TEST_COUNTS, VALIDATION_COUNTS
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import protected
-from fedprompt.scoring import score_personal
+from fedprompt.scoring import encode_personal, score_each, score_models
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
@@ -116,19 +117,26 @@ def _evaluate(
     private: Mapping[int, Tensors],
 ) -> list[Message]:
     """Test the personal models, and reply with counts of correct answers."""
-    common = workspace.config.evaluation.personal_on_global
-    local, global_ = score_personal(
-        workspace.method,
+    method = workspace.method
+    encoded = encode_personal(
+        method,
         [_received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
-        [workspace.test_data(c) for c in clients],
-        workspace.server_test() if common else None,
     )
+    # Images of each client, by the names of their counts in the reply.
+    images = {TEST_COUNTS: [workspace.test_data(c) for c in clients]}
+    if workspace.validates_locally:
+        images[VALIDATION_COUNTS] = [workspace.validation_data(c) for c in clients]
+    measured = {n: score_each(method, encoded, own) for n, own in images.items()}
+    if workspace.config.evaluation.personal_on_global:
+        measured[COMMON_COUNTS] = score_models(
+            method, encoded, len(clients), *workspace.server_test()
+        )
     replies = []
     for k, message in enumerate(messages):
-        metrics = {"num-examples": local[k].tested, "correct": local[k].correct}
-        if global_ is not None:
-            metrics |= {"common-tested": global_[k].tested, "common-correct": global_[k].correct}
+        metrics: dict[str, int] = {}
+        for (tested, correct), of_clients in measured.items():
+            metrics |= {tested: of_clients[k].tested, correct: of_clients[k].correct}
         content = RecordDict({METRICS: MetricRecord({**metrics})})
         replies.append(Message(content, reply_to=message))
     return replies

@@ -26,17 +26,18 @@ def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str
     return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
 
 
-def personal_scores(rows: Mapping[int, Row], correct: str, tested: str) -> dict[str, Any] | None:
-    """`personal_part` from checked evaluations: the metric `correct` over the metric `tested`.
+def personal_scores(rows: Mapping[int, Row], counts: tuple[str, str]) -> dict[str, Any] | None:
+    """`personal_part` from checked evaluations.
 
     Args:
         rows: metrics by client id, ascending.
-        correct: name of the metric that counts correct answers.
-        tested: name of the metric that counts tested images; clients without any are left out.
+        counts: names of the metrics that count images and correct answers, such as `TEST_COUNTS`;
+            clients without images are left out.
 
     Returns:
         As `personal_part`.
     """
+    tested, correct = counts
     accuracy = {
         client: row[correct] / row[tested] for client, row in rows.items() if row.get(tested)
     }

@@ -40,8 +40,13 @@ MAX_METRICS = 100
 """Largest number of metrics that are read from a reply."""
 HEADER_BYTES = 4096
 """An upper bound of the header that NumPy writes before an array."""
-SHARES = (("correct", "num-examples"), ("common-correct", "common-tested"))
-"""Pairs of evaluation metrics of which the first counts a part of the second."""
+# `num-examples` is the name that Flower's own strategies use.
+TEST_COUNTS = ("num-examples", "correct")
+"""Evaluation metrics of a client's test images: how many there are, and how many were right."""
+VALIDATION_COUNTS = ("validation-tested", "validation-correct")
+"""Likewise for its validation images."""
+COMMON_COUNTS = ("common-tested", "common-correct")
+"""Likewise for the server's test images."""
 
 Row = dict[str, int | float]
 """One client's evaluation metrics, by name."""
@@ -301,7 +306,7 @@ def evaluation_row(reply: Message) -> Row | None:
     row = {k: v for k, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     if len(row) != len(record) or not row:
         return None
-    for part, whole in SHARES:
+    for whole, part in (TEST_COUNTS, VALIDATION_COUNTS, COMMON_COUNTS):
         # A missing half becomes -1 and fails the comparison.
         if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
             return None

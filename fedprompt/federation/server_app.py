@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
+from torch import Tensor
 
+from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
@@ -24,7 +26,13 @@ from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.scores import finite, personal_scores
-from fedprompt.federation.screening import Row, screen_evaluations
+from fedprompt.federation.screening import (
+    COMMON_COUNTS,
+    TEST_COUNTS,
+    VALIDATION_COUNTS,
+    Row,
+    screen_evaluations,
+)
 from fedprompt.messages import Arrays, Exchanged, Traffic, client_of, to_arrays, to_record
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import local_epsilon
@@ -74,6 +82,13 @@ class Federation:
         self.rejected = 0
         self.protocols = open_protocols(config)
         self.protocol_rows: dict[int, Row] = {}
+        has_validation = workspace.partition.has_validation or workspace.validates_locally
+        if config.evaluation.select == "best_validation" and not has_validation:
+            raise UserError(
+                f"evaluation.select=best_validation: {config.partition.file} has no validation "
+                "images; write one with 'fedprompt data partition ... "
+                "partition.local_validation_fraction=0.2'."
+            )
         if config.privacy.noise:
             # Without the accountant, this refuses the run before anything is trained.
             local_epsilon(config.privacy, 0)
@@ -183,21 +198,34 @@ class Federation:
 
         Returns:
             The parts `global`, `personal` and `personal_on_global` of the round's line; a part is
-            None if the config does not ask for it or nothing could be tested.
+            None if the config does not ask for it or nothing could be tested. If there are
+            validation images, `validation` has the parts `global` and `personal` on those.
         """
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
-        protocols, score = self.config.protocols, None
+        validation: dict[str, Any] = {"global": None, "personal": None}
+        workspace, protocols = self.workspace, self.config.protocols
         if "global" in protocols:
-            score = score_global(self.method, self.shared, *self.workspace.server_test())
-        # A server without test images has no accuracy, and 0 of 0 is not 0 %.
-        if score is not None and score.tested:
-            line["global"] = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
+            line["global"] = self._global_part(*workspace.server_test())
+            validation["global"] = self._global_part(*workspace.server_validation())
         if "personalised" in protocols:
             asked = self.strategy.clients if clients is None else clients
             rows = dict(self._client_rows(server_round, asked, self._eval_arrays()))
-            line["personal"] = personal_scores(rows, "correct", "num-examples")
-            line["personal_on_global"] = personal_scores(rows, "common-correct", "common-tested")
+            line["personal"] = personal_scores(rows, TEST_COUNTS)
+            line["personal_on_global"] = personal_scores(rows, COMMON_COUNTS)
+            validation["personal"] = personal_scores(rows, VALIDATION_COUNTS)
+        if any(validation.values()):
+            line["validation"] = validation
         return line
+
+    def _global_part(self, inputs_N: Inputs, labels_N: Tensor) -> dict[str, Any] | None:
+        """Accuracy and mean loss of the global model on some of the server's images."""
+        # A server without images has no accuracy, and 0 of 0 is not 0 %.
+        if not len(labels_N):
+            return None
+        score = score_global(self.method, self.shared, inputs_N, labels_N)
+        if score is None:
+            return None
+        return {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
 
     def _eval_arrays(self) -> ArrayRecord:
         """The shared tensors that are evaluated, as they are sent."""

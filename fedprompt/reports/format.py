@@ -93,7 +93,8 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
     """Return the results of zero-shot, local-only and the method, without baselines not run.
 
     Args:
-        summary: The content of `summary.json`. The method is always the last row.
+        summary: The content of `summary.json`. The method is always the last row. If its round was
+            chosen on validation images, the row before shows its last round.
     """
     rows = []
     zero_shot = summary.get("zero_shot")
@@ -103,7 +104,10 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
     local_only = summary.get("local_only")
     if local_only:
         rows.append(ResultRow.of("local-only", local_only))
-    rows.append(ResultRow.of(str(summary.get("method", "method")), summary))
+    method = str(summary.get("method", "method"))
+    if summary.get("last"):
+        rows.append(ResultRow.of(f"{method}, last round", summary["last"]))
+    rows.append(ResultRow.of(method, summary))
     return rows
 
 

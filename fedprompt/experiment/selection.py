@@ -1,0 +1,103 @@
+"""Chooses the round that a run reports, by accuracy on validation images (`evaluation.select`).
+
+Used on the server when a run ends. Only accuracies of `metrics.jsonl` are chosen among: the saved
+prompts, and what protocols measure at the end, are those of the last round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedprompt.federation.scores import personal_part
+
+Line = Mapping[str, Any]
+
+
+def last_round(lines: Sequence[Line]) -> dict[str, Any]:
+    """The accuracies of the last round: the parts of a summary that `select` returns."""
+    line = lines[-1] if lines else {}
+    return {
+        "global": line.get("global") or {"accuracy": None, "loss": None},
+        "personal": line.get("personal"),
+        "personal_on_global": line.get("personal_on_global"),
+    }
+
+
+def select(lines: Sequence[Line]) -> dict[str, Any]:
+    """The accuracies in the rounds with the highest accuracy on validation images.
+
+    The global model has the round that is best on the server's validation images, and every
+    client's personal model the round that is best on the client's own. Of several best rounds, the
+    last one counts: on few images many rounds are equal, and the later ones have trained longer.
+    Without validation images, that is the last round in which the model was tested.
+
+    Args:
+        lines: the evaluated rounds of a run in `metrics.jsonl`, in order.
+
+    Returns:
+        `global`, `personal` and `personal_on_global` as in a line, and `selection`: the chosen
+        rounds and the accuracies on validation images by which they were chosen. `rounds` of
+        `selection.personal` are in the order of its `clients`.
+    """
+    last = last_round(lines)
+    best = _best_round((line["round"], _part(line, "validation", "global")) for line in lines)
+    by_round = {line["round"]: line for line in lines}
+    chosen: dict[str, Any] = {**last, "selection": {"rule": "best_validation"}}
+    if best is not None:
+        number, accuracy = best
+        chosen["global"] = by_round[number]["global"] or last["global"]
+        chosen["selection"]["global"] = {"round": number, "validation_accuracy": accuracy}
+    validation = [(line["round"], _by_client(line, "validation", "personal")) for line in lines]
+    clients = sorted({client for _, row in validation for client in row})
+    rounds: dict[int, int] = {}
+    accuracies = []
+    for client in clients:
+        found = _best_round((r, {"accuracy": row.get(client)}) for r, row in validation)
+        assert found is not None
+        rounds[client] = found[0]
+        accuracies.append(found[1])
+    if rounds:
+        chosen["selection"]["personal"] = {
+            "clients": clients,
+            "rounds": [rounds[client] for client in clients],
+            "validation_accuracy": accuracies,
+        }
+        for name in ("personal", "personal_on_global"):
+            chosen[name] = _at_rounds(lines, name, rounds)
+    return chosen
+
+
+def _at_rounds(lines: Sequence[Line], name: str, rounds: Mapping[int, int]) -> Any:
+    """A part of personal accuracies, with every client's of its own round.
+
+    A client without validation images has its last accuracy.
+    """
+    accuracy: dict[int, float] = {}
+    for line in lines:
+        for client, value in _by_client(line, name).items():
+            if line["round"] <= rounds.get(client, line["round"]):
+                accuracy[client] = value
+    return personal_part(sorted(accuracy), [accuracy[client] for client in sorted(accuracy)])
+
+
+def _best_round(accuracies: Any) -> tuple[int, float] | None:
+    """The last of the rounds with the highest accuracy, and that accuracy."""
+    best: tuple[int, float] | None = None
+    for number, part in accuracies:
+        accuracy = (part or {}).get("accuracy")
+        if accuracy is not None and (best is None or accuracy >= best[1]):
+            best = number, accuracy
+    return best
+
+
+def _part(line: Line, *names: str) -> Any:
+    value: Any = line
+    for name in names:
+        value = (value or {}).get(name)
+    return value
+
+
+def _by_client(line: Line, *names: str) -> dict[int, float]:
+    part = _part(line, *names)
+    return dict(zip(part["clients"], part["accuracy"], strict=True)) if part else {}
