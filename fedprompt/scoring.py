@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Tensors, stack
+from fedprompt.statistics import sample_std
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Personal:
 
     Attributes:
         mean: mean over clients.
-        std: standard deviation over clients, with divisor n.
+        std: sample standard deviation over clients, None for a single client.
         worst: the lowest accuracy.
         p10: the 10th percentile, linearly interpolated.
         clients_tested: number of clients with test images.
@@ -63,7 +64,7 @@ class Personal:
     """
 
     mean: float
-    std: float
+    std: float | None
     worst: float
     p10: float
     clients_tested: int
@@ -85,7 +86,7 @@ def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
         return None
     return Personal(
         mean=float(known.mean()),
-        std=float(known.std()),
+        std=sample_std(accuracy),
         worst=float(known.min()),
         p10=float(np.percentile(known, 10)),
         clients_tested=int(known.size),

@@ -27,7 +27,7 @@ def test_statistics_by_hand() -> None:
     known = personal_statistics([0.5, 1.0, 0.0, 0.7])
     assert known is not None
     assert known.mean == pytest.approx(0.55)
-    assert known.std == pytest.approx(np.std([0.5, 1.0, 0.0, 0.7]))
+    assert known.std == pytest.approx(np.std([0.5, 1.0, 0.0, 0.7], ddof=1))
     assert known.worst == 0.0
     # Sorted 0, .5, .7, 1: the 10th percentile lies 0.3 of the way from the first to the second.
     assert known.p10 == pytest.approx(0.15)

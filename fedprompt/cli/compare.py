@@ -14,6 +14,7 @@ from fedprompt.files import write_bytes
 from fedprompt.reports.compare.figures import comparison_figures, heat_figure
 from fedprompt.reports.compare.load import Loaded, Row, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
+from fedprompt.reports.compare.pivot import USUAL, pivots
 from fedprompt.reports.compare.statistics import Test
 from fedprompt.reports.compare.table import (
     Comparison,
@@ -41,6 +42,7 @@ def compare_command(
     form: str,
     test: str,
     where: Sequence[str],
+    pivot: str | None,
     heat: tuple[str, str] | None,
     out: Path | None,
     protocol: str | None,
@@ -53,6 +55,8 @@ def compare_command(
         form: `terminal`, or a key of `FORMS`.
         test: The significance test: `t`, `wilcoxon` or `none`.
         where: Settings `KEY=VALUE` that a run must have to be compared.
+        pivot: Metrics, separated by commas, of which only the tables of methods by conditions are
+            printed; None prints those of the usual metrics below the table.
         heat: Two settings whose combinations a heat map shows.
         out: The folder for tables and figures.
         protocol: The protocol whose own comparison is printed instead.
@@ -69,19 +73,48 @@ def compare_command(
     if protocol is not None:
         _compare_protocol(protocol, loaded, out)
         return
-    columns = choose(metrics, loaded.rows)
-    table = compare_rows(loaded.rows, columns, cast("Test", test))
-    console = Console(highlight=False)
+    columns = choose(pivot or metrics, loaded.rows)
+    tables = tables_of(loaded.rows, columns, cast("Test", test))
+    if pivot is not None:
+        tables = tables[1:]
+        if not tables:
+            raise UserError(
+                "compare: --pivot: no method was run under several conditions (data sets, "
+                "partitions, values of a grid), so there is no table of methods by conditions."
+            )
     if form == "terminal":
-        console.print(terminal(table, console.width, bold=console.is_terminal))
+        print_tables(tables, Console(highlight=False))
     else:
-        sys.stdout.write(FORMS[form](table))
+        # A file of comma-separated values holds one table; --pivot and --out write the others.
+        shown = tables[:1] if form == "csv" and pivot is None else tables
+        sys.stdout.write("\n".join(FORMS[form](table) for table in shown))
     # On stderr, so that a table piped into a file contains nothing else.
     for note in loaded.notes:
         sys.stderr.write(f"{note}\n")
     if out is not None:
-        for path in write_all(out, table, loaded.rows, heat, columns):
+        for path in write_all(out, tables, loaded.rows, heat, columns):
             sys.stderr.write(f"wrote {path}\n")
+
+
+def tables_of(rows: Sequence[Row], columns: Sequence[Metric], test: Test = "t") -> list[Comparison]:
+    """Return the table of a comparison, then those of methods by conditions, if there are any.
+
+    Args:
+        rows: The rows of the comparison.
+        columns: The metrics. Those of the usual ones among them have a table of methods by
+            conditions, or all of them if none is usual.
+        test: The significance test.
+    """
+    table = compare_rows(rows, columns, test)
+    names = [metric.name for metric in columns]
+    chosen = [name for name in USUAL if name in names] if len(names) > len(USUAL) else names
+    return [table, *pivots(table, rows, test, chosen)]
+
+
+def print_tables(tables: Sequence[Comparison], console: Console) -> None:
+    """Print tables below each other; in a file, where nothing can be bold, the best are marked."""
+    for table in tables:
+        console.print(terminal(table, console.width, bold=console.is_terminal))
 
 
 def print_sweep(folder: Path, console: Console) -> None:
@@ -92,22 +125,21 @@ def print_sweep(folder: Path, console: Console) -> None:
         console: Where to print.
     """
     rows = load_rows([folder]).rows
-    table = compare_rows(rows, choose(None, rows))
-    console.print(terminal(table, console.width, bold=console.is_terminal))
+    print_tables(tables_of(rows, choose(None, rows)), console)
 
 
 def write_all(
     out: Path,
-    table: Comparison,
+    tables: Sequence[Comparison],
     rows: Sequence[Row],
     heat: tuple[str, str] | None,
     columns: Sequence[Metric],
 ) -> list[Path]:
-    """Write the table in three formats, and every figure that there is data for.
+    """Write the tables in three formats, and every figure that there is data for.
 
     Args:
         out: The folder, which is created if necessary.
-        table: The comparison.
+        tables: The comparison, then its tables of methods by conditions.
         rows: Its rows, for the figures.
         heat: Two settings for a heat map; None for no map.
         columns: The metrics of the table; the map shows personalised accuracy if it is one of them.
@@ -125,10 +157,12 @@ def write_all(
     written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for form, make in FORMS.items():
-            path = out / f"table.{SUFFIXES[form]}"
-            write_bytes(path, make(table).encode())
-            written.append(path)
+        for table in tables:
+            stem = f"{table.name}_by_condition" if table.name else "table"
+            for form, make in FORMS.items():
+                path = out / f"{stem}.{SUFFIXES[form]}"
+                write_bytes(path, make(table).encode())
+                written.append(path)
         written += save_all(figures, out)
     except OSError as error:
         raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None

@@ -104,6 +104,10 @@ def compare(
         list[str] | None,
         typer.Option(help="Use only runs with this setting, KEY=VALUE; may be repeated."),
     ] = None,
+    pivot: Annotated[
+        str | None,
+        typer.Option(help="Print only tables of methods by conditions, of these metrics."),
+    ] = None,
     heat: Annotated[
         tuple[str, str] | None,
         typer.Option(help="Draw a heat map over two settings, e.g. partition.alpha method.name."),
@@ -121,6 +125,9 @@ def compare(
 ) -> None:
     """Compare runs: mean and standard deviation over seeds, the best value, significance.
 
+    Rows are compared only under the same conditions: data set, partition, backbone and the values
+    of a sweep's grid. Runs under several conditions also give tables of methods by conditions.
+
     Columns (--metrics a,b): global, personal, worst, p10, personal_on_global, base, new, harmonic,
     numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min, where :min means
     that smaller values are better.
@@ -130,6 +137,8 @@ def compare(
       fedprompt compare runs/fedrsclip_ablation --format latex
 
       fedprompt compare runs/alpha runs/participation --out figures
+
+      fedprompt compare runs/participation --pivot personal --format latex
 
       fedprompt compare runs/alpha_clients --heat partition.alpha partition.clients --out figures
     """
@@ -141,6 +150,7 @@ def compare(
         form=form,
         test=test,
         where=where or [],
+        pivot=pivot,
         heat=heat,
         out=out,
         protocol=protocol,

@@ -30,6 +30,13 @@ def human_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def plural(number: int, noun: str) -> str:
+    """Format a count with its noun: `1 round`, `2 rounds`, `1,200 replies`."""
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2] not in "aeiou" else f"{noun}s"
+    return f"{number:,} {noun}"
+
+
 def percent(fraction: float | None) -> str:
     """Format an accuracy in [0, 1] as `61.2 %`, or `-` if it was not measured."""
     return MISSING if fraction is None else f"{100 * fraction:.1f} %"

@@ -248,6 +248,18 @@ def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
     return dict(zip(clients, accuracy, strict=True))
 
 
+def context_tokens(method: Mapping[str, Any]) -> int | None:
+    """Return how many context tokens a text prompt of a method has; None without text prompts.
+
+    Args:
+        method: The `method` section of a config.
+    """
+    # A method with several prompts has its tokens in each of them.
+    keys = ("context_tokens", "shared_tokens", "text_tokens")
+    found = [method[key] for key in keys if isinstance(method.get(key), int)]
+    return found[0] if found else None
+
+
 @dataclass(frozen=True)
 class Series:
     """Measured points: round numbers and values, without the rounds that have no value."""

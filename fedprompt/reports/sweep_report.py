@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError
+from fedprompt.reports.compare.cells import cells_of, method_names
 from fedprompt.reports.compare.figures import comparison_figures, heat_figure, swept_settings
 from fedprompt.reports.compare.load import Row, differing, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
 from fedprompt.reports.compare.names import PLAN, plain
+from fedprompt.reports.compare.notes import MARK
+from fedprompt.reports.compare.pivot import pivots
 from fedprompt.reports.compare.statistics import Cell
-from fedprompt.reports.compare.table import MARK, Comparison, compare_rows, markdown, text
+from fedprompt.reports.compare.table import Comparison, compare_rows, markdown, text
 from fedprompt.reports.figure import Figure
-from fedprompt.reports.format import MISSING, human_time, percent
+from fedprompt.reports.format import MISSING, human_time, percent, plural
 from fedprompt.reports.page import render
 
 TEMPLATE = "sweep.html.j2"
@@ -67,11 +71,17 @@ def write_sweep_report(
         "facts": _facts(rows),
         "notes": loaded.notes,
         "failed": failed,
-        "headlines": _headlines(table),
-        "columns": [metric.title for metric in metrics],
-        "groups": list(zip(table.names, _cells(table), strict=True)),
-        "table_note": table.note,
-        "markdown": markdown(table),
+        "headlines": _headlines(table, rows),
+        "tables": [
+            {
+                "title": one.title,
+                "columns": [metric.title for metric in one.metrics],
+                "groups": list(zip(one.names, _cells(one), strict=True)),
+                "note": one.note,
+                "markdown": markdown(one),
+            }
+            for one in (table, *pivots(table, rows))
+        ],
         "runs": _runs(rows),
         "command": command,
         "differing": _settings(rows, several),
@@ -140,24 +150,37 @@ def _text(metric: Metric, cell: Cell) -> str:
     return f"{number} %" if metric.kind == "share" and number != MISSING else number
 
 
-def _headlines(table: Comparison) -> list[tuple[str, str, str]]:
-    """Return the best row of a few metrics: label, value and the row's name."""
+def _headlines(table: Comparison, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Return the best row of a few metrics: label, value and the row's name.
+
+    With several conditions (see `compare/cells.py`) no single row is the best, so the method is
+    named that is the best under most of them.
+    """
     headlines = []
+    compared = [cell for cell in cells_of(rows) if len(cell) > 1]
+    methods = method_names(rows)
     for name in HEADLINES:
         i = next((i for i, metric in enumerate(table.metrics) if metric.name == name), None)
         best = [k for k, line in enumerate(table.cells) if i is not None and line[i].best]
-        if i is not None and best:
-            metric = table.metrics[i]
-            who = table.names[best[0]] + (" and others" if len(best) > 1 else "")
-            label = f"Best {metric.title}"
-            headlines.append((label, _text(metric, table.cells[best[0]][i]), who))
+        if i is None or not best:
+            continue
+        metric = table.metrics[i]
+        if len(compared) == 1:
+            value, who = _text(metric, table.cells[best[0]][i]), table.names[best[0]]
+            more = len(best) > 1
+        else:
+            times = Counter(methods[k] for k in best)
+            (who, most), *others = times.most_common()
+            value = f"in {most} of {len(compared)} conditions"
+            more = any(number == most for _, number in others)
+        headlines.append((f"Best {metric.title}", value, who + (" and others" if more else "")))
     return headlines
 
 
 def _facts(rows: Sequence[Row]) -> list[str]:
     runs = sum(len(row.runs) for row in rows)
     seeds = sorted({seed for row in rows for seed in row.runs})
-    facts = [f"{runs} finished run{'s' * (runs != 1)}", f"{len(rows)} rows of the table"]
+    facts = [f"{plural(runs, 'finished run')}", f"{plural(len(rows), 'row')} of the table"]
     facts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
     for key in FACTS:
         values = {plain(row.settings[key]) for row in rows if row.settings.get(key) is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_table_and_curves_are_means_over_seeds(tmp_path: Path) -> None:
     for row, pair in zip(rows, pairs, strict=True):
         for cell, part, key in ((row[1], "global", "accuracy"), (row[2], "personal", "mean")):
             numbers = [100 * value(run, part, key) for run in pair]
-            assert cell.rstrip("*") == f"{fmean(numbers):.1f} ± {pstdev(numbers):.1f} %"
+            assert cell.rstrip("*") == f"{fmean(numbers):.1f} ± {stdev(numbers):.1f} %"
     figures = page.figures
     assert list(figures) == ["heat", "curves", "bytes", "clients"]
     _, over_rounds = figures["curves"]
@@ -40,7 +40,7 @@ def test_table_and_curves_are_means_over_seeds(tmp_path: Path) -> None:
         last = [json.loads(text[2])["global"]["accuracy"] for text in lines]
         assert curve["x"] == [0, 1, 2]
         assert curve["y"][-1] == pytest.approx(fmean(last))
-        assert curve["spread"][-1] == pytest.approx(pstdev(last))
+        assert curve["spread"][-1] == pytest.approx(stdev(last))
     sent = figures["bytes"][1]["curves"][0]["x"]
     assert sent == [2 * 8192 * 3, 4 * 8192 * 3]  # up and down, three clients, rounds 1 and 2
     (heat,) = figures["heat"]
@@ -57,7 +57,7 @@ def test_unfinished_and_failed_runs_are_told(tmp_path: Path) -> None:
     failed = [("other", "NaN in <b>loss</b>")]
     out = write_sweep_report(runs, tmp_path / "r.html", failed=failed, command="fedprompt sweep x")
     page = Page(out.read_text(encoding="utf-8"))
-    assert "1 runs are not finished" in page.text
+    assert "1 run is not finished" in page.text
     assert page.tables["runs failed"][1] == ["other", "NaN in <b>loss</b>"]
     assert "b" not in page.tags
     assert "fedprompt sweep x" in page.text

@@ -20,7 +20,7 @@ def personal(accuracy: dict[int, float]) -> dict[str, Any]:
     tested = np.array(list(accuracy.values()))
     return {
         "mean": float(tested.mean()),
-        "std": float(tested.std()),
+        "std": float(tested.std(ddof=1)) if len(tested) > 1 else None,
         "worst": float(tested.min()),
         "p10": float(np.percentile(tested, 10)),
         "clients_tested": len(tested),

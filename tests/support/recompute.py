@@ -80,9 +80,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Divided by n."""
+    """Of a sample: divided by n - 1."""
     middle = mean(values)
-    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / len(values))
+    return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -102,8 +102,7 @@ def paired_p(a: Seeds, b: Seeds) -> float:
     """
     differences = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
     n = len(differences)
-    spread = deviation(differences) * math.sqrt(n / (n - 1))
-    t = abs(mean(differences)) / (spread / math.sqrt(n))
+    t = abs(mean(differences)) / (deviation(differences) / math.sqrt(n))
     edge = math.atan(t / math.sqrt(n - 1))
     return 1 - _area(edge, n - 2) / _area(math.pi / 2, n - 2)
 
@@ -113,6 +112,30 @@ def _area(edge: float, power: int) -> float:
     step = edge / STEPS
     weights = [1, *([4, 2] * (STEPS // 2))[:-1], 1]
     return step / 3 * math.fsum(w * math.cos(i * step) ** power for i, w in enumerate(weights))
+
+
+def conditions(folder: Path) -> dict[str, list[str]]:
+    """The names of the rows that share their values of the grid, by these values."""
+    plan = json.loads((folder / "sweep.json").read_text())
+    found: dict[str, list[str]] = {}
+    names = list(rows_of(folder))
+    for name, run in {
+        ", ".join([run["row"], *(f"{k.split('.')[-1]} {v}" for k, v in run["values"].items())]): run
+        for run in plan["runs"]
+    }.items():
+        assert name in names
+        found.setdefault(json.dumps(run["values"]), []).append(name)
+    return found
+
+
+def columns(folder: Path, by_row: Mapping[str, Seeds]) -> tuple[set[str], dict[str, float]]:
+    """The best rows of all conditions, and the p of the others, each corrected on its own."""
+    best, p = set(), {}
+    for rows in conditions(folder).values():
+        winner, corrected = column({row: by_row[row] for row in rows})
+        best.add(winner)
+        p |= corrected
+    return best, p
 
 
 def column(by_row: Mapping[str, Seeds]) -> tuple[str, dict[str, float]]:

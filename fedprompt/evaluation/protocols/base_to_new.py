@@ -37,6 +37,7 @@ from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
+from fedprompt.statistics import sample_std
 
 if TYPE_CHECKING:
     from fedprompt.reports.run_data import RunData
@@ -157,7 +158,7 @@ class BaseToNew(Reported):
                 for t in possible
             }
             mean = {name: float(np.mean(values)) for name, values in spread.items()}
-            std = {name: float(np.std(values)) for name, values in spread.items()}
+            std = {name: sample_std(values) for name, values in spread.items()}
             rows.append(_row("personal", mean, std, why=why))
         return {
             "base_classes": list(workspace.task.class_names),
@@ -237,7 +238,7 @@ def _accuracy(method: Method, shared: Tensors, test: _Test) -> float | None:
 def _row(
     model: str,
     accuracy: Mapping[str, float | None],
-    std: Mapping[str, float] | None = None,
+    std: Mapping[str, float | None] | None = None,
     *,
     why: str | None = None,
 ) -> dict[str, Any]:

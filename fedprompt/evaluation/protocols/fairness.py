@@ -3,7 +3,7 @@
 Sources: Fair Resource Allocation in Federated Learning (Li et al., ICLR 2020, arXiv 1905.10497) for
 the spread and the worst tenth; Jain, Chiu and Hawe (DEC TR-301, 1984) for the index; Gini's
 coefficient. Every client with test images counts once, however many it has. The standard deviation
-has divisor n.
+is that of a sample, with divisor n - 1.
 
 The protocol runs on the server after the last round and reads only the run's summary.
 """
@@ -23,6 +23,7 @@ from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines
 from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
 from fedprompt.reports.run_data import accuracy_of
+from fedprompt.statistics import sample_std
 
 if TYPE_CHECKING:
     from fedprompt.reports.run_data import RunData
@@ -130,7 +131,7 @@ def spread(accuracy: Mapping[int, float], lowest_share: float) -> dict[str, Any]
     return {
         "clients": len(values),
         "mean": float(values.mean()),
-        "std": float(values.std()),
+        "std": sample_std(list(accuracy.values())),
         "worst": float(values.min()),
         "p10": float(np.percentile(values, 10)),
         "lowest_mean": mean_of_lowest(values, lowest_share),

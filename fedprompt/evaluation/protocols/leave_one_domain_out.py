@@ -29,6 +29,7 @@ from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.scoring import encode_global, encode_personal, score_global, score_models
+from fedprompt.statistics import sample_std
 
 if TYPE_CHECKING:
     from fedprompt.reports.run_data import RunData
@@ -135,7 +136,7 @@ class LeaveOneDomainOut(Reported):
             )
         accuracy = [n["correct-unseen"] / n["tested-unseen"] for n in run.clients.values()]
         if accuracy:
-            mean, std = float(np.mean(accuracy)), float(np.std(accuracy))
+            mean, std = float(np.mean(accuracy)), sample_std(accuracy)
             rows.append(
                 {"model": "personal", "by_domain": {}, "seen": None, "unseen": mean, "std": std}
             )

@@ -14,7 +14,7 @@ from fedprompt.evaluation.protocol import NoOptions, Protocol
 class Personalised(Protocol):
     """Each client's personal model on the client's own test images; every client counts once.
 
-    The results are the mean, the standard deviation (with divisor n), the worst client, and the
+    The results are the mean, the standard deviation (with divisor n - 1), the worst client, and the
     10th percentile (interpolated).
     """
 

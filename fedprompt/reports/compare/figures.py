@@ -34,6 +34,7 @@ from fedprompt.reports.figure import (
 from fedprompt.reports.figure_parts import box
 from fedprompt.reports.format import MISSING
 from fedprompt.reports.run_data import RunData, accuracy_of
+from fedprompt.statistics import sample_std
 
 ACCURACIES = (("personal", "mean", "Personalised"), ("global", "accuracy", "Global"))
 """Part and key of a metrics line, and the title of its panel."""
@@ -52,13 +53,13 @@ class SeedCurve:
         rounds_R: Round numbers.
         bytes_R: Bytes sent up and down until then by all clients, as a mean over seeds.
         mean_R: Mean accuracy over seeds, in [0, 1].
-        std_R: Standard deviation over seeds, dividing by n.
+        std_R: Sample standard deviation over seeds; None for one seed.
     """
 
     rounds_R: list[int]
     bytes_R: list[float]
     mean_R: list[float]
-    std_R: list[float]
+    std_R: list[float | None]
 
 
 def seed_curve(row: Row, part: str, key: str) -> SeedCurve:
@@ -78,7 +79,7 @@ def seed_curve(row: Row, part: str, key: str) -> SeedCurve:
         rounds,
         [float(np.mean(x)) for x in sent],
         [float(np.mean(x)) for x in values],
-        [float(np.std(x)) for x in values],
+        [sample_std(x) for x in values],
     )
 
 

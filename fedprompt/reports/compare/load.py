@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.names import PLAN, describe, plain
+from fedprompt.reports.format import plural
 from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
 
 
@@ -28,12 +29,16 @@ class Row:
         name: What the row is called in tables and legends.
         source: The name of the folder it was found in, which tells rows of the same name apart.
         settings: The flattened config of its runs, without the seed and `output`.
+        label: What its sweep's file calls the row; empty for runs of no sweep.
+        grid: The values of its sweep's grid by key; empty for runs of no sweep.
         runs: The runs by seed.
     """
 
     name: str
     source: str
     settings: dict[str, Any]
+    label: str = ""
+    grid: Mapping[str, Any] = field(default_factory=dict)
     runs: dict[int, RunData] = field(default_factory=dict)
 
 
@@ -67,8 +72,9 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             continue  # of runs/x/*
         found = _named_runs(path)
         if found.left_out:
-            notes.append(f"{path}: {found.left_out} runs of other plans are left out.")
-        for folder, name in found.runs:
+            verb = "is" if found.left_out == 1 else "are"
+            notes.append(f"{path}: {plural(found.left_out, 'run')} of other plans {verb} left out.")
+        for folder, planned in found.runs:
             if not (folder / SUMMARY).is_file():
                 unfinished += 1
                 continue
@@ -83,15 +89,17 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             }
             # Rows of a sweep keep to themselves: equal settings in another folder may be named
             # differently.
-            key = json.dumps([str(path) if name else "", settings], sort_keys=True, default=str)
-            row = rows.setdefault(key, Row(name, path.name, settings))
+            key = json.dumps([str(path) if planned else "", settings], sort_keys=True, default=str)
+            row = rows.setdefault(key, _row(planned, path.name, settings))
             seed = int(flat.get("seed", 0))
             twice += seed in row.runs
             row.runs.setdefault(seed, run)
     if unfinished:
-        notes.append(f"{unfinished} runs are not finished and are left out.")
+        verb = "is" if unfinished == 1 else "are"
+        notes.append(f"{plural(unfinished, 'run')} {verb} not finished and {verb} left out.")
     if twice:
-        notes.append(f"{twice} runs repeat another one and are left out.")
+        repeat = "repeats another one and is" if twice == 1 else "repeat other ones and are"
+        notes.append(f"{plural(twice, 'run')} {repeat} left out.")
     if not rows:
         why = f" with {', '.join(where)}" if where else ""
         raise UserError(f"compare: no finished run{why} in {', '.join(map(str, paths))}.")
@@ -128,23 +136,25 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Found:
-    """Run folders with the names of their rows, and how many run folders were left out."""
+    """Run folders with their entries in a sweep's plan, and how many folders were left out."""
 
-    runs: list[tuple[Path, str]]
+    runs: list[tuple[Path, Mapping[str, Any] | None]]
     left_out: int = 0
 
 
 def _named_runs(path: Path) -> _Found:
-    """Find the run folders in `path`, with the names of their rows, or "" for those without one."""
+    """Find the run folders in `path`, with their entries in its plan if it is a sweep's folder."""
     if (path / CONFIG).is_file():
-        return _Found([(path, "")])
+        return _Found([(path, None)])
     if not path.is_dir():
         raise UserError(f"compare: there is no folder {path}.")
     inside = sorted(p for p in path.iterdir() if (p / CONFIG).is_file())
     if (path / PLAN).is_file():
         try:
             plan = json.loads((path / PLAN).read_text(encoding="utf-8"))
-            runs = [(path / run["name"], _row_name(run)) for run in plan["runs"]]
+            runs = [(path / run["name"], run) for run in plan["runs"]]
+            for _, run in runs:
+                _row(run, "", {})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path / PLAN} is damaged ({type(error).__name__}: {error}); the sweep's command "
@@ -153,11 +163,16 @@ def _named_runs(path: Path) -> _Found:
         return _Found(runs, len(set(inside) - {folder for folder, _ in runs}))
     if not inside:
         raise UserError(f"compare: {path} holds no run.")
-    return _Found([(folder, "") for folder in inside])
+    return _Found([(folder, None) for folder in inside])
 
 
-def _row_name(run: Mapping[str, Any]) -> str:
-    return ", ".join(filter(None, (run["row"], describe(run["values"])))) or "all"
+def _row(planned: Mapping[str, Any] | None, source: str, settings: dict[str, Any]) -> Row:
+    """Create a row without runs; it has a name only if a sweep's plan names it."""
+    if planned is None:
+        return Row("", source, settings)
+    label, grid = str(planned["row"]), dict(planned["values"])
+    name = ", ".join(filter(None, (label, describe(grid)))) or "all"
+    return Row(name, source, settings, label, grid)
 
 
 def _name(rows: Sequence[Row]) -> None:

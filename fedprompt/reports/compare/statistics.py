@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from fedprompt.statistics import sample_std
+
 Test = Literal["t", "wilcoxon", "none"]
 LEVEL = 0.05
 
@@ -42,8 +44,8 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over seeds, dividing by n; None without values."""
-        return float(np.std(list(self.by_seed.values()))) if self.by_seed else None
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return sample_std(list(self.by_seed.values()))
 
     @property
     def differs(self) -> bool:

@@ -12,21 +12,20 @@ from textwrap import wrap
 from rich.console import Group
 from rich.text import Text
 
+from fedprompt.reports.compare.cells import cells_of
 from fedprompt.reports.compare.load import Row
 from fedprompt.reports.compare.metrics import Metric
-from fedprompt.reports.compare.statistics import LEVEL, Cell, Test, column
+from fedprompt.reports.compare.notes import MARK, reading_note
+from fedprompt.reports.compare.statistics import Cell, Test, column
 from fedprompt.reports.format import MISSING
 from fedprompt.reports.terminal import Field, fitted
 
-TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
-MARK, BEST_MARK = "*", "^"
+BEST_MARK = "^"
 NAME = 26
 """Maximum width of the first column in a terminal, in characters; longer names are wrapped."""
 HEAD, ROOMY = 12, 3
 """In LaTeX: line length of a heading in characters, and the number of columns above which the table
 is set in a smaller font."""
-FEWEST_FOR_WILCOXON = 6
-"""With fewer seeds than this, the smallest possible p, 2^(1 - n), is above 0.05."""
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -36,67 +35,47 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table: a name per row, a cell per row and metric, and a note about how to read it."""
+    """A table: a name per row, a cell per row and metric.
+
+    Attributes:
+        metrics: The columns.
+        names: The names of the rows.
+        cells: A cell per row and column.
+        note: How to read it.
+        title: What it shows, for a table that stands below another one.
+        name: The metric of all columns, for a table of methods by conditions.
+    """
 
     metrics: tuple[Metric, ...]
     names: tuple[str, ...]
     cells: tuple[tuple[Cell, ...], ...]
     note: str
+    title: str = ""
+    name: str = ""
 
 
 def compare_rows(rows: Sequence[Row], metrics: Sequence[Metric], test: Test = "t") -> Comparison:
     """Compute mean, deviation, best row and significance of every metric.
 
+    Only rows of the same cell are compared (see `cells.py`): accuracies on two data sets, or on an
+    easy and a hard partition, say nothing about the methods.
+
     Args:
         rows: The rows of the comparison.
         metrics: The columns.
-        test: The significance test of every row against the best one.
+        test: The significance test of every row against the best one of its cell.
     """
-    columns = [
-        column([m.by_seed(row) for row in rows], higher_is_better=m.higher_is_better, test=test)
-        for m in metrics
-    ]
-    cells = tuple(tuple(col[i] for col in columns) for i in range(len(rows)))
-    note = f"{_note(rows, cells, test)}{_made_with(rows)}"
+    lines: list[list[Cell]] = [[] for _ in rows]
+    groups = cells_of(rows)
+    for m in metrics:
+        for group in groups:
+            values = [m.by_seed(rows[i]) for i in group]
+            found = column(values, higher_is_better=m.higher_is_better, test=test)
+            for i, cell in zip(group, found, strict=True):
+                lines[i].append(cell)
+    cells = tuple(map(tuple, lines))
+    note = reading_note(rows, cells, test)
     return Comparison(tuple(metrics), tuple(row.name for row in rows), cells, note)
-
-
-def _made_with(rows: Sequence[Row]) -> str:
-    """The versions behind the numbers, each value once; nothing for runs that name none."""
-    names = ("fedprompt", "torch", "open_clip", "flwr")
-    environments = [
-        (run.summary or {}).get("environment") or {} for row in rows for run in row.runs.values()
-    ]
-    parts = []
-    for name in names:
-        # A dictionary without values is a set that keeps its order.
-        values = dict.fromkeys(str(e[name]) for e in environments if e.get(name))
-        parts += [f"{name} {' and '.join(values)}"] if values else []
-    return f" Made with {', '.join(parts)}." if parts else ""
-
-
-def _note(rows: Sequence[Row], cells: Sequence[Sequence[Cell]], test: Test) -> str:
-    seeds = {tuple(sorted(row.runs)) for row in rows}
-    counts = sorted({len(s) for s in seeds})
-    if len(seeds) == 1:
-        over = f"seeds {', '.join(map(str, min(seeds)))}"
-    else:
-        over = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
-    note = f"Accuracy in percent; mean ± standard deviation (divide by n) over {over}."
-    if counts[-1] == 1:
-        note = f"Accuracy in percent, one seed{f': {min(seeds)[0]}' if len(seeds) == 1 else ''}."
-    if any(cell.best for line in cells for cell in line):
-        note += " Bold: best mean."
-    tested = [cell for line in cells for cell in line if cell.p is not None]
-    if tested:
-        how = f"p < {LEVEL:g} in a {TESTS[test]} over common seeds, Holm-corrected in each column."
-        marked = any(cell.differs for cell in tested)
-        note += (
-            f" {MARK}: differs from the best, {how}" if marked else f" No row differs with {how}"
-        )
-    if test == "wilcoxon" and 1 < counts[-1] < FEWEST_FOR_WILCOXON:
-        note += f" With {counts[-1]} seeds this test cannot reach p < {LEVEL:g}."
-    return note
 
 
 def number(metric: Metric, value: float) -> str:
@@ -115,12 +94,15 @@ def text(metric: Metric, cell: Cell) -> str:
 
     The mean stands alone with a single seed, and for a cost that is the same for all seeds.
     """
-    if cell.mean is None or cell.std is None:
+    if cell.mean is None:
         return MISSING
-    mean, std = number(metric, cell.mean), number(metric, cell.std)
+    mean = number(metric, cell.mean)
+    if cell.std is None:
+        return mean
+    std = number(metric, cell.std)
     # Compared as printed, so that rounding decides whether a cost is the same for all seeds.
     constant = metric.higher_is_better is None and std == number(metric, 0)
-    return mean if len(cell.by_seed) < 2 or constant else f"{mean} ± {std}"
+    return mean if constant else f"{mean} ± {std}"
 
 
 def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group:
@@ -147,7 +129,7 @@ def terminal(table: Comparison, width: int = 200, *, bold: bool = True) -> Group
         )
         for metric, column in zip(table.metrics, zip(*table.cells, strict=True), strict=True)
     ]
-    return fitted(names, columns, width, note=note)
+    return fitted(names, columns, width, title=table.title, note=note)
 
 
 def markdown(table: Comparison) -> str:
@@ -165,7 +147,8 @@ def markdown(table: Comparison) -> str:
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     # Escaped, because a `*` could begin emphasis in Markdown.
     note = table.note.replace(f"{MARK}:", "\\" + f"{MARK}:")
-    return f"{body}\n\n{note}\n"
+    title = f"{table.title}:\n\n" if table.title else ""
+    return f"{title}{body}\n\n{note}\n"
 
 
 def latex(table: Comparison) -> str:
@@ -191,11 +174,12 @@ def latex(table: Comparison) -> str:
     ]
     above, body = ("\n".join(rf"    {line} \\" for line in part) for part in (stacked, lines))
     tight = "  \\footnotesize\n  \\setlength{\\tabcolsep}{3pt}\n" if len(heads) > ROOMY else ""
+    caption = f"{table.title}. {table.note}" if table.title else table.note
     return (
         "% \\usepackage{booktabs}\n"
         "\\begin{table}\n"
         "  \\centering\n"
-        f"  \\caption{{{escape(table.note)}}}\n"
+        f"  \\caption{{{escape(caption)}}}\n"
         f"{tight}"
         f"  \\begin{{tabular}}{{l{'r' * len(table.metrics)}}}\n"
         "    \\toprule\n"

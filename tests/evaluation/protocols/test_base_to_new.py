@@ -47,7 +47,7 @@ def test_base_to_new_by_a_second_way(runs: Callable[..., Path]) -> None:
     assert rows["global"]["new"] == accuracy(new, None, held.index_N, held.labels_N)
     everyone = [accuracy(new, own[k], held.index_N, held.labels_N) for k in range(4)]
     assert rows["personal"]["new"] == pytest.approx(np.mean(everyone))
-    assert rows["personal"]["std"]["new"] == pytest.approx(np.std(everyone))
+    assert rows["personal"]["std"]["new"] == pytest.approx(np.std(everyone, ddof=1))
     assert len(set(everyone)) > 1, "personal models differ"
     assert rows["global"]["harmonic"] == pytest.approx(
         harmonic_mean(rows["global"]["base"], rows["global"]["new"])
