@@ -3,17 +3,23 @@
 Source: Learning Differentially Private Recurrent Language Models (McMahan et al., ICLR 2018, arXiv
 1710.06963): w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m, with the norm
 over all shared tensors together (flat clipping). All clients have the same weight, and m is the
-number of clients that were asked, not of those that replied, so that one client changes the sum by
-at most S (add or remove one).
+number of clients that were asked, not of those that replied.
+
+Neighbouring runs differ in one client's replies, which in one of them are missing or invalid; which
+clients exist and who is asked is public. One client then changes the sum by at most S, because
+nothing about it decides whether others count: neither the number of images that it claims
+(`max_examples_ratio` has no effect), nor whether it replies. Noise is therefore added and sent in
+every round, even if no reply is valid, and `min_replies` above 1 is refused.
 
 Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for every
-round in which it was asked; `epsilon` is that of the client that was asked most often. No
-amplification by sampling is claimed: who takes part follows from the run's seed, which clients
-know.
+round in which it was asked; `epsilon` is that of the client that was asked most often. A round that
+a resumed run repeats with other replies, and so with other noise, is paid for twice: the server
+records every release before it leaves (fedprompt/privacy/releases.py). No amplification by sampling
+is claimed: who takes part follows from the run's seed, which clients know.
 
 What is covered: the shared tensors, against everybody except the server. What is not covered: the
-losses and evaluations that clients report, which the server keeps in its run folder, and personal
-models.
+losses and evaluations that clients report and the share of clipped changes, which the server keeps
+in its run folder, and personal models.
 
 The noise comes from a secret key that is drawn from the operating system and saved in the
 checkpoint, which must be kept secret as well; noise from the run's seed could be subtracted by
@@ -25,6 +31,7 @@ for tests. There is no defence against floating-point attacks on the noise (Miro
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedprompt.config.fields import option
+from fedprompt.errors import UserError
 from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
@@ -64,15 +72,22 @@ class DPFedAvg(SharedPromptStrategy):
     """The mean of clipped changes plus noise, and the epsilon that it has cost.
 
     Raises:
-        UserError: there is noise, but its accountant is not installed.
+        UserError: there is noise, and its accountant is not installed or `min_replies` is above 1.
     """
 
     name = "dp_fedavg"
+    steps_without_replies = True
     Config = DPFedAvgConfig
     config: DPFedAvgConfig
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)
+        if self.config.noise and self.min_replies > 1:
+            raise UserError(
+                f"federation.min_replies is {self.min_replies}, but strategy 'dp_fedavg' must not "
+                "let the number of replies decide whether a round counts: the prompts would show "
+                "whether a single client has replied. Set federation.min_replies=1."
+            )
         seed = self.config.noise_seed
         key = secrets.token_bytes(32) if seed is None else hashlib.sha256(b"%d" % seed).digest()
         self._key = np.frombuffer(key, np.uint8).copy()
@@ -80,19 +95,28 @@ class DPFedAvg(SharedPromptStrategy):
         self._clipped: float | None = None
         self.epsilon: float | None = epsilon(self.config.noise, 0, self.config.delta)
 
+    @property
+    def weights_by_examples(self) -> bool:
+        """Never: a client's claim must not change anything."""
+        return False
+
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One noisy step, or none if it would exceed the budget."""
         config = self.config
-        # Every client that was asked pays, whether or not its reply counted.
-        asked = self._asked | {c: self._asked.get(c, 0) + 1 for c in self.sampled}
+        rows_UP = changes(shared, updates)
+        sum_P = clipped(rows_UP, config.clip).sum(axis=0)
+        tag, asked = self._tag(server_round, sum_P), self._asked_so_far()
+        if not self.releases.has("server", server_round, tag):
+            # Every client that was asked pays, whether or not its reply counted.
+            asked = asked | {c: asked.get(c, 0) + 1 for c in self.sampled}
         # Checked before the noise is drawn: a refused step costs nothing.
         spent = epsilon(config.noise, max(asked.values(), default=0), config.delta)
         if config.max_epsilon is not None and (spent is None or spent > config.max_epsilon):
             return shared
+        if config.noise:
+            self.releases.add("server", server_round, self.sampled, tag)
         self._asked, self.epsilon = asked, spent
-        rows_UP = changes(shared, updates)
-        self._clipped = float((norms(rows_UP) > config.clip).mean())
-        sum_P = clipped(rows_UP, config.clip).sum(axis=0)
+        self._clipped = float((norms(rows_UP) > config.clip).mean()) if updates else None
         noise_P = config.noise * config.clip * self._normal(server_round, sum_P)
         # w <- w + (sum_k Delta_k min(1, S / |Delta_k|) + N(0, z^2 S^2 I)) / m. If m were the number
         # of replies, single clients could change it, which the accounting does not cover.
@@ -116,8 +140,17 @@ class DPFedAvg(SharedPromptStrategy):
         """Restore what `state` has returned."""
         self._key = state[KEY].copy()
         self._asked = {int(client): int(rounds) for client, rounds in state[ASKED]}
+        self._asked = self._asked_so_far()
         most = max(self._asked.values(), default=0)
         self.epsilon = epsilon(self.config.noise, most, self.config.delta)
+
+    def _asked_so_far(self) -> dict[int, int]:
+        """How often each client was asked, in releases that a crash has undone as well."""
+        asked = dict(self._asked)
+        # The record is ahead of the state if the run ended between a release and its checkpoint.
+        for client, releases in self.releases.by_client("server").items():
+            asked[client] = max(releases, asked.get(client, 0))
+        return asked
 
     def _normal(self, server_round: int, sum_P: Rows) -> NDArray[np.float64]:
         """Standard normal numbers (P,) keyed by the secret, the round and the sum itself."""
@@ -125,3 +158,8 @@ class DPFedAvg(SharedPromptStrategy):
         digest = hashlib.sha256(b"".join(parts)).digest()
         draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
         return draw.standard_normal(len(sum_P))
+
+    def _tag(self, server_round: int, sum_P: Rows) -> str:
+        """Names the noise of a round; without the secret key it says nothing about the sum."""
+        about = b"tag of the noise" + server_round.to_bytes(8, "little") + sum_P.tobytes()
+        return hmac.digest(self._key.tobytes(), about, "sha256").hex()[:32]

@@ -28,6 +28,7 @@ from fedprompt.experiment.selection import select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
+from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS
 from fedprompt.simulation.private_log import PrivateLog
 
@@ -66,6 +67,8 @@ def run_server(
     # Data sets of protocols are opened before training, so that a missing one is noticed now.
     federation.open_protocols()
     federation.join()
+    # Opened before the checkpoint is restored, since a strategy then counts what it has released.
+    federation.releases.open(folder.path / RELEASES)
     first, totals = _continue_from(federation, folder, checkpoint, private)
     recorded = folder.lines(METRICS)
     if len(recorded) != first:

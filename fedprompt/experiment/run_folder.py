@@ -7,6 +7,7 @@ versions.json          the versions that the run was started and resumed with
 partition.json         images of every client by class and domain
 metrics.jsonl          one line per round; the same bytes with and without a resume
 timings.jsonl          seconds per round
+releases.jsonl         what was released with noise, see fedprompt/privacy/releases.py
 checkpoint.safetensors the last saved round: shared tensors and the strategy's state
 private/               in a simulation, the clients' private tensors (private_log.py)
 prompts.safetensors    the final shared prompts

@@ -59,7 +59,8 @@ class Limits:
     Attributes:
         shapes: name and shape of every shared tensor; all are float32.
         max_norm: largest L2 norm of a tensor.
-        max_examples_ratio: largest number of images, in multiples of the median over clients.
+        max_examples_ratio: largest number of images, in multiples of the median over clients;
+            infinite where clients are not weighed by them.
         min_replies: smallest number of valid replies for a round to count.
     """
 

@@ -58,6 +58,7 @@ class Federation:
         arrays: the present shared tensors, as they are sent.
         strategy: aggregates them.
         rejected: number of training replies that have been rejected since the run began.
+        releases: what has been released with noise since the run began.
 
     Raises:
         UserError: the strategy does not fit the method, or something that privacy needs is not
@@ -80,6 +81,7 @@ class Federation:
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.rejected = 0
+        self.releases = self.strategy.releases
         self.protocols = open_protocols(config)
         self.protocol_rows: dict[int, Row] = {}
         has_validation = workspace.partition.has_validation or workspace.validates_locally
@@ -139,6 +141,9 @@ class Federation:
         """
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
+        if self.config.privacy.noise:
+            # Recorded before clients are asked: their noise is new if a resumed run asks again.
+            self.releases.add("clients", server_round, self.strategy.sampled)
         # 2. Send, and 3. check: the exchange returns what may be aggregated.
         exchanged = self.exchange.train(server_round, self.strategy.shared, messages)
         # 4. Aggregate: the strategy computes the new shared tensors, if there is enough to do so.
@@ -177,7 +182,9 @@ class Federation:
             **exchanged.remarks,
         }
         if config.privacy.noise:
-            spent = local_epsilon(config.privacy, server_round)
+            # A client pays for every round that it is asked for, and again if one is repeated.
+            times = server_round + self.releases.repeated("clients")
+            spent = local_epsilon(config.privacy, times)
             remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
         return line | {name: part for name, part in remarks.items() if part}
 

@@ -13,6 +13,7 @@ Flower's checks the replies: one NaN would spread to all clients.
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from fedprompt.messages import (
     to_arrays,
     to_record,
 )
+from fedprompt.privacy.releases import Releases
 
 __all__ = ["Arrays", "SharedPromptStrategy", "StrategyConfig", "Update"]
 
@@ -49,7 +51,10 @@ class StrategyConfig:
     name: str = option("fedavg", "strategy name")
     max_norm: float = option(1e4, "L2 norm above which a reply's tensors are refused", gt=0)
     max_examples_ratio: float = option(
-        1000.0, "times the median number of images above which a reply is refused", ge=1
+        1000.0,
+        "times the median number of images above which a reply is refused; without effect in "
+        "strategies that weigh all clients equally",
+        ge=1,
     )
 
 
@@ -81,6 +86,7 @@ class SharedPromptStrategy(Strategy):
         shared: shared tensors that the clients of the present round were sent.
         sampled: ids of the clients that were asked to train in the present round, ascending.
         rejected: why clients did not count in the last round, by client id.
+        releases: the run's record of what has been released with noise.
 
     Raises:
         UserError: the strategy cannot work with these tensors.
@@ -96,6 +102,12 @@ class SharedPromptStrategy(Strategy):
     The mean is weighted as `weights_by_examples` says. Only such strategies run under secure
     aggregation. The value is not inherited: a subclass that looks at single updates must not claim
     it by accident.
+    """
+    steps_without_replies: ClassVar[bool] = False
+    """Whether `aggregate` is called in every round, even with no updates, whatever `min_replies`.
+
+    A strategy with differential privacy needs this: if a round counted only with enough replies,
+    the shared tensors would show whether a single client had replied.
     """
 
     def __init__(
@@ -121,6 +133,7 @@ class SharedPromptStrategy(Strategy):
         self.shared: Arrays = {}
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
+        self.releases = Releases()
 
     # What a strategy defines
 
@@ -134,8 +147,9 @@ class SharedPromptStrategy(Strategy):
         Args:
             server_round: the round, from 1.
             shared: the tensors that the clients were sent, float32, in the shapes of `self.shapes`.
-            updates: at least one checked update, sorted by client id. Their arrays have the names
-                and shapes of `shared`; they are float32, or float64 for a mean of several clients.
+            updates: at least one checked update (none is possible with `steps_without_replies`),
+                sorted by client id. Their arrays have the names and shapes of `shared`; they are
+                float32, or float64 for a mean of several clients.
 
         Returns:
             Tensors with the names and shapes of `shared`; they are converted to float32.
@@ -149,9 +163,11 @@ class SharedPromptStrategy(Strategy):
 
     @property
     def weights_by_examples(self) -> bool:
-        """Whether the mean of `linear_in_updates` weighs clients by their images, or all equally.
+        """Whether clients are weighed by their images, or all equally.
 
-        It must be the same in all rounds.
+        It must be the same in all rounds. Where it is False, what a client claims about its images
+        has no effect, on its own weight or on whether others count. `linear_in_updates` means the
+        mean with these weights.
         """
         return True
 
@@ -241,9 +257,11 @@ class SharedPromptStrategy(Strategy):
 
     def screen(self, server_round: int, replies: Iterable[Message]) -> Exchanged:
         """Check the training replies of the present round, see `screening.screen_replies`."""
-        limits = Limits(
-            self.shapes, self.config.max_norm, self.config.max_examples_ratio, self.min_replies
-        )
+        # The rule compares clients, so one client's claim decides about others. Where claims have
+        # no weight there is nothing to gain from them, and only the harm would be left.
+        ratio = self.config.max_examples_ratio if self.weights_by_examples else math.inf
+        fewest = 0 if self.steps_without_replies else self.min_replies
+        limits = Limits(self.shapes, self.config.max_norm, ratio, fewest)
         return screen_replies(
             list(replies),
             self.sampled,
@@ -263,7 +281,7 @@ class SharedPromptStrategy(Strategy):
             The new shared tensors, or None if there is nothing to aggregate.
         """
         self.rejected = dict(exchanged.dropped)
-        if not exchanged.updates:
+        if not exchanged.updates and not self.steps_without_replies:
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)
         # Strategies may compute in float64, but clients accept float32 only.

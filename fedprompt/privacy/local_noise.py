@@ -6,9 +6,11 @@ Source: the Gaussian mechanism (Dwork and Roth, 2014, theorem A.1) on a client's
 in Geyer, Klein and Nabi (2017, arXiv 1712.07557), but on the client, which sends
     received + Delta min(1, S / |Delta|) + N(0, z^2 S^2 I),
 with the norm over all shared tensors together. Any two clipped changes differ by at most 2 S, so
-one round costs as much as a Gaussian release with noise multiplier z / 2, and a client pays for
-every round in which it trains. Such a reply contains nothing else: no losses, and a number of
-images of 1, so that all clients have the same weight.
+one round costs as much as a Gaussian release with noise multiplier z / 2. A client pays for every
+round, and once more for a round that a resumed run repeats, because its noise is then new; the
+server records what it asks for before it asks (releases.py). A change that is not finite is
+replaced by zero, because a reply without noise would show what has happened. A noisy reply contains
+nothing else: no losses, and a number of images of 1, so that all clients have the same weight.
 
 What is covered: the shared tensors of a reply, against everybody, the server included. What is not
 covered: the accuracy of personal models, which clients still report (`protocols: [global]` turns
@@ -20,6 +22,8 @@ The noise comes from the operating system, so that nobody can subtract it, and t
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
 from collections.abc import Mapping
 
@@ -31,6 +35,8 @@ from fedprompt.config.protection import PrivacyConfig
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.accountant import epsilon
 from fedprompt.rng import generator
+
+log = logging.getLogger("fedprompt.client")
 
 
 def protected(
@@ -55,6 +61,9 @@ def protected(
     """
     change = {n: t.double().cpu() - received[n].double().cpu() for n, t in trained.items()}
     norm = float(torch.sqrt(sum((c.square().sum() for c in change.values()), torch.zeros(()))))
+    if not math.isfinite(norm):
+        log.warning("client %d: the change is not finite; only noise is sent", client)
+        change, norm = {n: torch.zeros_like(c) for n, c in change.items()}, 0.0
     # One factor for all tensors: clipping each of them would allow a longer change.
     factor = min(1.0, config.clip / norm) if norm > 0 else 1.0
     draw = _generator(config.noise_seed, server_round, client)
@@ -72,7 +81,7 @@ def local_epsilon(config: PrivacyConfig, rounds: int) -> float | None:
 
     Args:
         config: noise multiplier and delta.
-        rounds: number of rounds in which the client has trained.
+        rounds: number of rounds in which the client may have trained, repeated ones included.
 
     Returns:
         Epsilon, or None if it is infinite because there is no noise.

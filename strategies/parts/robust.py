@@ -35,6 +35,11 @@ class RobustStrategy(SharedPromptStrategy):
 
     config: RobustConfig
 
+    @property
+    def weights_by_examples(self) -> bool:
+        """Never: a client's claim has no weight here."""
+        return False
+
     @abstractmethod
     def robust_step(self, rows_UP: Rows, attackers: int) -> Rows:
         """The step of the shared tensors.

@@ -27,7 +27,10 @@ def flat(shared: Arrays, arrays: Arrays) -> Rows:
 def changes(shared: Arrays, updates: Sequence[Update]) -> Rows:
     """What every client's training adds to the shared tensors: (U, P)."""
     # In float64: between prompts that differ little, most digits of float32 cancel.
-    return np.stack([flat(shared, u.arrays) for u in updates]) - flat(shared, shared)
+    start_P = flat(shared, shared)
+    # In a round without updates there are no rows, but still P columns.
+    rows = [flat(shared, u.arrays) for u in updates]
+    return np.stack(rows) - start_P if rows else np.zeros((0, start_P.size))
 
 
 def sample_shares(updates: Sequence[Update]) -> Rows:

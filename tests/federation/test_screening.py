@@ -263,6 +263,16 @@ def test_a_client_that_boasts_is_dropped() -> None:
     assert "above max_examples_ratio=1000 times the median" in strategy.rejected[1]
 
 
+def test_claims_decide_nothing_where_clients_count_alike() -> None:
+    for name in ("median", "trimmed_mean", "krum", "multi_krum"):
+        strategy = strategy_of_clients(4, name)
+        messages = send(strategy, {"ctx": full(0.0)})
+        images = [1, 1, 10**6, 10**6]
+        replies = [answer(m, {"ctx": full(0.1)}, n) for m, n in zip(messages, images, strict=True)]
+        strategy.aggregate_train(1, replies)
+        assert strategy.rejected == {}, name
+
+
 def test_reasons_are_short_and_printable() -> None:
     strategy = strategy_of_clients(2)
     one, two = send(strategy, {"ctx": full(0.0)})

@@ -55,6 +55,18 @@ def test_noise_has_the_stated_size_and_its_own_draw() -> None:
     assert (sent(fixed, server_round=2)["a"] != sent(fixed)["a"]).any()
 
 
+def test_a_change_that_is_not_finite_sends_noise_alone() -> None:
+    """A reply without noise, or none, would show what happened to the client's training."""
+    zeros, broken = torch.zeros(1000), torch.full((1000,), torch.nan)
+    config = PrivacyConfig(noise=2.0, clip=0.3, noise_seed=7)
+    sent = [
+        protected({"a": zeros}, {"a": trained}, config, server_round=1, client=0)["a"]
+        for trained in (zeros, broken, torch.full((1000,), torch.inf))
+    ]
+    assert float(sent[0].std()) == pytest.approx(0.6, rel=0.1)
+    assert all((other == sent[0]).all() for other in sent[1:])
+
+
 @needs_accountant
 def test_a_noisy_reply_says_nothing_else(make_workspace: MakeWorkspace) -> None:
     workspace = make_workspace(method=PROMPTFL, privacy={"noise": 1.0, "clip": 0.1})

@@ -16,9 +16,13 @@ from fedprompt.experiment.run import run
 from fedprompt.privacy.accountant import epsilon
 from fedprompt.strategies.dp_fedavg import DPFedAvg
 from tests.support.strategies import (
+    answer,
     make_strategy,
     random_rows,
+    send,
+    shared_after,
     step,
+    strategy_of_clients,
     updates_of,
 )
 
@@ -48,6 +52,36 @@ def test_one_client_moves_the_sum_by_at_most_the_bound() -> None:
     one = full_sum.aggregate(1, start, updates_of(rows))["ctx"]
     two = without.aggregate(1, start, updates_of(rows)[:-1])["ctx"]
     assert np.linalg.norm(6.0 * (one - two)) <= 0.7 + 1e-6
+
+
+@pytest.mark.parametrize("claims", [[1] * 11 + [5000] * 11, [10**9] + [1] * 21])
+def test_one_client_moves_the_sum_by_at_most_the_bound_whatever_it_claims(
+    claims: list[int],
+) -> None:
+    def total(without: int | None) -> float:
+        strategy = dp(len(claims), noise=0.0, clip=1.0)
+        messages = send(strategy, {"ctx": np.zeros(4, np.float32)})
+        row = np.array([5.0, 0, 0, 0], np.float32)
+        replies = [
+            answer(m, {"ctx": row}, claims[k]) for k, m in enumerate(messages) if k != without
+        ]
+        after = shared_after(strategy, replies)
+        assert after is not None
+        return len(claims) * float(after["ctx"][0])
+
+    everyone = total(None)
+    assert all(abs(everyone - total(k)) <= 1 + 1e-5 for k in (0, 11, 21))
+
+
+def test_noise_is_sent_whether_or_not_anybody_replies() -> None:
+    strategy, start = dp(4, noise=2.0), {"ctx": np.zeros(4, np.float32)}
+    send(strategy, start)
+    after = shared_after(strategy, [])
+    assert after is not None
+    assert (after["ctx"] != 0).all()
+    assert strategy.epsilon == epsilon(2.0, 1, 1e-5)
+    with pytest.raises(UserError, match=r"min_replies=1"):
+        strategy_of_clients(4, "dp_fedavg", min_replies=2)
 
 
 def test_dp_noise_has_the_stated_size() -> None:
@@ -82,6 +116,20 @@ def test_epsilon_counts_the_rounds_in_which_a_client_was_asked() -> None:
         strategy.aggregate(server_round, start, [rows[c] for c in asked])
     assert strategy.metrics()["releases"] == 2
     assert strategy.epsilon == epsilon(2.0, 2, 1e-5)
+
+
+def test_a_round_that_is_repeated_with_other_replies_is_paid_for_twice() -> None:
+    strategy = dp(4, noise=2.0)
+    step(strategy, np.zeros((4, 4)))
+    state = strategy.state()
+    rows = random_rows(4, 4)
+    for replies in (rows, rows, rows[:3]):  # released, the same once more, and one is missing
+        strategy.load_state(state)
+        strategy.sampled = [0, 1, 2, 3]
+        strategy.aggregate(2, {"ctx": np.zeros(4, np.float32)}, updates_of(replies))
+        paid = 3 if len(replies) == 3 else 2
+        assert strategy.metrics()["releases"] == paid
+        assert strategy.epsilon == epsilon(2.0, paid, 1e-5)
 
 
 def test_a_spent_budget_ends_the_training() -> None:
