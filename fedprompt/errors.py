@@ -23,6 +23,14 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class DamagedFile(UserError):
+    """A file that is not what was written: cut off, or with a changed byte.
+
+    A simulation ends with it even where other errors only exclude one client from a round, because
+    the results would otherwise depend on the damage.
+    """
+
+
 class StopRun(Exception):
     """Raised by an `on_round` callback to stop a run after a round.
 

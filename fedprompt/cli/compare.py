@@ -10,7 +10,7 @@ from typing import cast
 from rich.console import Console
 
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.files import write_bytes
+from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.figures import comparison_figures, heat_figure
 from fedprompt.reports.compare.load import Loaded, Row, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, Metric, choose
@@ -24,7 +24,7 @@ from fedprompt.reports.compare.table import (
     markdown,
     terminal,
 )
-from fedprompt.reports.draw import save_all
+from fedprompt.reports.draw import MARK, save_all
 
 FORMS: dict[str, Callable[[Comparison], str]] = {
     "markdown": markdown,
@@ -32,6 +32,8 @@ FORMS: dict[str, Callable[[Comparison], str]] = {
     "latex": latex,
 }
 """Formats of the table other than the terminal's."""
+STARTS = {"markdown": b"|  | ", "csv": b"row,", "latex": b"% \\usepackage{booktabs}"}
+"""What our tables contain near their beginning, in each of these formats."""
 SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex"}
 
 
@@ -148,13 +150,19 @@ def write_all(
         The paths of the files.
 
     Raises:
-        UserError: The folder cannot be written, or no heat map can be drawn.
+        UserError: The folder cannot be written or holds other files of these names, or no heat map
+            can be drawn.
     """
     figures = comparison_figures(rows)
     if heat is not None:
         metric = KNOWN["personal"] if KNOWN["personal"] in columns else columns[0]
         figures.append(heat_figure(rows, heat, metric))
     written = []
+    # All are checked before the first is written.
+    for form, mark in STARTS.items():
+        refuse_foreign(out / f"table.{SUFFIXES[form]}", mark)
+    for figure in figures:
+        refuse_foreign(out / f"{figure.name}.png", MARK)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for table in tables:
@@ -178,6 +186,8 @@ def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
     table, figure = compare_runs(name, runs)
     sys.stdout.write(f"{table.markdown()}\n\n{table.note}\n")
     if out is not None:
+        refuse_foreign(out / f"{name}.md", b"| ")
+        refuse_foreign(out / f"{figure.name}.png", MARK)
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_bytes(out / f"{name}.md", f"{table.markdown()}\n\n{table.note}\n".encode())

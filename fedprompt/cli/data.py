@@ -214,15 +214,22 @@ def sheet(
     out: Annotated[Path, typer.Option("--out", help="File for the picture.")] = Path("sheet.png"),
 ) -> None:
     """Draw a contact sheet of a data set: one row per class, images of all domains."""
+    from PIL.PngImagePlugin import PngInfo
+
     from fedprompt.cli.data_views import contact_sheet
     from fedprompt.data import open_dataset
     from fedprompt.data.cache_files import default_cache_dir
     from fedprompt.experiment.compose import compose
+    from fedprompt.files import refuse_foreign
+    from fedprompt.reports.draw import MARK, SOURCE
 
     config = compose(experiment, overrides or [])
     dataset = open_dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    refuse_foreign(out, MARK)
+    tags = PngInfo()
+    tags.add_text("Source", SOURCE)
     try:
-        contact_sheet(dataset).save(out)
+        contact_sheet(dataset).save(out, pnginfo=tags)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}.") from None
     Console().print(f"wrote {out}", markup=False, highlight=False)

@@ -69,8 +69,13 @@ def sweep(
     if dry_run:
         _print_plan(table, planned, jobs, serial=serial)
         return
+    from fedprompt.files import refuse_foreign
+    from fedprompt.reports.page import MARKS
+    from fedprompt.reports.run_data import REPORT
     from fedprompt.sweeps.api import run_planned
 
+    # Before hours of runs, not after them.
+    refuse_foreign(folder / REPORT, *MARKS)
     write_plan(table, planned, folder, changes)
     try:
         failures = run_planned(

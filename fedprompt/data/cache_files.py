@@ -20,7 +20,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from fedprompt.errors import UserError
-from fedprompt.files import replacing
+from fedprompt.files import remove_temporaries, replacing
 
 ADVICE = "set output.cache or $FEDPROMPT_CACHE to a writable folder with enough free space"
 DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -72,8 +72,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     try:
         # Under the lock, temporary files can only come from a process that was killed.
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            stale.unlink()
+        remove_temporaries(path)
         with replacing(path) as temporary, temporary.open("wb") as file:
             write(file)
     except OSError as error:

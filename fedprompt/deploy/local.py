@@ -148,6 +148,11 @@ def run_local(config: Config, display: Display, folder: Path | None = None) -> P
             "machine."
         )
     image_folders = [str(Path(f).expanduser().resolve()) for f in client_folders or ()]
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCAL).is_file():
+        raise UserError(
+            f"{folder} is not empty and holds no nodes of an earlier 'deploy local'; choose "
+            "another folder with --folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # The submitted experiment names no client's folder, so a resumed run reads them here.
     write_bytes(folder / LOCAL, json.dumps({"folders": image_folders}, indent=2).encode())

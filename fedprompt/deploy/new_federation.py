@@ -43,14 +43,19 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
         days: how long the certificates are valid.
 
     Raises:
-        UserError: the folder contains a federation, or a host is neither a name nor an address.
+        UserError: the folder contains a federation or files that one would overwrite, or a host
+            is neither a name nor an address.
     """
     for host in hosts:
         # The host is written into certificates, URLs and the commands of README.md.
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host):
             raise UserError(f"--host is {host!r}; it must be a host name or an IP address.")
-    if (folder / "authority").exists() or (folder / "server").exists():
-        raise UserError(f"{folder} already contains a federation; choose another folder.")
+    written = ["authority", "server", "README.md", *(f"node-{k}" for k in range(nodes))]
+    if taken := next((name for name in written if (folder / name).exists()), None):
+        raise UserError(
+            f"{folder} already contains {taken!r}, which would be overwritten; choose another "
+            "folder."
+        )
     authority, server = folder / "authority", folder / "server"
     write_authority(authority, days)
     write_server_certificate(authority, server, list(dict.fromkeys([*hosts, *LOOPBACK])), days)

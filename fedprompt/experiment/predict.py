@@ -25,7 +25,7 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.registry import strategy_class
-from fedprompt.files import read_regular, write_bytes
+from fedprompt.files import read_regular, refuse_foreign, write_bytes
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
@@ -142,6 +142,7 @@ class Classifier:
             "class_embeddings": classes_CD.float().cpu().contiguous(),
             "logit_scale": torch.tensor(self.clip.logit_scale),
         }
+        refuse_foreign(path, b"class_embeddings")
         try:
             write_bytes(path, save(tensors, metadata=header))
         except OSError as error:

@@ -17,6 +17,7 @@ plots/, report.html    the report
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -34,8 +35,18 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.files import write_bytes
-from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, SUMMARY, TIMINGS
+from fedprompt.files import remove_temporaries, write_bytes
+from fedprompt.reports.run_data import (
+    CHECKPOINT,
+    CONFIG,
+    ERROR,
+    METRICS,
+    PARTITION,
+    PROMPTS,
+    REPORT,
+    SUMMARY,
+    TIMINGS,
+)
 from fedprompt.runtime import versions
 
 log = logging.getLogger("fedprompt.run")
@@ -43,8 +54,16 @@ log = logging.getLogger("fedprompt.run")
 VERSIONS = "versions.json"
 """The versions with which a run was started and those with which it was resumed, in order."""
 
-UNSTARTED = {CONFIG, VERSIONS, ".lock", "loggers.json", "tensorboard", "wandb"}
-"""What a run folder may hold before its first round: config, versions and the logs of trackers."""
+LOCK = ".lock"
+UNSTARTED = (CONFIG, VERSIONS, "loggers.json", "tensorboard", "wandb", LOCK)
+"""What a run may have written before its first round: config, versions, logs of trackers, lock."""
+
+
+WRITTEN = (
+    CONFIG, VERSIONS, PARTITION, METRICS, TIMINGS, CHECKPOINT, PROMPTS, SUMMARY, REPORT,
+    "loggers.json",
+)  # fmt: skip
+"""Files that are replaced atomically, so that a killed process may leave a temporary copy."""
 
 
 class RunFolder:
@@ -59,9 +78,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # What was there before this process; None unless `create` made this a new run.
+        self._before: frozenset[str] | None = None
+        self._made_folder = False
         # Two processes that resume the same run would interleave their lines. The operating system
         # releases the lock of a process that dies.
-        self._lock = FileLock(path / ".lock")
+        self._lock = FileLock(path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -82,21 +104,24 @@ class RunFolder:
             The locked folder.
 
         Raises:
-            UserError: the folder already holds a run, or cannot be written.
+            UserError: the folder already holds a run or files of somebody else, or cannot be
+                written.
         """
         if config.output.dir:
             path = Path(config.output.dir).expanduser()
-            _make(path, fresh=False)
+            # Refused before the lock, so that not even its file is added to such a folder.
+            before = _refuse_taken(path)
+            made = _make(path)
         else:
-            path = _make_first_free(default_path(config))
+            path, before, made = _make_first_free(default_path(config)), frozenset(), True
         folder = cls(path)
-        if (path / CONFIG).exists():
+        folder._before, folder._made_folder = before, made
+        try:
+            # Once more under the lock: two processes may have found the folder empty.
+            _refuse_taken(path)
+        except UserError:
             folder.close()
-            raise UserError(
-                f"{path} already holds a run; resume it with 'fedprompt run --resume {path}', or "
-                "choose another output.dir."
-            )
-        # The lock has been held since before the check, so no other process can write in between.
+            raise
         folder.write(CONFIG, to_yaml(config).encode())
         folder.record_versions()
         return folder
@@ -115,8 +140,8 @@ class RunFolder:
             UserError: the folder holds no run, its config is damaged, or another process holds
                 the folder.
         """
-        if not (path / CONFIG).is_file():
-            raise UserError(f"{path} holds no run to resume (no {CONFIG}).")
+        if not holds_run(path):
+            raise UserError(f"{path} holds no run to resume (no {CONFIG} of a run).")
         config = compose(path / CONFIG)
         folder = cls(path)
         if not (path / SUMMARY).exists():  # a finished run is not continued
@@ -152,12 +177,26 @@ class RunFolder:
         self._lock.release()
 
     def discard_unstarted(self) -> None:
-        """Remove the folder of a run that failed before its first round.
+        """Remove what this process has written for a new run that failed before its first round.
 
-        The next attempt then gets the same name, without a number.
+        The next attempt then gets the same name, without a number. The folder itself is removed if
+        this process has made it and nothing else is in it. A resumed run is left alone.
         """
-        if {p.name for p in self.path.iterdir()} <= UNSTARTED:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self._before is None or any(p.name not in UNSTARTED for p in self.path.iterdir()):
+            return
+        for name in UNSTARTED:
+            path = self.path / name
+            if name in self._before:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if self._made_folder:
+            # Succeeds only if the folder is empty.
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
     def write(self, name: str, content: bytes) -> None:
         """Replace one file atomically.
@@ -256,8 +295,9 @@ class RunFolder:
                 if line.get("kind", "round") == "round" and line["round"] <= server_round
             ]
             self.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        for stray in self.path.glob(".*.tmp"):
-            stray.unlink(missing_ok=True)
+        for name in WRITTEN:
+            with contextlib.suppress(OSError):
+                remove_temporaries(self.path / name)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint atomically.
@@ -298,29 +338,70 @@ def default_path(config: Config) -> Path:
     return Path(config.output.root).expanduser() / name
 
 
-def _make(path: Path, *, fresh: bool) -> bool:
-    """Create a folder and its parents.
+def holds_run(path: Path) -> bool:
+    """Whether a folder holds a run, finished or not.
+
+    A `config.yaml` alone does not make one: it is a usual name, and resuming a folder of somebody
+    else would overwrite files there.
+    """
+    others = (VERSIONS, CHECKPOINT, METRICS)
+    return (path / CONFIG).is_file() and any((path / name).exists() for name in others)
+
+
+def _refuse_taken(path: Path) -> frozenset[str]:
+    """Refuse a folder that holds anything that a new run might overwrite or remove.
 
     Args:
-        path: the folder.
-        fresh: whether the folder must be new.
+        path: the folder, which need not exist.
 
     Returns:
-        False if the folder must be new and the name is taken, otherwise True.
+        The names in it: at most those that a failed attempt leaves behind.
+
+    Raises:
+        UserError: the folder holds a run or somebody else's files, or cannot be read.
+    """
+    try:
+        names = frozenset(os.listdir(path))
+    except FileNotFoundError:
+        return frozenset()
+    except OSError as error:
+        raise _cannot_make(path, error) from None
+    if holds_run(path):
+        raise UserError(
+            f"{path} already holds a run; resume it with 'fedprompt run --resume {path}', or "
+            "choose another output.dir."
+        )
+    if others := sorted(names - {LOCK, ERROR}):
+        raise UserError(
+            f"{path} is not empty and is no run (it holds {others[0]!r}); choose another "
+            "output.dir, because a run overwrites files in its folder."
+        )
+    return names
+
+
+def _make(path: Path) -> bool:
+    """Create a folder and its parents.
+
+    Returns:
+        Whether the folder is new; False if it exists.
 
     Raises:
         UserError: the folder cannot be created.
     """
     try:
-        path.mkdir(parents=True, exist_ok=not fresh)
+        path.mkdir(parents=True)
     except OSError as error:
-        if fresh and isinstance(error, FileExistsError):
+        if isinstance(error, FileExistsError) and path.is_dir():
             return False
-        raise UserError(
-            f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
-            "to a writable place."
-        ) from None
+        raise _cannot_make(path, error) from None
     return True
+
+
+def _cannot_make(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
+        "to a writable place."
+    )
 
 
 def _make_first_free(stem: Path) -> Path:
@@ -330,7 +411,8 @@ def _make_first_free(stem: Path) -> Path:
     folders.
     """
     path, number = stem, 2
-    while not _make(path, fresh=True):
+    # A file or a dangling link takes a name as well.
+    while os.path.lexists(path) or not _make(path):
         path = stem.with_name(f"{stem.name}-{number}")
         number += 1
     return path

@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from fedprompt.files import MARKED_BYTES, replacing
 from fedprompt.reports.draw_panels import draw_panel, panel_height
 from fedprompt.reports.draw_style import GREY, INK
 from fedprompt.reports.figure import Figure
@@ -18,6 +19,10 @@ from fedprompt.reports.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
+SOURCE = "fedprompt"
+"""The tag `Source` of our PNG files, by which they are told from those of the user."""
+MARK = b"Source\0" + SOURCE.encode()
+"""That tag as it is stored in a PNG file, before the pixels."""
 WIDTH_IN, DPI = 5.6, 150
 """Width of every picture in inches, and pixels per inch."""
 TITLE_LETTERS, CAPTION_LETTERS = 58, 84
@@ -60,7 +65,10 @@ def save(figure: Figure, path: Path) -> None:
         OSError: The file cannot be written.
     """
     # Without the tag that names matplotlib's version, the file depends on the figure only.
-    draw(figure).savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    metadata = {"Software": None, "Source": SOURCE}
+    with replacing(path) as temporary:
+        # The format is named, because the temporary file does not end in `.png`.
+        draw(figure).savefig(temporary, format="png", dpi=DPI, facecolor="white", metadata=metadata)
 
 
 def save_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
@@ -81,3 +89,12 @@ def save_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
     for figure, path in zip(figures, paths, strict=True):
         save(figure, path)
     return paths
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a PNG file was written by `save`, as far as its tags tell."""
+    try:
+        with path.open("rb") as stream:
+            return MARK in stream.read(MARKED_BYTES)
+    except OSError:
+        return False

@@ -20,6 +20,8 @@ from fedprompt.files import asset
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import MISSING, percent
 
+MARKS = (b'<meta name="generator" content="fedprompt">', b"script-src 'sha256-")
+"""What tells our pages from those of the user; those of older versions have the second only."""
 SCRIPT, STYLE = "charts.js", "report.css"
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedprompt.data.partition import dense
+from fedprompt.files import refuse_foreign
 from fedprompt.reports.client_figure import MANY
-from fedprompt.reports.draw import save
+from fedprompt.reports.draw import MARK, save
 from fedprompt.reports.figure import PALETTE, Axis, Bars, BarSeries, Figure, Heat, palette
 from fedprompt.reports.figure_parts import count_bars
 from fedprompt.reports.run_data import check_partition
@@ -33,10 +34,11 @@ def plot_partition(description: Mapping[str, Any], path: Path) -> None:
         path: The file; its folder is created if necessary.
 
     Raises:
-        UserError: The description lacks its counts.
+        UserError: The description lacks its counts, or the file is somebody else's.
         OSError: The file cannot be written.
     """
     check_partition(description, path)
+    refuse_foreign(path, MARK)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(partition_figure(description), path)
 

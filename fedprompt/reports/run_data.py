@@ -306,6 +306,8 @@ CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", 
 
 
 REPORT, PRIVATE = "report.html", "private"
+ERROR = "error.txt"
+"""The traceback that a sweep leaves in the folder of a run that failed unexpectedly."""
 
 
 METRICS, TIMINGS, PARTITION, CONFIG = (

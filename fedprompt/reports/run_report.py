@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.data.partition import dense
+from fedprompt.files import write_bytes
 from fedprompt.reports.client_figure import MANY
-from fedprompt.reports.draw import save_all
+from fedprompt.reports.draw import is_ours, save_all
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import (
     MISSING,
@@ -34,14 +35,6 @@ from fedprompt.reports.run_figures import run_figures
 TEMPLATE = "report.html.j2"
 PROTOCOL = "protocol_"
 """Prefix of the names of protocols' figures."""
-OUR_FILES = (
-    "accuracy_per_round.png",
-    "client_accuracy.png",
-    "loss_per_round.png",
-    "partition.png",
-    f"{PROTOCOL}*.png",
-)
-"""Files that a report replaces; everything else in the folder belongs to the user."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +71,12 @@ def write_report(
     draw_all(drawn, run.path / "plots")
     path = run.path / REPORT
     html = render(TEMPLATE, drawn, {**_content(run), "protocols": tables})
-    path.write_text(html, encoding="utf-8")
+    write_bytes(path, html.encode())
     return path
 
 
 def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Write a run's figures as PNG files, and remove those of an earlier state of the run.
+    """Write a run's figures as PNG files, and remove our figures of an earlier state of the run.
 
     Args:
         figures: Every figure that the run has.
@@ -95,12 +88,13 @@ def draw_all(figures: Sequence[Figure], folder: Path) -> list[Path]:
     Raises:
         OSError: A file cannot be written.
     """
-    folder.mkdir(exist_ok=True)
-    # Protocols may have been removed from the config since, so stale files must not remain.
-    for pattern in OUR_FILES:
-        for stale in folder.glob(pattern):
-            stale.unlink()
-    return save_all(figures, folder)
+    drawn = save_all(figures, folder)
+    # Protocols may have been removed from the config since, so stale files must not remain. Only
+    # files with our mark are removed: everything else in the folder belongs to the user.
+    for other in set(folder.glob("*.png")) - set(drawn):
+        if is_ours(other):
+            other.unlink()
+    return drawn
 
 
 def summary_of(run: RunData) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError
+from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.cells import cells_of, method_names
 from fedprompt.reports.compare.figures import comparison_figures, heat_figure, swept_settings
 from fedprompt.reports.compare.load import Row, differing, load_rows
@@ -25,7 +26,7 @@ from fedprompt.reports.compare.statistics import Cell
 from fedprompt.reports.compare.table import Comparison, compare_rows, markdown, text
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import MISSING, human_time, percent, plural
-from fedprompt.reports.page import render
+from fedprompt.reports.page import MARKS, render
 
 TEMPLATE = "sweep.html.j2"
 HEADLINES = ("personal", "global", "worst")
@@ -55,8 +56,10 @@ def write_sweep_report(
         The path of the file.
 
     Raises:
-        UserError: No run is finished, a run is damaged, or `out` cannot be written.
+        UserError: No run is finished, a run is damaged, or `out` cannot be written or is not a
+            report.
     """
+    refuse_foreign(out, *MARKS)
     loaded = load_rows(paths)
     rows = loaded.rows
     if command is None and len(paths) == 1:
@@ -91,7 +94,7 @@ def write_sweep_report(
     }
     html = render(TEMPLATE, sweep_figures(rows, metrics), content)
     try:
-        out.write_text(html, encoding="utf-8")
+        write_bytes(out, html.encode())
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}.") from None
     return out

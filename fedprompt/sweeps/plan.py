@@ -33,7 +33,7 @@ from fedprompt.config.shipped import configs_dir, load_yaml
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.compose import compose
-from fedprompt.files import write_bytes
+from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.names import PLAN, describe, plain
 
 KEYS = ("experiment", "seeds", "common", "rows", "grid", "resources", "quick")
@@ -203,8 +203,9 @@ def write_plan(
             command.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written, or holds a `sweep.json` of another program.
     """
+    refuse_foreign(out / PLAN, b'"sweep": ')
     content = {
         "sweep": sweep.name,
         "file": str(sweep.path),

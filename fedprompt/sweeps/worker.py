@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from fedprompt.config.schema import Config
     from fedprompt.experiment.workspaces import ResourceCache
 
-ERROR = "error.txt"
-"""The file with the traceback, in the folder of a run that failed unexpectedly."""
 LOCK_S = 60.0
 """How many seconds a run waits for the process of a killed sweep to release the run folder."""
 
@@ -94,7 +92,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.experiment import run as experiment
     from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import QuietDisplay
-    from fedprompt.reports.run_data import CONFIG
+    from fedprompt.reports.run_data import CONFIG, ERROR
     from fedprompt.sweeps.plan import without_places
 
     folder, silent = Path(str(config.output.dir)), QuietDisplay(Console(quiet=True))
@@ -144,6 +142,8 @@ def _unexpected(error: Exception, folder: Path) -> str:
     """Write the traceback into the run folder and return the reason in one line."""
     import contextlib
     import traceback
+
+    from fedprompt.reports.run_data import ERROR
 
     # The disk may be what failed; the reason is still reported then.
     with contextlib.suppress(OSError):

@@ -20,6 +20,7 @@ from fedprompt.evaluation.registry import (
 from fedprompt.experiment.display import QuietDisplay, protocol_tables
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.summary import draw_report
+from fedprompt.reports.draw import MARK
 from tests.support.protocol_runs import (
     WITH_RESULTS,
     config_of,
@@ -118,6 +119,6 @@ def test_figures_of_protocols_that_are_gone_do_not_stay(
     (folder / "plots").mkdir(parents=True)
     for file in ("config.yaml", "metrics.jsonl", "summary.json"):
         os.link(runs() / file, folder / file)
-    (folder / "plots" / "protocol_ood.png").write_bytes(b"old")
+    (folder / "plots" / "protocol_ood.png").write_bytes(b"PNG " + MARK + b" pixels")
     draw_report(folder)
     assert not (folder / "plots" / "protocol_ood.png").exists()

@@ -87,15 +87,68 @@ def test_an_existing_run_is_refused_and_left_alone(run_config: Callable[..., Con
     RunFolder.resume(folder.path)[0].close()
 
 
-def test_a_folder_without_a_run_can_be_given(run_config: Callable[..., Config]) -> None:
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "summary.json", "metrics.jsonl", "config.yaml", ".x"]
+)
+def test_a_folder_with_somebody_elses_files_is_refused_and_left_alone(
+    run_config: Callable[..., Config], name: str
+) -> None:
     config = run_config()
-    assert config.output.dir is not None
-    path = Path(config.output.dir)
+    path = Path(str(config.output.dir))
     path.mkdir()
-    (path / "notes.txt").write_text("mine")
-    folder = RunFolder.create(config)
-    assert folder.path == path
-    assert (path / "notes.txt").read_text() == "mine"
+    (path / name).write_text("mine")
+    for _ in range(2):
+        with one_line(rf"run is not empty and is no run \(it holds '{name}'\)"):
+            RunFolder.create(config)
+    assert [(p.name, p.read_text()) for p in path.iterdir()] == [(name, "mine")]
+    with one_line("holds no run to resume"):
+        RunFolder.resume(path)
+
+
+def test_what_a_failed_sweep_leaves_is_no_foreign_file(run_config: Callable[..., Config]) -> None:
+    path = Path(str(run_config().output.dir))
+    path.mkdir()
+    for name in (".lock", "error.txt"):
+        (path / name).touch()
+    RunFolder.create(run_config()).close()
+
+
+def test_only_what_this_process_made_is_removed(run_config: Callable[..., Config]) -> None:
+    def make() -> RunFolder:
+        folder = RunFolder.create(run_config())
+        for name in ("tensorboard", "wandb"):
+            (folder.path / name).mkdir()
+            (folder.path / name / "log").touch()
+        return folder
+
+    folder = make()
+    folder.discard_unstarted()
+    folder.close()
+    assert not folder.path.exists()
+    # A folder that was there before, perhaps as a mount point, stays.
+    folder.path.mkdir()
+    folder = make()
+    folder.discard_unstarted()
+    folder.close()
+    assert [p.name for p in folder.path.iterdir()] == []
+    # A resumed run, and one beside which somebody has put a file meanwhile, are left alone.
+    folder = make()
+    (folder.path / "notes.txt").touch()
+    folder.discard_unstarted()
+    folder.close()
+    (folder.path / "notes.txt").unlink()
+    again, _ = RunFolder.resume(folder.path)
+    again.discard_unstarted()
+    again.close()
+    assert {"config.yaml", "tensorboard", "wandb"} <= {p.name for p in folder.path.iterdir()}
+
+
+def test_a_rewind_removes_our_temporary_files_only(run_config: Callable[..., Config]) -> None:
+    folder = RunFolder.create(run_config())
+    for name in (".metrics.jsonl.a1b2c3d4.tmp", ".mine.tmp"):
+        (folder.path / name).touch()
+    folder.rewind(-1)
+    assert [p.name for p in folder.path.glob(".*.tmp")] == [".mine.tmp"]
 
 
 def test_one_holder_at_a_time(run_config: Callable[..., Config]) -> None:

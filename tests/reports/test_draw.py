@@ -200,10 +200,13 @@ def test_a_runs_files_have_150_dpi_and_depend_on_the_run_only(tmp_path: Path) ->
 
 
 def test_figures_of_an_earlier_state_go_and_files_of_the_user_stay(tmp_path: Path) -> None:
-    for name in ("partition", "protocol_ood", "mine"):
-        (tmp_path / f"{name}.png").write_bytes(b"of an earlier run")
-    assert draw_all([], tmp_path) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+    run = load_run(write_run(tmp_path / "run"))
+    ours = draw_all(run_figures(run), tmp_path / "plots")
+    mine = tmp_path / "plots" / "protocol_mine.png"
+    mine.write_bytes(b"of somebody else")
+    assert draw_all([], tmp_path / "plots") == []
+    assert len(ours) == 4
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["protocol_mine.png"]
 
 
 def test_labels_keep_their_order_and_their_distance() -> None:

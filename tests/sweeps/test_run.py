@@ -22,7 +22,7 @@ from fedprompt.config.schema import to_yaml
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.reports.compare.names import PLAN
-from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, PROMPTS
+from fedprompt.reports.run_data import CONFIG, ERROR, METRICS, PARTITION, PROMPTS
 from fedprompt.sweeps import worker
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import (
@@ -146,9 +146,9 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
         patched.setattr("fedprompt.experiment.run.open_workspace", broken)
         outcome = worker.complete(run.config, ResourceCache(), 1)
     assert outcome.failure.startswith("ValueError: first line second line (traceback: ")
-    assert "in broken" in (run.folder / worker.ERROR).read_text()
+    assert "in broken" in (run.folder / ERROR).read_text()
     assert worker.complete(run.config, ResourceCache(), 1).failure == ""
-    assert not (run.folder / worker.ERROR).exists()
+    assert not (run.folder / ERROR).exists()
 
 
 def test_a_folder_of_another_config_is_not_touched(tmp_path: Path) -> None:

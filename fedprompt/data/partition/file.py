@@ -22,7 +22,7 @@ from fedprompt.config.schema import PartitionConfig
 from fedprompt.data.dataset import HELD, TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.partition.holders import NOBODY, SERVER, Partition
 from fedprompt.errors import UserError
-from fedprompt.files import write_bytes
+from fedprompt.files import refuse_foreign, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,10 @@ def write_partition(
         origin: how the partition was made, for human readers; see `origin_of`.
 
     Raises:
-        UserError: the file cannot be written, or the images have no names.
+        UserError: the file cannot be written or is not a partition file, or the images have no
+            names.
     """
+    refuse_foreign(path, f'"format": "{FORMAT}"'.encode())
     names = _names(dataset)
 
     def named(index: Any) -> list[str]:

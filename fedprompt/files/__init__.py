@@ -9,6 +9,7 @@ node; `asset` finds them.
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.metadata
 import os
 import stat
@@ -19,6 +20,9 @@ from importlib import resources
 from pathlib import Path
 
 from fedprompt.errors import UserError
+
+MARKED_BYTES = 4096
+"""How much of a file `refuse_foreign` reads."""
 
 
 @contextlib.contextmanager
@@ -101,6 +105,51 @@ def read_regular(path: Path) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
     return path.read_bytes()
+
+
+def refuse_foreign(path: Path, *marks: bytes) -> None:
+    """Refuse to replace a file that fedprompt has not written.
+
+    Commands write files with usual names (`report.html`, `partition.png`) into folders that belong
+    to the user, who may have a file of that name there.
+
+    Args:
+        path: the file that is about to be written; it need not exist.
+        marks: what each of our files of this kind contains one of near its beginning.
+
+    Raises:
+        UserError: the path exists and holds none of the marks.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(MARKED_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
+    # An empty file holds nothing that could be lost; `mktemp` makes such files, for example.
+    if start and not any(mark in start for mark in marks):
+        raise UserError(
+            f"{path} exists and was not written by fedprompt; choose another place with --out, "
+            "or remove it."
+        )
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what processes left behind that were killed while they replaced a file.
+
+    Other files are not touched, whatever their names. The caller must hold the lock under which
+    `path` is written, because the temporary file of a living process looks the same.
+
+    Args:
+        path: the file that was being replaced; it need not exist.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    # The names that `replacing` draws.
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        stray.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
