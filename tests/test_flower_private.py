@@ -58,7 +58,7 @@ BREAKS: dict[tuple[str, str], str] = {
 }
 """What stops working without a private name, by the module of ours that imports it."""
 
-ATTRIBUTES = ("_message_id", "_src_node_id")
+ATTRIBUTES = ("_message_id",)
 """Private attributes of a message's metadata that `messages/flower.py` sets."""
 
 

@@ -19,7 +19,7 @@ from fedprompt.deploy.node_report import ZERO_SHOT
 from fedprompt.errors import UserError
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.scores import personal_scores
-from fedprompt.federation.screening import TEST_COUNTS
+from fedprompt.federation.screening import TEST_COUNTS, count_ranges
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
 from fedprompt.reports.run_data import PARTITION
@@ -96,7 +96,8 @@ class NodeFederation(Federation):
         rounds = self.config.federation.rounds
         clients = self.strategy.clients
         # Zero-shot CLIP has no prompts, so no tensors are sent.
-        rows = dict(self._client_rows(rounds, clients, to_record({}), {ZERO_SHOT: True}))
+        ranges, settings = count_ranges(TEST_COUNTS), {ZERO_SHOT: True}
+        rows = dict(self._client_rows(rounds, clients, to_record({}), ranges, settings))
         return {"personal": personal_scores(rows, TEST_COUNTS)}
 
     def _update_nodes(self, server_round: int) -> None:

@@ -3,19 +3,27 @@
 This is the only module that fetches replies from nodes. A message that a node has not fetched when
 its exchange is over expires, so a node that was slow or away continues with the current round and
 not with a past one.
+
+A node can put any bytes into its reply, its metadata included, and Flower checks only that a reply
+is for a message to the node that it claims to come from. So nobody but the node that was asked must
+be able to name a message: `push_messages` makes the ids of messages unguessable. And whose reply it
+is must not be read in the reply: `pull_replies` asks for one message at a time.
 """
 
 from __future__ import annotations
 
+import logging
+import secrets
 import time
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedprompt.federation.grid import CountingGrid, Traffic
-from fedprompt.messages import set_source, to_wire
+from fedprompt.messages import CLIENT_FAILED, error_reason, sanitised, to_wire
+
+log = logging.getLogger("fedprompt.server")
 
 POLL_S = 1.0
 """Seconds between two looks for replies."""
@@ -24,32 +32,48 @@ GRACE_S = 5.0
 """
 
 
-class Reply(NamedTuple):
-    """A reply, with the id of the message that it answers."""
-
-    message_id: str
-    message: Message
-
-
-def pull_replies(grid: Grid, node_of_message: Mapping[str, int]) -> list[Reply]:
-    """The replies that have arrived; every reply is untrusted.
+def pull_replies(grid: Grid, asked: Mapping[str, Message]) -> dict[str, Message]:
+    """The replies that have arrived.
 
     Args:
         grid: how to reach the nodes.
-        node_of_message: the node that each message was sent to, by the message's id.
+        asked: the messages that were sent, by their ids.
 
     Returns:
-        Replies in the order in which Flower gives them. The id is the one that the reply claims to
-        answer. An error has the node that it is about as its source.
+        The reply to each message that was answered, by the id of the message. Its metadata are
+        those of a reply to this message from the node that was asked, but every byte of its content
+        is untrusted. A reply that is not one is replaced by an error with the reason.
     """
-    replies = []
-    for message in grid.pull_messages(list(node_of_message)):
-        message_id = message.metadata.reply_to_message_id
-        # Flower reports a lost node under the server's own id.
-        if message.has_error() and message_id in node_of_message:
-            set_source(message, node_of_message[message_id])
-        replies.append(Reply(message_id, message))
-    return replies
+    pulled = {message_id: _pull(grid, message) for message_id, message in asked.items()}
+    return {message_id: reply for message_id, reply in pulled.items() if reply is not None}
+
+
+def _pull(grid: Grid, asked: Message) -> Message | None:
+    """The reply to one message, or None if there is none yet."""
+    message_id, node = asked.metadata.message_id, asked.metadata.dst_node_id
+    try:
+        # Flower stores a reply under the id that its sender named when it was authenticated. With a
+        # single id per call, nothing in the reply itself has to be believed.
+        arrived = list(grid.pull_messages([message_id]))
+        if not arrived:
+            return None
+        (reply,) = arrived
+        if reply.has_error():
+            # Flower itself answers for a lost node, and under the server's id.
+            return Message(Error(reply.error.code, error_reason(reply)), reply_to=asked)
+        claimed = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+        # Flower fails on content that is no record, if a node has stored it in the place of one.
+        to_wire(reply)
+    except Exception as error:
+        # Flower parses a reply when it is pulled, and malformed bytes raise errors of many types.
+        # If the SuperLink itself fails, so does the next call that sends messages.
+        log.debug("a reply of node %d cannot be read", node, exc_info=True)
+        reason = f"its reply cannot be read: {type(error).__name__}: {error}"
+        return Message(Error(CLIENT_FAILED, sanitised(reason)), reply_to=asked)
+    if claimed != (message_id, node):
+        reason = "its reply claims to answer another message or to come from another node"
+        return Message(Error(CLIENT_FAILED, reason), reply_to=asked)
+    return reply
 
 
 class NodeGrid(CountingGrid):
@@ -68,8 +92,13 @@ class NodeGrid(CountingGrid):
         return self.inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; returns their ids."""
-        return self.inner.push_messages(messages)
+        """Send messages, each with a secret in its id; returns the ids."""
+        sent = list(messages)
+        for message in sent:
+            # Flower derives the id from the content and the metadata. Without the secret, a node
+            # could compute the ids of its neighbours' messages and reply in their place.
+            message.metadata.group_id = f"{message.metadata.group_id} {secrets.token_hex(16)}"
+        return self.inner.push_messages(sent)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to messages that were sent earlier."""
@@ -96,18 +125,13 @@ class NodeGrid(CountingGrid):
                 message.metadata.ttl = timeout + GRACE_S
         ids = list(self.push_messages(sent))
         # Flower gives no id to a message that it could not send; there is nothing to wait for.
-        waiting = {
-            message_id: message.metadata.dst_node_id
-            for message_id, message in zip(ids, sent, strict=True)
-            if message_id
-        }
+        waiting = {i: message for i, message in zip(ids, sent, strict=True) if i}
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
-            for reply in pull_replies(self, waiting):
-                # A reply may claim to answer any message, so an unknown id is not an error.
-                waiting.pop(reply.message_id, None)
-                replies.append(reply.message)
+            for message_id, reply in pull_replies(self, waiting).items():
+                del waiting[message_id]
+                replies.append(reply)
             # The deadline is checked after a look, so that replies that came in time always count.
             if not waiting or (deadline is not None and time.monotonic() > deadline):
                 break

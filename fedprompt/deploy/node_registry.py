@@ -20,6 +20,7 @@ from fedprompt.data.partition import sparse
 from fedprompt.deploy.backbone_check import has_other_weights
 from fedprompt.deploy.node_grid import pull_replies
 from fedprompt.deploy.node_report import NodeReport, read_report
+from fedprompt.messages import read_answers
 
 log = logging.getLogger("fedprompt.server")
 RETRY_S = 60.0
@@ -55,7 +56,7 @@ class NodeRegistry:
         self.reports: dict[int, NodeReport] = {}
         self.faults: dict[int, str] = {}
         self._asked: set[int] = set()
-        self._pending: dict[str, int] = {}
+        self._pending: dict[str, Message] = {}
         self._refused_at: dict[int, float] = {}
 
     @property
@@ -82,14 +83,13 @@ class NodeRegistry:
         now = _now()
         self._asked -= {n for n, since in self._refused_at.items() if now - since > RETRY_S}
         self._ask(sorted(connected - self._asked))
-        if self._pending:
-            replies = {
-                self._pending.pop(reply.message_id): reply.message
-                for reply in pull_replies(self.grid, self._pending)
-            }
-            # Sorted, so that of two nodes that claim one client the same one wins every time.
-            for node, reply in sorted(replies.items()):
-                self._admit(node, read_report(reply, len(self.class_names), self.clients))
+        arrived = pull_replies(self.grid, self._pending)
+        queries = [self._pending.pop(message_id) for message_id in arrived]
+        answers = read_answers(queries, arrived.values(), self._read_report)
+        # Sorted by node, so that of two nodes that claim one client the same one wins every time.
+        reports: dict[int, NodeReport | str] = {**answers.usable, **answers.faults}
+        for node, report in sorted(reports.items()):
+            self._admit(node, report)
         return self.node_of_client != before
 
     def partition_rows(self, recorded: Mapping[str, Any] | None) -> dict[str, list[list[int]]]:
@@ -121,7 +121,9 @@ class NodeRegistry:
             del self.node_of_client[client]
         self.faults = {n: fault for n, fault in self.faults.items() if n in connected}
         self._refused_at = {n: since for n, since in self._refused_at.items() if n in connected}
-        self._pending = {i: n for i, n in self._pending.items() if n in connected}
+        self._pending = {
+            i: m for i, m in self._pending.items() if m.metadata.dst_node_id in connected
+        }
         self._asked &= connected
 
     def _ask(self, nodes: Sequence[int]) -> None:
@@ -137,7 +139,10 @@ class NodeRegistry:
             self._refused_at.pop(node, None)
         ids = self.grid.push_messages(queries)
         # Flower gives no id to a message that it could not send.
-        self._pending |= {i: node for i, node in zip(ids, nodes, strict=True) if i}
+        self._pending |= {i: query for i, query in zip(ids, queries, strict=True) if i}
+
+    def _read_report(self, node: int, content: RecordDict) -> NodeReport:
+        return read_report(content, len(self.class_names), self.clients)
 
     def _admit(self, node: int, report: NodeReport | str) -> None:
         """Let a node take part, or refuse it and say why."""

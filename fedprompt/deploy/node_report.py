@@ -17,14 +17,11 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedprompt.deploy.backbone_check import sample_features
-from fedprompt.federation.screening import MAX_EXAMPLES
-from fedprompt.messages import CONFIG, METRICS, error_reason
+from fedprompt.messages import CONFIG, MAX_EXAMPLES, METRICS, Refused, sanitised
 from fedprompt.workspace import Workspace
 
 ZERO_SHOT = "zero-shot"
 """Key of an evaluate message that asks for the backbone's own accuracy, without any prompt."""
-MAX_TEXT = 500
-"""Characters of a peer's text that are read."""
 
 
 @dataclass(frozen=True)
@@ -106,42 +103,44 @@ def report_reply(report: NodeReport, message: Message) -> Message:
 
 def fault_reply(fault: str, message: Message) -> Message:
     """The reply of a node that cannot take part, with the reason in one line."""
-    record = ConfigRecord({"fault": fault[:MAX_TEXT]})
+    record = ConfigRecord({"fault": sanitised(fault)})
     return Message(RecordDict({CONFIG: record}), reply_to=message)
 
 
-def read_report(reply: Message, classes: int, clients: int) -> NodeReport | str:
-    """Check a reply to a query; every byte of it is untrusted.
+def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
+    """Check the reply to a query; every byte of it is untrusted.
 
     Args:
-        reply: what the node sent.
+        content: what the node sent.
         classes: number of classes C of the experiment.
         clients: number of clients K of the experiment.
 
     Returns:
-        The report, or one line that says why the node cannot take part.
+        The report.
+
+    Raises:
+        Refused: the node cannot take part; the message is one line with the reason.
     """
-    if reply.has_error():
-        return error_reason(reply)[:MAX_TEXT]
-    settings = reply.content.get(CONFIG)
+    settings = content.get(CONFIG)
     if isinstance(settings, ConfigRecord):
-        return " ".join(str(settings.get("fault", "no reason given")).split())[:MAX_TEXT]
-    metrics = reply.content.get(METRICS)
+        fault = settings.get("fault")
+        raise Refused(fault if isinstance(fault, str) and fault else "no reason given")
+    metrics = content.get(METRICS)
     if not isinstance(metrics, MetricRecord):
-        return "its report cannot be read"
+        raise Refused("its report cannot be read")
     client = metrics.get("client-id")
     # The number becomes an index into the partition's rows, so its range matters.
     if not isinstance(client, int) or not 0 <= client < clients:
-        return f"it claims to be client {client!r}, but there are {clients} clients"
+        raise Refused(f"it claims to be client {client!r}, but there are {clients} clients")
     train_C = _counts(metrics, "train-counts", classes)
     test_C = _counts(metrics, "test-counts", classes)
     bad_images, labelled = metrics.get("bad-images"), metrics.get("labelled")
     if train_C is None or test_C is None or not _is_count(bad_images) or labelled not in (0, 1):
-        return f"its report does not fit the experiment's {classes} classes"
+        raise Refused(f"its report does not fit the experiment's {classes} classes")
     sample = metrics.get("sample")
     # Flower's MetricRecord holds numbers only, so `isfinite` gets no text.
     if not isinstance(sample, list) or not np.isfinite(sample).all():
-        return "its report lacks its backbone's features of the sample"
+        raise Refused("its report lacks its backbone's features of the sample")
     assert isinstance(bad_images, int)
     features = tuple(map(float, sample))
     return NodeReport(client, train_C, test_C, bad_images, bool(labelled), features)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut
+from fedprompt.messages import Ranges
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import Table
@@ -180,8 +181,20 @@ class Protocol(ABC):
             private: per client, its private tensors, without a client axis.
 
         Returns:
-            One dict per client, in the order of `clients`, all with the same names. They are
-            the whole reply: no prompt, image or prediction leaves the client.
+            One dict per client, in the order of `clients`, with the names of `client_numbers`.
+            They are the whole reply: no prompt, image or prediction leaves the client.
+        """
+        raise NotImplementedError
+
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """The numbers that `measure_clients` reports, and within which limits.
+
+        Called on the server if `asks_clients` is set. A client's numbers come from another machine:
+        the server reads these names only, and leaves out a client that lacks one of them or exceeds
+        its limits, so that no client can make `measure` fail.
+
+        Args:
+            workspace: the server's workspace.
         """
         raise NotImplementedError
 

@@ -110,6 +110,16 @@ def _train(
     return replies, {r.client: r.private for r in results if r.private}
 
 
+def reported_counts(workspace: Workspace) -> list[tuple[str, str]]:
+    """The pairs of metrics that every client of an experiment reports in an evaluation."""
+    counts = [TEST_COUNTS]
+    if workspace.validates_locally:
+        counts.append(VALIDATION_COUNTS)
+    if workspace.config.evaluation.personal_on_global:
+        counts.append(COMMON_COUNTS)
+    return counts
+
+
 def _evaluate(
     workspace: Workspace,
     clients: Sequence[int],

@@ -59,6 +59,7 @@ class PlainExchange:
         self, server_round: int, shared: Arrays, messages: Mapping[int, Message]
     ) -> Exchanged:
         """Send the messages and screen the replies, see `Exchange.train`."""
-        replies, traffic = self._send(list(messages.values()))
+        asked = list(messages.values())
+        replies, traffic = self._send(asked)
         # The strategy sees the replies only; the bytes are counted by the grid.
-        return replace(self._strategy.screen(server_round, replies), traffic=traffic)
+        return replace(self._strategy.screen(server_round, asked, replies), traffic=traffic)

@@ -11,33 +11,38 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedprompt.messages import (
     ARRAYS,
+    MAX_EXAMPLES,
     METRICS,
+    Arrays,
     Exchanged,
+    Ranges,
+    Refused,
     Update,
-    error_reason,
-    sanitised,
-    to_arrays,
+    read_answers,
     values_of,
 )
 
-__all__ = ["Limits", "Row", "Update", "reply_fault", "screen_evaluations", "screen_replies"]
+__all__ = ["Limits", "Row", "Update", "read_training", "screen_evaluations", "screen_replies"]
 
 log = logging.getLogger("fedprompt.strategy")
 
-MAX_EXAMPLES = 10**9
-"""Largest number of images that a client may report."""
 MAX_METRICS = 100
 """Largest number of metrics that are read from a reply."""
+MAX_LOSS = 1e30
+"""Larger losses are left out: their weighted sum over clients could overflow."""
+LOSS = re.compile(r"loss(-[A-Za-z0-9_.-]{1,40})?")
+"""Names of the metrics that are read as losses; they become keys of files and of trackers."""
 HEADER_BYTES = 4096
 """An upper bound of the header that NumPy writes before an array."""
 # `num-examples` is the name that Flower's own strategies use.
@@ -70,9 +75,24 @@ class Limits:
     min_replies: int
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a training reply holds.
+
+    Attributes:
+        arrays: trained shared tensors by name.
+        num_examples: number of images they were trained on, at least 1.
+        losses: finite losses by name.
+    """
+
+    arrays: Arrays
+    num_examples: int
+    losses: dict[str, float]
+
+
 def screen_replies(
-    replies: Sequence[Message],
-    asked: Sequence[int],
+    asked: Sequence[Message],
+    replies: Iterable[Message],
     client_of_node: Mapping[int, int],
     limits: Limits,
     *,
@@ -81,9 +101,9 @@ def screen_replies(
     """Check the training replies of a round; each bad one is dropped, counted and named.
 
     Args:
+        asked: the training messages that were sent, one per client.
         replies: what came in time, in any order.
-        asked: ids of the clients that were asked to train.
-        client_of_node: client of every known node.
+        client_of_node: client of every node that was asked.
         limits: what a reply must respect.
         server_round: the round, for log messages.
 
@@ -91,224 +111,190 @@ def screen_replies(
         The valid updates sorted by client id. There are none if fewer than `limits.min_replies` are
         valid.
     """
-    by_client, lost = _replies_by_client(replies, client_of_node)
-    expected = set(asked)
-    read: list[tuple[Update, dict[str, float]]] = []
-    dropped: dict[int, str] = {}
-    for client, from_client in sorted(by_client.items()):
-        fault = _fault(from_client, limits) if client in expected else "was not asked to train"
-        if fault is None:
-            read.append(read_update(client, from_client[0]))
-        else:
-            dropped[client] = sanitised(fault)
-    dropped |= _inflated_counts([update for update, _ in read], limits.max_examples_ratio)
-    for client in sorted(expected - set(by_client)):
-        # Errors of lost nodes name no client, so they are assigned to the silent clients in turn.
-        dropped[client] = sanitised(lost.pop(0)) if lost else "no reply"
+    answers = read_answers(asked, replies, lambda node, content: read_training(content, limits))
+    read = {client_of_node[node]: training for node, training in answers.usable.items()}
+    dropped = {client_of_node[node]: fault for node, fault in answers.faults.items()}
+    dropped |= _inflated_counts(read, limits.max_examples_ratio)
     dropped = dict(sorted(dropped.items()))
     for client, reason in dropped.items():
         log.warning("client %d: reply dropped: %s", client, reason)
-    accepted = [(update, losses) for update, losses in read if update.client not in dropped]
-    updates = [update for update, _ in accepted]
-    mean_losses = _mean_losses(updates, [losses for _, losses in accepted])
-    if len(updates) < limits.min_replies:
+    accepted = {client: t for client, t in sorted(read.items()) if client not in dropped}
+    losses = _mean_losses(list(accepted.values()))
+    if len(accepted) < limits.min_replies:
         log.warning(
             "round %d: %d valid replies of %d, fewer than min_replies=%d: nothing aggregated",
             server_round,
-            len(updates),
+            len(accepted),
             len(asked),
             limits.min_replies,
         )
-        return Exchanged([], len(updates), dropped, mean_losses)
-    return Exchanged(updates, len(updates), dropped, mean_losses)
+        return Exchanged([], len(accepted), dropped, losses)
+    updates = [Update(client, t.arrays, t.num_examples) for client, t in accepted.items()]
+    return Exchanged(updates, len(updates), dropped, losses)
 
 
-def _replies_by_client(
-    replies: Iterable[Message], client_of_node: Mapping[int, int]
-) -> tuple[dict[int, list[Message]], list[str]]:
-    """Replies of each known client, and the reasons of errors that name no client."""
-    by_client: dict[int, list[Message]] = {}
-    lost: list[str] = []
-    for reply in replies:
-        client = client_of_node.get(reply.metadata.src_node_id)
-        if client is not None:
-            by_client.setdefault(client, []).append(reply)
-        elif reply.has_error():
-            # Flower answers for a lost node under the server's id, so the client is unknown here.
-            lost.append(error_reason(reply))
-        else:
-            log.warning("node %d is no client: reply ignored", reply.metadata.src_node_id)
-    return by_client, lost
-
-
-def _fault(replies: Sequence[Message], limits: Limits) -> str | None:
-    """Why the replies of a client that was asked must not count, or None."""
-    if len(replies) > 1:
-        # Which of them counts would depend on the order in which they came.
-        return f"replied {len(replies)} times"
-    return reply_fault(replies[0], limits.shapes, limits.max_norm)
-
-
-def _inflated_counts(updates: Sequence[Update], max_ratio: float) -> dict[int, str]:
+def _inflated_counts(read: Mapping[int, Training], max_ratio: float) -> dict[int, str]:
     """Why updates that claim far more images than the others must not count, by client."""
-    images = sorted(u.num_examples for u in updates)
+    images = sorted(t.num_examples for t in read.values())
     # The lower median: of two clients, one cannot raise it.
     limit = max_ratio * images[(len(images) - 1) // 2] if images else 0.0
     return {
-        u.client: f"num-examples is {u.num_examples}, above max_examples_ratio={max_ratio:g} times "
+        client: f"num-examples is {t.num_examples}, above max_examples_ratio={max_ratio:g} times "
         "the median"
-        for u in updates
-        if u.num_examples > limit
+        for client, t in read.items()
+        if t.num_examples > limit
     }
 
 
-def _mean_losses(
-    updates: Sequence[Update], losses: Sequence[Mapping[str, float]]
-) -> dict[str, float]:
-    """Means, weighted by images, of the losses that all clients report."""
-    if not updates:
-        return {}
-    weights = np.array([u.num_examples for u in updates], dtype=np.float64)
+def _mean_losses(accepted: Sequence[Training]) -> dict[str, float]:
+    """Means of the losses that most clients report, over these clients and weighted by images.
+
+    Most and not all, so that a single client can neither remove a loss nor add one.
+    """
+    counts = Counter(name for t in accepted for name in t.losses)
     means = {}
-    for name in sorted(set.intersection(*(set(m) for m in losses))):
-        values = np.array([m[name] for m in losses], dtype=np.float64)
+    for name in sorted(n for n, count in counts.items() if 2 * count > len(accepted)):
+        reporting = [t for t in accepted if name in t.losses]
+        weights = np.array([t.num_examples for t in reporting], dtype=np.float64)
+        values = np.array([t.losses[name] for t in reporting], dtype=np.float64)
         means[name] = float((values * weights).sum() / weights.sum())
     return means
 
 
-def reply_fault(
-    reply: Message, shapes: Mapping[str, tuple[int, ...]], max_norm: float
-) -> str | None:
-    """Check one training reply.
+def read_training(content: RecordDict, limits: Limits) -> Training:
+    """Read the content of one training reply.
 
     Args:
-        reply: one client's reply.
-        shapes: name and shape of every shared tensor; all are float32.
-        max_norm: largest L2 norm of a tensor.
+        content: one client's records.
+        limits: what they must respect.
 
     Returns:
-        Why the reply must not count, or None if it is valid.
+        What the reply holds.
+
+    Raises:
+        Refused: the reply must not count.
     """
-    if reply.has_error():
-        return error_reason(reply)
-    # Read after the check for an error: Flower raises if an error's content is read.
-    content = reply.content
     if set(content) != {ARRAYS, METRICS}:
-        return f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']"
+        raise Refused(f"records {sorted(content)} instead of ['{ARRAYS}', '{METRICS}']")
     record, metrics = content[ARRAYS], content[METRICS]
     if not isinstance(record, ArrayRecord) or not isinstance(metrics, MetricRecord):
-        return "records of the wrong kind"
-    if set(record) != set(shapes):
-        return f"tensors {sorted(record)} instead of {sorted(shapes)}"
-    for name, shape in shapes.items():
-        reason = _array_fault(record[name], tuple(shape), max_norm)
-        if reason:
-            return f"'{name}' {reason}"
+        raise Refused("records of the wrong kind")
+    if set(record) != set(limits.shapes):
+        raise Refused(f"tensors {sorted(record)} instead of {sorted(limits.shapes)}")
+    arrays = {
+        name: _read_array(name, record[name], tuple(shape), limits.max_norm)
+        for name, shape in limits.shapes.items()
+    }
     if len(metrics) > MAX_METRICS or any(isinstance(v, list) for v in metrics.values()):
-        return f"{len(metrics)} metrics; at most {MAX_METRICS} numbers are read"
+        raise Refused(f"{len(metrics)} metrics; at most {MAX_METRICS} numbers are read")
     examples = metrics.get("num-examples")
     # `True` is an `int` in Python.
     if isinstance(examples, bool) or not isinstance(examples, int):
-        return f"num-examples is {examples!r}, not a whole number"
+        raise Refused(f"num-examples is {examples!r}, not a whole number")
     if not 0 < examples <= MAX_EXAMPLES:
-        return f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}"
-    return None
+        raise Refused(f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}")
+    losses = {
+        name: float(value)
+        for name, value in metrics.items()
+        # A comparison with NaN is false.
+        if LOSS.fullmatch(name) and isinstance(value, (int, float)) and abs(value) <= MAX_LOSS
+    }
+    return Training(arrays, examples, losses)
 
 
-def _array_fault(array: Array, shape: tuple[int, ...], max_norm: float) -> str | None:
-    """Why a tensor must not count, or None; neither its label nor its bytes are trusted."""
+def _read_array(name: str, array: Array, shape: tuple[int, ...], max_norm: float) -> Any:
+    """A tensor of a reply; neither its label nor its bytes are trusted. Raises `Refused`."""
     if array.dtype != "float32" or tuple(array.shape) != shape:
-        return f"is {array.dtype} {tuple(array.shape)}, not float32 {shape}"
+        raise Refused(f"'{name}' is {array.dtype} {tuple(array.shape)}, not float32 {shape}")
     # Checked before anything is parsed, so that a reply cannot exhaust the memory.
     if len(array.data) > 4 * math.prod(shape) + HEADER_BYTES:
-        return f"holds {len(array.data)} bytes, too many for float32 {shape}"
+        raise Refused(f"'{name}' holds {len(array.data)} bytes, too many for float32 {shape}")
     try:
         values: Any = values_of(array)
     except Exception as error:  # malformed bytes make NumPy raise errors of many types
-        return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise Refused(f"'{name}' cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(values, np.ndarray):
-        return f"holds a {type(values).__name__} behind its label"
+        raise Refused(f"'{name}' holds a {type(values).__name__} behind its label")
     if values.dtype != np.float32 or values.shape != shape:
-        return f"holds {values.dtype} {values.shape} behind its label"
+        raise Refused(f"'{name}' holds {values.dtype} {values.shape} behind its label")
     # Squares of float32 numbers cannot overflow in float64, so the norm is finite exactly if all
     # numbers are.
     norm = float(np.linalg.norm(values.astype(np.float64)))
     if not math.isfinite(norm):
-        return "holds values that are not finite"
-    return f"has norm {norm:.3g}, above max_norm={max_norm:g}" if norm > max_norm else None
+        raise Refused(f"'{name}' holds values that are not finite")
+    if norm > max_norm:
+        raise Refused(f"'{name}' has norm {norm:.3g}, above max_norm={max_norm:g}")
+    return values
 
 
-def read_update(client: int, reply: Message) -> tuple[Update, dict[str, float]]:
-    """Read a reply that `reply_fault` has accepted.
-
-    Args:
-        client: id of the client that sent it.
-        reply: the reply.
-
-    Returns:
-        The update, and the finite losses by name; losses that are not finite are left out.
-    """
-    metrics = reply.content[METRICS]
-    examples = metrics["num-examples"]
-    losses = {
-        k: float(v)
-        for k, v in metrics.items()
-        if k.startswith("loss") and isinstance(v, (int, float)) and math.isfinite(v)
-    }
-    arrays = to_arrays(reply.content[ARRAYS])  # type: ignore[arg-type]
-    return Update(client, arrays, int(examples)), losses  # type: ignore[arg-type]
+def count_ranges(*counts: tuple[str, str]) -> Ranges:
+    """The limits of pairs of metrics such as `TEST_COUNTS`: no more are right than were tested."""
+    ranges: dict[str, tuple[float, float | str]] = {}
+    for tested, correct in counts:
+        ranges |= {tested: (0, MAX_EXAMPLES), correct: (0, tested)}
+    return ranges
 
 
 def screen_evaluations(
-    replies: Iterable[Message], client_of_node: Mapping[int, int], *, server_round: int
+    asked: Sequence[Message],
+    replies: Iterable[Message],
+    client_of_node: Mapping[int, int],
+    ranges: Ranges,
+    *,
+    server_round: int,
 ) -> dict[int, Row]:
     """Check the evaluation replies of a round; bad ones are dropped and logged.
 
     Args:
+        asked: the messages that were sent, one per client.
         replies: what came in time, in any order.
-        client_of_node: client of every known node.
+        client_of_node: client of every node that was asked.
+        ranges: the metrics that are read, and within which limits; a reply that lacks one of them
+            does not count, and all others in a reply are ignored.
         server_round: the round, for log messages.
 
     Returns:
-        Metrics by client id, ascending. All rows have the names that most of the replies have, and
-        a metric is either an integer in all rows or a float in all rows.
+        Metrics by client id, ascending. All rows have the names of `ranges`, and a metric is either
+        an integer in all rows or a float in all rows.
     """
-    rows: dict[int, Row] = {}
-    for reply in replies:
-        client = client_of_node.get(reply.metadata.src_node_id)
-        if client is None or reply.has_error():
-            reason = error_reason(reply)
-            log.warning("round %d: a client could not evaluate: %s", server_round, reason)
-            continue
-        row = evaluation_row(reply)
-        if row is None or client in rows:
-            log.warning("round %d: client %d: evaluation dropped", server_round, client)
-            continue
-        rows[client] = row
-    counts = Counter(tuple(sorted(row)) for row in rows.values())
-    # A tie is broken by the names, so that the order of replies does not matter.
-    names = max(counts, key=lambda n: (counts[n], n), default=())
-    for client in [c for c, row in rows.items() if tuple(sorted(row)) != names]:
-        log.warning("round %d: client %d: evaluation dropped", server_round, client)
-        del rows[client]
-    for name in names:
+    answers = read_answers(asked, replies, lambda node, content: evaluation_row(content, ranges))
+    for node, fault in answers.faults.items():
+        client = client_of_node[node]
+        log.warning("round %d: client %d: evaluation dropped: %s", server_round, client, fault)
+    rows = dict(sorted((client_of_node[node], row) for node, row in answers.usable.items()))
+    for name in ranges:
         # A client may send either kind of number, and Flower's records take no list of both.
         if not all(isinstance(row[name], int) for row in rows.values()):
             for row in rows.values():
                 row[name] = float(row[name])
-    return dict(sorted(rows.items()))
+    return rows
 
 
-def evaluation_row(reply: Message) -> Row | None:
-    """An evaluation's metrics, or None unless all are finite and no part exceeds its whole."""
-    record = reply.content.get(METRICS)
+def evaluation_row(content: RecordDict, ranges: Ranges) -> Row:
+    """The metrics of an evaluation that the server expects.
+
+    Args:
+        content: one client's records.
+        ranges: the expected metrics and their limits.
+
+    Returns:
+        The metrics in the order of `ranges`.
+
+    Raises:
+        Refused: a metric is missing or outside its limits.
+    """
+    record = content.get(METRICS)
     if not isinstance(record, MetricRecord):
-        return None
-    row = {k: v for k, v in record.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    if len(row) != len(record) or not row:
-        return None
-    for whole, part in (TEST_COUNTS, VALIDATION_COUNTS, COMMON_COUNTS):
-        # A missing half becomes -1 and fails the comparison.
-        if (part in row or whole in row) and not 0 <= row.get(part, -1) <= row.get(whole, -1):
-            return None
+        raise Refused(f"no record '{METRICS}'")
+    row: Row = {}
+    for name in ranges:
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise Refused(f"'{name}' is missing or not a number")
+        row[name] = value
+    for name, (low, high) in ranges.items():
+        highest = row[high] if isinstance(high, str) else high
+        # Written with `not`, so that a NaN is refused: comparisons with NaN are false.
+        if not low <= row[name] <= highest:
+            raise Refused(f"'{name}' is {row[name]:g}, outside {low:g} to {highest:g}")
     return row

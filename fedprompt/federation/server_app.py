@@ -21,7 +21,7 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.federation.client_app import PROTOCOLS
+from fedprompt.federation.client_app import PROTOCOLS, reported_counts
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.registry import strategy_class
@@ -31,9 +31,18 @@ from fedprompt.federation.screening import (
     TEST_COUNTS,
     VALIDATION_COUNTS,
     Row,
+    count_ranges,
     screen_evaluations,
 )
-from fedprompt.messages import Arrays, Exchanged, Traffic, client_of, to_arrays, to_record
+from fedprompt.messages import (
+    Arrays,
+    Exchanged,
+    Ranges,
+    Traffic,
+    client_of,
+    to_arrays,
+    to_record,
+)
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
@@ -216,7 +225,8 @@ class Federation:
             validation["global"] = self._global_part(*workspace.server_validation())
         if "personalised" in protocols:
             asked = self.strategy.clients if clients is None else clients
-            rows = dict(self._client_rows(server_round, asked, self._eval_arrays()))
+            ranges = count_ranges(*reported_counts(workspace))
+            rows = dict(self._client_rows(server_round, asked, self._eval_arrays(), ranges))
             line["personal"] = personal_scores(rows, TEST_COUNTS)
             line["personal_on_global"] = personal_scores(rows, COMMON_COUNTS)
             validation["personal"] = personal_scores(rows, VALIDATION_COUNTS)
@@ -243,6 +253,7 @@ class Federation:
         server_round: int,
         clients: Sequence[int],
         arrays: ArrayRecord,
+        ranges: Ranges,
         settings: Mapping[str, bool] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Row]]:
         """Evaluate on clients, at most `CLIENTS_AT_ONCE` in one exchange.
@@ -251,22 +262,26 @@ class Federation:
             server_round: the round that the messages belong to.
             clients: ids of the clients to ask.
             arrays: shared tensors to evaluate.
+            ranges: the metrics that the clients report, and within which limits.
             settings: entries that are added to the settings in the messages.
 
         Yields:
             A client's id and its checked metrics.
         """
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
-            messages = self.strategy.configure_evaluate(
-                server_round,
-                arrays,
-                ConfigRecord({**settings}),
-                self.grid,
-                clients=clients[first : first + CLIENTS_AT_ONCE],
+            asked = list(
+                self.strategy.configure_evaluate(
+                    server_round,
+                    arrays,
+                    ConfigRecord({**settings}),
+                    self.grid,
+                    clients=clients[first : first + CLIENTS_AT_ONCE],
+                )
             )
-            replies, _ = self._send(list(messages))
+            replies, _ = self._send(asked)
             known = self.strategy.known.client_of_node
-            yield from screen_evaluations(replies, known, server_round=server_round).items()
+            rows = screen_evaluations(asked, replies, known, ranges, server_round=server_round)
+            yield from rows.items()
 
     # Protocols
 
@@ -297,9 +312,13 @@ class Federation:
 
     def ask_clients(self, server_round: int) -> None:
         """Have all clients measure for the protocols, while the grid has their private tensors."""
-        if any(protocol.asks_clients for protocol in self.protocols):
+        asking = [protocol for protocol in self.protocols if protocol.asks_clients]
+        if asking:
+            ranges: dict[str, tuple[float, float | str]] = {}
+            for protocol in asking:
+                ranges |= _prefixed(protocol.name, protocol.client_numbers(self.workspace))
             clients, arrays = self.strategy.clients, self._eval_arrays()
-            rows = self._client_rows(server_round, clients, arrays, {PROTOCOLS: True})
+            rows = self._client_rows(server_round, clients, arrays, ranges, {PROTOCOLS: True})
             self.protocol_rows.update(rows)
 
     def measure_protocols(
@@ -359,3 +378,11 @@ class Federation:
         state: Arrays = {n: t.numpy() for n, t in checkpoint.strategy.items()}
         self.strategy.load_state(state)
         self.rejected = checkpoint.totals["rejected"]
+
+
+def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:
+    """The ranges of a protocol's numbers under the names that clients give them in a reply."""
+    return {
+        f"{protocol}.{name}": (low, f"{protocol}.{high}" if isinstance(high, str) else high)
+        for name, (low, high) in ranges.items()
+    }

@@ -26,7 +26,13 @@ from flwr.serverapp.strategy import Strategy
 
 from fedprompt.config.fields import option
 from fedprompt.federation.sampling import Clients, draw_clients
-from fedprompt.federation.screening import Limits, screen_evaluations, screen_replies
+from fedprompt.federation.screening import (
+    TEST_COUNTS,
+    Limits,
+    count_ranges,
+    screen_evaluations,
+    screen_replies,
+)
 from fedprompt.messages import (
     ARRAYS,
     CONFIG,
@@ -134,6 +140,7 @@ class SharedPromptStrategy(Strategy):
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
         self.releases = Releases()
+        self._in_flight: list[Message] = []
 
     # What a strategy defines
 
@@ -255,7 +262,9 @@ class SharedPromptStrategy(Strategy):
         """Ids of the clients whose training counted in the last round, ascending."""
         return [c for c in self.sampled if c not in self.rejected]
 
-    def screen(self, server_round: int, replies: Iterable[Message]) -> Exchanged:
+    def screen(
+        self, server_round: int, asked: Sequence[Message], replies: Iterable[Message]
+    ) -> Exchanged:
         """Check the training replies of the present round, see `screening.screen_replies`."""
         # The rule compares clients, so one client's claim decides about others. Where claims have
         # no weight there is nothing to gain from them, and only the harm would be left.
@@ -263,8 +272,8 @@ class SharedPromptStrategy(Strategy):
         fewest = 0 if self.steps_without_replies else self.min_replies
         limits = Limits(self.shapes, self.config.max_norm, ratio, fewest)
         return screen_replies(
-            list(replies),
-            self.sampled,
+            asked,
+            replies,
             self.known.client_of_node,
             limits,
             server_round=server_round,
@@ -319,7 +328,7 @@ class SharedPromptStrategy(Strategy):
             The new shared tensors, or None if too few replies are valid, and the round's counts and
             mean losses.
         """
-        exchanged = self.screen(server_round, replies)
+        exchanged = self.screen(server_round, self._in_flight, replies)
         arrays = self.finish_round(server_round, exchanged)
         counts = {
             "sampled": len(self.sampled),
@@ -351,12 +360,17 @@ class SharedPromptStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """All clients' numeric metrics as lists, sorted by the client ids under `client-ids`."""
-        rows = screen_evaluations(replies, self.known.client_of_node, server_round=server_round)
+        """The clients' results on their own images as lists, sorted by the ids in `client-ids`."""
+        rows = screen_evaluations(
+            self._in_flight,
+            replies,
+            self.known.client_of_node,
+            count_ranges(TEST_COUNTS),
+            server_round=server_round,
+        )
         if not rows:
             return None
-        names = next(iter(rows.values()))
-        columns: dict[str, Any] = {n: [row[n] for row in rows.values()] for n in names}
+        columns: dict[str, Any] = {n: [row[n] for row in rows.values()] for n in TEST_COUNTS}
         return MetricRecord({"client-ids": list(rows), **columns})
 
     def summary(self) -> None:
@@ -381,7 +395,9 @@ class SharedPromptStrategy(Strategy):
         settings = ConfigRecord({**config, "server-round": server_round})
         # Most clients are sent this very object, which a simulation then serialises once.
         common = RecordDict({ARRAYS: arrays, CONFIG: settings})
-        return [
+        # Flower passes the replies alone to `aggregate_train` and `aggregate_evaluate`, and whose a
+        # reply is follows from the message that it answers.
+        self._in_flight = [
             Message(
                 content=self._content(common, server_round, client),
                 dst_node_id=self.known.node_of_client[client],
@@ -390,6 +406,7 @@ class SharedPromptStrategy(Strategy):
             )
             for client in clients
         ]
+        return self._in_flight
 
     def _content(self, common: RecordDict, server_round: int, client: int) -> RecordDict:
         """The common content with what this client is sent instead of it or beside it."""

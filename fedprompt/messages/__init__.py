@@ -4,6 +4,7 @@ This package is the only one, with `fedprompt.privacy.secure_aggregation.flower`
 private parts of Flower. It imports nothing of fedprompt.
 """
 
+from fedprompt.messages.answers import MAX_EXAMPLES, Answers, Ranges, Refused, read_answers
 from fedprompt.messages.exchange import Exchanged, Send, Traffic, Update
 from fedprompt.messages.flower import (
     SERVER_NODE,
@@ -13,7 +14,7 @@ from fedprompt.messages.flower import (
     from_wire,
     records_from_wire,
     records_to_wire,
-    set_source,
+    set_new_id,
     to_wire,
 )
 from fedprompt.messages.parcels import (
@@ -47,11 +48,15 @@ __all__ = [
     "EXTRAS",
     "FIRST_NODE",
     "LONGEST_REASON",
+    "MAX_EXAMPLES",
     "METRICS",
     "SERVER_NODE",
+    "Answers",
     "Arrays",
     "Exchanged",
     "Parcel",
+    "Ranges",
+    "Refused",
     "Run",
     "Send",
     "Traffic",
@@ -63,10 +68,11 @@ __all__ = [
     "failure",
     "from_wire",
     "node_of",
+    "read_answers",
     "records_from_wire",
     "records_to_wire",
     "sanitised",
-    "set_source",
+    "set_new_id",
     "to_array",
     "to_arrays",
     "to_parcels",

@@ -34,7 +34,6 @@ __all__ = [
     "records_from_wire",
     "records_to_wire",
     "set_new_id",
-    "set_source",
     "to_wire",
 ]
 
@@ -84,12 +83,6 @@ def set_new_id(message: Message) -> None:
     """Give a message a random id, which its reply refers to."""
     # Flower sets the id on its own server only, and offers no setter.
     message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
-
-
-def set_source(message: Message, node: int) -> None:
-    """Set the node that a message comes from."""
-    # Metadata has no setter for it either.
-    message.metadata.__dict__["_src_node_id"] = node
 
 
 def become_server() -> None:

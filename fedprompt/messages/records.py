@@ -21,8 +21,8 @@ Arrays = dict[str, NDArray[Any]]
 ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `EXTRAS` holds what a single client is sent."""
 
-LONGEST_REASON = 300
-"""Largest number of characters of a reason that are logged, because a peer may have written it."""
+LONGEST_REASON = 500
+"""Largest number of characters of a peer's text that are logged or stored."""
 
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""
@@ -78,14 +78,15 @@ def _float32_header(shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def sanitised(reason: str) -> str:
-    """A reason without control characters, cut to `LONGEST_REASON` characters."""
-    clean = "".join(c if c.isprintable() else "?" for c in reason)
-    return clean if len(clean) <= LONGEST_REASON else clean[: LONGEST_REASON - 3] + "..."
+def sanitised(text: str) -> str:
+    """A peer's text as one line without control characters, at most `LONGEST_REASON` characters."""
+    # Cut first, so that megabytes of text cost nothing; runs of white space only get shorter.
+    line = " ".join(text[: 4 * LONGEST_REASON].split())
+    clean = "".join(c if c.isprintable() else "?" for c in line)
+    whole = len(clean) <= LONGEST_REASON and len(text) <= 4 * LONGEST_REASON
+    return clean if whole else clean[: LONGEST_REASON - 3] + "..."
 
 
 def error_reason(reply: Message) -> str:
-    """One line about a reply that is an error or was not asked for."""
-    if not reply.has_error():
-        return f"unexpected reply from node {reply.metadata.src_node_id}"
-    return " ".join((reply.error.reason or f"error {reply.error.code}").split())
+    """One short line about a reply that is an error; it is safe to log."""
+    return sanitised(reply.error.reason or f"error {reply.error.code}")

@@ -23,8 +23,8 @@ from fedprompt.deploy.node import answer
 from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint
-from fedprompt.federation.screening import reply_fault
-from fedprompt.messages import become_server, from_wire
+from fedprompt.federation.screening import Limits, read_training
+from fedprompt.messages import Refused, become_server, from_wire
 from tests.support import ROOT
 from tests.support.builders import small_config
 from tests.support.federations import config_for, federation, needs_processes, write_clients
@@ -61,13 +61,10 @@ def test_the_pickle_does_harm_when_it_is_loaded(flag: Path) -> None:
 def test_a_pickled_reply_is_refused(flag: Path, raw: bool) -> None:
     data = pickle.dumps(Bomb(flag)) if raw else pickled_array(flag)
     array = Array(dtype="float32", shape=(4, 8), stype="numpy.ndarray", data=data)
-    become_server()
-    asked = Message(RecordDict(), dst_node_id=5, message_type="train")
-    asked.metadata.__dict__["_message_id"] = "m"
     records = {"arrays": ArrayRecord({"ctx": array}), "metrics": MetricRecord({"num-examples": 3})}
-    fault = reply_fault(Message(RecordDict({**records}), reply_to=asked), {"ctx": (4, 8)}, 1e4)
-    assert fault is not None
-    assert "cannot be read" in fault
+    limits = Limits({"ctx": (4, 8)}, max_norm=1e4, max_examples_ratio=10, min_replies=1)
+    with pytest.raises(Refused, match="cannot be read"):
+        read_training(RecordDict({**records}), limits)
     assert not flag.exists()
 
 

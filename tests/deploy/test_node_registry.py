@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.deploy.backbone_check import has_other_weights, sample_features
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
-from fedprompt.messages import become_server, from_wire, to_wire
+from fedprompt.messages import LONGEST_REASON, Refused, become_server, from_wire, to_wire
 from tests.support.builders import random_clip
 
 CLASSES = ("river", "beach")
@@ -34,6 +35,7 @@ class Nodes(Grid):
         become_server()
         self.answers: dict[int, Any] = {}
         self.sent: dict[str, Message] = {}
+        self.lies: dict[int, dict[str, Any]] = {}
 
     def set_run(self, run: Any) -> None: ...
 
@@ -60,11 +62,15 @@ class Nodes(Grid):
             message = self.sent[i]
             answer = self.answers.get(message.metadata.dst_node_id)
             if isinstance(answer, NodeReport):
-                yield from_wire(to_wire(report_reply(answer, message)))
+                reply = from_wire(to_wire(report_reply(answer, message)))
+                reply.metadata.__dict__.update(self.lies.get(message.metadata.dst_node_id, {}))
+                yield reply
             elif isinstance(answer, str):
                 yield fault_reply(answer, message)
-            elif isinstance(answer, Error):
+            elif isinstance(answer, (Error, RecordDict)):
                 yield Message(answer, reply_to=message)
+            elif isinstance(answer, Exception):
+                raise answer  # as Flower does when it parses the replies that it pulls
 
     def send_and_receive(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("the registry must not wait for replies")
@@ -215,13 +221,6 @@ def test_counts_of_clients_without_a_node_stay_as_recorded(nodes: Nodes) -> None
     assert registry.trainable == [0]
 
 
-def reply_with(record: Any, name: str = "metrics") -> Message:
-    become_server()
-    message = Message(RecordDict(), dst_node_id=5, message_type="query")
-    message.metadata.__dict__["_message_id"] = "m"
-    return Message(RecordDict({name: record}), reply_to=message)
-
-
 GOOD = {
     "client-id": 1, "train-counts": [3, 4], "test-counts": [1, 0], "bad-images": 0, "labelled": 1,
     "sample": list(SAMPLE),
@@ -246,15 +245,56 @@ GOOD = {
     ids=str,
 )
 def test_a_report_is_checked(change: dict[str, Any]) -> None:
-    assert isinstance(read_report(reply_with(MetricRecord(GOOD)), 2, 3), NodeReport)
-    assert isinstance(read_report(reply_with(MetricRecord({**GOOD, **change})), 2, 3), str)
+    good = RecordDict({"metrics": MetricRecord(GOOD)})
+    assert read_report(good, 2, 3).client == 1
+    with pytest.raises(Refused):
+        read_report(RecordDict({"metrics": MetricRecord({**GOOD, **change})}), 2, 3)
 
 
-def test_a_peers_text_is_cut_to_one_short_line() -> None:
-    reply = reply_with(ConfigRecord({"fault": "a\nb" + "x" * 9000}), "config")
-    fault = read_report(reply, 2, 3)
-    assert isinstance(fault, str)
-    assert "\n" not in fault
-    assert len(fault) <= 500
-    assert read_report(reply_with(ConfigRecord({"other": 1}), "config"), 2, 3) == "no reason given"
-    assert "cannot be read" in str(read_report(reply_with(ConfigRecord(), "metrics"), 2, 3))
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ({"config": ConfigRecord({"other": 1})}, "no reason given"),
+        ({"config": ConfigRecord({"fault": 7})}, "no reason given"),
+        ({"metrics": ConfigRecord()}, "cannot be read"),
+        ({}, "cannot be read"),
+        ({"metrics": MetricRecord({**GOOD, "sample": [2**64 - 1, -1]})}, "cannot be read"),
+        ({"config": ConfigRecord({"fault": "a\nb\x1b[2J" + "x" * 10**6})}, "a b?[2Jxxx"),
+    ],
+    ids=str,
+)
+def test_a_node_that_reports_nonsense_is_refused_in_one_short_line(
+    nodes: Nodes, records: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes.answers = {11: RecordDict(records), 22: client(2)}
+    registry = registry_of(nodes)
+    assert registry.update()
+    assert registry.node_of_client == {2: 22}
+    assert list(registry.faults) == [11]
+    assert reason in registry.faults[11]
+    assert registry.faults[11].isprintable()
+    assert len(registry.faults[11]) <= LONGEST_REASON
+    assert registry.faults[11] in caplog.text
+
+
+@pytest.mark.parametrize("lie", [{"_reply_to_message_id": "m1"}, {"_reply_to_message_id": "?"},
+                                 {"_src_node_id": 22}, {"_src_node_id": 1}], ids=str)  # fmt: skip
+def test_an_answer_to_a_join_belongs_to_the_node_that_was_asked(
+    nodes: Nodes, lie: dict[str, Any]
+) -> None:
+    nodes.answers = {11: client(2), 22: client(2)}
+    nodes.lies = {11: lie}
+    registry = registry_of(nodes, {11: 1, 22: 2})
+    assert registry.update()
+    assert registry.node_of_client == {2: 22}
+    assert list(registry.faults) == [11]
+    assert "claims" in registry.faults[11]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), DecodeError("no protobuf")])
+def test_an_answer_that_flower_cannot_parse_is_refused(nodes: Nodes, error: Exception) -> None:
+    nodes.answers = {11: error, 22: client(2)}
+    registry = registry_of(nodes)
+    assert registry.update()
+    assert registry.node_of_client == {2: 22}
+    assert type(error).__name__ in registry.faults[11]

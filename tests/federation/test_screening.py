@@ -23,18 +23,27 @@ from flwr.app import (
 )
 from numpy.typing import NDArray
 
-from fedprompt.federation.screening import MAX_EXAMPLES
-from fedprompt.messages import from_wire, to_arrays, to_record, to_wire
+from fedprompt.federation.strategy import SharedPromptStrategy
+from fedprompt.messages import (
+    LONGEST_REASON,
+    MAX_EXAMPLES,
+    from_wire,
+    to_arrays,
+    to_record,
+    to_wire,
+)
 from fedprompt.strategies.fedavg import FedAvgConfig
 from tests.support.strategies import (
     GRID,
     NODE,
     Values,
     answer,
+    content,
     full,
     send,
     shared_after,
     strategy_of_clients,
+    with_ids,
 )
 
 # Training
@@ -204,39 +213,110 @@ def test_the_largest_allowed_norm_and_count_pass() -> None:
     assert strategy.rejected == {1: "'ctx' has norm 2, above max_norm=2"}
 
 
-def test_who_was_not_sampled_does_not_count() -> None:
+def stray(node: int) -> Message:
+    """A message of another exchange, which a node may still answer."""
+    (message,) = with_ids([Message(RecordDict(), dst_node_id=node, message_type=MessageType.TRAIN)])
+    return message
+
+
+def forged(reply: Message, *, source: int | None = None, answers: str | None = None) -> Message:
+    """A reply with other metadata than its sender's, which Flower lets a node write as it likes."""
+    if source is not None:
+        reply.metadata.__dict__["_src_node_id"] = source
+    if answers is not None:
+        reply.metadata.__dict__["_reply_to_message_id"] = answers
+    return reply
+
+
+@pytest.mark.parametrize("node", [NODE + 1, NODE + 9, 9])
+def test_replies_to_other_messages_do_not_count(
+    node: int, caplog: pytest.LogCaptureFixture
+) -> None:
     strategy = strategy_of_clients(4, fraction=0.5)
     messages = send(strategy, {"ctx": full(0.0)})
-    stranger = min(set(range(4)) - set(strategy.sampled))
-    uninvited = Message(RecordDict(), dst_node_id=NODE + stranger, message_type=MessageType.TRAIN)
-    replies = [answer(uninvited, {"ctx": full(100)}, 1000)]
+    replies = [answer(stray(node), {"ctx": full(100)}, 1000)]
     replies += [answer(m, {"ctx": full(2)}) for m in messages]
     after = shared_after(strategy, replies)
     assert after is not None
     assert after["ctx"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
-    assert strategy.rejected == {stranger: "was not asked to train"}
+    assert strategy.rejected == {}
+    assert "1 replies" in caplog.text
 
 
-def test_an_unknown_node_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
-    strategy = strategy_of_clients(2)
-    messages = send(strategy, {"ctx": full(0.0)})
-    unknown = Message(RecordDict(), dst_node_id=9, message_type=MessageType.TRAIN)
-    replies = [answer(unknown, {"ctx": full(100)}, 1000), answer(messages[0], {"ctx": full(2)})]
+def test_a_reply_is_the_answer_of_the_node_that_was_asked() -> None:
+    strategy = strategy_of_clients(3)
+    zero, one, two = send(strategy, {"ctx": full(0.0)})
+    # Client 0 claims to be client 1, which is thereby neither replaced nor made to reply twice.
+    replies = [forged(answer(zero, {"ctx": full(100)}), source=NODE + 1)]
+    replies += [answer(one, {"ctx": full(2)}), answer(two, {"ctx": full(4)})]
     after = shared_after(strategy, replies)
+    assert after is not None
+    assert after["ctx"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert list(strategy.rejected) == [0]
+    assert "another node" in strategy.rejected[0]
+
+
+def test_an_absent_client_is_not_replaced() -> None:
+    strategy = strategy_of_clients(2)
+    zero, _ = send(strategy, {"ctx": full(0.0)})
+    fake = forged(answer(zero, {"ctx": full(100)}), source=NODE + 1, answers="unknown")
+    after = shared_after(strategy, [fake, answer(zero, {"ctx": full(2)})])
     assert after is not None
     assert after["ctx"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert strategy.rejected == {1: "no reply"}
-    assert "node 9 is no client" in caplog.text
 
 
 def test_flowers_word_for_a_lost_node_names_the_client() -> None:
     strategy = strategy_of_clients(2)
     messages = send(strategy, {"ctx": full(0.0)})
-    lost = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
-    replies = [Message(Error(3, "Node Unavailable"), reply_to=lost)]
-    replies.append(answer(messages[1], {"ctx": full(2)}))
+    replies = [
+        answer(messages[1], {"ctx": full(2)}),
+        # Flower answers for a lost node under the server's own id.
+        forged(Message(Error(3, "Node Unavailable"), reply_to=messages[0]), source=1),
+    ]
     assert shared_after(strategy, replies) is not None
     assert strategy.rejected == {0: "Node Unavailable"}
+
+
+class NotRecords:
+    """An object in the place of a reply's records: Flower does not check what stands there."""
+
+
+@pytest.mark.parametrize("content", [NotRecords(), None, [], GOOD, {"arrays": GOOD}])
+def test_content_that_is_no_records_costs_its_sender_the_round(content: Any) -> None:
+    strategy = strategy_of_clients(2)
+    zero, one = send(strategy, {"ctx": full(0.0)})
+    bad = answer(zero, {"ctx": full(9)})
+    bad.__dict__["_content"] = content
+    after = shared_after(strategy, [bad, answer(one, {"ctx": full(2)})])
+    assert after is not None
+    assert after["ctx"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert list(strategy.rejected) == [0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({}, {"loss": 2.0}),
+        ({"loss": float("nan")}, {"loss": 2.0}),
+        ({"loss": 1e308}, {"loss": 2.0}),
+        ({"loss": 2.0, "loss-\x1b[2J": 1.0, "lossy": 1.0, f"loss-{'x' * 99}": 1.0}, {"loss": 2.0}),
+        ({"loss": 2.0, "loss-own": 1.0}, {"loss": 2.0}),
+    ],
+)
+def test_one_client_cannot_spoil_the_losses(
+    losses: dict[str, float], expected: dict[str, float]
+) -> None:
+    strategy = strategy_of_clients(3)
+    messages = send(strategy, {"ctx": full(0.0)})
+    reported = [losses, {"loss": 1.0}, {"loss": 3.0}]
+    replies = [
+        Message(content({"ctx": full(1)}, **{"num-examples": 1000}, **named), reply_to=m)
+        for m, named in zip(messages, reported, strict=True)
+    ]
+    _, metrics = strategy.aggregate_train(1, replies)
+    assert metrics is not None
+    assert {n: v for n, v in metrics.items() if n.startswith("loss")} == expected
 
 
 def test_too_few_valid_replies_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -278,11 +358,16 @@ def test_reasons_are_short_and_printable() -> None:
     one, two = send(strategy, {"ctx": full(0.0)})
     evil = {f"\x1b[31m{'x' * 10_000}": full(1.0)}
     assert shared_after(strategy, [answer(one, evil), answer(two, {"ctx": full(1.0)})]) is not None
-    assert len(strategy.rejected[0]) <= 300
+    assert len(strategy.rejected[0]) <= LONGEST_REASON
     assert strategy.rejected[0].isprintable()
 
 
 # Evaluation
+
+
+def asked_to_evaluate(strategy: SharedPromptStrategy) -> list[Message]:
+    arrays = to_record({"ctx": full(1)})
+    return with_ids(strategy.configure_evaluate(1, arrays, ConfigRecord(), GRID))
 
 
 def evaluation(message: Message, **metrics: Any) -> Message:
@@ -292,20 +377,16 @@ def evaluation(message: Message, **metrics: Any) -> Message:
 
 def test_evaluations_are_sorted_by_client() -> None:
     strategy = strategy_of_clients(3, fraction=0.3)
-    sent = strategy.configure_evaluate(2, to_record({"ctx": full(1)}), ConfigRecord(), GRID)
-    messages = list(sent)
+    messages = asked_to_evaluate(strategy)
     assert [m.metadata.dst_node_id for m in messages] == [NODE, NODE + 1, NODE + 2]
     assert {m.metadata.message_type for m in messages} == {MessageType.EVALUATE}
-    replies = [
-        evaluation(m, num_examples=10 + c, correct=c, loss_sum=0.5) for c, m in enumerate(messages)
-    ]
-    table = strategy.aggregate_evaluate(2, [replies[2], replies[0], replies[1]])
+    replies = [evaluation(m, num_examples=10 + c, correct=c) for c, m in enumerate(messages)]
+    table = strategy.aggregate_evaluate(1, [replies[2], replies[0], replies[1]])
     assert table is not None
     assert dict(table) == {
         "client-ids": [0, 1, 2],
         "num-examples": [10, 11, 12],
         "correct": [0, 1, 2],
-        "loss-sum": [0.5, 0.5, 0.5],
     }
 
 
@@ -315,22 +396,65 @@ def test_evaluations_are_sorted_by_client() -> None:
         lambda m: Message(Error(2, "lost"), reply_to=m),
         lambda m: Message(RecordDict(), reply_to=m),
         lambda m: Message(RecordDict({"metrics": ConfigRecord()}), reply_to=m),
+        lambda m: Message(RecordDict({"metrics": GOOD}), reply_to=m),
         lambda m: evaluation(m),
         lambda m: evaluation(m, num_examples=4),
-        lambda m: evaluation(m, num_examples=4, correct=2, extra=1),
-        lambda m: evaluation(m, num_examples=4, correct=2, zeal=1),
+        lambda m: evaluation(m, correct=4),
+        lambda m: evaluation(m, a=4, b=2),
         lambda m: evaluation(m, num_examples=4, correct=5),
         lambda m: evaluation(m, num_examples=-4, correct=-5),
         lambda m: evaluation(m, num_examples=4, correct=float("nan")),
+        lambda m: evaluation(m, num_examples=float("inf"), correct=2),
+        lambda m: evaluation(m, num_examples=float("nan"), correct=float("nan")),
+        lambda m: evaluation(m, num_examples=1e300, correct=1e300),
         lambda m: evaluation(m, num_examples=[4], correct=2),
+        lambda m: forged(evaluation(m, num_examples=4, correct=2), source=NODE),
     ],
 )
-def test_a_bad_evaluation_is_left_out(reply_badly: Callable[[Message], Message]) -> None:
+def test_a_bad_evaluation_is_left_out(
+    reply_badly: Callable[[Message], Message], caplog: pytest.LogCaptureFixture
+) -> None:
     strategy = strategy_of_clients(3)
-    sent = strategy.configure_evaluate(1, to_record({"ctx": full(1)}), ConfigRecord(), GRID)
-    zero, one, two = sent
+    zero, one, two = asked_to_evaluate(strategy)
     good = [evaluation(m, num_examples=4, correct=2) for m in (zero, two)]
     table = strategy.aggregate_evaluate(1, [reply_badly(one), *good])
     assert table is not None
     assert dict(table) == {"client-ids": [0, 2], "num-examples": [4, 4], "correct": [2, 2]}
+    assert "client 1: evaluation dropped" in caplog.text
     assert strategy.aggregate_evaluate(1, [Message(Error(2, "lost"), reply_to=zero)]) is None
+
+
+def test_the_server_decides_which_metrics_there_are() -> None:
+    strategy = strategy_of_clients(2)
+    zero, one = asked_to_evaluate(strategy)
+    # The names of client 0 come last in the alphabet, and one of them is a name of ours.
+    liar = Message(
+        RecordDict(
+            {"metrics": MetricRecord({"zeal": 1, "client-ids": [7, 7], "num-examples": 1, "~": 2})}
+        ),
+        reply_to=zero,
+    )
+    table = strategy.aggregate_evaluate(1, [liar, evaluation(one, num_examples=4, correct=2)])
+    assert table is not None
+    assert dict(table) == {"client-ids": [1], "num-examples": [4], "correct": [2]}
+    more = evaluation(zero, num_examples=8, correct=3, client_ids=9, other=float("nan"))
+    table = strategy.aggregate_evaluate(1, [more, evaluation(one, num_examples=4, correct=2)])
+    assert table is not None
+    assert dict(table) == {"client-ids": [0, 1], "num-examples": [8, 4], "correct": [3, 2]}
+
+
+def test_text_of_clients_is_short_and_printable_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    strategy = strategy_of_clients(2)
+    evil = "\x1b[2J\x1b]0;title\x07\u202e\r\n" + "x" * 2_000_000
+    zero, one = asked_to_evaluate(strategy)
+    strategy.aggregate_evaluate(
+        1, [Message(Error(2, evil), reply_to=zero), evaluation(one, **{evil: 1})]
+    )
+    zero, one = send(strategy, {"ctx": full(0.0)})
+    shared_after(strategy, [Message(Error(2, evil), reply_to=zero), answer(one, {evil: full(1)})])
+    for record in caplog.records:
+        assert record.getMessage().isprintable()
+        assert len(record.getMessage()) < 2 * LONGEST_REASON
+    assert len(caplog.records) >= 4

@@ -51,6 +51,9 @@ class TappedGrid(InlineGrid):
         # Across the wire: nothing is shared by reference.
         passed = [self.tamper(stage, from_wire(to_wire(m))) for m in sent]
         replies = super().send_and_receive([m for m in passed if m is not None], timeout=timeout)
+        for message, copied in zip(sent, passed, strict=True):
+            if copied is not None:
+                message.metadata.__dict__["_message_id"] = copied.metadata.message_id
         kept = [self.spoil(stage, r) for r in replies]
         self.sent += sent
         self.got += [r for r in kept if r is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.strategy import SharedPromptStrategy
-from fedprompt.messages import Update, to_arrays, to_record
+from fedprompt.messages import Update, set_new_id, to_arrays, to_record
 
 SHAPES = {"ctx": (2, 2)}
 """Shared tensors, unless a test has its own."""
@@ -61,7 +61,15 @@ def strategy_of_clients(
 def send(strategy: SharedPromptStrategy, start: Mapping[str, Values], server_round: int = 1) -> Any:
     """The training messages of a round, in the order of client ids."""
     arrays = to_record(start)
-    return list(strategy.configure_train(server_round, arrays, ConfigRecord(), GRID))
+    return with_ids(strategy.configure_train(server_round, arrays, ConfigRecord(), GRID))
+
+
+def with_ids(messages: Iterable[Message]) -> list[Message]:
+    """Messages as a grid has sent them: each has an id, which its reply refers to."""
+    sent = list(messages)
+    for message in sent:
+        set_new_id(message)
+    return sent
 
 
 def content(arrays: Mapping[str, Values | Array], **metrics: Any) -> RecordDict:

@@ -30,6 +30,7 @@ from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError
 from fedprompt.evaluation.metrics import harmonic_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.messages import Ranges
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Figure
@@ -122,9 +123,7 @@ class BaseToNew(Reported):
     ) -> list[Numbers]:
         """Accuracy of every personal model in each test; see `Protocol.measure_clients`."""
         rows: list[Numbers] = [{} for _ in clients]
-        for test in _tests(workspace, self.options):
-            if test.task != workspace.task and workspace.method.no_transfer_reason is not None:
-                continue
+        for test in _possible(workspace, self.options):
             # Other class names need another method object and their own encoding.
             method = workspace.method_for(test.task)
             encoded = encode_personal(method, shared, private)
@@ -133,6 +132,10 @@ class BaseToNew(Reported):
                 assert score.accuracy is not None
                 row[test.name] = score.accuracy
         return rows
+
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """An accuracy per test; see `Protocol.client_numbers`."""
+        return {test.name: (0, 1) for test in _possible(workspace, self.options)}
 
     def measure(self, run: Finished) -> dict[str, Any]:
         """Accuracies and harmonic means of zero-shot, global and personal models."""
@@ -144,7 +147,7 @@ class BaseToNew(Reported):
         rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
         method = workspace.method
         why = method.no_transfer_reason
-        possible = [t for t in tests if t.task == workspace.task or why is None]
+        possible = _possible(workspace, self.options)
         if method.has_global:
             accuracy = {
                 t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible
@@ -228,6 +231,13 @@ def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
         tests.append(_Test("base_of_all", every, base_inputs, base_labels))
         tests.append(_Test("new_of_all", every, new_inputs, shifted))
     return tests
+
+
+def _possible(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
+    """The tests that the method can take: without transfer, those with the clients' class names."""
+    transfers = workspace.method.no_transfer_reason is None
+    tests = _tests(workspace, options)
+    return [test for test in tests if transfers or test.task == workspace.task]
 
 
 def _accuracy(method: Method, shared: Tensors, test: _Test) -> float | None:

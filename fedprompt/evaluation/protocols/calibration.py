@@ -24,6 +24,7 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.evaluation.metrics import Reliability
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines
@@ -67,6 +68,14 @@ class Calibration(Reported):
             _numbers(self._reliability(method, model_of(encoded, k), *workspace.test_data(client)))
             for k, client in enumerate(clients)
         ]
+
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """Three sums per bin; see `Protocol.client_numbers`."""
+        ranges: dict[str, tuple[float, float | str]] = {}
+        for m in range(self.options.bins):
+            ranges[f"count-{m}"] = (0, MAX_EXAMPLES)
+            ranges[f"confidence-{m}"] = ranges[f"correct-{m}"] = (0, f"count-{m}")
+        return ranges
 
     def measure(self, run: Finished) -> dict[str, Any]:
         """ECE, MCE and the reliability diagram of each model."""

@@ -23,6 +23,7 @@ from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut, hold_out_domain
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Figure
@@ -103,6 +104,10 @@ class LeaveOneDomainOut(Reported):
         return [
             {"correct-unseen": score.correct, "tested-unseen": score.tested} for score in scores
         ]
+
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """Two counts; see `Protocol.client_numbers`."""
+        return {"tested-unseen": (1, MAX_EXAMPLES), "correct-unseen": (0, "tested-unseen")}
 
     def measure(self, run: Finished) -> dict[str, Any]:
         """Accuracies per seen domain, on all seen domains, and on the unseen one."""

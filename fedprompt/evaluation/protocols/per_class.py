@@ -20,6 +20,7 @@ from torch import Tensor
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.evaluation.metrics import Ints, confusion
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Axis, Figure, Heat
@@ -67,6 +68,14 @@ class PerClass(Reported):
                 row[f"correct-{c}"] = int(counts_CC[c, c])
             rows.append(row)
         return rows
+
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """Two counts per class; see `Protocol.client_numbers`."""
+        ranges: dict[str, tuple[float, float | str]] = {}
+        for c in range(len(workspace.task.class_names)):
+            ranges[f"tested-{c}"] = (0, MAX_EXAMPLES)
+            ranges[f"correct-{c}"] = (0, f"tested-{c}")
+        return ranges
 
     def measure(self, run: Finished) -> dict[str, Any]:
         """Accuracies per class and model, and one confusion matrix."""

@@ -31,6 +31,7 @@ import numpy as np
 from fedprompt.config.fields import option
 from fedprompt.evaluation.metrics import auroc
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
+from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.privacy.inversion import Attacker, cosine, uploaded_by
 from fedprompt.reports.figure import Axis, Bars, BarSeries, Figure, palette
 from fedprompt.reports.format import Table
@@ -132,6 +133,12 @@ class PrivacyAudit(Reported):
         image, guess = cosine(found_D, true_D), cosine(guess_D, true_D)
         return {"image": image, "image_guess": guess, "inverted": 1}
 
+    def client_numbers(self, workspace: Workspace) -> Ranges:
+        """Weights, and results of the attacks; see `Protocol.client_numbers`."""
+        pairs = float(MAX_EXAMPLES) ** 2
+        # Areas and distances are in [0, 1] and cosines in [-1, 1], apart from rounding.
+        return {**dict.fromkeys(NUMBERS, (-1.01, 1.01)), "pairs": (0, pairs), **WEIGHTS}
+
     def measure(self, run: Finished) -> dict[str, Any]:
         """Means over clients; None for an attack that could not be run on any client."""
         rows = list(run.clients.values())
@@ -200,6 +207,8 @@ NUMBERS = (
     "image_guess",
 )  # fmt: skip
 """The numbers that every client reports."""
+WEIGHTS: Ranges = {"trained": (0, 1), "inverted": (0, 1)}
+"""Limits of those that weigh a client in a mean, besides `pairs`."""
 
 
 def variation(a: Any, b: Any) -> float:

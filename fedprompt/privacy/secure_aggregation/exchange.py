@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
-from fedprompt.messages import Arrays, Exchanged, Send, Traffic, Update, sanitised
+from fedprompt.messages import Arrays, Exchanged, Send, Traffic, Update
 from fedprompt.privacy.secure_aggregation import ALIKE, require_flower
 from fedprompt.privacy.secure_aggregation.server import Outcome, secure_sum
 from fedprompt.privacy.secure_aggregation.vector import decode, size
@@ -83,7 +83,7 @@ class SecureExchange:
             min_clients=self._config.federation.min_replies,
         )
         client_of_node = {m.metadata.dst_node_id: client for client, m in messages.items()}
-        dropped = {client_of_node[n]: sanitised(why) for n, why in outcome.dropped.items()}
+        dropped = {client_of_node[n]: why for n, why in outcome.dropped.items()}
         dropped = dict(sorted(dropped.items()))
         for node, reason in sorted(outcome.silent.items()):
             log.warning("client %d did not help to unmask: %s", client_of_node[node], reason)

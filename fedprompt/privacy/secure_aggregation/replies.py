@@ -7,27 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, RecordDict
 
-from fedprompt.messages import error_reason
+from fedprompt.messages import Refused
 from fedprompt.privacy.secure_aggregation import RECORD
 
 
-class Malformed(Exception):
-    """A reply that is not what its stage asks for; the message gives the reason."""
-
-
-def record_of(reply: Message) -> ConfigRecord:
+def record_of(content: RecordDict) -> ConfigRecord:
     """The one record of a reply.
 
     Raises:
-        Malformed: it is an error, or has other records.
+        Refused: the reply has other records.
     """
-    if reply.has_error():
-        raise Malformed(error_reason(reply))
-    record = reply.content.get(RECORD)
-    if set(reply.content) != {RECORD} or not isinstance(record, ConfigRecord):
-        raise Malformed(f"records {sorted(reply.content)} instead of ['{RECORD}']")
+    record = content.get(RECORD)
+    if set(content) != {RECORD} or not isinstance(record, ConfigRecord):
+        raise Refused(f"records {sorted(content)} instead of ['{RECORD}']")
     return record
 
 
@@ -35,10 +29,10 @@ def bytes_of(value: Any, longest: int) -> bytes:
     """A value that must be at most `longest` bytes.
 
     Raises:
-        Malformed: it is longer or something else.
+        Refused: it is longer or something else.
     """
     if not isinstance(value, bytes) or len(value) > longest:
-        raise Malformed(f"no bytes, or more than {longest}")
+        raise Refused(f"no bytes, or more than {longest}")
     return value
 
 
@@ -46,9 +40,9 @@ def list_of(record: ConfigRecord, name: str) -> list[Any]:
     """A value that must be a list.
 
     Raises:
-        Malformed: it is missing or something else.
+        Refused: it is missing or something else.
     """
     value = record.get(name)
     if not isinstance(value, list):
-        raise Malformed(f"no list '{name}'")
+        raise Refused(f"no list '{name}'")
     return value

@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.protection import SecureAggregationConfig
-from fedprompt.messages import error_reason, sanitised
+from fedprompt.messages import Refused, read_answers
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
     RECORD,
@@ -28,7 +28,7 @@ from fedprompt.privacy.secure_aggregation import (
 )
 from fedprompt.privacy.secure_aggregation.masks import Masked, mask
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, Terms, draw_peers
-from fedprompt.privacy.secure_aggregation.replies import Malformed, bytes_of, list_of, record_of
+from fedprompt.privacy.secure_aggregation.replies import bytes_of, list_of, record_of
 from fedprompt.privacy.secure_aggregation.vector import Numbers
 
 log = logging.getLogger("fedprompt.server")
@@ -156,7 +156,7 @@ class _Round:
             nodes = list_of(record, flower.Key.DESTINATION_LIST)
             sealed = list_of(record, flower.Key.CIPHERTEXT_LIST)
             if sorted(nodes) != sorted((self.peers[node] & present) - {node}):
-                raise Malformed("shares for other clients than its peers")
+                raise Refused("shares for other clients than its peers")
             pairs = zip(nodes, sealed, strict=True)
             return {peer: bytes_of(part, LONGEST_SHARE) for peer, part in pairs}
 
@@ -172,7 +172,7 @@ class _Round:
         def read(node: int, record: ConfigRecord) -> Masked:
             content = bytes_of(record.get(flower.Key.MASKED_PARAMETERS), 4 * self.count)
             if len(content) != 4 * self.count:
-                raise Malformed(f"{len(content)} bytes instead of {4 * self.count}")
+                raise Refused(f"{len(content)} bytes instead of {4 * self.count}")
             return np.frombuffer(content, dtype="<u4").astype(np.uint32)
 
         asked: dict[int, dict[str, Any]] = {}
@@ -198,7 +198,7 @@ class _Round:
             owners = list_of(record, flower.Key.NODE_ID_LIST)
             shares = list_of(record, flower.Key.SHARE_LIST)
             if sorted(owners) != sorted(self.peers[node] & shared):
-                raise Malformed("shares of other clients than its peers")
+                raise Refused("shares of other clients than its peers")
             pairs = zip(owners, shares, strict=True)
             return {owner: bytes_of(share, LONGEST_SHARE) for owner, share in pairs}
 
@@ -271,26 +271,13 @@ class _Round:
         """
         lost = self.outcome.dropped if lost is None else lost
         messages = [self._message(stage, node, asked[node]) for node in sorted(asked)]
-        answers: dict[int, Read] = {}
-        replied: set[int] = set()
-        for reply in self.ask(messages):
-            node = reply.metadata.src_node_id
-            if node not in asked:
-                log.warning("secure aggregation, %s: %s", stage, sanitised(error_reason(reply)))
-                continue
-            if node in replied:
-                answers.pop(node, None)
-                lost[node] = f"replied twice ({stage})"
-                continue
-            replied.add(node)
-            try:
-                answers[node] = read(node, record_of(reply))
-            except Exception as error:  # a peer's bytes can raise errors of any type
-                lost[node] = sanitised(f"{' '.join(str(error).split())} ({stage})")
-        for node in asked:
-            if node not in replied:
-                lost[node] = f"no reply ({stage})"
-        return dict(sorted(answers.items()))
+
+        def read_record(node: int, content: RecordDict) -> Read:
+            return read(node, record_of(content))
+
+        answers = read_answers(messages, self.ask(messages), read_record)
+        lost.update({node: f"{fault} ({stage})" for node, fault in answers.faults.items()})
+        return answers.usable
 
     def _message(self, stage: str, node: int, values: Mapping[str, Any]) -> Message:
         template = self.messages[node]
