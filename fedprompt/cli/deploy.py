@@ -109,6 +109,13 @@ def node(
     data: Annotated[
         Path | None, typer.Option("--data", help="This node's images, folder/class/*.jpg.")
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            "--root",
+            help="This node's copy of the data set, where the experiment is not on --data folders.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[
         int | None,
@@ -155,13 +162,15 @@ def node(
     from fedprompt.deploy.supervise import run_node
 
     node_folder = read_node_folder(folder)
-    if data is not None and not data.is_dir():
-        raise UserError(f"--data: there is no folder {data}.")
+    for option, path in (("--data", data), ("--root", root)):
+        if path is not None and not path.is_dir():
+            raise UserError(f"{option}: there is no folder {path}.")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint: there is no file {checkpoint}.")
     if superlink is not None and not re.fullmatch(r".+:\d{1,5}", superlink):
         raise UserError(f"--server is {superlink!r}; it must be host:port.")
-    paths = {"data": data, "checkpoint": checkpoint, "state-dir": state, "cache-dir": cache}
+    paths = {"data": data, "root": root, "checkpoint": checkpoint}
+    paths |= {"state-dir": state, "cache-dir": cache}
     settings = {
         **{k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None},
         "device": device, "threads": threads,

@@ -7,6 +7,7 @@ On the administrator's terminal
     credentials         the only module that knows about certificates and keys
     folders             the server's and a node's folder, and the commands that run in them
     submit, bundle      `deploy run`: hands an experiment to the SuperLink and follows it
+    submission          what the server app needs to know and nodes must not, in a file
     flower_commands     calls of Flower's own `flwr` command
     local, example      `deploy local` and `deploy example`: everything on one machine
 

@@ -41,8 +41,6 @@ clientapp = "{package}.client:app"
 [tool.flwr.app.config]
 config = ""
 run = ""
-resume = ""
-nodes = ""
 """
 
 

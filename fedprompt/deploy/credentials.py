@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -117,6 +119,36 @@ def write_node_key(folder: Path) -> None:
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     _write(folder / NODE_KEY, private, mode=0o600)
     _write(folder / NODE_PUBLIC, public + b"\n")
+
+
+def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
+    """Read a node's public key, `node.pub`.
+
+    Raises:
+        UserError: the file cannot be read, or holds no elliptic-curve key.
+    """
+    try:
+        key = load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"cannot read the public key {path}: {reason}.") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise UserError(f"{path} is not an elliptic-curve key; 'deploy init' did not create it.")
+    return key
+
+
+def key_to_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A public key in the form in which Flower's SuperNode sends it."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def has_signed(key: ec.EllipticCurvePublicKey, text: bytes, signature: bytes) -> bool:
+    """Whether the owner of a public key has signed a text as Flower's SuperNode signs it."""
+    try:
+        key.verify(signature, text, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
 
 
 def _read_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

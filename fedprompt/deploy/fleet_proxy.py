@@ -6,32 +6,63 @@ SuperLink on one port. Nodes sign every call of the Fleet API with their keys. T
 Runtime API do not authenticate callers in the open-source build. The SuperLink therefore listens on
 the loopback interface only, and this proxy, which has the same certificate, forwards requests for
 `POST /v1/fleet/...` and refuses all others.
+
+Whoever reaches the port can send requests. Before a caller has shown a node's signature, it can
+therefore only send a few bytes within a few seconds: enough for the calls with which a SuperNode
+learns that its key is unknown.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import h11  # comes with uvicorn
 import httpx
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fedprompt.deploy.callers import Callers
 from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY
+from fedprompt.deploy.folders import public_keys
 
 FLEET = "/v1/fleet/"
-MAX_BYTES = 512 * 1024 * 1024
-"""Largest request that is forwarded; Flower splits larger messages."""
 HOP_BY_HOP = {b"host", b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
 """Headers that describe one connection and must not be copied to the next one."""
 SUPERLINK_TIMEOUT_S = 60.0
+HEAD_TIMEOUT_S = 10.0
+"""Seconds in which the head of a request must arrive; TLS handshakes have a limit of their own."""
+MAX_CONNECTIONS = 800
+"""Connections that are served at the same time; a process may usually open 1024 files."""
+MAX_LINES = 100
+"""Refusals that are logged one by one; after these, every hundredth is."""
 log = logging.getLogger("fedprompt.fleet_proxy")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Limit(NamedTuple):
+    """How much a caller may send in one request, and how long it may take."""
+
+    bytes: int
+    seconds: float
+
+
+NODE = Limit(64 * 1024 * 1024, 600.0)
+"""For nodes. Flower splits arrays into pieces of 5 MB; a masked update is one piece, with 4 bytes
+per parameter."""
+STRANGER = Limit(16 * 1024, 10.0)
+"""For callers without a node's signature."""
+
+
+class _Disconnected(Exception):
+    """The caller has closed the connection before its request was complete."""
 
 
 class FleetProxy:
@@ -40,32 +71,49 @@ class FleetProxy:
     Args:
         upstream: the SuperLink's address, `https://host:port`.
         authority: the certificate that the SuperLink's certificate must be issued by.
-        max_bytes: requests with a longer body are refused with status 413.
+        callers: tells nodes from other callers.
+        node: the limit for nodes; a longer body is refused with status 413, a slower one with 408.
+        stranger: the limit for other callers.
     """
 
-    def __init__(self, upstream: str, authority: Path, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        authority: Path,
+        callers: Callers,
+        *,
+        node: Limit = NODE,
+        stranger: Limit = STRANGER,
+    ) -> None:
         context = ssl.create_default_context(cafile=str(authority))
         # One client for all requests, so that connections to the SuperLink are reused.
         self.client = httpx.AsyncClient(
             base_url=upstream, verify=context, timeout=SUPERLINK_TIMEOUT_S
         )
-        self.max_bytes = max_bytes
+        self.callers, self.node, self.stranger = callers, node, stranger
+        self._refusals = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward or refuse one request; the arguments are those of the ASGI protocol."""
         if scope["type"] != "http":
             return
-        path, peer = str(scope["path"]), (scope.get("client") or ("?",))[0]
+        path = str(scope["path"])
         raw = bytes(scope.get("raw_path") or path.encode())
         # A percent-encoded path could mean another path to the SuperLink than it does here.
         if scope["method"] != "POST" or not is_fleet_call(path) or raw != path.encode():
-            log.warning("refused %s %s from %s", scope["method"], path[:100], peer)
-            await _respond(send, 404, b"")
+            await self._refuse(scope, send, 404, "is no call of the Fleet API")
             return
-        body = await self._body(receive)
+        limit = self.node if self.callers.knows(scope["headers"]) else self.stranger
+        try:
+            async with asyncio.timeout(limit.seconds):
+                body = await _body(scope, receive, limit.bytes)
+        except _Disconnected:
+            return
+        except TimeoutError:
+            await self._refuse(scope, send, 408, f"did not arrive within {limit.seconds:g} s")
+            return
         if body is None:
-            log.warning("refused a request of more than %d bytes from %s", self.max_bytes, peer)
-            await _respond(send, 413, b"")
+            await self._refuse(scope, send, 413, f"has more than {limit.bytes} bytes")
             return
         headers = [(k, v) for k, v in scope["headers"] if k.lower() not in HOP_BY_HOP]
         try:
@@ -79,21 +127,71 @@ class FleetProxy:
         headers = [(k, v) for k, v in answer.headers.raw if k.lower() not in dropped]
         await _respond(send, answer.status_code, answer.content, headers)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The complete body of the request, or None if it is too long."""
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            event = await receive()
-            if event["type"] != "http.request":
-                return b""
-            parts.append(event.get("body", b""))
-            # The size is checked while the body arrives: a declared length need not be true.
-            size += len(parts[-1])
-            if size > self.max_bytes:
-                return None
-            if not event.get("more_body"):
-                return b"".join(parts)
+    async def _refuse(self, scope: Scope, send: Send, status: int, reason: str) -> None:
+        self._refusals += 1
+        # Anybody can cause a refusal, so their number must not fill the disk.
+        if self._refusals <= MAX_LINES or self._refusals % MAX_LINES == 0:
+            # As literals, because a path may contain line breaks and other control characters.
+            what = f"{scope['method'][:20]!a} {scope['path'][:100]!a}"
+            peer = (scope.get("client") or ("?",))[0]
+            log.warning("refusal %d: %s from %s %s", self._refusals, what, peer, reason)
+        # What the caller still wants to send is never read.
+        await _respond(send, status, b"", [(b"connection", b"close")])
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP on a connection that is closed if the head of a request does not arrive in time.
+
+    uvicorn itself waits without a limit for the first byte, and for the rest of a head.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for the first head."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop waiting once a head is complete, and wait again for the rest of the next one."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        self._cancel()
+
+    def _watch(self) -> None:
+        # h11 calls a peer idle until the head of its request is complete.
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+async def _body(scope: Scope, receive: Receive, max_bytes: int) -> bytes | None:
+    """The complete body of a request, or None if it is longer than `max_bytes`."""
+    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    # The HTTP parser has checked that these are digits.
+    if int(declared) > max_bytes:
+        return None
+    body = bytearray()
+    while True:
+        event = await receive()
+        if event["type"] != "http.request":
+            raise _Disconnected
+        body += event.get("body", b"")
+        # The size is also checked while the body arrives: a chunked one declares no length.
+        if len(body) > max_bytes:
+            return None
+        if not event.get("more_body"):
+            return bytes(body)
 
 
 def is_fleet_call(path: str) -> bool:
@@ -112,13 +210,17 @@ def serve(folder: Path, host: str, port: int, superlink_port: int) -> None:
         port: port to listen on, the only one that nodes use.
         superlink_port: the SuperLink's port on the loopback interface.
     """
-    proxy = FleetProxy(f"https://127.0.0.1:{superlink_port}", folder / CA_CERTIFICATE)
+    callers = Callers(public_keys(folder).values())
+    proxy = FleetProxy(f"https://127.0.0.1:{superlink_port}", folder / CA_CERTIFICATE, callers)
     uvicorn.run(
         proxy,
         host=host,
         port=port,
         ssl_certfile=str(folder / CERTIFICATE),
         ssl_keyfile=str(folder / KEY),
+        http=ImpatientProtocol,
+        ws="none",
+        limit_concurrency=MAX_CONNECTIONS,
         log_level="warning",
         access_log=False,
         # The proxy has no start-up or shutdown events.

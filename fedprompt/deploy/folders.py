@@ -28,6 +28,8 @@ from fedprompt.files import write_bytes
 
 SETTINGS, CONNECTION = "federation.json", "fedprompt"
 FLEET_PORT, SUPERLINK_PORT = 9092, 8000
+SERVER_FOLDER = "FEDPROMPT_SERVER"
+"""Environment variable with the server's folder, for the server app that the SuperExec starts."""
 MAX_SOCKET_PATH = 100
 """Bytes of a socket's path; Unix allows 107."""
 
@@ -57,8 +59,8 @@ class ServerFolder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables that make Flower keep its files in this folder."""
-        return {"FLWR_HOME": str(self.path / "flower")}
+        """Environment variables that make Flower, and our server app, use the files in here."""
+        return {"FLWR_HOME": str(self.path / "flower"), SERVER_FOLDER: str(self.path)}
 
     def superlink_command(self) -> list[str]:
         """The command of the SuperLink, whose database lets runs survive its restart."""

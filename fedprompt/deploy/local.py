@@ -113,10 +113,17 @@ class LocalFederation:
             NODE_PAUSE_S, lambda name, status: report(exit_line(name, status))
         )
 
-    def submit(self, settings: Mapping[str, str]) -> int:
-        """Submit a run; returns Flower's id of it."""
-        scratch = self.folder / "submitted"
-        return submit.start_run(self.server, settings, scratch, self.environment)
+    def submit(self, settings: Mapping[str, str], *, same_machine: bool = False) -> int:
+        """Submit a run; returns Flower's id of it.
+
+        Args:
+            settings: the run's settings, from `settings_of` or `settings_to_resume`.
+            same_machine: whether the nodes were started to open the paths of the experiment.
+        """
+        return submit.start_run(
+            self.server, settings, self.folder / "submitted", self.environment,
+            same_machine=same_machine,
+        )  # fmt: skip
 
     def status(self, run_id: int) -> str:
         """Flower's word for a run's state."""
@@ -200,10 +207,10 @@ def _run(
         federation.start_server()
         for client in range(clients):
             # A node that lends an image folder opens no path of the experiment, not even its
-            # weights.
-            lends = {"data": image_folders[client], "checkpoint": weights} if image_folders else {}
-            federation.start_node(client, lends)
-        run_id = federation.submit(settings)
+            # weights. The other nodes open the same paths as the server.
+            lends = {"data": image_folders[client], "checkpoint": weights}
+            federation.start_node(client, lends if image_folders else {"same-machine": True})
+        run_id = federation.submit(settings, same_machine=not image_folders)
         display.phase(f"run {run_id}; logs are in {federation.processes.logs}")
         submit.follow(
             path,

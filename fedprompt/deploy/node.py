@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
+from fedprompt.config.schema import to_yaml
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
 from fedprompt.deploy.private_store import FileStore
@@ -45,7 +46,7 @@ def answer(
     Args:
         message: a query (which client is this?), a training or an evaluation message.
         node_config: the node's own settings, see node_config.py.
-        run_config: the run's settings, from the server: the experiment and the run's name.
+        run_config: the run's settings, from the server: the experiment's text and the run's name.
         run_id: Flower's id of the run.
         state: what secure aggregation keeps from one message to the next; changed in place.
 
@@ -58,12 +59,7 @@ def answer(
     node: NodeSettings | None = None
     try:
         node = read_node_settings(node_config)
-        workspace = _workspace(
-            str(run_config.get("config", "")),
-            str(run_config.get("experiment", "")),
-            str(run_config.get("overrides", "")),
-            node,
-        )
+        workspace = _workspace(experiment_text(run_config, node), node)
         if is_query:
             return _report(workspace, node, message)
         run = str(run_config.get("run", ""))
@@ -121,10 +117,34 @@ def _work(
     return replies[0]
 
 
+def experiment_text(run_config: Mapping[str, Any], node: NodeSettings) -> str:
+    """The experiment as text, which is the only form in which a node takes it from a server.
+
+    A plain `flwr run` names an experiment instead. That name may be any file, whose content shows
+    in messages about it, so only a client on the server's machine that lends nothing follows it.
+
+    Raises:
+        UserError: the run names an experiment, or that experiment is wrong.
+    """
+    if text := str(run_config.get("config", "")):
+        return text
+    if node.data is not None or not node.same_machine:
+        raise UserError(
+            "this run does not contain its experiment as text, and this node opens no file that "
+            "the server names; submit the run with 'fedprompt deploy run'."
+        )
+    return _composed(str(run_config.get("experiment", "")), str(run_config.get("overrides", "")))
+
+
 @lru_cache(maxsize=1)
-def _workspace(text: str, experiment: str, overrides: str, node: NodeSettings) -> Workspace:
+def _composed(experiment: str, overrides: str) -> str:
+    return to_yaml(compose(experiment, shlex.split(overrides)))
+
+
+@lru_cache(maxsize=1)
+def _workspace(text: str, node: NodeSettings) -> Workspace:
     """This process's workspace, which a worker opens once per experiment and not per message."""
-    config = on_node(parse(text) if text else compose(experiment, shlex.split(overrides)), node)
+    config = on_node(parse(text), node)
     use_threads(config.simulation)
     return open_workspace(config)
 
@@ -134,6 +154,7 @@ def _without_paths(text: str, node: NodeSettings | None) -> str:
     if node is not None:
         for name, folder in (
             ("data", node.data),
+            ("root", node.root),
             ("state-dir", node.state_dir),
             ("cache-dir", node.cache_dir),
             ("checkpoint", node.checkpoint),

@@ -3,17 +3,20 @@
 `read_node_settings` and `on_node` run on a node, `on_server` runs on the server. The experiment
 comes from the server, but which folder is read, where private prompts and caches are stored and
 which device computes is decided by the node's administrator, in Flower's `--node-config`. A node
-that lends an image folder opens no path that an experiment names (`experiment/paths.py`), and
-its weights are those of the pretrained tag or those that it names itself.
+opens no path that an experiment names (`experiment/paths.py`), and its weights are those of the
+pretrained tag or those that it names itself. The only exception are nodes on the server's machine.
 
     partition-id   the number of this node's client, 0 .. K - 1
     data           its image folder, folder/class/*.jpg
+    root           its copy of the data set, for experiments in which every node opens the whole set
     state-dir      folder for private prompts; default $FEDPROMPT_STATE, ~/.local/state/fedprompt
     cache-dir      folder for cached features; default $FEDPROMPT_CACHE, ~/.cache/fedprompt
     device         auto, cpu or cuda
     threads        CPU threads; default as in the experiment
     checkpoint     local file with the backbone's weights
     worker         socket of the node's worker
+    same-machine   true: this node runs on the server's machine, so paths that the experiment names
+                   mean the same here and are opened, unless the node has `data`
 
     require-secure-aggregation   true: refuse experiments in which the server sees this node's
                                  update and not only a sum
@@ -33,14 +36,17 @@ from typing import Any
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.experiment.paths import without_paths
+from fedprompt.experiment.paths import named_paths, without_paths
 
 KEYS = {
-    "partition-id", "data", "state-dir", "cache-dir", "device", "threads", "checkpoint", "worker",
-    "require-secure-aggregation", "require-noise",
+    "partition-id", "data", "root", "state-dir", "cache-dir", "device", "threads", "checkpoint",
+    "worker", "same-machine", "require-secure-aggregation", "require-noise",
 }  # fmt: skip
-FLOWER_KEYS = {"num-partitions"}
-"""Keys that Flower's simulations set; they are ignored."""
+SIMULATED = "num-partitions"
+"""Key that Flower's simulation engine sets, whose clients run on the server's machine."""
+
+HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+"""Pattern of a data set's id on the Hugging Face hub."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class NodeSettings:
     checkpoint: str | None = None
     require_secure_aggregation: bool = False
     require_noise: float = 0.0
+    root: str | None = None
+    same_machine: bool = False
 
 
 def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
@@ -70,7 +78,7 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     Raises:
         UserError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    for key in sorted(set(node_config) - KEYS - FLOWER_KEYS):
+    for key in sorted(set(node_config) - KEYS - {SIMULATED}):
         raise UserError(f"--node-config: unknown key '{key}'.{did_you_mean(key, sorted(KEYS))}")
     # `True` is an `int` in Python, hence the checks for `bool` here and below.
     client = node_config.get("partition-id")
@@ -84,11 +92,11 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     device = node_config.get("device")
     if device is not None and device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--node-config: device is {device!r}; it must be auto, cpu or cuda.")
-    secure = node_config.get("require-secure-aggregation", False)
-    if not isinstance(secure, bool):
-        raise UserError(
-            f"--node-config: require-secure-aggregation is {secure!r}; it must be true or false."
-        )
+    flags = {"require-secure-aggregation": False, "same-machine": SIMULATED in node_config}
+    for key, default in flags.items():
+        flags[key] = node_config.get(key, default)
+        if not isinstance(flags[key], bool):
+            raise UserError(f"--node-config: {key} is {flags[key]!r}; it must be true or false.")
     noise = node_config.get("require-noise", 0.0)
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
         raise UserError(f"--node-config: require-noise is {noise!r}; it must be 0 or more.")
@@ -99,7 +107,8 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
 
     return NodeSettings(
         client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
-        path("checkpoint"), secure, float(noise),
+        path("checkpoint"), flags["require-secure-aggregation"], float(noise), path("root"),
+        flags["same-machine"],
     )  # fmt: skip
 
 
@@ -115,7 +124,7 @@ def on_node(config: Config, node: NodeSettings) -> Config:
 
     Raises:
         UserError: the experiment has no such client, does not use the folder that this node lends,
-            needs weights that the node does not name, or protects the node's update less than the
+            needs files that the node does not name, or protects the node's update less than the
             node requires.
     """
     _check_protection(config, node)
@@ -132,6 +141,8 @@ def on_node(config: Config, node: NodeSettings) -> Config:
             "the experiment has data.source=client_folders, but this node names no image folder; "
             "start it with --data FOLDER ('data' in --node-config)."
         )
+    elif not node.same_machine:
+        config = _with_own_root(config, node)
     backbone = config.backbone
     if node.device is not None:
         backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
@@ -178,15 +189,42 @@ def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
             "this node lends an image folder and accepts only experiments with "
             f"data.source=client_folders, but this one has data.source={config.data.source}."
         )
+    _check_weights(config, node)
+    config = without_paths(config)
+    data: Any = config.data  # of client folders, as checked above
+    folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
+    return replace(config, data=replace(data, folders=folders))
+
+
+def _with_own_root(config: Config, node: NodeSettings) -> Config:
+    """The experiment on a node that opens the whole data set, with no path of the server in it."""
+    _check_weights(config, node)
+    named = named_paths(config.data)
+    # An id on the hub is the same on every machine; only a folder with such a name is not.
+    hub = str(named.get("hub_id", ""))
+    kept = {"hub_id": hub} if re.fullmatch(HUB_ID, hub) and not Path(hub).exists() else {}
+    own = {"root": node.root} if node.root and hasattr(config.data, "root") else {}
+    for key in sorted(named.keys() - kept.keys() - own.keys()):
+        raise UserError(
+            f"the experiment's data.{key} is a path on the server, and this node opens no path "
+            "that the server names; start it with --root FOLDER for its own copy of the data set."
+        )
+    if config.partition.file is not None:
+        raise UserError(
+            "the experiment's partition.file is a file on the server, and this node opens no path "
+            "that the server names; use data.source=client_folders and start it with --data."
+        )
+    config = without_paths(config)
+    data: Any = config.data  # which of these keys it has depends on the source
+    return replace(config, data=replace(data, **kept, **own))
+
+
+def _check_weights(config: Config, node: NodeSettings) -> None:
     if config.backbone.checkpoint is not None and node.checkpoint is None:
         raise UserError(
             "the experiment's weights (backbone.checkpoint) are a file on the server; start this "
             "node with its own copy: --checkpoint FILE."
         )
-    config = without_paths(config)
-    data: Any = config.data  # of client folders, as checked above
-    folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
-    return replace(config, data=replace(data, folders=folders))
 
 
 def state_folder(node: NodeSettings, run: str, run_id: int) -> Path:

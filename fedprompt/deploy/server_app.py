@@ -16,10 +16,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.node_config import on_server
 from fedprompt.deploy.node_federation import NodeFederation
 from fedprompt.deploy.node_grid import NodeGrid
+from fedprompt.deploy.submission import Submission, read_submission
 from fedprompt.deploy.submit import DEPLOYMENT, LOG
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
@@ -49,11 +50,14 @@ def main(grid: Grid, context: Context) -> None:
     try:
         # Whoever starts a run with `flwr run` may write numbers; all of our values are texts.
         settings = {k: str(v) for k, v in context.run_config.items()}
-        folder, config = _open_run_folder(settings)
+        # Only `deploy run` gives a run a name; a plain `flwr run` names an experiment instead.
+        run = settings.get("run", "")
+        submission = read_submission(run) if run else _without_submission(settings)
+        folder, config = _open_run_folder(submission)
         try:
             # `deploy run` follows the run by reading this file.
             _add_log_handler(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
-            _run(folder, config, grid, _registered(settings.get("nodes", "")))
+            _run(folder, config, grid, submission.registered)
         finally:
             folder.close()
     except UserError as error:
@@ -63,17 +67,19 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _open_run_folder(settings: Mapping[str, str]) -> tuple[RunFolder, Config]:
+def _without_submission(settings: Mapping[str, str]) -> Submission:
+    """The experiment that a plain `flwr run` names, with its overrides."""
+    config = compose(settings["experiment"], shlex.split(settings["overrides"]))
+    return Submission(to_yaml(config), run="", resume="", registered={})
+
+
+def _open_run_folder(submission: Submission) -> tuple[RunFolder, Config]:
     """A new run folder, or that of the run to resume, and the experiment."""
-    if settings.get("resume"):
-        return RunFolder.resume(Path(settings["resume"]))
-    # `deploy run` sends the composed experiment; a plain `flwr run` names one with its overrides.
-    text = settings.get("config")
-    config = (
-        parse(text) if text else compose(settings["experiment"], shlex.split(settings["overrides"]))
-    )
+    if submission.resume:
+        return RunFolder.resume(Path(submission.resume))
+    config = parse(submission.config)
     folder = RunFolder.create(config)
-    folder.write_json(DEPLOYMENT, {"run": settings.get("run", "")})
+    folder.write_json(DEPLOYMENT, {"run": submission.run})
     return folder, config
 
 
@@ -98,12 +104,6 @@ def _run(folder: RunFolder, config: Config, grid: Grid, registered: Mapping[int,
     finally:
         loggers.close()
         display.close()
-
-
-def _registered(text: str) -> dict[int, int]:
-    """The client of every registered node id, from `id:client,id:client`."""
-    pairs = (item.split(":") for item in text.split(",") if item)
-    return {int(node): int(client) for node, client in pairs}
 
 
 def _drop_traceback(record: logging.LogRecord) -> bool:

@@ -21,11 +21,12 @@ from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.flower_commands import last_words, run_flwr
 from fedprompt.deploy.folders import CONNECTION, ServerFolder
-from fedprompt.deploy.key_registration import registered_clients
 from fedprompt.deploy.processes import Processes
+from fedprompt.deploy.submission import write_submission
 from fedprompt.errors import UserError
+from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
-from fedprompt.experiment.paths import absolute
+from fedprompt.experiment.paths import absolute, hidden
 from fedprompt.experiment.run_folder import default_path
 from fedprompt.experiment.summary import show_result
 from fedprompt.reports.run_data import CONFIG, SUMMARY
@@ -101,7 +102,7 @@ def new_run(config: Config) -> Config:
 
 
 def settings_of(config: Config) -> dict[str, str]:
-    """Flower's run config of a new run: the experiment, and the name for its private prompts.
+    """A new run's settings: the experiment, and the name for its private prompts.
 
     Nodes store their private prompts under that name, so that two runs never share any.
     """
@@ -109,7 +110,7 @@ def settings_of(config: Config) -> dict[str, str]:
 
 
 def settings_to_resume(path: Path) -> dict[str, str]:
-    """Flower's run config that resumes the run in the folder `path`.
+    """The settings that resume the run in the folder `path`.
 
     Raises:
         UserError: the folder contains no run, or one that was not a deployment.
@@ -129,15 +130,20 @@ def start_run(
     settings: Mapping[str, str],
     scratch: Path,
     environment: Mapping[str, str],
+    *,
+    same_machine: bool = False,
 ) -> int:
     """Submit a run to the SuperLink.
 
+    Flower sends a run's config to every node. It therefore holds the experiment without the paths
+    of this machine; the server app reads the complete settings in the server's folder.
+
     Args:
         server: the server's folder.
-        settings: Flower's run config, from `settings_of` or `settings_to_resume`. Flower sends it
-            to every node.
+        settings: the run's settings, from `settings_of` or `settings_to_resume`.
         scratch: folder for the app and the run config.
         environment: variables for Flower's command.
+        same_machine: whether all nodes run on this machine and open the paths of the experiment.
 
     Returns:
         Flower's id of the run.
@@ -147,9 +153,9 @@ def start_run(
     """
     scratch.mkdir(parents=True, exist_ok=True)
     app = write_bundle(scratch / "app")
-    # Flower's run config has single values only, so the mapping is written as one text.
-    nodes = ",".join(f"{node}:{client}" for node, client in registered_clients(server).items())
-    write_run_config(scratch / "run.toml", {**settings, "nodes": nodes})
+    write_submission(server, settings)
+    text = settings["config"] if same_machine else to_yaml(hidden(parse(settings["config"])))
+    write_run_config(scratch / "run.toml", {"config": text, "run": settings["run"]})
     command = ["run", str(app), CONNECTION, "-c", str(scratch / "run.toml"), "--format", "json"]
     output = run_flwr(command, environment)
     run_id = re.search(r'"run-id":\s*"?(\d+)', output)

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.registry import source_keys
 
+ELSEWHERE = "(on the server)"
+"""What other machines read in the place of an absolute path of this one."""
+
 T = TypeVar("T")
 Change = Callable[[Any, Field[Any]], Any]
 """Computes the new value of a path's key from the present value and the key's field."""
@@ -38,6 +41,27 @@ def absolute(config: Config) -> Config:
         return [resolve(v) for v in value] if isinstance(value, list) else value and resolve(value)
 
     return _changed(config, change)
+
+
+def hidden(config: Config) -> Config:
+    """Replace absolute paths by `ELSEWHERE`, so that other machines see that a path is set, but
+    not which. Texts that are no absolute paths, such as the name of a data set on the hub, stay.
+    """
+
+    def hide(text: str) -> str:
+        return ELSEWHERE if Path(text).expanduser().is_absolute() else text
+
+    def change(value: Any, field: Field[Any]) -> Any:
+        return [hide(v) for v in value] if isinstance(value, list) else value and hide(value)
+
+    return _changed(config, change)
+
+
+def named_paths(section: Any) -> dict[str, Any]:
+    """The paths that a section sets, by key; values that are the default are left out."""
+    paths = {f.name: f for f in fields(section) if f.metadata.get("path")}
+    values = {name: getattr(section, name) for name in paths}
+    return {name: value for name, value in values.items() if value != _default(paths[name])}
 
 
 def without_paths(config: Config) -> Config:

@@ -19,14 +19,17 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from fedprompt.config.schema import to_yaml
 from fedprompt.deploy import worker_client
 from fedprompt.deploy.folders import NodeFolder
-from fedprompt.deploy.node import answer
+from fedprompt.deploy.node import answer, experiment_text
+from fedprompt.deploy.node_config import read_node_settings
 from fedprompt.deploy.node_report import NodeReport, read_report
 from fedprompt.deploy.worker import answer_one, listen
 from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 from fedprompt.errors import UserError
+from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.messages import become_server, to_record, to_wire
 from fedprompt.methods.registry import method_class
+from tests.support.builders import small_config
 from tests.support.fake_data import truncated
 from tests.support.federations import CLASSES, config_for, write_clients
 
@@ -96,6 +99,37 @@ def test_a_fault_of_the_folder_is_one_line_on_both_sides(
     assert reply.has_error()
     assert "glacier" in str(reply.error.reason)
     assert "data.class_names" in str(reply.error.reason)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [{"data": "IMAGES"}, {}, {"data": "IMAGES", "num-partitions": 3}],
+    ids=["lends", "lends nothing", "lends in a simulation"],
+)
+def test_a_node_takes_the_experiment_as_text_and_opens_no_file_that_the_server_names(
+    images: Path, node: dict[str, Any]
+) -> None:
+    secret = images.parent / "secret.yaml"
+    secret.write_text("db_password_hunter2: 1\n")
+    own = {k: str(images / "client-1") if v == "IMAGES" else v for k, v in node.items()}
+    faults = set()
+    for experiment in (str(secret), str(images / "none.yaml"), "quickstart"):
+        run = {"experiment": experiment, "overrides": f"partition.file={secret}"}
+        reply = answer(message(MessageType.QUERY), {"partition-id": 1, **own}, run, 7)
+        faults.add(read_report(reply, len(CLASSES), 3))
+    (fault,) = faults  # the same whether the file exists or not
+    assert isinstance(fault, str)
+    assert "hunter2" not in fault
+    assert "deploy run" in fault
+
+
+def test_a_client_of_flowers_simulation_follows_the_experiments_name(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(to_yaml(small_config(partition={"clients": 2})))
+    node = read_node_settings({"partition-id": 1, "num-partitions": 2})
+    run = {"experiment": str(path), "overrides": "seed=9"}
+    config = parse(experiment_text(run, node))
+    assert (config.partition.clients, config.seed) == (2, 9)
 
 
 def test_a_node_needs_its_own_copy_of_the_experiments_weights(

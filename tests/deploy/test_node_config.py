@@ -33,12 +33,16 @@ def test_settings_are_read(tmp_path: Path) -> None:
     config |= {"state-dir": "~/s", "cache-dir": "/c", "checkpoint": "/w.pt", "num-partitions": 4}
     node = read_node_settings(config)
     home = str(Path.home() / "s")
-    assert node == NodeSettings(2, str(tmp_path), home, "/c", "cpu", 3, "/w.pt")
+    assert node == NodeSettings(2, str(tmp_path), home, "/c", "cpu", 3, "/w.pt", same_machine=True)
     strict = read_node_settings(
         {"partition-id": 0, "require-secure-aggregation": True, "require-noise": 1}
     )
     assert strict == NodeSettings(0, require_secure_aggregation=True, require_noise=1.0)
     assert read_node_settings({"partition-id": 0}) == NodeSettings(0)
+    assert read_node_settings({"partition-id": 0, "root": "/r"}) == NodeSettings(0, root="/r")
+    # Flower's simulation engine sets this key; its clients run on the server's machine.
+    simulated = read_node_settings({"partition-id": 0, "num-partitions": 4})
+    assert simulated == NodeSettings(0, same_machine=True)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
         ({"partition-id": 0, "dat": "x"}, "Did you mean 'data'?"),
         ({"partition-id": 0, "device": "tpu"}, "device is 'tpu'"),
         ({"partition-id": 0, "threads": "two"}, "threads is 'two'"),
+        ({"partition-id": 0, "same-machine": 1}, "same-machine is 1"),
         ({"partition-id": 0, "require-noise": -1}, "require-noise is -1"),
         ({"partition-id": 0, "require-noise": float("nan")}, "require-noise is nan"),
         ({"partition-id": 0, "require-noise": "1"}, "require-noise is '1'"),

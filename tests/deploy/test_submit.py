@@ -10,12 +10,14 @@ import pytest
 from flwr.cli.config_utils import load_and_validate
 
 from fedprompt.config.schema import to_yaml
+from fedprompt.deploy import submit
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.example import write_example
 from fedprompt.deploy.folders import ServerFolder
 from fedprompt.deploy.key_registration import REGISTERED, registered_clients
 from fedprompt.deploy.node_config import NodeSettings, on_node
-from fedprompt.deploy.submit import new_run
+from fedprompt.deploy.submission import read_submission
+from fedprompt.deploy.submit import new_run, settings_of, start_run
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
 from tests.support.builders import small_config
@@ -74,6 +76,48 @@ def test_the_documented_resume_names_the_experiments_run_folder(
         path = new_run(compose(str(experiment), [])).output.dir
         assert path is not None
         assert str(Path(path).relative_to(tmp_path)) in resumed
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerFolder:
+    """A server's folder from which `start_run` can submit, with one registered node."""
+    server = ServerFolder(tmp_path / "server")
+    server.path.mkdir()
+    (server.path / REGISTERED).write_text(json.dumps({"1": {"key": "k", "node": 77}}))
+    monkeypatch.setattr(submit, "run_flwr", lambda command, environment: '"run-id": 5')
+    for key, value in server.environment.items():
+        monkeypatch.setenv(key, value)
+    return server
+
+
+@pytest.mark.parametrize("same_machine", [False, True])
+def test_paths_of_the_server_do_not_travel(
+    tmp_path: Path, submitted: ServerFolder, same_machine: bool
+) -> None:
+    data = {"source": "folder", "root": str(tmp_path / "tests")}
+    config = small_config(data=data, output={"dir": str(tmp_path / "run")})
+    settings = {**settings_of(config), "resume": str(tmp_path / "run")}
+    assert start_run(submitted, settings, tmp_path / "x", {}, same_machine=same_machine) == 5
+    text = (tmp_path / "x" / "run.toml").read_text(encoding="utf-8")
+    sent = tomllib.loads(text)
+    assert set(sent) == {"config", "run"}
+    assert (str(tmp_path) in text) is same_machine
+    # The server app, a process of the same machine, knows them all.
+    submission = read_submission(sent["run"])
+    assert parse(submission.config) == config
+    assert submission.resume == settings["resume"]
+    assert submission.registered == {77: 1}
+    for path in (submitted.path / "submitted").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_that_was_not_submitted_here_is_refused(submitted: ServerFolder) -> None:
+    (submitted.path / "submitted").mkdir()
+    (submitted.path / "submitted" / "ab.json").write_text("{}")
+    (submitted.path / "x.json").write_text("{}")
+    for run in ("ab", "cd", "../x", "", "a" * 100):
+        with pytest.raises(UserError, match="deploy run"):
+            read_submission(run)
 
 
 def test_a_key_is_registered_for_one_client(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import Config, to_yaml
 from fedprompt.data.sources.hub import HubConfig
 from fedprompt.data.sources.registry import all_sources
 from fedprompt.deploy.node_config import NodeSettings, on_node
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import all_protocols
-from fedprompt.experiment.paths import absolute, without_paths
+from fedprompt.experiment.compose import parse
+from fedprompt.experiment.paths import ELSEWHERE, absolute, hidden, without_paths
 from fedprompt.federation.registry import all_strategies
 from fedprompt.methods.registry import all_methods
 from tests.support.builders import small_config
@@ -136,10 +137,53 @@ def test_weights_are_the_nodes_own() -> None:
     assert (own.pretrained, own.checkpoint) == ("openai", "/weights.pt")
 
 
-def test_a_node_that_lends_nothing_opens_what_every_machine_can_open() -> None:
-    config = small_config(data={"source": "folder", "root": "/shared/images"},
-                          partition={"clients": 2})  # fmt: skip
-    assert on_node(config, NodeSettings(1)).data.root == "/shared/images"
+def whole(**data: Any) -> Config:
+    """An experiment in which every node opens the whole data set."""
+    return small_config(data=data, partition={"clients": 2})
+
+
+def test_a_node_that_lends_nothing_opens_its_own_copy_only() -> None:
+    config = whole(source="folder", root=f"{SECRET}/images")
+    assert on_node(config, NodeSettings(1, root="/mine")).data.root == "/mine"
+    near = NodeSettings(1, same_machine=True)
+    assert on_node(config, near).data.root == f"{SECRET}/images"
+    with pytest.raises(UserError, match=r"data\.root") as caught:
+        on_node(config, NodeSettings(1))
+    assert "--root" in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_node_that_lends_nothing_loads_from_the_hub_but_from_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = whole(source="hub", hub_id="user/set")
+    assert on_node(config, NodeSettings(1)).data.hub_id == "user/set"
+    (tmp_path / "user" / "set").mkdir(parents=True)
+    for hub_id in ("user/set", SECRET, "../set", "~/set"):
+        with pytest.raises(UserError, match=r"data\.hub_id"):
+            on_node(whole(source="hub", hub_id=hub_id), NodeSettings(1))
+
+
+def test_a_partition_file_of_the_server_is_refused() -> None:
+    config = whole()
+    partition = dataclasses.replace(config.partition, file=f"{SECRET}/p.json")
+    config = dataclasses.replace(config, partition=partition)
+    with pytest.raises(UserError, match=r"partition\.file"):
+        on_node(config, NodeSettings(1))
+
+
+def test_other_machines_see_that_a_path_is_set_but_not_which(tmp_path: Path) -> None:
+    config = hidden(experiment())
+    assert named(dataclasses.asdict(config)) == set()
+    assert config.backbone.checkpoint == config.data.root == ELSEWHERE
+    valid = hidden(experiment("partition.file"))
+    assert parse(to_yaml(valid)) == valid
+    with pytest.raises(UserError, match="--checkpoint"):
+        on_node(config, NodeSettings(1, "/mine"))
+    with pytest.raises(UserError, match=r"data\.root"):
+        on_node(hidden(whole(source="folder", root=str(tmp_path))), NodeSettings(1))
+    assert hidden(whole(source="hub", hub_id="user/set")).data.hub_id == "user/set"
 
 
 def test_relative_paths_are_those_of_the_machine_that_hands_over(
