@@ -11,6 +11,7 @@ import typer
 
 from fedprompt.cli.completion import complete_experiment
 from fedprompt.cli.data import Overrides
+from fedprompt.cli.deploy_use import export, predict
 from fedprompt.errors import UserError
 
 deploy_app = typer.Typer(
@@ -18,6 +19,9 @@ deploy_app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+deploy_app.command()(predict)
+deploy_app.command()(export)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 Experiment = Annotated[

@@ -29,7 +29,7 @@ from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.errors import UserError
-from fedprompt.reports.terminal import LOOK, fields, fitted
+from fedprompt.reports.terminal import LOOK
 
 app = typer.Typer(
     cls=CompletionGroup,
@@ -160,18 +160,10 @@ def predict(
     ] = 3,
 ) -> None:
     """Classify images with the prompts that a run has learned."""
+    from fedprompt.cli.predictions import print_predictions
     from fedprompt.experiment.predict import Classifier
 
-    rows = []
-    for prediction in Classifier(run_dir, client).predict(images, top):
-        for i, (name, p) in enumerate(
-            zip(prediction.classes, prediction.probabilities, strict=True)
-        ):
-            rows.append((str(prediction.image) if i == 0 else "", name, f"{100 * p:.1f} %"))
-    heads = ("image", "class", "probability")
-    image, *columns = fields(heads, rows, left=heads[:2], most={"class": 30})
-    console = _console()
-    console.print(fitted(image, columns, console.width))
+    print_predictions(Classifier(run_dir, client).predict(images, top))
 
 
 @app.command()

@@ -29,6 +29,7 @@ In processes that they start on a node
     worker, node        the process that holds PyTorch and CLIP and answers the message
     node_config         what the node decides for itself
     private_store       the node's private prompts on disk
+    node_model          the rest of its personal model, for `deploy predict` and `deploy export`
 
 On both sides
     node_report         what a node reports when it joins, written there and checked here

@@ -208,8 +208,10 @@ def _run(
         for client in range(clients):
             # A node that lends an image folder opens no path of the experiment, not even its
             # weights. The other nodes open the same paths as the server.
-            lends = {"data": image_folders[client], "checkpoint": weights}
-            federation.start_node(client, lends if image_folders else {"same-machine": True})
+            own: dict[str, Any] = {"same-machine": True}
+            if image_folders:
+                own = {"data": image_folders[client], "checkpoint": weights}
+            federation.start_node(client, own)
         run_id = federation.submit(settings, same_machine=not image_folders)
         display.phase(f"run {run_id}; logs are in {federation.processes.logs}")
         submit.follow(

@@ -17,12 +17,13 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedprompt.config.schema import to_yaml
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
+from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
 from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.federation.client_app import handle, server_round
+from fedprompt.federation.client_app import handle, received, server_round
 from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
@@ -103,7 +104,8 @@ def _work(
     if isinstance(settings, ConfigRecord) and settings.get(ZERO_SHOT):
         zero_shot = workspace.with_method(method_class("zero_shot").Config())
         return handle(zero_shot, [node.client], [message], {})[0][0]
-    store = FileStore(state_folder(node, run, run_id) / f"client-{node.client:05d}")
+    folder = state_folder(node, run, run_id) / f"client-{node.client:05d}"
+    store = FileStore(folder)
     trains = message.metadata.message_type == MessageType.TRAIN
     # Training in round r starts from the tensors of round r - 1; an evaluation in round r uses
     # those that training in round r has stored.
@@ -114,6 +116,8 @@ def _work(
     # part. If storing fails, the update is not sent either.
     for tensors in changed.values():
         store.put(server_round(message), tensors)
+    shared = received(workspace, message)
+    keep_model(folder, workspace, node.client, server_round(message), shared)
     return replies[0]
 
 

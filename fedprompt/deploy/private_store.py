@@ -32,6 +32,30 @@ def checksum(tensors: Tensors) -> str:
     return hashed.hexdigest()
 
 
+def read_checked(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read tensors that were stored with their checksum.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        Tensors by name on the CPU, and the file's metadata.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            metadata = dict(reader.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if metadata.get(CHECKSUM) != checksum(tensors):
+        raise ValueError("its checksum does not match")
+    return tensors, metadata
+
+
 class FileStore:
     """One client's private tensors, with one file per round and the last two rounds on disk.
 
@@ -65,17 +89,12 @@ class FileStore:
             return None
         path = self._path(max(rounds))
         try:
-            with safe_open(path, framework="pt") as reader:
-                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-                stored = (reader.metadata() or {}).get(CHECKSUM)
-            if stored != checksum(tensors):
-                raise ValueError("its checksum does not match")
-        except (SafetensorError, OSError, ValueError) as error:
+            return read_checked(path)[0]
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"private state {path} cannot be read ({' '.join(str(error).split())}); "
                 "remove it to continue with those of the round before."
             ) from None
-        return tensors
 
     def put(self, server_round: int, tensors: Tensors) -> None:
         """Store the tensors of one round, and remove those of rounds that are no longer needed.

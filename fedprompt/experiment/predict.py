@@ -47,51 +47,29 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-class Classifier:
-    """The model of a finished run: the global model, or the personal model of one client.
+class PromptModel:
+    """The frozen CLIP with learned prompts.
 
     Args:
-        run_dir: the run folder.
-        client: id of the client whose personal model is loaded; None loads the global model.
-
-    Raises:
-        UserError: the folder holds no finished run, there is no such client, the method has no
-            global model, or the private prompts are not in the run folder.
+        clip: the frozen backbone.
+        method: the method that learned the prompts.
+        shared: its shared tensors and extras by name.
+        private: a client's private tensors by name; empty if the method has none, and None for the
+            global model.
     """
 
-    def __init__(self, run_dir: Path, client: int | None = None) -> None:
-        if not (run_dir / CONFIG).is_file():
-            raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
-        if not (run_dir / PROMPTS).is_file():
-            raise UserError(
-                f"{run_dir} is not finished; 'fedprompt run --resume {run_dir}' goes on."
-            )
-        config = compose(run_dir / CONFIG)
-        names = json.loads((run_dir / PARTITION).read_text())["class_names"]
-        self.clip: FrozenCLIP = load_clip(config.backbone, default_cache_dir(config.output.cache))
-        self.task = Task(tuple(names), tuple(config.data.templates))
-        self.method: Method = method_class(config.method.name)(config.method, self.clip, self.task)
-        tensors, _ = read_tensors(run_dir / PROMPTS)
-        shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}
-        if client is not None:
-            if not 0 <= client < config.partition.clients:
-                raise UserError(f"no client {client}; the run has {config.partition.clients}.")
-            start = self.method.init_private(config.seed, client)
-            # A client that never trained has the values that it would start from.
-            own = _trained(run_dir, client, config.partition.clients) or start if start else {}
-            private = {n: t[None].to(self.clip.device) for n, t in own.items()}
-            # Some strategies send each client shared tensors of its own.
-            shared |= _sent_to(run_dir, config, self.method, client)
-        elif self.method.has_global:
-            private = None
-        else:
-            raise UserError(
-                f"method '{self.method.name}' has no global model; choose one with --client."
-            )
+    def __init__(
+        self, clip: FrozenCLIP, method: Method, shared: Tensors, private: Tensors | None
+    ) -> None:
+        self.clip, self.method, self.task = clip, method, method.task
+
+        def one_client(tensors: Tensors) -> Tensors:
+            return {n: t[None].to(clip.device) for n, t in tensors.items()}
+
         # Encoded once: the class prompts do not depend on the images.
         with torch.no_grad():
-            self.encoded = self.method.encode(
-                {n: t[None].to(self.clip.device) for n, t in shared.items()}, private
+            self.encoded = method.encode(
+                one_client(shared), None if private is None else one_client(private)
             )
 
     @torch.no_grad()
@@ -120,7 +98,7 @@ class Classifier:
             )
         ]
 
-    def export(self, path: Path) -> None:
+    def export(self, path: Path, *, mode: int = 0o644) -> None:
         """Write `class_embeddings` (C, D) and `logit_scale` as safetensors.
 
         With image features v from plain open_clip, the logits of this model are
@@ -129,6 +107,7 @@ class Classifier:
 
         Args:
             path: the file to write.
+            mode: permissions of the file.
 
         Raises:
             UserError: the method's logits are not products with fixed class embeddings, or the
@@ -144,9 +123,54 @@ class Classifier:
         }
         refuse_foreign(path, b"class_embeddings")
         try:
-            write_bytes(path, save(tensors, metadata=header))
+            write_bytes(path, save(tensors, metadata=header), mode=mode)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}.") from None
+
+
+class Classifier(PromptModel):
+    """The model of a finished run: the global model, or the personal model of one client.
+
+    Args:
+        run_dir: the run folder.
+        client: id of the client whose personal model is loaded; None loads the global model.
+
+    Raises:
+        UserError: the folder holds no finished run, there is no such client, the method has no
+            global model, or the private prompts are not in the run folder.
+    """
+
+    def __init__(self, run_dir: Path, client: int | None = None) -> None:
+        if not (run_dir / CONFIG).is_file():
+            raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
+        if not (run_dir / PROMPTS).is_file():
+            raise UserError(
+                f"{run_dir} is not finished; 'fedprompt run --resume {run_dir}' goes on."
+            )
+        config = compose(run_dir / CONFIG)
+        names = json.loads((run_dir / PARTITION).read_text())["class_names"]
+        clip = load_clip(config.backbone, default_cache_dir(config.output.cache))
+        task = Task(tuple(names), tuple(config.data.templates))
+        method: Method = method_class(config.method.name)(config.method, clip, task)
+        tensors, _ = read_tensors(run_dir / PROMPTS)
+        shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}
+        if client is not None:
+            if not 0 <= client < config.partition.clients:
+                raise UserError(f"no client {client}; the run has {config.partition.clients}.")
+            start = method.init_private(config.seed, client)
+            # A client that never trained has the values that it would start from.
+            private: Tensors | None = (
+                _trained(run_dir, client, config.partition.clients) or start if start else {}
+            )
+            # Some strategies send each client shared tensors of its own.
+            shared |= _sent_to(run_dir, config, method, client)
+        elif method.has_global:
+            private = None
+        else:
+            raise UserError(
+                f"method '{method.name}' has no global model; choose one with --client."
+            )
+        super().__init__(clip, method, shared, private)
 
 
 def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:

@@ -77,7 +77,7 @@ def _train(
     config = workspace.config
     results = train_clients(
         workspace.method,
-        [_received(workspace, m) for m in messages],
+        [received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
         [workspace.train_data(c) for c in clients],
         config.training,
@@ -92,7 +92,7 @@ def _train(
         if config.privacy.noise:
             # A noisy reply reveals nothing else: neither losses nor the number of images.
             shared = protected(
-                _received(workspace, message),
+                received(workspace, message),
                 shared,
                 config.privacy,
                 server_round=server_round(message),
@@ -130,7 +130,7 @@ def _evaluate(
     method = workspace.method
     encoded = encode_personal(
         method,
-        [_received(workspace, m) for m in messages],
+        [received(workspace, m) for m in messages],
         [private.get(c) or workspace.start_private(c) for c in clients],
     )
     # Images of each client, by the names of their counts in the reply.
@@ -159,7 +159,7 @@ def _measure(
     private: Mapping[int, Tensors],
 ) -> list[Message]:
     """Reply with what the protocols measure on clients, as `<protocol>.<name>`."""
-    shared = [_received(workspace, m) for m in messages]
+    shared = [received(workspace, m) for m in messages]
     privates = [private.get(c) or workspace.start_private(c) for c in clients]
     rows: list[dict[str, int | float]] = [{} for _ in clients]
     for protocol in open_protocols(workspace.config):
@@ -187,7 +187,7 @@ def _settings(message: Message) -> ConfigRecord:
     return settings
 
 
-def _received(workspace: Workspace, message: Message) -> Tensors:
+def received(workspace: Workspace, message: Message) -> Tensors:
     """The shared tensors of a message and the client's extras, as the method declares them."""
     shared = _read(workspace, message, ARRAYS, workspace.shared_shapes)
     if workspace.extras_shapes:
