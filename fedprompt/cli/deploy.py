@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -77,9 +76,7 @@ def init(
     ],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")],
     port: Annotated[int, typer.Option("--port", help="The server's port for the nodes.")] = 9092,
-    days: Annotated[
-        int, typer.Option("--days", min=1, help="How long the certificates are valid.")
-    ] = 365,
+    days: Annotated[int, typer.Option("--days", help="How long the certificates are valid.")] = 365,
 ) -> None:
     """Create certificates and keys for one server and N nodes, and print the next steps."""
     from fedprompt.deploy.new_federation import create_federation, instructions
@@ -100,11 +97,14 @@ def server(
     ] = None,
 ) -> None:
     """Run the server until it is stopped; processes that exit are restarted."""
+    from fedprompt.deploy.addresses import check_port
     from fedprompt.deploy.folders import read_server_folder
     from fedprompt.deploy.supervise import serve
 
     settings = read_server_folder(folder)
-    serve(replace(settings, port=port or settings.port), host)
+    if port is not None:
+        settings = replace(settings, port=check_port(port, "--port"))
+    serve(settings, host)
 
 
 @deploy_app.command()
@@ -161,6 +161,7 @@ def node(
     ] = 0.0,
 ) -> None:
     """Run one node until it is stopped; processes that exit are restarted."""
+    from fedprompt.deploy.addresses import check_port, check_server
     from fedprompt.deploy.folders import read_node_folder
     from fedprompt.deploy.node_config import read_node_settings
     from fedprompt.deploy.supervise import run_node
@@ -171,8 +172,10 @@ def node(
             raise UserError(f"{option}: there is no folder {path}.")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"--checkpoint: there is no file {checkpoint}.")
-    if superlink is not None and not re.fullmatch(r".+:\d{1,5}", superlink):
-        raise UserError(f"--server is {superlink!r}; it must be host:port.")
+    if superlink is not None:
+        superlink = check_server(superlink, "--server")
+    if port is not None:
+        check_port(port, "--port")
     paths = {"data": data, "root": root, "checkpoint": checkpoint}
     paths |= {"state-dir": state, "cache-dir": cache}
     settings = {

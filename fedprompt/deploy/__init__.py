@@ -6,6 +6,7 @@ On the administrator's terminal
     new_federation      `deploy init`: keys, certificates and settings of a new federation
     credentials         the only module that knows about certificates and keys
     folders             the server's and a node's folder, and the commands that run in them
+    addresses           checks of host names, IP addresses and ports
     submit, bundle      `deploy run`: hands an experiment to the SuperLink and follows it
     submission          what the server app needs to know and nodes must not, in a file
     flower_commands     calls of Flower's own `flwr` command

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fedprompt.deploy.addresses import split_address
 from fedprompt.deploy.processes import listens
 
 JOINED, RECONNECTED, FAILED = (
@@ -42,8 +43,7 @@ class Connection:
         answers: Callable[[], bool] | None = None,
     ) -> None:
         self.log, self.server, self.report = log, server, report
-        # An IPv6 address stands in brackets, so the last colon precedes the port.
-        host, _, port = server.rpartition(":")
+        host, port = split_address(server)
         self.answers = answers or (lambda: listens(int(port), host.strip("[]")))
         self._offset = log.stat().st_size if log.is_file() else 0
         self._exit_lines: list[str] | None = None
@@ -64,12 +64,15 @@ class Connection:
             elif self._exit_lines is not None and not self._exit_is_complete:
                 self._exit_lines.append(line.strip())
 
-    def report_exit(self, name: str, status: int) -> None:
+    def report_exit(self, name: str, status: int) -> bool:
         """Report why the SuperNode has exited, unless the last report said the same.
 
         Args:
             name: the process's name, for exits that are not about the connection.
             status: its exit status.
+
+        Returns:
+            Whether the connection is the reason, so that a later start may succeed.
         """
         self.update()
         lines = self._exit_lines or []
@@ -92,6 +95,8 @@ class Connection:
             self._report(self._unreachable)
         else:
             self._report(f"{name} exited with status {status}: {reason or f'see {self.log}'}")
+            return False
+        return True
 
     @property
     def _unreachable(self) -> str:

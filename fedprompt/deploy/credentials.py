@@ -35,8 +35,20 @@ from fedprompt.files import write_bytes
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
 CERTIFICATE, KEY = "server.crt", "server.key"
 NODE_KEY, NODE_PUBLIC = "node.key", "node.pub"
+MAX_DAYS = 36500
+"""Longest time for which a certificate is issued, 100 years; dates end with the year 9999."""
 SKEW = datetime.timedelta(hours=1)
 """Certificates are valid from an hour ago, because the clocks of two machines differ."""
+
+
+def check_days(days: int) -> None:
+    """Check how long a certificate is to be valid.
+
+    Raises:
+        UserError: it is no day at all, or longer than `MAX_DAYS`.
+    """
+    if not 1 <= days <= MAX_DAYS:
+        raise UserError(f"--days is {days}; it must be from 1 to {MAX_DAYS}.")
 
 
 def write_authority(folder: Path, days: int) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedprompt.deploy.addresses import check_port, check_server
 from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY, NODE_KEY
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
@@ -205,7 +206,8 @@ def read_server_folder(path: Path) -> ServerFolder:
         UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.
     """
     settings = _read_settings(path, {"port": int, "superlink_port": int})
-    return ServerFolder(path.resolve(), settings["port"], settings["superlink_port"])
+    ports = [check_port(value, f"{path / SETTINGS}: {name}") for name, value in settings.items()]
+    return ServerFolder(path.resolve(), *ports)
 
 
 def read_node_folder(path: Path) -> NodeFolder:
@@ -221,7 +223,8 @@ def read_node_folder(path: Path) -> NodeFolder:
         UserError: `fedprompt deploy init` did not write this folder, or its settings are damaged.
     """
     settings = _read_settings(path, {"server": str, "client": int})
-    return NodeFolder(path.resolve(), settings["server"], settings["client"])
+    server = check_server(settings["server"], f"{path / SETTINGS}: server")
+    return NodeFolder(path.resolve(), server, settings["client"])
 
 
 def public_keys(server: Path) -> dict[int, Path]:

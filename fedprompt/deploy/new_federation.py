@@ -11,15 +11,16 @@ All keys are created on this one machine and are then copied to the others.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fedprompt.deploy.addresses import check_host, check_port, in_url
 from fedprompt.deploy.credentials import (
     CA_CERTIFICATE,
     NODE_PUBLIC,
+    check_days,
     write_authority,
     write_node_key,
     write_server_certificate,
@@ -43,13 +44,16 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
         days: how long the certificates are valid.
 
     Raises:
-        UserError: the folder contains a federation or files that one would overwrite, or a host
-            is neither a name nor an address.
+        UserError: the folder contains a federation or files that one would overwrite, a host is
+            neither a name nor an address, or the port or the days are impossible.
     """
-    for host in hosts:
-        # The host is written into certificates, URLs and the commands of README.md.
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.:-]*[A-Za-z0-9])?", host):
-            raise UserError(f"--host is {host!r}; it must be a host name or an IP address.")
+    # A host is written into certificates, URLs and the commands of README.md.
+    hosts = [check_host(host, "--host") for host in hosts]
+    if check_port(port, "--port") == SUPERLINK_PORT:
+        raise UserError(
+            f"--port is {port}, which is the SuperLink's own port on the server; choose another."
+        )
+    check_days(days)
     written = ["authority", "server", "README.md", *(f"node-{k}" for k in range(nodes))]
     if taken := next((name for name in written if (folder / name).exists()), None):
         raise UserError(
@@ -61,7 +65,7 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
     write_server_certificate(authority, server, list(dict.fromkeys([*hosts, *LOOPBACK])), days)
     _write_settings(server / SETTINGS, {"port": port, "superlink_port": SUPERLINK_PORT})
     for client in range(nodes):
-        add_node(folder, client, f"{_in_url(hosts[0])}:{port}")
+        add_node(folder, client, f"{in_url(hosts[0])}:{port}")
     write_bytes(folder / "README.md", instructions(hosts[0], port, nodes).encode())
 
 
@@ -102,10 +106,6 @@ def instructions(host: str, port: int, nodes: int) -> str:
     for name, value in values.items():
         text = text.replace(f"@{name}@", value)
     return text
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _write_settings(path: Path, values: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ from fedprompt.runtime import DEFAULTS
 MARK = "FEDPROMPT_GROUP"
 GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL."""
+AT_ONCE_S, MAX_AT_ONCE = 60.0, 5
+"""A process that exits so often within so many seconds of its start is not started again."""
 TAIL_LINES = 15
 """Lines of a log that are quoted when its process has failed."""
 
@@ -44,6 +46,8 @@ class Processes:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, tuple[list[str], dict[str, str]]] = {}
         self._exited_at: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
+        self._at_once: dict[str, int] = {}
         self.environment = {
             **DEFAULTS,
             **os.environ,
@@ -84,6 +88,7 @@ class Processes:
                 start_new_session=True,
             )
         self.running[name] = process
+        self._started_at[name] = time.monotonic()
         self._commands[name] = (list(command), dict(environment or {}))
         return process
 
@@ -122,12 +127,17 @@ class Processes:
                 raise UserError(f"{what} took more than {timeout_s:g} s; see {self.logs}.")
             time.sleep(0.1)
 
-    def restart_exited(self, pause_s: float, report: Callable[[str, int], None]) -> None:
+    def restart_exited(self, pause_s: float, report: Callable[[str, int], bool | None]) -> None:
         """Restart processes that have exited by themselves; to be called in a loop.
 
         Args:
             pause_s: seconds between the report and the new start.
             report: is called with the name and the exit status of every process that has exited.
+                It returns True if waiting may help, for example for the server.
+
+        Raises:
+            UserError: a process has exited at once again and again, so that another start would
+                not help.
         """
         now = time.monotonic()
         for name, process in list(self.running.items()):
@@ -135,7 +145,14 @@ class Processes:
                 continue
             if name not in self._exited_at:
                 self._exited_at[name] = now
-                report(name, process.returncode)
+                waits = report(name, process.returncode)
+                at_once = now - self._started_at[name] < AT_ONCE_S and not waits
+                self._at_once[name] = self._at_once.get(name, 0) + 1 if at_once else 0
+                if self._at_once[name] == MAX_AT_ONCE:
+                    raise UserError(
+                        f"{name} has exited {MAX_AT_ONCE} times in a row within {AT_ONCE_S:g} s of "
+                        f"its start, with status {process.returncode}: {tail(self.log(name), 1)}"
+                    )
             elif now - self._exited_at[name] > pause_s:
                 del self._exited_at[name]
                 self.start(name, *self._commands[name])

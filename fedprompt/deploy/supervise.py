@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
+from fedprompt.deploy.addresses import check_host
 from fedprompt.deploy.connection import Connection
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
 from fedprompt.deploy.key_registration import register_keys
@@ -37,8 +38,15 @@ def serve(server: ServerFolder, host: str) -> None:
             the loopback interface only.
 
     Raises:
-        UserError: a port is in use, or a process does not start.
+        UserError: a port is impossible or in use, a process does not start, or one ends again and
+            again.
     """
+    host = check_host(host, "--host", listens=True)
+    if server.port == server.superlink_port:
+        raise UserError(
+            f"port {server.port} is the port for nodes and also superlink_port in "
+            f"{server.path / SETTINGS}; choose another --port."
+        )
     server.prepare()
     # Checked first: later, a program of somebody else would be taken for ours that listens.
     _refuse_used_port(server.port, "set --port PORT, here and in every node's --server", host)
@@ -115,11 +123,11 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         # Created before the SuperNode starts, because it skips the lines that the log already has.
         connection = Connection(processes.log("supernode"), node.server, _print)
 
-        def report(name: str, status: int) -> None:
+        def report(name: str, status: int) -> bool:
             if name == "supernode":
-                connection.report_exit(name, status)
-            else:
-                _print(processes.exit_line(name, status))
+                return connection.report_exit(name, status)
+            _print(processes.exit_line(name, status))
+            return False
 
         command = node.supernode_command(settings, port or free_port())
         # The worker first, because a message that arrives before it listens has to wait for it.

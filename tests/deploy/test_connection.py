@@ -93,7 +93,8 @@ def test_a_handshake_that_fails_repeatedly_is_reported_once(log: Log, why: str) 
 def test_the_reason_of_an_exit_is_reported_once(log: Log, why: str, words: str) -> None:
     for _ in range(2):
         log.add(EXIT.format(why=why))
-        log.connection.report_exit("supernode", 1)
+        waits = log.connection.report_exit("supernode", 1)
+    assert waits is ("something" not in why)
     assert len(log.lines) == 1
     assert words in log.lines[0]
     assert "visit" not in log.lines[0]
