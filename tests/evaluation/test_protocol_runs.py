@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import MetricRecord, RecordDict
 from PIL import Image
 
 from fedprompt.errors import UserError
-from fedprompt.evaluation.registry import (
-    result_tables,
-)
+from fedprompt.evaluation.registry import open_protocols, protocol_class, result_tables
 from fedprompt.experiment.display import QuietDisplay, protocol_tables
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.summary import draw_report
+from fedprompt.federation.screening import evaluation_row
+from fedprompt.messages import METRICS
 from fedprompt.reports.draw import MARK
 from tests.support.protocol_runs import (
     WITH_RESULTS,
     config_of,
+    models_of,
     silent,
     summary_of,
 )
@@ -46,6 +48,19 @@ def test_every_protocol_runs_draws_and_is_reported(runs: Callable[..., Path], na
     assert f"<h2>{table.title}</h2>" in html
     assert table.markdown().splitlines()[-1].count("|") == len(table.columns) + 1
     assert len(protocol_tables([table], 80)) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_RESULTS if protocol_class(n).asks_clients])
+def test_protocols_say_which_numbers_clients_report(runs: Callable[..., Any], name: str) -> None:
+    workspace, shared, private = models_of(runs(name))
+    (protocol,) = [p for p in open_protocols(workspace.config) if p.name == name]
+    clients = range(workspace.num_clients)
+    rows = protocol.measure_clients(workspace, clients, [shared] * len(clients), private)
+    ranges = protocol.client_numbers(workspace)
+    for row in rows:
+        assert set(row) == set(ranges)
+        content = RecordDict({METRICS: MetricRecord({**row})})
+        assert evaluation_row(content, ranges) == row
 
 
 def test_default_runs_have_no_further_keys(runs: Callable[..., Path]) -> None:

@@ -18,7 +18,12 @@ from fedprompt.errors import UserError
 from fedprompt.messages import Arrays, Exchanged, Send, Traffic, Update
 from fedprompt.privacy.secure_aggregation import ALIKE, require_flower
 from fedprompt.privacy.secure_aggregation.server import Outcome, secure_sum
-from fedprompt.privacy.secure_aggregation.vector import decode, size
+from fedprompt.privacy.secure_aggregation.vector import (
+    Implausible,
+    check_sum,
+    decode,
+    size,
+)
 
 log = logging.getLogger("fedprompt.server")
 
@@ -90,12 +95,29 @@ class SecureExchange:
         for client, reason in dropped.items():
             log.warning("client %d: not in the sum: %s", client, reason)
         accepted = len(messages) - len(dropped)
+        self._check(outcome)
         if outcome.total is None:
             log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
             void = {"secure": {"void": outcome.void}}
             return Exchanged([], accepted, dropped, {}, traffic, void)
         update, losses, remark = self._read(server_round, shared, outcome)
         return Exchanged([update], accepted, dropped, losses, traffic, {"secure": remark})
+
+    def _check(self, outcome: Outcome) -> None:
+        """Make a round void whose sum cannot be that of honest clients."""
+        if outcome.total is None:
+            return
+        alike = not self._weights_by_examples or bool(self._config.privacy.noise)
+        lightest = 1.0 if alike else 1 / self._config.secure_aggregation.max_weight
+        try:
+            check_sum(
+                outcome.total,
+                clients=len(outcome.counted),
+                levels=outcome.levels,
+                lightest=lightest,
+            )
+        except Implausible as reason:
+            outcome.total, outcome.void = None, f"a client has sent something wrong: {reason}"
 
     def _read(
         self, server_round: int, shared: Arrays, outcome: Outcome

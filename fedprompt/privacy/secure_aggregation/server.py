@@ -54,6 +54,7 @@ class Outcome:
         dropped: why a node's vector is not in the sum, by node id.
         silent: why a node did not help to unmask the sum, by node id; its vector is in it.
         void: why there is no sum; "" if there is one.
+        levels: number of steps in [-1, 1] that the clients' numbers are rounded to.
     """
 
     total: Numbers | None = None
@@ -61,6 +62,7 @@ class Outcome:
     dropped: dict[int, str] = field(default_factory=dict)
     silent: dict[int, str] = field(default_factory=dict)
     void: str = ""
+    levels: int = 0
 
 
 def secure_sum(
@@ -112,6 +114,7 @@ class _Round:
         self.messages = {m.metadata.dst_node_id: m for m in messages}
         self.ask, self.outcome = ask, outcome
         self.terms = Terms.of(settings, len(messages))
+        outcome.levels = self.terms.levels
         self.count = numbers + 1  # Flower puts a weight of its own in front
         # With fewer clients than the threshold, no secret could be recovered.
         self.min_clients = max(min_clients, self.terms.threshold)

@@ -68,6 +68,40 @@ def encode(
     return np.rint(vector * (levels / 2)) * (2 / levels), cut
 
 
+class Implausible(Exception):
+    """A sum that cannot be that of honest clients; the message says what is wrong with it."""
+
+
+def check_sum(total: Numbers, *, clients: int, levels: int, lightest: float) -> None:
+    """Check a sum before it is used: masks hide what a single client adds, so nothing else can be.
+
+    |w Delta / c| <= w and |w loss / L| <= w hold for every client, and therefore for the sum, apart
+    from rounding. A client that sends other weights could otherwise make the sum of the weights
+    negative or nearly zero, and the mean change as large as it likes.
+
+    Args:
+        total: the sum (P + 3,).
+        clients: number of clients in the sum.
+        levels: number of steps in [-1, 1].
+        lightest: the smallest weight that a client can have, in (0, 1]; the largest is 1.
+
+    Raises:
+        Implausible: a client has sent something that no honest client sends.
+    """
+    weight, cut, _ = (float(v) for v in total[-EXTRA:])
+    # Every number of a client is off by at most 1 / T.
+    rounding = clients / levels
+    low, high = clients * lightest - rounding, clients + rounding
+    if not max(low, rounding) <= weight <= high:
+        raise Implausible(f"the weights sum to {weight:.6g}, outside {low:.6g} to {high:.6g}")
+    if not -rounding <= cut <= clients + rounding:
+        raise Implausible(f"{cut:.6g} of {clients} clients claim that their change was cut off")
+    weighted = np.delete(total, len(total) - 2)
+    largest = float(np.abs(weighted).max())
+    if not largest <= weight + 2 * rounding:
+        raise Implausible(f"a number sums to {largest:.6g}, more than the weights, {weight:.6g}")
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What the sum of some clients' vectors reveals.
@@ -87,20 +121,15 @@ def decode(total: Numbers, shared: Arrays, clip: float) -> Decoded:
     """The reverse of `encode` for the sum of some clients' vectors.
 
     Args:
-        total: the sum (P + 3,).
+        total: the sum (P + 3,), which `check_sum` has accepted.
         shared: shared tensors that the clients received; only their names and shapes are used.
         clip: the clip of `encode`.
 
     Returns:
         The weighted means of the clients' changes and losses.
-
-    Raises:
-        UserError: all weights are zero.
     """
     # (sum w, number of clients that were cut, sum w loss / L).
     weight, cut, loss = (float(v) for v in total[-EXTRA:])
-    if weight <= 0:
-        raise UserError("secure aggregation: the clients' weights sum to nothing.")
     change, first = {}, 0
     for name in sorted(shared):
         last = shared[name]
