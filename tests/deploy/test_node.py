@@ -27,7 +27,7 @@ from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.messages import become_server, to_record, to_wire
+from fedprompt.messages import Refused, become_server, to_record, to_wire
 from fedprompt.methods.registry import method_class
 from tests.support.builders import small_config
 from tests.support.fake_data import truncated
@@ -65,6 +65,14 @@ def message(kind: str, server_round: int = 1, arrays: Any = None) -> Message:
     return sent
 
 
+def reported(reply: Message) -> NodeReport | str:
+    """What the server reads in the reply to a query: a report, or the reason of a refusal."""
+    try:
+        return read_report(reply.content, len(CLASSES), 3)
+    except Refused as reason:
+        return str(reason)
+
+
 def start_of(images: Path) -> Any:
     config = config_for(images, Path("run"))
     workspace = open_workspace(config)
@@ -74,7 +82,7 @@ def start_of(images: Path) -> Any:
 
 def test_a_node_reports_its_images(images: Path) -> None:
     reply = answer(message(MessageType.QUERY), *settings(images), 7)
-    report = read_report(reply, len(CLASSES), 3)
+    report = reported(reply)
     assert isinstance(report, NodeReport)
     assert report.client == 1
     assert [a + b for a, b in zip(report.train_C, report.test_C, strict=True)] == [9, 10, 11, 12]
@@ -86,7 +94,7 @@ def test_a_fault_of_the_folder_is_one_line_on_both_sides(
     logging.getLogger("fedprompt").handlers.clear()
     (images / "client-1" / "beach" / "bad.jpg").write_bytes(truncated())
     reply = answer(message(MessageType.QUERY), *settings(images), 7)
-    fault = read_report(reply, len(CLASSES), 3)
+    fault = reported(reply)
     assert isinstance(fault, str)
     assert "<data>/beach/bad.jpg" in fault
     assert str(images) not in fault, "the server must not learn where a node's images are"
@@ -116,7 +124,7 @@ def test_a_node_takes_the_experiment_as_text_and_opens_no_file_that_the_server_n
     for experiment in (str(secret), str(images / "none.yaml"), "quickstart"):
         run = {"experiment": experiment, "overrides": f"partition.file={secret}"}
         reply = answer(message(MessageType.QUERY), {"partition-id": 1, **own}, run, 7)
-        faults.add(read_report(reply, len(CLASSES), 3))
+        faults.add(reported(reply))
     (fault,) = faults  # the same whether the file exists or not
     assert isinstance(fault, str)
     assert "hunter2" not in fault
@@ -139,7 +147,7 @@ def test_a_node_needs_its_own_copy_of_the_experiments_weights(
     config = config_for(images, Path("run"), backbone={"checkpoint": "/server/weights.pt"})
     node, run = settings(images)
     run["config"] = to_yaml(config)
-    fault = read_report(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    fault = reported(answer(message(MessageType.QUERY), node, run, 7))
     assert isinstance(fault, str)
     assert "backbone.checkpoint" in fault
     logged = capfd.readouterr().err
@@ -147,12 +155,12 @@ def test_a_node_needs_its_own_copy_of_the_experiments_weights(
     assert logged.count("\n") == 1
     with_weights = settings(images, checkpoint=str(images / "weights.pt"))[0]
     reply = answer(message(MessageType.QUERY), with_weights, run, 7)
-    assert isinstance(read_report(reply, len(CLASSES), 3), NodeReport)
+    assert isinstance(reported(reply), NodeReport)
 
 
 def test_a_node_that_requires_more_protection_reports_nothing_about_its_data(images: Path) -> None:
     node, run = settings(images, **{"require-secure-aggregation": True})
-    fault = read_report(answer(message(MessageType.QUERY), node, run, 7), len(CLASSES), 3)
+    fault = reported(answer(message(MessageType.QUERY), node, run, 7))
     assert isinstance(fault, str)
     assert "secure_aggregation.enabled" in fault
     reply = answer(message(MessageType.TRAIN, 1, start_of(images)), node, run, 7)
@@ -183,7 +191,7 @@ def test_the_worker_replies_like_the_process_itself(images: Path, short: Path) -
             assert direct.content == by_worker.content
     for folder in ("direct", "worker"):
         files = [p.name for p in (short / folder).rglob("*.safetensors")]
-        assert files == ["round-000001.safetensors"]
+        assert sorted(files) == ["model.safetensors", "round-000001.safetensors"]
 
 
 def test_a_worker_that_is_absent_or_dies(short: Path) -> None:
