@@ -26,6 +26,7 @@ from torch import Tensor
 from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.frozen_layer import FrozenLayer
 from fedprompt.backbone.text_parts import text_parts
+from fedprompt.backbone.token_rows import token_rows
 
 
 class FrozenCLIP:
@@ -126,8 +127,12 @@ class FrozenCLIP:
 
     @torch.no_grad()
     def encode_text_raw(self, texts: Sequence[str]) -> Tensor:
-        """Encode hand-written prompts as open_clip's features (len(texts), D), not normalised."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
+        """Encode hand-written prompts as open_clip's features (len(texts), D), not normalised.
+
+        Raises:
+            UserError: a text is longer than the text tower, or contains a special token.
+        """
+        tokens = token_rows(self.tokenizer, self.text, texts, self.name).to(self.device)
         with self.autocast():
             features: Tensor = self.model.encode_text(tokens)
         return features.float()
@@ -144,6 +149,9 @@ class FrozenCLIP:
 
         Returns:
             (C, D), float32, L2-normalised.
+
+        Raises:
+            UserError: a prompt is longer than the text tower, or contains a special token.
         """
         names = [name.replace("_", " ") for name in class_names]
         per_template = [

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_parts import TextParts
+from fedprompt.backbone.token_rows import (
+    PLACEHOLDER,
+    end_of_text,
+    refuse_equal_rows,
+    specials_before,
+    token_rows,
+)
 from fedprompt.errors import UserError
-
-PLACEHOLDER = "X"
-"""A word that CLIP's tokenizers turn into a single token."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +52,18 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
         context_tokens: M, at least 0.
 
     Raises:
-        UserError: a prompt needs more than L positions, or the tokenizer does not turn the
-            placeholder into one token.
+        UserError: a prompt needs more than L positions or contains a special token, or the
+            tokenizer does not turn the placeholder into one token.
     """
     length = clip.text.context_length
     placeholders = " ".join([PLACEHOLDER] * context_tokens)
     texts = [f"{placeholders} {name.replace('_', ' ')}.".strip() for name in class_names]
-    # Tokenizers silently cut texts that are too long, so the check uses 256 more positions.
-    roomy_ids = clip.tokenizer(texts, context_length=length + 256)
-    ends = _end_of_text(clip.text, roomy_ids)
-    for name, end in zip(class_names, ends.tolist(), strict=True):
-        if end >= length:
-            raise UserError(
-                f"class name '{name}' with {context_tokens} context tokens needs {end + 1} text "
-                f"positions, but {clip.name} has {length}; shorten the name or the context."
-            )
-    ids_CL = clip.tokenizer(texts, context_length=length)
-    first = _specials_before(clip)
+
+    def describe(i: int) -> str:
+        return f"class name '{class_names[i]}' with {context_tokens} context tokens"
+
+    ids_CL = token_rows(clip.tokenizer, clip.text, texts, clip.name, describe)
+    first = specials_before(clip.tokenizer)
     run = ids_CL[:, first : first + context_tokens]
     if not bool((run == ids_CL[:1, first : first + 1]).all()) and context_tokens:
         raise UserError(
@@ -74,13 +73,37 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
     bare_CL = clip.tokenizer([t.removesuffix(".") for t in texts], context_length=length)
     # Some tokenizers (SigLIP's) drop the full stop; then the name ends where the text ends.
     dropped_C = (bare_CL == ids_CL).all(dim=-1)
-    name_end_C = _end_of_text(clip.text, ids_CL) - (~dropped_C).long()
+    name_end_C = end_of_text(clip.text, ids_CL) - (~dropped_C).long()
     return ClassTokens(ids_CL, name_end_C, _pooled(clip.text, ids_CL), first)
 
 
+def refuse_twins(clip: FrozenCLIP, class_names: Sequence[str]) -> None:
+    """Refuse a class list in which two names have the same tokens.
+
+    Args:
+        clip: the frozen backbone.
+        class_names: C names; underscores count as spaces.
+
+    Raises:
+        UserError: two classes would have the same prompt, or a name cannot be tokenised.
+    """
+    names = [name.replace("_", " ") for name in class_names]
+
+    def describe(i: int) -> str:
+        return f"class name '{class_names[i]}'"
+
+    ids_CL = token_rows(clip.tokenizer, clip.text, names, clip.name, describe)
+    refuse_equal_rows(ids_CL, class_names, clip.name)
+
+
 def token_count(clip: FrozenCLIP, text: str) -> int:
-    """Count the tokens of a text without the special ones."""
-    return int(_end_of_text(clip.text, clip.tokenizer([text]))[0]) - _specials_before(clip)
+    """Count the tokens of a text without the special ones.
+
+    Raises:
+        UserError: the text needs more than L positions or contains a special token.
+    """
+    ids_1L = token_rows(clip.tokenizer, clip.text, [text], clip.name)
+    return int(end_of_text(clip.text, ids_1L)[0]) - specials_before(clip.tokenizer)
 
 
 def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: Tensor) -> Tensor:
@@ -96,13 +119,13 @@ def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: 
         (M, d), float32 on the CPU.
 
     Raises:
-        UserError: `text` does not have M tokens.
+        UserError: `text` does not have M tokens, or contains a special token.
     """
     if not text:
         return draw
-    ids = clip.tokenizer([text])
-    first = _specials_before(clip)
-    end = int(_end_of_text(clip.text, ids)[0])
+    ids = token_rows(clip.tokenizer, clip.text, [text], clip.name, lambda _: "context_init")
+    first = specials_before(clip.tokenizer)
+    end = int(end_of_text(clip.text, ids)[0])
     if end - first != context_tokens:
         raise UserError(
             f"context_init '{text}' has {end - first} tokens, but context_tokens is "
@@ -113,28 +136,7 @@ def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: 
     return embedded.detach().float().cpu()
 
 
-def _specials_before(clip: FrozenCLIP) -> int:
-    """How many special tokens stand before the text: 1 ([SOS]) in CLIP, 0 in SigLIP."""
-    single, double = clip.tokenizer([PLACEHOLDER, f"{PLACEHOLDER} {PLACEHOLDER}"]).tolist()
-    differing = next(i for i, (a, b) in enumerate(zip(single, double, strict=True)) if a != b)
-    return differing - 1
-
-
-def _end_of_text(parts: TextParts, ids_CL: Tensor) -> Tensor:
-    """Index of the end-of-text token of each row (C,)."""
-    if parts.pool_type == "eos":
-        assert parts.eos_id is not None
-        return ids_CL.eq(parts.eos_id).int().argmax(dim=-1)
-    if parts.pool_type == "argmax":
-        # End-of-text has the largest id of CLIP's vocabulary.
-        return ids_CL.argmax(dim=-1)
-    # Towers that pool elsewhere (SigLIP) pad with one repeated id; the text ends where it starts.
-    padding = ids_CL[:, -1:]
-    trailing = (ids_CL == padding).flip(-1).int().cumprod(-1).sum(-1)
-    return ids_CL.shape[1] - trailing
-
-
 def _pooled(parts: TextParts, ids_CL: Tensor) -> Tensor:
     if parts.pools_at_end:
-        return _end_of_text(parts, ids_CL)
+        return end_of_text(parts, ids_CL)
     return torch.full((ids_CL.shape[0],), ids_CL.shape[1] - 1)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprompt.config.schema import DataConfig
 from fedprompt.data.cache_files import default_cache_dir
+from fedprompt.data.class_names import refuse_invisible
 from fedprompt.data.sections import available, data_config
 from fedprompt.data.sources.registry import source_class
 
@@ -38,10 +39,12 @@ def open_dataset(config: DataConfig, seed: int, cache_dir: Path | None = None) -
         The images with labels, splits and domains.
 
     Raises:
-        UserError: the data cannot be read or do not fit the config.
+        UserError: the data cannot be read or do not fit the config, or a class has no name.
     """
     source = source_class(config.source)
-    return source.load(config, seed, cache_dir or default_cache_dir())
+    dataset = source.load(config, seed, cache_dir or default_cache_dir())
+    refuse_invisible(dataset.class_names, dataset.name)
+    return dataset
 
 
 def names() -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_tokens import refuse_twins
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.batch import Batch, ClientData, RoundInfo, Task, Tensors, stack
@@ -140,6 +141,8 @@ class Method(ABC):
         self.config = config
         self.clip = clip
         self.task = task
+        # Every class list of every data source and protocol comes by here.
+        refuse_twins(clip, task.class_names)
 
     @abstractmethod
     def init_shared(self, seed: int) -> Tensors:
