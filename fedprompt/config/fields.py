@@ -8,6 +8,7 @@ the shell completion and the generated documentation.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.config.as_typed import for_kind
 from fedprompt.config.renamed import refuse_renamed
 from fedprompt.errors import UserError, did_you_mean
 
@@ -80,7 +82,8 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     Args:
         schema: the dataclass; its fields are made by `option`. Its `check` method, if it has one,
             is called on the result.
-        values: a mapping from keys to values as YAML yields them. Missing keys get their defaults.
+        values: a mapping from keys to values as YAML yields them, with or without their texts
+            (`AsTyped`). Missing keys get their defaults.
         where: path of the section for messages, e.g. `training`.
 
     Returns:
@@ -101,14 +104,15 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     # The annotations are strings (`from __future__ import annotations`); this evaluates them.
     kinds = get_type_hints(schema)
     # One merge per key, so that the message can name the key whose value is refused.
-    for key, value in values.items():
+    for key, typed in values.items():
+        value = for_kind(typed, kinds[key], f"{where}.{key}")
         _refuse_placeholders(f"{where}.{key}", value)
         try:
             structured = OmegaConf.merge(structured, {key: value})
         except (OmegaConfBaseException, ValueError, TypeError):
             raise UserError(
                 f"config: {where}.{key} is {value!r}; it must be {in_words(kinds[key])}."
-                f"{_nearest(kinds[key], value)}"
+                f"{_nearest(kinds[key], value)}{_as_list(kinds[key], value)}"
             ) from None
     built = OmegaConf.to_object(structured)
     assert isinstance(built, schema)
@@ -154,6 +158,16 @@ def _nearest(kind: Any, value: Any) -> str:
     hint = did_you_mean(str(value), choices)
     # Otherwise the hint lists all choices, which the message does already.
     return hint if hint.startswith(" Did") else ""
+
+
+def _as_list(kind: Any, value: Any) -> str:
+    """How to write texts as a list, if that is what is missing."""
+    if kind != list[str] or isinstance(value, Mapping):
+        return ""
+    texts = (
+        [str(item) for item in value if item is not None] if isinstance(value, list) else [value]
+    )
+    return f" Write [{', '.join(json.dumps(str(text), ensure_ascii=False) for text in texts)}]."
 
 
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.config.as_typed import with_texts
 from fedprompt.errors import UserError, did_you_mean
 
 
@@ -59,18 +60,23 @@ def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
         what: what messages begin with: the kind of file.
 
     Returns:
-        The mapping. Interpolations such as `${...}` are left as text.
+        The mapping, with `AsTyped` where a scalar is no text. Interpolations such as `${...}` are
+        left as text.
 
     Raises:
         UserError: the file cannot be read, is not valid YAML or contains no mapping.
     """
     try:
         # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+        loaded = with_texts(loaded, path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what}: cannot read {path}: {error.strerror}.") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{what}: {path} is not valid YAML: {one_line(error)}.") from None
+        raise UserError(
+            f"{what}: {path} is not valid YAML: {one_line(error)}. Texts with brackets, braces, "
+            "colons or '#' need quotation marks."
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{what}: {path} must hold 'key: value' lines.")
     return {str(k): v for k, v in loaded.items()}

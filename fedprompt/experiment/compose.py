@@ -26,6 +26,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedprompt.config.as_typed import AsTyped, read_override, with_texts
 from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.schema import (
     SECTIONS,
@@ -70,7 +71,8 @@ def compose(
     # otherwise drop a key of the method that was given before it.
     for path, value in parsed:
         if _selects_group(path):
-            selection = {"source": value} if path[-1] == "source" else value
+            selected = str(value) if isinstance(value, AsTyped) else value
+            selection = {"source": selected} if path[-1] == "source" else selected
             raw = _layer(raw, {path[0]: selection})
     for group in GROUPS:
         raw[group] = select(group, raw.get(group))
@@ -120,7 +122,7 @@ def parse(text: str) -> Config:
         UserError: the text is not such a config, or `validate` refuses it.
     """
     try:
-        raw = OmegaConf.to_container(OmegaConf.create(text))
+        raw: Any = with_texts(OmegaConf.to_container(OmegaConf.create(text)), text)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"config: this is not valid YAML: {one_line(error)}.") from None
     if not isinstance(raw, dict):
@@ -187,13 +189,12 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
     if not equals or not key.strip():
         raise UserError(f"config: {item!r} is not key=value, e.g. federation.rounds=20.")
     path = _path_of(key.strip())
-    try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except Exception as error:  # the errors of OmegaConf and PyYAML have no common base class
-        raise UserError(f"config: cannot read {item!r}: {one_line(error)}.") from None
-    if parsed["value"] is None and _selects_group(path):
+    value = read_override(item, key.strip(), text)
+    if isinstance(value, AsTyped) and value.problem and (len(path) == 1 or _selects_group(path)):
+        raise UserError(value.problem)
+    if value is None and _selects_group(path):
         raise UserError(f"config: {item!r} has no value.")
-    return path, parsed["value"]
+    return path, value
 
 
 def _path_of(key: str) -> list[str]:

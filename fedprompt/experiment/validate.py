@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fedprompt.config.as_typed import for_kind
 from fedprompt.config.fields import build
 from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.schema import (
@@ -65,7 +66,8 @@ def validate(raw: Mapping[str, Any]) -> Config:
             f"{' or '.join(sorted(possible))}; leave strategy out, or set strategy=auto."
         )
     parts["protocols"], parts["protocol_options"] = protocols.build_options(
-        raw.get("protocols", protocols.DEFAULT), raw.get("protocol_options")
+        for_kind(raw.get("protocols", protocols.DEFAULT), list[str], "protocols"),
+        raw.get("protocol_options"),
     )
     config = Config(experiment=_experiment(raw), seed=_seed(raw), **parts)
     # Called for its error: two protocols may not both hold something out.
@@ -84,7 +86,7 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
 
 
 def _seed(raw: Mapping[str, Any]) -> int:
-    seed = raw.get("seed", 1)
+    seed = for_kind(raw.get("seed", 1), int, "seed")
     # A bool is an int in Python, so `seed: true` would be seed 1.
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
@@ -93,7 +95,7 @@ def _seed(raw: Mapping[str, Any]) -> int:
 
 def _experiment(raw: Mapping[str, Any]) -> str:
     """The experiment's name, which must be valid as part of a folder's name."""
-    name = raw.get("experiment", "experiment")
+    name = for_kind(raw.get("experiment", "experiment"), str, "experiment")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]*", name):
         raise UserError(
             f"config: experiment is {name!r}; it names the run folder: use letters, digits, "

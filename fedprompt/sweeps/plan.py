@@ -27,8 +27,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedprompt.config.as_typed import AsTyped
+from fedprompt.config.as_typed import plain as without_texts
 from fedprompt.config.fields import build, option
-from fedprompt.config.schema import Config, to_yaml
+from fedprompt.config.schema import Config, to_dict, to_yaml
 from fedprompt.config.shipped import configs_dir, load_yaml
 from fedprompt.data.sections import available
 from fedprompt.errors import UserError, did_you_mean
@@ -52,7 +54,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The validated content of a sweep file; `rows` and `grid` may be empty."""
+    """The validated content of a sweep file; `rows` and `grid` may be empty.
+
+    The scalars in `grid` are `AsTyped`, since only the type of a key tells what they are.
+    """
 
     name: str
     path: Path
@@ -116,7 +121,7 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     values = _known_keys(load_yaml(path, "sweep"), str(path))
     if quick:
         values = _quick(values, path)
-    experiment = values.get("experiment")
+    experiment = without_texts(values.get("experiment"))
     if not isinstance(experiment, str):
         raise UserError(f"sweep: {path} must name its 'experiment', e.g. experiment: benchmark.")
     # A sweep file and its experiment can be kept in one folder, wherever the command is run.
@@ -127,7 +132,7 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
         name=f"{path.stem}-quick" if quick else path.stem,
         path=path,
         experiment=experiment,
-        seeds=check_seeds(values.get("seeds", [1]), str(path)),
+        seeds=check_seeds(without_texts(values.get("seeds", [1])), str(path)),
         common=_texts(values.get("common"), f"{path}: 'common'"),
         rows=_rows(values.get("rows"), path),
         grid=_grid(values.get("grid"), path),
@@ -154,13 +159,15 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
     rows = sweep.rows or {"": ()}
     for row, changes in rows.items():
         for values in itertools.product(*sweep.grid.values()):
-            point = dict(zip(sweep.grid, values, strict=True))
-            # JSON is valid YAML, in which overrides are parsed, so values keep their types.
-            cell = [f"{key}={json.dumps(value)}" for key, value in point.items()]
+            typed = dict(zip(sweep.grid, values, strict=True))
+            cell = [f"{key}={_as_override(value)}" for key, value in typed.items()]
+            point = {key: without_texts(value) for key, value in typed.items()}
             label = ", ".join(filter(None, (row, describe(point)))) or sweep.name
             some = [*sweep.common, *changes, *cell, *overrides]
             # Composed once for all seeds, since their configs differ in nothing else.
             shared = _compose(sweep, some, label)
+            # A key that takes texts keeps the text, e.g. `yes`, so the table shows it too.
+            point = {k: str(v) if _takes_text(shared, k) else point[k] for k, v in typed.items()}
             for seed in sweep.seeds:
                 config = replace(shared, seed=seed)
                 key = settings_hash(config)
@@ -269,6 +276,24 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
     return config
 
 
+def _as_override(value: Any) -> str:
+    """A grid value as the right side of an override, with the text of every scalar kept."""
+    if isinstance(value, AsTyped):
+        return value.text
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_override, value))}]"
+    # JSON is valid YAML, in which overrides are parsed.
+    return json.dumps(without_texts(value))
+
+
+def _takes_text(config: Config, key: str) -> bool:
+    """Whether the value of a key in a config is a text."""
+    value: Any = to_dict(config)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return isinstance(value, str)
+
+
 def _slug(row: str, point: Mapping[str, Any], config: Config) -> str:
     words = [row or str(config.method.name)]
     words += [f"{key.rpartition('.')[2]}{plain(value)}" for key, value in point.items()]
@@ -295,10 +320,11 @@ def _quick(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     merged["common"] = [text for texts in both for text in texts]
     if isinstance(changes.get("rows"), list):
         rows = _rows(values.get("rows"), path)
-        for name in changes["rows"]:
+        kept = list(map(str, changes["rows"]))
+        for name in kept:
             if name not in rows:
                 raise UserError(f"sweep: {path}: quick: no row {name!r}.")
-        merged["rows"] = {name: list(rows[name]) for name in changes["rows"]}
+        merged["rows"] = {name: list(rows[name]) for name in kept}
     return merged
 
 
@@ -323,6 +349,7 @@ def _grid(grid: Any, path: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def _texts(values: Any, where: str) -> tuple[str, ...]:
+    values = without_texts(values)
     if values is None:
         return ()
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from fedprompt.config.as_typed import plain as without_texts
+from fedprompt.config.as_typed import read_override
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.names import PLAN, describe, plain
 from fedprompt.reports.format import plural
@@ -81,7 +81,10 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
             # Only finished runs are read, because `load_run` refuses a run that has no round yet.
             run = load_run(folder)
             flat = flatten(run.config)
-            if not all(_same(plain(flat.get(key)), value) for key, value in wanted):
+            if not all(
+                any(_same(plain(flat.get(key)), value) for value in values)
+                for key, values in wanted
+            ):
                 continue
             # The runs of a row differ only in their seed, and in where and how results are stored.
             settings = {
@@ -206,9 +209,15 @@ def _same(found: str, wanted: str) -> bool:
         return found == wanted
 
 
-def _condition(text: str) -> tuple[str, str]:
-    """Parse `KEY=VALUE` the way a config is parsed, so that `lr=2e-3` matches 0.002."""
+def _condition(text: str) -> tuple[str, tuple[str, str]]:
+    """Parse `KEY=VALUE` the way a config is parsed, so that `lr=2e-3` matches 0.002.
+
+    Returns:
+        The key, and its value as YAML reads it and as typed: the type of the key decides which of
+        them a config holds.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"compare: --where {text!r} is not KEY=VALUE, e.g. partition.alpha=0.1.")
-    return key.strip(), plain(OmegaConf.to_container(OmegaConf.from_dotlist([f"v={value}"]))["v"])  # type: ignore[index,call-overload]
+    parsed = read_override(text, key.strip(), value)
+    return key.strip(), (plain(without_texts(parsed)), value.strip())
