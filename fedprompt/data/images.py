@@ -13,25 +13,28 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedprompt.data.dataset import TEST, TRAIN
+from fedprompt.data.pixels import Pixels, is_tiff, many_bands, read_bands
 from fedprompt.files import stand_in
 from fedprompt.rng import generator
 
+PLAIN = Pixels()
 # The typographic quotation marks, single and double.
 _QUOTES = str.maketrans("\u2018\u2019\u201b\u201c\u201d\u201f", "'''\"\"\"")
 
 
-def decode_rgb(data: bytes) -> Image.Image:
+def decode_rgb(data: bytes, pixels: Pixels = PLAIN) -> Image.Image:
     """Decode the first frame of an image, turn it upright (EXIF) and convert it to RGB.
 
-    Palettes are expanded, and an alpha channel is dropped, as in open_clip and torchvision. 16-bit
-    grey is divided by 257 (65535 becomes 255) instead of being stretched to the image's range, so
-    that brightness stays comparable between images.
+    Palettes are expanded, and an alpha channel is dropped, as in open_clip and torchvision. Without
+    `pixels.stretch`, 16-bit grey is divided by 257 (65535 becomes 255) instead of being stretched
+    to the image's range, so that brightness stays comparable between images.
 
     Args:
         data: content of an image file.
+        pixels: the range of values of more than 8 bits, and the bands to use.
 
     Returns:
         The image, fully loaded.
@@ -39,33 +42,56 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         ValueError: the bytes are not a readable image; the message is the reason on one line.
     """
+    return decode(data, pixels)[0]
+
+
+def decode(data: bytes, pixels: Pixels = PLAIN) -> tuple[Image.Image, bool]:
+    """Like `decode_rgb`; also tells whether the stored values have more than 8 bits."""
     instead = stand_in(data[:512])
     if instead is not None:
         raise ValueError(instead)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on EXIF and palettes; errors are still raised
+            if pixels.bands:
+                return read_bands(data, pixels)
             with Image.open(io.BytesIO(data)) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+                deep = _is_deep(image)
+                return _to_rgb(ImageOps.exif_transpose(image), data, deep, pixels)
     except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow's message has the address of the buffer, which differs from run to run.
-        raise ValueError(re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)) from error
+        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
+        advice = many_bands(data) if isinstance(error, UnidentifiedImageError) else None
+        raise ValueError(advice or reason) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file stores more than 8 bits per value, before the image is loaded."""
+    # Pillow reads 16-bit colour as 8 bits; only the decoder's arguments still tell.
+    return image.mode[0] in "IF" or any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )
+
+
+def _to_rgb(
+    image: Image.Image, data: bytes, deep: bool, pixels: Pixels
+) -> tuple[Image.Image, bool]:
     # Pillow would clip these modes to 0..255 without a word, which turns most pixels white.
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32-bit grey pixels exceed 16 bits; save it with 8 or 16 bits")
-        image = Image.fromarray((grey // 257).astype(np.uint8))
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        kept = values if image.mode == "F" else values.astype(np.int64)
+        image = Image.fromarray(pixels.to_8_bits(kept))
+    elif deep and pixels.stretch:
+        if not is_tiff(data):
+            raise ValueError(
+                "16-bit colour of this format is read with 8 bits; save it as TIFF for data.stretch"
+            )
+        return read_bands(data, pixels)
     # Pillow asks for RGBA first where entries of the palette are transparent.
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert("RGB"), deep
 
 
 def random_view(

@@ -139,7 +139,7 @@ def load_model(kept: KeptModel) -> PromptModel:
     # A client that has never trained has the values that it would start from.
     private = FileStore(kept.folder).latest(sys.maxsize)
     private = private or method.init_private(config.seed, kept.client)
-    return PromptModel(clip, method, kept.shared, private)
+    return PromptModel(clip, method, kept.shared, private, config.data)
 
 
 def _read(path: Path) -> KeptModel:

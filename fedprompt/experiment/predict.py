@@ -17,10 +17,12 @@ from safetensors.torch import save
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import load_clip
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import Config, DataConfig
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.features.table import encode_inputs
-from fedprompt.data.images import decode_rgb
+from fedprompt.data.images import PLAIN, decode_rgb
+from fedprompt.data.pixels import Pixels
+from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
 from fedprompt.experiment.compose import compose
@@ -56,12 +58,19 @@ class PromptModel:
         shared: its shared tensors and extras by name.
         private: a client's private tensors by name; empty if the method has none, and None for the
             global model.
+        data: the config's `data` section; images are read as the run has read its own.
     """
 
     def __init__(
-        self, clip: FrozenCLIP, method: Method, shared: Tensors, private: Tensors | None
+        self,
+        clip: FrozenCLIP,
+        method: Method,
+        shared: Tensors,
+        private: Tensors | None,
+        data: DataConfig,
     ) -> None:
         self.clip, self.method, self.task = clip, method, method.task
+        self.pixels = data.pixels if isinstance(data, StoredImagesConfig) else PLAIN
 
         def one_client(tensors: Tensors) -> Tensors:
             return {n: t[None].to(clip.device) for n, t in tensors.items()}
@@ -86,7 +95,7 @@ class PromptModel:
         Raises:
             UserError: a file is missing or is not a readable image.
         """
-        images_B3HW = torch.stack([self.clip.preprocess(_open(p)) for p in paths])
+        images_B3HW = torch.stack([self.clip.preprocess(_open(p, self.pixels)) for p in paths])
         inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
         inputs_1B = inputs_B.of_one().on(self.clip.device)
         probabilities_BC = self.method.logits(self.encoded, inputs_1B)[0].softmax(-1)
@@ -170,7 +179,7 @@ class Classifier(PromptModel):
             raise UserError(
                 f"method '{method.name}' has no global model; choose one with --client."
             )
-        super().__init__(clip, method, shared, private)
+        super().__init__(clip, method, shared, private, config.data)
 
 
 def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:
@@ -207,9 +216,9 @@ def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
     return states.get(client)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, pixels: Pixels) -> Image.Image:
     try:
-        return decode_rgb(read_regular(path))
+        return decode_rgb(read_regular(path), pixels)
     except OSError as error:
         raise UserError(f"cannot read image {path}: {error.strerror}.") from None
     except ValueError as error:

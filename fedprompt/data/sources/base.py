@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 from fedprompt.config.fields import option
 from fedprompt.config.schema import DataConfig
 from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.pixels import Pixels
+from fedprompt.errors import UserError
 
 
 class DataSource:
@@ -62,6 +64,27 @@ class StoredImagesConfig(DataConfig):
     on_bad_image: Literal["error", "skip"] = option(
         "error", "what to do with unreadable images: stop, or leave them out and report them"
     )
+    stretch: list[float] = option(
+        [],
+        "pixel values that become black and white in images of more than 8 bits, e.g. [0, 4095]; "
+        "empty = [0, 65535], with a warning",
+    )
+    bands: list[int] = option(
+        [], "bands of multi-band TIFF files that become red, green and blue, counted from 1"
+    )
+
+    @property
+    def pixels(self) -> Pixels:
+        """How stored values become RGB."""
+        return Pixels(tuple(self.stretch), tuple(self.bands))
+
+    def check(self) -> None:
+        """Refuse a range that is not two numbers, and bands that are not three."""
+        super().check()
+        if self.stretch and (len(self.stretch) != 2 or self.stretch[0] >= self.stretch[1]):
+            raise UserError(f"'stretch' is {self.stretch}; it takes two numbers, the lower first.")
+        if self.bands and (len(self.bands) != 3 or min(self.bands) < 1):
+            raise UserError(f"'bands' is {self.bands}; it takes three numbers, counted from 1.")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ the catalogue; without it, they are loaded from the hub. Suffixes: N images, C c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -146,7 +147,10 @@ class Multi(DataSource):
             ),
             domains_N=opener.source_N,
             domain_names=tuple(sources),
-            fingerprint=digest("multi", *common.classes, *(part.fingerprint for part in parts)),
+            # The mapping decides which images there are, and so which rows a cached file has.
+            fingerprint=digest(
+                "multi", json.dumps(_mapping(common)), *(part.fingerprint for part in parts)
+            ),
             open_image=opener,
             bad_images=tuple(bad for part in parts for bad in part.bad_images),
             # Different data sets may have images of the same name.
@@ -166,10 +170,17 @@ def _single(config: MultiConfig, name: str) -> CatalogueConfig:
         "validation": config.validation,
         "test_fraction": config.test_fraction,
         "on_bad_image": config.on_bad_image,
+        "stretch": config.stretch,
+        "bands": config.bands,
     }
     if config.root is not None:
         keys["root"] = str(Path(config.root).expanduser() / name)
     return build(CatalogueConfig, keys, f"data ({name})")
+
+
+def _mapping(common: CommonLabels) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The common labels as plain values, in label order."""
+    return {label: dict(by_source) for label, by_source in common.classes.items()}
 
 
 def _common(part: ImageDataset, common: CommonLabels, source: str) -> NDArray[np.int64]:

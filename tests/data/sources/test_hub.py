@@ -210,7 +210,7 @@ def test_unchanged_images_are_not_read_again(
     path = saved(tmp_path, train=hub_dataset(LABELS, names=NAMES))
     first = load(path, tmp_path)
     decoded: list[int] = []
-    monkeypatch.setattr(scan, "decode_rgb", lambda data: decoded.append(len(data)))
+    monkeypatch.setattr(scan, "decode", lambda data, pixels: (decoded.append(len(data)), False))
     assert load(path, tmp_path).fingerprint == first.fingerprint
     assert decoded == []
 

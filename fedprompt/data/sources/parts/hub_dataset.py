@@ -17,6 +17,7 @@ from PIL import Image
 from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
+from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.parts.hub_keys import HubKeys
 from fedprompt.data.sources.parts.hub_labels import read_labels
 from fedprompt.data.sources.parts.hub_splits import Part, load_splits, read_parts
@@ -33,11 +34,12 @@ class _Opener:
     parts: tuple[Part, ...]
     part_N: NDArray[np.int64]
     row_N: NDArray[np.int64]
+    pixels: Pixels
 
     def __call__(self, index: int) -> Image.Image:
         part, row = self.parts[self.part_N[index]], int(self.row_N[index])
         try:
-            return decode_rgb(part.read(row))
+            return decode_rgb(part.read(row), self.pixels)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"data: split '{part.split}', row {row} can no longer be read: {error}."
@@ -77,10 +79,11 @@ def load_hub(
     domain_names, domains = _read_domains(parts, config)
 
     verdicts: list[Verdict] = []
+    pixels = config.pixels
     for part in parts:
         # `datasets` changes this fingerprint with the rows and columns that are selected.
-        memo = memo_path(cache_dir, "hub", part.images._fingerprint, part.column)
-        verdicts += scan(part.keys(), part.read, memo, f"{config.title} ({part.split})")
+        memo = memo_path(cache_dir, "hub", part.images._fingerprint, part.column, *pixels.key)
+        verdicts += scan(part.keys(), part.read, memo, f"{config.title} ({part.split})", pixels)
     part_of = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     row_of = np.concatenate([np.arange(len(part.labels)) for part in parts])
     names = [f"split '{parts[p].split}', row {row}" for p, row in zip(part_of, row_of, strict=True)]
@@ -104,8 +107,8 @@ def load_hub(
         split_N=split_N,
         domains_N=domains_N,
         domain_names=domain_names,
-        fingerprint=digest("hub", *content),
-        open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64)),
+        fingerprint=digest("hub", *pixels.key, *content),
+        open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64), pixels),
         bad_images=bad,
         image_names=tuple(f"{parts[p].split}/{row}" for p, row in zip(part_N, row_N, strict=True)),
     )

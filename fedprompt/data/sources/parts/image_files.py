@@ -15,6 +15,7 @@ from PIL import Image
 from fedprompt.data.cache_files import digest
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test
+from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.data.sources.parts.integrity import bad_images, memo_path, scan
 from fedprompt.errors import UserError
@@ -44,11 +45,12 @@ class _Opener:
 
     root: Path
     paths: tuple[str, ...]
+    pixels: Pixels
 
     def __call__(self, index: int) -> Image.Image:
         path = self.root / self.paths[index]
         try:
-            return decode_rgb(read_regular(path))
+            return decode_rgb(read_regular(path), self.pixels)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"data: {path} can no longer be read: {error}; start the run again."
@@ -86,8 +88,9 @@ def files_dataset(
         UserError: an image is unreadable while `on_bad_image` is `error`.
     """
     keys = [_key(root, file.path) for file in files]
-    memo = memo_path(cache_dir, "folder", str(root.resolve()))
-    verdicts = scan(keys, lambda i: _read(root / files[i].path), memo, config.title)
+    pixels = config.pixels
+    memo = memo_path(cache_dir, "folder", str(root.resolve()), *pixels.key)
+    verdicts = scan(keys, lambda i: _read(root / files[i].path), memo, config.title, pixels)
     names = [str(root / file.path) for file in files]
     bad = bad_images(names, verdicts, config.on_bad_image, config.title)
     readable = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
@@ -107,8 +110,8 @@ def files_dataset(
         split_N=split_N,
         domains_N=domains_N,
         domain_names=domain_names,
-        fingerprint=digest("folder", *content),
-        open_image=_Opener(root, tuple(files[i].path for i in readable)),
+        fingerprint=digest("folder", *pixels.key, *content),
+        open_image=_Opener(root, tuple(files[i].path for i in readable), pixels),
         bad_images=bad,
         image_names=tuple(files[i].path for i in readable),
     )

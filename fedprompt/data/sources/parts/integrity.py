@@ -19,23 +19,31 @@ from typing import Literal
 
 from fedprompt.data.cache_files import DECODE_THREADS, digest, locked, write_atomic
 from fedprompt.data.dataset import BadImage
-from fedprompt.data.images import decode_rgb
+from fedprompt.data.images import PLAIN, decode
+from fedprompt.data.pixels import Pixels
 from fedprompt.data.progress import progress_bar
 from fedprompt.errors import UserError
 
 LONG_SCAN = 500
 """Number of images from which a scan shows a progress bar; fewer take about a second."""
-VERSION = 1
+VERSION = 2
 """Format of the stored hashes; files of another version are ignored."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The hash of an image's encoded bytes; or an empty hash and why the image is unreadable."""
+    """The result of decoding one image.
+
+    Attributes:
+        hash: of the encoded bytes; empty if the image is unreadable.
+        reason: why it is unreadable; None if it is readable.
+        deep: whether its pixels have more than 8 bits.
+    """
 
     hash: str
     reason: str | None = None
+    deep: bool = False
 
 
 def memo_path(cache_dir: Path, *source: str) -> Path:
@@ -44,7 +52,11 @@ def memo_path(cache_dir: Path, *source: str) -> Path:
 
 
 def scan(
-    keys: Sequence[str], read: Callable[[int], bytes], memo: Path, title: str
+    keys: Sequence[str],
+    read: Callable[[int], bytes],
+    memo: Path,
+    title: str,
+    pixels: Pixels = PLAIN,
 ) -> list[Verdict]:
     """Check every image, reading only those that are not in the memo file yet.
 
@@ -53,7 +65,8 @@ def scan(
             when the image may have changed, and must not require reading the image.
         read: returns the encoded bytes of image i, or raises `OSError` or `ValueError`.
         memo: the file with the hashes of earlier scans.
-        title: name of the data set, for the progress bar.
+        title: name of the data set, for the progress bar and the warning.
+        pixels: how stored values become RGB; `memo` is of these options.
 
     Returns:
         One verdict per image.
@@ -64,14 +77,14 @@ def scan(
     # Under the lock, a second process that starts at the same time waits and then finds the hashes.
     with locked(memo):
         known = _load(memo)
-        verdicts = [Verdict(known.get(key, "")) for key in keys]
+        verdicts = [known.get(key, Verdict("")) for key in keys]
         unknown = [i for i, verdict in enumerate(verdicts) if not verdict.hash]
         is_long = len(unknown) >= LONG_SCAN
         # Threads suffice, since Pillow releases the interpreter's lock while it decodes.
         pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="scan")
         try:
             with progress_bar(f"checking {title}", len(unknown), is_long) as advance:
-                judged = pool.map(lambda i: _judge(lambda: read(i)), unknown)
+                judged = pool.map(lambda i: _judge(lambda: read(i), pixels), unknown)
                 for i, verdict in zip(unknown, judged, strict=True):
                     verdicts[i] = verdict
                     advance(1)
@@ -79,10 +92,20 @@ def scan(
             # After an error or Ctrl-C, the images still in the queue must not be waited for.
             pool.shutdown(cancel_futures=True)
         # Keys that no longer occur are dropped, so that the file does not grow.
-        good = {key: v.hash for key, v in zip(keys, verdicts, strict=True) if v.hash}
+        good = {key: verdict for key, verdict in zip(keys, verdicts, strict=True) if verdict.hash}
         if good != known:
-            text = json.dumps({"version": VERSION, "hashes": good})
+            hashes = {key: verdict.hash for key, verdict in good.items()}
+            deep = [key for key, verdict in good.items() if verdict.deep]
+            text = json.dumps({"version": VERSION, "hashes": hashes, "deep": deep})
             write_atomic(memo, lambda file: file.write(text.encode()))
+    deep_ones = sum(verdict.deep for verdict in verdicts)
+    if deep_ones and not pixels.stretch:
+        log.warning(
+            "%s: %d of %d images have more than 8 bits per value. Their range of 16 bits is mapped "
+            "to black and white, so images of fewer bits are dark: set data.stretch=[low, high], "
+            "e.g. [0, 4095] for 12 bits, or [0, 65535] to keep it as it is.",
+            title, deep_ones, len(verdicts),
+        )  # fmt: skip
     return verdicts
 
 
@@ -124,22 +147,26 @@ def bad_images(
     return bad
 
 
-def _judge(read: Callable[[], bytes]) -> Verdict:
+def _judge(read: Callable[[], bytes], pixels: Pixels) -> Verdict:
     try:
         data = read()
-        decode_rgb(data)
+        _, deep = decode(data, pixels)
     except OSError as error:
         return Verdict("", error.strerror or str(error))
     except ValueError as error:
         return Verdict("", str(error))
-    return Verdict(hashlib.blake2b(data, digest_size=16).hexdigest())
+    return Verdict(hashlib.blake2b(data, digest_size=16).hexdigest(), deep=deep)
 
 
-def _load(memo: Path) -> dict[str, str]:
+def _load(memo: Path) -> dict[str, Verdict]:
     try:
         stored = json.loads(memo.read_bytes())
         if stored["version"] == VERSION:
-            return {str(key): str(value) for key, value in stored["hashes"].items()}
+            deep = set(stored["deep"])
+            return {
+                str(key): Verdict(str(value), deep=key in deep)
+                for key, value in stored["hashes"].items()
+            }
     # The first scan of a data set has no memo file.
     except FileNotFoundError:
         pass
