@@ -35,4 +35,5 @@ In processes that they start on a node
 On both sides
     node_report         what a node reports when it joins, written there and checked here
     backbone_check      whether both sides have the same frozen CLIP
+    versions            whether both sides run versions that fit together
 """

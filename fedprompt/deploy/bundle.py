@@ -41,6 +41,7 @@ clientapp = "{package}.client:app"
 [tool.flwr.app.config]
 config = ""
 run = ""
+versions = ""
 """
 
 

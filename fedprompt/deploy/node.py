@@ -20,6 +20,7 @@ from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settin
 from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
 from fedprompt.deploy.private_store import FileStore
+from fedprompt.deploy.versions import VERSIONS, check_server
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
 from fedprompt.experiment.workspaces import open_workspace
@@ -60,6 +61,7 @@ def answer(
     node: NodeSettings | None = None
     try:
         node = read_node_settings(node_config)
+        check_server(str(run_config.get(VERSIONS, "")))
         workspace = _workspace(experiment_text(run_config, node), node)
         if is_query:
             return _report(workspace, node, message)

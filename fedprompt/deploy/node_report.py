@@ -1,8 +1,9 @@
 """What a node reports when it joins: written on the node, checked in the server app.
 
 The report consists of the client's number, how many images of each class the node trains and tests
-on, and its backbone's features of a sample (backbone_check.py). A node that cannot take part sends
-one line with the reason instead. No other text and no file name leaves the node.
+on, its backbone's features of a sample (backbone_check.py), and versions (versions.py). A node that
+cannot take part sends its versions and one line with the reason instead. No other text and no file
+name leaves the node.
 
 C is the number of classes, D the dimension of the joint embedding.
 """
@@ -17,6 +18,12 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedprompt.deploy.backbone_check import sample_features
+from fedprompt.deploy.versions import (
+    VERSIONS,
+    read_versions,
+    version_warnings,
+    versions_record,
+)
 from fedprompt.messages import CONFIG, MAX_EXAMPLES, METRICS, Refused, sanitised
 from fedprompt.workspace import Workspace
 
@@ -35,6 +42,7 @@ class NodeReport:
         bad_images: images that cannot be read.
         labelled: whether the training images have labels.
         sample: the backbone's features of the sample, 2 D numbers.
+        versions: version of each package of `versions.py`, as pairs; empty on the node itself.
     """
 
     client: int
@@ -43,6 +51,7 @@ class NodeReport:
     bad_images: int
     labelled: bool
     sample: tuple[float, ...]
+    versions: tuple[tuple[str, str], ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -62,6 +71,8 @@ class NodeReport:
             )
         if self.bad_images:
             warnings.append(f"{self.bad_images} unreadable images were skipped")
+        if self.versions:
+            warnings += version_warnings(dict(self.versions))
         return warnings
 
 
@@ -98,13 +109,13 @@ def report_reply(report: NodeReport, message: Message) -> Message:
             "sample": list(report.sample),
         }
     )
-    return Message(RecordDict({METRICS: metrics}), reply_to=message)
+    return Message(RecordDict({METRICS: metrics, VERSIONS: versions_record()}), reply_to=message)
 
 
 def fault_reply(fault: str, message: Message) -> Message:
     """The reply of a node that cannot take part, with the reason in one line."""
     record = ConfigRecord({"fault": sanitised(fault)})
-    return Message(RecordDict({CONFIG: record}), reply_to=message)
+    return Message(RecordDict({CONFIG: record, VERSIONS: versions_record()}), reply_to=message)
 
 
 def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
@@ -121,6 +132,8 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
     Raises:
         Refused: the node cannot take part; the message is one line with the reason.
     """
+    # First of all: another version is often the true reason of whatever else is wrong.
+    versions = read_versions(content)
     settings = content.get(CONFIG)
     if isinstance(settings, ConfigRecord):
         fault = settings.get("fault")
@@ -143,7 +156,9 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
         raise Refused("its report lacks its backbone's features of the sample")
     assert isinstance(bad_images, int)
     features = tuple(map(float, sample))
-    return NodeReport(client, train_C, test_C, bad_images, bool(labelled), features)
+    return NodeReport(
+        client, train_C, test_C, bad_images, bool(labelled), features, tuple(versions.items())
+    )
 
 
 def _counts(metrics: MetricRecord, name: str, classes: int) -> tuple[int, ...] | None:

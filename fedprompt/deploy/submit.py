@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fedprompt import __version__
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy.bundle import write_bundle, write_run_config
@@ -23,6 +24,7 @@ from fedprompt.deploy.flower_commands import last_words, run_flwr
 from fedprompt.deploy.folders import CONNECTION, ServerFolder
 from fedprompt.deploy.processes import Processes
 from fedprompt.deploy.submission import write_submission
+from fedprompt.deploy.versions import VERSIONS
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
@@ -155,7 +157,8 @@ def start_run(
     app = write_bundle(scratch / "app")
     write_submission(server, settings)
     text = settings["config"] if same_machine else to_yaml(hidden(parse(settings["config"])))
-    write_run_config(scratch / "run.toml", {"config": text, "run": settings["run"]})
+    sent = {"config": text, "run": settings["run"], VERSIONS: __version__}
+    write_run_config(scratch / "run.toml", sent)
     command = ["run", str(app), CONNECTION, "-c", str(scratch / "run.toml"), "--format", "json"]
     output = run_flwr(command, environment)
     run_id = re.search(r'"run-id":\s*"?(\d+)', output)

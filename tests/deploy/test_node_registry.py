@@ -17,6 +17,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.deploy.backbone_check import has_other_weights, sample_features
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
+from fedprompt.deploy.versions import VERSIONS, versions_record
 from fedprompt.messages import LONGEST_REASON, Refused, become_server, from_wire, to_wire
 from tests.support.builders import random_clip
 
@@ -67,8 +68,11 @@ class Nodes(Grid):
                 yield reply
             elif isinstance(answer, str):
                 yield fault_reply(answer, message)
-            elif isinstance(answer, (Error, RecordDict)):
+            elif isinstance(answer, Error):
                 yield Message(answer, reply_to=message)
+            elif isinstance(answer, RecordDict):
+                content = RecordDict({VERSIONS: versions_record(), **answer})
+                yield Message(content, reply_to=message)
             elif isinstance(answer, Exception):
                 raise answer  # as Flower does when it parses the replies that it pulls
 
@@ -245,10 +249,11 @@ GOOD = {
     ids=str,
 )
 def test_a_report_is_checked(change: dict[str, Any]) -> None:
-    good = RecordDict({"metrics": MetricRecord(GOOD)})
+    good = RecordDict({"metrics": MetricRecord(GOOD), VERSIONS: versions_record()})
     assert read_report(good, 2, 3).client == 1
+    wrong = MetricRecord({**GOOD, **change})
     with pytest.raises(Refused):
-        read_report(RecordDict({"metrics": MetricRecord({**GOOD, **change})}), 2, 3)
+        read_report(RecordDict({"metrics": wrong, VERSIONS: versions_record()}), 2, 3)
 
 
 @pytest.mark.parametrize(

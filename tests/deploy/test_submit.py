@@ -100,7 +100,7 @@ def test_paths_of_the_server_do_not_travel(
     assert start_run(submitted, settings, tmp_path / "x", {}, same_machine=same_machine) == 5
     text = (tmp_path / "x" / "run.toml").read_text(encoding="utf-8")
     sent = tomllib.loads(text)
-    assert set(sent) == {"config", "run"}
+    assert set(sent) == {"config", "run", "versions"}
     assert (str(tmp_path) in text) is same_machine
     # The server app, a process of the same machine, knows them all.
     submission = read_submission(sent["run"])
