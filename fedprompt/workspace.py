@@ -152,8 +152,10 @@ class Workspace:
         with torch.no_grad():
             encoded = self.method.encode(stack([received], device), stack([private], device))
             per_step = self.clip.positions_encoded - before
-            if self.views and len(self.dataset):
-                image = self.views[0].rows(np.zeros(1, dtype=np.int64))
+            # Any image that is held; tests may be withheld from this process.
+            first = np.flatnonzero(self.partition.held(len(self.dataset)))[:1]
+            if self.views and len(first):
+                image = self.views[0].rows(first)
                 self.method.logits(encoded, image.of_one().on(device))
         per_image = self.clip.positions_encoded - before - per_step
         return per_step + per_image * self.config.training.batch_size

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("simulation", "strategies"),
     ("experiment",),
     ("deploy", "sweeps"),
+    ("tuning",),
     ("cli", "bench", "__init__", "__main__"),
     ("scripts",),
 )

@@ -28,6 +28,7 @@ from fedprompt.cli.completion import CompletionGroup, complete_experiment
 from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.sweep import compare, sweep
+from fedprompt.cli.tune import tune
 from fedprompt.errors import UserError
 from fedprompt.reports.terminal import LOOK
 
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(deploy_app, name="deploy")
 app.command()(sweep)
+app.command()(tune)
 app.command()(compare)
 
 

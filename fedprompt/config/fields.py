@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedprompt.config.as_typed import for_kind
 from fedprompt.config.renamed import refuse_renamed
+from fedprompt.config.search import Space
 from fedprompt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     path: bool = False,
+    search: Space | None = None,
 ) -> Any:
     """Declare a config key: a dataclass field with a help text and optional limits.
 
@@ -65,11 +67,13 @@ def option(
         lt: exclusive upper limit.
         path: whether the value names a file or folder of this machine. Such a value means nothing
             on another machine.
+        search: where `fedprompt tune` looks for a value; None if it keeps the key as it is.
 
     Returns:
         The field, typed as `Any` so that it can be assigned to an annotation of any type.
     """
-    metadata = {"help": help, "gt": gt, "ge": ge, "le": le, "lt": lt, "path": path}
+    metadata: dict[str, Any] = {"help": help, "gt": gt, "ge": ge, "le": le, "lt": lt, "path": path}
+    metadata["search"] = search
     if isinstance(default, list):
         # Dataclasses refuse a mutable default, which all instances would share.
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)

@@ -212,6 +212,22 @@ class EvaluationConfig:
         "the round whose accuracies are reported; best_validation: the global model's best on the "
         "server's validation images, each personal model's best on its client's own",
     )
+    objective: Literal["personal", "global"] = option(
+        "personal",
+        "the accuracy on validation images that fedprompt tune and stop_below go by: mean over "
+        "personal models, or the global model",
+    )
+    withhold_tests: bool = option(
+        False, "open no test image, so that nothing can be chosen by it; set by fedprompt tune"
+    )
+    stop_below: list[float] = option(
+        [],
+        "end the run after round r if the best objective so far is below the r-th number; set by "
+        "fedprompt tune",
+    )
+    chosen_by: str = option(
+        "", "the search that chose these settings, shown under tables; set by fedprompt tune"
+    )
     every: int = option(1, "evaluate every n rounds, and at the end", ge=1)
     clients: Literal["all", "participants"] = option(
         "all", "personal tests: all, or those who trained in the round and all at the end"

@@ -6,7 +6,7 @@ Suffix: N images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,47 @@ class JoinedOpener:
         """Open image `index` of the joined table, in RGB."""
         opener = self.openers[int(self.source_N[index])]
         return opener(int(self.row_N[index]))
+
+
+@dataclass(frozen=True)
+class WithheldOpener:
+    """Opens only the images that may be read. It is a class so that a data set can be pickled.
+
+    Attributes:
+        opener: `open_image` of the data set.
+        readable_N: which images may be read.
+    """
+
+    opener: Callable[[int], Image.Image]
+    readable_N: NDArray[np.bool_]
+
+    def __call__(self, index: int) -> Image.Image:
+        """Open image `index`, in RGB.
+
+        Raises:
+            ValueError: the image is withheld. No correct program asks for one.
+        """
+        if not self.readable_N[index]:
+            raise ValueError(f"image {index} is withheld")
+        return self.opener(index)
+
+
+def withheld(dataset: ImageDataset, readable_N: NDArray[np.bool_]) -> ImageDataset:
+    """The data set without the content of some images: they have no label and cannot be opened.
+
+    Args:
+        dataset: the whole data set.
+        readable_N: which images may be read.
+
+    Returns:
+        A data set with the same images in the same order. The others have label -1.
+    """
+    return replace(
+        dataset,
+        labels_N=np.where(readable_N, dataset.labels_N, -1),
+        open_image=WithheldOpener(dataset.open_image, readable_N),
+        parts=(),
+    )
 
 
 def opener_of(parts: Sequence[ImageDataset], rows: Sequence[NDArray[np.int64]]) -> JoinedOpener:

@@ -24,7 +24,7 @@ from typing import Any
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
-from fedprompt.experiment.selection import select
+from fedprompt.experiment.selection import ends_early, select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
@@ -57,7 +57,8 @@ def run_server(
             already holds.
 
     Returns:
-        The last round's line, and the bytes and rejected replies since the run began.
+        The line of the last round that was run (`evaluation.stop_below` may end a run before its
+        last), and the bytes and rejected replies since the run began.
 
     Raises:
         UserError: the folder or the data do not match the checkpoint, or nodes are missing.
@@ -83,6 +84,9 @@ def run_server(
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
     for server_round in range(first, rounds + 1):
+        # Checked before a round, so that a resumed run ends where the unbroken one would.
+        if ends_early(recorded, config.evaluation):
+            break
         # 1 to 5. Sample, send, check, aggregate; evaluate.
         line, seconds = _one_round(federation, server_round, rounds, protocols=True)
         # 6. Record, before the checkpoint refers to the line.
@@ -90,6 +94,8 @@ def run_server(
         totals["bytes_down"] += line["bytes_down"]
         totals["rejected"] = federation.rejected
         folder.append(METRICS, line)
+        if config.evaluation.stop_below:
+            recorded.append(line)
         log_line(line)
         folder.append(TIMINGS, {"round": server_round, **seconds})
         # 7. Checkpoint.
@@ -102,7 +108,7 @@ def run_server(
             seconds_per_round * (rounds - server_round),
         )
     # The protocols' measurements of personal models, for `finish`.
-    federation.ask_clients(rounds)
+    federation.ask_clients(line["round"])
     return line, totals
 
 

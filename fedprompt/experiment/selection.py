@@ -1,7 +1,8 @@
-"""Chooses the round that a run reports, by accuracy on validation images (`evaluation.select`).
+"""Choices by accuracy on validation images: the reported round, and whether a run ends early.
 
-Used on the server when a run ends. Only accuracies of `metrics.jsonl` are chosen among: the saved
-prompts, and what protocols measure at the end, are those of the last round.
+Used on the server, in `evaluation.select` when a run ends and in `evaluation.stop_below` after
+every round. Only accuracies of `metrics.jsonl` are chosen among: the saved prompts, and what
+protocols measure at the end, are those of the last round.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedprompt.config.schema import EvaluationConfig
 from fedprompt.federation.scores import personal_part
 
 Line = Mapping[str, Any]
@@ -66,6 +68,68 @@ def select(lines: Sequence[Line]) -> dict[str, Any]:
         for name in ("personal", "personal_on_global"):
             chosen[name] = _at_rounds(lines, name, rounds)
     return chosen
+
+
+def objective(lines: Sequence[Line], settings: EvaluationConfig) -> float | None:
+    """The accuracy on validation images by which `fedprompt tune` ranks a run.
+
+    Args:
+        lines: the evaluated rounds of the run, in order.
+        settings: the config's `evaluation` section. With `select=best_validation` the best round
+            counts, else the last one.
+
+    Returns:
+        The accuracy, or None if nothing was measured on validation images.
+    """
+    values = [value for line in lines if (value := _objective_at(line, settings)) is not None]
+    if not values:
+        return None
+    return max(values) if settings.select == "best_validation" else values[-1]
+
+
+def ends_early(lines: Sequence[Line], settings: EvaluationConfig) -> bool:
+    """Whether a run is so far behind that it ends after the last of these rounds.
+
+    Args:
+        lines: the rounds so far.
+        settings: the config's `evaluation` section; `stop_below` has a threshold for each round,
+            from round 1.
+
+    Returns:
+        True if the best objective of all rounds is below the last round's threshold.
+    """
+    number = lines[-1]["round"] if lines else 0
+    if not 1 <= number <= len(settings.stop_below):
+        return False
+    values = [_objective_at(line, settings) for line in lines]
+    best = max((value for value in values if value is not None), default=None)
+    return best is not None and best < settings.stop_below[number - 1]
+
+
+def objective_by_round(lines: Sequence[Line], settings: EvaluationConfig) -> tuple[float, ...]:
+    """The best objective until each round, from round 1, of a run evaluated in every round.
+
+    Args:
+        lines: the evaluated rounds of the run, in order, from round 0.
+        settings: the config's `evaluation` section.
+
+    Returns:
+        One value per round; empty if nothing was measured on validation images.
+    """
+    best, values = None, []
+    for line in lines:
+        value = _objective_at(line, settings)
+        if value is not None:
+            best = value if best is None else max(best, value)
+        if line["round"] > 0 and best is not None:
+            values.append(best)
+    return tuple(values)
+
+
+def _objective_at(line: Line, settings: EvaluationConfig) -> float | None:
+    part = _part(line, "validation", settings.objective) or {}
+    value: float | None = part.get("mean" if settings.objective == "personal" else "accuracy")
+    return value
 
 
 def _at_rounds(lines: Sequence[Line], name: str, rounds: Mapping[int, int]) -> Any:

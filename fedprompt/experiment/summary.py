@@ -14,7 +14,7 @@ from safetensors.torch import save
 from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
-from fedprompt.experiment.selection import last_round, select
+from fedprompt.experiment.selection import last_round, objective, select
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.federation.scores import personal_part
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
@@ -79,6 +79,11 @@ def finish(
         "skipped_images": len(workspace.dataset.bad_images),
     }
     recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
+    if line["round"] < rounds:
+        summary["ended_after_round"] = line["round"]
+    value = objective(recorded, config.evaluation)
+    if value is not None:
+        summary["objective"] = {"name": config.evaluation.objective, "value": value}
     if config.evaluation.select == "best_validation":
         summary |= {"last": last_round(recorded), **select(recorded)}
     # After everything else is known: protocols such as `fairness` read the summary.

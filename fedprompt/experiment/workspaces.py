@@ -7,6 +7,7 @@ partition open their data here, so all of them agree on which images each client
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 from fedprompt.backbone.clip import FrozenCLIP
@@ -14,7 +15,7 @@ from fedprompt.backbone.loading import load_clip
 from fedprompt.config.schema import BackboneConfig, Config, DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.cache_files import default_cache_dir
-from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.dataset import ImageDataset, withheld
 from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
@@ -121,8 +122,13 @@ def open_workspace(
     # images encoded.
     dataset = resources.dataset(config.data, config.seed, cache_dir)
     dataset, held_out, partition = deal(config, dataset)
+    readable_N = None
+    if config.evaluation.withhold_tests:
+        partition = partition.without_tests()
+        readable_N = partition.held(len(dataset))
     clip = resources.clip(config.backbone, cache_dir)
-    workspace = Workspace(config, clip, dataset, partition, (), held_out)
+    shown = dataset if readable_N is None else withheld(dataset, readable_N)
+    workspace = Workspace(config, clip, shown, partition, (), held_out)
     # Which columns a feature table needs is known only once the workspace has created its method.
     workspace.views = tuple(
         open_feature_table(
@@ -136,4 +142,7 @@ def open_workspace(
         )
         for view in range(config.data.views)
     )
+    if readable_N is not None:
+        # The features of all images are in one file, so the table itself refuses the others.
+        workspace.views = tuple(replace(view, readable_N=readable_N) for view in workspace.views)
     return workspace

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import refuse_twins
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.batch import Batch, ClientData, RoundInfo, Task, Tensors, stack
 from fedprompt.methods.parts.losses import cross_entropy
@@ -53,9 +54,20 @@ class MethodConfig:
     by plain class attributes (without an annotation, which would make them config keys):
 
         default_strategy = UNIFORM_AVERAGE
+
+    An option with `search=...` is one that `fedprompt tune` searches. The space must contain the
+    paper's value. The learning rate is searched in `lr_space`.
     """
 
     name: str = option("", "method name")
+
+    @property
+    def lr_space(self) -> Range | None:
+        """Where `fedprompt tune` looks for `training.lr`: around the 0.002 of CoOp, with SGD.
+
+        None if the method trains nothing.
+        """
+        return log_range(0.0005, 0.5)
 
     @property
     def default_strategy(self) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.adapters import (
@@ -39,7 +40,13 @@ class CLIPAdapterConfig(MethodConfig):
     """Defaults: the public code's."""
 
     reduction: int = option(4, "the hidden width is the embedding's divided by this", ge=1)
-    ratio: float = option(0.2, "weight of the adapted feature; the rest is CLIP's own", ge=0, le=1)
+    ratio: float = option(
+        0.2,
+        "weight of the adapted feature; the rest is CLIP's own",
+        ge=0,
+        le=1,
+        search=Range(0.05, 0.9),
+    )
     template: str | None = option(None, "text with {} for the class; null = the data set's own")
 
     def check(self) -> None:

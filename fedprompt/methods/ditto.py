@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.methods.base import Batch, ClientData, RoundInfo, Task, Tensors
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import (
@@ -44,7 +45,9 @@ PROX = "ditto.prox"
 class DittoConfig(WrapperConfig):
     """Ditto's weight."""
 
-    lam: float = option(1.0, "weight lambda of the pull towards the shared prompts", ge=0)
+    lam: float = option(
+        1.0, "weight lambda of the pull towards the shared prompts", ge=0, search=log_range(0.01, 5)
+    )
 
 
 class Ditto(WrappedMethod):

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, RoundInfo, Task, Tensors
@@ -64,8 +65,15 @@ class DP2FLConfig(MaPLeConfig):
     sharing: Literal["text", "factors", "materialised"] = option("factors", "always 'factors'")
     depth: int = option(1, "layers with prompts; 1 = at the input only", ge=1)
     peers: int = option(9, "other clients whose data prompts a client is sent", ge=1)
-    alpha: float = option(1.2, "peers whose loss is below alpha times the own one are used", gt=0)
-    beta: float = option(0.2, "share of the peers in a data prompt", ge=0, le=1)
+    alpha: float = option(
+        1.2,
+        "peers whose loss is below alpha times the own one are used",
+        gt=0,
+        search=log_range(0.1, 5),
+    )
+    beta: float = option(
+        0.2, "share of the peers in a data prompt", ge=0, le=1, search=Range(0.05, 1.0)
+    )
     validation_images: int = option(4, "own images on which peers' prompts are evaluated", ge=1)
 
     def check(self) -> None:

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import UNIFORM_AVERAGE, Batch, Method, Task, Tensors
@@ -67,7 +68,7 @@ class DPFPLConfig(RandomPromptConfig):
     rank: int = option(8, "rank r of the private context's gradient", ge=1)
     epsilon: float | None = option(None, "scale of the noise; null = no clipping, no noise", gt=0)
     delta: float = option(1e-5, "delta of the noise's formula", gt=0, lt=1)
-    clip_norm: float = option(10.0, "largest norm of a gradient", gt=0)
+    clip_norm: float = option(10.0, "largest norm of a gradient", gt=0, search=log_range(0.1, 50))
     shared_noise: Literal["clients", "local", "none"] = option(
         "clients", "noise on the shared part"
     )

@@ -41,6 +41,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import (
@@ -73,9 +74,11 @@ class FedMGPConfig(MethodConfig):
     context_init: str | None = option("a photo of a", "start words; those after the tokens stay")
     word_noise: float = option(0.01, "standard deviation added to start words, by group", ge=0)
     init_std: float = option(0.02, "standard deviation of random starts", gt=0)
-    temperature: float = option(1.0, "temperature of the sampling", gt=0)
+    temperature: float = option(1.0, "temperature of the sampling", gt=0, search=log_range(0.1, 5))
     diversity: Literal["cosine", "l1", "l2"] = option("cosine", "what makes groups differ")
-    diversity_weight: float = option(1.0, "its weight; negative pulls groups together")
+    diversity_weight: float = option(
+        1.0, "its weight; negative pulls groups together", search=log_range(0.05, 5)
+    )
 
     def check(self) -> None:
         """Refuse to upload more groups than there are."""

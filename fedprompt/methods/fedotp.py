@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport
 from fedprompt.methods.parts.prompts import RandomPromptConfig
@@ -42,8 +43,10 @@ class FedOTPConfig(RandomPromptConfig):
 
     context_tokens: int = option(16, "context tokens M of each prompt", ge=1)
     transport: Literal["partial", "balanced"] = option("partial", "code: COT or Sinkhorn")
-    gamma: float = option(0.8, "partial: mass that is carried", gt=0, le=1)
-    eps: float = option(0.1, "weight of the plan's entropy", ge=SMALLEST_EPS)
+    gamma: float = option(0.8, "partial: mass that is carried", gt=0, le=1, search=Range(0.4, 1.0))
+    eps: float = option(
+        0.1, "weight of the plan's entropy", ge=SMALLEST_EPS, search=log_range(0.05, 1)
+    )
     threshold: float = option(1e-3, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
@@ -45,8 +46,10 @@ class FedPGPConfig(RandomPromptConfig):
     """Defaults: the public base-to-new script's."""
 
     bottleneck: int = option(8, "rank b of the private term", ge=1)
-    mu: float = option(0.5, "weight of the contrast", ge=0)
-    temperature: float = option(0.5, "temperature tau of the contrast", gt=0)
+    mu: float = option(0.5, "weight of the contrast", ge=0, search=log_range(0.05, 5))
+    temperature: float = option(
+        0.5, "temperature tau of the contrast", gt=0, search=log_range(0.1, 2)
+    )
     init_std: float = option(0.02, "standard deviation of sigma's, U's and V's start", gt=0)
 
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
@@ -53,11 +54,17 @@ class FedPHAConfig(MethodConfig):
 
     shared_tokens: int = option(16, "context tokens M of the global prompt", ge=1)
     local_tokens: list[int] = option([16], "tokens of local prompts, dealt to clients in turn")
-    ratio: float = option(0.8, "share of singular vectors kept in the projection", gt=0, le=1)
+    ratio: float = option(
+        0.8, "share of singular vectors kept in the projection", gt=0, le=1, search=Range(0.1, 0.95)
+    )
     projection: Projection = option("row_space", "what is kept besides: nothing, or the rest")
     alpha: float = option(1.0, "push: distance beyond which prompts are not pushed", ge=0)
-    pull_weight: float = option(1.0, "weight of the pull to the projected prompt", ge=0)
-    push_weight: float = option(1.0, "weight of the push from the global prompt", ge=0)
+    pull_weight: float = option(
+        1.0, "weight of the pull to the projected prompt", ge=0, search=log_range(0.05, 5)
+    )
+    push_weight: float = option(
+        1.0, "weight of the push from the global prompt", ge=0, search=log_range(0.05, 5)
+    )
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
     def check(self) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.methods.base import Batch, Tensors
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, squared_distance
@@ -28,7 +29,7 @@ from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, 
 class FedProxConfig(WrapperConfig):
     """FedProx's weight."""
 
-    mu: float = option(0.5, "weight mu of the proximal term", ge=0)
+    mu: float = option(0.5, "weight mu of the proximal term", ge=0, search=log_range(0.001, 2))
 
 
 class FedProx(WrappedMethod):

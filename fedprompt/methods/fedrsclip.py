@@ -43,6 +43,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
@@ -67,13 +68,15 @@ class FedRSCLIPConfig(MethodConfig):
     shared_tokens: int = option(4, "shared context tokens (4 x 512 = 2,048 numbers)", ge=1)
     private_tokens: int = option(4, "private context tokens", ge=1)
     composition: Literal["two_branch", "concat", "sum"] = option("two_branch", "how they join")
-    theta: float = option(0.5, "two_branch: weight of the private branch", ge=0, le=1)
+    theta: float = option(
+        0.5, "two_branch: weight of the private branch", ge=0, le=1, search=Range(0.1, 0.9)
+    )
     dpa: Literal["none", "cosine", "mse", "kl", "contrastive"] = option("cosine", "DPA's form")
-    dpa_weight: float = option(0.5, "weight of DPA (lambda_1)", ge=0)
+    dpa_weight: float = option(0.5, "weight of DPA (lambda_1)", ge=0, search=log_range(0.01, 2))
     dpa_stop_gradient: bool = option(False, "DPA moves the private side only")
     dpa_temperature: float = option(0.07, "contrastive DPA: temperature", gt=0)
     cmfa: Literal["none", "cosine", "contrastive"] = option("contrastive", "CMFA's form")
-    cmfa_weight: float = option(0.25, "weight of CMFA (lambda_2)", ge=0)
+    cmfa_weight: float = option(0.25, "weight of CMFA (lambda_2)", ge=0, search=log_range(0.01, 2))
     cmfa_branch: Literal["both", "shared", "private"] = option("both", "prompts CMFA acts on")
     cmfa_temperature: float | None = option(None, "null = CLIP's own, 1 / exp(logit_scale)", gt=0)
     visual: Literal["none", "shared", "private", "both"] = option("none", "which image prompts")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
@@ -33,7 +34,9 @@ class KgCoOpConfig(PromptFLConfig):
 
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
-    kg_weight: float = option(8.0, "weight of the pull towards the template (lambda)", ge=0)
+    kg_weight: float = option(
+        8.0, "weight of the pull towards the template (lambda)", ge=0, search=log_range(0.5, 20)
+    )
     template: str | None = option(None, "sentence with {} as the target; null = the data set's own")
 
     def check(self) -> None:

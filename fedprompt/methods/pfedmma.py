@@ -38,6 +38,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import TextTower
 from fedprompt.backbone.vision_tower import Adapt, VisionTower
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import layers_within
@@ -52,7 +53,9 @@ class PFedMMAConfig(MethodConfig):
 
     layers: int = option(8, "top layers L of both towers with adapters, at most the tower's", ge=1)
     rank: int = option(32, "width r of the bottleneck", ge=1)
-    scale: float = option(0.001, "alpha, the weight of an adapter's output", gt=0)
+    scale: float = option(
+        0.001, "alpha, the weight of an adapter's output", gt=0, search=log_range(0.0001, 0.1)
+    )
     words: str = option("a photo of a", "frozen words before a class name")
     gradient_scale: Literal["mma", "exact"] = option("mma", "gradients of the adapters")
 

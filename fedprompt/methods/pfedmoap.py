@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, RoundInfo, Task, Tensors
@@ -54,11 +55,15 @@ class PFedMoAPConfig(PromptConfig):
     supported_strategies = frozenset({"nearest_peers"})
 
     experts: int = option(10, "experts, the client's own among them", ge=2)
-    lam: float = option(0.5, "weight lambda of the own prompt's logits", ge=0)
+    lam: float = option(
+        0.5, "weight lambda of the own prompt's logits", ge=0, search=Range(0.1, 0.9)
+    )
     gate_heads: int = option(8, "heads of the gate", ge=1)
     gate_width: int = option(128, "numbers d of a feature that the gate sees; at most all", ge=1)
     scaling: float = option(10.0, "factor of the gate's attention scores", gt=0)
-    gate_lr_scale: float = option(5.0, "learning rate of the gate, times training.lr", gt=0)
+    gate_lr_scale: float = option(
+        5.0, "learning rate of the gate, times training.lr", gt=0, search=log_range(0.5, 20)
+    )
     dropout: float = option(0.0, "dropout of attention weights in training", ge=0, lt=1)
 
 

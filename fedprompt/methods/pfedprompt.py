@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, ClientData, Task, Tensors
 from fedprompt.methods.parts.feature_memory import empty_memory, fill_memory, recall
@@ -37,8 +38,8 @@ class PFedPromptConfig(PromptFLConfig):
     """PromptFL's prompt; the memory's defaults are Tip-Adapter's."""
 
     shots: int = option(16, "images of each class that a client remembers, at most", ge=1)
-    alpha: float = option(1.17, "weight of the memory", ge=0)
-    beta: float = option(1.0, "sharpness of the memory", gt=0)
+    alpha: float = option(1.17, "weight of the memory", ge=0, search=log_range(0.1, 10))
+    beta: float = option(1.0, "sharpness of the memory", gt=0, search=log_range(0.5, 10))
     memory_in_training: bool = option(False, "whether the training loss sees the memory")
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.losses import cross_entropy
@@ -41,7 +42,9 @@ class PLOTConfig(RandomPromptConfig):
 
     prompts: int = option(4, "contexts N per class", ge=1)
     context_tokens: int = option(16, "context tokens M of each", ge=1)
-    eps: float = option(0.1, "weight of the plan's entropy", ge=SMALLEST_EPS)
+    eps: float = option(
+        0.1, "weight of the plan's entropy", ge=SMALLEST_EPS, search=log_range(0.05, 1)
+    )
     threshold: float = option(0.01, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
 

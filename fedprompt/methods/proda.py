@@ -36,6 +36,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, Task, Tensors
@@ -51,7 +52,9 @@ class ProDAConfig(RandomPromptConfig):
     contexts: int = option(32, "contexts P", ge=1)
     contexts_per_step: int = option(4, "contexts that a step trains", ge=1)
     context_tokens: int = option(16, "tokens M of each context", ge=1)
-    orthogonality: float = option(0.1, "weight of the contexts' orthogonality", ge=0)
+    orthogonality: float = option(
+        0.1, "weight of the contexts' orthogonality", ge=0, search=log_range(0.01, 1)
+    )
 
     def check(self) -> None:
         """A round of steps takes every context once."""

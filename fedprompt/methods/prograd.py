@@ -34,6 +34,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import context_init, token_count
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
@@ -52,7 +53,9 @@ class ProGradConfig(PromptFLConfig):
         "template: the words before the class name, zeros in front of them; context_init: as CoOp",
     )
     temperature: float = option(1.0, "temperature T of the teacher and of the student", gt=0)
-    projection: float = option(1.0, "part of the conflicting gradient taken away (lambda)", ge=0)
+    projection: float = option(
+        1.0, "part of the conflicting gradient taken away (lambda)", ge=0, search=Range(0.1, 1.0)
+    )
 
     def check(self) -> None:
         """Refuse start words that would not be used."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits
@@ -34,7 +35,9 @@ class PromptFolioConfig(PromptConfig):
     """Defaults: the public code's."""
 
     context_tokens: int = option(8, "context tokens M of each prompt", ge=1)
-    theta: float = option(0.4, "share of the local prompt's features", ge=0, le=1)
+    theta: float = option(
+        0.4, "share of the local prompt's features", ge=0, le=1, search=Range(0.1, 0.9)
+    )
     context_init: str | None = option(None, "words that both prompts start from")
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import token_count
 from fedprompt.config.fields import option
+from fedprompt.config.search import log_range
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.ivlp import IVLP, IVLPConfig
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
@@ -53,9 +54,15 @@ class PromptSRCConfig(IVLPConfig):
     visual_tokens: int = option(4, "visual tokens per layer", ge=1)
     text_depth: int = option(9, "text layers with prompts, the first counts", ge=1)
     visual_depth: int = option(9, "image layers with prompts, the first counts", ge=1)
-    text_weight: float = option(25.0, "weight of the text features' distance", ge=0)
-    image_weight: float = option(10.0, "weight of the image features' distance", ge=0)
-    logits_weight: float = option(1.0, "weight of the KL divergence", ge=0)
+    text_weight: float = option(
+        25.0, "weight of the text features' distance", ge=0, search=log_range(1, 50)
+    )
+    image_weight: float = option(
+        10.0, "weight of the image features' distance", ge=0, search=log_range(1, 50)
+    )
+    logits_weight: float = option(
+        1.0, "weight of the KL divergence", ge=0, search=log_range(0.1, 5)
+    )
     kl_norm: Literal["numel", "batchmean"] = option("numel", "KL per logit, or per image")
 
 

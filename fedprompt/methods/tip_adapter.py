@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.adapters import template_classes
@@ -40,8 +41,13 @@ class TipAdapterConfig(MethodConfig):
 
     fine_tune: bool = option(False, "train the keys (Tip-Adapter-F)")
     shots: int = option(16, "images of each class that a client remembers, at most", ge=1)
-    alpha: float = option(1.17, "weight of the memory", ge=0)
-    beta: float = option(1.0, "sharpness of the memory", gt=0)
+    alpha: float = option(1.17, "weight of the memory", ge=0, search=log_range(0.1, 20))
+    beta: float = option(1.0, "sharpness of the memory", gt=0, search=log_range(0.5, 10))
+
+    @property
+    def lr_space(self) -> Range | None:
+        """A learning rate matters only where the cache is fine-tuned."""
+        return super().lr_space if self.fine_tune else None
 
 
 class TipAdapter(Method):

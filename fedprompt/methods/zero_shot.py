@@ -20,6 +20,8 @@ from fedprompt.methods.parts.losses import cosine_logits
 class ZeroShotConfig(MethodConfig):
     """No hyper-parameters: the templates belong to the data set."""
 
+    lr_space = None
+
 
 class ZeroShot(Method):
     """Class features are the normalised mean over the data set's templates."""

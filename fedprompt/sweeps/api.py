@@ -18,6 +18,7 @@ from fedprompt.experiment.api import Result
 from fedprompt.experiment.compose import plain_value
 from fedprompt.reports.compare.load import load_rows
 from fedprompt.reports.compare.metrics import choose
+from fedprompt.reports.compare.names import PLAN
 from fedprompt.reports.compare.table import compare_rows, markdown
 from fedprompt.sweeps.live import Board, PlainBoard, make_board
 from fedprompt.sweeps.plan import (
@@ -105,6 +106,7 @@ def run_planned(
     serial: bool = False,
     address: str | None = None,
     quiet: bool = False,
+    plan: str = PLAN,
 ) -> dict[str, str]:
     """Execute the runs of a plan that are not complete yet.
 
@@ -116,6 +118,7 @@ def run_planned(
         serial: Whether to execute all runs in this process, one after the other.
         address: The address of a Ray cluster to join; None starts workers on this machine.
         quiet: Whether to suppress all output.
+        plan: The name of the file in the folder that holds the plan.
 
     Returns:
         The reason why each failed run failed, by the run's name.
@@ -140,7 +143,9 @@ def run_planned(
             run_serial(todo, board)
         elif todo:
             check_inline(todo)
-            RaySweep(todo, board, table.resources, places=places, address=address, out=folder).run()
+            RaySweep(
+                todo, board, table.resources, places=places, address=address, plan=folder / plan
+            ).run()
     finally:
         board.close()
     return board.failures

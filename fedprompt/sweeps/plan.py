@@ -178,7 +178,7 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
                         f"sweep: '{label}' and '{twin}' are the same runs; does an override undo "
                         "what tells them apart?"
                     )
-                name = f"{_slug(row, point, config)}-seed{seed}-{key}"
+                name = f"{slug(row, point, config)}-seed{seed}-{key}"
                 # Absolute, because Ray workers may have another working directory.
                 folder = str((out / name).absolute())
                 config = replace(config, output=replace(config.output, dir=folder))
@@ -294,7 +294,14 @@ def _takes_text(config: Config, key: str) -> bool:
     return isinstance(value, str)
 
 
-def _slug(row: str, point: Mapping[str, Any], config: Config) -> str:
+def slug(row: str, point: Mapping[str, Any], config: Config) -> str:
+    """Return the readable part of a run's name.
+
+    Args:
+        row: The name of the row; if it is empty, the method stands for it.
+        point: The grid values.
+        config: The config of the run.
+    """
     words = [row or str(config.method.name)]
     words += [f"{key.rpartition('.')[2]}{plain(value)}" for key, value in point.items()]
     text = re.sub(r"[^\w.]+", "-", " ".join(words).lower(), flags=re.ASCII)

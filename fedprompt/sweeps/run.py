@@ -18,7 +18,6 @@ from typing import Any
 from fedprompt.config.schema import SimulationConfig, to_dict
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import ResourceCache
-from fedprompt.reports.compare.names import PLAN
 from fedprompt.simulation.blocks import free_memory
 from fedprompt.simulation.ray_cluster import start_ray
 from fedprompt.sweeps.live import Board
@@ -114,7 +113,7 @@ class RaySweep:
         places: The number of workers on this machine; on a cluster, their maximum, or None.
         address: The address of a Ray cluster to join, whose nodes must share the sweep's folder;
             None starts Ray on this machine.
-        out: The folder of the sweep, which holds its plan.
+        plan: The file that holds the plan; every node must see it.
     """
 
     def __init__(
@@ -125,14 +124,14 @@ class RaySweep:
         *,
         places: int | None,
         address: str | None,
-        out: Path,
+        plan: Path,
     ) -> None:
         self._todo = list(todo)
         self._board = board
         self._resources = resources
         self._places = places
         self._address = address
-        self._marker = str((out / PLAN).absolute())
+        self._marker = str(plan.absolute())
         self._deaths: Counter[str] = Counter()
         self._slots: list[_Slot] = []
 

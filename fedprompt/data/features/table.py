@@ -39,15 +39,23 @@ class FeatureTable:
         patches_NPD: L2-normalised patch features, or None.
         pixels_N3HW: pixels before they are normalised, or None.
         mean_std: (2, 3), mean and standard deviation that normalise pixels; given with them.
+        readable_N: the images that may be read, or None for all.
     """
 
     features_ND: NDArray[np.float32]
     patches_NPD: NDArray[np.float32] | None = None
     pixels_N3HW: NDArray[np.uint8] | None = None
     mean_std: Tensor | None = None
+    readable_N: NDArray[np.bool_] | None = None
 
     def rows(self, index: NDArray[np.int64]) -> Inputs:
-        """Read the images of the given row numbers into memory."""
+        """Read the images of the given row numbers into memory.
+
+        Raises:
+            ValueError: an image is withheld. No correct program asks for one.
+        """
+        if self.readable_N is not None and not self.readable_N[index].all():
+            raise ValueError("an image that is withheld was asked for")
 
         def read(column: NDArray[Any] | None) -> Tensor | None:
             return None if column is None else torch.from_numpy(np.array(column[index]))

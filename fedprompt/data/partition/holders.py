@@ -8,7 +8,7 @@ Suffixes: N images, K clients, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,16 @@ class Partition:
             array.flags.writeable = False
         return cls(*train, *test, server_test, unlabelled, *validation, server_validation)
 
+    def without_tests(self) -> Partition:
+        """The same partition, except that nobody holds a test image."""
+        nothing = self.test_flat[:0]
+        return replace(
+            self,
+            test_flat=nothing,
+            test_offsets=np.zeros_like(self.test_offsets),
+            server_test=self.server_test[:0],
+        )
+
     @property
     def num_clients(self) -> int:
         """Number of clients K."""
@@ -122,6 +132,13 @@ class Partition:
     def has_validation(self) -> bool:
         """Whether anyone, a client or the server, holds validation images."""
         return bool(len(self.validation_flat) or len(self.server_validation))
+
+    def held(self, images: int) -> NDArray[np.bool_]:
+        """Which of N images a client or the server holds, (N,)."""
+        held_N = np.zeros(images, dtype=bool)
+        clients = (self.train_flat, self.validation_flat, self.test_flat)
+        held_N[np.concatenate((*clients, self.server_validation, self.server_test))] = True
+        return held_N
 
     def train_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
         """Count the local training images per client and class, (K, C)."""

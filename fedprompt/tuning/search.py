@@ -1,0 +1,198 @@
+"""Runs a search: batch by batch, every trial an ordinary run that holds no test image.
+
+The run folders are the only state. A trial whose run is complete is read, others are run or
+resumed, so repeating the command after any interruption ends with the same trials and the same
+winner as a search that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedprompt.config.schema import Config
+from fedprompt.errors import UserError
+from fedprompt.experiment.compose import compose
+from fedprompt.experiment.selection import objective_by_round
+from fedprompt.reports.run_data import METRICS, SUMMARY
+from fedprompt.sweeps.api import run_planned
+from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug
+from fedprompt.tuning.plan import PLAN, Row, TunePlan, write_plan
+from fedprompt.tuning.proposals import Trial, best, propose, thresholds
+
+TRIALS = "trials"
+"""The folder of the trials' runs, in the folder of the search."""
+# What a trial needs not measure, and the test images that it must not see.
+WITHOUT_TESTS = {
+    "evaluation.withhold_tests": True,
+    "evaluation.local_only": False,
+    "evaluation.personal_on_global": False,
+    "evaluation.every": 1,
+    "evaluation.clients": "all",
+    "evaluation.select": "best_validation",
+    "protocols": ["global", "personalised"],
+    "output.report": False,
+    "output.loggers": [],
+}
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """The search for one row.
+
+    Attributes:
+        row: the row.
+        trials: all its trials, in order.
+        best: number of the best trial, or None if none was complete.
+        failures: reasons of failed trials by number.
+    """
+
+    row: Row
+    trials: tuple[Trial, ...]
+    best: int | None
+    failures: dict[int, str]
+
+
+def search(
+    plan: TunePlan,
+    folder: Path,
+    *,
+    jobs: int | None = None,
+    serial: bool = False,
+    address: str | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[RowResult]:
+    """Run what is missing of a search.
+
+    Args:
+        plan: the search.
+        folder: its folder, which is created if necessary.
+        jobs: how many trials may run at the same time; None means as many as fit.
+        serial: whether to run all trials in this process, one after the other.
+        address: the address of a Ray cluster to join; None starts workers on this machine.
+        quiet: whether to suppress all output.
+        say: takes one line about the progress.
+
+    Returns:
+        The results by row, in the plan's order.
+
+    Raises:
+        UserError: the folder holds another search, or a run cannot be started.
+    """
+    write_plan(plan, folder)
+    trials: dict[str, list[Trial]] = {row.name: [] for row in plan.rows}
+    failures: dict[str, dict[int, str]] = {row.name: {} for row in plan.rows}
+    searched = [row for row in plan.rows if row.space]
+    for first in range(0, plan.budget.trials, plan.budget.batch):
+        numbers = range(first, min(first + plan.budget.batch, plan.budget.trials))
+        # Proposed together: no trial of a batch may depend on another one's result.
+        batch = {
+            (row.name, n): planned
+            for row in searched
+            for n in numbers
+            if (planned := _planned(plan, row, n, trials[row.name], folder)) is not None
+        }
+        say(f"trials {numbers[0]} to {numbers[-1]} of {len(searched)} rows")
+        runs = list({run.name: run for run in batch.values()}.values())
+        reasons = run_planned(
+            _as_sweep(plan),
+            runs,
+            folder,
+            jobs=jobs,
+            serial=serial,
+            address=address,
+            quiet=quiet,
+            plan=PLAN,
+        )
+        for (row_name, n), run in batch.items():
+            if run.name in reasons:
+                failures[row_name][n] = reasons[run.name]
+            trials[row_name].append(_read(run, failed=run.name in reasons))
+    return [
+        RowResult(row, tuple(trials[row.name]), best(trials[row.name]), failures[row.name])
+        for row in plan.rows
+    ]
+
+
+def trial_config(
+    plan: TunePlan, row: Row, values: dict[str, Any], limits: Sequence[float]
+) -> Config:
+    """The config of a trial.
+
+    Args:
+        plan: the search.
+        row: the row that is tuned.
+        values: the settings to try, by config key.
+        limits: `evaluation.stop_below`.
+
+    Returns:
+        The row's config with these settings, in which all test images are withheld.
+
+    Raises:
+        UserError: the settings are impossible.
+    """
+    changes = {**WITHOUT_TESTS, "evaluation.objective": plan.budget.objective, **values}
+    changes["evaluation.stop_below"] = list(limits)
+    config = compose(plan.experiment, [*plan.common, *row.overrides], changes)
+    config = replace(config, seed=plan.seed)
+    if not config.simulation.threads:
+        # As in a sweep: results must not depend on how many trials share the machine.
+        threads = max(1, int(plan.resources.cpus))
+        config = replace(config, simulation=replace(config.simulation, threads=threads))
+    return config
+
+
+def _planned(
+    plan: TunePlan, row: Row, number: int, earlier: Sequence[Trial], folder: Path
+) -> PlannedRun | None:
+    """The run of a trial, or None if there is nothing more to try."""
+    # Only the results of earlier batches: within a batch they depend on who is faster.
+    known = earlier[: number - number % plan.budget.batch]
+    values: dict[str, Any] | None = {}
+    if number > 0:
+        values = propose(row.space, known, number, plan.budget, row.name)
+    if values is None:
+        return None
+    rounds = trial_config(plan, row, values, ()).federation.rounds
+    config = trial_config(plan, row, values, thresholds(known, number, rounds, plan.budget))
+    # The whole setting, also for trial 0, so that it can be a point of the search like the others.
+    values = {key: _value(config, key) for key in row.space}
+    name = f"{slug(row.name, {}, config)}-trial{number:03d}-{settings_hash(config)}"
+    place = str((folder / TRIALS / name).absolute())
+    config = replace(config, output=replace(config.output, dir=place))
+    return PlannedRun(name, row.name, values, plan.seed, config)
+
+
+def _value(config: Config, key: str) -> Any:
+    part: Any = config
+    for name in key.split("."):
+        part = getattr(part, name)
+    return part
+
+
+def _read(run: PlannedRun, *, failed: bool) -> Trial:
+    """What a trial has measured, from its run folder."""
+    if failed:
+        return Trial(run.values, None)
+    try:
+        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
+        lines = [json.loads(x) for x in (run.folder / METRICS).read_text().splitlines()]
+        by_round = objective_by_round(lines, run.config.evaluation)
+        value = summary.get("objective", {}).get("value")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"tune: the trial in {run.folder} is damaged; remove this folder and repeat the "
+            "command."
+        ) from None
+    return Trial(run.values, value, by_round, pruned="ended_after_round" in summary)
+
+
+def _as_sweep(plan: TunePlan) -> SweepFile:
+    """What `run_planned` needs to know of a sweep."""
+    return SweepFile(
+        plan.name, Path(plan.name), plan.experiment, plan.seeds, plan.common, {}, {}, plan.resources
+    )

@@ -1,0 +1,171 @@
+"""A search: equal budgets, no test image, and the same trials after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprompt.cli.main import main
+from fedprompt.data.dataset import TEST
+from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.sweeps.plan import expand, load_sweep
+from fedprompt.tuning import search as module
+from fedprompt.tuning.plan import Budget, TunePlan, make_plan
+from fedprompt.tuning.results import TUNED, write_results
+from fedprompt.tuning.search import RowResult, search, trial_config
+
+SMALL = [
+    "data.images_per_class=12", "data.domains=[savanna]", "partition.clients=2",
+    "partition.alpha=1", "federation.rounds=2", "simulation.threads=1",
+]  # fmt: skip
+BUDGET = Budget(trials=3, batch=2, sampler="random")
+
+
+@pytest.fixture(scope="module")
+def plan() -> TunePlan:
+    return make_plan("quickstart", SMALL, BUDGET, methods=["promptfl", "zero_shot", "fedrsclip"])
+
+
+@pytest.fixture(scope="module")
+def searched(plan: TunePlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("search") / "out"
+    results = search(plan, folder, serial=True, quiet=True)
+    write_results(plan, results, folder)
+    return folder, results
+
+
+def test_every_row_gets_the_same_budget(searched: tuple[Path, list[RowResult]]) -> None:
+    folder, results = searched
+    assert [len(r.trials) for r in results] == [3, 0, 3]  # nothing can be tuned in zero-shot CLIP
+    assert [r.best is not None for r in results] == [True, False, True]
+    runs = sorted(path.name for path in (folder / "trials").iterdir())
+    assert len(runs) == 6
+    with (folder / "trials.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["row"] for row in table] == ["promptfl"] * 3 + ["fedrsclip"] * 3
+    # The first trial has the row's own settings.
+    assert table[0]["training.lr"] == table[3]["training.lr"] == "0.02"
+
+
+def test_an_interrupted_search_ends_with_the_same_trials(
+    plan: TunePlan,
+    searched: tuple[Path, list[RowResult]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, results = searched
+    # The search was killed: some trials are complete, one was never begun.
+    shutil.copytree(folder, tmp_path / "out")
+    gone = sorted((tmp_path / "out" / "trials").iterdir())[-2:]
+    for path in gone:
+        shutil.rmtree(path)
+    again = tmp_path / "out"
+    planned: list[str] = []
+    whole = module.run_planned
+
+    def run_planned(table: Any, runs: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+        planned.extend(run.name for run in runs)
+        return whole(table, runs, *args, **kwargs)
+
+    monkeypatch.setattr(module, "run_planned", run_planned)
+    # The run folders carry the new place; everything else is what it was.
+    repeated = search(plan, again, serial=True, quiet=True)
+    assert [r.trials for r in repeated] == [r.trials for r in results]
+    assert [r.best for r in repeated] == [r.best for r in results]
+    assert sorted(planned) == sorted(path.name for path in (folder / "trials").iterdir())
+
+
+def test_a_trial_cannot_see_test_images(plan: TunePlan) -> None:
+    config = trial_config(plan, plan.rows[0], {}, ())
+    whole = open_workspace(make_plain(plan))
+    tests = np.concatenate((whole.partition.test_flat, whole.partition.server_test))
+    assert len(tests) > 20
+    assert len(whole.partition.validation_flat) > 0
+    workspace = open_workspace(config)
+    assert not len(workspace.partition.test_flat)
+    assert not len(workspace.partition.server_test)
+    held = workspace.partition.held(len(workspace.dataset))
+    assert not held[tests].any()
+    assert (workspace.dataset.labels_N[tests] == -1).all()
+    assert (whole.dataset.split_N[whole.partition.server_test] == TEST).all()
+    for image in (int(tests[0]), int(tests[-1])):
+        with pytest.raises(ValueError, match="withheld"):
+            workspace.dataset.open_image(image)
+        with pytest.raises(ValueError, match="withheld"):
+            workspace.views[0].rows(np.array([image]))
+    # What a trial trains and chooses on is what the run after the search has.
+    assert np.array_equal(workspace.partition.train_flat, whole.partition.train_flat)
+    assert np.array_equal(workspace.partition.validation_flat, whole.partition.validation_flat)
+    assert np.array_equal(workspace.partition.server_validation, whole.partition.server_validation)
+
+
+def make_plain(plan: TunePlan) -> Any:
+    """The config of a run after the search."""
+    from fedprompt.experiment.compose import compose
+
+    return compose(plan.experiment, [*plan.common, *plan.rows[0].overrides])
+
+
+def test_the_tuned_sweep_has_the_winners_settings(
+    plan: TunePlan, searched: tuple[Path, list[RowResult]], tmp_path: Path
+) -> None:
+    folder, results = searched
+    runs = expand(load_sweep(folder / TUNED), tmp_path)
+    assert [(run.row, run.seed) for run in runs][:4] == [
+        ("promptfl", 1), ("promptfl", 2), ("promptfl", 3), ("zero_shot", 1)
+    ]  # fmt: skip
+    first = results[0]
+    assert first.best is not None
+    assert runs[0].config.training.lr == first.trials[first.best].values["training.lr"]
+    for run in runs:
+        settings = run.config.evaluation
+        assert not settings.withhold_tests
+        assert settings.select == "best_validation"
+        assert bool(settings.chosen_by) == (run.row != "zero_shot")
+        assert run.config.partition.local_validation_fraction == 0.2
+    assert (folder / "history.png").stat().st_size > 1000
+    assert len(list((folder / "configs").iterdir())) == 3
+
+
+def test_bad_input_is_refused_before_anything_runs(
+    plan: TunePlan, searched: tuple[Path, list[RowResult]], tmp_path: Path
+) -> None:
+    folder, _ = searched
+    other = make_plan("quickstart", SMALL, Budget(trials=4), methods=["promptfl"])
+    with pytest.raises(UserError, match="another search"):
+        search(other, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no search"):
+        search(plan, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    space = tmp_path / "space.yaml"
+    for text, problem in (
+        ("method.nothing: [1, 2]", "method.nothing"),
+        ("method.context_tokens: [4, 0]", "method.context_tokens"),
+        ("training.lr: 3", "training.lr"),
+    ):
+        space.write_text(text)
+        with pytest.raises(UserError, match=problem):
+            make_plan("quickstart", SMALL, BUDGET, methods=["promptfl"], spaces=space)
+    with pytest.raises(UserError, match="settings to search"):
+        make_plan("quickstart", SMALL, BUDGET, methods=["zero_shot"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sampler", "best"], ["--prune", "half"], ["--objective", "test"]]
+)
+def test_an_unknown_word_is_named(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fedprompt", "tune", "quickstart", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
