@@ -119,6 +119,22 @@ class Workspace:
         """Number of clients K; their ids are 0 .. K - 1."""
         return self.config.partition.clients
 
+    @property
+    def round_size(self) -> int:
+        """Number of clients that train in a round in which all can be reached.
+
+        The server and all nodes compute the same number, even if a node holds only its own images.
+        """
+        partition, settings = self.config.partition, self.config
+        # Images with owners are spread over the nodes, so a node knows of no other's.
+        able = (
+            len(self.partition.trainable)
+            if self.dataset.owners_N is None
+            else partition.clients - partition.unlabelled_clients
+        )
+        # As `federation.sampling.draw_clients` does.
+        return max(1, round(settings.federation.fraction * able))
+
     @cached_property
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the method shares; all are float32.

@@ -57,8 +57,8 @@ class SecureAggregationConfig:
         0, "clients among whom each splits its keys, itself included; 0 = all of the round", ge=0
     )
     threshold: float = option(
-        0.6, "part of the shares that recovers a key, and of a client's peers that must stay",
-        gt=0.5, le=1,
+        0.7, "part of the shares that recovers a key, and of a client's peers that must stay and "
+        "agree who is in the sum; above two thirds", gt=0.5, le=1,
     )  # fmt: skip
     clip: float = option(
         1.0, "largest change of a shared number in a round; more is cut off and counted", gt=0
@@ -66,7 +66,12 @@ class SecureAggregationConfig:
     max_weight: int = option(1000, "most training images that a client may hold", ge=1)
 
     def check(self) -> None:
-        """Refuse an even or too small number of shares."""
+        """Refuse a low threshold, and an even or too small number of shares."""
+        if 3 * self.threshold <= 2:
+            raise UserError(
+                f"'threshold' is {self.threshold:g}; it must be above two thirds, so that clients "
+                "cannot be shown different lists of who is in the sum."
+            )
         # A client shares its keys with itself and with as many peers on its left as on its right in
         # SecAgg+'s ring, which makes an odd number.
         if self.shares and (self.shares < 3 or self.shares % 2 == 0):

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
@@ -20,6 +21,7 @@ from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settin
 from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
 from fedprompt.deploy.private_store import FileStore
+from fedprompt.deploy.sum_log import FileSumLog
 from fedprompt.deploy.versions import VERSIONS, check_server
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
@@ -75,7 +77,12 @@ def answer(
             return work()
         require_flower()
         return masked_answer(
-            workspace.config, message, RecordDict() if state is None else state, work
+            workspace.config,
+            message,
+            RecordDict() if state is None else state,
+            work,
+            clients=workspace.round_size,
+            log_of_sums=FileSumLog(_client_folder(node, run, run_id)),
         )
     except UserError as error:
         log.error("this node cannot take part: %s", error)
@@ -106,7 +113,7 @@ def _work(
     if isinstance(settings, ConfigRecord) and settings.get(ZERO_SHOT):
         zero_shot = workspace.with_method(method_class("zero_shot").Config())
         return handle(zero_shot, [node.client], [message], {})[0][0]
-    folder = state_folder(node, run, run_id) / f"client-{node.client:05d}"
+    folder = _client_folder(node, run, run_id)
     store = FileStore(folder)
     trains = message.metadata.message_type == MessageType.TRAIN
     # Training in round r starts from the tensors of round r - 1; an evaluation in round r uses
@@ -121,6 +128,11 @@ def _work(
     shared = received(workspace, message)
     keep_model(folder, workspace, node.client, server_round(message), shared)
     return replies[0]
+
+
+def _client_folder(node: NodeSettings, run: str, run_id: int) -> Path:
+    """Where this node keeps what belongs to one run, from one message to the next."""
+    return state_folder(node, run, run_id) / f"client-{node.client:05d}"
 
 
 def experiment_text(run_config: Mapping[str, Any], node: NodeSettings) -> str:

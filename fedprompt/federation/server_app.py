@@ -115,6 +115,7 @@ class Federation:
             self.config,
             weights_by_examples=self.strategy.weights_by_examples,
             images=[len(partition.train(client)) for client in partition.trainable],
+            clients=self.workspace.round_size,
         )
 
     @property

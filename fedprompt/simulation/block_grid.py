@@ -38,7 +38,14 @@ from fedprompt.messages import (
     to_wire,
 )
 from fedprompt.methods.base import Tensors
-from fedprompt.privacy.secure_aggregation import COLLECT, SETUP, SHARE_KEYS, UNMASK, stage_of
+from fedprompt.privacy.secure_aggregation import (
+    COLLECT,
+    CONFIRM,
+    SETUP,
+    SHARE_KEYS,
+    UNMASK,
+    stage_of,
+)
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import thread_count, use_threads
 from fedprompt.simulation.blocks import choose_size, free_memory, group
@@ -47,7 +54,7 @@ from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.grid")
 
-KEY_STAGES = (SETUP, SHARE_KEYS, UNMASK)
+KEY_STAGES = (SETUP, SHARE_KEYS, CONFIRM, UNMASK)
 """Stages of secure aggregation that only exchange keys; no client trains in them."""
 
 Handler = Callable[
@@ -191,7 +198,10 @@ class BlockGrid(CountingGrid):
             return from_wire(trained)
 
         try:
-            return to_wire(masked_answer(self.workspace.config, message, state, train))
+            reply = masked_answer(
+                self.workspace.config, message, state, train, clients=self.workspace.round_size
+            )
+            return to_wire(reply)
         except UserError as error:
             return failure(message, str(error))
 

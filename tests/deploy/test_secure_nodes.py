@@ -22,6 +22,7 @@ from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node
 from fedprompt.deploy.node import answer
+from fedprompt.deploy.sum_log import FILE
 from fedprompt.deploy.worker import answer_one, listen
 from fedprompt.deploy.worker_client import ask_worker
 from fedprompt.experiment.display import QuietDisplay
@@ -114,8 +115,10 @@ def test_nodes_equal_the_simulation_bit_for_bit(
             assert set(grid.stored.values()) == {b""}, "keys are deleted at the end of the round"
     assert shared[0] == shared[1]
     for client in range(3):  # private prompts are stored in the training stage
-        files = [p.name for p in (tmp_path / f"state-{client}").rglob("*.safetensors")]
-        assert files == ["round-000001.safetensors"]
+        state = tmp_path / f"state-{client}"
+        assert [p.name for p in state.rglob("round-*.safetensors")] == ["round-000001.safetensors"]
+        (sums,) = state.rglob(FILE)
+        assert len(json.loads(sums.read_text())) == 1, "the sum is remembered beyond the round"
 
 
 def test_a_node_never_sends_an_unmasked_update(tmp_path: Path) -> None:

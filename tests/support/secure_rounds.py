@@ -14,6 +14,7 @@ from fedprompt.federation.server_app import Federation
 from fedprompt.messages import client_of, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
+    CONFIRM,
     RECORD,
     SETUP,
     SHARE_KEYS,
@@ -27,7 +28,7 @@ from fedprompt.workspace import Workspace
 
 MakeWorkspace = Callable[..., Workspace]
 """Type of the fixture `make_workspace`."""
-STAGES = (SETUP, SHARE_KEYS, COLLECT, UNMASK)
+STAGES = (SETUP, SHARE_KEYS, COLLECT, CONFIRM, UNMASK)
 PROMPTFL = {"name": "promptfl", "context_tokens": 2}
 ON = {"enabled": True, "max_weight": 100}
 """The section `secure_aggregation` of these tests."""

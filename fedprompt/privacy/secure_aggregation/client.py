@@ -23,6 +23,7 @@ from fedprompt.messages import ARRAYS, CONFIG, METRICS, Arrays, to_arrays
 from fedprompt.privacy.secure_aggregation import (
     ALIKE,
     COLLECT,
+    CONFIRM,
     RECORD,
     SETUP,
     SHARE_KEYS,
@@ -33,13 +34,27 @@ from fedprompt.privacy.secure_aggregation import (
 )
 from fedprompt.privacy.secure_aggregation.masks import Masked, stream
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, Terms
+from fedprompt.privacy.secure_aggregation.survivors import (
+    SumLog,
+    check_confirmed,
+    confirm,
+    ids,
+    remember_start,
+    start_of,
+)
 from fedprompt.privacy.secure_aggregation.vector import Numbers, encode
 
 log = logging.getLogger("fedprompt.client")
 
 
 def answer(
-    config: Config, message: Message, state: RecordDict, train: Callable[[], Message]
+    config: Config,
+    message: Message,
+    state: RecordDict,
+    train: Callable[[], Message],
+    *,
+    clients: int,
+    log_of_sums: SumLog | None = None,
 ) -> Message:
     """The reply to a training message of an experiment with secure aggregation.
 
@@ -49,6 +64,8 @@ def answer(
         state: what this client keeps from stage to stage; changed in place, empty after a round.
         train: trains and returns the reply that a plain exchange would send; it is called in one of
             the stages only.
+        clients: number of clients that the experiment asks in a round (`Workspace.round_size`).
+        log_of_sums: remembers the sums that this client has helped to unmask; None in a simulation.
 
     Returns:
         The reply to send; it contains only what the stage requires.
@@ -60,7 +77,24 @@ def answer(
     try:
         if stage is None:
             raise UserError("the server asks for an update in the clear.")
-        reply = _answer(config, message, stage, state, train)
+        if stage == SETUP:
+            state.clear()
+        secrets = None if stage == SETUP else _round_state(state)
+        record = message.content.config_records[RECORD]
+        if secrets is None:
+            _check_terms(config.secure_aggregation, clients, record)
+        elif stage == SHARE_KEYS:
+            _check_peers(record, secrets)
+        elif stage == COLLECT:
+            _check_sources(record, secrets)
+            remember_start(message.content, state)
+        elif stage == UNMASK:
+            check_confirmed(record, secrets, state, log_of_sums)
+        if secrets is not None and stage == CONFIRM:
+            confirmed = confirm(record, secrets, state, log_of_sums)
+            reply = Message(RecordDict({RECORD: confirmed}), reply_to=message)
+        else:
+            reply = _answer(config, message, stage, state, train)
     except Exception as error:
         state.clear()
         log.debug("secure aggregation: %s", stage, exc_info=True)
@@ -77,21 +111,14 @@ def answer(
 def _answer(
     config: Config, message: Message, stage: str, state: RecordDict, train: Callable[[], Message]
 ) -> Message:
+    """The reply of Flower's mod to a request that has been checked, with our masks added."""
     record = message.content.config_records[RECORD]
     trained: Message | None = None
-    if stage == SETUP:
-        state.clear()
-        _check_terms(config.secure_aggregation, record)
-    elif stage == SHARE_KEYS:
-        _check_peers(record, _round_state(state))
-    elif stage == COLLECT:
-        _check_sources(record, _round_state(state))
+    if stage == COLLECT:
         # The most expensive step comes after all checks of the request.
         trained = train()
         if trained.has_error():
             return trained
-    elif stage == UNMASK:
-        _check_lists(record, _round_state(state))
     request = copy.copy(message)
     # Flower's mod removes entries from the record that it is given.
     request.content = RecordDict({RECORD: ConfigRecord({**record})})
@@ -111,7 +138,8 @@ def _answer(
     reply = out.content.config_records[RECORD]
     if vector is not None:
         # The mod's reply also has the number of images and the metrics, which must not leave here.
-        masked = _add_own_masks(reply, _round_state(state), _ids(record, flower.Key.SOURCE_LIST))
+        sources = ids(record, flower.Key.SOURCE_LIST)
+        masked = _add_own_masks(reply, _round_state(state), sources, start_of(message.content))
         reply = ConfigRecord({flower.Key.MASKED_PARAMETERS: masked.astype("<u4").tobytes()})
     return Message(RecordDict({RECORD: reply}), reply_to=message)
 
@@ -153,7 +181,7 @@ def _vector(
 
 
 def _add_own_masks(
-    reply: ConfigRecord, state: flower.SecAggPlusState, sources: list[int]
+    reply: ConfigRecord, state: flower.SecAggPlusState, sources: list[int], start: str
 ) -> Masked:
     """Add our masks to the numbers that Flower's mod has masked, see masks.py.
 
@@ -161,6 +189,7 @@ def _add_own_masks(
         reply: what Flower's mod would send.
         state: this client's secrets of the round.
         sources: node ids of the peers whose masks cancel this client's.
+        start: digest of the tensors that the client was sent.
 
     Returns:
         The numbers to send, modulo 2^32.
@@ -168,20 +197,24 @@ def _add_own_masks(
     arrays: Any = reply[flower.Key.MASKED_PARAMETERS]
     parts = [flower.bytes_to_ndarray(part).ravel() for part in arrays]
     masked: Masked = np.concatenate(parts).astype(np.uint32)
-    masked = masked + stream(state.rd_seed, masked.size)
+    masked = masked + stream(state.rd_seed, masked.size, start)
     for peer in sources:
         secret = flower.pairwise_secret(state.sk1, state.public_keys_dict[peer][0])
-        shared_mask = stream(secret, masked.size)
+        shared_mask = stream(secret, masked.size, start)
         # Opposite signs on the two sides let the mask cancel in the sum.
         masked = masked + shared_mask if state.nid > peer else masked - shared_mask
     return masked
 
 
-def _check_terms(settings: SecureAggregationConfig, record: Mapping[str, Any]) -> None:
-    """Refuse parameters that differ from the experiment's for the stated number of clients."""
-    clients = record.get("sample_num")
-    if not isinstance(clients, int) or clients < FEWEST_CLIENTS:
-        raise UserError(f"the server names {clients!r} clients; {FEWEST_CLIENTS} are needed.")
+def _check_terms(
+    settings: SecureAggregationConfig, clients: int, record: Mapping[str, Any]
+) -> None:
+    """Refuse parameters that differ from the experiment's, the number of clients included.
+
+    A server that names fewer clients than the experiment has would lower the threshold with it.
+    """
+    if clients < FEWEST_CLIENTS:
+        raise UserError(f"a round has {clients} clients; {FEWEST_CLIENTS} are needed.")
     expected = {STAGE: SETUP, **Terms.of(settings, clients).setup()}
     if dict(record) != expected:
         wrong = sorted(k for k in {*record, *expected} if record.get(k) != expected.get(k))
@@ -197,32 +230,10 @@ def _check_peers(record: Mapping[str, Any], state: flower.SecAggPlusState) -> No
 
 def _check_sources(record: Mapping[str, Any], state: flower.SecAggPlusState) -> None:
     """Refuse encrypted shares unless they come from peers with known keys, once from each."""
-    sources = _ids(record, flower.Key.SOURCE_LIST)
+    sources = ids(record, flower.Key.SOURCE_LIST)
     peers = set(state.public_keys_dict) - {state.nid}
     if len(set(sources)) != len(sources) or not set(sources) <= peers:
         raise UserError("the server forwards shares that are no peer's, or a peer's twice.")
-
-
-def _check_lists(record: Mapping[str, Any], state: flower.SecAggPlusState) -> None:
-    """Refuse lists in which a peer is neither present nor gone, or both.
-
-    From shares of both the seed and the key of one peer, its update could be unmasked. More than
-    half of the shares are needed for each, so the server cannot obtain both by telling one half of
-    the clients this and the other half that.
-    """
-    present = _ids(record, flower.Key.ACTIVE_NODE_ID_LIST)
-    gone = _ids(record, flower.Key.DEAD_NODE_ID_LIST)
-    if sorted(present + gone) != sorted(state.rd_seed_share_dict) or state.nid not in present:
-        raise UserError(
-            "the server's lists of who is here and who has left do not fit: a client in both could "
-            "be unmasked. No share was given."
-        )
-
-
-def _ids(record: Mapping[str, Any], name: str) -> list[int]:
-    """The node ids in an entry of the server's record; none if it is missing or not a list."""
-    values = record.get(name)
-    return [v for v in values if isinstance(v, int)] if isinstance(values, list) else []
 
 
 def _round_state(state: RecordDict) -> flower.SecAggPlusState:

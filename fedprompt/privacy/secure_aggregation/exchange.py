@@ -29,16 +29,17 @@ log = logging.getLogger("fedprompt.server")
 
 
 class SecureExchange:
-    """Sends four messages to every client, after which the sum of their updates is known.
+    """Sends five messages to every client, after which the sum of their updates is known.
 
     It has the interface of `fedprompt.federation.exchange.Exchange`, and returns the weighted mean
     of the updates as a single one.
 
     Args:
-        send: sends messages and returns the replies; called four times in a round.
+        send: sends messages and returns the replies; called five times in a round.
         config: the experiment.
         weights_by_examples: whether clients are weighted by their training images, or equally.
         images: number of training images of the clients, as far as the server knows it.
+        clients: number of clients that train in a round in which all can be reached.
 
     Raises:
         UserError: the installed Flower lacks SecAgg+, or a client has more images than a masked
@@ -46,11 +47,18 @@ class SecureExchange:
     """
 
     def __init__(
-        self, send: Send, config: Config, *, weights_by_examples: bool, images: Sequence[int]
+        self,
+        send: Send,
+        config: Config,
+        *,
+        weights_by_examples: bool,
+        images: Sequence[int],
+        clients: int,
     ) -> None:
         require_flower()
         self._send = send
         self._config = config
+        self._clients = clients
         self._weights_by_examples = weights_by_examples
         largest, limit = max(images, default=0), config.secure_aggregation.max_weight
         # Clients that add noise count equally, whatever the strategy asks for.
@@ -67,7 +75,7 @@ class SecureExchange:
     def train(
         self, server_round: int, shared: Arrays, messages: Mapping[int, Message]
     ) -> Exchanged:
-        """Run all four stages, see `Exchange.train`.
+        """Run all five stages, see `Exchange.train`.
 
         If too few clients are left at one of the stages, the round is void: there is no update, and
         the remark `secure` gives the reason.
@@ -85,6 +93,7 @@ class SecureExchange:
             send,
             self._config.secure_aggregation,
             numbers=size(shared),
+            clients=self._clients,
             min_clients=self._config.federation.min_replies,
         )
         client_of_node = {m.metadata.dst_node_id: client for client, m in messages.items()}

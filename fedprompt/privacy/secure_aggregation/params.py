@@ -28,9 +28,11 @@ class Terms:
     """What the clients of a round agree on.
 
     Attributes:
-        clients: number of clients that are asked to train.
+        clients: number of clients that the experiment asks to train in a round. Those that cannot
+            be reached count as dropped out, so that nobody can lower the threshold by asking fewer.
         shares: number of clients among which each client splits its secrets, itself included.
-        threshold: number of shares from which a secret is recovered; more than half of `shares`.
+        threshold: number of shares from which a secret is recovered; more than two thirds of
+            `shares`, so that two different lists of survivors cannot both be confirmed.
         levels: number of steps that a number of the vector is rounded to.
     """
 
@@ -44,7 +46,7 @@ class Terms:
         """The terms of a round with this number of clients."""
         shares = min(settings.shares or clients, clients)
         # Rounded first, because 0.56 * 25 is slightly more than 14 in floating point.
-        threshold = math.ceil(round(settings.threshold * shares, 9))
+        threshold = max(math.ceil(round(settings.threshold * shares, 9)), 2 * shares // 3 + 1)
         # The sum of all clients' numbers, each at most `levels`, must stay below the modulus.
         levels = min(MOST_LEVELS, 1 << (((MODULUS - 1) // clients).bit_length() - 1))
         return cls(clients, shares, threshold, levels)
@@ -74,7 +76,7 @@ def draw_peers(nodes: Sequence[int], shares: int) -> dict[int, set[int]]:
         All nodes, or each node's neighbours on a circle in random order. The order comes from the
         operating system, so that nobody can choose a node's neighbours.
     """
-    if shares == len(nodes):
+    if shares >= len(nodes):
         return {node: set(nodes) for node in nodes}
     circle, total = list(nodes), len(nodes)
     secrets.SystemRandom().shuffle(circle)

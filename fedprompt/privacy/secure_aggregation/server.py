@@ -1,4 +1,4 @@
-"""The server's side of the four stages, on any Flower grid.
+"""The server's side of the five stages, on any Flower grid.
 
 A client that does not reply at one stage, or whose reply is malformed, is excluded from the later
 stages. Its contribution to the masks of others is removed with the shares of its key. If too few
@@ -19,6 +19,7 @@ from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import Refused, read_answers
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
+    CONFIRM,
     RECORD,
     SETUP,
     SHARE_KEYS,
@@ -29,6 +30,13 @@ from fedprompt.privacy.secure_aggregation import (
 from fedprompt.privacy.secure_aggregation.masks import Masked, mask
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, Terms, draw_peers
 from fedprompt.privacy.secure_aggregation.replies import bytes_of, list_of, record_of
+from fedprompt.privacy.secure_aggregation.survivors import (
+    PEERS,
+    SURVIVORS,
+    TAG_BYTES,
+    TAGS,
+    start_of,
+)
 from fedprompt.privacy.secure_aggregation.vector import Numbers
 
 log = logging.getLogger("fedprompt.server")
@@ -71,15 +79,17 @@ def secure_sum(
     settings: SecureAggregationConfig,
     *,
     numbers: int,
+    clients: int,
     min_clients: int = 1,
 ) -> Outcome:
     """The sum of all clients' vectors, without any single one being revealed.
 
     Args:
         messages: the round's training messages, one per node, as a plain exchange would send them.
-        ask: sends the messages of one stage; called at most four times.
+        ask: sends the messages of one stage; called at most five times.
         settings: the section `secure_aggregation` of the config.
         numbers: length of a client's vector.
+        clients: number of clients that train in a round in which all can be reached.
         min_clients: smallest number of clients in the sum.
 
     Returns:
@@ -90,7 +100,8 @@ def secure_sum(
         outcome.void = f"{len(messages)} clients, fewer than {FEWEST_CLIENTS}"
         return outcome
     try:
-        _Round(messages, ask, settings, numbers, min_clients, outcome).run()
+        terms = Terms.of(settings, clients)
+        _Round(messages, ask, terms, numbers, min_clients, outcome).run()
     except _Void as reason:
         outcome.total, outcome.void = None, str(reason)
     return outcome
@@ -99,22 +110,25 @@ def secure_sum(
 class _Round:
     """One round. Nodes are Flower's node ids; the survivors of every stage are sorted by id.
 
-    The arguments are those of `secure_sum`; `outcome` is filled in as the round proceeds.
+    The arguments are those of `secure_sum`, with the terms of the round; `outcome` is filled in as
+    the round proceeds.
     """
 
     def __init__(
         self,
         messages: Sequence[Message],
         ask: Ask,
-        settings: SecureAggregationConfig,
+        terms: Terms,
         numbers: int,
         min_clients: int,
         outcome: Outcome,
     ) -> None:
         self.messages = {m.metadata.dst_node_id: m for m in messages}
         self.ask, self.outcome = ask, outcome
-        self.terms = Terms.of(settings, len(messages))
-        outcome.levels = self.terms.levels
+        # All clients are sent the same tensors.
+        self.start = start_of(messages[0].content)
+        self.terms = terms
+        outcome.levels = terms.levels
         self.count = numbers + 1  # Flower puts a weight of its own in front
         # With fewer clients than the threshold, no secret could be recovered.
         self.min_clients = max(min_clients, self.terms.threshold)
@@ -122,12 +136,13 @@ class _Round:
         self.keys: dict[int, tuple[bytes, bytes]] = {}
 
     def run(self) -> None:
-        """All four stages and the sum; raises `_Void`."""
+        """All five stages and the sum; raises `_Void`."""
         self.keys = self._survivors(self._setup(), SETUP)
         sealed = self._survivors(self._share_keys(), SHARE_KEYS)
         vectors = self._survivors(self._collect(sealed), COLLECT)
         self.outcome.counted = sorted(vectors)
-        shares = self._unmask(set(sealed), set(vectors))
+        tags = self._confirm(set(vectors))
+        shares = self._unmask(set(sealed), set(vectors), tags)
         # uint32 wraps around at 2^32, which is the modulus of the masks.
         total = np.zeros(self.count, dtype=np.uint32)
         for vector in vectors.values():
@@ -187,14 +202,45 @@ class _Round:
             }
         return self._ask(COLLECT, asked, read)
 
-    def _unmask(self, shared: set[int], present: set[int]) -> dict[int, list[bytes]]:
+    def _confirm(self, present: set[int]) -> dict[int, dict[int, bytes]]:
+        """Tags of the list of survivors, by the node that they are for and the one that made them.
+
+        Raises:
+            _Void: too few peers of a node have confirmed the list for it to give its shares.
+        """
+
+        def read(node: int, record: ConfigRecord) -> dict[int, bytes]:
+            peers, tags = list_of(record, PEERS), list_of(record, TAGS)
+            if sorted(peers) != sorted((self.peers[node] & present) - {node}):
+                raise Refused("tags for other clients than its peers")
+            pairs = zip(peers, tags, strict=True)
+            return {peer: bytes_of(tag, TAG_BYTES) for peer, tag in pairs}
+
+        asked = {node: {SURVIVORS: sorted(present)} for node in present}
+        made = self._ask(CONFIRM, asked, read, lost=self.outcome.silent)
+        for node in present:
+            agreed = len(self.peers[node] & set(made))
+            if agreed < self.terms.threshold:
+                raise _Void(
+                    f"{agreed} of a client's peers confirmed who is in the sum, and "
+                    f"{self.terms.threshold} are needed"
+                )
+        return {
+            node: {peer: made[peer][node] for peer in made if node in made[peer]} for node in made
+        }
+
+    def _unmask(
+        self, shared: set[int], present: set[int], tags: Mapping[int, Mapping[int, bytes]]
+    ) -> dict[int, list[bytes]]:
         """Shares by owner: of the seeds of present nodes, of the keys of those that left."""
         asked: dict[int, dict[str, Any]] = {
             node: {
+                PEERS: list(tags[node]),
+                TAGS: list(tags[node].values()),
                 flower.Key.ACTIVE_NODE_ID_LIST: sorted(self.peers[node] & present),
                 flower.Key.DEAD_NODE_ID_LIST: sorted(self.peers[node] & (shared - present)),
             }
-            for node in sorted(present)
+            for node in sorted(tags)
         }
 
         def read(node: int, record: ConfigRecord) -> dict[int, bytes]:
@@ -236,10 +282,10 @@ class _Round:
         try:
             secret = flower.combine_shares(shares[: self.terms.threshold])
             if owner in present:
-                return total - mask(secret, self.count)
+                return total - mask(secret, self.count, self.start)
             for peer in sorted((self.peers[owner] & present) - {owner}):
                 common = flower.pairwise_secret(secret, self.keys[peer][0])
-                masked = mask(common, self.count)
+                masked = mask(common, self.count, self.start)
                 # The peer has added the mask if its own id is the larger one.
                 total = total - masked if peer > owner else total + masked
         except ValueError as error:

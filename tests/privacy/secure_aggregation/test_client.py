@@ -13,14 +13,22 @@ from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import client_of, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
+    CONFIRM,
     RECORD,
     SETUP,
     STAGE,
     UNMASK,
     flower,
+    stage_of,
 )
 from fedprompt.privacy.secure_aggregation.masks import mask, stream
 from fedprompt.privacy.secure_aggregation.params import MODULUS, Terms
+from fedprompt.privacy.secure_aggregation.survivors import (
+    PEERS,
+    SURVIVORS,
+    TAGS,
+    start_of,
+)
 from fedprompt.simulation.inline_grid import InlineGrid
 from tests.support.secure_rounds import (
     ON,
@@ -77,6 +85,7 @@ def test_replies_hold_nothing_but_keys_shares_and_masked_numbers(
         {key.PUBLIC_KEY_1, key.PUBLIC_KEY_2},
         {key.DESTINATION_LIST, key.CIPHERTEXT_LIST},
         {key.MASKED_PARAMETERS},
+        {PEERS, TAGS},
         {key.NODE_ID_LIST, key.SHARE_LIST},
     ]
     for place, reply in enumerate(grid.got):
@@ -103,6 +112,17 @@ def test_both_masks_lie_over_every_number(make_workspace: MakeWorkspace) -> None
     federation.train_round(1)
     seen = masked_numbers(grid)[0].astype(np.uint32)
     own, levels = states[0], Terms.of(SecureAggregationConfig(), 4).levels
+    asked = next(m for m in grid.sent if stage_of(m) == COLLECT)
+    start = start_of(asked.content)
+
+    def both(secret: bytes, count: int) -> Any:
+        return mask(secret, count, start)
+
+    def only_ours(secret: bytes, count: int) -> Any:
+        return stream(secret, count, start)
+
+    def only_flowers(secret: bytes, count: int) -> Any:
+        return mask(secret, count) - stream(secret, count)
 
     def without(layer: Callable[[bytes, int], Any]) -> Any:
         numbers = seen - layer(own.rd_seed, seen.size)
@@ -112,10 +132,9 @@ def test_both_masks_lie_over_every_number(make_workspace: MakeWorkspace) -> None
             numbers = numbers - part if own.nid > peer else numbers + part
         return numbers
 
-    assert (without(mask) <= levels).all(), "without both masks the client's own numbers are left"
-    only_ours: Callable[[bytes, int], Any] = stream
+    assert (without(both) <= levels).all(), "without both masks the client's own numbers are left"
     assert np.mean(without(only_ours) <= levels) < 0.5
-    assert np.mean(without(lambda s, n: mask(s, n) - stream(s, n)) <= levels) < 0.5
+    assert np.mean(without(only_flowers) <= levels) < 0.5
 
 
 # A server that deviates from the protocol
@@ -150,6 +169,37 @@ def lower_threshold(stage: str | None, message: Message) -> Message:
     return record_of(message, {"threshold": 2}) if stage == SETUP else message
 
 
+def name_fewer_clients(stage: str | None, message: Message) -> Message:
+    fewer = {"sample_num": 3, "share_num": 3, "threshold": 3}
+    return record_of(message, fewer) if stage == SETUP else message
+
+
+def shorten_the_list(stage: str | None, message: Message) -> Message:
+    if stage != CONFIRM:
+        return message
+    survivors: Any = message.content.config_records[RECORD][SURVIVORS]
+    return record_of(message, {SURVIVORS: survivors[:2]})
+
+
+def forge_tags(stage: str | None, message: Message) -> Message:
+    if stage != UNMASK:
+        return message
+    tags: Any = message.content.config_records[RECORD][TAGS]
+    return record_of(message, {TAGS: [tags[0], *[bytes(32)] * (len(tags) - 1)]})
+
+
+def return_own_tags(stage: str | None, message: Message) -> Message:
+    """To every client, the tags are said to be from its peers in another order."""
+    if stage != UNMASK:
+        return message
+    peers: Any = message.content.config_records[RECORD][PEERS]
+    return record_of(message, {PEERS: peers[1:] + peers[:1]})
+
+
+def skip_the_confirmation(stage: str | None, message: Message) -> Message:
+    return record_of(message, {STAGE: UNMASK}) if stage == CONFIRM else message
+
+
 def few_levels(stage: str | None, message: Message) -> Message:
     return record_of(message, {"clipping_range": 8.0}) if stage == SETUP else message
 
@@ -169,6 +219,11 @@ LIES: dict[str, tuple[Any, str]] = {
     "in both lists": (lie_about_lists, "a client in both could be unmasked"),
     "left out of both": (hide_one, "do not fit"),
     "itself dead": (move_itself, "do not fit"),
+    "fewer clients": (name_fewer_clients, "not the experiment's: sample_num, share_num"),
+    "short list": (shorten_the_list, "list of survivors cannot be right"),
+    "forged tags": (forge_tags, "2 of this client's peers have confirmed"),
+    "tags of others": (return_own_tags, "1 of this client's peers have confirmed"),
+    "not confirmed": (skip_the_confirmation, "before the survivors have been confirmed"),
     "threshold": (lower_threshold, "the server's terms are not the experiment's: threshold"),
     "range": (few_levels, "the server's terms are not the experiment's: clipping_range"),
     "forwarded twice": (forward_twice, "or a peer's twice"),

@@ -45,12 +45,12 @@ def test_sums_stay_below_the_modulus(clients: int) -> None:
     assert 2 * terms.threshold > terms.shares == clients
 
 
-def test_the_threshold_is_more_than_half_of_the_shares() -> None:
-    for share in (0.5001, 0.6, 2 / 3, 1.0):
+def test_the_threshold_is_more_than_two_thirds_of_the_shares() -> None:
+    for share in (0.6667, 0.7, 0.9, 1.0):
         for clients in range(3, 40):
             terms = Terms.of(SecureAggregationConfig(threshold=share, shares=7), clients)
             assert terms.shares == min(7, clients)
-            assert terms.shares / 2 < terms.threshold <= terms.shares
+            assert 2 * terms.shares / 3 < terms.threshold <= terms.shares
 
 
 def test_flowers_masks_have_few_seeds_and_ours_all_bits() -> None:
