@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.processes import processes_with
+from fedprompt.deploy.guard import processes_with
 from tests.support import ROOT
 from tests.support.federations import needs_processes
 from tests.support.installations import Environment, build_wheel

@@ -19,6 +19,7 @@ from fedprompt.bench.backbones import random_clip
 from fedprompt.bench.compare import MismatchError
 from fedprompt.bench.output import Output
 from fedprompt.errors import UserError
+from fedprompt.runtime.endings import run_command
 
 app = typer.Typer(
     help="Compare our implementation with a conventional one that gives equal results.",
@@ -258,6 +259,10 @@ def numbers(text: str, least: int = 1) -> tuple[int, ...]:
 
 def main() -> None:
     """Entry point. Wrong input exits with status 2, results that differ with 1, after one line."""
+    run_command(_command, "bench")
+
+
+def _command() -> None:
     try:
         app(standalone_mode=True)
     except MismatchError as error:

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedprompt.config.schema import Config, to_yaml
-from fedprompt.deploy.processes import free_port, processes_with, send_signal
+from fedprompt.deploy.guard import processes_with, send_signal
+from fedprompt.deploy.processes import free_port
 from fedprompt.errors import UserError
 from fedprompt.reports.run_data import SUMMARY, TIMINGS
 from fedprompt.runtime import DEFAULTS

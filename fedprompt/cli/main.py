@@ -31,6 +31,7 @@ from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
 from fedprompt.errors import UserError
 from fedprompt.reports.terminal import LOOK
+from fedprompt.runtime.endings import run_command
 
 app = typer.Typer(
     cls=CompletionGroup,
@@ -240,21 +241,26 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; a `UserError` is printed on one line, with exit status 2."""
+    """Run the command line.
+
+    A `UserError` is printed on one line, with exit status 2. Ctrl-C, SIGTERM and SIGHUP end a
+    command with one line as well, see `fedprompt.runtime.endings`.
+    """
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
+    run_command(_command)
+
+
+def _command() -> None:
     try:
         # Named explicitly, so that usage and completion are the same under `python -m fedprompt`.
         app(prog_name="fedprompt")
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("fedprompt: interrupted; continue with 'fedprompt run --resume RUN'.\n")
-        sys.exit(130)
 
 
 def _console() -> Console:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from fedprompt.cli.completion import complete_protocol, complete_sweep
 from fedprompt.cli.data import Overrides
+from fedprompt.runtime.endings import advice, command_line
 
 if TYPE_CHECKING:
     from fedprompt.sweeps.plan import PlannedRun, SweepFile
@@ -77,14 +77,10 @@ def sweep(
     # Before hours of runs, not after them.
     refuse_foreign(folder / REPORT, *MARKS)
     write_plan(table, planned, folder, changes)
-    try:
+    with advice(lambda: f"continue with the same command: {command_line()}"):
         failures = run_planned(
             table, planned, folder, jobs=jobs, serial=serial, address=ray_address
         )
-    # Caught here and not in `main`, whose message names `fedprompt run`; 130 is 128 + SIGINT.
-    except KeyboardInterrupt:
-        sys.stderr.write("fedprompt: interrupted; the same command continues.\n")
-        raise typer.Exit(130) from None
     _print_end(folder, planned, failures)
     if failures:
         raise typer.Exit(1)

@@ -14,7 +14,8 @@ On the administrator's terminal
 
 In `deploy server` and `deploy node`, the processes that supervise others
     supervise           which processes run, and when they are started again
-    processes           a group of child processes that ends as a whole
+    processes, guard    a group of child processes that ends as a whole, and with its parent
+    ownership           one owner per folder
     key_registration    makes the nodes' public keys known to the SuperLink
     connection          turns a SuperNode's log into lines for the node's administrator
 

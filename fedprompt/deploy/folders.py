@@ -4,9 +4,9 @@
 is then read there by `deploy server`, `deploy node` and `deploy run`:
 
 server/      ca.crt server.crt server.key nodes/node-<k>.pub federation.json
-             added later: state.db nodes.json flower/ logs/ submitted/
+             added later: state.db nodes.json flower/ logs/ submitted/ owner.json
 node-<k>/    ca.crt node.key node.pub federation.json
-             added later: state/ (private prompts) cache/ flower/ logs/ worker.sock
+             added later: state/ (private prompts) cache/ flower/ logs/ worker.sock owner.json
 """
 
 from __future__ import annotations

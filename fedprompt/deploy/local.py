@@ -1,7 +1,7 @@
 """A complete federation of real processes on this machine, with TLS and node keys (`deploy local`).
 
 Runs on a terminal. All processes are children of this one, use the loopback interface only, and end
-with it.
+with it, however it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy import submit
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder, read_node_folder
 from fedprompt.deploy.new_federation import create_federation
+from fedprompt.deploy.ownership import in_use
 from fedprompt.deploy.processes import Processes, free_port
 from fedprompt.deploy.supervise import (
     NODE_PAUSE_S,
@@ -28,6 +29,7 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
 from fedprompt.files import write_bytes
+from fedprompt.runtime.endings import advice, command_line
 
 START_S = 120.0
 """Seconds that a process of the server may take until it listens."""
@@ -44,6 +46,9 @@ class LocalFederation:
         folder: for certificates, keys, logs and the nodes' folders; a resumed run uses them again.
         nodes: number of nodes.
         environment: variables of all processes, beyond this process's own.
+
+    Raises:
+        UserError: another process runs a federation in this folder.
     """
 
     def __init__(
@@ -51,12 +56,12 @@ class LocalFederation:
     ) -> None:
         self.folder = folder.resolve()
         self.nodes = nodes
+        self.processes = Processes(self.folder, environment)
         if not (self.folder / "server" / SETTINGS).is_file():
             create_federation(self.folder, ["127.0.0.1"], nodes, free_port(), DAYS)
         # The ports of an earlier start may be in use by now, so the stored ones are not used.
         self.server = ServerFolder(self.folder / "server", free_port(), free_port())
         self.server.prepare()
-        self.processes = Processes(self.folder / "logs", environment)
         self.environment = {**self.processes.environment, **self.server.environment}
 
     def __enter__(self) -> LocalFederation:
@@ -178,11 +183,14 @@ def resume_local(path: Path, display: Display, folder: Path | None = None) -> Pa
         The run folder.
 
     Raises:
-        UserError: `path` contains no such run, or the nodes' folders no longer exist.
+        UserError: `path` contains no such run, or the run is in progress, or the nodes' folders no
+            longer exist.
     """
     path = path.resolve()
     settings = submit.settings_to_resume(path)
     folder = folder or path.with_name(f"{path.name}-nodes")
+    if owner := in_use(folder):
+        raise UserError(f"the run in {path} is in progress: {owner}.")
     try:
         image_folders = list(json.loads((folder / LOCAL).read_text())["folders"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -202,8 +210,17 @@ def _run(
     display: Display,
 ) -> Path:
     clients, weights = config.partition.clients, config.backbone.checkpoint
+    # The folder is named in any case, so that a path of the user's choice is not forgotten.
+    resume = command_line("deploy", "local", "--resume", str(path), "--folder", str(folder))
+    again = command_line()
+
+    def how_to_go_on() -> str:
+        # Written by the server app, which is the last process to start.
+        begun = (path / submit.DEPLOYMENT).is_file()
+        return f"continue with: {resume}" if begun else f"start it again with: {again}"
+
     display.phase(f"starting a server and {clients} nodes")
-    with LocalFederation(folder, clients) as federation:
+    with advice(how_to_go_on), LocalFederation(folder, clients) as federation:
         federation.start_server()
         for client in range(clients):
             # A node that lends an image folder opens no path of the experiment, not even its
@@ -220,5 +237,4 @@ def _run(
             status=lambda: federation.status(run_id),
             check=lambda: federation.keep_running(display.message),
         )
-    resume = f"fedprompt deploy local --resume {path}"
     return submit.conclude(path, display, resume, folder / "logs")

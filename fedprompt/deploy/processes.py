@@ -2,7 +2,8 @@
 
 Every process of a group, and every process that it starts, has an environment variable with a value
 that no other process has. Flower's commands start further processes, some of them in sessions of
-their own; the variable identifies all of them. This needs /proc, which only Linux has.
+their own; the variable identifies all of them. A guard (guard.py) ends the group if this process
+is killed.
 
 Runs on the server and on nodes: in `deploy server`, `deploy node` and `deploy local`.
 """
@@ -16,14 +17,15 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedprompt.deploy import guard
+from fedprompt.deploy.guard import PROC, kill_group, members, send_signal
+from fedprompt.deploy.ownership import Ownership
 from fedprompt.errors import UserError
 from fedprompt.runtime import DEFAULTS
 
-MARK = "FEDPROMPT_GROUP"
 GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL."""
 AT_ONCE_S, MAX_AT_ONCE = 60.0, 5
@@ -36,30 +38,24 @@ class Processes:
     """A group of named processes, each with a log file; leaving the context ends all of them.
 
     Args:
-        logs: folder for the log files, which is created if it does not exist.
+        folder: the group's folder, which is created if it does not exist. Logs are in `logs/`.
         environment: variables of all processes, beyond this process's own.
+
+    Raises:
+        UserError: another process runs a group in this folder.
     """
 
-    def __init__(self, logs: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.logs = logs
-        self.mark = uuid.uuid4().hex
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.ownership = Ownership(folder)
+        self.environment = {**flower_environment(), **(environment or {})}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, tuple[list[str], dict[str, str]]] = {}
         self._exited_at: dict[str, float] = {}
         self._started_at: dict[str, float] = {}
         self._at_once: dict[str, int] = {}
-        self.environment = {
-            **DEFAULTS,
-            **os.environ,
-            # Flower would run `uv sync` for every run, which fails on a machine without internet
-            # access.
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            # Flower's commands belong to this Python installation, which need not be on PATH.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            **(environment or {}),
-            MARK: self.mark,
-        }
-        logs.mkdir(parents=True, exist_ok=True)
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Processes:
         return self
@@ -77,16 +73,23 @@ class Processes:
             command: the program and its arguments.
             environment: variables of this process, beyond the group's.
         """
+        # First of all: from its very start, no process of the group is without a guard.
+        if self._guard is None:
+            self._guard = self._start_guard()
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self.environment, **(environment or {})},
+                env={**self.environment, **(environment or {}), **self.ownership.environment},
                 # Ctrl-C in a terminal must reach this process only; `stop` then ends the children.
                 start_new_session=True,
             )
+        # A guard that was killed cannot be told; the group then goes on without it.
+        with contextlib.suppress(OSError):
+            assert self._guard.stdin is not None
+            self._guard.stdin.write(b"%d\n" % process.pid)
         self.running[name] = process
         self._started_at[name] = time.monotonic()
         self._commands[name] = (list(command), dict(environment or {}))
@@ -172,46 +175,62 @@ class Processes:
 
     def stop(self) -> None:
         """End all processes of the group: by SIGTERM, and those that remain by SIGKILL."""
-        for process in self.running.values():
-            send_signal(process.pid, signal.SIGTERM)
+        for process_id in self.alive():
+            send_signal(process_id, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while self.alive() and time.monotonic() < deadline:
             for process in self.running.values():
                 process.poll()
             time.sleep(0.1)
-        # A process may start another one just before it is killed, so this is repeated.
-        while remaining := self.alive():
-            for process_id in remaining:
-                send_signal(process_id, signal.SIGKILL)
-            for process in self.running.values():
-                process.poll()
-            time.sleep(0.05)
+        kill_group(self.ownership.setting, self._sessions)
         for process in self.running.values():
             process.wait()
         self.running.clear()
+        if self._guard is not None:
+            # It has nothing left to do. SIGKILL, because it ignores the other signals.
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
+        self.ownership.release()
 
     def alive(self) -> list[int]:
         """Ids of all processes of the group, including those that its members have started."""
-        return processes_with(f"{MARK}={self.mark}")
+        return members(self.ownership.setting, self._sessions)
+
+    def _sessions(self) -> list[int]:
+        """The sessions of the processes that have not been waited for."""
+        return [process.pid for process in self.running.values() if process.poll() is None]
+
+    def _start_guard(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            # By its path and isolated: it starts at once and depends on nothing.
+            [sys.executable, "-I", "-S", guard.__file__, self.ownership.setting],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            start_new_session=True,
+        )
 
 
-def processes_with(setting: str) -> list[int]:
-    """Ids of the other processes whose environment contains exactly `NAME=value`."""
-    process_ids = []
-    for process in Path("/proc").iterdir():
-        # Other users' processes cannot be read, and any process may end meanwhile, hence
-        # `suppress`.
-        if process.name.isdigit() and int(process.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if setting.encode() in (process / "environ").read_bytes().split(b"\0"):
-                    process_ids.append(int(process.name))
-    return process_ids
+def flower_environment() -> dict[str, str]:
+    """Environment variables for Flower's commands: this process's own and those they need."""
+    return {
+        **DEFAULTS,
+        **os.environ,
+        # Flower would run `uv sync` for every run, which fails on a machine without internet
+        # access.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # Flower's commands belong to this Python installation, which need not be on PATH.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
 
 
 def descendants(process_id: int) -> list[int]:
     """Ids of all processes that a process has started, directly or indirectly."""
     parent_of: dict[int, int] = {}
-    for process in Path("/proc").iterdir():
+    for process in PROC.iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 # The command's name stands in parentheses and may itself contain any character.
@@ -221,12 +240,6 @@ def descendants(process_id: int) -> list[int]:
     for member in family:
         family += [child for child, parent in parent_of.items() if parent == member]
     return family[1:]
-
-
-def send_signal(process_id: int, number: signal.Signals) -> None:
-    """Send a signal to one process; does nothing if it no longer exists."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process_id, number)
 
 
 def free_port() -> int:

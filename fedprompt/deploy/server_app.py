@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         # Only `deploy run` gives a run a name; a plain `flwr run` names an experiment instead.
         run = settings.get("run", "")
         submission = read_submission(run) if run else _without_submission(settings)
-        folder, config = _open_run_folder(submission)
+        folder, config = _open_run_folder(submission, context.run_id)
         try:
             # `deploy run` follows the run by reading this file.
             _add_log_handler(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
@@ -73,13 +73,18 @@ def _without_submission(settings: Mapping[str, str]) -> Submission:
     return Submission(to_yaml(config), run="", resume="", registered={})
 
 
-def _open_run_folder(submission: Submission) -> tuple[RunFolder, Config]:
+def _open_run_folder(submission: Submission, run_id: int) -> tuple[RunFolder, Config]:
     """A new run folder, or that of the run to resume, and the experiment."""
+    # The name of the nodes' private prompts, and Flower's id, by which the run can be followed.
+    deployment = {"run": submission.run, "id": run_id}
     if submission.resume:
-        return RunFolder.resume(Path(submission.resume))
+        folder, config = RunFolder.resume(Path(submission.resume))
+        if not (folder.path / SUMMARY).is_file():
+            folder.write_json(DEPLOYMENT, deployment)
+        return folder, config
     config = parse(submission.config)
     folder = RunFolder.create(config)
-    folder.write_json(DEPLOYMENT, {"run": submission.run})
+    folder.write_json(DEPLOYMENT, deployment)
     return folder, config
 
 

@@ -22,16 +22,17 @@ from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy.bundle import write_bundle, write_run_config
 from fedprompt.deploy.flower_commands import last_words, run_flwr
 from fedprompt.deploy.folders import CONNECTION, ServerFolder
-from fedprompt.deploy.processes import Processes
+from fedprompt.deploy.processes import flower_environment
 from fedprompt.deploy.submission import write_submission
 from fedprompt.deploy.versions import VERSIONS
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.paths import absolute, hidden
-from fedprompt.experiment.run_folder import default_path
+from fedprompt.experiment.run_folder import default_path, is_held
 from fedprompt.experiment.summary import show_result
 from fedprompt.reports.run_data import CONFIG, SUMMARY
+from fedprompt.runtime.endings import advice, check_signals, command_line
 
 DEPLOYMENT, LOG = "deployment.json", "server.log"
 STATUS_S, POLL_S = 5.0, 1.0
@@ -66,6 +67,8 @@ def run_on_server(server: ServerFolder, config: Config, display: Display) -> Pat
 def resume_on_server(server: ServerFolder, path: Path, display: Display) -> Path:
     """Resume the run in the folder `path` on the server that runs on this machine.
 
+    A run that is in progress is not resumed but followed to its end.
+
     Args:
         server: the server's folder.
         path: the run folder.
@@ -77,7 +80,12 @@ def resume_on_server(server: ServerFolder, path: Path, display: Display) -> Path
     Raises:
         UserError: `path` holds no run of a deployment, or the run cannot be resumed.
     """
-    return _submit_and_follow(server, settings_to_resume(path), path.resolve(), display)
+    settings, path = settings_to_resume(path), path.resolve()
+    if not is_held(path):
+        return _submit_and_follow(server, settings, path, display)
+    run_id = _run_id(path)
+    display.message(f"the run in {path} is in progress; following run {run_id}")
+    return _follow_on_server(server, run_id, path, display)
 
 
 def new_run(config: Config) -> Config:
@@ -193,6 +201,7 @@ def follow(
     """
     num_shown, asked = 0, time.monotonic()
     while True:
+        check_signals()
         check()
         # Checked before the log is read, so that the last lines of a finished run are shown.
         over = is_complete(path)
@@ -236,18 +245,36 @@ def conclude(path: Path, display: Display, resume: str, logs: Path) -> Path:
 def _submit_and_follow(
     server: ServerFolder, settings: Mapping[str, str], path: Path, display: Display
 ) -> Path:
-    environment = {**Processes(server.path / "logs").environment, **server.environment}
+    environment = {**flower_environment(), **server.environment}
     run_id = start_run(server, settings, server.path / "submitted", environment)
     display.phase(f"run {run_id} in {path}")
-    follow(
-        path,
-        display,
-        status=lambda: run_status(run_id, environment),
-        # 'deploy server' restarts a SuperLink that has exited, and the run continues meanwhile.
-        check=lambda: None,
-    )
-    resume = f"fedprompt deploy run {server.path} --resume {path}"
+    return _follow_on_server(server, run_id, path, display)
+
+
+def _follow_on_server(server: ServerFolder, run_id: int, path: Path, display: Display) -> Path:
+    environment = {**flower_environment(), **server.environment}
+    resume = command_line("deploy", "run", str(server.path), "--resume", str(path))
+    with advice(lambda: f"the run goes on on the server; follow it with: {resume}"):
+        follow(
+            path,
+            display,
+            status=lambda: run_status(run_id, environment),
+            # 'deploy server' restarts a SuperLink that has exited; the run continues meanwhile.
+            check=lambda: None,
+        )
     return conclude(path, display, resume, server.path / "logs")
+
+
+def _run_id(path: Path) -> int:
+    """Flower's id of the run in progress in a run folder.
+
+    Raises:
+        UserError: the server app has not written it.
+    """
+    try:
+        return int(json.loads((path / DEPLOYMENT).read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is in use by another process.") from None
 
 
 def _lines(log: Path) -> list[str]:

@@ -6,11 +6,9 @@ a service manager, until it is stopped.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from fedprompt.deploy.addresses import check_host
 from fedprompt.deploy.connection import Connection
@@ -18,6 +16,7 @@ from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
 from fedprompt.deploy.key_registration import register_keys
 from fedprompt.deploy.processes import Processes, free_port, listens
 from fedprompt.errors import UserError
+from fedprompt.runtime.endings import advice, check_signals, command_line
 
 START_S = 300.0
 """Seconds that a process may take until it listens."""
@@ -51,11 +50,12 @@ def serve(server: ServerFolder, host: str) -> None:
     # Checked first: later, a program of somebody else would be taken for ours that listens.
     _refuse_used_port(server.port, "set --port PORT, here and in every node's --server", host)
     _refuse_used_port(server.superlink_port, f"set superlink_port in {server.path / SETTINGS}")
-    with Processes(server.path / "logs") as processes:
-        _stop_on_sigterm()
+    again = f"start it again with: {command_line()}"
+    with advice(lambda: again), Processes(server.path) as processes:
         clients = start_server(processes, server, host, START_S)
         _print(f"ready for {len(clients)} nodes on {host}:{server.port}")
         while True:
+            check_signals()
             processes.restart_exited(
                 SERVER_PAUSE_S, lambda name, status: _print(processes.exit_line(name, status))
             )
@@ -118,8 +118,8 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
     """
     if port is not None:
         _refuse_used_port(port, "set another --port, or leave it out to use any free one")
-    with Processes(node.path / "logs") as processes:
-        _stop_on_sigterm()
+    again = f"start it again with: {command_line()}"
+    with advice(lambda: again), Processes(node.path) as processes:
         # Created before the SuperNode starts, because it skips the lines that the log already has.
         connection = Connection(processes.log("supernode"), node.server, _print)
 
@@ -135,6 +135,7 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         processes.start("supernode", command, node.environment)
         _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")
         while True:
+            check_signals()
             processes.restart_exited(NODE_PAUSE_S, report)
             connection.update()
             time.sleep(LOOK_S)
@@ -147,12 +148,3 @@ def _refuse_used_port(port: int, advice: str, host: str = "127.0.0.1") -> None:
 
 def _print(line: str) -> None:
     print(line, flush=True)  # without flush, a service manager's journal would lag behind
-
-
-def _stop_on_sigterm() -> None:
-    """End like Ctrl-C when a service manager stops this process, so that no child is left."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)

@@ -30,6 +30,7 @@ from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS
+from fedprompt.runtime.endings import check_signals
 from fedprompt.simulation.private_log import PrivateLog
 
 LogLine = Callable[[Mapping[str, Any]], None]
@@ -87,6 +88,7 @@ def run_server(
         # Checked before a round, so that a resumed run ends where the unbroken one would.
         if ends_early(recorded, config.evaluation):
             break
+        check_signals()
         # 1 to 5. Sample, send, check, aggregate; evaluate.
         line, seconds = _one_round(federation, server_round, rounds, protocols=True)
         # 6. Record, before the checkpoint refers to the line.
@@ -129,6 +131,7 @@ def run_reference(
     federation.join()
     recorded: list[dict[str, Any]] = []
     for server_round in range(rounds + 1):
+        check_signals()
         line, _ = _one_round(federation, server_round, rounds)
         names = ("round", "train", "global", "personal", "personal_on_global", "validation")
         recorded.append({name: line[name] for name in names if name in line})

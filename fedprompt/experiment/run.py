@@ -25,6 +25,7 @@ from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY
+from fedprompt.runtime.endings import advice, command_line
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.private_log import PrivateLog
@@ -48,7 +49,7 @@ def run(config: Config, display: Display, resources: ResourceCache | None = None
     """
     # Checked before the folder is created: packages of the trackers may not be installed.
     check_installed(config.output.loggers)
-    return _run(config, RunFolder.create(config), display, resources)
+    return _run_in(RunFolder.create(config), config, display, resources)
 
 
 def resume(path: Path, display: Display, resources: ResourceCache | None = None) -> Path:
@@ -75,7 +76,15 @@ def resume(path: Path, display: Display, resources: ResourceCache | None = None)
         show_result(display, json.loads((path / SUMMARY).read_text()), path)
         folder.close()
         return path
-    return _run(config, folder, display, resources)
+    return _run_in(folder, config, display, resources)
+
+
+def _run_in(
+    folder: RunFolder, config: Config, display: Display, resources: ResourceCache | None
+) -> Path:
+    command = command_line("run", "--resume", str(folder.path))
+    with advice(lambda: f"continue with: {command}"):
+        return _run(config, folder, display, resources)
 
 
 def _run(

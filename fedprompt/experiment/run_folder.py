@@ -332,6 +332,20 @@ class RunFolder:
         return read_checkpoint(path) if path.is_file() else None
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the folder of a run at this moment."""
+    lock = FileLock(path / LOCK)
+    try:
+        if (path / LOCK).exists():
+            lock.acquire(timeout=0)
+            lock.release()
+    except Timeout:
+        return True
+    except OSError:
+        return False  # whoever opens the folder reports the reason
+    return False
+
+
 def default_path(config: Config) -> Path:
     """The run folder of a config without `output.dir`, before a number is appended."""
     name = f"{config.experiment}-{config.method.name}-seed{config.seed}"

@@ -13,6 +13,7 @@ import torch
 
 from fedprompt.config.schema import SimulationConfig
 from fedprompt.errors import UserError
+from fedprompt.runtime.endings import restore_handlers
 from fedprompt.simulation.ray_worker import Place
 
 
@@ -44,6 +45,9 @@ def start_ray(config: SimulationConfig) -> None:
     except Exception as error:  # `ray.init` raises errors of many types
         where = config.ray_address or "this machine"
         raise UserError(f"grid: cannot start or join Ray on {where}: {brief(error)}") from None
+    finally:
+        # Ray has replaced the handler of SIGTERM by its own, which prints its C++ stack.
+        restore_handlers()
 
 
 def free_bytes_per_worker(places: Sequence[Place]) -> float:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from fedprompt.config.schema import to_yaml
+from fedprompt.deploy.guard import send_signal
 from fedprompt.deploy.new_federation import create_federation
-from fedprompt.deploy.processes import descendants, free_port, send_signal
+from fedprompt.deploy.processes import descendants, free_port
 from tests.support.federation_twins import shared_of, simulate
 from tests.support.federations import config_for, needs_processes, write_clients
 from tests.support.shells import Shell

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedprompt.config.schema import to_yaml
-from fedprompt.deploy.processes import processes_with
+from fedprompt.deploy.guard import processes_with
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run as experiment
 from fedprompt.reports.run_data import PRIVATE

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.processes import descendants, send_signal
+from fedprompt.deploy.guard import send_signal
+from fedprompt.deploy.processes import descendants
 from tests.support.federation_twins import dropped
 from tests.support.federations import (
     Running,

@@ -23,7 +23,8 @@ import pytest
 
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.credentials import write_node_key
-from fedprompt.deploy.processes import descendants, send_signal
+from fedprompt.deploy.guard import send_signal
+from fedprompt.deploy.processes import descendants
 from tests.support.doc_pages import DOCS, commands
 from tests.support.federations import (
     Watched,

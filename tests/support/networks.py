@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.processes import send_signal
+from fedprompt.deploy.guard import send_signal
 
 LINE = "eth0"
 """A machine's own interface."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedprompt.deploy.processes import processes_with, send_signal
+from fedprompt.deploy.guard import processes_with, send_signal
 
 
 class Shell:
