@@ -50,8 +50,11 @@ def listen(path: Path) -> socket.socket:
     """Create a socket to which only this user can connect; an abandoned one is replaced.
 
     Raises:
-        UserError: the socket cannot be created.
+        UserError: the socket cannot be created, or another worker listens on it.
     """
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(str(path))
+        raise UserError(f"another worker listens on {path}; end it first.")
     listener = socket.socket(socket.AF_UNIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

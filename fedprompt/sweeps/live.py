@@ -24,7 +24,8 @@ from fedprompt.reports.terminal import BETWEEN, EDGES, LOOK
 from fedprompt.sweeps.plan import PlannedRun
 from fedprompt.sweeps.state import progress, rounds_done, seconds_left
 
-WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+WAITING, RUNNING, BUSY, DONE, FAILED = "waiting", "running", "busy", "done", "failed"
+"""States of a run; it is busy while another process executes it."""
 RESULTS = ("global", "personal")
 NUMBER = 8
 """Width of a result column, in characters."""
@@ -32,7 +33,8 @@ STATE = 22
 """Width that long run names leave for the state, in characters. Every state but a reason fits."""
 NARROW = 72
 """In a terminal with fewer columns than this, results share the column of states."""
-COLOURS = {WAITING: "dim", RUNNING: "bold", DONE: "green", FAILED: "bold red"}
+COUNTED = (DONE, RUNNING, BUSY, WAITING, FAILED)
+COLOURS = {WAITING: "dim", RUNNING: "bold", BUSY: "dim", DONE: "green", FAILED: "bold red"}
 
 
 @dataclass
@@ -77,6 +79,17 @@ class Board:
         self._lines[run.name].state = WAITING
         self.say(f"{run.name}: {why}; it goes on from its last checkpoint")
 
+    def defer(self, run: PlannedRun) -> None:
+        """Record that another process is executing the run, which is looked at again later."""
+        line = self._lines[run.name]
+        if line.state != BUSY:
+            self.say(f"busy   {run.name}: another process is executing it")
+        line.state = BUSY
+
+    def is_busy(self, run: PlannedRun) -> bool:
+        """Whether the run was deferred, and has neither started nor ended here since."""
+        return self._lines[run.name].state == BUSY
+
     def finish(self, run: PlannedRun, failure: str) -> None:
         """Record that the run has ended.
 
@@ -109,11 +122,9 @@ class Board:
     def counts(self) -> str:
         """Return a summary such as `24 runs: 5 done, 2 running, 17 waiting, about 3:05 left`."""
         found = Counter(line.state for line in self._lines.values())
-        parts = [
-            f"{found[state]} {state}" for state in (DONE, RUNNING, WAITING, FAILED) if found[state]
-        ]
+        parts = [f"{found[state]} {state}" for state in COUNTED if found[state]]
         left = self._seconds_left()
-        if left is not None and found[RUNNING] + found[WAITING]:
+        if left is not None and found[RUNNING] + found[BUSY] + found[WAITING]:
             parts.append(f"about {human_time(left)} left")
         return f"{len(self._lines)} runs: {', '.join(parts)}"
 
@@ -215,7 +226,7 @@ class LiveBoard(Board):
         return f"failed: {line.reason}" if line.state == FAILED else line.state
 
     def _shown(self, most: int) -> list[PlannedRun]:
-        order = {RUNNING: 0, FAILED: 1, DONE: 2, WAITING: 3}
+        order = {RUNNING: 0, FAILED: 1, BUSY: 2, DONE: 3, WAITING: 4}
         if len(self._planned) <= most:
             return list(self._planned)
         # Within a state the run that started last comes first, since its outcome is the newest.

@@ -9,6 +9,7 @@ as `fedprompt run` with the same config.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fedprompt.simulation.blocks import free_memory
 from fedprompt.simulation.ray_cluster import start_ray
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import PlannedRun, Resources
+from fedprompt.sweeps.queue import take
 from fedprompt.sweeps.worker import Outcome, SweepWorker, complete
 
 RETRIES = 2
@@ -70,9 +72,20 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
 
     # Read before the first run changes it: every run starts with the same number of threads.
     resources, threads = ResourceCache(), torch.get_num_threads()
-    for run in todo:
+    left = list(todo)
+    while left:
+        run = take(left, board)
+        if run is None:
+            # The other process may end without completing them.
+            time.sleep(POLL_S if left else 0)
+            continue
         board.start(run)
-        board.finish(run, complete(run.config, resources, threads).failure)
+        outcome = complete(run.config, resources, threads)
+        if outcome.busy:
+            board.defer(run)
+            left.append(run)
+        else:
+            board.finish(run, outcome.failure)
 
 
 def check_inline(todo: Sequence[PlannedRun]) -> None:
@@ -194,11 +207,14 @@ class RaySweep:
                 continue
             # Second choice: a run whose backbone and data no other worker has open either.
             elsewhere = {s.last for s in self._slots if s is not slot}
-            run = min(
+            last = slot.last
+            run = take(
                 self._todo,
-                key=lambda r: (_parts(r) != slot.last, _parts(r) in elsewhere),
+                self._board,
+                lambda r: (_parts(r) != last, _parts(r) in elsewhere),  # noqa: B023  # used at once
             )
-            self._todo.remove(run)
+            if run is None:
+                return
             slot.run, slot.last = run, _parts(run)
             # The config travels as plain values and is validated by the worker, like one read from
             # a file.
@@ -210,6 +226,9 @@ class RaySweep:
         import ray
 
         slots = {slot.ref: slot for slot in self._slots if slot.ref is not None}
+        if not slots:  # all runs that are left are busy
+            time.sleep(POLL_S)
+            return
         ready, _ = ray.wait(list(slots), num_returns=1, timeout=POLL_S)
         for ref in ready:
             slot = slots[ref]
@@ -226,7 +245,10 @@ class RaySweep:
             except ray.exceptions.RayError as error:
                 self._replace(slot, run, error)
             else:
-                if run is not None and isinstance(answer, Outcome):
+                if run is not None and isinstance(answer, Outcome) and answer.busy:
+                    self._board.defer(run)
+                    self._todo.append(run)
+                elif run is not None and isinstance(answer, Outcome):
                     self._board.finish(run, answer.failure)
 
     def _drop(self, slot: _Slot, error: BaseException) -> None:

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from fedprompt.config.schema import Config
     from fedprompt.experiment.workspaces import ResourceCache
 
-LOCK_S = 60.0
-"""How many seconds a run waits for the process of a killed sweep to release the run folder."""
-
 
 class Outcome(NamedTuple):
-    """How a run ended: `failure` is empty if it is complete, else the reason in one line."""
+    """How a run ended.
+
+    Attributes:
+        failure: empty if the run is complete, else the reason in one line.
+        busy: whether it was not touched, because another process is executing it.
+    """
 
     failure: str
+    busy: bool = False
 
 
 class SweepWorker:
@@ -92,6 +95,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.experiment import run as experiment
     from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import QuietDisplay
+    from fedprompt.experiment.run_folder import is_held
     from fedprompt.reports.run_data import CONFIG, ERROR
     from fedprompt.sweeps.plan import without_places
 
@@ -99,7 +103,6 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     # An earlier run in this process has set its own number of threads.
     torch.set_num_threads(threads)
     try:
-        _await_folder(folder)
         if (folder / CONFIG).is_file():
             # The folder's name holds only part of a hash, so the whole config is compared as well.
             if without_places(compose(str(folder / CONFIG))) != without_places(config):
@@ -108,7 +111,8 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
         else:
             experiment.run(config, silent, resources)
     except UserError as error:
-        return Outcome(str(error))
+        # Another process may hold the folder, or have created it just before this one.
+        return Outcome("", busy=True) if is_held(folder) else Outcome(str(error))
     except Exception as error:
         return Outcome(_unexpected(error, folder))
     finally:
@@ -117,25 +121,6 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     # The run is complete, so the traceback of an earlier attempt is outdated.
     (folder / ERROR).unlink(missing_ok=True)
     return Outcome("")
-
-
-def _await_folder(folder: Path) -> None:
-    """Wait until no other process holds the lock of the run folder, if the folder exists."""
-    from filelock import FileLock, Timeout
-
-    from fedprompt.errors import UserError
-
-    if not folder.is_dir():
-        return
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_S)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another process.") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}.") from None
-    # The run takes the lock itself; this was only the wait for it.
-    lock.release()
 
 
 def _unexpected(error: Exception, folder: Path) -> str:
