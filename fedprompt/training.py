@@ -14,7 +14,7 @@ clients that are still training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,14 @@ from torch import Tensor
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, stack
+from fedprompt.optimizer import (
+    MOMENTUM,
+    State,
+    build_optimizer,
+    keeps_momentum,
+    kept_momentum,
+    restore,
+)
 from fedprompt.rng import generator
 
 
@@ -37,6 +45,9 @@ class LocalResult:
             the client uploads.
         private: its private tensors after training, without a client axis, on the CPU. They never
             leave the client.
+        momentum: the optimiser's momentum of each trained tensor after the last step, as
+            `shared.<name>` or `private.<name>`, without a client axis, on the CPU. It is as private
+            as `private`, and empty unless the config keeps it.
         num_examples: the number of its training images, each counted once whatever the number of
             epochs and views. It is the client's weight in an average over examples.
         losses: every loss term, averaged over all images seen in the round, and the sum of these
@@ -46,6 +57,7 @@ class LocalResult:
     client: int
     shared: Tensors
     private: Tensors
+    momentum: Tensors
     num_examples: int
     losses: dict[str, float]
 
@@ -78,6 +90,7 @@ def train_clients(
     seed: int,
     server_round: int,
     rounds: int,
+    momentum: Sequence[Tensors] | None = None,
 ) -> list[LocalResult]:
     """Train K clients for `config.local_epochs` passes over their own images.
 
@@ -94,6 +107,8 @@ def train_clients(
         seed: the experiment's seed. With round, client and epoch it determines the order of images.
         server_round: the round, counted from 1.
         rounds: number of rounds of the experiment, for the learning-rate schedule.
+        momentum: per client, the `momentum` of its last result, or nothing before its first; used
+            if the config keeps it. None if no client has any.
 
     Returns:
         One result per client, in the order given. The arguments are not changed.
@@ -134,7 +149,10 @@ def train_clients(
     trained = {n: v for n, v in names.items() if n not in method.frozen}
     fixed = {n: v for n, v in names.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
-    final, totals = _descend(
+    kept = None
+    if keeps_momentum(config):
+        kept = kept_momentum(trained, [momentum[k] if momentum else {} for k in order])
+    final, totals, velocity = _descend(
         method,
         config,
         schedule,
@@ -144,11 +162,13 @@ def train_clients(
         trained=trained,
         fixed=fixed,
         at_rest=at_rest,
+        momentum=kept,
     )
     frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
     shared_K, private_K = method.end_round(*_containers(final | frozen), round_info)
     shared_K = {n: v.cpu() for n, v in shared_K.items()}
     private_K = {n: v.cpu() for n, v in private_K.items()}
+    velocity = {n: v.cpu() for n, v in velocity.items()}
     totals = {n: v.cpu() for n, v in totals.items()}
     # Undo the sorting: the results are in the order of the arguments.
     place = {k: row for row, k in enumerate(order)}
@@ -160,6 +180,7 @@ def train_clients(
                 client=client.client,
                 shared={n: v[row].clone() for n, v in shared_K.items()},
                 private={n: v[row].clone() for n, v in private_K.items()},
+                momentum={n: v[row].clone() for n, v in velocity.items()},
                 num_examples=len(client),
                 losses={n: float(v[row]) / seen for n, v in totals.items()},
             )
@@ -178,7 +199,8 @@ def _descend(
     trained: Tensors,
     fixed: Tensors,
     at_rest: Tensors,
-) -> tuple[Tensors, Tensors]:
+    momentum: Tensors | None,
+) -> tuple[Tensors, Tensors, Tensors]:
     """Take all local steps.
 
     Args:
@@ -191,15 +213,18 @@ def _descend(
         trained: tensors (K, ...) that the optimiser updates, with names as in `_named`.
         fixed: tensors (K, ...) that are used and not changed, with names as in `_named`.
         at_rest: what `Method.at_rest` returned.
+        momentum: the momentum of each trained tensor before the first step, (K, ...), or None if
+            it starts at zero and is not kept.
 
     Returns:
-        The `trained` tensors (K, ...) after the last step, and the sum over all images seen of
-        every loss term (K,).
+        The `trained` tensors (K, ...) after the last step; the sum over all images seen of every
+        loss term (K,); and the momentum of each trained tensor (K, ...), if it is kept.
     """
     device = method.clip.device
     final = {n: v.clone() for n, v in trained.items()}
     totals: dict[str, Tensor] = {}
-    state: list[dict[str, Tensor]] | None = None
+    velocity = {n: v.clone() for n, v in (momentum or {}).items()}
+    state: State | None = None if momentum is None else [{MOMENTUM: momentum[n]} for n in trained]
     for first, stop, active in schedule.segments:
         # Within a segment the same A clients train. New leaves and a new optimiser per segment
         # drop the clients that are done: with a zero gradient, momentum and weight decay would
@@ -207,8 +232,8 @@ def _descend(
         leaves = {n: v[:active].clone().requires_grad_() for n, v in trained.items()}
         present = round_info.first(active)
         shared_A, private_A = _containers(leaves | {n: v[:active] for n, v in fixed.items()})
-        optimizer = _optimizer(config, leaves, round_info.lr, method.lr_scale)
-        _restore(optimizer, list(leaves.values()), state, active)
+        optimizer = build_optimizer(config, leaves, round_info.lr, method.lr_scale)
+        restore(optimizer, list(leaves.values()), state, active)
         for step in range(first, stop):
             index_KB = schedule.index_SKB[step, :active]
             mask_KB = schedule.mask_SKB[step, :active].to(device)
@@ -237,13 +262,19 @@ def _descend(
         for name, value in trained.items():
             final[name][:active] = value
         state = [dict(optimizer.state[p]) for p in leaves.values()]
-    return final, totals
+        if momentum is not None:
+            for name, leaf_state in zip(trained, state, strict=True):
+                velocity[name][:active] = leaf_state[MOMENTUM]
+    if momentum is not None:
+        for name, rest_K in at_rest.items():
+            _put_back(velocity[name], momentum[name], rest_K)
+    return final, totals, velocity
 
 
 @torch.no_grad()
-def _put_back(leaf: Tensor, start: Tensor, rest_A: Tensor) -> None:
-    """Return the rows of `leaf` (A, ...) at which `rest_A` is true to their values in `start`."""
-    leaf.copy_(torch.where(rest_A.view(-1, *[1] * (leaf.dim() - 1)), start, leaf))
+def _put_back(tensor: Tensor, start: Tensor, rest_A: Tensor) -> None:
+    """Return the rows of `tensor` (A, ...) where `rest_A` is true to their values in `start`."""
+    tensor.copy_(torch.where(rest_A.view(-1, *[1] * (tensor.dim() - 1)), start, tensor))
 
 
 def _named(shared: Tensors, private: Tensors) -> Tensors:
@@ -328,46 +359,3 @@ def _batches(
         segments.append((first, stop, sum(s >= stop for s in steps_K)))
         first = stop
     return _Schedule(torch.from_numpy(index), torch.from_numpy(mask), tuple(segments))
-
-
-def _optimizer(
-    config: TrainingConfig, leaves: Tensors, lr: float, lr_scale: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """Create the optimiser, with one parameter group per tensor for its learning-rate factor."""
-    groups = [
-        {"params": [leaf], "lr": lr * lr_scale.get(name, 1.0)} for name, leaf in leaves.items()
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    first, second = config.betas
-    return adam(
-        groups, lr=lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay
-    )
-
-
-def _restore(
-    optimizer: torch.optim.Optimizer,
-    leaves: Sequence[Tensor],
-    state: list[dict[str, Tensor]] | None,
-    active: int,
-) -> None:
-    """Give a new optimiser the state of the clients that are still training.
-
-    Args:
-        optimizer: the optimiser of the next segment.
-        leaves: its parameters (A, ...).
-        state: the state of each parameter after the previous segment, or None before the first.
-        active: the number A of clients still training.
-    """
-    if state is None:
-        return
-    for leaf, leaf_state in zip(leaves, state, strict=True):
-        optimizer.state[leaf] = {
-            # Momentum and moments have a client axis. Adam's step counter is a 0-d tensor that all
-            # clients share, as they have taken the same number of steps so far.
-            n: v[:active].clone() if torch.is_tensor(v) and v.dim() > 0 else v
-            for n, v in leaf_state.items()
-        }

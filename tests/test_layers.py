@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("backbone",),
     ("data",),
     ("methods", "reports"),
-    ("training", "scoring", "workspace"),
+    ("optimizer", "training", "scoring", "workspace"),
     ("privacy",),
     ("evaluation",),
     ("federation",),

@@ -159,6 +159,9 @@ class TrainingConfig:
     optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "local optimiser")
     lr: float = option(0.002, "learning rate in round 1", gt=0)
     momentum: float = option(0.9, "SGD momentum", ge=0, lt=1)
+    momentum_state: Literal["reset", "keep"] = option(
+        "reset", "sgd: a client's momentum starts at zero in each round, or is kept from its last"
+    )
     betas: list[float] = option([0.9, 0.999], "adam, adamw: decay of both moments")
     eps: float = option(1e-8, "adam, adamw: added to the denominator", gt=0)
     weight_decay: float = option(5e-4, "weight decay", ge=0)
@@ -167,9 +170,14 @@ class TrainingConfig:
     batch_size: int = option(32, "images per step", ge=1)
 
     def check(self) -> None:
-        """Refuse `betas` that are not two numbers in [0, 1)."""
+        """Refuse `betas` that are not two numbers in [0, 1), and a state that Adam cannot keep."""
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"'betas' is {self.betas}; it takes two numbers in [0, 1).")
+        if self.momentum_state == "keep" and self.optimizer != "sgd":
+            raise UserError(
+                f"'momentum_state' is 'keep', but optimizer '{self.optimizer}' starts anew in each "
+                "round; set momentum_state=reset, or optimizer=sgd."
+            )
 
 
 @dataclass(frozen=True)

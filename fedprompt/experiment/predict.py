@@ -30,6 +30,7 @@ from fedprompt.federation.registry import strategy_class
 from fedprompt.files import read_regular, refuse_foreign, write_bytes
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.optimizer import without_momentum
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
 from fedprompt.simulation.private_log import PrivateLog
 
@@ -213,7 +214,8 @@ def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
         )
     states = PrivateLog(run_dir / PRIVATE, clients)
     states.read(checkpoint.server_round, checkpoint.private)
-    return states.get(client)
+    stored = states.get(client)
+    return None if stored is None else without_momentum(stored)[0]
 
 
 def _open(path: Path, pixels: Pixels) -> Image.Image:

@@ -114,15 +114,16 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Check what concerns several sections: validation images and secure aggregation.
+    """Check what concerns several sections: validation images, momentum and secure aggregation.
 
     Args:
         config: the whole experiment.
 
     Raises:
-        UserError: a round is to be chosen without validation images; or, with secure aggregation,
-            the strategy needs single replies, the attack is one that only checks of single replies
-            detect, or a round has too few clients.
+        UserError: a round is to be chosen without validation images; the method needs a momentum
+            that starts at zero; or, with secure aggregation, the strategy needs single replies,
+            the attack is one that only checks of single replies detect, or a round has too few
+            clients.
     """
     partition = config.partition
     fractions = partition.local_validation_fraction or partition.server_validation_fraction
@@ -131,6 +132,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             "config: evaluation.select=best_validation needs validation images: set "
             "partition.local_validation_fraction and partition.server_validation_fraction."
+        )
+    if config.training.momentum_state == "keep" and not config.method.keeps_momentum:
+        raise UserError(
+            f"config: method '{config.method.name}' needs a momentum that starts each round at "
+            "zero; set training.momentum_state=reset."
         )
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)

@@ -26,6 +26,7 @@ from fedprompt.evaluation.registry import open_protocols
 from fedprompt.federation.screening import COMMON_COUNTS, TEST_COUNTS, VALIDATION_COUNTS
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
+from fedprompt.optimizer import with_momentum, without_momentum
 from fedprompt.privacy.local_noise import protected
 from fedprompt.scoring import encode_personal, score_each, score_models
 from fedprompt.training import train_clients
@@ -48,11 +49,12 @@ def handle(
         workspace: this process's data, CLIP and method.
         clients: client ids, in the order of `messages`.
         messages: what the server sent; all of one type and one round.
-        private: private tensors by client id, of those clients that have trained before.
+        private: what the clients that have trained before have stored, by client id: private
+            tensors, and momentum if the experiment keeps it.
 
     Returns:
-        Replies in the order of `messages`, and the private tensors that training has changed, by
-        client id.
+        Replies in the order of `messages`, and what clients are to store after training, by client
+        id.
 
     Raises:
         UserError: the messages do not fit the experiment, or a client has no data to train on.
@@ -63,7 +65,8 @@ def handle(
         return _train(workspace, clients, messages, private)
     if kind == MessageType.EVALUATE:
         evaluate = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
-        return evaluate(workspace, clients, messages, private), {}
+        models = {c: without_momentum(stored)[0] for c, stored in private.items()}
+        return evaluate(workspace, clients, messages, models), {}
     raise UserError(f"clients do not answer messages of type '{kind}'.")
 
 
@@ -71,19 +74,23 @@ def _train(
     workspace: Workspace,
     clients: Sequence[int],
     messages: Sequence[Message],
-    private: Mapping[int, Tensors],
+    stored: Mapping[int, Tensors],
 ) -> tuple[list[Message], dict[int, Tensors]]:
     """Train, and reply with the shared tensors and losses."""
     config = workspace.config
+    private, momentum = {}, {}
+    for client in clients:
+        private[client], momentum[client] = without_momentum(stored.get(client, {}))
     results = train_clients(
         workspace.method,
         [received(workspace, m) for m in messages],
-        [private.get(c) or workspace.start_private(c) for c in clients],
+        [private[c] or workspace.start_private(c) for c in clients],
         [workspace.train_data(c) for c in clients],
         config.training,
         seed=config.seed,
         server_round=server_round(messages[0]),
         rounds=config.federation.rounds,
+        momentum=[momentum[c] for c in clients],
     )
     replies = []
     for message, result in zip(messages, results, strict=True):
@@ -107,7 +114,8 @@ def _train(
         metrics = MetricRecord({"num-examples": examples, **named})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         replies.append(Message(content, reply_to=message))
-    return replies, {r.client: r.private for r in results if r.private}
+    changed = {r.client: with_momentum(r.private, r.momentum) for r in results}
+    return replies, {c: tensors for c, tensors in changed.items() if tensors}
 
 
 def reported_counts(workspace: Workspace) -> list[tuple[str, str]]:

@@ -79,6 +79,11 @@ class MethodConfig:
         """Names of the only strategies that the method works with; None if all of them do."""
         return None
 
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether the method is also right if SGD's momentum does not start a round at zero."""
+        return True
+
     def __post_init__(self) -> None:
         """Take the name of the file that defines the config, unless a name is given."""
         if not self.name:

@@ -9,7 +9,8 @@ How we differ: the prompts of many images pass through the text tower together (
 image), as many as `POSITIONS_AT_ONCE` allows. Beyond that, training stores only the contexts and
 recomputes the tower for the gradient, so the tower's activations of only one part are in memory.
 Values and gradients are the same. N images still cost N x C text sequences: the paper trains with
-`training.batch_size=1`.
+`training.batch_size=1`. The code's first epoch has the rate 1e-5, and its loader leaves out the
+last partial batch of an epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ frozen shared tensor that `end_round` fills and that the server sends back as ze
 THE CLIENT'S LABEL HISTOGRAM TO THE SERVER, which no other method of this family does.
 
 If `context_init` is given, every class starts from the same words; CoOp's code then silently drops
-the class-specific contexts.
+the class-specific contexts. The code's first epoch has the rate 1e-5, and its loader leaves out the
+last partial batch of an epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

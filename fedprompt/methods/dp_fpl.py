@@ -30,10 +30,12 @@ Private tensors never leave the client in any case.
 
 How we differ: the public code adds U U^T g_U V; to be g's projection on the factors' tangent space
 the sign has to be minus (Yu et al., ICML 2021, arXiv 2106.09352) and nothing divided by 10.
-`local_gradient: projection` does so; the default is the code's. In one version of that code a
-single optimiser serves all clients in turn, so that its momentum mixes them; ours is each client's
-own. B is the number of a step's images, so a partial batch gets more noise; in the public code it
-is the size of the largest batch.
+`local_gradient: projection` does so; the default is the code's. In the public loop the initial
+weights are loaded again before every batch of round 1, so only the last batch of that round counts
+(and the momentum of the others). A single optimiser serves all clients in turn, so that its
+momentum mixes them; ours is each client's own and starts at zero in each round. B is the number of
+a step's images, so a partial batch gets more noise; in the public code it is the size of the
+largest batch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ averaged: 2 (D^2 + D) numbers, 525,312 at D = 512; all clients have equal weight
 As in the paper, two images of one class in a batch are negatives of each other, so the loss of such
 a batch cannot reach zero. The loss and the gradient of a batch with a single image are zero (the
 public code skips it). How we differ: the public code keeps the round with the best validation
-accuracy; here the protocol decides what is reported.
+accuracy; here the protocol decides what is reported. Adam starts anew in each round in both.
 """
 
 from __future__ import annotations

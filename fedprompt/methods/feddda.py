@@ -20,6 +20,7 @@ plain path, which is exact: with learned tokens behind the name, only [SOS][G] i
 How we differ: the public code sizes the adapters by the width of the text tower, we by that of the
 image feature, which is the same on every ViT-B. Like that code, we have no model of the shared
 tensors alone: they are half a sentence, and an adapter without the gate that mixes its output.
+Momentum starts at zero in each round in both.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ N(0, 0.02^2), weight 8, equal weights in the average.
 
 How we differ: there, a client's classes are those of its own data; here all clients know all class
 names, as in every other method. The public `CoOpCLIP` cannot run: it calls `encode_text` with an
-argument that the function does not take.
+argument that the function does not take. Each client there owns one optimiser, whose momentum lasts
+from round to round (`training.momentum_state: keep`); by default ours starts at zero in each round.
 """
 
 from __future__ import annotations

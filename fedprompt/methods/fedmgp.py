@@ -24,6 +24,13 @@ the initial values. A client that was not sampled for some rounds continues from
 groups; in the public code it continues from those of its own last round. Text and visual choices
 share their random numbers, as there.
 
+The released code averages visual prompts, but stores them under the name `visual.VPT`, which its
+model does not have (`image_encoder.VPT`), and its loader skips unknown names. So no client ever
+receives an average or its own visual prompts back: whoever trains continues with those of the
+client before it. Ours are stored, averaged and sent back as the paper says. One optimiser serves
+all clients and rounds there; our momentum starts at zero in each round (docs/concepts.md, "Momentum
+between rounds").
+
 Shape suffixes: K clients, G groups, S sampled groups, M tokens, B images, C classes, D joint
 embedding, w width of a tower.
 """

@@ -19,7 +19,9 @@ How we differ: the public code keeps both prompts in one tensor and slices it; h
 containers. There the mean that stops the iteration is taken over the batch; here it is taken over
 each client's own real images. The public code's first round trains all clients whatever the
 fraction; ours samples them. A client that has not trained yet holds the starting local prompt,
-which is the same for all clients in both.
+which is the same for all clients in both. One optimiser serves all clients and rounds there, so
+that momentum passes from client to client; ours starts at zero in each round (docs/concepts.md,
+"Momentum between rounds").
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ Defaults are those of the base-to-new script: b = 8, mu = 0.5 (4 and 1 on the co
 How we differ: the script asks for two prompts, which makes the code's logits 2 C wide with labels
 among the first C; we have one prompt, the code's own default. The code also encodes U V alone and
 does not use it; we do not. A start from words fails in the code, so it is not offered. The public
-code's first round trains all clients whatever the fraction; ours samples them.
+code's first round trains all clients whatever the fraction; ours samples them. One optimiser serves
+all clients and rounds there, so that momentum passes from client to client; ours starts at zero in
+each round (docs/concepts.md, "Momentum between rounds").
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ How we differ: if lengths are unequal, the public code uses the end-of-text posi
 prompt for all of them, and so reads a shorter prompt's feature too late, by the difference of
 lengths; we read each at its own position. All clients start from the first rows of one draw, as in
 GL_SVDMSE (GL_SVDMSE_HE draws each client's). A start from words fails in the code, so it is not
-offered. The code decomposes G in float32, we G G^T = U S^2 U^T in float64.
+offered. The code decomposes G in float32, we G G^T = U S^2 U^T in float64. Momentum starts at zero
+in each round in both.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ Numbers: 4,206,080 on ViT-B/16. FedMGP's table says 4,208.1 thousand, which is t
 
 How we differ: there, a client's classes (those that the network reads and those of the
 cross-entropy) are those of its own data; here all clients know all class names, as in every other
-method. The generator runs in float32, not in half precision.
+method. The generator runs in float32, not in half precision. Each client there owns one optimiser,
+whose momentum lasts from round to round (`training.momentum_state: keep`); by default ours starts
+at zero in each round.
 """
 
 from __future__ import annotations

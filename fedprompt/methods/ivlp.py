@@ -11,7 +11,8 @@ ones replace the output of the previous layer at their positions.
 How we differ: the papers use one machine; here all prompts are averaged over clients and nothing is
 private. We use float32 where the code rounds prompts to half precision. J is at most the number of
 layers of each tower, and start words that do not split after M tokens are refused
-(`deep_prompts.py`).
+(`deep_prompts.py`). The code's first epoch has the rate 1e-5, and its loader leaves out the last
+partial batch of an epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ against the authors' `KgCoOp/trainers/kgcoop.py`.
 
 How we differ: if a data set has several templates, t0 is their normalised mean. The AMP branch of
 the public code omits the term and cannot run (it passes logits and term together as logits); its
-unused Meta-Net, bias vector and adapter are left out.
+unused Meta-Net, bias vector and adapter are left out. The code's first epoch has the rate 1e-5, and
+its loader leaves out the last partial batch of an epoch; ours does neither (docs/concepts.md,
+"Local training").
 """
 
 from __future__ import annotations

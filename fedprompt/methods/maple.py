@@ -24,6 +24,8 @@ uploaded. The first round's offset is zero. In evaluation everyone's visual prom
 
 How we differ: we use float32 where the code rounds prompts to half precision; J is at most the
 number of layers of either tower; the width of the visual prompts is the tower's, not a fixed 768.
+The code's first epoch has the rate 1e-5, and its loader leaves out the last partial batch of an
+epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ How we differ: the public code counts layers from below, 5 to 12 in both towers;
 which is the same in ViT-B but not in ViT-L/14's 24 image layers. In evaluation the public model
 keeps the text features of the first client that it evaluates for all clients and rounds, and the
 best round is reported; ours encodes each client's own text. Clients that are not sampled do not
-train. There is no global model: without W_d and W_u the shared projection has no meaning.
+train. There is no global model: without W_d and W_u the shared projection has no meaning. One
+optimiser serves all clients and rounds there, so that momentum passes from client to client; ours
+starts at zero in each round (docs/concepts.md, "Momentum between rounds").
 """
 
 from __future__ import annotations

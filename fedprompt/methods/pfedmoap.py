@@ -1,9 +1,9 @@
 """pFedMoAP: other clients' prompts as frozen experts, mixed by a private attention gate.
 
 Source: Mixture of Experts Made Personalized: Federated Prompt Learning for Vision-Language Models
-(Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP,
-which we read in later projects that contain it. With the client's own prompt P, the prompts of its
-E nearest peers, v the image feature, t class features and r(.) every (D / d)-th of D numbers:
+(Luo, Chen, Wu, ICLR 2025, arXiv 2410.10114); public code https://github.com/ljaiverson/pFedMoAP.
+With the client's own prompt P, the prompts of its E nearest peers, v the image feature, t class
+features and r(.) every (D / d)-th of D numbers:
 
     q = W_q r(v)     k_e, u_e = W_k r(t_e), W_v r(t_e)     e = own, peer 1 .. peer E
     m_c = W_o [softmax_e(scaling * q_h . k_ech) u_ech]_h     heads h, class c
@@ -20,8 +20,17 @@ How we differ: every client's gate starts from the same draw and is private from
 public code's loop, the gate of a client that has not trained yet continues from the client that
 trained before it, and a client that joins in a later round still holds that client's experts.
 There, clients train one after the other and may be sent a prompt of the same round; here, all
-experts are from earlier rounds. Predictions use the experts that are sent after the round. Dropout
-is off: the public attention is configured with 0.1 and never applies it.
+experts are from earlier rounds. Predictions use the experts that are sent after the round. The
+paper's experts are the nearest peers, and so are ours; the public loop never passes its option
+`sparse_selection` on, so its experts are random peers. Dropout is off: the public attention is
+configured with 0.1 and never applies it.
+
+Rates: in the public code the gate's is 0.01 throughout. The prompt's starts at 0.002 and is a
+cosine over the local epochs of one round; one scheduler serves all clients and rounds, so the rate
+falls and rises again, and the very first epoch has 1e-5. Ours is `training.schedule` for both, the
+gate's `gate_lr_scale` times as high. Each of the code's two optimisers serves all clients and
+rounds, so that momentum passes from client to client; ours starts at zero in each round
+(docs/concepts.md, "Momentum between rounds").
 """
 
 from __future__ import annotations

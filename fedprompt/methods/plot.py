@@ -15,7 +15,9 @@ How we differ: the mean that stops the iteration is over each client's own image
 returns no logits at all if an entry is not a number; here, problems with eps below 1/40 are solved
 in float64, so no such entry occurs. Its class-specific contexts and its class names in front or in
 the middle of the context work with one prompt only, so neither is offered. It also computes logits
-of pooled features that it does not use; we do not.
+of the pooled image feature and of the mean text feature, and adds them to logit_c on ImageNet, but
+on no other data set; we never do. Its training is not federated: 50 epochs of SGD with momentum
+0.9, the first of them at the rate 1e-5 (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ reported sum of terms. In a federation each client projects the gradient of its 
 set has several templates, the teacher is their normalised mean and the start is the first one. The
 public code counts the words of a template instead of its tokens: if there is a comma before the
 name ("a type of pet, a photo of a {}."), the last token stays frozen behind the M learned ones;
-ours is learned. Its class position `middle` fails on an undefined name; ours is CoOp's.
+ours is learned. Its class position `middle` fails on an undefined name; ours is CoOp's. The code's
+first epoch has the rate 1e-5, and its loader leaves out the last partial batch of an epoch; ours
+does neither (docs/concepts.md, "Local training").
 
 Defaults are those of its configs. Its README has lambda 0.8 for 8 and 16 shots of Flowers102, DTD
 and EuroSAT.

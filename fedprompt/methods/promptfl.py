@@ -9,8 +9,10 @@ exp(logit_scale), cross-entropy. Checked against CoOp's `trainers/coop.py` and P
 How we differ: the public PromptFL code stores references to one model's weights instead of copies,
 so it averages the prompt of the last client only; it never clears that list between rounds, and it
 would weight all clients equally. We average the replies of a round, weighted by their numbers of
-images (`strategy.weights=uniform` weights them equally). Small clients train on their last partial
-batch as well (CoOp's `drop_last` would train nothing).
+images (`strategy.weights=uniform` weights them equally). One optimiser serves all clients and
+rounds there, so that momentum passes from client to client; ours starts at zero in each round.
+CoOp's code trains its first epoch at the rate 1e-5 and leaves out the last partial batch of an
+epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

@@ -9,9 +9,16 @@ class features of a prompt,
 the mix is not normalised again; loss CE. The server averages the global prompt only. The global
 model is the global prompt alone (theta = 0), which the paper does not evaluate.
 
-Defaults are those of the public code: theta 0.4 (`frac_p`), 8 tokens. Checked against two forks of
-it, `trainers/PromptFolio.py`, which agree. Clients start from the same local prompt, as there. How
-we differ: the code holds both prompts in one tensor and slices it; here they are two containers.
+Defaults are those of the public code, `trainers/PromptFolio.py`: theta 0.4 (`frac_p`), 8 tokens.
+Clients start from the same local prompt, as there.
+
+How we differ: the code holds both prompts in one tensor and slices it; here they are two
+containers. It lists the drawn clients' prompts in the order of the draw, but looks them up by
+client number: a client's number of images then weights another client's prompt, unless clients are
+drawn in order, and the lookup fails if a number is not below the number of clients drawn. Ours
+weights each client's prompt by its own images. One optimiser serves all clients and rounds there,
+so that momentum passes from client to client; ours starts at zero in each round (docs/concepts.md,
+"Momentum between rounds").
 """
 
 from __future__ import annotations

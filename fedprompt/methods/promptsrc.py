@@ -18,7 +18,9 @@ server over rounds, by the strategy `strategies/gaussian.py`, which `strategy: a
 
 How we differ: nothing is private, all prompts are averaged over clients (the paper uses one
 machine). v0 are the cached features of the same view of an image. We use float32 where the code
-rounds prompts and t0 to half precision; J is at most the number of layers of each tower.
+rounds prompts and t0 to half precision; J is at most the number of layers of each tower. The code's
+first epoch has the rate 1e-5, and its loader leaves out the last partial batch of an epoch; ours
+does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

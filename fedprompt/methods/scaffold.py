@@ -44,6 +44,7 @@ class ScaffoldConfig(WrapperConfig):
 
     default_strategy = MappingProxyType({"name": "scaffold"})
     supported_strategies = frozenset({"scaffold"})
+    keeps_momentum = False  # `coefficients` counts from a momentum of zero
 
     def check(self) -> None:
         """Refuse a base whose own strategy would be lost."""

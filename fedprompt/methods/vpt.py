@@ -17,7 +17,8 @@ embedding.
 How we differ: the papers use one machine; here the prompts are averaged over clients. The first
 paper's learned linear head and prompt dropout (0 by default) are left out: the head is the text. We
 use float32 where the code rounds prompts to half precision. The depth is at most the number of
-layers.
+layers. The code's first epoch has the rate 1e-5, and its loader leaves out the last partial batch
+of an epoch; ours does neither (docs/concepts.md, "Local training").
 """
 
 from __future__ import annotations

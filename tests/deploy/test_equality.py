@@ -30,6 +30,7 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     config = config_for(
         tmp_path / "images", tmp_path / "run", rounds=2,
         evaluation={"every": 1}, protocols=["global", "personalised"],
+        training={"momentum_state": "keep"},
     )  # fmt: skip
     (tmp_path / "experiment.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "fedprompt", "deploy", "local"]

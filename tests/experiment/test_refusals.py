@@ -50,6 +50,8 @@ REFUSED_OVERRIDES = {
     # out of range
     "federation.fraction=0": "federation.fraction is 0.0; it must be greater than 0.",
     "federation.fraction=1.01": "federation.fraction is 1.01; it must be at most 1.",
+    "training.momentum_state=kept": "training.momentum_state is 'kept'; it must be one of reset, "
+    "keep. Did you mean 'keep'?",
     "training.momentum=1": "training.momentum is 1.0; it must be less than 1.",
     "federation.rounds=-1": "federation.rounds is -1; it must be at least 0.",
     "partition.shots=0": "partition.shots is 0; it must be at least 1.",

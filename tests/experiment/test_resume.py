@@ -30,6 +30,8 @@ SECTIONS = {
     "federation": {"rounds": 12, "fraction": 0.75},
     "partition": {"clients": 4, "alpha": 1.0},
     "evaluation": {"local_only": True},
+    # More has to be restored than with the default.
+    "training": {"momentum_state": "keep"},
 }
 
 

@@ -65,10 +65,17 @@ def _wires(
 
 
 @pytest.mark.parametrize("composition", ["two_branch", "concat", "sum"])
+@pytest.mark.parametrize("momentum_state", ["reset", "keep"])
 def test_only_declared_shared_tensors_leave_a_client(
-    make_workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch, composition: str
+    make_workspace: MakeWorkspace,
+    monkeypatch: pytest.MonkeyPatch,
+    composition: str,
+    momentum_state: str,
 ) -> None:
-    workspace = make_workspace(method={"name": "fedrsclip", "composition": composition})
+    workspace = make_workspace(
+        method={"name": "fedrsclip", "composition": composition},
+        training={"momentum_state": momentum_state},
+    )
     grid = InlineGrid(workspace)
     shapes = {n: tuple(t.shape) for n, t in workspace.method.init_shared(1).items()}
     wires = _wires(grid, monkeypatch)
@@ -76,6 +83,7 @@ def test_only_declared_shared_tensors_leave_a_client(
     for client, wire in wires[-4:]:
         private = grid.private.get(client)
         assert private is not None
+        assert ("momentum/shared.ctx" in private) == (momentum_state == "keep")
         assert leaks(wire, private, shapes) == []
 
 

@@ -83,13 +83,15 @@ def train(
     received: Sequence[Tensors],
     private: Sequence[Tensors],
     server_round: int = 1,
+    momentum: Sequence[Tensors] | None = None,
     **changes: Any,
 ) -> list[LocalResult]:
     settings = {"lr": 0.01, "batch_size": 4, "weight_decay": 0.0, "schedule": "constant"}
     config = TrainingConfig(**{**settings, **changes})
     return train_clients(
-        method, received, private, data, config, seed=1, server_round=server_round, rounds=10
-    )
+        method, received, private, data, config, seed=1, server_round=server_round, rounds=10,
+        momentum=momentum,
+    )  # fmt: skip
 
 
 def shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:

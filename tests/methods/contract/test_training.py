@@ -11,7 +11,7 @@ import torch
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.table import FeatureTable
-from fedprompt.methods.base import Method
+from fedprompt.methods.base import Method, Tensors
 from fedprompt.training import LocalResult
 from tests.support.method_contract import (
     Server,
@@ -61,14 +61,16 @@ def test_results_are_equal_for_every_block_size(
 ) -> None:
     """In round 2 a client trains for the first time, beside two that train for the second.
 
-    The sizes differ, so this also shows that padded batches change nothing. Weight decay moves
-    every tensor of a block that the optimiser is given, also where only one client trains it.
+    The sizes differ, so this also shows that padded batches change nothing. Weight decay and the
+    momentum that clients keep move every tensor of a block that the optimiser is given, also where
+    only one client trains it.
     """
     method, data = trainable, clients(columns, dataset)
     server, private = Server(method, data), first_private(method, data)
+    momentum: list[Tensors] = [{} for _ in data]
     for server_round, blocks in ((1, [[0, 2]]), (2, [[0, 1, 2], [1, 0]])):
         received = server.send(server_round, data)
-        start = (data, received, private)
+        start = (data, received, private, momentum)
         alone = [_block(method, [k], start, server_round)[0] for k in range(3)]
         results = [_block(method, clients_, start, server_round) for clients_ in blocks]
         for clients_, block in zip(blocks, results, strict=True):
@@ -77,16 +79,21 @@ def test_results_are_equal_for_every_block_size(
                 assert_close(ours.shared, alone[k].shared, received[k], 1e-3)
                 assert_close(ours.private, alone[k].private, private[k], 1e-3)
         server.collect(server_round, results[0])
-        trained = {r.client: r.private for r in results[0]}
-        private = [trained.get(k, held) for k, held in enumerate(private)]
+        trained = {r.client: r for r in results[0]}
+        private = [trained[k].private if k in trained else p for k, p in enumerate(private)]
+        momentum = [trained[k].momentum if k in trained else m for k, m in enumerate(momentum)]
 
 
 def _block(
     method: Method, of: list[int], start: tuple[list[Any], ...], server_round: int
 ) -> list[LocalResult]:
-    """Train some clients together, from their data, received and private tensors."""
-    inputs = ([values[k] for k in of] for values in start)
-    return train(method, *inputs, server_round, weight_decay=0.1)
+    """Train some clients together, from their data, received and private tensors and momentum."""
+    data, received, private, momentum = ([values[k] for k in of] for values in start)
+    state = "keep" if method.config.keeps_momentum else "reset"
+    return train(
+        method, data, received, private, server_round, momentum, weight_decay=0.1,
+        momentum_state=state,
+    )  # fmt: skip
 
 
 def test_the_order_of_clients_never_matters(

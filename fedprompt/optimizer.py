@@ -1,0 +1,114 @@
+"""The local optimiser of a block of clients, and the momentum that a client may keep.
+
+Local training (`fedprompt/training.py`) builds a new optimiser for every block and round. SGD's
+momentum therefore starts at zero in each round (`training.momentum_state: reset`), unless every
+client keeps its own until its next round (`keep`). A momentum that is kept is as private as the
+private tensors and is stored beside them; it is never part of a reply.
+
+Source of `keep`: the public code of FedTPG (Qiu et al., ICLR 2024), where each client owns one
+optimiser for the whole run. Many public loops have one optimiser for all clients instead, so that a
+client continues with the momentum of the client that trained before it. That is not offered: it
+passes one client's gradients on to another (docs/concepts.md, "Momentum between rounds").
+
+Shape suffixes: K clients, A clients that are still training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.methods.base import Tensors
+
+MOMENTUM = "momentum_buffer"
+"""The name of the momentum in the state of torch's SGD."""
+STORED = "momentum/"
+"""What precedes the name of a momentum in a store. No method's tensor has a slash in its name."""
+State = list[dict[str, Tensor]]
+"""What an optimiser knows about each of its parameters, in their order."""
+
+
+def build_optimizer(
+    config: TrainingConfig, leaves: Tensors, lr: float, lr_scale: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """Create the optimiser, with one parameter group per tensor for its learning-rate factor.
+
+    Args:
+        config: the optimiser's name and its settings.
+        leaves: the trained tensors (A, ...).
+        lr: the round's learning rate.
+        lr_scale: factors of the learning rate by name of the tensor; 1 for all others.
+    """
+    groups = [
+        {"params": [leaf], "lr": lr * lr_scale.get(name, 1.0)} for name, leaf in leaves.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    first, second = config.betas
+    return adam(
+        groups, lr=lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], state: State | None, active: int
+) -> None:
+    """Give a new optimiser the state of the clients that are still training.
+
+    Args:
+        optimizer: the new optimiser.
+        leaves: its parameters (A, ...).
+        state: the state of each parameter before, or None if there is none.
+        active: the number A of clients still training.
+    """
+    if state is None:
+        return
+    for leaf, leaf_state in zip(leaves, state, strict=True):
+        optimizer.state[leaf] = {
+            # Momentum and moments have a client axis. Adam's step counter is a 0-d tensor that all
+            # clients share, as they have taken the same number of steps so far.
+            n: v[:active].clone() if torch.is_tensor(v) and v.dim() > 0 else v
+            for n, v in leaf_state.items()
+        }
+
+
+def keeps_momentum(config: TrainingConfig) -> bool:
+    """Whether there is a momentum, and clients keep it until their next round."""
+    return config.momentum_state == "keep" and config.optimizer == "sgd" and config.momentum > 0
+
+
+def kept_momentum(trained: Tensors, kept: Sequence[Tensors]) -> Tensors:
+    """The momentum of a block's clients at the start of a round.
+
+    Args:
+        trained: the tensors that will be trained, (K, ...).
+        kept: per client, its momentum by the same names, without a client axis; empty before the
+            client's first training.
+
+    Returns:
+        The momentum of each tensor, (K, ...); zeros where a client has none.
+    """
+    return {
+        name: torch.stack(
+            [own[name].to(t) if name in own else torch.zeros_like(t[0]) for own in kept]
+        )
+        for name, t in trained.items()
+    }
+
+
+def with_momentum(private: Tensors, momentum: Tensors) -> Tensors:
+    """What a client stores: its private tensors and its momentum, in one container."""
+    return private | {f"{STORED}{name}": t for name, t in momentum.items()}
+
+
+def without_momentum(stored: Tensors) -> tuple[Tensors, Tensors]:
+    """The private tensors and the momentum that a client has stored; see `with_momentum`."""
+    private = {n: t for n, t in stored.items() if not n.startswith(STORED)}
+    momentum = {n.removeprefix(STORED): t for n, t in stored.items() if n.startswith(STORED)}
+    return private, momentum
