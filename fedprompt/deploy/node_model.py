@@ -29,6 +29,7 @@ from fedprompt.experiment.predict import PromptModel
 from fedprompt.files import write_bytes
 from fedprompt.methods.base import Task, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.optimizer import without_momentum
 from fedprompt.workspace import Workspace
 
 MODEL = "model.safetensors"
@@ -137,7 +138,7 @@ def load_model(kept: KeptModel) -> PromptModel:
     task = Task(kept.class_names, tuple(config.data.templates))
     method = method_class(config.method.name)(config.method, clip, task)
     # A client that has never trained has the values that it would start from.
-    private = FileStore(kept.folder).latest(sys.maxsize)
+    private, _ = without_momentum(FileStore(kept.folder).latest(sys.maxsize) or {})
     private = private or method.init_private(config.seed, kept.client)
     return PromptModel(clip, method, kept.shared, private, config.data)
 

@@ -21,7 +21,8 @@ from fedprompt.deploy.node import answer
 from fedprompt.deploy.node_model import MODEL, find_model, load_model
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
-from tests.deploy.test_node import message, start_of
+from fedprompt.messages import to_record
+from tests.deploy.test_node import message
 from tests.support.federations import CLASSES, config_for, write_clients
 
 CLIENT = 1
@@ -30,23 +31,24 @@ CLIENT = 1
 class Node:
     """A node that has trained and been tested in round 1."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **sections: Any) -> None:
         self.images, self.state = folder / "images", folder / "node" / "state"
         write_clients(self.images)
-        self.config = config_for(self.images, folder / "run", rounds=1)
+        self.config = config_for(self.images, folder / "run", rounds=2, **sections)
         self.settings = {
             "partition-id": CLIENT, "data": str(self.images / f"client-{CLIENT}"), "device": "cpu",
             "state-dir": str(self.state),
         }  # fmt: skip
-        self.start = start_of(self.images)
+        shared = open_workspace(self.config).method.init_shared(self.config.seed)
+        self.start = to_record({n: t.numpy() for n, t in shared.items()})
         self.ask(MessageType.TRAIN)
         metrics = self.ask(MessageType.EVALUATE).content["metrics"]
         assert isinstance(metrics, MetricRecord)
         self.tested, self.correct = metrics["num-examples"], metrics["correct"]
 
-    def ask(self, kind: str, run: str = "r") -> Any:
+    def ask(self, kind: str, run: str = "r", server_round: int = 1) -> Any:
         settings = {"config": to_yaml(self.config), "run": run}
-        reply = answer(message(kind, 1, self.start), self.settings, settings, 7)
+        reply = answer(message(kind, server_round, self.start), self.settings, settings, 7)
         assert not reply.has_error()
         return reply
 
@@ -94,6 +96,23 @@ def test_the_model_uses_the_private_prompts_and_the_last_shared_ones(
     for tensor in kept.shared.values():
         tensor.zero_()
     assert load_model(kept).predict([image], top=4)[0].probabilities != without
+
+
+def test_a_kept_momentum_is_stored_by_round_and_is_no_part_of_the_model(tmp_path: Path) -> None:
+    keep = {"momentum_state": "keep"}
+    node = Node(tmp_path, method={"name": "ditto"}, strategy={"name": "auto"}, training=keep)
+
+    def trained() -> dict[str, Any]:
+        reply = node.ask(MessageType.TRAIN, server_round=2)
+        return {n: a.numpy().tobytes() for n, a in reply.content["arrays"].items()}
+
+    assert trained() == trained(), "a repeated round starts from the momentum of the round before"
+    files = [load_file(node.folder / f"round-00000{r}.safetensors") for r in (1, 2)]
+    first, second = (f["momentum/shared.ctx"] for f in files)
+    assert first.any()
+    assert not first.equal(second)
+    image = next((node.images / "client-1").rglob("*.png"))
+    assert load_model(find_model(node.state)).predict([image])
 
 
 def test_only_the_nodes_user_can_read_it(trained: Node) -> None:
