@@ -260,11 +260,11 @@ import os, signal, sys
 from fedprompt.cli.main import app
 from fedprompt.privacy.secure_aggregation import server
 unmask, calls = server._Round._unmask, []
-def lethal(self, shared, here):
+def lethal(self, *who):
     calls.append(0)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return unmask(self, shared, here)
+    return unmask(self, *who)
 server._Round._unmask = lethal
 app(["run", sys.argv[1], "--quiet"])
 """
