@@ -23,6 +23,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class RunFailed(UserError):
+    """A run that ended without a result; the command's exit status is 1 and not 2."""
+
+
 class DamagedFile(UserError):
     """A file that is not what was written: cut off, or with a changed byte.
 

@@ -29,7 +29,7 @@ from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
-from fedprompt.errors import UserError
+from fedprompt.errors import RunFailed, UserError
 from fedprompt.reports.terminal import LOOK
 from fedprompt.runtime.endings import run_command
 
@@ -99,10 +99,14 @@ def run(
       fedprompt run quickstart method=promptfl federation.rounds=30 seed=2
 
       fedprompt run --resume runs/quickstart-fedrsclip-seed1
+
+      fedprompt run --resume runs/quickstart-fedrsclip-seed1 federation.rounds=60
     """
     from fedprompt.experiment.display import make_display
 
-    if (experiment is None) == (resume is None):
+    # Beside --resume there is no experiment, so the first word is an override like the others.
+    changes = [*([experiment] if experiment and resume else []), *(overrides or [])]
+    if (experiment is None and resume is None) or (resume and any("=" not in x for x in changes)):
         raise UserError("give an experiment, e.g. 'fedprompt run quickstart', or --resume RUN.")
     display = make_display(quiet)
     try:
@@ -113,10 +117,10 @@ def run(
         from fedprompt.experiment.compose import compose
 
         if resume is not None:
-            experiments.resume(resume, display)
+            experiments.resume(resume, display, overrides=changes)
         else:
             assert experiment is not None
-            experiments.run(compose(experiment, overrides or []), display)
+            experiments.run(compose(experiment, changes), display)
     finally:
         display.close()
 
@@ -243,8 +247,9 @@ def doctor(
 def main() -> None:
     """Run the command line.
 
-    A `UserError` is printed on one line, with exit status 2. Ctrl-C, SIGTERM and SIGHUP end a
-    command with one line as well, see `fedprompt.runtime.endings`.
+    A `UserError` is printed on one line, with exit status 2, or 1 for a run that ended without a
+    result. Ctrl-C, SIGTERM and SIGHUP end a command with one line as well, see
+    `fedprompt.runtime.endings`.
     """
     logging.basicConfig(
         level=logging.WARNING,
@@ -260,7 +265,7 @@ def _command() -> None:
         app(prog_name="fedprompt")
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RunFailed) else 2)
 
 
 def _console() -> Console:

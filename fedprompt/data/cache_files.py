@@ -3,7 +3,7 @@
 The layout, all below the cache folder (`output.cache`, else $FEDPROMPT_CACHE, else
 ~/.cache/fedprompt):
 
-    features/<data set>/<view>-<key>.npy   one row per image, in data set order
+    features/<data set>/<view>-<key>.npy   one row per image, in data set order, and checksums
     scan/<data set>.json                   hashes of the images that were already checked
 """
 

@@ -17,16 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save
-
 from fedprompt.backbone.loading import load_clip
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.data.cache_files import default_cache_dir
-from fedprompt.deploy.private_store import CHECKSUM, FileStore, checksum, read_checked
+from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.predict import PromptModel
 from fedprompt.files import write_bytes
+from fedprompt.files.tensors import read_tensors, to_bytes
 from fedprompt.methods.base import Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.optimizer import without_momentum
@@ -83,7 +82,6 @@ def keep_model(
         shared: these tensors by name.
     """
     header = {
-        CHECKSUM: checksum(shared),
         "client": str(client),
         "round": str(server_round),
         "class_names": json.dumps(workspace.dataset.class_names),
@@ -91,7 +89,7 @@ def keep_model(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_bytes(folder / MODEL, save(shared, metadata=header), mode=0o600)
+        write_bytes(folder / MODEL, to_bytes(shared, header), mode=0o600)
     except OSError as error:
         log.warning(
             "the model of round %d cannot be kept in %s: %s", server_round, folder, error.strerror
@@ -145,7 +143,7 @@ def load_model(kept: KeptModel) -> PromptModel:
 
 def _read(path: Path) -> KeptModel:
     try:
-        shared, header = read_checked(path)
+        shared, header = read_tensors(path, required=True)
         names: Sequence[str] = json.loads(header["class_names"])
         client, server_round = int(header["client"]), int(header["round"])
         config = header["config"]

@@ -8,52 +8,13 @@ tensors of all its clients in `fedprompt.simulation.private_log`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from fedprompt.errors import UserError
+from fedprompt.errors import DamagedFile, UserError
 from fedprompt.files import write_bytes
+from fedprompt.files.tensors import read_tensors, to_bytes
 from fedprompt.methods.base import Tensors
-
-CHECKSUM = "sha256"
-
-
-def checksum(tensors: Tensors) -> str:
-    """SHA-256 of the names, types, shapes and bytes of some tensors, as hexadecimal digits."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        # Names, types and shapes are hashed too, because the same bytes may mean other tensors.
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def read_checked(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read tensors that were stored with their checksum.
-
-    Args:
-        path: a safetensors file.
-
-    Returns:
-        Tensors by name on the CPU, and the file's metadata.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-            metadata = dict(reader.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-    if metadata.get(CHECKSUM) != checksum(tensors):
-        raise ValueError("its checksum does not match")
-    return tensors, metadata
 
 
 class FileStore:
@@ -89,9 +50,9 @@ class FileStore:
             return None
         path = self._path(max(rounds))
         try:
-            return read_checked(path)[0]
+            tensors, _ = read_tensors(path, required=True)
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise DamagedFile(
                 f"private state {path} cannot be read ({' '.join(str(error).split())}); "
                 "remove it to continue with those of the round before."
             ) from None
@@ -111,8 +72,7 @@ class FileStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Serialised in memory first, so that `write_bytes` can replace the file atomically.
-            content = save(tensors, metadata={CHECKSUM: checksum(tensors)})
-            write_bytes(self._path(server_round), content, mode=0o600)
+            write_bytes(self._path(server_round), to_bytes(tensors), mode=0o600)
         except OSError as error:
             raise UserError(
                 f"cannot write private state to {self.folder}: {error.strerror}; set the node's "

@@ -28,9 +28,11 @@ from fedprompt.deploy.versions import VERSIONS
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.new_folder import default_path
 from fedprompt.experiment.paths import absolute, hidden
-from fedprompt.experiment.run_folder import default_path, is_held
+from fedprompt.experiment.run_folder import is_held
 from fedprompt.experiment.summary import show_result
+from fedprompt.files.checksums import read_verified
 from fedprompt.reports.run_data import CONFIG, SUMMARY
 from fedprompt.runtime.endings import advice, check_signals, command_line
 
@@ -127,7 +129,7 @@ def settings_to_resume(path: Path) -> dict[str, str]:
     """
     try:
         run = str(json.loads((path / DEPLOYMENT).read_text())["run"])
-        text = (path / CONFIG).read_text(encoding="utf-8")
+        text = read_verified(path / CONFIG).decode("utf-8")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path} does not contain the run of a deployment ({CONFIG} and {DEPLOYMENT})."

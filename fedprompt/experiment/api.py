@@ -27,9 +27,10 @@ from fedprompt.experiment.display import (
     summary_table,
 )
 from fedprompt.experiment.predict import Classifier
+from fedprompt.experiment.resuming import read_config
 from fedprompt.reports.draw import draw
 from fedprompt.reports.format import Table
-from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
+from fedprompt.reports.run_data import SUMMARY, RunData, load_run
 from fedprompt.reports.run_figures import run_figures
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def run(
 def resume(
     path: str | Path,
     /,
-    *,
+    *overrides: str,
     progress: bool = False,
     on_round: OnRound | None = None,
     on_end: OnEnd | None = None,
@@ -106,7 +107,9 @@ def resume(
     """Continue an interrupted or stopped run; the result is the same as without interruption.
 
     Args:
-        path: the run folder. A finished run is not changed.
+        path: the run folder. A finished run is not changed, unless it is given more rounds.
+        *overrides: `"federation.rounds=80"` goes on for longer; `output.loggers` and
+            `output.report` can be changed as well, and nothing else.
         progress: whether to show what `fedprompt run` shows; by default nothing is printed.
         on_round: called after every remaining round, as for `run`.
         on_end: called with the result when the run is complete or has been stopped.
@@ -118,7 +121,12 @@ def resume(
         UserError: the folder holds no run, or the data set has changed since the run began.
     """
     folder = Path(path)
-    return _observe(lambda display: experiments.resume(folder, display), progress, on_round, on_end)
+    return _observe(
+        lambda display: experiments.resume(folder, display, overrides=overrides),
+        progress,
+        on_round,
+        on_end,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class Result:
     @cached_property
     def config(self) -> Config:
         """The complete config of the run."""
-        return composition.compose(self.path / CONFIG)
+        return read_config(self.path)
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -6,13 +6,15 @@ The server reads its checkpoint to resume a run; `predict` reads both kinds of f
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedprompt.errors import UserError
+from fedprompt.errors import DamagedFile, UserError
 from fedprompt.federation.checkpoint import Checkpoint
+from fedprompt.files import tensors
+from fedprompt.files.checksums import read_verified
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -28,9 +30,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: the file is missing, damaged, or not a checkpoint.
     """
     try:
-        tensors, header = read_tensors(path)
+        named, header = read_tensors(path)
         groups: dict[str, dict[str, Tensor]] = {"shared": {}, "strategy": {}}
-        for key, tensor in tensors.items():
+        for key, tensor in named.items():
             group, _, name = key.partition("/")
             groups[group][name] = tensor
         return Checkpoint(
@@ -45,8 +47,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from None
 
 
+def checkpoint_bytes(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> bytes:
+    """Serialise a checkpoint for `RunFolder.save_checkpoint`.
+
+    Args:
+        checkpoint: the checkpoint.
+        metadata: further texts for the header of the file.
+    """
+    groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
+    # Cloned, since safetensors refuses tensors that share memory, as a strategy's may.
+    named = {
+        f"{group}/{name}": tensor.detach().contiguous().clone()
+        for group, of_group in groups.items()
+        for name, tensor in of_group.items()
+    }
+    header = {
+        "round": str(checkpoint.server_round),
+        "totals": json.dumps(checkpoint.totals),
+        "private": checkpoint.private,
+    }
+    return tensors.to_bytes(named, {**header, **metadata})
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Read the metadata of a checkpoint: round, totals, config, digests.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return read_tensors(path)[1]
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file.
+    """Read and verify a safetensors file of a run folder.
 
     Args:
         path: the file.
@@ -58,14 +91,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as reader:
-            # The reader is not a mapping and can only be iterated through `keys`.
-            tensors = {k: reader.get_tensor(k) for k in reader.keys()}  # noqa: SIM118
-            return tensors, dict(reader.metadata() or {})
+        read_verified(path)
+        return tensors.read_tensors(path)
     except FileNotFoundError:
         raise UserError(f"no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is damaged ({reason}); remove it to start from the beginning."
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise DamagedFile(
+            f"{path} is damaged ({error}); remove it to start from the beginning."
         ) from None

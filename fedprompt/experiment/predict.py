@@ -25,13 +25,20 @@ from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
-from fedprompt.experiment.compose import compose
+from fedprompt.experiment.resuming import read_config
 from fedprompt.federation.registry import strategy_class
 from fedprompt.files import read_regular, refuse_foreign, write_bytes
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.optimizer import without_momentum
-from fedprompt.reports.run_data import CHECKPOINT, CONFIG, PARTITION, PRIVATE, PROMPTS
+from fedprompt.reports.run_data import (
+    CHECKPOINT,
+    PARTITION,
+    PRIVATE,
+    PROMPTS,
+    check_partition,
+    read_object,
+)
 from fedprompt.simulation.private_log import PrivateLog
 
 
@@ -151,18 +158,17 @@ class Classifier(PromptModel):
     """
 
     def __init__(self, run_dir: Path, client: int | None = None) -> None:
-        if not (run_dir / CONFIG).is_file():
-            raise UserError(f"{run_dir} holds no run (no {CONFIG}).")
+        config = read_config(run_dir)
         if not (run_dir / PROMPTS).is_file():
             raise UserError(
                 f"{run_dir} is not finished; 'fedprompt run --resume {run_dir}' goes on."
             )
-        config = compose(run_dir / CONFIG)
-        names = json.loads((run_dir / PARTITION).read_text())["class_names"]
+        # The cheap reads come before the weights.
+        names = _class_names(run_dir / PARTITION)
+        tensors, _ = read_tensors(run_dir / PROMPTS)
         clip = load_clip(config.backbone, default_cache_dir(config.output.cache))
         task = Task(tuple(names), tuple(config.data.templates))
         method: Method = method_class(config.method.name)(config.method, clip, task)
-        tensors, _ = read_tensors(run_dir / PROMPTS)
         shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}
         if client is not None:
             if not 0 <= client < config.partition.clients:
@@ -181,6 +187,12 @@ class Classifier(PromptModel):
                 f"method '{method.name}' has no global model; choose one with --client."
             )
         super().__init__(clip, method, shared, private, config.data)
+
+
+def _class_names(path: Path) -> list[str]:
+    partition = read_object(path)
+    check_partition(partition, path)
+    return list(partition["class_names"])
 
 
 def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tensors:

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fedprompt.errors import UserError
+from fedprompt.config.schema import Config
+from fedprompt.errors import RunFailed, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.selection import ends_early, select
@@ -29,7 +31,7 @@ from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.releases import FILE as RELEASES
-from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS
+from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS, read_object
 from fedprompt.runtime.endings import check_signals
 from fedprompt.simulation.private_log import PrivateLog
 
@@ -63,6 +65,7 @@ def run_server(
 
     Raises:
         UserError: the folder or the data do not match the checkpoint, or nodes are missing.
+        RunFailed: no round counted, or the prompts have never moved.
     """
     config = federation.config
     rounds = _last_round(federation)
@@ -102,16 +105,42 @@ def run_server(
         folder.append(TIMINGS, {"round": server_round, **seconds})
         # 7. Checkpoint.
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
-            _save(federation.checkpoint(server_round, totals), folder, private)
+            _save(federation.checkpoint(server_round, totals), folder, private, config)
         # After the checkpoint, since a display may stop the run here and nothing should be lost.
         seconds_per_round = (time.monotonic() - began) / (server_round - first + 1)
         display.round(
             line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
             seconds_per_round * (rounds - server_round),
         )
+    _refuse_untrained(federation, folder)
     # The protocols' measurements of personal models, for `finish`.
     federation.ask_clients(line["round"])
     return line, totals
+
+
+def _refuse_untrained(federation: Federation, folder: RunFolder) -> None:
+    """Refuse to report prompts as a result that no training has changed.
+
+    Raises:
+        RunFailed: no round counted, or the prompts are those of the start.
+    """
+    rounds = _last_round(federation)
+    lines = [line for line in folder.lines(METRICS) if line.get("clients")]
+    if not rounds or not lines:
+        return
+    reasons = Counter(reason for line in lines for reason in line.get("dropped", {}).values())
+    often = f" (most often: {reasons.most_common(1)[0][0]})" if reasons else ""
+    if not any(line["clients"]["accepted"] for line in lines):
+        what = f"no client's update was accepted in any of {len(lines)} rounds"
+    elif federation.untrained:
+        what = f"the shared prompts have not changed in {len(lines)} rounds"
+    else:
+        return
+    raise RunFailed(
+        f"{what}{often}, so there is no result; {folder.path / METRICS} has the reasons round by "
+        "round. A learning rate that is too high or too low is a usual cause (training.lr="
+        f"{federation.config.training.lr:g})."
+    )
 
 
 def run_reference(
@@ -180,23 +209,30 @@ def _continue_from(
 def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
     """Refuse to continue with data that differ from those at the start of the run."""
     path = folder.path / PARTITION
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, so it is not known with which data the run began; restore it from "
+            "a copy, or start a new run with 'fedprompt run ... output.dir=...'."
+        )
     # A trip through JSON turns tuples into lists and keys into strings, as in the file.
-    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(description)):
+    if read_object(path) != json.loads(json.dumps(description)):
         raise UserError(
             f"the data set or its partition is not what {path} says it was when the run began; "
             "restore it, or start a new run with 'fedprompt run ... output.dir=...'."
         )
 
 
-def _save(checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None) -> None:
+def _save(
+    checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None, config: Config
+) -> None:
     """Write a checkpoint such that a crash at any point leaves a complete one."""
     if private is None:
-        folder.save_checkpoint(checkpoint)
+        folder.save_checkpoint(checkpoint, config)
         return
     # New private tensors are written first and stale ones removed last: whichever checkpoint is on
     # disk, the private tensors that it refers to are there as well.
     digest = private.save(checkpoint.server_round)
-    folder.save_checkpoint(replace(checkpoint, private=digest))
+    folder.save_checkpoint(replace(checkpoint, private=digest), config)
     private.remove_stale()
 
 

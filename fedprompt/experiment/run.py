@@ -6,8 +6,8 @@ are run by `fedprompt.deploy`, with the same loop over rounds.
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.resuming import changed, schedule_note
 from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish, show_result
@@ -24,7 +25,8 @@ from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY
+from fedprompt.reports.page import is_whole
+from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY, load_run
 from fedprompt.runtime.endings import advice, command_line
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
@@ -52,30 +54,43 @@ def run(config: Config, display: Display, resources: ResourceCache | None = None
     return _run_in(RunFolder.create(config), config, display, resources)
 
 
-def resume(path: Path, display: Display, resources: ResourceCache | None = None) -> Path:
+def resume(
+    path: Path,
+    display: Display,
+    resources: ResourceCache | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
     """Continue an interrupted run from its last checkpoint.
 
     The results are the same, bit for bit, as without the interruption. A finished run is not
-    changed, except that a missing report is drawn.
+    changed, except that a missing or torn report is drawn, unless it is given more rounds.
 
     Args:
         path: the run folder.
         display: shows the progress.
         resources: keeps backbone and data sets open for later runs of this process.
+        overrides: changes as on the command line, of the keys in `resuming.CHANGEABLE`. More
+            rounds also continue a finished run.
 
     Returns:
         The path of the run folder.
 
     Raises:
-        UserError: the folder holds no run, is damaged or in use, or `run` would raise it.
+        UserError: an override is of another key, the folder holds no run, is damaged or in use, or
+            `run` would raise it.
     """
     folder, config = RunFolder.resume(path)
-    if (path / SUMMARY).is_file():
-        if config.output.report and not (path / REPORT).is_file():
-            draw_report(path)
-        show_result(display, json.loads((path / SUMMARY).read_text()), path)
+    try:
+        config = _reopened(folder, config, overrides, display)
+        if (path / SUMMARY).is_file():
+            show_result(display, load_run(path).summary or {}, path)
+            if config.output.report and not is_whole(path / REPORT):
+                draw_report(path)
+            folder.close()
+            return path
+    except BaseException:
         folder.close()
-        return path
+        raise
     return _run_in(folder, config, display, resources)
 
 
@@ -85,6 +100,28 @@ def _run_in(
     command = command_line("run", "--resume", str(folder.path))
     with advice(lambda: f"continue with: {command}"):
         return _run(config, folder, display, resources)
+
+
+def _reopened(
+    folder: RunFolder, config: Config, overrides: Sequence[str], display: Display
+) -> Config:
+    """Apply the changes that are given beside `--resume`, and say what they do."""
+    wanted = changed(config, overrides)
+    if wanted == config:
+        return config
+    if wanted.federation.rounds != config.federation.rounds:
+        checkpoint = folder.load_checkpoint()
+        done = checkpoint.server_round if checkpoint else 0
+        if wanted.federation.rounds < done:
+            raise UserError(
+                f"federation.rounds={wanted.federation.rounds}: the run in {folder.path} has "
+                f"already done {done} rounds."
+            )
+        display.message(schedule_note(config, wanted, done))
+        folder.reopen(wanted)
+    elif not (folder.path / SUMMARY).is_file():
+        folder.reopen(wanted)
+    return wanted
 
 
 def _run(

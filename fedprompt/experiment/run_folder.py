@@ -2,6 +2,7 @@
 
 It is crash-safe: every file is replaced atomically, or appended to line by line.
 
+checksums.txt          SHA-256 of the files below that do not change any more
 config.yaml            the complete config, which reproduces the run
 versions.json          the versions that the run was started and resumed with
 partition.json         images of every client by class and domain
@@ -18,28 +19,43 @@ plots/, report.html    the report
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 
-from fedprompt.config.schema import Config, to_yaml
-from fedprompt.errors import UserError
-from fedprompt.experiment.checkpoint import read_checkpoint
-from fedprompt.experiment.compose import compose
+from fedprompt.config.schema import Config, to_dict, to_yaml
+from fedprompt.errors import DamagedFile, UserError
+from fedprompt.experiment.checkpoint import checkpoint_bytes, read_checkpoint, read_header
+from fedprompt.experiment.new_folder import (
+    LOCK,
+    VERSIONS,
+    default_path,
+    discard,
+    holds_run,
+    make,
+    make_first_free,
+    refuse_taken,
+)
+from fedprompt.experiment.resuming import read_config
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.files import remove_temporaries, write_bytes
+from fedprompt.files.checksums import (
+    ADVICE,
+    CHECKSUMS,
+    digest,
+    read_checksums,
+    write_checksums,
+)
 from fedprompt.reports.run_data import (
     CHECKPOINT,
     CONFIG,
-    ERROR,
     METRICS,
     PARTITION,
     PROMPTS,
@@ -51,19 +67,15 @@ from fedprompt.runtime import versions
 
 log = logging.getLogger("fedprompt.run")
 
-VERSIONS = "versions.json"
-"""The versions with which a run was started and those with which it was resumed, in order."""
-
-LOCK = ".lock"
-UNSTARTED = (CONFIG, VERSIONS, "loggers.json", "tensorboard", "wandb", LOCK)
-"""What a run may have written before its first round: config, versions, logs of trackers, lock."""
-
-
 WRITTEN = (
-    CONFIG, VERSIONS, PARTITION, METRICS, TIMINGS, CHECKPOINT, PROMPTS, SUMMARY, REPORT,
+    CHECKSUMS, CONFIG, VERSIONS, PARTITION, METRICS, TIMINGS, CHECKPOINT, PROMPTS, SUMMARY, REPORT,
     "loggers.json",
 )  # fmt: skip
 """Files that are replaced atomically, so that a killed process may leave a temporary copy."""
+
+
+VERIFIED = (CONFIG, PARTITION, PROMPTS, SUMMARY)
+"""Files with an entry in `checksums.txt`; a complete run has one for metrics and timings too."""
 
 
 class RunFolder:
@@ -81,6 +93,11 @@ class RunFolder:
         # What was there before this process; None unless `create` made this a new run.
         self._before: frozenset[str] | None = None
         self._made_folder = False
+        self._checksums: dict[str, str] | None = None
+        # The running digest of `metrics.jsonl`, and how many of its bytes it covers.
+        self._hash, self._hashed = hashlib.sha256(), 0
+        # The digest that the checkpoint has of the metrics lines up to its round.
+        self._metrics_then: str | None = None
         # Two processes that resume the same run would interleave their lines. The operating system
         # releases the lock of a process that dies.
         self._lock = FileLock(path / LOCK)
@@ -110,15 +127,15 @@ class RunFolder:
         if config.output.dir:
             path = Path(config.output.dir).expanduser()
             # Refused before the lock, so that not even its file is added to such a folder.
-            before = _refuse_taken(path)
-            made = _make(path)
+            before = refuse_taken(path)
+            made = make(path)
         else:
-            path, before, made = _make_first_free(default_path(config)), frozenset(), True
+            path, before, made = make_first_free(default_path(config)), frozenset(), True
         folder = cls(path)
         folder._before, folder._made_folder = before, made
         try:
             # Once more under the lock: two processes may have found the folder empty.
-            _refuse_taken(path)
+            refuse_taken(path)
         except UserError:
             folder.close()
             raise
@@ -137,12 +154,12 @@ class RunFolder:
             The locked folder and the run's config.
 
         Raises:
-            UserError: the folder holds no run, its config is damaged, or another process holds
-                the folder.
+            UserError: the folder holds no run, its config was edited or is damaged, or another
+                process holds the folder.
         """
         if not holds_run(path):
             raise UserError(f"{path} holds no run to resume (no {CONFIG} of a run).")
-        config = compose(path / CONFIG)
+        config = read_config(path)
         folder = cls(path)
         if not (path / SUMMARY).exists():  # a finished run is not continued
             folder.record_versions()
@@ -182,21 +199,8 @@ class RunFolder:
         The next attempt then gets the same name, without a number. The folder itself is removed if
         this process has made it and nothing else is in it. A resumed run is left alone.
         """
-        if self._before is None or any(p.name not in UNSTARTED for p in self.path.iterdir()):
-            return
-        for name in UNSTARTED:
-            path = self.path / name
-            if name in self._before:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        if self._made_folder:
-            # Succeeds only if the folder is empty.
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+        if self._before is not None:
+            discard(self.path, self._before, made=self._made_folder)
 
     def write(self, name: str, content: bytes) -> None:
         """Replace one file atomically.
@@ -209,6 +213,10 @@ class RunFolder:
             UserError: the disk is full, or the file cannot be written.
         """
         try:
+            # The checksum first: a crash in between leaves an entry for a file that is not there,
+            # or that is written again with the same content.
+            if name in VERIFIED:
+                self._set_checksums({name: digest(content)})
             write_bytes(self.path / name, content)
         except OSError as error:
             raise UserError(
@@ -232,6 +240,14 @@ class RunFolder:
         # can be changed.
         text = re.sub(r'\[\n[^\]\["{}]+\]', lambda m: f"[{' '.join(m[0][1:-1].split())}]", text)
         self.write(name, f"{text}\n".encode())
+
+    def _set_checksums(self, entries: Mapping[str, str | None]) -> None:
+        """Replace or, with None, remove entries of `checksums.txt`."""
+        if self._checksums is None:
+            self._checksums = read_checksums(self.path) or {}
+        merged = {**self._checksums, **entries}
+        self._checksums = {name: value for name, value in merged.items() if value is not None}
+        write_checksums(self.path, self._checksums)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line to a `.jsonl` file and flush it to disk.
@@ -277,6 +293,36 @@ class RunFolder:
                 break
         return records
 
+    def complete(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, which marks the run as complete.
+
+        Args:
+            summary: plain JSON values.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written.
+            ValueError: a number is NaN or infinite.
+        """
+        # From now on no line is added, so the files of lines have checksums as well.
+        lines = [self.path / name for name in (METRICS, TIMINGS) if (self.path / name).is_file()]
+        self._set_checksums({path.name: digest(path.read_bytes()) for path in lines})
+        self.write_json(SUMMARY, summary)
+
+    def reopen(self, config: Config) -> None:
+        """Make a run go on with another config, also one that was complete.
+
+        Args:
+            config: the new config, as `resuming.changed` allows it.
+
+        Raises:
+            UserError: the disk is full, or a file cannot be written.
+        """
+        # The summary goes first: without it the run counts as unfinished, whatever comes next.
+        for name in (SUMMARY, PROMPTS):
+            (self.path / name).unlink(missing_ok=True)
+        self.write(CONFIG, to_yaml(config).encode())
+        self.record_versions()
+
     def rewind(self, server_round: int) -> None:
         """Remove all lines that were written after a checkpoint, and temporary files.
 
@@ -284,8 +330,13 @@ class RunFolder:
             server_round: the checkpoint's round; -1 removes all lines.
 
         Raises:
+            DamagedFile: the metrics up to the checkpoint are not those that it was written with.
             UserError: the disk is full, or a file cannot be written.
         """
+        entries: dict[str, str | None] = dict.fromkeys((METRICS, TIMINGS, SUMMARY, PROMPTS))
+        # A run of an older version has no entry for its config yet, which was read and accepted.
+        if (self.path / CONFIG).is_file():
+            entries[CONFIG] = digest((self.path / CONFIG).read_bytes())
         for name in (METRICS, TIMINGS):
             if not (self.path / name).is_file():
                 continue
@@ -294,33 +345,35 @@ class RunFolder:
                 for line in self.lines(name)
                 if line.get("kind", "round") == "round" and line["round"] <= server_round
             ]
-            self.write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            if name == METRICS and self._metrics_then not in (None, digest(content)):
+                raise DamagedFile(
+                    f"{self.path / METRICS} was changed since the checkpoint of round "
+                    f"{server_round}; {ADVICE}."
+                )
+            self.write(name, content)
+            if name == METRICS:
+                self._hash, self._hashed = hashlib.sha256(), 0
+        self._set_checksums(entries)
         for name in WRITTEN:
             with contextlib.suppress(OSError):
                 remove_temporaries(self.path / name)
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, config: Config | None = None) -> None:
         """Replace the checkpoint atomically.
 
         Args:
             checkpoint: the round, its shared tensors, the strategy's state and the totals.
+            config: the run's config, which the checkpoint holds as well, so that an edited
+                `config.yaml` is noticed and its keys can be named.
 
         Raises:
             UserError: the disk is full, or the file cannot be written.
         """
-        groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
-        # Cloned, since safetensors refuses tensors that share memory, as a strategy's may.
-        tensors = {
-            f"{group}/{name}": tensor.detach().contiguous().clone()
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }
-        header = {
-            "round": str(checkpoint.server_round),
-            "totals": json.dumps(checkpoint.totals),
-            "private": checkpoint.private,
-        }
-        self.write(CHECKPOINT, save(tensors, metadata=header))
+        header = {"metrics": self._digest_of_metrics()}
+        if config is not None:
+            header["config"] = json.dumps(to_dict(config))
+        self.write(CHECKPOINT, checkpoint_bytes(checkpoint, header))
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Read the last checkpoint; None if there is none yet.
@@ -329,7 +382,20 @@ class RunFolder:
             UserError: the file is damaged.
         """
         path = self.path / CHECKPOINT
-        return read_checkpoint(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        self._metrics_then = read_header(path).get("metrics")
+        return read_checkpoint(path)
+
+    def _digest_of_metrics(self) -> str:
+        """The digest of `metrics.jsonl`, of which only new bytes are read."""
+        new = b""
+        with contextlib.suppress(FileNotFoundError), (self.path / METRICS).open("rb") as stream:
+            stream.seek(self._hashed)
+            new = stream.read()
+        self._hash.update(new)
+        self._hashed += len(new)
+        return self._hash.hexdigest()
 
 
 def is_held(path: Path) -> bool:
@@ -344,89 +410,3 @@ def is_held(path: Path) -> bool:
     except OSError:
         return False  # whoever opens the folder reports the reason
     return False
-
-
-def default_path(config: Config) -> Path:
-    """The run folder of a config without `output.dir`, before a number is appended."""
-    name = f"{config.experiment}-{config.method.name}-seed{config.seed}"
-    return Path(config.output.root).expanduser() / name
-
-
-def holds_run(path: Path) -> bool:
-    """Whether a folder holds a run, finished or not.
-
-    A `config.yaml` alone does not make one: it is a usual name, and resuming a folder of somebody
-    else would overwrite files there.
-    """
-    others = (VERSIONS, CHECKPOINT, METRICS)
-    return (path / CONFIG).is_file() and any((path / name).exists() for name in others)
-
-
-def _refuse_taken(path: Path) -> frozenset[str]:
-    """Refuse a folder that holds anything that a new run might overwrite or remove.
-
-    Args:
-        path: the folder, which need not exist.
-
-    Returns:
-        The names in it: at most those that a failed attempt leaves behind.
-
-    Raises:
-        UserError: the folder holds a run or somebody else's files, or cannot be read.
-    """
-    try:
-        names = frozenset(os.listdir(path))
-    except FileNotFoundError:
-        return frozenset()
-    except OSError as error:
-        raise _cannot_make(path, error) from None
-    if holds_run(path):
-        raise UserError(
-            f"{path} already holds a run; resume it with 'fedprompt run --resume {path}', or "
-            "choose another output.dir."
-        )
-    if others := sorted(names - {LOCK, ERROR}):
-        raise UserError(
-            f"{path} is not empty and is no run (it holds {others[0]!r}); choose another "
-            "output.dir, because a run overwrites files in its folder."
-        )
-    return names
-
-
-def _make(path: Path) -> bool:
-    """Create a folder and its parents.
-
-    Returns:
-        Whether the folder is new; False if it exists.
-
-    Raises:
-        UserError: the folder cannot be created.
-    """
-    try:
-        path.mkdir(parents=True)
-    except OSError as error:
-        if isinstance(error, FileExistsError) and path.is_dir():
-            return False
-        raise _cannot_make(path, error) from None
-    return True
-
-
-def _cannot_make(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot create run folder {path}: {error.strerror}; set output.root or output.dir "
-        "to a writable place."
-    )
-
-
-def _make_first_free(stem: Path) -> Path:
-    """Create the first of `stem`, `stem-2`, ... that does not exist.
-
-    Creating the folder, instead of testing for it, gives runs that start at the same time different
-    folders.
-    """
-    path, number = stem, 2
-    # A file or a dangling link takes a name as well.
-    while os.path.lexists(path) or not _make(path):
-        path = stem.with_name(f"{stem.name}-{number}")
-        number += 1
-    return path

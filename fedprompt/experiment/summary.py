@@ -93,7 +93,7 @@ def finish(
     summary["environment"] = environment(workspace)
     # A run folder with a summary is a complete run, so this comes after all measurements. What
     # follows can be repeated: resuming a finished run draws a missing report.
-    folder.write_json(SUMMARY, summary)
+    folder.complete(summary)
     loggers.finish(summary, folder.lines(METRICS))
     if config.output.report:
         display.phase("drawing the report")

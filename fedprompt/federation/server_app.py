@@ -125,6 +125,19 @@ class Federation:
         # Copied, because a strategy may return arrays that it keeps as its state.
         return {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the shared tensors are those of the start, bit for bit.
+
+        A method that trains private tensors may leave the shared ones alone, so it is never
+        counted as untrained here.
+        """
+        start = self.method.init_shared(self.config.seed)
+        if not start or self.method.init_private(self.config.seed, 0):
+            return False
+        now = to_arrays(self.arrays)
+        return all(np.array_equal(now[name], t.numpy()) for name, t in start.items())
+
     def join(self) -> None:
         """Tell the strategy which node is which client; in a simulation, the id determines it."""
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -56,6 +57,16 @@ def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any])
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a page exists and was written to its end."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - 100))
+            return stream.read().rstrip().endswith(b"</html>")
+    except OSError:
+        return False
 
 
 def _json(value: Any) -> Markup:

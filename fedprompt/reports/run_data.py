@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
+from fedprompt.files.checksums import read_verified
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def load_run(run_dir: Path) -> RunData:
     timings = _read_lines(timings_path) if timings_path.exists() else []
     for number, line in enumerate(timings, start=1):
         _check_numbers(line, ("train_s", "evaluate_s"), f"{timings_path}, line {number}")
-    partition = _read_object(run_dir / "partition.json")
+    partition = _read_if_there(run_dir / "partition.json")
     if partition is not None:
         check_partition(partition, run_dir / "partition.json")
-    summary = _read_object(run_dir / "summary.json")
+    summary = _read_if_there(run_dir / "summary.json")
     if summary is not None:
         _check_summary(summary, run_dir / "summary.json")
     return RunData(
@@ -96,7 +97,7 @@ def load_run(run_dir: Path) -> RunData:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_verified(path).decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; is {path.parent} a run folder?") from None
     except UnicodeDecodeError:
@@ -115,6 +116,8 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where} is damaged: it is nested too deeply.") from None
     except json.JSONDecodeError as error:
         at = f"{where}, line {first_line - 1 + error.lineno}, column {error.colno}"
         raise UserError(f"{at} is damaged: {error.msg}.") from None
@@ -131,8 +134,23 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    return _parse(_read_text(path), str(path)) if path.exists() else None
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run folder.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        UserError: The file is missing, damaged, or holds no JSON object.
+    """
+    return _parse(_read_text(path), str(path))
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_object(path) if path.exists() else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 
 from fedprompt.config.schema import Config
-from fedprompt.errors import UserError
+from fedprompt.errors import DamagedFile, UserError
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.grid import CountingGrid, Traffic
 from fedprompt.messages import (
@@ -275,7 +275,8 @@ def run_block(
     """Answer a block's messages, on the process that holds `workspace`.
 
     If `answer` raises, every client of the block is tried alone, so that one failing client does
-    not exclude the others from the round.
+    not exclude the others from the round. A damaged file ends the run instead: it is the machine's
+    fault and not a client's, and leaving clients out would change the results.
 
     Args:
         workspace: the workspace of this process.
@@ -286,11 +287,16 @@ def run_block(
     Returns:
         Replies as bytes in the order of the block, where a client that raised has an error reply,
         and the private tensors that training has changed, by client id.
+
+    Raises:
+        DamagedFile: a file that the block reads, such as cached features, is damaged.
     """
     messages = [parcel.open() for parcel in block]
     clients = [parcel.client for parcel in block]
     try:
         replies, changed = answer(workspace, clients, messages, private)
+    except DamagedFile:
+        raise
     except Exception as error:
         if len(block) > 1:
             parts = [run_block(workspace, [one], private, answer) for one in block]

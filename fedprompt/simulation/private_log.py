@@ -2,8 +2,12 @@
 
 There is one file per checkpoint:
 
-private/round-000012.safetensors   clients (R,), tensor/<name> (R, ...): the states that were put
-                                   since the previous checkpoint, and older ones that were moved
+private/round-000012.safetensors   clients (R,), sha256 (R, 32), tensor/<name> (R, ...): the states
+                                   that were put since the previous checkpoint, and older ones that
+                                   were moved
+
+Every row carries the SHA-256 of the client's tensors, which is verified when the row is read, and
+the header that of the ids and of those. Files of older versions have none and are not verified.
 
 The grid reads and stores a client's state in every round that the client trains in; the loop over
 rounds saves and restores. Time, memory and disk space grow with the clients that take part, not
@@ -40,11 +44,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedprompt.errors import UserError
+from fedprompt.errors import DamagedFile, UserError
 from fedprompt.files import write_bytes
+from fedprompt.files.tensors import CHECKSUM, checksum
 from fedprompt.methods.base import Tensors
 
-CLIENTS, TENSOR = "clients", "tensor/"
+CLIENTS, SUMS, TENSOR = "clients", "sha256", "tensor/"
 
 
 class PrivateLog:
@@ -122,7 +127,9 @@ class PrivateLog:
             tensors = {CLIENTS: torch.tensor(clients, dtype=torch.int64)}
             for name in states[clients[0]]:
                 tensors[f"{TENSOR}{name}"] = torch.stack([states[c][name] for c in clients])
-            self._write(server_round, save(tensors))
+            tensors[SUMS] = torch.stack([_sum(states[c]) for c in clients])
+            header = {CHECKSUM: checksum({n: tensors[n] for n in (CLIENTS, SUMS)})}
+            self._write(server_round, save(tensors, metadata=header))
             self._point(server_round, np.array(clients))
             self._pending = {}
         return self.digest
@@ -219,6 +226,11 @@ class PrivateLog:
                 reader.get_slice(n).get_shape()[0]
                 for n in reader.keys()  # noqa: SIM118
             }
+            stored = (reader.metadata() or {}).get(CHECKSUM)
+            if stored is not None:
+                ids = {n: reader.get_tensor(n) for n in (CLIENTS, SUMS)}
+                if stored != checksum(ids):
+                    raise ValueError("its checksum does not match")
             fits = clients_R.dtype == np.int64 and clients_R.ndim == 1
             if not fits or rows != {len(np.unique(clients_R))}:
                 raise ValueError("its rows do not fit its clients")
@@ -236,7 +248,7 @@ class PrivateLog:
         except FileNotFoundError:
             raise UserError(f"private states {path} are missing. {self._restart}") from None
         except (SafetensorError, OSError, ValueError, IndexError) as error:
-            raise UserError(
+            raise DamagedFile(
                 f"private states {path} are damaged ({error}). {self._restart}"
             ) from None
 
@@ -279,6 +291,22 @@ class PrivateLog:
 
 
 def _row(reader: Any, row: int) -> Tensors:
-    """One client's tensors. A slice reads only this row of the file."""
-    names = [n for n in reader.keys() if n != CLIENTS]  # noqa: SIM118
-    return {n.removeprefix(TENSOR): reader.get_slice(n)[row : row + 1][0] for n in names}
+    """One client's tensors. A slice reads only this row of the file.
+
+    Raises:
+        ValueError: the tensors are not what was written.
+    """
+    names = list(reader.keys())
+    tensors = {
+        n.removeprefix(TENSOR): reader.get_slice(n)[row : row + 1][0]
+        for n in names
+        if n not in (CLIENTS, SUMS)
+    }
+    if SUMS in names and not torch.equal(reader.get_slice(SUMS)[row : row + 1][0], _sum(tensors)):
+        raise ValueError(f"the checksum of its row {row} does not match")
+    return tensors
+
+
+def _sum(tensors: Tensors) -> torch.Tensor:
+    """SHA-256 of one client's tensors, (32,) bytes."""
+    return torch.tensor(list(bytes.fromhex(checksum(tensors))), dtype=torch.uint8)

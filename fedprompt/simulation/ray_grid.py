@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import ray
 
+from fedprompt.errors import DamagedFile
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure
 from fedprompt.runtime import thread_count
@@ -183,6 +184,8 @@ class RayGrid(BlockGrid):
             # A RayTaskError means that our code in the worker raised; the actor is still alive.
             # Any other RayError is treated as the loss of the actor.
             alive = isinstance(error, ray.exceptions.RayTaskError)
+            if isinstance(cause := getattr(error, "cause", None), DamagedFile):
+                raise DamagedFile(str(cause)) from None
             self._retry(exchange, task, "failed" if alive else "died", error)
             if alive:
                 slot.task = None

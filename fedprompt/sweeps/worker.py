@@ -93,8 +93,8 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
 
     from fedprompt.errors import UserError
     from fedprompt.experiment import run as experiment
-    from fedprompt.experiment.compose import compose
     from fedprompt.experiment.display import QuietDisplay
+    from fedprompt.experiment.resuming import read_config
     from fedprompt.experiment.run_folder import is_held
     from fedprompt.reports.run_data import CONFIG, ERROR
     from fedprompt.sweeps.plan import without_places
@@ -105,7 +105,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     try:
         if (folder / CONFIG).is_file():
             # The folder's name holds only part of a hash, so the whole config is compared as well.
-            if without_places(compose(str(folder / CONFIG))) != without_places(config):
+            if without_places(read_config(folder)) != without_places(config):
                 raise UserError(f"{folder} holds a run with another config; remove it.")
             experiment.resume(folder, silent, resources)
         else:

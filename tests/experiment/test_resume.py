@@ -245,6 +245,8 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
     other = json.loads(path.read_text())
     other["train_counts"] = other["train_counts"][::-1]
     path.write_text(json.dumps(other))
+    # As if the data were other ones: with its checksum, the file itself would be refused first.
+    (folder / "checksums.txt").unlink()
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     with pytest.raises(UserError, match=r"is not what .*partition\.json says it was") as caught:
         resume(folder, QuietDisplay())

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fedprompt.data.cache_files import ADVICE, DECODE_THREADS, digest, locked, write_atomic
 from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.checked import BlockSums, CheckedRows, Rows, read_sums, sums_of
 from fedprompt.data.features.encoding import Encoding, ImageEncoder
 from fedprompt.data.progress import announce, progress_bar
 from fedprompt.errors import UserError
@@ -65,7 +66,7 @@ def cached(
     *,
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
-) -> NDArray[Any]:
+) -> Rows:
     """Read encoded images from the cache; they are computed and stored on first use.
 
     If several processes need the same file, one computes it and the others wait.
@@ -79,7 +80,8 @@ def cached(
         progress: whether to report progress on stderr.
 
     Returns:
-        Rows (R, *encoding.shape), memory-mapped and read-only.
+        Rows (R, *encoding.shape), memory-mapped and read-only. They are verified block by block
+        when they are first read.
 
     Raises:
         UserError: the cache folder cannot be written, an image cannot be read, or an encoding is
@@ -92,24 +94,24 @@ def cached(
         rows = index_R.tolist()
     path = feature_path(clip, dataset, cache_dir, view, of_weights=encoding.of_weights)
     expected = (len(rows), *encoding.shape), np.dtype(encoding.dtype)
-    array = _read(path, *expected)
-    if array is not None:
-        return array
+    rows_found = _read(path, *expected)
+    if rows_found is not None:
+        return rows_found
     with locked(path):
         # Another process may have written the file while this one waited for the lock.
-        array = _read(path, *expected, report=True)
-        if array is None:
+        rows_found = _read(path, *expected, report=True)
+        if rows_found is None:
             job = _Job(clip, dataset, encoding, rows, progress)
             write_atomic(path, job.write)
-            array = _read(path, *expected)
-    if array is None:
+            rows_found = _read(path, *expected)
+    if rows_found is None:
         raise UserError(f"feature cache: {path} was written but cannot be read; {ADVICE}.")
-    return array
+    return rows_found
 
 
 def _read(
     path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, report: bool = False
-) -> NDArray[Any] | None:
+) -> Rows | None:
     """Map the cached rows, or return None if there is no complete file of this shape and type."""
     try:
         # allow_pickle=False: a pickle could execute code when it is opened.
@@ -120,8 +122,11 @@ def _read(
         if report:
             log.warning("feature cache: %s is damaged (%s) and is computed again", path, error)
         return None
-    # np.load maps a file even if it is longer than its header says.
-    complete = array.offset + array.nbytes == path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(array.offset + array.nbytes)
+        trailer = file.read()
+    # np.load maps a file whatever follows the rows.
+    complete = not trailer or read_sums(array, trailer) is not None
     if array.shape != shape or array.dtype != dtype or not complete:
         if report:
             log.warning(
@@ -133,7 +138,28 @@ def _read(
                 shape,
             )
         return None
-    return array
+    sums = read_sums(array, trailer or _add_sums(path, array))
+    return array if sums is None else CheckedRows(array, sums, path)
+
+
+def _add_sums(path: Path, array: np.memmap[Any, np.dtype[Any]]) -> bytes:
+    """Add checksums to a file of an older version, which has none.
+
+    Its present content is taken to be right. If the folder cannot be written, the file stays as it
+    is, and what this process reads is verified against the content at this moment.
+
+    Returns:
+        What follows the rows.
+    """
+    trailer = sums_of(array).trailer()
+    try:
+        # One write at a fixed place: processes that do this at the same time write the same bytes.
+        with path.open("r+b") as file:
+            file.seek(array.offset + array.nbytes)
+            file.write(trailer)
+    except OSError as error:
+        log.debug("feature cache: no checksums for %s: %s", path, error)
+    return trailer
 
 
 @dataclass(frozen=True)
@@ -155,12 +181,15 @@ class _Job:
         np.lib.format.write_array_header_1_0(file, header)
         what = "" if self.encoding.view == "center" else f" ({self.encoding.view})"
         name = f"{self.dataset.name}{what}"
+        sums = BlockSums(int(np.prod(shape)) * np.dtype(self.encoding.dtype).itemsize)
         announce(f"encoding {total} images of {name}; later runs read the cache", self.progress)
         with progress_bar(f"encoding {name}", total, self.progress) as advance:
             for first, images_BCHW in self._batches():
                 rows = self._encode(first, images_BCHW)
                 file.write(rows.tobytes())
+                sums.add(rows)
                 advance(len(rows))
+        file.write(sums.trailer())
         announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", self.progress)
 
     def _encode(self, first: int, images_BCHW: torch.Tensor) -> NDArray[Any]:

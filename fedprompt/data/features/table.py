@@ -23,6 +23,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
+from fedprompt.data.features.checked import Rows
 from fedprompt.data.features.encoding import Encoding, augmented
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
@@ -42,9 +43,9 @@ class FeatureTable:
         readable_N: the images that may be read, or None for all.
     """
 
-    features_ND: NDArray[np.float32]
-    patches_NPD: NDArray[np.float32] | None = None
-    pixels_N3HW: NDArray[np.uint8] | None = None
+    features_ND: Rows
+    patches_NPD: Rows | None = None
+    pixels_N3HW: Rows | None = None
     mean_std: Tensor | None = None
     readable_N: NDArray[np.bool_] | None = None
 
@@ -57,7 +58,7 @@ class FeatureTable:
         if self.readable_N is not None and not self.readable_N[index].all():
             raise ValueError("an image that is withheld was asked for")
 
-        def read(column: NDArray[Any] | None) -> Tensor | None:
+        def read(column: Rows | None) -> Tensor | None:
             return None if column is None else torch.from_numpy(np.array(column[index]))
 
         features, norms = _normalised(_rows(self.features_ND, index))
@@ -108,7 +109,7 @@ def open_feature_table(
         return _stacked(parts, clip.embed_dim)
     plain = augmented(clip, dataset, view, crop_scale)
 
-    def column(encoding: Encoding) -> NDArray[Any]:
+    def column(encoding: Encoding) -> Rows:
         return cached(clip, dataset, cache_dir, encoding, index_R=index_R, progress=progress)
 
     patches = column(_patches(clip, plain)) if "patches" in needs else None
@@ -151,8 +152,21 @@ class _Stack:
         starts: row number at which each part begins.
     """
 
-    parts: tuple[NDArray[Any], ...]
+    parts: tuple[Rows, ...]
     starts: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of rows, and the shape of one row."""
+        return (len(self), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy type of the numbers."""
+        return self.parts[0].dtype
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
 
     def __getitem__(self, index: NDArray[np.int64]) -> NDArray[Any]:
         of_part = np.searchsorted(self.starts, index, side="right") - 1
@@ -219,5 +233,5 @@ def _unchanged(pixels: Tensor) -> Tensor:
     return pixels
 
 
-def _rows(column: NDArray[np.float32], index: NDArray[np.int64]) -> Tensor:
+def _rows(column: Rows, index: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.asarray(column[index], dtype=np.float32))

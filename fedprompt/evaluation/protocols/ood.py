@@ -33,6 +33,7 @@ from fedprompt.config.fields import option
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
+from fedprompt.data.features.checked import Rows
 from fedprompt.data.features.encoding import Encoding
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.held_out import HeldOut, hold_out_classes
@@ -227,7 +228,7 @@ class Ood(Reported):
             return NEEDS_MORE
         return NO_PATCHES if local_encoder(workspace.clip) is None else None
 
-    def _local_features(self, workspace: Workspace, images: _Images) -> NDArray[np.float16]:
+    def _local_features(self, workspace: Workspace, images: _Images) -> Rows:
         """Local features (n, P, D), cached in half precision, which suffices for cosines."""
         found = local_encoder(workspace.clip)
         assert found is not None

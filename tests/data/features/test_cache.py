@@ -16,6 +16,7 @@ from PIL import Image
 
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.features.cache import feature_path
+from fedprompt.data.features.checked import CheckedRows
 from fedprompt.errors import UserError
 from tests.support.fake_data import FakeClip, flat_dataset, plain_features
 
@@ -37,14 +38,14 @@ def test_cached_equals_uncached_and_is_computed_once(tmp_path: Path) -> None:
     features_ND = plain_features(clip, DATASET, tmp_path)
     assert clip.batches == [3, 3, 2]
     assert np.array_equal(features_ND, uncached(FakeClip()))
-    assert isinstance(features_ND, np.memmap)
+    assert isinstance(features_ND, CheckedRows)
     assert features_ND.dtype == np.float32
     again = FakeClip()
     assert np.array_equal(plain_features(again, DATASET, tmp_path), features_ND)
     assert again.batches == []
     assert leftovers(tmp_path) == [feature_path(clip, DATASET, tmp_path).name]
     with pytest.raises(ValueError, match="read-only"):
-        features_ND[0, 0] = 1.0
+        features_ND[0:1][0, 0] = 1.0
 
 
 def test_rows_keep_the_image_order_whichever_decodes_first(tmp_path: Path) -> None:
