@@ -50,7 +50,7 @@ class FileStore:
             return None
         path = self._path(max(rounds))
         try:
-            tensors, _ = read_tensors(path, required=True)
+            return read_tensors(path, required=True)[0]
         except (OSError, ValueError) as error:
             raise DamagedFile(
                 f"private state {path} cannot be read ({' '.join(str(error).split())}); "
