@@ -1,0 +1,69 @@
+"""A run without a result ends with exit status 1 and one line, and leaves no summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedprompt.cli import main as cli
+from fedprompt.errors import RunFailed
+from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.run import resume
+
+SMALL = (
+    "data.images_per_class=4", "data.domains=[savanna]", "partition.clients=2",
+    "federation.rounds=2", "evaluation.local_only=false", "output.report=false",
+)  # fmt: skip
+
+
+def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["fedprompt", "run", "quickstart", *SMALL, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.lr=1e30", "no client's update was accepted in any of 2 rounds"),
+        ("training.lr=1e-30", "the shared prompts have not changed in 2 rounds"),
+    ],
+)
+def test_a_learning_rate_that_trains_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    said: str,
+) -> None:
+    folder = tmp_path / "run"
+    changes = (change, "method=promptfl", f"output.dir={folder}")
+    assert status_of(monkeypatch, *changes) == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fedprompt: ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "metrics.jsonl" in lines[0]
+    assert not (folder / "summary.json").exists()
+    with pytest.raises(RunFailed):
+        resume(folder, QuietDisplay())
+
+
+def test_clients_that_all_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no such luck")
+
+    monkeypatch.setattr("fedprompt.federation.client_app.train_clients", broken)
+    assert status_of(monkeypatch, f"output.dir={tmp_path / 'run'}") == 1
+    assert "ZeroDivisionError: no such luck" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "coop_local"])
+def test_methods_without_shared_prompts_are_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    assert status_of(monkeypatch, f"method={method}", f"output.dir={tmp_path / 'run'}") == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
