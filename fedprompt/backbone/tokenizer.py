@@ -9,6 +9,7 @@ import open_clip
 from torch import Tensor
 
 from fedprompt.errors import UserError
+from fedprompt.hub import stay_offline_if_unreachable
 
 
 def load_tokenizer(model: str) -> Callable[..., Tensor]:
@@ -30,6 +31,7 @@ def load_tokenizer(model: str) -> Callable[..., Tensor]:
         # CLIP's own tokenizer. open_clip holds one of it already; another would take 24 MB.
         length = text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
         return partial(open_clip.tokenize, context_length=length)
+    stay_offline_if_unreachable()
     try:
         tokenizer: Callable[..., Tensor] = open_clip.get_tokenizer(model)
     except Exception as error:  # transformers' and the hub's errors have no common parent

@@ -7,6 +7,8 @@ process reads what it does not use.
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from torch import Tensor
 from fedprompt.backbone.architecture import empty_model
 from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
-from fedprompt.files import replacing
+from fedprompt.files import replacing, stand_in
+from fedprompt.hub import stay_offline_if_unreachable
 
 
 def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
@@ -32,21 +35,36 @@ def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
         tag_cfg: the tag's settings from `architecture.model_settings`.
 
     Raises:
-        UserError: there is no such file, or the download fails.
+        UserError: there is no such file, it holds something else, or the download fails.
     """
     if config.checkpoint:
         source = Path(config.checkpoint).expanduser()
         if not source.is_file():
             raise UserError(f"backbone: no checkpoint file {source}.")
+        _refuse_stand_in(source)
         return source
+    stay_offline_if_unreachable()
     try:
-        return Path(download_pretrained(tag_cfg))
+        source = Path(download_pretrained(tag_cfg))
     except Exception as error:  # the hub's and urllib's errors have no common parent
         raise UserError(
             f"backbone: weights '{config.pretrained}' of {config.model} could not be downloaded "
             f"({type(error).__name__}); fetch them on a machine with a connection and add "
             "backbone.checkpoint=FILE, or copy its Hugging Face cache."
         ) from None
+    _refuse_stand_in(source)
+    return source
+
+
+def _refuse_stand_in(source: Path) -> None:
+    """Refuse a file that is none of weights, such as the pointer that Git LFS leaves."""
+    try:
+        with source.open("rb") as stream:
+            instead = stand_in(stream.read(512))
+    except OSError as error:
+        raise UserError(f"backbone: cannot read {source}: {error.strerror}.") from None
+    if instead is not None:
+        raise UserError(f"backbone: {source} holds no weights: {instead}.")
 
 
 def mappable_weights(
@@ -108,7 +126,7 @@ def _convert(name: str, model_cfg: Mapping[str, Any], source: Path, target: Path
         open_clip.load_checkpoint(model, str(source), strict=True, weights_only=True)
     except Exception as error:  # unpickling, key and shape errors come in many types
         raise UserError(
-            f"backbone: {source} does not hold weights of {name}: {_reason(error)}"
+            f"backbone: {source} does not hold weights of {name}: {_why_not(error)}"
         ) from None
     state = {
         k: (v.float() if v.is_floating_point() else v).contiguous().clone()
@@ -134,6 +152,20 @@ def _is_mappable(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         raise UserError(
             f"backbone: {path} is not a readable safetensors file: {_reason(error)}"
         ) from None
+
+
+def _why_not(error: Exception) -> str:
+    """Why a checkpoint cannot be loaded, without PyTorch's advice to load it unsafely."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "it is damaged, or no checkpoint of PyTorch."
+        return (
+            f"it is a pickle of Python objects ({found[1]}), which could run code when it is "
+            "opened; save the tensors of its state_dict as .safetensors where you trust it."
+        )
+    return _reason(error)
 
 
 def _reason(error: Exception) -> str:

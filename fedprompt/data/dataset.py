@@ -47,6 +47,7 @@ class ImageDataset:
             or the arguments that drew it. Empty in a data set that exists only in memory.
         owners_N: the client that has each image, -1 for the server; None unless the data set itself
             is divided among clients.
+        hashes: a hash of the encoded bytes of each image; empty if images are not stored as files.
         notes: lines for the user on how the stored files were understood and what was left out.
         parts: the data sets whose rows make up this one, in order. If images have owners, the
             features of each part are cached separately.
@@ -64,6 +65,7 @@ class ImageDataset:
     superclass_names: tuple[str, ...] = field(default=())
     image_names: tuple[str, ...] = field(default=(), repr=False)
     owners_N: NDArray[np.int64] | None = None
+    hashes: tuple[str, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
     parts: tuple[ImageDataset, ...] = field(default=(), repr=False)
 

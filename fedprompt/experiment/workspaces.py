@@ -19,6 +19,7 @@ from fedprompt.data.dataset import ImageDataset, withheld
 from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
+from fedprompt.data.partition.copies import warn_of_copies
 from fedprompt.evaluation.registry import hold_out
 from fedprompt.workspace import Workspace
 
@@ -97,7 +98,9 @@ def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut |
             partition.
     """
     dataset, held_out = hold_out(config, dataset)
-    return dataset, held_out, make_partition(dataset, config.partition, config.seed)
+    partition = make_partition(dataset, config.partition, config.seed)
+    warn_of_copies(dataset, partition)
+    return dataset, held_out, partition
 
 
 def open_workspace(

@@ -177,12 +177,9 @@ def as_bytes(path: Path, content: bytes) -> Path:
 
 
 BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "garbage pickle": (lambda p: garbage(p.with_suffix(".pt")), "does not hold weights of"),
-    "garbage safetensors": (
-        lambda p: garbage(p.with_suffix(".safetensors")),
-        "is not a readable safetensors file",
-    ),
-    "empty": (lambda p: as_bytes(p.with_suffix(".pt"), b""), "does not hold weights of"),
+    "garbage pickle": (lambda p: garbage(p.with_suffix(".pt")), "holds no weights"),
+    "garbage safetensors": (lambda p: garbage(p.with_suffix(".safetensors")), "holds no weights"),
+    "empty": (lambda p: as_bytes(p.with_suffix(".pt"), b""), "holds no weights"),
     "truncated pickle": (
         lambda p: truncated(as_pickle(p, weights("small-vit"))),
         "does not hold weights of",
@@ -245,3 +242,41 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert "output.cache" in line
     mapped = as_safetensors(tmp_path / "w", weights("small-vit"))
     assert_same_outputs(load("small-vit", mapped, tmp_path / "file" / "cache"), plain("small-vit"))
+
+
+STAND_INS = {
+    "empty": (b"", "empty"),
+    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "HTML": (b"\n<!DOCTYPE html><html>403</html>", "HTML page"),
+    "zeros": (b"\0" * 4096, "zeros only"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_a_file_that_only_stands_in_for_weights_is_named(
+    tmp_path: Path, kind: str, suffix: str
+) -> None:
+    content, words = STAND_INS[kind]
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    line = refused(lambda: load("small-vit", path, tmp_path / "cache"))
+    assert str(path) in line
+    assert words in line
+
+
+class _Object:
+    """Anything that is no tensor."""
+
+
+@pytest.mark.parametrize("content", [{"model": _Object()}, b"no pickle at all"])
+def test_no_advice_to_load_unsafely_reaches_the_user(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    line = refused(lambda: load("small-vit", path, tmp_path / "cache"))
+    assert str(path) in line
+    assert "weights_only" not in line
+    assert "_Object" in line or "no checkpoint" in line

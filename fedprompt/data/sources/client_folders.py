@@ -107,9 +107,11 @@ class ClientFolders(DataSource):
             are `TRAIN` and the server's `TEST`.
 
         Raises:
-            UserError: a folder does not exist, contains no images or has classes that are not in
-                `class_names`, or an image is unreadable while `on_bad_image` is `error`.
+            UserError: two clients have the same folder, a folder does not exist, contains no
+                images or has classes that are not in `class_names`, or an image is unreadable while
+                `on_bad_image` is `error`.
         """
+        _refuse_shared(config)
         names, parts, owners = [], [], []
         # Folders are opened one by one, each as a data set with a fingerprint and cache of its
         # own, so that a client's images do not depend on which other folders are present.
@@ -123,6 +125,23 @@ class ClientFolders(DataSource):
             parts.append(_load_folder(config, config.root, names[-1], TEST, seed, cache_dir))
             owners.append(SERVER)
         return _join(config, names, parts, owners)
+
+
+def _refuse_shared(config: ClientFoldersConfig) -> None:
+    """Refuse a folder that two clients, or a client and the server's tests, have in common."""
+    holder_of: dict[Path, str] = {}
+    folders = [(f"client {k}", folder) for k, folder in enumerate(config.folders) if folder]
+    if config.root is not None:
+        folders.append(("the server's test images (data.root)", config.root))
+    for holder, folder in folders:
+        # Links to one folder are the same folder.
+        place = Path(folder).expanduser().resolve()
+        other = holder_of.setdefault(place, holder)
+        if other != holder:
+            raise UserError(
+                f"data: {folder} is the folder of {other} and of {holder}; the same images would "
+                "count several times, or be trained and tested on. Give each its own folder."
+            )
 
 
 def _join(
@@ -154,6 +173,7 @@ def _join(
             for image in part.image_names
         ),
         owners_N=owners_N,
+        hashes=tuple(image_hash for part in parts for image_hash in part.hashes),
         notes=tuple(note for part in parts for note in part.notes),
         parts=tuple(parts),
     )

@@ -153,6 +153,12 @@ class Multi(DataSource):
             ),
             open_image=opener,
             bad_images=tuple(bad for part in parts for bad in part.bad_images),
+            # Copies in the authors' binary files have no hashes of single images.
+            hashes=tuple(
+                part.hashes[row] for part, index in zip(parts, rows, strict=True) for row in index
+            )
+            if all(part.hashes for part in parts)
+            else (),
             # Different data sets may have images of the same name.
             image_names=tuple(
                 f"{name}/{part.image_names[row]}"

@@ -110,6 +110,7 @@ def load_hub(
         fingerprint=digest("hub", *pixels.key, *content),
         open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64), pixels),
         bad_images=bad,
+        hashes=tuple(verdicts[i].hash for i in readable),
         image_names=tuple(f"{parts[p].split}/{row}" for p, row in zip(part_N, row_N, strict=True)),
     )
 

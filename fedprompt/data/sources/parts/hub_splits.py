@@ -17,6 +17,7 @@ from fedprompt.data.images import name_key
 from fedprompt.data.sources.parts.hub_keys import HubKeys
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import read_regular
+from fedprompt.hub import stay_offline_if_unreachable
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def load_splits(config: HubKeys) -> dict[str, Any]:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
         else:
+            if not folder.is_dir():
+                stay_offline_if_unreachable()
             target = str(folder) if folder.is_dir() else config.hub_id
             loaded = datasets.load_dataset(
                 target, name=config.hub_config, revision=config.hub_revision

@@ -114,6 +114,7 @@ def files_dataset(
         open_image=_Opener(root, tuple(files[i].path for i in readable), pixels),
         bad_images=bad,
         image_names=tuple(files[i].path for i in readable),
+        hashes=tuple(verdicts[i].hash for i in readable),
     )
 
 
