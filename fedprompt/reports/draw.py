@@ -15,6 +15,7 @@ from fedprompt.files import MARKED_BYTES, replacing
 from fedprompt.reports.draw_panels import draw_panel, panel_height
 from fedprompt.reports.draw_style import GREY, INK
 from fedprompt.reports.figure import Figure
+from fedprompt.reports.fonts import fonts_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
@@ -32,6 +33,11 @@ TITLE_LINE_IN, CAPTION_LINE_IN = 0.25, 0.15
 
 def draw(figure: Figure) -> Picture:
     """Render a figure with matplotlib: the title, the panels from top to bottom, the caption."""
+    with fonts_for(figure):
+        return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Picture:
     from matplotlib.figure import Figure as Picture
 
     title = wrap(figure.title, TITLE_LETTERS)
@@ -66,7 +72,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     # Without the tag that names matplotlib's version, the file depends on the figure only.
     metadata = {"Software": None, "Source": SOURCE}
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, fonts_for(figure):
         # The format is named, because the temporary file does not end in `.png`.
         draw(figure).savefig(temporary, format="png", dpi=DPI, facecolor="white", metadata=metadata)
 
