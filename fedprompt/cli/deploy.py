@@ -76,7 +76,9 @@ def init(
     ],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")],
     port: Annotated[int, typer.Option("--port", help="The server's port for the nodes.")] = 9092,
-    days: Annotated[int, typer.Option("--days", help="How long the certificates are valid.")] = 365,
+    days: Annotated[
+        int, typer.Option("--days", help="How long the server's certificate is valid.")
+    ] = 365,
 ) -> None:
     """Create certificates and keys for one server and N nodes, and print the next steps."""
     from fedprompt.deploy.new_federation import create_federation, instructions
@@ -84,6 +86,22 @@ def init(
     create_federation(folder, host, nodes, port, days)
     print(instructions(host[0], port, nodes))
     print(f"These files are in {folder}, and this text is in {folder / 'README.md'}.")
+
+
+@deploy_app.command()
+def renew(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that 'deploy init' wrote.", metavar="FEDERATION")
+    ],
+    days: Annotated[
+        int, typer.Option("--days", help="How long the server's new certificate is valid.")
+    ] = 365,
+) -> None:
+    """Issue the server's certificate again before it expires, and print the next steps."""
+    from fedprompt.deploy.new_federation import renew_federation
+
+    for step in renew_federation(folder, days):
+        print(step)
 
 
 @deploy_app.command()

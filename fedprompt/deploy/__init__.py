@@ -17,6 +17,7 @@ In `deploy server` and `deploy node`, the processes that supervise others
     processes, guard    a group of child processes that ends as a whole, and with its parent
     ownership           one owner per folder
     key_registration    makes the nodes' public keys known to the SuperLink
+    expiry, diagnosis   dates of certificates; why the two sides refuse each other
     connection          turns a SuperNode's log into lines for the node's administrator
 
 In processes that they start on the server

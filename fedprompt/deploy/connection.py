@@ -7,6 +7,8 @@ it; `deploy node` then starts it again. One line is printed whenever the state c
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,8 @@ JOINED, RECONNECTED, FAILED = (
 last two as well, so they count only together with something else that is known."""
 NOT_ACTIVATED = "[code: 2004]"
 """Flower's answer to a key that it does not know, or whose previous connection is still open."""
+PROBE_S = 30.0
+"""Seconds between two probes while the SuperNode retries by itself."""
 BROKEN_HANDSHAKE = ("_ssl.c", "handshake", "ssl:")
 
 
@@ -33,6 +37,8 @@ class Connection:
         server: the server's address, `host:port`.
         report: is called with each line for the administrator.
         answers: returns whether the server accepts connections; None probes `server` over TCP.
+        find_fault: returns why the server and this node refuse each other, or None; see
+            diagnosis.py.
     """
 
     def __init__(
@@ -41,10 +47,13 @@ class Connection:
         server: str,
         report: Callable[[str], None],
         answers: Callable[[], bool] | None = None,
+        find_fault: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.log, self.server, self.report = log, server, report
         host, port = split_address(server)
         self.answers = answers or (lambda: listens(int(port), host.strip("[]")))
+        self.find_fault = find_fault
+        self._probed_at = -math.inf
         self._offset = log.stat().st_size if log.is_file() else 0
         self._exit_lines: list[str] | None = None
         self._joined = False
@@ -56,13 +65,24 @@ class Connection:
             if JOINED in line or (RECONNECTED in line and self._joined):
                 self._joined = True
                 self._report(f"connected to the server {self.server}")
-            elif FAILED in line and self._last_report != self._unreachable and not self.answers():
-                self._report(self._unreachable)
+            elif FAILED in line and self._last_report != self._unreachable:
+                if not self.answers():
+                    self._report(self._unreachable)
+                else:
+                    self.report_fault()
             # Flower explains an exit in a block between these two lines.
             if "Exit Code:" in line:
                 self._exit_lines = []
             elif self._exit_lines is not None and not self._exit_is_complete:
                 self._exit_lines.append(line.strip())
+
+    def report_fault(self) -> None:
+        """Report why the server and this node refuse each other, if they do."""
+        # Flower logs a failed attempt every few seconds, and each probe is a call of the server.
+        if time.monotonic() - self._probed_at > PROBE_S:
+            self._probed_at = time.monotonic()
+            if fault := self.find_fault():
+                self._report(f"{fault}; retrying")
 
     def report_exit(self, name: str, status: int) -> bool:
         """Report why the SuperNode has exited, unless the last report said the same.
@@ -80,7 +100,9 @@ class Connection:
         # The SuperNode is started again, and its next connection must be reported as a new one.
         self._exit_lines, self._joined = None, False
         # The order matters: a rejected certificate is also a broken handshake.
-        if "CERTIFICATE_VERIFY_FAILED" in reason:
+        if NOT_ACTIVATED not in reason and (fault := self.find_fault()):
+            self._report(f"{fault}; retrying")
+        elif "CERTIFICATE_VERIFY_FAILED" in reason:
             self._report(
                 f"the certificate of {self.server} was rejected: it was not issued by this "
                 "federation's authority (ca.crt), or not for this address, or one of the two "

@@ -62,6 +62,27 @@ def write_authority(folder: Path, days: int) -> None:
         UserError: the folder cannot be written.
     """
     key = ec.generate_private_key(ec.SECP256R1())
+    _write(folder / CA_KEY, _pem(key), mode=0o600)
+    _write_ca_certificate(folder, key, days)
+
+
+def renew_authority(folder: Path, days: int) -> None:
+    """Issue the authority's certificate again, with its present key and new dates.
+
+    Certificates that it has issued stay valid. Nodes and the server need the new `ca.crt`.
+
+    Args:
+        folder: folder with the authority's `ca.crt` and `ca.key`.
+        days: how long the certificate is valid.
+
+    Raises:
+        UserError: the authority is missing or damaged, or the folder cannot be written.
+    """
+    _, key = _read_authority(folder)
+    _write_ca_certificate(folder, key, days)
+
+
+def _write_ca_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, days: int) -> None:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedprompt federation")])
     public = key.public_key()
     certificate = (
@@ -76,7 +97,6 @@ def write_authority(folder: Path, days: int) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _write(folder / CA_KEY, _pem(key), mode=0o600)
     _write(folder / CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM))
 
 
@@ -118,6 +138,39 @@ def write_server_certificate(
     _write(folder / KEY, _pem(key), mode=0o600)
     _write(folder / CERTIFICATE, certificate.public_bytes(Encoding.PEM))
     _write(folder / CA_CERTIFICATE, issuer.public_bytes(Encoding.PEM))
+
+
+def validity(path: Path) -> tuple[datetime.datetime, datetime.datetime]:
+    """From when and until when a certificate is valid.
+
+    Raises:
+        UserError: the file cannot be read, or holds no certificate.
+    """
+    certificate = _read_certificate(path)
+    return certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def hosts_of(path: Path) -> list[str]:
+    """The names and IP addresses that a server's certificate was issued for, in their order.
+
+    Raises:
+        UserError: the file cannot be read, or holds no such certificate.
+    """
+    try:
+        names = _read_certificate(path).extensions.get_extension_for_class(
+            x509.SubjectAlternativeName
+        )
+    except x509.ExtensionNotFound:
+        raise UserError(f"{path} is not the certificate of a server.") from None
+    return [str(name.value) for name in names.value]
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"cannot read the certificate {path}: {reason}.") from None
 
 
 def write_node_key(folder: Path) -> None:

@@ -98,6 +98,10 @@ class FleetProxy:
         if scope["type"] != "http":
             return
         path = str(scope["path"])
+        if scope["method"] == "GET" and path == "/":
+            # A node that looks at the certificate and the date of the answer (diagnosis.py).
+            await _respond(send, 404, b"")
+            return
         raw = bytes(scope.get("raw_path") or path.encode())
         # A percent-encoded path could mean another path to the SuperLink than it does here.
         if scope["method"] != "POST" or not is_fleet_call(path) or raw != path.encode():

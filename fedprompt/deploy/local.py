@@ -15,8 +15,10 @@ from typing import Any
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy import submit
+from fedprompt.deploy.credentials import CERTIFICATE
+from fedprompt.deploy.expiry import expires_soon
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder, read_node_folder
-from fedprompt.deploy.new_federation import create_federation
+from fedprompt.deploy.new_federation import create_federation, renew_federation
 from fedprompt.deploy.ownership import in_use
 from fedprompt.deploy.processes import Processes, free_port
 from fedprompt.deploy.supervise import (
@@ -34,7 +36,7 @@ from fedprompt.runtime.endings import advice, command_line
 START_S = 120.0
 """Seconds that a process of the server may take until it listens."""
 DAYS = 30
-"""How long certificates are valid; a resumed run needs them again."""
+"""How long the server's certificate is valid; a resumed run renews it in its last days."""
 LOCAL = "local.json"
 """File with the clients' image folders, for a resumed run."""
 
@@ -59,6 +61,9 @@ class LocalFederation:
         self.processes = Processes(self.folder, environment)
         if not (self.folder / "server" / SETTINGS).is_file():
             create_federation(self.folder, ["127.0.0.1"], nodes, free_port(), DAYS)
+        elif expires_soon(self.folder / "server" / CERTIFICATE):
+            # All machines of this federation are this one, so nothing has to be copied.
+            renew_federation(self.folder, DAYS)
         # The ports of an earlier start may be in use by now, so the stored ones are not used.
         self.server = ServerFolder(self.folder / "server", free_port(), free_port())
         self.server.prepare()

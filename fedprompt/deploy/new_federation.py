@@ -10,6 +10,7 @@ All keys are created on this one machine and are then copied to the others.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -19,8 +20,13 @@ from typing import Any
 from fedprompt.deploy.addresses import check_host, check_port, in_url
 from fedprompt.deploy.credentials import (
     CA_CERTIFICATE,
+    CERTIFICATE,
+    KEY,
     NODE_PUBLIC,
     check_days,
+    hosts_of,
+    renew_authority,
+    validity,
     write_authority,
     write_node_key,
     write_server_certificate,
@@ -32,6 +38,10 @@ from fedprompt.files import write_bytes
 LOOPBACK = ("localhost", "127.0.0.1")
 """Names by which processes on the server's machine reach it, always in its certificate."""
 
+AUTHORITY_DAYS = 3650
+"""How long the authority's certificate is valid at least: every node has a copy, so it is renewed
+more rarely than the server's."""
+
 
 def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int, days: int) -> None:
     """Write certificates, keys and settings for one server and its nodes.
@@ -41,7 +51,7 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
         hosts: names and IP addresses by which nodes reach the server; nodes use the first one.
         nodes: number of nodes.
         port: the server's port for the nodes.
-        days: how long the certificates are valid.
+        days: how long the server's certificate is valid.
 
     Raises:
         UserError: the folder contains a federation or files that one would overwrite, a host is
@@ -61,7 +71,7 @@ def create_federation(folder: Path, hosts: Sequence[str], nodes: int, port: int,
             "folder."
         )
     authority, server = folder / "authority", folder / "server"
-    write_authority(authority, days)
+    write_authority(authority, max(days, AUTHORITY_DAYS))
     write_server_certificate(authority, server, list(dict.fromkeys([*hosts, *LOOPBACK])), days)
     _write_settings(server / SETTINGS, {"port": port, "superlink_port": SUPERLINK_PORT})
     for client in range(nodes):
@@ -85,6 +95,46 @@ def add_node(folder: Path, client: int, server: str) -> None:
     write_bytes(registered / f"node-{client}.pub", public)
     write_bytes(node / CA_CERTIFICATE, (folder / "authority" / CA_CERTIFICATE).read_bytes())
     _write_settings(node / SETTINGS, {"server": server, "client": client})
+
+
+def renew_federation(folder: Path, days: int) -> list[str]:
+    """Issue the server's certificate again, for the same hosts and with a new key.
+
+    The authority's certificate is issued again too if it expires before that date; its key stays.
+
+    Args:
+        folder: the federation's folder, with `authority` and `server` in it.
+        days: how long the server's new certificate is valid.
+
+    Returns:
+        What to do next, one line each.
+
+    Raises:
+        UserError: the folder has no authority or no certificate of the server, or a file cannot be
+            written.
+    """
+    check_days(days)
+    authority, server = folder / "authority", folder / "server"
+    hosts = hosts_of(server / CERTIFICATE)
+    _, end = validity(authority / CA_CERTIFICATE)
+    until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
+    renews_authority = end < until
+    if renews_authority:
+        renew_authority(authority, max(days, AUTHORITY_DAYS))
+    write_server_certificate(authority, server, hosts, days)
+    steps = [
+        f"{server / CERTIFICATE} is valid until {until:%Y-%m-%d}, for {', '.join(hosts)}",
+        f"copy {CERTIFICATE}, {KEY} and {CA_CERTIFICATE} of {server} into the server's folder on "
+        "its machine, and restart 'fedprompt deploy server'",
+    ]
+    if renews_authority:
+        for node in sorted(folder.glob("node-*")):
+            write_bytes(node / CA_CERTIFICATE, (authority / CA_CERTIFICATE).read_bytes())
+        steps.append(
+            f"the authority's certificate is new as well: copy {authority / CA_CERTIFICATE} into "
+            "every node's folder on its machine, and restart 'fedprompt deploy node'"
+        )
+    return steps
 
 
 def instructions(host: str, port: int, nodes: int) -> str:

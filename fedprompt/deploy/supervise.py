@@ -12,6 +12,9 @@ from typing import Any
 
 from fedprompt.deploy.addresses import check_host
 from fedprompt.deploy.connection import Connection
+from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE
+from fedprompt.deploy.diagnosis import find_fault
+from fedprompt.deploy.expiry import Expiry
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
 from fedprompt.deploy.key_registration import register_keys
 from fedprompt.deploy.processes import Processes, free_port, listens
@@ -46,6 +49,9 @@ def serve(server: ServerFolder, host: str) -> None:
             f"port {server.port} is the port for nodes and also superlink_port in "
             f"{server.path / SETTINGS}; choose another --port."
         )
+    certificates = [server.path / CERTIFICATE, server.path / CA_CERTIFICATE]
+    expiry = Expiry(certificates, _print)
+    expiry.check()
     server.prepare()
     # Checked first: later, a program of somebody else would be taken for ours that listens.
     _refuse_used_port(server.port, "set --port PORT, here and in every node's --server", host)
@@ -56,6 +62,7 @@ def serve(server: ServerFolder, host: str) -> None:
         _print(f"ready for {len(clients)} nodes on {host}:{server.port}")
         while True:
             check_signals()
+            expiry.mention()
             processes.restart_exited(
                 SERVER_PAUSE_S, lambda name, status: _print(processes.exit_line(name, status))
             )
@@ -114,14 +121,21 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         port: port on the loopback interface for the SuperNode's children; None uses a free one.
 
     Raises:
-        UserError: the port is in use, or a setting cannot be passed to Flower.
+        UserError: the port is in use, the certificate is not valid now, a setting cannot be passed
+            to Flower, or a process ends again and again.
     """
     if port is not None:
         _refuse_used_port(port, "set another --port, or leave it out to use any free one")
+    authority = node.path / CA_CERTIFICATE
+    expiry = Expiry([authority], _print)
+    expiry.check()
     again = f"start it again with: {command_line()}"
     with advice(lambda: again), Processes(node.path) as processes:
         # Created before the SuperNode starts, because it skips the lines that the log already has.
-        connection = Connection(processes.log("supernode"), node.server, _print)
+        connection = Connection(
+            processes.log("supernode"), node.server, _print,
+            find_fault=lambda: find_fault(node.server, authority),
+        )  # fmt: skip
 
         def report(name: str, status: int) -> bool:
             if name == "supernode":
@@ -134,8 +148,10 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         processes.start("worker", node.worker_command())
         processes.start("supernode", command, node.environment)
         _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")
+        connection.report_fault()
         while True:
             check_signals()
+            expiry.mention()
             processes.restart_exited(NODE_PAUSE_S, report)
             connection.update()
             time.sleep(LOOK_S)

@@ -28,7 +28,10 @@ class Log:
         path.write_text("INFO :      SuperNode ID: 77\n")  # written by an earlier start
         self.lines: list[str] = []
         self.server_answers = True
-        self.connection = Connection(path, "fed:9092", self.lines.append, self.answers)
+        self.fault: str | None = None
+        self.connection = Connection(
+            path, "fed:9092", self.lines.append, self.answers, lambda: self.fault
+        )
 
     def answers(self) -> bool:
         return self.server_answers
@@ -110,3 +113,18 @@ def test_an_exit_without_a_reason_names_the_log(log: Log) -> None:
     log.server_answers = False
     log.connection.report_exit("supernode", 0)
     assert "cannot be reached" in log.lines[2]
+
+
+def test_a_clock_or_a_certificate_is_not_called_out_of_reach(log: Log) -> None:
+    log.fault = "the clock of this machine is 30 s ahead"
+    for _ in range(3):
+        log.add(FAILED)
+    assert log.lines == ["the clock of this machine is 30 s ahead; retrying"]
+    # Flower ends the SuperNode with status 0 and without a word.
+    assert log.connection.report_exit("supernode", 0) is True
+    log.add(EXIT.format(why="[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"))
+    assert log.connection.report_exit("supernode", 1) is True
+    assert len(log.lines) == 1
+    log.fault = None
+    log.add("INFO :      SuperNode ID: 77\n")
+    assert "connected" in log.lines[1]

@@ -93,7 +93,9 @@ class Gate:
             base_url="https://superlink", transport=httpx.MockTransport(superlink)
         )
 
-    def call(self, headers: Headers, pieces: Iterable[bytes], path: str = PUSH) -> int:
+    def call(
+        self, headers: Headers, pieces: Iterable[bytes], path: str = PUSH, method: str = "POST"
+    ) -> int:
         """The status of the answer to a request whose body arrives in pieces.
 
         After the last piece, nothing more comes from the caller, unless the piece is empty.
@@ -112,10 +114,10 @@ class Gate:
         async def send(event: MutableMapping[str, Any]) -> None:
             sent.append(event)
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers,
+        scope = {"type": "http", "method": method, "path": path, "headers": headers,
                  "client": ("10.0.0.9", 1)}  # fmt: skip
         asyncio.run(self.proxy(scope, receive, send))
-        if sent[0]["status"] != 200:
+        if sent[0]["status"] != 200 and path != "/":
             assert (b"connection", b"close") in sent[0]["headers"]
         return int(sent[0]["status"])
 
@@ -182,6 +184,13 @@ def test_a_damaged_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "node-0.pub").write_text("nothing")
     with pytest.raises(UserError, match=r"node-0\.pub"):
         Callers([tmp_path / "node-0.pub"])
+
+
+def test_a_nodes_look_at_certificate_and_clock_is_no_refusal(
+    federation: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Gate(federation).call([], [], "/", "GET") == 404
+    assert caplog.messages == []
 
 
 def test_refusals_cannot_fill_or_forge_the_log(

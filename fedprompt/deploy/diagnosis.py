@@ -1,0 +1,85 @@
+"""Why a node and the server do not trust each other, although they reach each other.
+
+Runs in `deploy node`. Flower ends the SuperNode without a reason when the clocks of the two
+machines differ, and retries for ever when the server's certificate has expired. One call of the
+server's port tells: its TLS handshake checks the certificate, and its answer has the server's time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import http.client
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from fedprompt.deploy.addresses import split_address
+
+TIMEOUT_S = 5.0
+AHEAD_S, BEHIND_S = 5.0, 300.0
+"""How far a node's clock may be ahead of the server's and behind it, in seconds; Flower signs each
+call with a timestamp."""
+SLACK_S = 2.0
+"""How exactly clocks can be compared: the server's time has whole seconds, and travels."""
+EXPIRED, NOT_YET_VALID, OTHER_HOST = 10, 9, 62
+"""OpenSSL's numbers of reasons for which it rejects a certificate."""
+
+
+def find_fault(server: str, authority: Path) -> str | None:
+    """Call the server's port once, and find out why it and this node would refuse each other.
+
+    Args:
+        server: the server's address, `host:port`.
+        authority: the certificate of this federation's authority, `ca.crt`.
+
+    Returns:
+        One line, or None if there is no fault or the server cannot be reached.
+    """
+    host, port = split_address(server)
+    try:
+        context = ssl.create_default_context(cafile=str(authority))
+        connection = http.client.HTTPSConnection(
+            host.strip("[]"), int(port), timeout=TIMEOUT_S, context=context
+        )
+    except (OSError, ValueError) as error:
+        return f"{authority} cannot be read: {getattr(error, 'strerror', None) or error}"
+    try:
+        connection.request("GET", "/")
+        date = connection.getresponse().headers.get("date", "")
+    except ssl.SSLCertVerificationError as error:
+        return _rejected(server, host, error.verify_code)
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    try:
+        theirs = parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError):
+        return None
+    return _clock_fault(time.time() - theirs, server)
+
+
+def _rejected(server: str, host: str, code: int) -> str:
+    now = f"this machine's clock says {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    if code == EXPIRED:
+        return (
+            f"the certificate of {server} or of its authority (ca.crt) has expired; {now}. If that "
+            "is right, renew it with 'fedprompt deploy renew' on the machine with the authority"
+        )
+    if code == NOT_YET_VALID:
+        return f"the certificate of {server} is not valid yet; {now}: set the clock"
+    if code == OTHER_HOST:
+        return f"the certificate of {server} was not issued for {host}; use a host of 'deploy init'"
+    return f"the certificate of {server} was not issued by this federation's authority (ca.crt)"
+
+
+def _clock_fault(ahead_s: float, server: str) -> str | None:
+    """One line if the clocks differ by so much that Flower refuses this node's calls."""
+    if -BEHIND_S - SLACK_S < ahead_s < AHEAD_S + SLACK_S:
+        return None
+    direction = "ahead of" if ahead_s > 0 else "behind"
+    return (
+        f"the clock of this machine is {abs(ahead_s):.0f} s {direction} that of {server}, which "
+        "therefore refuses its calls; synchronise both clocks (NTP)"
+    )
