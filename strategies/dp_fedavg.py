@@ -77,6 +77,7 @@ class DPFedAvg(SharedPromptStrategy):
 
     name = "dp_fedavg"
     steps_without_replies = True
+    secret_state = True
     Config = DPFedAvgConfig
     config: DPFedAvgConfig
 

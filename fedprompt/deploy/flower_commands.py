@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from fedprompt.errors import UserError
+from fedprompt.peer_text import sanitised
 
 TIMEOUT_S = 180.0
 
@@ -45,4 +46,4 @@ def run_flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
 
 def last_words(output: str) -> str:
     """The end of a command's output on one line, for an error message."""
-    return " ".join(output.split())[-400:] or "it printed nothing"
+    return sanitised(" ".join(output.split())[-400:]) or "it printed nothing"

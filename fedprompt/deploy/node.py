@@ -30,6 +30,7 @@ from fedprompt.federation.client_app import handle, received, server_round
 from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.peer_text import SafeFormatter
 from fedprompt.privacy.secure_aggregation import require_flower
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import use_threads
@@ -187,7 +188,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("fedprompt")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s fedprompt: %(message)s"))
+        handler.setFormatter(SafeFormatter("%(levelname)s fedprompt: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -21,7 +21,8 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedprompt.federation.grid import CountingGrid, Traffic
-from fedprompt.messages import CLIENT_FAILED, error_reason, sanitised, to_wire
+from fedprompt.messages import CLIENT_FAILED, error_reason, to_wire
+from fedprompt.peer_text import sanitised
 
 log = logging.getLogger("fedprompt.server")
 

@@ -24,7 +24,8 @@ from fedprompt.deploy.versions import (
     version_warnings,
     versions_record,
 )
-from fedprompt.messages import CONFIG, MAX_EXAMPLES, METRICS, Refused, sanitised
+from fedprompt.messages import CONFIG, MAX_EXAMPLES, METRICS, Refused
+from fedprompt.peer_text import sanitised
 from fedprompt.workspace import Workspace
 
 ZERO_SHOT = "zero-shot"

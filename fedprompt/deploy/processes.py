@@ -24,6 +24,7 @@ from fedprompt.deploy import guard
 from fedprompt.deploy.guard import PROC, kill_group, members, send_signal
 from fedprompt.deploy.ownership import Ownership
 from fedprompt.errors import UserError
+from fedprompt.peer_text import sanitised
 from fedprompt.runtime import DEFAULTS
 
 GRACE_S = 5.0
@@ -260,5 +261,7 @@ def listens(port: int, host: str = "127.0.0.1") -> bool:
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log file, joined to one line; empty if it cannot be read."""
     with contextlib.suppress(OSError):
-        return " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
+        last = path.read_text(errors="replace").splitlines()[-lines:]
+        # Flower's logs quote its peers as they are.
+        return " | ".join(sanitised(line) for line in last)
     return ""

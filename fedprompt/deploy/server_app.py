@@ -30,6 +30,7 @@ from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import finish
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.peer_text import SafeFormatter, sanitised
 from fedprompt.reports.run_data import SUMMARY
 from fedprompt.runtime import use_threads
 
@@ -60,7 +61,13 @@ def main(grid: Grid, context: Context) -> None:
             _run(folder, config, grid, submission.registered)
         finally:
             folder.close()
-    except UserError as error:
+    except Exception as error:
+        if not isinstance(error, UserError):
+            log.exception("the server app has failed")
+            # The last line of the log is what 'deploy run' says at the end.
+            reason = sanitised(f"{type(error).__name__}: {error}")
+            log.error("an unexpected error has ended the run (%s); the traceback is above", reason)
+            raise
         log.error("%s", error)
         # Raised again, so that Flower marks the run as failed, but without its traceback.
         logging.getLogger("flwr").addFilter(_drop_traceback)
@@ -120,7 +127,7 @@ def _drop_traceback(record: logging.LogRecord) -> bool:
 
 def _add_log_handler(handler: logging.Handler) -> None:
     """Add a place for our log lines; Flower sends those on stderr to whoever follows the run."""
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedprompt")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

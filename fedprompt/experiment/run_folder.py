@@ -202,12 +202,13 @@ class RunFolder:
         if self._before is not None:
             discard(self.path, self._before, made=self._made_folder)
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, *, secret: bool = False) -> None:
         """Replace one file atomically.
 
         Args:
             name: the file's name in the folder.
             content: its new content.
+            secret: whether only the owner may read it.
 
         Raises:
             UserError: the disk is full, or the file cannot be written.
@@ -217,7 +218,7 @@ class RunFolder:
             # or that is written again with the same content.
             if name in VERIFIED:
                 self._set_checksums({name: digest(content)})
-            write_bytes(self.path / name, content)
+            write_bytes(self.path / name, content, mode=0o600 if secret else 0o644)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path / name}: {error.strerror}; resume the run from its "
@@ -373,7 +374,7 @@ class RunFolder:
         header = {"metrics": self._digest_of_metrics()}
         if config is not None:
             header["config"] = json.dumps(to_dict(config))
-        self.write(CHECKPOINT, checkpoint_bytes(checkpoint, header))
+        self.write(CHECKPOINT, checkpoint_bytes(checkpoint, header), secret=checkpoint.secret)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Read the last checkpoint; None if there is none yet.

@@ -20,6 +20,7 @@ class Checkpoint:
         shared: shared tensors by name, float32.
         strategy: state of the strategy, as `SharedPromptStrategy.state` returns it.
         totals: `bytes_up`, `bytes_down` and `rejected` since the run began.
+        secret: whether the state must be kept secret; only the owner can read the file then.
         private: digest of the private tensors that are saved beside the checkpoint; "" if none are.
     """
 
@@ -28,3 +29,4 @@ class Checkpoint:
     strategy: dict[str, Tensor]
     totals: dict[str, int]
     private: str = ""
+    secret: bool = False

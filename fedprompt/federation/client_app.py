@@ -27,6 +27,7 @@ from fedprompt.federation.screening import COMMON_COUNTS, TEST_COUNTS, VALIDATIO
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
+from fedprompt.peer_text import sanitised
 from fedprompt.privacy.local_noise import protected
 from fedprompt.scoring import encode_personal, score_each, score_models
 from fedprompt.training import train_clients
@@ -218,22 +219,33 @@ def _read(
         expected: name and shape of every tensor that the method declares.
 
     Raises:
-        UserError: they are not the `expected` ones, in name, shape or type.
+        UserError: they are not the `expected` ones, in name, shape or type, or not finite.
     """
     record = message.content.get(record_name)
     if not isinstance(record, ArrayRecord) or set(record) != set(expected):
         names = sorted(record) if isinstance(record, ArrayRecord) else "nothing"
         raise UserError(
-            f"the server sent {names} as {record_name}, but method '{workspace.method.name}' "
-            f"expects {sorted(expected)}; server and client must run the same experiment."
+            f"the server sent {sanitised(str(names))} as {record_name}, but method "
+            f"'{workspace.method.name}' expects {sorted(expected)}; server and client must "
+            "run the same experiment."
         )
     tensors = {}
     for name, shape in expected.items():
-        array = values_of(record[name])
+        try:
+            array = values_of(record[name])
+        except Exception as error:  # malformed bytes make NumPy raise errors of many types
+            reason = sanitised(f"{type(error).__name__}: {error}")
+            raise UserError(f"the server sent '{name}', which cannot be read ({reason}).") from None
         if array.shape != shape or array.dtype != np.float32:
             raise UserError(
                 f"the server sent '{name}' as {array.dtype} {array.shape}; expected float32 "
                 f"{shape}. Server and client must run the same experiment."
+            )
+        # Training from such tensors would turn the private ones, which exist only here, into NaN.
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"the server sent '{name}' with numbers that are not finite; this client neither "
+                "trains nor evaluates with it, and keeps what it has."
             )
         # `values_of` has returned a new array, so that training cannot change the message.
         tensors[name] = torch.from_numpy(array)

@@ -373,7 +373,7 @@ class Federation:
         """
         state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
         shared = {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
-        return Checkpoint(server_round, shared, state, totals)
+        return Checkpoint(server_round, shared, state, totals, secret=self.strategy.secret_state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state of a checkpoint.

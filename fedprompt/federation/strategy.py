@@ -109,6 +109,11 @@ class SharedPromptStrategy(Strategy):
     aggregation. The value is not inherited: a subclass that looks at single updates must not claim
     it by accident.
     """
+    secret_state: ClassVar[bool] = False
+    """Whether what `state` returns must be kept secret, such as the key that noise comes from.
+
+    Only the owner of a checkpoint can then read it.
+    """
     steps_without_replies: ClassVar[bool] = False
     """Whether `aggregate` is called in every round, even with no updates, whatever `min_replies`.
 

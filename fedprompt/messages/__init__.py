@@ -1,7 +1,7 @@
 """Messages between server and clients: records, bytes, and what a training exchange returns.
 
 This package is the only one, with `fedprompt.privacy.secure_aggregation.flower`, that touches the
-private parts of Flower. It imports nothing of fedprompt.
+private parts of Flower. Of fedprompt, it imports `peer_text` only.
 """
 
 from fedprompt.messages.answers import MAX_EXAMPLES, Answers, Ranges, Refused, read_answers
@@ -30,11 +30,9 @@ from fedprompt.messages.records import (
     ARRAYS,
     CONFIG,
     EXTRAS,
-    LONGEST_REASON,
     METRICS,
     Arrays,
     error_reason,
-    sanitised,
     to_array,
     to_arrays,
     to_record,
@@ -47,7 +45,6 @@ __all__ = [
     "CONFIG",
     "EXTRAS",
     "FIRST_NODE",
-    "LONGEST_REASON",
     "MAX_EXAMPLES",
     "METRICS",
     "SERVER_NODE",
@@ -71,7 +68,6 @@ __all__ = [
     "read_answers",
     "records_from_wire",
     "records_to_wire",
-    "sanitised",
     "set_new_id",
     "to_array",
     "to_arrays",

@@ -15,14 +15,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 
+from fedprompt.peer_text import sanitised
+
 Arrays = dict[str, NDArray[Any]]
 """NumPy arrays by name; shared tensors are float32."""
 
 ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `EXTRAS` holds what a single client is sent."""
-
-LONGEST_REASON = 500
-"""Largest number of characters of a peer's text that are logged or stored."""
 
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""
@@ -76,15 +75,6 @@ def _float32_header(shape: tuple[int, ...]) -> bytes:
     layout = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, layout)
     return buffer.getvalue()
-
-
-def sanitised(text: str) -> str:
-    """A peer's text as one line without control characters, at most `LONGEST_REASON` characters."""
-    # Cut first, so that megabytes of text cost nothing; runs of white space only get shorter.
-    line = " ".join(text[: 4 * LONGEST_REASON].split())
-    clean = "".join(c if c.isprintable() else "?" for c in line)
-    whole = len(clean) <= LONGEST_REASON and len(text) <= 4 * LONGEST_REASON
-    return clean if whole else clean[: LONGEST_REASON - 3] + "..."
 
 
 def error_reason(reply: Message) -> str:

@@ -19,7 +19,6 @@ from fedprompt.deploy.node_grid import NodeGrid
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import (
-    LONGEST_REASON,
     become_server,
     empty_run,
     from_wire,
@@ -28,6 +27,7 @@ from fedprompt.messages import (
     to_array,
     to_wire,
 )
+from fedprompt.peer_text import LONGEST_REASON
 from fedprompt.workspace import Workspace
 
 NODE = 10**18

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.schema import to_yaml
 from fedprompt.deploy import worker_client
@@ -27,8 +27,9 @@ from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.messages import Refused, become_server, to_record, to_wire
+from fedprompt.messages import Refused, become_server, to_arrays, to_record, to_wire
 from fedprompt.methods.registry import method_class
+from fedprompt.peer_text import LONGEST_REASON
 from tests.support.builders import small_config
 from tests.support.fake_data import truncated
 from tests.support.federations import CLASSES, config_for, write_clients
@@ -243,3 +244,36 @@ def test_the_client_app_does_not_import_pytorch() -> None:
     code = "import sys, fedprompt.deploy.client_app; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_tensors_that_are_not_finite_are_refused_before_anything_is_trained(
+    images: Path, kind: str, value: float
+) -> None:
+    node, run = settings(images)
+    assert not answer(message(MessageType.TRAIN, 1, start_of(images)), node, run, 7).has_error()
+    state = images.parent / "state"
+    before = {p: p.read_bytes() for p in state.rglob("*.safetensors")}
+    assert before
+    arrays = to_arrays(start_of(images))
+    next(iter(arrays.values())).flat[-1] = value
+    reply = answer(message(kind, 2, to_record(arrays)), node, run, 7)
+    assert reply.has_error()
+    assert "not finite" in str(reply.error.reason)
+    assert {p: p.read_bytes() for p in state.rglob("*.safetensors")} == before
+
+
+def test_tensors_that_cannot_be_read_are_one_line(images: Path) -> None:
+    arrays = start_of(images)
+    name = next(iter(arrays))
+    evil = f"{name}\x1b[2J" + "x" * 10**5
+    broken = Array("float32", tuple(arrays[name].shape), "numpy.ndarray", b"\x1b[2J")
+    for wrong in (ArrayRecord({**arrays, name: broken}), ArrayRecord({**arrays, evil: broken})):
+        reply = answer(message(MessageType.TRAIN, 1, wrong), *settings(images), 7)
+        assert reply.has_error()
+        reason = str(reply.error.reason)
+        assert "the server sent" in reason
+        assert reason.isprintable()
+        assert len(reason) < 3 * LONGEST_REASON
+    assert not list((images.parent / "state").rglob("*.safetensors"))

@@ -18,7 +18,8 @@ from fedprompt.deploy.backbone_check import has_other_weights, sample_features
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
 from fedprompt.deploy.versions import VERSIONS, versions_record
-from fedprompt.messages import LONGEST_REASON, Refused, become_server, from_wire, to_wire
+from fedprompt.messages import Refused, become_server, from_wire, to_wire
+from fedprompt.peer_text import LONGEST_REASON
 from tests.support.builders import random_clip
 
 CLASSES = ("river", "beach")

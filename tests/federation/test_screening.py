@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import (
-    LONGEST_REASON,
     MAX_EXAMPLES,
     from_wire,
     to_arrays,
     to_record,
     to_wire,
 )
+from fedprompt.peer_text import LONGEST_REASON
 from fedprompt.strategies.fedavg import FedAvgConfig
 from tests.support.strategies import (
     GRID,

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import Refused, read_answers
+from fedprompt.peer_text import sanitised
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
     CONFIRM,
@@ -288,8 +289,9 @@ class _Round:
                 masked = mask(common, self.count, self.start)
                 # The peer has added the mask if its own id is the larger one.
                 total = total - masked if peer > owner else total + masked
-        except ValueError as error:
-            raise _Void(f"a client's shares do not fit together ({error})") from None
+        except Exception as error:  # a client may have shared anything, which raises any error
+            reason = sanitised(f"{type(error).__name__}: {error}")
+            raise _Void(f"a client's shares do not fit together ({reason})") from None
         return total
 
     def _read_sum(self, total: Masked, clients: int) -> Numbers:

@@ -1,0 +1,48 @@
+"""Text that comes from another machine, made safe for logs, terminals and files.
+
+Whoever controls a node or the server can put any text into error messages and names: megabytes, or
+control characters with which a terminal changes what it shows.
+"""
+
+from __future__ import annotations
+
+import logging
+
+LONGEST_REASON = 500
+"""Largest number of characters of a peer's text that are logged or stored."""
+
+
+def sanitised(text: str, longest: int = LONGEST_REASON) -> str:
+    """A peer's text as one line without control characters.
+
+    Args:
+        text: the text.
+        longest: the largest number of characters of the result.
+    """
+    # Cut first, so that megabytes of text cost nothing; runs of white space only get shorter.
+    line = " ".join(text[: 4 * longest].split())
+    clean = "".join(c if c.isprintable() else "?" for c in line)
+    whole = len(clean) <= longest and len(text) <= 4 * longest
+    return clean if whole else clean[: longest - 3] + "..."
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats log records so that no text of a peer can control a terminal or fill a disk.
+
+    What we log of a peer is sanitised where it is logged. This is the second line of defence, for
+    texts of libraries and for tracebacks, whose last line may quote a peer.
+    """
+
+    LONGEST_LINE, MOST_LINES = 2000, 200
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, each line without control characters and cut, the last lines if too many."""
+        lines = super().format(record).split("\n")
+        if len(lines) > self.MOST_LINES:
+            lines = [lines[0], "...", *lines[2 - self.MOST_LINES :]]
+        # Tracebacks are indented, which `sanitised` would remove.
+        indents = [len(line) - len(line.lstrip(" ")) for line in lines]
+        return "\n".join(
+            " " * min(indent, 80) + sanitised(line, self.LONGEST_LINE)
+            for indent, line in zip(indents, lines, strict=True)
+        )
