@@ -37,9 +37,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             groups[group][name] = tensor
         return Checkpoint(
             int(header["round"]),
+            groups["shared"],
+            groups["strategy"],
             totals=json.loads(header["totals"]),
             private=header["private"],
-            **groups,
         )
     except (KeyError, ValueError) as error:
         raise UserError(

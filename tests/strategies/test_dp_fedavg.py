@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import stat
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,11 @@ import pytest
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import make_display
 from fedprompt.experiment.run import run
+from fedprompt.experiment.run_folder import RunFolder
+from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.accountant import epsilon
+from fedprompt.reports.run_data import CHECKPOINT
+from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.strategies.dp_fedavg import DPFedAvg
 from tests.support.strategies import (
     answer,
@@ -165,3 +171,19 @@ def test_epsilon_is_in_every_line(run_config: Callable[..., Any]) -> None:
     spent = [x["strategy"]["epsilon"] for x in lines if "strategy" in x]
     assert spent == [epsilon(4.0, n, 1e-5) for n in (1, 2, 3)]
     assert all(x["strategy"]["delta"] == 1e-5 for x in lines[1:])
+
+
+@pytest.mark.parametrize(("name", "mode"), [("dp_fedavg", 0o600), ("fedavg", 0o644)])
+def test_only_the_owner_can_read_a_checkpoint_with_the_key_of_the_noise(
+    make_workspace: Callable[..., Any], tmp_path: Path, name: str, mode: int
+) -> None:
+    settings = {"name": name, "noise": 0.0} if name == "dp_fedavg" else {"name": name}
+    workspace = make_workspace(method={"name": "promptfl", "context_tokens": 2}, strategy=settings)
+    checkpoint = Federation(workspace, InlineGrid(workspace)).checkpoint(0, {"rejected": 0})
+    folder = RunFolder(tmp_path)
+    # An older file that everybody can read does not decide it.
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    (tmp_path / CHECKPOINT).chmod(0o644)
+    folder.save_checkpoint(checkpoint)
+    folder.close()
+    assert stat.S_IMODE((tmp_path / CHECKPOINT).stat().st_mode) == mode
