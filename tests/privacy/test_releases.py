@@ -72,10 +72,10 @@ def test_a_repeated_round_is_counted_if_its_noise_is_new(
     assert config.federation.rounds == 3
     save = RunFolder.save_checkpoint
 
-    def lethal(folder: RunFolder, checkpoint: Any) -> None:
+    def lethal(folder: RunFolder, checkpoint: Any, *more: Any, **options: Any) -> None:
         if checkpoint.server_round == 2:
             raise Killed
-        save(folder, checkpoint)
+        save(folder, checkpoint, *more, **options)
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", lethal)
     with pytest.raises(Killed):
