@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedprompt.runtime import versions
+from fedprompt.runtime.machine import PROC, cpu_count, kilobytes, memory
 from fedprompt.simulation.blocks import free_memory
 
-PROC = Path("/proc")
 GB, MB = 1e9, 1e6
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, versions and memory in GB; every row of a result holds it."""
-    memory = _kilobytes(PROC / "meminfo", "MemTotal")
+    total = memory().total
     return {
         "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         **versions(),
-        "memory_gb": None if memory is None else round(memory * 1024 / GB, 1),
+        "memory_gb": None if total is None else round(total / GB, 1),
         "free_gb": round(free_memory(torch.device("cpu")) / GB, 1),
     }
 
@@ -44,9 +42,9 @@ def describe_machine(facts: dict[str, Any]) -> str:
 
 def peak_mb(process: int | str = "self") -> float | None:
     """A process's largest resident memory in MB, since its start or `reset_peak` (VmHWM)."""
-    kilobytes = _kilobytes(PROC / str(process) / "status", "VmHWM")
+    peak = kilobytes(PROC / str(process) / "status", "VmHWM")
     # The kB of /proc are 1024 bytes.
-    return None if kilobytes is None else kilobytes * 1024 / MB
+    return None if peak is None else peak * 1024 / MB
 
 
 def reset_peak() -> None:
@@ -62,7 +60,7 @@ def reset_peak() -> None:
 def private_mb(process: int | str = "self") -> float | None:
     """Resident memory in MB that a process shares with no other (Private_Clean + Private_Dirty)."""
     path = PROC / str(process) / "smaps_rollup"
-    parts = [_kilobytes(path, name) for name in ("Private_Clean", "Private_Dirty")]
+    parts = [kilobytes(path, name) for name in ("Private_Clean", "Private_Dirty")]
     return None if None in parts else sum(p or 0 for p in parts) * 1024 / MB
 
 
@@ -72,11 +70,3 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _kilobytes(path: Path, name: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1])
-    return None

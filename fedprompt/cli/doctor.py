@@ -17,6 +17,7 @@ from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.errors import UserError
 from fedprompt.files import asset
 from fedprompt.reports.format import human_bytes
+from fedprompt.runtime.machine import cpu_count, memory
 
 GIB = 2**30
 LEAST_DISK = LEAST_MEMORY = GIB
@@ -114,8 +115,9 @@ def _installed(package: str) -> str | None:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpus = f"{os.cpu_count()} ({usable} for this process), PyTorch uses {torch.get_num_threads()}"
+    cpus = (
+        f"{os.cpu_count()} ({cpu_count()} for this process), PyTorch uses {torch.get_num_threads()}"
+    )
     yield Finding("devices", "CPU cores", cpus)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -157,26 +159,12 @@ def _store(cache: Path) -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    total, free = memory()
+    here = memory()
+    total, free = here.total, here.free
     low = free is not None and free < LEAST_MEMORY
     problem = f"only {human_bytes(free or 0)} of memory are free: close other programs"
     sizes = [f"{human_bytes(n)} {word}" for n, word in ((total, "in total"), (free, "free")) if n]
     yield Finding("memory", "memory", ", ".join(sizes) or "unknown", problem if low else "")
-
-
-def memory() -> tuple[int | None, int | None]:
-    """Return total and available memory in bytes, None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        return sizes.get("MemTotal"), sizes.get("MemAvailable")
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        # Systems other than Linux have no /proc; sysconf tells the total only.
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
-    except (OSError, ValueError):
-        return None, None
 
 
 def _environment() -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedprompt.cli.data import Overrides
+from fedprompt.runtime.endings import advice, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,11 +93,8 @@ def tune(
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    try:
+    with advice(lambda: f"continue with the same command: {command_line()}"):
         results = search(plan, folder, jobs=jobs, serial=serial, address=ray_address, say=say)
-    except KeyboardInterrupt:
-        sys.stderr.write("fedprompt: interrupted; the same command continues.\n")
-        raise typer.Exit(130) from None
     write_results(plan, results, folder)
     _print_results(results, console)
     say(f"next: fedprompt sweep {folder / TUNED}")

@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 
 from fedprompt.errors import UserError
 from fedprompt.files import remove_temporaries, replacing
+from fedprompt.runtime.machine import cpu_count
 
 ADVICE = "set output.cache or $FEDPROMPT_CACHE to a writable folder with enough free space"
-DECODE_THREADS = min(8, os.cpu_count() or 1)
+DECODE_THREADS = min(8, cpu_count())
 """Threads that decode images. More than eight do not help: the encoder is then the slower part."""
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedprompt.methods.registry import method_class
 from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run
 from fedprompt.reports.run_report import write_report
 from fedprompt.runtime import versions
+from fedprompt.runtime.machine import cpu_count
 from fedprompt.scoring import score_global, score_personal
 from fedprompt.workspace import Workspace
 
@@ -145,7 +145,7 @@ def environment(workspace: Workspace | None = None) -> dict[str, Any]:
     return {
         **versions(),
         "device": str(workspace.clip.device) if workspace else None,
-        "cpus": os.cpu_count(),
+        "cpus": cpu_count(),
         "threads": torch.get_num_threads(),
     }
 

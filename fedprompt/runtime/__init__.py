@@ -11,6 +11,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
+from fedprompt.runtime.machine import cpu_count
+
 DEFAULTS = {
     # Idle OpenMP threads sleep. Spinning threads multiply the time of a step on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -71,12 +73,17 @@ def thread_count(config: ThreadSettings, *, worker: bool = False) -> int:
     Args:
         config: the config's `simulation` section.
         worker: whether the process is a Ray worker. The default of a worker is the number of its
-            CPUs, that of other processes is PyTorch's.
+            CPUs. That of other processes is PyTorch's, which counts the machine's cores, or the
+            processors of the container if these are fewer and `OMP_NUM_THREADS` is not set.
     """
     import torch  # not at the top: `set_defaults` must run before torch is imported
 
-    default = max(1, int(config.cpus_per_worker)) if worker else torch.get_num_threads()
-    return config.threads or default
+    if config.threads:
+        return config.threads
+    if worker:
+        return max(1, int(config.cpus_per_worker))
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else min(threads, cpu_count())
 
 
 def use_threads(config: ThreadSettings, *, worker: bool = False) -> None:

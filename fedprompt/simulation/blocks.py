@@ -8,14 +8,13 @@ memory.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from flwr.app import MessageType
 
 from fedprompt.runtime import thread_count
+from fedprompt.runtime.machine import memory
 from fedprompt.workspace import Workspace
 
 CPU_TOKENS, GPU_TOKENS = 384, 65536
@@ -104,14 +103,10 @@ def free_memory(device: torch.device) -> float:
     """Bytes of memory that are free now, on a GPU or on this machine.
 
     Args:
-        device: the device of the backbone. For a CPU without `/proc/meminfo`, half of the machine's
-            memory counts as free.
+        device: the device of the backbone. For a CPU, the limits of a container count; where the
+            system does not tell what is free, half of the memory counts as free.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = [line for line in lines if line.startswith("MemAvailable:")]
-        return float(available[0].split()[1]) * 1024
-    except (OSError, IndexError, ValueError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2
+    here = memory()
+    return float(here.free) if here.free is not None else float(here.total or 0) / 2

@@ -19,6 +19,7 @@ from typing import Any
 from fedprompt.config.schema import SimulationConfig, to_dict
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import ResourceCache
+from fedprompt.runtime.machine import cpu_count
 from fedprompt.simulation.blocks import free_memory
 from fedprompt.simulation.ray_cluster import start_ray
 from fedprompt.sweeps.live import Board
@@ -48,7 +49,7 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     """
     import torch
 
-    room = [max(1, runs), _fits(available_cpus(), resources.cpus)]
+    room = [max(1, runs), _fits(cpu_count(), resources.cpus)]
     if most is not None:
         room.append(most)
     if resources.gpus:
@@ -59,11 +60,6 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     if resources.memory_gb:
         room.append(_fits(free_memory(torch.device("cpu")), resources.memory_gb * 1e9))
     return max(1, min(room))
-
-
-def available_cpus() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:

@@ -41,7 +41,7 @@ class TestPlaces:
     """How many runs at once."""
 
     def test_as_many_as_there_is_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("fedprompt.sweeps.run.available_cpus", lambda: 8)
+        monkeypatch.setattr("fedprompt.sweeps.run.cpu_count", lambda: 8)
         monkeypatch.setattr("fedprompt.sweeps.run.free_memory", lambda device: 10e9)
         assert places_here(Resources(cpus=3), 24) == 2
         assert places_here(Resources(cpus=0.5), 24) == 16
