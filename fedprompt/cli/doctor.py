@@ -29,7 +29,7 @@ SWITCHES = (
     "WANDB_MODE", "MLFLOW_TRACKING_URI", "FLWR_TELEMETRY_ENABLED", "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-SECRET = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+SECRET = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 """Variables whose values may contain a password, so that only their presence is printed."""
 PROGRAMS = {
     "chromium": ("chromium", "chromium-browser", "google-chrome"),

@@ -18,6 +18,7 @@ In `deploy server` and `deploy node`, the processes that supervise others
     ownership           one owner per folder
     key_registration    makes the nodes' public keys known to the SuperLink
     expiry, diagnosis   dates of certificates; why the two sides refuse each other
+    reach               a call to the server by the way that Flower's calls take
     connection          turns a SuperNode's log into lines for the node's administrator
 
 In processes that they start on the server

@@ -36,9 +36,10 @@ class Connection:
         log: the SuperNode's log file; lines that it already has belong to an earlier start.
         server: the server's address, `host:port`.
         report: is called with each line for the administrator.
-        answers: returns whether the server accepts connections; None probes `server` over TCP.
+        answers: returns whether the server can be reached; None probes `server` over TCP.
         find_fault: returns why the server and this node refuse each other, or None; see
             diagnosis.py.
+        proxy: the environment variable whose proxy lies between; empty for none.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Connection:
         report: Callable[[str], None],
         answers: Callable[[], bool] | None = None,
         find_fault: Callable[[], str | None] = lambda: None,
+        proxy: str = "",
     ) -> None:
+        self.proxy = proxy
         self.log, self.server, self.report = log, server, report
         host, port = split_address(server)
         self.answers = answers or (lambda: listens(int(port), host.strip("[]")))
@@ -122,7 +125,14 @@ class Connection:
 
     @property
     def _unreachable(self) -> str:
-        return f"the server {self.server} cannot be reached; retrying until it answers"
+        host, _ = split_address(self.server)
+        way = (
+            f" through the proxy that {self.proxy} names (with NO_PROXY={host.strip('[]')} the "
+            "node goes around it)"
+            if self.proxy
+            else ""
+        )
+        return f"the server {self.server} cannot be reached{way}; retrying until it answers"
 
     @property
     def _exit_is_complete(self) -> bool:

@@ -88,7 +88,11 @@ class FleetProxy:
         context = ssl.create_default_context(cafile=str(authority))
         # One client for all requests, so that connections to the SuperLink are reused.
         self.client = httpx.AsyncClient(
-            base_url=upstream, verify=context, timeout=SUPERLINK_TIMEOUT_S
+            base_url=upstream,
+            verify=context,
+            timeout=SUPERLINK_TIMEOUT_S,
+            # The SuperLink is on this machine; no proxy of the environment lies between.
+            trust_env=False,
         )
         self.callers, self.node, self.stranger = callers, node, stranger
         self._refusals = 0

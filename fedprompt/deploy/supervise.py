@@ -18,6 +18,7 @@ from fedprompt.deploy.expiry import Expiry
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
 from fedprompt.deploy.key_registration import register_keys
 from fedprompt.deploy.processes import Processes, free_port, listens
+from fedprompt.deploy.reach import UNAVAILABLE, call, proxy_variable
 from fedprompt.errors import UserError
 from fedprompt.runtime.endings import advice, check_signals, command_line
 
@@ -92,6 +93,14 @@ def start_server(
     processes.start("superexec", server.superexec_command(), server.environment)
     processes.start("fleet-proxy", server.fleet_proxy_command(host))
     processes.wait_until(lambda: listens(server.port, host), "starting the fleet proxy", timeout_s)
+    # Listening is not enough: only an answer of the SuperLink shows that nodes get through.
+    gate, authority = f"127.0.0.1:{server.port}", server.path / CA_CERTIFICATE
+    if listens(server.port):  # it may listen on another address only
+        processes.wait_until(
+            lambda: call(gate, authority) not in (None, UNAVAILABLE),
+            "a call through the fleet proxy",
+            timeout_s,
+        )
     return clients
 
 
@@ -133,9 +142,13 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
     with advice(lambda: again), Processes(node.path) as processes:
         # Created before the SuperNode starts, because it skips the lines that the log already has.
         connection = Connection(
-            processes.log("supernode"), node.server, _print,
+            processes.log("supernode"),
+            node.server,
+            _print,
+            answers=lambda: call(node.server, authority) is not None,
             find_fault=lambda: find_fault(node.server, authority),
-        )  # fmt: skip
+            proxy=proxy_variable(node.server),
+        )
 
         def report(name: str, status: int) -> bool:
             if name == "supernode":

@@ -23,7 +23,8 @@ DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 PACKAGES = {
     "fedprompt": "fedprompt",
@@ -48,9 +49,28 @@ def versions() -> dict[str, str | None]:
 
 
 def set_defaults() -> None:
-    """Disable spinning threads, telemetry and update checks, except where the user has set them."""
+    """Disable spinning threads, telemetry and update checks, except where the user has set them.
+
+    No call on the loopback interface goes through a proxy.
+    """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    _keep_loopback_direct()
+
+
+def _keep_loopback_direct() -> None:
+    """Add the loopback interface to `NO_PROXY`, if any variable names a proxy.
+
+    Processes of one machine, such as Flower's, talk over it, and no proxy could reach it.
+    """
+    if not any(os.environ.get(name) for x in PROXIES for name in (x, x.upper())):
+        return
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host for part in given.split(",") if (host := part.strip())]
+    if "*" not in hosts:
+        hosts += [host for host in LOOPBACK if host not in hosts]
+    # Libraries differ in which of the two they read first.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
 class ThreadSettings(Protocol):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedprompt.cli import doctor
+from fedprompt.runtime.machine import Memory
 from tests.cli.test_cli import fedprompt
 
 Usage = namedtuple("Usage", "total used free")
@@ -19,7 +20,7 @@ def _healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with nothing wrong, whatever this one is like."""
     monkeypatch.setenv("FEDPROMPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 0, 2**40))
-    monkeypatch.setattr(doctor, "memory", lambda: (2**36, 2**35))
+    monkeypatch.setattr(doctor, "memory", lambda: Memory(2**36, 2**35))
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.0", "nothing; extra == 'dev'"])
 
 
@@ -48,7 +49,7 @@ def test_problems_are_a_line_each_and_the_exit_status_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 0, 2**29))
-    monkeypatch.setattr(doctor, "memory", lambda: (2**36, 2**20))
+    monkeypatch.setattr(doctor, "memory", lambda: Memory(2**36, 2**20))
     status, out, _ = fedprompt(monkeypatch, capsys, "doctor")
     assert status == 1
     told = [line for line in out.splitlines() if line.startswith("PROBLEM ")]
