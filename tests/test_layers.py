@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "rng", "messages", "peer_text", "runtime", "statistics", "hub"),
+    ("errors", "rng", "messages", "runtime", "statistics", "hub"),
     ("config", "files"),
     ("backbone",),
     ("data",),

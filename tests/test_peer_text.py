@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from fedprompt.peer_text import LONGEST_REASON, SafeFormatter, sanitised
+from fedprompt.runtime.peer_text import LONGEST_REASON, SafeFormatter, sanitised
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202e\u2028\ud800\x00\x9b31m"
 

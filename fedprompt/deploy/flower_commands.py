@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from fedprompt.errors import UserError
-from fedprompt.peer_text import sanitised
+from fedprompt.runtime.peer_text import sanitised
 
 TIMEOUT_S = 180.0
 

@@ -30,10 +30,10 @@ from fedprompt.federation.client_app import handle, received, server_round
 from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class
-from fedprompt.peer_text import SafeFormatter
 from fedprompt.privacy.secure_aggregation import require_flower
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import use_threads
+from fedprompt.runtime.peer_text import SafeFormatter
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.node")

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 
 from fedprompt.federation.grid import CountingGrid, Traffic
 from fedprompt.messages import CLIENT_FAILED, error_reason, to_wire
-from fedprompt.peer_text import sanitised
+from fedprompt.runtime.peer_text import sanitised
 
 log = logging.getLogger("fedprompt.server")
 

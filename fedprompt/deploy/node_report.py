@@ -25,7 +25,7 @@ from fedprompt.deploy.versions import (
     versions_record,
 )
 from fedprompt.messages import CONFIG, MAX_EXAMPLES, METRICS, Refused
-from fedprompt.peer_text import sanitised
+from fedprompt.runtime.peer_text import sanitised
 from fedprompt.workspace import Workspace
 
 ZERO_SHOT = "zero-shot"

@@ -24,8 +24,8 @@ from fedprompt.deploy import guard
 from fedprompt.deploy.guard import PROC, kill_group, members, send_signal
 from fedprompt.deploy.ownership import Ownership
 from fedprompt.errors import UserError
-from fedprompt.peer_text import sanitised
 from fedprompt.runtime import DEFAULTS
+from fedprompt.runtime.peer_text import sanitised
 
 GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL."""

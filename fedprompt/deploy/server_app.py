@@ -30,9 +30,9 @@ from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import finish
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.peer_text import SafeFormatter, sanitised
 from fedprompt.reports.run_data import SUMMARY
 from fedprompt.runtime import use_threads
+from fedprompt.runtime.peer_text import SafeFormatter, sanitised
 
 log = logging.getLogger("fedprompt.server")
 

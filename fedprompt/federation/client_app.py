@@ -27,8 +27,8 @@ from fedprompt.federation.screening import COMMON_COUNTS, TEST_COUNTS, VALIDATIO
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
-from fedprompt.peer_text import sanitised
 from fedprompt.privacy.local_noise import protected
+from fedprompt.runtime.peer_text import sanitised
 from fedprompt.scoring import encode_personal, score_each, score_models
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace

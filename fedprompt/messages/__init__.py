@@ -1,7 +1,7 @@
 """Messages between server and clients: records, bytes, and what a training exchange returns.
 
 This package is the only one, with `fedprompt.privacy.secure_aggregation.flower`, that touches the
-private parts of Flower. Of fedprompt, it imports `peer_text` only.
+private parts of Flower. Of fedprompt, it imports `runtime.peer_text` only.
 """
 
 from fedprompt.messages.answers import MAX_EXAMPLES, Answers, Ranges, Refused, read_answers

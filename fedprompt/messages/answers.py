@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from flwr.app import Message, RecordDict
 
 from fedprompt.messages.records import error_reason
-from fedprompt.peer_text import sanitised
+from fedprompt.runtime.peer_text import sanitised
 
 Read = TypeVar("Read")
 Ranges = Mapping[str, tuple[float, float | str]]

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message
 from numpy.typing import NDArray
 
-from fedprompt.peer_text import sanitised
+from fedprompt.runtime.peer_text import sanitised
 
 Arrays = dict[str, NDArray[Any]]
 """NumPy arrays by name; shared tensors are float32."""

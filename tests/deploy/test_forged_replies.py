@@ -27,7 +27,7 @@ from fedprompt.messages import (
     to_array,
     to_wire,
 )
-from fedprompt.peer_text import LONGEST_REASON
+from fedprompt.runtime.peer_text import LONGEST_REASON
 from fedprompt.workspace import Workspace
 
 NODE = 10**18

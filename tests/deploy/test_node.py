@@ -29,7 +29,7 @@ from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.messages import Refused, become_server, to_arrays, to_record, to_wire
 from fedprompt.methods.registry import method_class
-from fedprompt.peer_text import LONGEST_REASON
+from fedprompt.runtime.peer_text import LONGEST_REASON
 from tests.support.builders import small_config
 from tests.support.fake_data import truncated
 from tests.support.federations import CLASSES, config_for, write_clients

@@ -19,7 +19,7 @@ from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
 from fedprompt.deploy.versions import VERSIONS, versions_record
 from fedprompt.messages import Refused, become_server, from_wire, to_wire
-from fedprompt.peer_text import LONGEST_REASON
+from fedprompt.runtime.peer_text import LONGEST_REASON
 from tests.support.builders import random_clip
 
 CLASSES = ("river", "beach")

@@ -31,7 +31,7 @@ from fedprompt.messages import (
     to_record,
     to_wire,
 )
-from fedprompt.peer_text import LONGEST_REASON
+from fedprompt.runtime.peer_text import LONGEST_REASON
 from fedprompt.strategies.fedavg import FedAvgConfig
 from tests.support.strategies import (
     GRID,

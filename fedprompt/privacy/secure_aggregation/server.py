@@ -17,7 +17,6 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.messages import Refused, read_answers
-from fedprompt.peer_text import sanitised
 from fedprompt.privacy.secure_aggregation import (
     COLLECT,
     CONFIRM,
@@ -39,6 +38,7 @@ from fedprompt.privacy.secure_aggregation.survivors import (
     start_of,
 )
 from fedprompt.privacy.secure_aggregation.vector import Numbers
+from fedprompt.runtime.peer_text import sanitised
 
 log = logging.getLogger("fedprompt.server")
 
