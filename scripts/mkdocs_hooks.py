@@ -1,12 +1,14 @@
-"""Pages that are generated while mkdocs builds the site: the commands, and the API."""
+"""Pages that are generated while mkdocs builds the site: commands, the API and the notebook."""
 
 from __future__ import annotations
 
 import pkgutil
+from pathlib import Path
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from notebook_page import notebook_markdown  # mkdocs adds the folder of its hooks to the path
 from typer.cli import get_docs_for_click
 
 import fedprompt.evaluation.protocols
@@ -33,6 +35,8 @@ API = {
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to those that are read from `docs/`."""
     files.append(File.generated(config, "commands.md", content=_commands()))
+    notebook = notebook_markdown(Path(config.docs_dir) / "quickstart.ipynb")
+    files.append(File.generated(config, "notebook.md", content=notebook))
     for name, (package, text) in API.items():
         modules = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
         modules.sort(key=lambda module: module != "base")

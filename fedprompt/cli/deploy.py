@@ -274,3 +274,5 @@ def example(
 
     path = write_example(folder, nodes, images)
     print(f"wrote {path}; try 'fedprompt deploy local {path}'")
+    print(f"on nodes of their own: 'fedprompt deploy node NODE --data {folder}/client-K' on each,")
+    print(f"then 'fedprompt deploy run SERVER {path}'")

@@ -29,7 +29,7 @@ from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
-from fedprompt.errors import RunFailed, UserError
+from fedprompt.errors import RunFailed, UserError, did_you_mean
 from fedprompt.reports.terminal import LOOK
 from fedprompt.runtime.endings import run_command
 
@@ -207,14 +207,25 @@ def methods(
 
 
 @app.command("list")
-def list_configs() -> None:
-    """List the names that each group of a config may be set to."""
-    from fedprompt.experiment.groups import choices
+def list_configs(
+    group: Annotated[
+        str | None, typer.Argument(help="Only this group: experiment, sweep, method, ...")
+    ] = None,
+) -> None:
+    """List the names that each group of a config may be set to, and what they stand for."""
+    from fedprompt.experiment.groups import choices, description
 
-    table = Table("", Column("", overflow="fold"), show_header=False, **LOOK)
-    for group in ("experiment", "sweep", "method", "strategy", "data", "backbone", "protocol"):
-        table.add_row(group, ", ".join(choices(group)))
-    _console().print(table)
+    groups = ("experiment", "sweep", "method", "strategy", "data", "backbone", "protocol")
+    if group is not None and group not in groups:
+        raise UserError(f"list: no group {group!r}.{did_you_mean(group, groups)}")
+    console = _console()
+    for one in groups if group is None else (group,):
+        # A name is never folded, so that it can be copied.
+        table = Table("", Column("", overflow="fold"), show_header=False, **LOOK)
+        table.columns[0].no_wrap = True
+        for name in choices(one):
+            table.add_row(Text(name), Text(description(one, name)))
+        console.print(Text(one, style="bold"), table)
 
 
 @app.command()

@@ -35,13 +35,13 @@ def compute_rows(names: Sequence[str]) -> list[Row]:
         rows.append(
             (
                 name,
+                cls.source,
                 _tensors(method.init_shared(0)),
                 _tensors(method.init_private(0, 0)),
                 f"{uploaded_numbers(method):,}",
                 ", ".join(sorted(method.needs)),
                 _strategy(method),
                 _protocols(method),
-                cls.source,
             )
         )
     return rows

@@ -10,11 +10,14 @@ import takes seconds, while commands such as `fedprompt list` only print names.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from fedprompt.errors import UserError, did_you_mean
@@ -76,6 +79,19 @@ class Registry(Generic[T]):
     def all(self) -> dict[str, type[T]]:
         """Every class by name. This imports all modules of the package."""
         return {name: self.get(name) for name in self.names()}
+
+    def described(self, name: str) -> str:
+        """The first sentence of the docstring of a module of the package, which is not imported.
+
+        Args:
+            name: a name. Classes of other distributions are not described.
+        """
+        module = self._modules().get(name)
+        spec = importlib.util.find_spec(f"{self.package}.{module}") if module else None
+        if spec is None or spec.origin is None:
+            return ""
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+        return text.partition("\n\n")[0].replace("\n", " ")
 
     def added(self) -> list[str]:
         """The names that other distributions add through entry points, in alphabetical order."""

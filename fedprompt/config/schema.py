@@ -241,7 +241,9 @@ class EvaluationConfig:
         "all", "personal tests: all, or those who trained in the round and all at the end"
     )
     local_only: bool = option(True, "also train every client alone for as many rounds")
-    local_only_tokens: int = option(4, "context tokens of that local-only CoOp", ge=1)
+    local_only_tokens: int | None = option(
+        None, "context tokens of that CoOp; null = as many as the method's prompts, or else 4", ge=1
+    )
     personal_on_global: bool = option(True, "also test personal models on the server test set")
 
 

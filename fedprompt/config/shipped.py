@@ -52,6 +52,28 @@ def shipped_file(group: str, name: Any, also: Sequence[str] = ()) -> Path:
     return configs_dir() / group / f"{name}.yaml"
 
 
+def purpose(path: Path) -> str:
+    """Return the first sentence of the comment with which a shipped file begins.
+
+    Args:
+        path: the file.
+    """
+    words = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # An indented line of the comment is a command.
+        if not line.startswith("# ") or line.startswith("#  "):
+            break
+        words.append(line.removeprefix("# "))
+    text, depth = " ".join(words), 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        # Neither the initial of a name nor a citation in brackets ends a sentence.
+        initial = i > 0 and text[i - 1].isupper() and (i < 2 or text[i - 2] == " ")
+        if character == "." and depth == 0 and not initial and text[i + 1 : i + 2] in ("", " "):
+            return text[:i]
+    return text.rstrip(":")
+
+
 def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
     """Read a YAML file that contains a mapping.
 

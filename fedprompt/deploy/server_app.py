@@ -24,11 +24,12 @@ from fedprompt.deploy.submission import Submission, read_submission
 from fedprompt.deploy.submit import DEPLOYMENT, LOG
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
-from fedprompt.experiment.display import make_display
+from fedprompt.experiment.display import LogDisplay
 from fedprompt.experiment.rounds import run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import finish
 from fedprompt.experiment.trackers import Loggers
+from fedprompt.experiment.validate import unsuited_backbone
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.reports.run_data import SUMMARY
 from fedprompt.runtime import use_threads
@@ -100,12 +101,15 @@ def _run(folder: RunFolder, config: Config, grid: Grid, registered: Mapping[int,
         log.info("the run in %s has already finished", folder.path)
         return
     started = time.monotonic()
-    display, loggers = make_display(), Loggers(config, folder.path)
+    # The lines go to `server.log`, where `deploy run` reads them.
+    display, loggers = LogDisplay(log.info), Loggers(config, folder.path)
     try:
         loggers.open()
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
         use_threads(config.simulation)
+        if warning := unsuited_backbone(config):
+            display.message(warning)
         workspace = open_workspace(config)
         federation = NodeFederation(workspace, NodeGrid(grid), folder, registered)
         if checkpoint is not None:

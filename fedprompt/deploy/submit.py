@@ -46,21 +46,19 @@ def run_on_server(server: ServerFolder, config: Config, display: Display) -> Pat
 
     Args:
         server: the server's folder.
-        config: the experiment; `data.folders` must be empty, because every node has its own.
+        config: the experiment; `data.folders` is not sent, because every node has its own.
         display: where the run's lines and its result are shown.
 
     Returns:
         The run folder.
 
     Raises:
-        UserError: the experiment names folders of clients, the run folder is in use, the SuperLink
+        UserError: the run folder is in use, the SuperLink
             refuses the run, or the run has failed.
     """
     if isinstance(config.data, ClientFoldersConfig) and config.data.folders:
-        raise UserError(
-            "data.folders names the clients' folders on one machine; leave it empty, because every "
-            "node names its own folder with --data."
-        )
+        # An experiment that ran on one machine runs on nodes unchanged; `new_run` empties the list.
+        display.message("data.folders is not used: every node names its own folder with --data.")
     submitted = new_run(config)
     assert submitted.output.dir is not None
     return _submit_and_follow(server, settings_of(submitted), Path(submitted.output.dir), display)

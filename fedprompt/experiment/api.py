@@ -23,13 +23,12 @@ from fedprompt.experiment.display import (
     Display,
     QuietDisplay,
     make_display,
-    protocol_tables,
-    summary_table,
 )
 from fedprompt.experiment.predict import Classifier
 from fedprompt.experiment.resuming import read_config
 from fedprompt.reports.draw import draw
 from fedprompt.reports.format import Table
+from fedprompt.reports.result_tables import protocol_tables, summary_table
 from fedprompt.reports.run_data import SUMMARY, RunData, load_run
 from fedprompt.reports.run_figures import run_figures
 

@@ -13,7 +13,7 @@ import atexit
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,79 +22,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-from fedprompt.reports.format import (
-    MISSING,
-    ResultRow,
-    Table,
-    human_bytes,
-    human_time,
-    percent,
-    percent_spread,
-    result_rows,
-)
-from fedprompt.reports.terminal import fields, fitted
-
-
-def summary_table(summary: Mapping[str, Any], width: int) -> Group:
-    """Build the table that a run prints last: its results beside the baselines, and its traffic.
-
-    Args:
-        summary: The content of `summary.json`.
-        width: Width of the terminal, in characters.
-    """
-    rows = result_rows(summary)
-    cells = [(row.name, *_result_cells(row)) for row in rows]
-    first, *others = fields(("", *_RESULT_COLUMNS), cells)
-    for field in (first, *others):
-        # The last row is the method; those above it are baselines.
-        field.cells[-1].stylize("bold")
-    return fitted(
-        first,
-        others,
-        width,
-        title=f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}",
-        note=_traffic(summary),
-    )
-
-
-def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
-    """Lay out the tables of evaluation protocols for a terminal of `width` characters."""
-    groups = []
-    for table in tables:
-        first, *columns = fields(table.columns, table.rows)
-        groups.append(fitted(first, columns, width, title=table.title, note=table.note))
-    return groups
-
-
-_RESULT_COLUMNS = ("global\naccuracy", "personalised\nmean ± std", "worst\nclient", "10th\npct.")
-
-
-def _result_cells(row: ResultRow) -> tuple[str, ...]:
-    return (
-        percent(row.global_accuracy),
-        percent_spread(row.mean, row.std),
-        percent(row.worst),
-        percent(row.p10),
-    )
-
-
-def _plain(text: str) -> Text:
-    """Return text that rich prints unchanged: `[red]` in a name remains six characters."""
-    return Text(text)
-
-
-def _traffic(summary: Mapping[str, Any]) -> str:
-    lines, parts = [], []
-    uploaded = summary.get("uploaded_numbers_per_client_round")
-    if uploaded is not None:
-        lines.append(f"{uploaded:,} numbers up per client and round")
-    if summary.get("bytes_up") is not None:
-        parts.append(f"{human_bytes(summary['bytes_up'])} up")
-    if summary.get("bytes_down") is not None:
-        parts.append(f"{human_bytes(summary['bytes_down'])} down")
-    if summary.get("rejected_replies"):
-        parts.append(f"{summary['rejected_replies']} replies rejected")
-    return "\n".join((*lines, *([", ".join(parts)] if parts else [])))
+from fedprompt.reports.format import MISSING, Table, human_bytes, human_time, percent, plural
+from fedprompt.reports.result_tables import protocol_tables, summary_table
 
 
 class Display(Protocol):
@@ -146,6 +75,11 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Release the terminal. It is safe to call this twice and after an error."""
+
+
+def _plain(text: str) -> Text:
+    """Return text that rich prints unchanged: `[red]` in a name remains six characters."""
+    return Text(text)
 
 
 class _Traffic:
@@ -209,7 +143,7 @@ class PlainDisplay:
         """Print the title and the number of rounds."""
         self._traffic, self._rounds = _Traffic(), rounds
         resumed = f", going on from round {first_round}" if first_round > 1 else ""
-        self._print(f"{title}: {rounds} rounds{resumed}")
+        self._print(f"{title}: {plural(rounds, 'round')}{resumed}")
 
     def message(self, text: str) -> None:
         """Print the line."""
@@ -281,11 +215,8 @@ class RichDisplay:
     def round(self, record: Mapping[str, Any], eta_s: float | None) -> None:
         """Advance the bar and show the round's numbers, with a dash for what was not evaluated."""
         self._traffic.add(record)
-        numbers = Text("  ")
-        for name, value in _fields(record, self._traffic, eta_s):
-            style = "bold red" if name == "rejected" else "bold"
-            numbers.append(f"{name} ", style="dim").append(f"{value}   ", style=style)
-        self._open().update(Group(self._progress, numbers))
+        fields = list(_fields(record, self._traffic, eta_s))
+        self._open().update(Group(self._progress, _packed(fields, self._console.width)))
         self._show(_label(record), record["round"])
 
     def finish(
@@ -322,6 +253,40 @@ class RichDisplay:
             # An uncaught error elsewhere must not leave the user's terminal without a cursor.
             atexit.register(self.close)
         return self._live
+
+
+def _packed(fields: Sequence[tuple[str, str]], width: int) -> Text:
+    """Lay out names and values in as many lines as they need, none broken inside a field."""
+    numbers, used = Text(), 0
+    for name, value in fields:
+        # A live block is redrawn in place, so a line that the terminal wraps would leave remains.
+        needed = len(name) + len(value) + 3
+        if used and used + needed > width:
+            numbers.append("\n")
+            used = 0
+        style = "bold red" if name == "rejected" else "bold"
+        numbers.append(f"  {name} ", style="dim").append(value, style=style)
+        used += needed
+    return numbers
+
+
+class LogDisplay(PlainDisplay):
+    """Passes the lines of a plain display to a log, whose readers print the result themselves."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        super().__init__()
+        self._write = write
+
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        run_dir: Path | str | None = None,
+        tables: Sequence[Table] = (),
+    ) -> None:
+        """Write nothing: the operator's command shows the result of the run folder."""
+
+    def _print(self, text: str) -> None:
+        self._write(text)
 
 
 class QuietDisplay:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedprompt.config.registry import Registry
+from fedprompt.config.shipped import purpose, shipped_file
+from fedprompt.data import catalogue
 from fedprompt.data.sections import available, resolve_group
 from fedprompt.evaluation.protocols import PROTOCOLS
 from fedprompt.federation.registry import STRATEGIES
@@ -34,6 +36,20 @@ def choices(group: str) -> list[str]:
     """
     registry = REGISTRIES.get(group)
     return sorted({*available(group), *(registry.names() if registry else ())})
+
+
+def description(group: str, name: str) -> str:
+    """One sentence that says what a name stands for; empty for parts of other distributions.
+
+    Args:
+        group: as in `choices`.
+        name: one of the group's choices.
+    """
+    if group == "data" and name in catalogue.names():
+        return catalogue.entry(name).title
+    if name in available(group):
+        return purpose(shipped_file(group, name))
+    return REGISTRIES[group].described(name)
 
 
 def select(group: str, value: Any) -> dict[str, Any]:

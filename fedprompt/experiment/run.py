@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,19 @@ from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
+from fedprompt.experiment.validate import unsuited_backbone
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.page import is_whole
-from fedprompt.reports.run_data import METRICS, PRIVATE, REPORT, SUMMARY, load_run
+from fedprompt.reports.run_data import (
+    METRICS,
+    PRIVATE,
+    REPORT,
+    SUMMARY,
+    context_tokens,
+    load_run,
+)
 from fedprompt.runtime.endings import advice, command_line
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
@@ -135,6 +143,8 @@ def _run(
         _refuse_absent_folders(config)
         loggers.open()
         checkpoint = folder.load_checkpoint()
+        if warning := unsuited_backbone(config):
+            display.message(warning)
         display.phase("opening data and backbone")
         workspace = open_workspace(config, progress=True, resources=resources)
         for note in workspace.dataset.notes:
@@ -195,7 +205,9 @@ def _local_only(
     """
     display.phase("local-only baseline")
     reference = method_class("coop_local")
-    tokens = workspace.config.evaluation.local_only_tokens
+    # Prompts of unequal length would make the comparison one of lengths. Methods without text
+    # prompts are compared with the shortest usual prompt, that of four tokens.
+    tokens = workspace.config.evaluation.local_only_tokens or _tokens(workspace) or 4
     alone = workspace.with_method(reference.Config(context_tokens=tokens))
     # Nothing is uploaded that would have to be hidden.
     alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
@@ -206,4 +218,9 @@ def _local_only(
         folder.append(METRICS, whole)
         loggers.line(whole)
 
-    return run_reference(Federation(alone, grid), record)
+    last = run_reference(Federation(alone, grid), record)
+    return None if last is None else {**last, "context_tokens": tokens}
+
+
+def _tokens(workspace: Workspace) -> int | None:
+    return context_tokens(asdict(workspace.config.method))

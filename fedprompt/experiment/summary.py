@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from fedprompt.data.partition import dense
 from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
@@ -19,7 +21,14 @@ from fedprompt.federation.scores import personal_part
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
-from fedprompt.reports.run_data import METRICS, PROMPTS, SUMMARY, load_run
+from fedprompt.reports.run_data import (
+    FEW_TEST_IMAGES,
+    METRICS,
+    PROMPTS,
+    SUMMARY,
+    context_tokens,
+    load_run,
+)
 from fedprompt.reports.run_report import write_report
 from fedprompt.runtime import versions
 from fedprompt.runtime.machine import cpu_count
@@ -60,6 +69,7 @@ def finish(
     summary = {
         "experiment": config.experiment,
         "method": config.method.name,
+        "context_tokens": context_tokens(asdict(config.method)),
         "strategy": config.strategy.name,
         "seed": config.seed,
         "rounds": rounds,
@@ -78,6 +88,7 @@ def finish(
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
     }
+    summary["few_test_images"] = few_test_images(federation.describe())
     recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
     if line["round"] < rounds:
         summary["ended_after_round"] = line["round"]
@@ -99,6 +110,22 @@ def finish(
         display.phase("drawing the report")
         draw_report(folder.path)
     show_result(display, summary, folder.path)
+
+
+def few_test_images(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The clients whose accuracy rests on so few images that it says little.
+
+    Args:
+        description: the content of `partition.json`.
+
+    Returns:
+        The clients' ids as `clients`, and the number of images that they are `below`. Clients
+        without test images are not tested at all and not listed.
+    """
+    counts = description.get("test_counts") or []
+    images = dense(counts, len(description["class_names"])).sum(axis=1).tolist()
+    few = [client for client, number in enumerate(images) if 0 < number < FEW_TEST_IMAGES]
+    return {"below": FEW_TEST_IMAGES, "clients": few}
 
 
 def show_result(display: Display, summary: Mapping[str, Any], path: Path) -> None:

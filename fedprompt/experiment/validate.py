@@ -165,3 +165,13 @@ def _check_secure_aggregation(config: Config) -> None:
             f"federation.fraction={fraction:g} of {able_to_train} clients that train are {asked}; "
             "from a sum of two, each client can compute the other's update."
         )
+
+
+def unsuited_backbone(config: Config) -> str | None:
+    """A warning for the embedded CLIP on images that it was not made for, None where it suits."""
+    if config.backbone.model != "tiny" or config.data.source == "aerial_scenes":
+        return None
+    return (
+        "the embedded CLIP knows drawn aerial scenes only: on any other images its accuracy says "
+        "nothing; choose a pretrained one with backbone=NAME ('fedprompt list backbone')."
+    )

@@ -13,8 +13,9 @@ from fedprompt.data.partition import dense
 from fedprompt.reports.figure import ACCURACY, Axis, Bars, BarSeries, Figure, Level, Marks, Panel
 from fedprompt.reports.figure_parts import count_bars, shares
 from fedprompt.reports.format import percent_spread
-from fedprompt.reports.run_data import RunData, accuracy_of
+from fedprompt.reports.run_data import FEW_TEST_IMAGES, RunData, accuracy_of
 
+FEW_MARK = "*"
 MANY = 200
 """With more clients than this, single bars cannot be told apart at the width of a figure."""
 
@@ -35,22 +36,29 @@ def clients_figure(run: RunData) -> Figure | None:
     if personal is None or not accuracy:
         return None
     zero_shot = accuracy_of(((run.summary or {}).get("zero_shot") or {}).get("personal"))
+    alone = alone_of(run)
     train_K, test_K = _images(run, "train_counts"), _images(run, "test_counts")
     # A run that tests its participants only may not have tested the client with the highest id.
     clients = max(max(accuracy) + 1, len(test_K))
     if clients > MANY:
-        return _distributions(accuracy, zero_shot, test_K)
-    labels = [str(client) for client in range(clients)]
+        return _distributions(accuracy, alone, zero_shot, test_K)
+    few = [k < len(test_K) and 0 < test_K[k] < FEW_TEST_IMAGES for k in range(clients)]
+    labels = [f"{client}{FEW_MARK * few[client]}" for client in range(clients)]
     counts = {"training images": train_K, "test images": test_K}
     mean = personal.get("mean")
     levels = []
     if mean is not None:
         levels = [Level(f"Mean {percent_spread(mean, personal.get('std'))}", "own", mean)]
     caption = "Accuracy of each client's model on the client's own test images, as measured last."
+    if any(few):
+        caption += f" {FEW_MARK}: fewer than {FEW_TEST_IMAGES} test images."
+    models = [BarSeries("Personalised", "own", [accuracy.get(k) for k in range(clients)])]
+    if alone:
+        models.append(BarSeries("Local-only", "alone", [alone.get(k) for k in range(clients)]))
     panels: list[Panel] = [
         Bars(
             labels=labels,
-            series=[BarSeries("Personalised", "own", [accuracy.get(k) for k in range(clients)])],
+            series=models,
             marks=_marks(zero_shot, clients),
             levels=levels,
             x=Axis(label="" if test_K else "Client"),
@@ -81,6 +89,12 @@ def clients_figure(run: RunData) -> Figure | None:
     )
 
 
+def alone_of(run: RunData) -> dict[int, float]:
+    """Return each client's accuracy after local-only training, as measured last."""
+    tested = [line["personal"] for line in run.local_only if line.get("personal")]
+    return accuracy_of(tested[-1] if tested else None)
+
+
 def _marks(zero_shot: Mapping[int, float], clients: int) -> Marks | None:
     if not zero_shot:
         return None
@@ -88,17 +102,24 @@ def _marks(zero_shot: Mapping[int, float], clients: int) -> Marks | None:
 
 
 def _distributions(
-    accuracy: Mapping[int, float], zero_shot: Mapping[int, float], test_K: list[int]
+    accuracy: Mapping[int, float],
+    alone: Mapping[int, float],
+    zero_shot: Mapping[int, float],
+    test_K: list[int],
 ) -> Figure:
     """Describe how many clients have which accuracy, and how many test images."""
     labels, counts, _ = shares(list(accuracy.values()))
+    series = [BarSeries("Clients, personalised", "own", counts)]
+    if alone:
+        numbers = shares([value for client, value in alone.items() if client in accuracy])[1]
+        series.append(BarSeries("Clients, local-only", "alone", numbers))
     # Both distributions cover the same clients: those that were tested.
     reference = [value for client, value in zero_shot.items() if client in accuracy]
     marks = Marks("Clients, zero-shot", [float(n) for n in shares(reference)[1]])
     panels: list[Panel] = [
         Bars(
             labels=labels,
-            series=[BarSeries("Clients, personalised", "own", counts)],
+            series=series,
             marks=marks if reference else None,
             x=Axis(label="Accuracy on own test images"),
             y=Axis(label="Clients", format="count"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,17 @@ def result_rows(summary: Mapping[str, Any]) -> list[ResultRow]:
         rows.append(ResultRow.of(f"{method}, last round", summary["last"]))
     rows.append(ResultRow.of(method, summary))
     return rows
+
+
+def best_of(values: Sequence[float | None]) -> set[int]:
+    """Return the indices of the highest values; none if fewer than two are known.
+
+    Args:
+        values: Accuracies, None where one was not measured.
+    """
+    known = [value for value in values if value is not None]
+    top = max(known, default=None)
+    return {i for i, value in enumerate(values) if value == top} if len(known) > 1 else set()
 
 
 @dataclass(frozen=True)

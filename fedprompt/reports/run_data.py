@@ -266,15 +266,21 @@ def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
     return dict(zip(clients, accuracy, strict=True))
 
 
+FEW_TEST_IMAGES = 5
+"""An accuracy on fewer images than this moves by more than 20 points with a single image."""
+
+
 def context_tokens(method: Mapping[str, Any]) -> int | None:
     """Return how many context tokens a text prompt of a method has; None without text prompts.
 
     Args:
         method: The `method` section of a config.
     """
-    # A method with several prompts has its tokens in each of them.
+    # A method that wraps another one has the keys of that method among its options.
+    section = {**(method.get("options") or {}), **method}
+    # A method with several prompts has so many tokens in each of them.
     keys = ("context_tokens", "shared_tokens", "text_tokens")
-    found = [method[key] for key in keys if isinstance(method.get(key), int)]
+    found = [section[key] for key in keys if isinstance(section.get(key), int)]
     return found[0] if found else None
 
 

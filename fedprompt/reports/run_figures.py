@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedprompt.reports.client_figure import clients_figure
 from fedprompt.reports.figure import ACCURACY, ROUND, Axis, Curve, Figure, Level, Lines
 from fedprompt.reports.partition_figure import partition_figure
 from fedprompt.reports.run_data import RunData, series_of, split_tests
+
+CROSS_ENTROPY = "loss-ce"
+"""The key of the cross-entropy among the terms of the training loss."""
 
 
 def run_figures(run: RunData) -> list[Figure]:
@@ -80,22 +84,36 @@ def _zero_shot_levels(run: RunData) -> list[Level]:
 
 
 def loss_figure(run: RunData) -> Figure | None:
-    """Describe training loss, test loss of the global model, and loss of local-only training."""
-    candidates = [
-        _curve(run.rounds, "train", "loss", "Training", "own"),
+    """Describe cross-entropies in training and testing, and below them what training minimises.
+
+    Methods minimise the cross-entropy plus terms of their own, which local-only training and tests
+    do not have. Only cross-entropies share an axis.
+    """
+    crosses = [
+        _curve(run.rounds, "train", CROSS_ENTROPY, "Training", "own"),
         _curve(run.rounds, "global", "loss", "Global test", "server"),
-        _curve(run.local_only, "train", "loss", "Local-only training", "alone"),
+        _curve(run.local_only, "train", CROSS_ENTROPY, "Local-only training", "alone"),
     ]
-    curves = [curve for curve in candidates if curve is not None]
-    if not curves:
+    curves = [curve for curve in crosses if curve is not None]
+    last = max(float(line["round"]) for line in run.rounds)
+    # Both panels begin with round 0, in which nothing is trained yet.
+    x = replace(ROUND, low=0, high=last) if last else ROUND
+    panels = []
+    if curves:
+        axis = Axis(label="Cross-entropy", low=0)
+        panels.append(Lines(curves=curves, x=x, y=axis, named_at_ends=True))
+    whole = _curve(run.rounds, "train", "loss", "All terms", "own")
+    caption = "Cross-entropy of the clients that trained, and of the global model on the server's "
+    caption += "test set."
+    cross = series_of(run.rounds, "train", CROSS_ENTROPY)
+    # A loss of one term is the cross-entropy, unless the run does not name the terms.
+    if whole is not None and list(whole.y) != cross.y:
+        axis = Axis(label="Training loss", low=0)
+        panels.append(Lines(curves=[whole], x=x, y=axis, named_at_ends=True, small=True))
+        caption += " Below: what training minimises, with all terms of the method."
+    if not panels:
         return None
-    return Figure(
-        name="loss_per_round",
-        title="Loss per round",
-        caption="Mean loss of the clients that trained, and of the global model on the server's "
-        "test set.",
-        panels=[Lines(curves=curves, x=ROUND, y=Axis(low=0), named_at_ends=True)],
-    )
+    return Figure(name="loss_per_round", title="Loss per round", caption=caption, panels=panels)
 
 
 def _curve(

@@ -15,13 +15,14 @@ from typing import Any
 
 from fedprompt.data.partition import dense
 from fedprompt.files import write_bytes
-from fedprompt.reports.client_figure import MANY
+from fedprompt.reports.client_figure import MANY, alone_of
 from fedprompt.reports.draw import is_ours, save_all
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import (
     MISSING,
     ResultRow,
     Table,
+    best_of,
     human_bytes,
     human_time,
     percent,
@@ -29,7 +30,16 @@ from fedprompt.reports.format import (
     result_rows,
 )
 from fedprompt.reports.page import count, render
-from fedprompt.reports.run_data import CONFIG, METRICS, REPORT, SUMMARY, RunData, accuracy_of
+from fedprompt.reports.result_tables import remarks
+from fedprompt.reports.run_data import (
+    CONFIG,
+    FEW_TEST_IMAGES,
+    METRICS,
+    REPORT,
+    SUMMARY,
+    RunData,
+    accuracy_of,
+)
 from fedprompt.reports.run_figures import run_figures
 
 TEMPLATE = "report.html.j2"
@@ -46,7 +56,13 @@ class ClientRow:
     test_images: int | None
     classes_held: int | None
     accuracy: float | None
+    alone: float | None
     zero_shot: float | None
+
+    @property
+    def few(self) -> bool:
+        """Whether the accuracies rest on so few images that they say little."""
+        return self.test_images is not None and 0 < self.test_images < FEW_TEST_IMAGES
 
 
 def write_report(
@@ -131,6 +147,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     """
     personal = accuracy_of(run.last("personal"))
     zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
+    alone = alone_of(run)
     partition = run.partition or {}
     classes = len(partition.get("class_names") or [])
     train_KC = dense(partition.get("train_counts") or [], classes)
@@ -147,6 +164,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
             test_images=int(test_KC[k].sum()) if k < len(test_KC) else None,
             classes_held=int((train_KC[k] > 0).sum()) if k < len(train_KC) else None,
             accuracy=personal.get(k),
+            alone=alone.get(k),
             zero_shot=zero_shot.get(k),
         )
         for k in listed
@@ -167,17 +185,10 @@ def _content(run: RunData) -> dict[str, Any]:
         "progress": f"{run.rounds[-1]['round']} of {planned if planned is not None else '?'}",
         "headlines": _headlines(summary, rows),
         "models": [row.name for row in rows],
-        "results": [
-            ("Global", [percent(row.global_accuracy) for row in rows]),
-            ("Personalised", [percent_spread(row.mean, row.std) for row in rows]),
-            ("Worst client", [percent(row.worst) for row in rows]),
-            ("10th percentile", [percent(row.p10) for row in rows]),
-            (
-                "Personal on global test",
-                [percent_spread(row.on_global_mean, row.on_global_std) for row in rows],
-            ),
-        ],
+        "results": _results(rows),
+        "remarks": remarks(summary),
         "clients": client_rows(run, summary),
+        "few_test_images": FEW_TEST_IMAGES,
         "clients_title": _clients_title(run),
         "config_text": (run.path / CONFIG).read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
@@ -186,6 +197,27 @@ def _content(run: RunData) -> dict[str, Any]:
             ["fedprompt", "run", f"{folder}/config.yaml", f"output.dir={folder}-again"]
         ),
     }
+
+
+def _results(rows: Sequence[ResultRow]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return the lines of the table of results: per model a text, and whether it is the best."""
+    lines = [
+        ("Global", "global_accuracy", None),
+        ("Personalised", "mean", "std"),
+        ("Worst client", "worst", None),
+        ("10th percentile", "p10", None),
+        ("Personal on global test", "on_global_mean", "on_global_std"),
+    ]
+    results = []
+    for label, name, std in lines:
+        values = [getattr(row, name) for row in rows]
+        best = best_of(values)
+        texts = [
+            percent_spread(value, getattr(row, std)) if std else percent(value)
+            for value, row in zip(values, rows, strict=True)
+        ]
+        results.append((label, [(text, i in best) for i, text in enumerate(texts)]))
+    return results
 
 
 def _clients_title(run: RunData) -> str:

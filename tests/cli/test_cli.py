@@ -11,6 +11,7 @@ from PIL import Image
 from fedprompt.cli import main as cli
 from fedprompt.data import open_dataset
 from fedprompt.experiment.compose import compose
+from fedprompt.experiment.groups import choices, description
 
 QUICK = [
     "data.images_per_class=8",
@@ -128,6 +129,16 @@ def test_methods_and_list(
     status, out, _ = fedprompt(monkeypatch, capsys, "list")
     assert "quickstart" in out
     assert "openai_vit_b16" in out
+    groups = ("experiment", "sweep", "method", "strategy", "data", "backbone", "protocol")
+    nameless = [(g, n) for g in groups for n in choices(g) if not description(g, n)]
+    assert not nameless
+    status, out, _ = fedprompt(monkeypatch, capsys, "list", "strategy")
+    assert (status, "quickstart" in out) == (0, False)
+    line = next(line for line in out.splitlines() if line.startswith(" dp_fedavg "))
+    assert "DP-FedAvg (McMahan" in line
+    status, _, err = fedprompt(monkeypatch, capsys, "list", "strategie")
+    assert status == 2
+    assert "Did you mean 'strategy'" in err
 
 
 def test_data_show_draws_the_partition(

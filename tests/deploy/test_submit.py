@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import cast
 
 import pytest
 from flwr.cli.config_utils import load_and_validate
@@ -17,9 +18,10 @@ from fedprompt.deploy.folders import ServerFolder
 from fedprompt.deploy.key_registration import REGISTERED, registered_clients
 from fedprompt.deploy.node_config import NodeSettings, on_node
 from fedprompt.deploy.submission import read_submission
-from fedprompt.deploy.submit import new_run, settings_of, start_run
+from fedprompt.deploy.submit import new_run, run_on_server, settings_of, start_run
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
+from fedprompt.experiment.display import LogDisplay
 from tests.support.builders import small_config
 from tests.support.doc_pages import DOCS, blocks, commands
 
@@ -47,6 +49,26 @@ def test_an_experiment_is_unchanged_by_flowers_run_config(tmp_path: Path) -> Non
     write_run_config(path, {"config": to_yaml(config), "run": "r"})
     read = tomllib.loads(path.read_text(encoding="utf-8"))
     assert parse(read["config"]) == config
+
+
+def test_the_example_runs_on_nodes_and_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_example(tmp_path / "scenes", nodes=2, images_per_class=2)
+    config = compose(str(path), [f"output.dir={tmp_path / 'run'}"])
+    submitted: list[str] = []
+
+    def submit(server: ServerFolder, settings: dict[str, str], *_: object) -> Path:
+        submitted.append(settings["config"])
+        return tmp_path
+
+    monkeypatch.setattr("fedprompt.deploy.submit._submit_and_follow", submit)
+    said: list[str] = []
+    run_on_server(cast("ServerFolder", None), config, LogDisplay(said.append))
+    (text,) = submitted
+    assert parse(text).data.folders == []  # type: ignore[attr-defined]
+    assert str(tmp_path / "scenes" / "client-0") not in text, "a folder of one machine stays there"
+    assert ["--data" in line for line in said] == [True]
 
 
 def test_a_text_that_is_no_experiment_is_refused() -> None:

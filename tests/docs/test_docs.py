@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import nbformat
 import pytest
 import typer
 from click.exceptions import ClickException, Exit
@@ -20,6 +21,7 @@ from fedprompt.data.sections import available
 from fedprompt.evaluation.registry import all_protocols
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.trackers import LOGGERS
+from scripts.notebook_page import notebook_markdown
 from tests.support.doc_pages import DOCS, PAGES, ROOT, blocks, commands, links
 
 INVENTED = {
@@ -27,7 +29,7 @@ INVENTED = {
 }  # fmt: skip
 """Names of the examples that readers are to add themselves."""
 GENERATED = generated_files(ROOT)
-MADE = re.compile(r"(commands|api/(methods|strategies|protocols))\.md")
+MADE = re.compile(r"(commands|notebook|api/(methods|strategies|protocols))\.md")
 """Pages that only the site has."""
 TAKES_EXPERIMENT = ("run", "data show", "data sheet", "data partition")
 
@@ -124,6 +126,18 @@ def test_every_page_is_in_the_site() -> None:
     assert {name for name in listed if not MADE.fullmatch(name)} == there
 
 
+def test_the_sites_page_shows_the_whole_notebook() -> None:
+    text = notebook_markdown(DOCS / "quickstart.ipynb")
+    cells = nbformat.read(DOCS / "quickstart.ipynb", as_version=4).cells
+    title, *_ = cells[0].source.splitlines()
+    assert text.startswith(f"{title}\n\n[Download this notebook](quickstart.ipynb)")
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert all(f"```python\n{c.source}\n```" in text for c in cells if c.cell_type == "code")
+    assert all(o.text.rstrip("\n") in text for o in outputs if o.output_type == "stream")
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert text.count("](data:image/png;base64,") == pictures > 0
+
+
 def test_blocks_that_are_run_hold_no_placeholder() -> None:
     for page in PAGES:
         for block in blocks(page):
@@ -146,6 +160,7 @@ def test_the_site_is_built_and_needs_no_network(tmp_path: Path) -> None:
         assert fetched == [], f"{page.name} fetches {fetched}"
     assert "fedrsclip" in (tmp_path / "api" / "methods.html").read_text()
     assert "fedprompt sweep" in (tmp_path / "commands.html").read_text()
+    assert "data:image/png" in (tmp_path / "notebook.html").read_text()
 
 
 def test_the_page_about_the_code_names_places_that_exist() -> None:

@@ -16,12 +16,13 @@ from PIL import Image
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols, protocol_class, result_tables
-from fedprompt.experiment.display import QuietDisplay, protocol_tables
+from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.summary import draw_report
 from fedprompt.federation.screening import evaluation_row
 from fedprompt.messages import METRICS
 from fedprompt.reports.draw import MARK
+from fedprompt.reports.result_tables import protocol_tables
 from tests.support.protocol_runs import (
     WITH_RESULTS,
     config_of,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import Any
 
@@ -13,14 +14,21 @@ from rich.text import Text
 
 from fedprompt.evaluation.registry import result_tables
 from fedprompt.experiment.display import (
+    LogDisplay,
     PlainDisplay,
     QuietDisplay,
     RichDisplay,
     make_display,
-    protocol_tables,
-    summary_table,
 )
-from fedprompt.reports.format import human_bytes, human_time, percent, percent_spread
+from fedprompt.reports.format import (
+    best_of,
+    human_bytes,
+    human_time,
+    percent,
+    percent_spread,
+    plural,
+)
+from fedprompt.reports.result_tables import protocol_tables, summary_table
 
 SUMMARY: dict[str, Any] = {
     "experiment": "quickstart",
@@ -30,11 +38,17 @@ SUMMARY: dict[str, Any] = {
     "rounds": 3,
     "global": {"accuracy": 0.6123},
     "personal": {"mean": 0.7894, "std": 0.0612, "worst": 0.5, "p10": 0.5555},
+    "personal_on_global": {"mean": 0.593, "std": 0.02},
     "zero_shot": {
         "accuracy": 0.4,
         "personal": {"mean": 0.41, "std": 0.1, "worst": 0.2, "p10": 0.3},
     },
-    "local_only": {"personal": {"mean": 0.7, "std": 0.2, "worst": 0.1, "p10": 0.15}},
+    "local_only": {
+        "personal": {"mean": 0.8, "std": 0.2, "worst": 0.1, "p10": 0.15},
+        "personal_on_global": {"mean": 0.461, "std": 0.01},
+        "context_tokens": 4,
+    },
+    "context_tokens": 4,
     "uploaded_numbers_per_client_round": 2048,
     "bytes_up": 245_760,
     "bytes_down": 1_572_864,
@@ -209,19 +223,79 @@ def test_live_display_of_a_run_without_rounds() -> None:
 def test_summary_table_holds_the_numbers() -> None:
     table = summary_table(SUMMARY, 80)
     assert cells(table) == [
-        ["zero-shot", "40.0 %", "41.0 ± 10.0 %", "20.0 %", "30.0 %"],
-        ["local-only", "-", "70.0 ± 20.0 %", "10.0 %", "15.0 %"],
-        ["fedrsclip", "61.2 %", "78.9 ± 6.1 %", "50.0 %", "55.5 %"],
+        ["zero-shot", "40.0 %", "41.0 ± 10.0 %", "20.0 %", "30.0 %", "-"],
+        ["local-only", "-", "80.0 ± 20.0 %", "10.0 %", "15.0 %", "46.1 ± 1.0 %"],
+        ["fedrsclip", "61.2 %", "78.9 ± 6.1 %", "50.0 %", "55.5 %", "59.3 ± 2.0 %"],
     ]
+    assert max(map(len, printed(table, 80).splitlines())) <= 80
+    assert sum(isinstance(part, Table) for part in table.renderables) == 1, "one table at 80"
     caption = "2,048 numbers up per client and round\n240.0 KiB up, 1.5 MiB down"
     assert note(table) == caption
     rejected = summary_table(SUMMARY | {"rejected_replies": 3}, 80)
     assert note(rejected) == caption + ", 3 replies rejected"
+    one = summary_table(SUMMARY | {"rejected_replies": 1}, 80)
+    assert note(one) == caption + ", 1 reply rejected"
+
+
+def test_the_best_of_every_column_is_bold_whoever_it_is() -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, width=80, force_terminal=True, color_system="standard")
+    terminal.print(summary_table(SUMMARY, 80))
+    bold = set(re.findall(r"\x1b\[1m *(\d+\.\d)", out.getvalue()))
+    # Local-only is better on the clients' own images, the federation everywhere else.
+    assert bold == {"61.2", "80.0", "50.0", "55.5", "59.3"}
+    assert best_of([None, 0.5]) == set()
+    assert best_of([0.5, None, 0.5]) == {0, 2}
+
+
+def test_rows_that_are_not_matched_and_coarse_accuracies_are_named() -> None:
+    few = {"below": 5, "clients": [2, 7]}
+    text = note(summary_table(SUMMARY | {"context_tokens": 16, "few_test_images": few}, 80))
+    assert "local-only has prompts of 4 tokens, fedrsclip has prompts of 16 tokens" in text
+    assert "2 clients have fewer than 5 test images (2, 7)" in text
+    many = note(summary_table(SUMMARY | {"few_test_images": {**few, "clients": [*range(99)]}}, 80))
+    assert "99 clients have" in many
+    assert "7, ...)" in many
+
+
+def test_plural_forms() -> None:
+    assert [plural(n, "round") for n in (0, 1, 2)] == ["0 rounds", "1 round", "2 rounds"]
+    assert [plural(n, "reply") for n in (1, 1200)] == ["1 reply", "1,200 replies"]
+    display, out = plain()
+    display.start("quickstart", rounds=1, first_round=1)
+    assert out.getvalue() == "quickstart: 1 round\n"
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_the_live_block_is_not_wider_than_the_terminal(width: int) -> None:
+    out = io.StringIO()
+    display = RichDisplay(Console(file=out, width=width, force_terminal=True, highlight=False))
+    display.start("quickstart", rounds=300, first_round=1)
+    rejected = {"clients": {"sampled": 3, "accepted": 1, "rejected": 200}}
+    display.round(
+        record(299, total_bytes_up=2**40 - 1, total_bytes_down=2**40 - 1, **rejected), eta_s=4000
+    )
+    display.close()
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).splitlines()
+    assert max(map(len, lines)) <= width
+    for field in ("loss 1.234", "personal 78.9 %", "down 1.0 TiB", "rejected 200", "left 1:06:40"):
+        assert any(field in line for line in lines), "no field is broken"
+
+
+def test_a_log_gets_the_lines_of_rounds_and_no_result() -> None:
+    lines: list[str] = []
+    display = LogDisplay(lines.append)
+    display.start("quickstart", rounds=2, first_round=1)
+    display.round(record(1), eta_s=3)
+    display.finish(SUMMARY, "runs/quickstart")
+    assert lines[0] == "quickstart: 2 rounds"
+    assert lines[1].startswith("round 1/2  loss 1.234")
+    assert len(lines) == 2
 
 
 def test_summary_table_without_baselines_or_numbers() -> None:
     bare = {"method": "coop_local", "global": None, "zero_shot": None}
-    assert cells(summary_table(bare, 80)) == [["coop_local", "-", "-", "-", "-"]]
+    assert cells(summary_table(bare, 80)) == [["coop_local", *["-"] * 5]]
 
 
 def test_tables_print_names_literally() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedprompt.data.partition import dense, sparse
+from fedprompt.experiment.summary import few_test_images
 from fedprompt.files import asset
 from fedprompt.reports.client_figure import MANY, clients_figure
 from fedprompt.reports.figure import COLOURS, PALETTE, Bars, Curve, Figure, Heat, Lines, palette
@@ -18,6 +20,7 @@ from fedprompt.reports.figure_parts import MOST_BARS, box, count_bars, stairs
 from fedprompt.reports.partition_figure import partition_figure
 from fedprompt.reports.run_data import accuracy_of, load_run
 from fedprompt.reports.run_figures import accuracy_figure, loss_figure, run_figures
+from fedprompt.reports.run_report import client_rows
 from tests.support.fake_runs import rewrite, write_run
 
 
@@ -79,7 +82,7 @@ def test_rounds_that_were_not_evaluated_are_left_out(tmp_path: Path) -> None:
 
 def test_loss_figure_holds_the_losses_and_skips_what_is_not_finite(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", rounds=3)
-    broken = {"train": {"loss": float("nan")}}
+    broken = {"train": {"loss": float("nan"), "loss-ce": float("nan")}}
     rewrite(
         folder / "metrics.jsonl",
         lambda x: x | broken if (x["kind"], x["round"]) == ("round", 2) else x,
@@ -87,11 +90,39 @@ def test_loss_figure_holds_the_losses_and_skips_what_is_not_finite(tmp_path: Pat
     run = load_run(folder)
     drawn = curves(loss_figure(run))
     assert list(drawn["Training"].x) == [1, 3]
-    assert list(drawn["Training"].y) == [run.rounds[r]["train"]["loss"] for r in (1, 3)]
+    assert list(drawn["Training"].y) == [run.rounds[r]["train"]["loss-ce"] for r in (1, 3)]
     assert list(drawn["Global test"].y) == [line["global"]["loss"] for line in run.rounds]
     alone = drawn["Local-only training"]
     assert list(alone.x) == [1, 2, 3]
     assert list(alone.y) == [line["train"]["loss"] for line in run.local_only[1:]]
+
+
+def test_losses_on_one_axis_are_the_same_loss(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", rounds=3))
+    figure = loss_figure(run)
+    assert figure is not None
+    crosses, whole = figure.panels
+    assert isinstance(crosses, Lines)
+    assert isinstance(whole, Lines)
+    # The test's loss is a cross-entropy, and so is local-only training's; FedRSCLIP's has terms
+    # that neither has.
+    assert [curve.name for curve in crosses.curves] == [
+        "Training", "Global test", "Local-only training",
+    ]  # fmt: skip
+    assert "entropy" in crosses.y.label
+    assert list(whole.curves[0].y) == [line["train"]["loss"] for line in run.rounds[1:]]
+    assert (crosses.x.low, crosses.x.high) == (whole.x.low, whole.x.high) == (0, 3)
+    plain = write_run(tmp_path / "plain")
+    only = {"loss": 1.0, "loss-ce": 1.0}
+    rewrite(plain / "metrics.jsonl", lambda x: x | {"train": only if x["round"] else None})
+    figure = loss_figure(load_run(plain))
+    assert figure is not None
+    assert len(figure.panels) == 1
+    unnamed = write_run(tmp_path / "unnamed")
+    rewrite(unnamed / "metrics.jsonl", lambda x: x | {"train": {"loss": 1.0}})
+    figure = loss_figure(load_run(unnamed))
+    assert figure is not None
+    assert "Training" not in curves(figure)
 
 
 def test_a_round_that_tests_everyone_is_no_point_of_the_participants_curve(
@@ -141,6 +172,8 @@ def test_client_figure_has_each_client_and_marks_the_untested(tmp_path: Path) ->
     assert last["clients"] == [0, 1, 3]
     first, second, fourth = last["accuracy"]
     assert bars(figure)["Personalised"] == [first, second, None, fourth]
+    alone = accuracy_of(run.local_only[-1]["personal"])
+    assert bars(figure)["Local-only"] == [alone[0], alone[1], None, alone[3]]
     test_K = dense(run.partition["test_counts"], 4).sum(axis=1).tolist()
     assert bars(figure, 1)["test images"] == test_K
     panel = figure.panels[0]
@@ -152,6 +185,25 @@ def test_client_figure_has_each_client_and_marks_the_untested(tmp_path: Path) ->
     ((name, mean),) = levels(figure).items()
     assert mean == last["mean"]
     assert f"{100 * last['mean']:.1f} ± {100 * last['std']:.1f} %" in name
+
+
+def test_clients_with_few_test_images_are_marked(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", clients=3, classes=2)
+    path = folder / "partition.json"
+    partition = json.loads(path.read_text()) | {
+        "test_counts": sparse(np.array([[4, 0], [3, 2], [9, 9]]))
+    }
+    path.write_text(json.dumps(partition))
+    run = load_run(folder)
+    figure = clients_figure(run)
+    assert figure is not None
+    panel = figure.panels[0]
+    assert isinstance(panel, Bars)
+    assert list(panel.labels) == ["0*", "1", "2"]
+    assert "fewer than 5 test images" in figure.caption
+    assert [row.few for row in client_rows(run, run.summary or {})] == [True, False, False]
+    described = {**partition, "class_names": ["a", "b"]}
+    assert few_test_images(described) == {"below": 5, "clients": [0]}
 
 
 def test_many_clients_are_described_by_distributions(tmp_path: Path) -> None:

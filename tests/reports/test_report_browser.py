@@ -105,7 +105,7 @@ def test_every_chart_of_a_run_tells_values(browser: Browser, run: Path) -> None:
     assert f"{100 * accuracy[5]:.1f} %" in browser.run(TIP)
     assert "training images" in browser.run(TIP)
     browser.point("#loss_per_round svg", 0.98, 0.4)
-    assert f"{data.rounds[-1]['train']['loss']:.4g}" in browser.run(TIP)
+    assert f"{data.rounds[-1]['train']['loss-ce']:.4g}" in browser.run(TIP)
     browser.point("#partition .panel:last-of-type svg", 0.9, 0.1)
     assert "Class class 0" in browser.run(TIP)
     browser.point("#protocol_communication svg", 0.98, 0.2)
@@ -141,10 +141,10 @@ def test_keys_move_through_a_chart(browser: Browser, run: Path) -> None:
 def test_a_curve_can_be_switched_off(browser: Browser, run: Path) -> None:
     browser.open(run / "report.html", DESKTOP)
     curves = "document.querySelectorAll('#loss_per_round polyline').length"
-    assert browser.run(curves) == 3
+    assert browser.run(curves) == 4, "three cross-entropies, and the sum of all terms"
     browser.run("document.querySelector('#loss_per_round .chip').click()")
-    assert browser.run(curves) == 2
-    for _ in range(2):  # all off: an empty chart, no error
+    assert browser.run(curves) == 3
+    for _ in range(3):  # all off: an empty chart, no error
         browser.run("document.querySelector('#loss_per_round .chip[aria-pressed=true]').click()")
     browser.point("#loss_per_round svg", 0.5, 0.5)
     assert browser.complaints == []
@@ -183,10 +183,14 @@ def test_the_page_runs_no_script_of_others(browser: Browser, run: Path, tmp_path
     browser.complaints.clear()
 
 
-def test_wide_values_and_labels_stay_inside_a_phone(browser: Browser, sweep: Path) -> None:
-    browser.open(sweep, PHONE)
+def test_wide_values_and_labels_stay_inside_a_phone(
+    browser: Browser, run: Path, sweep: Path
+) -> None:
+    browser.open(run / "report.html", PHONE)
     box = "document.querySelector('.headlines .value')"
     browser.run(f"{box}.textContent = '48.3 ± 16.5 % and a long unit'")
+    assert browser.run("document.documentElement.scrollWidth") == PHONE
+    browser.open(sweep, PHONE)
     assert browser.run("document.documentElement.scrollWidth") == PHONE
     inside = (
         "[...document.querySelectorAll('#clients svg text')].every(t => {"
@@ -200,3 +204,14 @@ def test_wide_values_and_labels_stay_inside_a_phone(browser: Browser, sweep: Pat
     assert browser.run(name) == browser.run(
         f"{table}.parentElement.getBoundingClientRect().left + 1"
     )
+
+
+def test_cells_of_a_narrow_heat_map_are_not_blank(browser: Browser, tmp_path: Path) -> None:
+    runs = write_sweep(tmp_path, alphas=(0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0), clients=(3, 5))
+    browser.open(write_sweep_report(runs, tmp_path / "report.html"), PHONE)
+    cells = browser.run("document.querySelectorAll('#heat rect.cell').length")
+    written = "document.querySelectorAll('#heat text.strong, #heat text.ink')"
+    texts = browser.run(f"[...{written}].map(t => t.textContent)")
+    assert cells == 14
+    assert len(texts) == cells
+    assert all(re.fullmatch(r"[\d.]+( %)?", text) for text in texts)

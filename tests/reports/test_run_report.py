@@ -72,11 +72,12 @@ def test_client_table_holds_counts_and_accuracies(tmp_path: Path) -> None:
     assert run.summary is not None
     own = accuracy_of(run.rounds[-1]["personal"])
     before = accuracy_of(run.summary["zero_shot"]["personal"])
+    alone = accuracy_of(run.local_only[-1]["personal"])
     expected = []
     for k in range(3):
         train, test = (dense(run.partition[part], 4)[k] for part in ("train_counts", "test_counts"))
         held = sum(count > 0 for count in train)
-        accuracy = ["-", "-"] if k == 1 else [pct(own[k]), pct(before[k])]
+        accuracy = ["-"] * 3 if k == 1 else [pct(own[k]), pct(alone[k]), pct(before[k])]
         expected.append([str(k), str(sum(train)), str(sum(test)), str(held), *accuracy])
     assert report(folder).tables["clients"][1:] == expected
 

@@ -75,7 +75,9 @@ def write_run(
                 "kind": "round",
                 "round": r,
                 "lr": 0.002 if r else None,
-                "train": {"loss": 2.1 - 1.6 * progress} if r else None,
+                "train": {"loss": 2.1 - 1.6 * progress, "loss-ce": 1.9 - 1.5 * progress}
+                if r
+                else None,
                 "clients": {"sampled": clients, "accepted": clients, "rejected": 0} if r else None,
                 "bytes_up": sent if r else 0,
                 "bytes_down": sent if r else 0,
@@ -90,7 +92,7 @@ def write_run(
             {
                 "kind": "local_only",
                 "round": r,
-                "train": {"loss": 2.1 - 1.7 * progress} if r else None,
+                "train": dict.fromkeys(("loss", "loss-ce"), 2.1 - 1.7 * progress) if r else None,
                 "personal": clients_at(0.43 + 0.34 * progress),
                 "personal_on_global": {"mean": 0.41 + 0.05 * progress, "std": 0.05},
             }

@@ -183,10 +183,11 @@
     const curves = spec.curves.filter((_, i) => visible[i]);
     const levels = spec.levels.filter((_, i) => visible[spec.curves.length + i]);
     const bands = curves.map((curve) => edgesOf(curve, spec.y));
-    const xs = curves.flatMap((curve) => curve.x);
+    /* Reference lines stay where they are named, even if all curves are switched off. */
+    const xs = (curves.length ? curves : spec.curves).flatMap((curve) => curve.x);
     const ys = [...curves.flatMap((curve) => curve.y), ...levels.map((level) => level.value),
       ...bands.flatMap((band) => (band ? [...band.low, ...band.high] : []))];
-    if (!xs.length) return { count: 0, find: () => null };
+    if (!xs.length || !ys.length) return { count: 0, find: () => null };
     const [yLow, yHigh] = extent(ys, spec.y);
     const yTicks = ticks(yLow, yHigh, height / 45, spec.y.format === "count");
     const inner = frame(svg, spec, width, height, yTicks);
@@ -248,7 +249,7 @@
         find: (x, y) => nearest(points.length, (k) => Math.hypot(points[k].x - x, points[k].y - y)),
       };
     }
-    const at = [...new Set(xs)].sort((a, b) => a - b);
+    const at = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
     return {
       count: at.length,
       target: (k) => {
@@ -370,8 +371,11 @@
         x, y, width: Math.max(0.6, w - (w > 6 ? 1 : 0)), height: Math.max(0.6, h - (h > 6 ? 1 : 0)),
         fill: colour("own"), "fill-opacity": opacity.toFixed(3), class: "cell",
       });
-      const text = tell(value);
-      if (h >= 11 && w >= CHAR * text.length + 4) {
+      /* In a narrow cell, first the unit and then the decimals are left out. */
+      const forms = [tell(value)];
+      if (spec.format === "percent") forms.push((100 * value).toFixed(1), (100 * value).toFixed(0));
+      const text = forms.find((form) => w >= CHAR * form.length + 4);
+      if (h >= 11 && text !== undefined) {
         const shade = opacity > 0.55 ? "label strong" : "label ink";
         add(svg, "text", { x: x + w / 2, y: y + h / 2 + 4, "text-anchor": "middle", class: shade }, text);
       }

@@ -133,9 +133,14 @@ def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> li
     last = sorted((curve.mean_R[-1] for curve in measured if curve.mean_R), reverse=True)
     # Curves at least as good as this one are shown at first; ties may add some.
     least = last[min(AT_FIRST, len(last)) - 1] if last else 0.0
+    ends = _ends(measured, over_bytes=over_bytes)
     curves = []
     for i, (row, points) in enumerate(zip(rows, measured, strict=True)):
         x = points.bytes_R if over_bytes else [float(r) for r in points.rounds_R]
+        untrained = points.rounds_R == [0]
+        if untrained and ends:
+            # What trains nothing has one accuracy, which holds for every round and any traffic.
+            points, x = _level(points), list(ends)
         # A logarithmic axis cannot show round 0, before which nothing was sent.
         places = [k for k, value in enumerate(x) if value > 0 or not over_bytes]
         if not places:
@@ -148,11 +153,28 @@ def _curves(rows: Sequence[Row], part: str, key: str, *, over_bytes: bool) -> li
                 y=[points.mean_R[k] for k in places],
                 spread=[points.std_R[k] for k in places] if len(row.runs) > 1 else None,
                 # Colours repeat after the palette; dashes keep the repeated ones apart.
-                dashed=i >= PALETTE,
+                dashed=i >= PALETTE or untrained,
                 on=points.mean_R[-1] >= least,
             )
         )
     return curves
+
+
+def _ends(measured: Sequence[SeedCurve], *, over_bytes: bool) -> tuple[float, float] | None:
+    """Return the lowest and the highest x of the curves that were trained, None without any."""
+    x = [
+        float(value)
+        for points in measured
+        if points.rounds_R and points.rounds_R != [0]
+        for value in (points.bytes_R if over_bytes else points.rounds_R)
+        if value > 0 or not over_bytes
+    ]
+    return (min(x), max(x)) if x and min(x) < max(x) else None
+
+
+def _level(points: SeedCurve) -> SeedCurve:
+    """Repeat the only point of a curve, so that it becomes a horizontal line."""
+    return SeedCurve([0, 0], points.bytes_R * 2, points.mean_R * 2, points.std_R * 2)
 
 
 def clients_figure(rows: Sequence[Row]) -> Figure | None:

@@ -95,9 +95,13 @@ def unlike_settings(rows: Sequence[Row]) -> list[str]:
 
 
 def method_section(row: Row) -> dict[str, Any]:
-    """Return the `method` section of a row's settings."""
+    """Return the `method` section of a row's settings, with the options of a wrapped method."""
     start = "method."
-    return {k.removeprefix(start): v for k, v in row.settings.items() if k.startswith(start)}
+    return {
+        k.removeprefix(start).removeprefix("options."): v
+        for k, v in row.settings.items()
+        if k.startswith(start) and not k.endswith("options")
+    }
 
 
 def _unlike(rows: Sequence[Row], key: str, column: Sequence[Any]) -> str:

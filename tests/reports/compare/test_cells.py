@@ -16,11 +16,13 @@ from fedprompt.cli.compare import tables_of
 from fedprompt.cli.main import app
 from fedprompt.errors import UserError
 from fedprompt.reports.compare.cells import cell_keys, cell_name, cells_of, method_names
+from fedprompt.reports.compare.figures import curves_figure
 from fedprompt.reports.compare.load import Row, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, choose
 from fedprompt.reports.compare.notes import unlike_settings
 from fedprompt.reports.compare.statistics import Cell
 from fedprompt.reports.compare.table import compare_rows, latex, markdown, terminal
+from fedprompt.reports.figure import Lines
 from tests.support.fake_runs import change_config, scale_accuracies, write_run
 
 FACTORS = {  # accuracy by method, number of clients and seed
@@ -184,3 +186,19 @@ def test_the_plan_of_a_sweep_names_methods_and_grid(folder: Path, tmp_path: Path
     assert rows[0].name == "COOP_LOCAL, clients 3"
     assert (rows[0].label, rows[0].grid) == ("COOP_LOCAL", {"partition.clients": 3})
     assert method_names(rows)[:2] == ["COOP_LOCAL", "COOP_LOCAL"]
+
+
+@pytest.mark.parametrize("over_bytes", [False, True])
+def test_zero_shot_is_a_line_as_long_as_the_others(tmp_path: Path, over_bytes: bool) -> None:
+    for name, rounds in (("zero_shot", 0), ("promptfl", 4)):
+        change_config(write_run(tmp_path / name, rounds=rounds), method={"name": name})
+    figure = curves_figure(load_rows([tmp_path]).rows, over_bytes=over_bytes)
+    assert figure is not None
+    for panel in figure.panels:
+        assert isinstance(panel, Lines)
+        trained, still = panel.curves
+        assert (trained.name, still.name) == ("promptfl, rounds 4", "zero_shot, rounds 0")
+        assert list(still.x) == [trained.x[0], trained.x[-1]]
+        assert still.y[0] == still.y[1] != trained.y[-1]
+        assert still.dashed
+        assert not trained.dashed
