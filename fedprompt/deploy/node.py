@@ -6,6 +6,7 @@ message. Nothing leaves the node except the reply.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
-from fedprompt.config.schema import to_yaml
+from fedprompt.config.schema import Config, to_dict, to_yaml
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
 from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
@@ -25,6 +26,7 @@ from fedprompt.deploy.sum_log import FileSumLog
 from fedprompt.deploy.versions import VERSIONS, check_server
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
+from fedprompt.experiment.validate import validate
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle, received, server_round
 from fedprompt.messages import CLIENT_FAILED, CONFIG
@@ -160,10 +162,25 @@ def _composed(experiment: str, overrides: str) -> str:
     return to_yaml(compose(experiment, shlex.split(overrides)))
 
 
-@lru_cache(maxsize=1)
 def _workspace(text: str, node: NodeSettings) -> Workspace:
-    """This process's workspace, which a worker opens once per experiment and not per message."""
-    config = on_node(parse(text), node)
+    """This process's workspace, which is opened once per experiment and not per message.
+
+    A process of Flower's simulation answers for many clients in turn. Their settings differ in the
+    client's number alone, which the workspace does not depend on, so they all use the same one.
+    """
+    config = on_node(_parsed(text), node)
+    return _opened(json.dumps(to_dict(config), sort_keys=True))
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> Config:
+    return parse(text)
+
+
+@lru_cache(maxsize=1)
+def _opened(settings: str) -> Workspace:
+    """The workspace of a config as JSON; a config itself cannot be the key of a cache."""
+    config = validate(json.loads(settings))
     use_threads(config.simulation)
     return open_workspace(config)
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from fedprompt.config.schema import to_yaml
+from fedprompt.config.schema import Config, to_yaml
+from fedprompt.deploy import node as node_module
 from fedprompt.deploy import worker_client
 from fedprompt.deploy.folders import NodeFolder
 from fedprompt.deploy.node import answer, experiment_text
@@ -277,3 +278,24 @@ def test_tensors_that_cannot_be_read_are_one_line(images: Path) -> None:
         assert reason.isprintable()
         assert len(reason) < 3 * LONGEST_REASON
     assert not list((images.parent / "state").rglob("*.safetensors"))
+
+
+def test_clients_of_one_simulation_process_share_its_workspace(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's engine has every process answer for many clients in turn."""
+    opened: list[Config] = []
+    monkeypatch.setattr(node_module, "open_workspace", lambda config: opened.append(config))
+    node_module._opened.cache_clear()
+    config = small_config(seed=7)
+    for client in (0, 1, 2, 0, 3):
+        node = read_node_settings({"partition-id": client, "num-partitions": 4})
+        node_module._workspace(to_yaml(config), node)
+    assert opened == [config]
+    # Nodes that lend a folder have workspaces of their own.
+    lending = to_yaml(config_for(images, Path("run")))
+    for client in (0, 1):
+        settings = {"partition-id": client, "data": str(images / f"client-{client}")}
+        node_module._workspace(lending, read_node_settings(settings))
+    assert len(opened) == 3
+    node_module._opened.cache_clear()

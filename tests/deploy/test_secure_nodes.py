@@ -100,7 +100,7 @@ def test_nodes_equal_the_simulation_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A node has one workspace; here three nodes share a process.
-    monkeypatch.setattr(node, "_workspace", lru_cache(maxsize=3)(node._workspace.__wrapped__))
+    monkeypatch.setattr(node, "_opened", lru_cache(maxsize=3)(node._opened.__wrapped__))
     write_clients(tmp_path / "images")
     config = masked_config(tmp_path)
     workspace = open_workspace(config)
