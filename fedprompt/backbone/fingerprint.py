@@ -12,7 +12,7 @@ from fedprompt.files import write_bytes
 
 def digest(text: str) -> str:
     """Return the SHA-256 of a text, 64 hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def file_digest(path: Path, cache_dir: Path) -> str:

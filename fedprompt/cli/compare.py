@@ -169,7 +169,7 @@ def write_all(
             stem = f"{table.name}_by_condition" if table.name else "table"
             for form, make in FORMS.items():
                 path = out / f"{stem}.{SUFFIXES[form]}"
-                write_bytes(path, make(table).encode())
+                write_bytes(path, make(table).encode("utf-8", "backslashreplace"))
                 written.append(path)
         written += save_all(figures, out)
     except OSError as error:

@@ -27,6 +27,7 @@ from fedprompt import __version__
 from fedprompt.cli.completion import CompletionGroup, complete_experiment
 from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
+from fedprompt.cli.output import use_lasting_output
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
 from fedprompt.errors import RunFailed, UserError, did_you_mean
@@ -179,13 +180,18 @@ def export(
     client: Client = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="File to write (default: RUN/class_embeddings.safetensors)."),
+        typer.Option(
+            "--out",
+            help="File to write (default: RUN/class_embeddings.safetensors, with --client K "
+            "RUN/class_embeddings-client-K.safetensors).",
+        ),
     ] = None,
 ) -> None:
     """Write class embeddings that can be used with plain open_clip."""
     from fedprompt.experiment.predict import Classifier
 
-    path = out or run_dir / "class_embeddings.safetensors"
+    whose = "" if client is None else f"-client-{client}"
+    path = out or run_dir / f"class_embeddings{whose}.safetensors"
     Classifier(run_dir, client).export(path)
     _console().print(f"wrote {path}", markup=False, highlight=False)
 
@@ -262,6 +268,7 @@ def main() -> None:
     result. Ctrl-C, SIGTERM and SIGHUP end a command with one line as well, see
     `fedprompt.runtime.endings`.
     """
+    use_lasting_output()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -272,11 +279,21 @@ def main() -> None:
 
 def _command() -> None:
     try:
+        _check_working_folder()
         # Named explicitly, so that usage and completion are the same under `python -m fedprompt`.
         app(prog_name="fedprompt")
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")
         sys.exit(1 if isinstance(error, RunFailed) else 2)
+
+
+def _check_working_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working folder has been removed; change to another folder and try again."
+        ) from None
 
 
 def _console() -> Console:

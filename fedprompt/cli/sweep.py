@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,13 +59,15 @@ def sweep(
 
       fedprompt sweep my_table.yaml federation.rounds=20 --seeds 1,2,3
     """
-    from fedprompt.sweeps.plan import expand, load_sweep, sweep_path, write_plan
+    from fedprompt.sweeps.plan import MANY, count_runs, expand, load_sweep, sweep_path, write_plan
 
     table = load_sweep(sweep_path(file), quick=quick)
     if seeds is not None:
         table = _with_seeds(table, seeds)
     folder = out or Path("runs") / table.name
     changes = overrides or []
+    if (runs := count_runs(table)) >= MANY:
+        sys.stderr.write(f"composing the configs of {runs:,} runs ...\n")
     planned = expand(table, folder, changes)
     if dry_run:
         _print_plan(table, planned, jobs, serial=serial)
@@ -177,15 +180,16 @@ def _print_plan(
 
     console = Console(highlight=False)
     finished = begun = 0
+    states = {run.name: progress(run) for run in planned}
     for run in planned:
-        state = progress(run)
+        state = states[run.name]
         finished += state.done
         begun += state.begun and not state.done
         what = "done" if state.done else f"{state.rounds} rounds" if state.begun else "new"
         console.print(f"{what:>10}  {run.name}", markup=False, soft_wrap=True)
     left = len(planned) - finished
     at_once = 1 if serial else places_here(table.resources, left, jobs)
-    seconds = seconds_left(planned, at_once)
+    seconds = seconds_left(planned, at_once, lambda run: states[run.name])
     expected = "unknown, since no run of this sweep is finished yet"
     if seconds is not None:
         expected = f"about {human_time(seconds)}, from {finished} finished runs"

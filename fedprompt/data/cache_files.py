@@ -39,7 +39,8 @@ def digest(*parts: str) -> str:
     """A short content key (128 bits) of some strings."""
     # Each part carries its length, so that no two lists of parts join to the same text.
     text = "\x1f".join(f"{len(part)}:{part}" for part in parts)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    # Paths and names of files need not be valid UTF-8.
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 @contextmanager

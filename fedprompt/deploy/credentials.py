@@ -267,7 +267,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+def _write(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     try:
         os.makedirs(path.parent, exist_ok=True)
         write_bytes(path, content, mode=mode)

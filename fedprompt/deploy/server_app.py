@@ -104,7 +104,7 @@ def _run(folder: RunFolder, config: Config, grid: Grid, registered: Mapping[int,
     # The lines go to `server.log`, where `deploy run` reads them.
     display, loggers = LogDisplay(log.info), Loggers(config, folder.path)
     try:
-        loggers.open()
+        loggers.open(resumed=folder.resumed)
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
         use_threads(config.simulation)

@@ -78,6 +78,7 @@ class PromptModel:
         data: DataConfig,
     ) -> None:
         self.clip, self.method, self.task = clip, method, method.task
+        self.whose = "global" if private is None else "personal"
         self.pixels = data.pixels if isinstance(data, StoredImagesConfig) else PLAIN
 
         def one_client(tensors: Tensors) -> Tensors:
@@ -115,12 +116,12 @@ class PromptModel:
             )
         ]
 
-    def export(self, path: Path, *, mode: int = 0o644) -> None:
+    def export(self, path: Path, *, mode: int = 0o666) -> None:
         """Write `class_embeddings` (C, D) and `logit_scale` as safetensors.
 
         With image features v from plain open_clip, the logits of this model are
         `logit_scale * v/|v| @ class_embeddings.T`. The file's header holds the class names and the
-        name of the backbone.
+        name of the backbone, and `model`: `global`, or whose model it is.
 
         Args:
             path: the file to write.
@@ -133,7 +134,11 @@ class PromptModel:
         classes_CD = self.method.class_embeddings(self.encoded)
         if classes_CD is None:
             raise UserError(f"method '{self.method.name}' has no fixed class embeddings to export.")
-        header = {"class_names": json.dumps(self.task.class_names), "backbone": self.clip.name}
+        header = {
+            "class_names": json.dumps(self.task.class_names),
+            "backbone": self.clip.name,
+            "model": self.whose,
+        }
         tensors = {
             "class_embeddings": classes_CD.float().cpu().contiguous(),
             "logit_scale": torch.tensor(self.clip.logit_scale),
@@ -187,6 +192,8 @@ class Classifier(PromptModel):
                 f"method '{method.name}' has no global model; choose one with --client."
             )
         super().__init__(clip, method, shared, private, config.data)
+        if client is not None:
+            self.whose = f"client {client}"
 
 
 def _class_names(path: Path) -> list[str]:

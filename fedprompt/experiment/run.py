@@ -17,6 +17,7 @@ from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.paths import absolute
 from fedprompt.experiment.resuming import changed, schedule_note
 from fedprompt.experiment.rounds import run_reference, run_server
 from fedprompt.experiment.run_folder import RunFolder
@@ -57,6 +58,8 @@ def run(config: Config, display: Display, resources: ResourceCache | None = None
         UserError: data or weights cannot be read, Ray does not start, or a file cannot be written.
             A folder without a finished round is removed again.
     """
+    # Absolute, so that the run folder's config repeats the run from wherever it is started.
+    config = absolute(config)
     # Checked before the folder is created: packages of the trackers may not be installed.
     check_installed(config.output.loggers)
     return _run_in(RunFolder.create(config), config, display, resources)
@@ -141,7 +144,7 @@ def _run(
     try:
         # Cheap checks first; opening data and backbone may take minutes.
         _refuse_absent_folders(config)
-        loggers.open()
+        loggers.open(resumed=folder.resumed)
         checkpoint = folder.load_checkpoint()
         if warning := unsuited_backbone(config):
             display.message(warning)

@@ -165,6 +165,11 @@ class RunFolder:
             folder.record_versions()
         return folder, config
 
+    @property
+    def resumed(self) -> bool:
+        """Whether the run was started before, by another process."""
+        return self._before is None
+
     def record_versions(self) -> None:
         """Append the versions of this process to `versions.json`, if they differ from the last.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from fedprompt.data.partition import dense
+from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.run_folder import RunFolder
@@ -34,6 +36,8 @@ from fedprompt.runtime import versions
 from fedprompt.runtime.machine import cpu_count
 from fedprompt.scoring import score_global, score_personal
 from fedprompt.workspace import Workspace
+
+log = logging.getLogger("fedprompt.run")
 
 
 def finish(
@@ -106,10 +110,14 @@ def finish(
     # follows can be repeated: resuming a finished run draws a missing report.
     folder.complete(summary)
     loggers.finish(summary, folder.lines(METRICS))
-    if config.output.report:
-        display.phase("drawing the report")
-        draw_report(folder.path)
+    # The table first: it needs no disk, and the report is only another view of the files.
     show_result(display, summary, folder.path)
+    if config.output.report:
+        try:
+            draw_report(folder.path)
+        except UserError as error:
+            # The run is complete, whatever happens to its report.
+            log.warning("%s", error)
 
 
 def few_test_images(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,15 @@ from pathlib import Path
 
 from fedprompt.errors import UserError
 
+# Python can only read the mask by setting it, for all threads, so this is done once and early.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
 MARKED_BYTES = 4096
 """How much of a file `refuse_foreign` reads."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path and rename it to `path` when the block succeeds.
 
     A crash at any moment leaves the old file, or none, and at most a `.tmp` file beside it. If the
@@ -34,7 +37,7 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
     Args:
         path: the file to create or replace; its folder must exist.
-        mode: permissions of the file.
+        mode: permissions of the file, from which the process's umask takes some away.
 
     Yields:
         The path to write to; the file exists and is empty.
@@ -49,7 +52,7 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, mode)
+        os.chmod(temporary, mode & ~UMASK)
         # The content reaches the disk before the name does, and then the folder's entry.
         _sync(temporary)
         os.replace(temporary, path)
@@ -58,13 +61,13 @@ def replacing(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Write a file atomically; a reader sees the old content or the new, never a part.
 
     Args:
         path: the file to create or replace; its folder must exist.
         content: the new content.
-        mode: permissions of the file.
+        mode: permissions of the file, from which the process's umask takes some away.
 
     Raises:
         OSError: the folder cannot be written.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.data.partition import dense
+from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 from fedprompt.reports.client_figure import MANY, alone_of
 from fedprompt.reports.draw import is_ours, save_all
@@ -79,15 +80,22 @@ def write_report(
         The path of `report.html` in the run folder.
 
     Raises:
-        OSError: A file cannot be written.
+        UserError: A file cannot be written.
     """
     # The prefix separates a protocol's file from the run's other figures and from the user's files.
     named = [replace(figure, name=f"{PROTOCOL}{figure.name}") for figure in figures]
     drawn = [*run_figures(run), *named]
-    draw_all(drawn, run.path / "plots")
     path = run.path / REPORT
-    html = render(TEMPLATE, drawn, {**_content(run), "protocols": tables})
-    write_bytes(path, html.encode())
+    try:
+        draw_all(drawn, run.path / "plots")
+        html = render(TEMPLATE, drawn, {**_content(run), "protocols": tables})
+        # Names of files and classes need not be valid UTF-8.
+        write_bytes(path, html.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {run.path}: {error.strerror}; 'fedprompt report "
+            f"{run.path}' draws it again, and the results in the folder are complete without it."
+        ) from None
     return path
 
 

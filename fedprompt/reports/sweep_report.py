@@ -94,7 +94,7 @@ def write_sweep_report(
     }
     html = render(TEMPLATE, sweep_figures(rows, metrics), content)
     try:
-        write_bytes(out, html.encode())
+        write_bytes(out, html.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}.") from None
     return out
@@ -119,7 +119,10 @@ def _command(folder: Path) -> str | None:
     words += map(str, plan.get("overrides") or [])
     words += ["--seeds", ",".join(map(str, plan.get("seeds") or []))]
     quick = ["--quick"] if plan.get("sweep") == f"{file.stem}-quick" else []
-    return shlex.join([*words, *quick, "--out", folder.name])
+    directory = plan.get("directory")
+    command = shlex.join([*words, *quick, "--out", str(plan.get("out") or folder.name)])
+    # Relative paths in the command start where it was given.
+    return f"cd {shlex.quote(str(directory))} && {command}" if directory else command
 
 
 def sweep_figures(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Figure]:

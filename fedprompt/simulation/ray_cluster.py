@@ -63,6 +63,14 @@ def free_bytes_per_worker(places: Sequence[Place]) -> float:
     return min(place.free_bytes / sharing[place.memory] for place in places)
 
 
+LONGEST_REASON = 300
+"""How much of a long error is shown, in characters."""
+
+
 def brief(error: BaseException) -> str:
     """The end of an error's text on one line: in Ray's long errors the reason comes last."""
-    return " ".join(str(error).replace("^", "").split())[-300:]
+    text = " ".join(str(error).replace("^", "").split())
+    if len(text) <= LONGEST_REASON:
+        return text
+    # Cut between words.
+    return f"... {text[-LONGEST_REASON:].partition(' ')[2]}"

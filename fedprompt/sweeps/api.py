@@ -6,7 +6,6 @@ of this code runs on a server or a client.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from fedprompt.sweeps.plan import (
     load_sweep,
     sweep_path,
     write_plan,
+    yaml_text,
 )
 from fedprompt.sweeps.run import RaySweep, check_inline, places_here, run_serial
 from fedprompt.sweeps.state import progress as progress_of
@@ -126,8 +126,9 @@ def run_planned(
     Raises:
         UserError: Ray does not start, or a run would start Ray inside a Ray worker.
     """
-    done = [run for run in planned if progress_of(run).done]
-    todo = [run for run in planned if run not in done]
+    states = {run.name: progress_of(run) for run in planned}
+    done = [run for run in planned if states[run.name].done]
+    todo = [run for run in planned if not states[run.name].done]
     # On a cluster the room is counted by `RaySweep` once Ray is connected; `jobs` is only its
     # limit.
     places = jobs if address else places_here(table.resources, len(todo), jobs)
@@ -159,4 +160,4 @@ def _board(planned: Sequence[PlannedRun], at_once: int, quiet: bool) -> Board:
 
 def _override(key: str, value: Any) -> str:
     """Format a change as command-line text, because the plan records all changes in that form."""
-    return f"{key}={json.dumps(plain_value(value, key))}"
+    return f"{key}={yaml_text(plain_value(value, key))}"

@@ -22,7 +22,7 @@ from rich.text import Text
 from fedprompt.reports.format import MISSING, human_time, percent
 from fedprompt.reports.terminal import BETWEEN, EDGES, LOOK
 from fedprompt.sweeps.plan import PlannedRun
-from fedprompt.sweeps.state import progress, rounds_done, seconds_left
+from fedprompt.sweeps.state import Progress, progress, rounds_done, seconds_left
 
 WAITING, RUNNING, BUSY, DONE, FAILED = "waiting", "running", "busy", "done", "failed"
 """States of a run; it is busy while another process executes it."""
@@ -62,6 +62,8 @@ class Board:
         self._planned = planned
         self._at_once = at_once
         self._lines = {run.name: _Line() for run in planned}
+        # By run, its state on the board and on disk when its folder was last read.
+        self._read: dict[str, tuple[str, Progress]] = {}
         self._left: tuple[float, float | None] = (0.0, None)
 
     def skip(self, run: PlannedRun) -> None:
@@ -128,13 +130,21 @@ class Board:
             parts.append(f"about {human_time(left)} left")
         return f"{len(self._lines)} runs: {', '.join(parts)}"
 
+    def _progress(self, run: PlannedRun) -> Progress:
+        """The state of a run; the folders of runs that do not execute are read only once."""
+        state = self._lines[run.name].state
+        known = self._read.get(run.name)
+        if known is None or known[0] != state or state == RUNNING:
+            known = self._read[run.name] = state, progress(run)
+        return known[1]
+
     def _seconds_left(self) -> float | None:
         # The estimate reads files of every run folder, while the live table asks for it every
         # second.
         at, _ = self._left
         if not at or time.monotonic() - at > 5:
             still = [r for r in self._planned if self._lines[r.name].state != FAILED]
-            self._left = time.monotonic(), seconds_left(still, self._at_once)
+            self._left = time.monotonic(), seconds_left(still, self._at_once, self._progress)
         return self._left[1]
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.names import PLAN, describe, plain
 
 KEYS = ("experiment", "seeds", "common", "rows", "grid", "resources", "quick")
+MANY = 500
+"""So many runs take seconds to plan, which a command says before it plans them."""
 SLUG = 60
 """Maximum length of the readable part of a run's name, in characters."""
 
@@ -140,6 +143,12 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     )
 
 
+def count_runs(sweep: SweepFile) -> int:
+    """How many runs `expand` will return."""
+    points = math.prod(len(values) for values in sweep.grid.values())
+    return max(1, len(sweep.rows)) * points * len(sweep.seeds)
+
+
 def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """Compose the config of every run of a sweep.
 
@@ -192,6 +201,22 @@ def settings_hash(config: Config) -> str:
     return hashlib.sha256(to_yaml(without_places(config)).encode()).hexdigest()[:10]
 
 
+def yaml_text(value: Any) -> str:
+    """Write a plain value as one line of YAML that reads back as the same value.
+
+    JSON is YAML except for characters beyond U+FFFF, which JSON writes as two escapes and YAML
+    then reads as two characters.
+    """
+    pair = r"\\u(d[89ab]..)\\u(d[c-f]..)"
+
+    def joined(found: re.Match[str]) -> str:
+        character = json.loads('"' + found[0] + '"')
+        return f"\\U{ord(character):08x}"
+
+    # A pair behind an escaped backslash is text and no character; the first branch skips it.
+    return re.sub(rf"\\\\|{pair}", lambda m: joined(m) if m[1] else m[0], json.dumps(value))
+
+
 def without_places(config: Config) -> Config:
     """Return the config without folder names: equal for runs that must give the same numbers."""
     return replace(config, output=replace(config.output, dir=None, root="runs", cache=None))
@@ -215,6 +240,9 @@ def write_plan(
     refuse_foreign(out / PLAN, b'"sweep": ')
     content = {
         "sweep": sweep.name,
+        # Where the command was given: relative paths in it start there.
+        "directory": str(Path.cwd()),
+        "out": str(out),
         "file": str(sweep.path),
         "overrides": list(overrides),
         "seeds": list(sweep.seeds),
@@ -283,7 +311,7 @@ def _as_override(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_as_override, value))}]"
     # JSON is valid YAML, in which overrides are parsed.
-    return json.dumps(without_texts(value))
+    return yaml_text(without_texts(value))
 
 
 def _takes_text(config: Config, key: str) -> bool:

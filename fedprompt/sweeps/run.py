@@ -21,7 +21,7 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import ResourceCache
 from fedprompt.runtime.machine import cpu_count
 from fedprompt.simulation.blocks import free_memory
-from fedprompt.simulation.ray_cluster import start_ray
+from fedprompt.simulation.ray_cluster import brief, start_ray
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import PlannedRun, Resources
 from fedprompt.sweeps.queue import take
@@ -237,7 +237,7 @@ class RaySweep:
                 if run is None:
                     self._drop(slot, error)
                 else:
-                    self._board.finish(run, _brief(error))
+                    self._board.finish(run, brief(error))
             except ray.exceptions.RayError as error:
                 self._replace(slot, run, error)
             else:
@@ -254,7 +254,7 @@ class RaySweep:
         if isinstance(getattr(error, "cause", None), FileNotFoundError):
             reason = f"a node does not see {self._marker}; all nodes must share that folder"
         else:
-            reason = f"a worker did not start: {_brief(error)}"
+            reason = f"a worker did not start: {brief(error)}"
         ray.kill(slot.actor)
         self._slots.remove(slot)
         if not self._slots:
@@ -269,9 +269,9 @@ class RaySweep:
         name = run.name if run else ""
         self._deaths[name] += 1
         if self._deaths[name] > RETRIES:
-            reason = f"its process died {self._deaths[name]} times: {_brief(error)}"
+            reason = f"its process died {self._deaths[name]} times: {brief(error)}"
             if run is None:
-                raise UserError(f"sweep: workers do not start: {_brief(error)}")
+                raise UserError(f"sweep: workers do not start: {brief(error)}")
             self._board.finish(run, reason)
         elif run is not None:
             self._board.wait(run, "its process died")
@@ -318,8 +318,3 @@ def _room(nodes: Sequence[dict[str, Any]], resources: Resources) -> int:
             room.append(_fits(there.get("memory", 0), resources.memory_gb * 1e9))
         total += min(room)
     return total
-
-
-def _brief(error: BaseException) -> str:
-    """Return the last 300 characters of an error on one line; Ray puts the reason at the end."""
-    return " ".join(str(error).replace("^", "").split())[-300:]

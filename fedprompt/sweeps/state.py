@@ -6,8 +6,9 @@ also for `fedprompt sweep --dry-run`.
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -69,7 +70,11 @@ def rounds_done(folder: Path) -> int:
         return 0
 
 
-def seconds_left(planned: Sequence[PlannedRun], at_once: int) -> float | None:
+def seconds_left(
+    planned: Sequence[PlannedRun],
+    at_once: int,
+    read: Callable[[PlannedRun], Progress] = progress,
+) -> float | None:
     """Estimate how long the unfinished part of a sweep will take.
 
     A run is expected to take as long as the finished runs of its row and grid values on average, or
@@ -79,22 +84,29 @@ def seconds_left(planned: Sequence[PlannedRun], at_once: int) -> float | None:
     Args:
         planned: The runs of the sweep, finished ones included; a board leaves out failed ones.
         at_once: How many runs execute at the same time.
+        read: Returns the state of a run.
 
     Returns:
         Seconds, or None while no run of the sweep is finished.
     """
-    found = [(run, progress(run)) for run in planned]
+    found = [(run, read(run)) for run in planned]
     times = [(run, p.seconds) for run, p in found if p.seconds is not None]
     if not times:
         return None
     usual = fmean(seconds for _, seconds in times)
-    left = []
-    for run, state in found:
-        alike = [s for other, s in times if _point(other) == _point(run)]
-        left.append((fmean(alike) if alike else usual) * state.share_left(run))
+    alike: dict[tuple[str, str], list[float]] = {}
+    for run, seconds in times:
+        alike.setdefault(_point(run), []).append(seconds)
+    means = {point: fmean(some) for point, some in alike.items()}
+    left = [
+        means.get(_point(run), usual) * state.share_left(run)
+        for run, state in found
+        if not state.done
+    ]
     places = [0.0] * max(1, at_once)
     for seconds in sorted(left, reverse=True):
-        places[places.index(min(places))] += seconds
+        # The place that is free first gets the next run.
+        heapq.heapreplace(places, places[0] + seconds)
     return max(places)
 
 

@@ -94,6 +94,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.errors import UserError
     from fedprompt.experiment import run as experiment
     from fedprompt.experiment.display import QuietDisplay
+    from fedprompt.experiment.paths import absolute
     from fedprompt.experiment.resuming import read_config
     from fedprompt.experiment.run_folder import is_held
     from fedprompt.reports.run_data import CONFIG, ERROR
@@ -105,7 +106,8 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     try:
         if (folder / CONFIG).is_file():
             # The folder's name holds only part of a hash, so the whole config is compared as well.
-            if without_places(read_config(folder)) != without_places(config):
+            # A run folder's config has absolute paths.
+            if without_places(read_config(folder)) != without_places(absolute(config)):
                 raise UserError(f"{folder} holds a run with another config; remove it.")
             experiment.resume(folder, silent, resources)
         else:

@@ -79,25 +79,38 @@ class Loggers:
         self._open: list[RunLogger] = []
         self._behind: set[str] = set()
 
-    def open(self) -> None:
+    def open(self, *, resumed: bool = False) -> None:
         """Open the log of every tracker, continuing the log of an earlier start of the run.
 
+        Args:
+            resumed: Whether the run has begun before. It then goes on without a tracker that
+                cannot be opened; the tracker receives what it lacks at the next start.
+
         Raises:
-            UserError: A log cannot be opened, e.g. without a login, a server or write permission.
+            UserError: A log of a new run cannot be opened, e.g. without a login, a server or write
+                permission.
         """
-        check_installed(self._config.output.loggers)
         for name in self._config.output.loggers:
-            module = importlib.import_module(f"{__name__}.{name}")
-            make: type[RunLogger] = getattr(module, LOGGERS[name])
             try:
+                check_installed([name])
+                module = importlib.import_module(f"{__name__}.{name}")
+                make: type[RunLogger] = getattr(module, LOGGERS[name])
                 self._open.append(make(self._folder, self._config))
-            except UserError:
-                raise
             except Exception as error:  # whatever a tracker raises
-                raise UserError(
-                    f"output.loggers: {name} cannot be opened: {_reason(error)}; mend that or "
-                    f"leave {name} out."
-                ) from None
+                if resumed:
+                    log.warning(
+                        "%s cannot be opened: %s; the run goes on without it, and metrics.jsonl "
+                        "has everything",
+                        name,
+                        _reason(error),
+                    )
+                elif isinstance(error, UserError):
+                    raise
+                else:
+                    raise UserError(
+                        f"output.loggers: {name} cannot be opened: {_reason(error)}; correct that, "
+                        f"or leave {name} out of output.loggers."
+                    ) from None
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Log one metrics line.

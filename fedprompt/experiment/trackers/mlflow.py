@@ -28,6 +28,10 @@ T = TypeVar("T")
 
 AT_ONCE = 100
 """Maximum number of parameters or metrics in one request to a server."""
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+"""What stores answer about a run that was deleted, for good or into their trash."""
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""A run must not wait for minutes where a server is away, which is MLflow's default."""
 LONGEST = 500
 """Length that every version of MLflow accepts for a parameter's value, in characters."""
 
@@ -59,7 +63,7 @@ class MLflow(SteppedLogger):
             except MlflowException as error:
                 # The MLflow run was deleted by the user, or the store is another one: start a new
                 # log.
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                if error.error_code not in GONE:
                     raise
         found = self._client.get_experiment_by_name(self._config.experiment)
         experiment = found.experiment_id if found else self._new_experiment(folder)
@@ -128,6 +132,8 @@ def _client(folder: Path) -> MlflowClient:
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for chatty in ("mlflow", "alembic"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+    for variable, value in IMPATIENT.items():
+        os.environ.setdefault(variable, value)
     local = f"sqlite:///{(folder.parent / 'mlflow.db').resolve()}"
     return MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
 
