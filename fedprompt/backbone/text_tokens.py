@@ -78,14 +78,15 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
 
 
 def refuse_twins(clip: FrozenCLIP, class_names: Sequence[str]) -> None:
-    """Refuse a class list in which two names have the same tokens.
+    """Refuse a class list in which two names have the same tokens, or one has none.
 
     Args:
         clip: the frozen backbone.
         class_names: C names; underscores count as spaces.
 
     Raises:
-        UserError: two classes would have the same prompt, or a name cannot be tokenised.
+        UserError: two classes would have the same prompt, a name has no token of its own, or it
+            cannot be tokenised.
     """
     names = [name.replace("_", " ") for name in class_names]
 
@@ -93,6 +94,13 @@ def refuse_twins(clip: FrozenCLIP, class_names: Sequence[str]) -> None:
         return f"class name '{class_names[i]}'"
 
     ids_CL = token_rows(clip.tokenizer, clip.text, names, clip.name, describe)
+    # Tokenizers drop spaces, some of them punctuation, and CLIP's reads `&nbsp;` as a space.
+    empty_1L = clip.tokenizer([""], context_length=ids_CL.shape[1])
+    for i in torch.nonzero((ids_CL == empty_1L).all(dim=-1)).flatten().tolist():
+        raise UserError(
+            f"{describe(i)} (class {i}) has no token in {clip.name}: its tokenizer drops all of "
+            "it. Name the class in words in data.class_names."
+        )
     refuse_equal_rows(ids_CL, class_names, clip.name)
 
 

@@ -39,6 +39,15 @@ def test_two_classes_with_one_prompt_are_refused(clip: FrozenCLIP, case: str) ->
         assert "classes 1 and 3" in line
 
 
+@pytest.mark.parametrize("name", ["&nbsp;", "___", "&ensp; _", ""])
+def test_a_class_without_any_token_is_refused(clip: FrozenCLIP, name: str) -> None:
+    for method in ("zero_shot", "promptfl"):
+        kind = method_class(method)
+        line = refused(lambda kind=kind: kind(kind.Config(), clip, Task(("dog", name))))
+        assert f"'{name}'" in line
+        assert "class 1" in line
+
+
 @pytest.mark.parametrize("special", ["<end_of_text>", "<start_of_text>"])
 def test_special_tokens_inside_a_text_are_refused(clip: FrozenCLIP, special: str) -> None:
     for call in (

@@ -2,9 +2,9 @@
 
 Rules:
 - Every sub-folder of `root` is a class. Images may also lie deeper inside it, but if no class
-  folder holds images itself, `root` is probably one level too high and is refused, unless
-  `data.class_names` lists the folders. Folders whose names start with a dot or with `__` (`.git`,
-  `__MACOSX`) are ignored.
+  folder holds images itself, or most images lie in folders that several class folders have in
+  common, `root` is probably one level too high and is refused, unless `data.class_names` lists the
+  folders. Folders of the system (`.git`, `__MACOSX`, `lost+found`, `@eaDir`) are ignored.
 - Folders with the usual names of splits (`Train`, `testing`, `val`; see
   `parts.folder_layout.split_of`) that contain class folders are splits. `train` is needed, `test`
   optional, and a validation split is not used. Any other folder beside them is an error, not a

@@ -38,6 +38,12 @@ def load(root: Path, **config: object) -> ImageDataset:
         ("train_set", "Test-Set"),
         ("train2017", "test2017"),
         ("Training Images", "Test Images"),
+        ("01_train", "02_test"),
+        ("split-train", "split-test"),
+        ("images_train", "images_test"),
+        ("train.", "test (1)"),
+        ("train_v2", "test_v2"),
+        ("trn", "tst"),
     ],
 )
 def test_usual_names_of_splits_are_splits(train: str, test: str, tmp_path: Path) -> None:
@@ -57,7 +63,7 @@ def test_names_of_splits() -> None:
     assert all(split_of(name) is None for name in ("trainer", "tester", "bus", "value", "12", ""))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, int], str]] = {
     "splits without class folders": ({"Train": 3, "Test": 3}, "no class folders"),
     "one level too high": ({"set/train/a": 1, "set/train/b": 1, "set/test/a": 1}, "Set data"),
     "two data sets side by side": ({"one/a": 2, "one/b": 2, "two/a": 2, "two/c": 2}, "root/one"),
@@ -65,6 +71,16 @@ REFUSED = {
     "images and labels": ({"images/train": 2, "images/val": 2, "labels": 0}, "root/images"),
     "a test split beside classes": ({"a": 2, "b": 2, "test/a": 2, "test/b": 1}, "beside it 'a'"),
     "two training splits": ({"train/a": 2, "Training/a": 2, "train/b": 2}, "both names"),
+    "data sets, one with a preview": (
+        {"one": 1, "one/a": 2, "one/b": 2, "two/a": 2, "two/b": 2},
+        "the same folders: 'a', 'b'",
+    ),
+    "unusual names of splits": (
+        {"fit/a": 2, "fit/b": 2, "probe/a": 2, "probe/b": 2},
+        "call them train and test",
+    ),
+    "images in splits, beside others": ({"train": 3, "test": 2, "boxes": 0}, "'boxes'"),
+    "numbered splits below classes": ({"a/1_train": 2, "a/2_test": 2, "b": 2}, "root/a"),
     "too high, inside a split": ({"train/x/a": 2, "train/y/a": 2, "test/x/a": 1}, "train/x"),
 }
 
@@ -82,8 +98,47 @@ def test_classes_may_be_deep_or_called_like_splits_where_that_is_clear(tmp_path:
     deep = write_image_folder(tmp_path / "deep", {"one/x": 2, "two/y": 2})
     assert "data.class_names" in refused(lambda: load(deep))
     assert len(load(deep, class_names=["one", "two"])) == 4
-    vehicles = write_image_folder(tmp_path / "vehicles", {"bus": 2, "test": 2, "train": 2})
-    assert load(vehicles).class_names == ("bus", "test", "train")
+    vehicles = write_image_folder(tmp_path / "vehicles", {"bus": 2, "train": 2})
+    assert load(vehicles).class_names == ("bus", "train")
+    drives = write_image_folder(tmp_path / "drives", {"bus": 2, "test": 2, "train": 2})
+    assert "data.class_names" in refused(lambda: load(drives))
+    assert len(load(drives, class_names=["bus", "test", "train"]).class_names) == 3
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "lost+found", "$RECYCLE.BIN", "__MACOSX"])
+def test_folders_of_the_system_are_no_classes(name: str, tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "root", {"cat": 2, "dog": 2, name: 2})
+    assert load(root).class_names == ("cat", "dog")
+    (root / "cat" / name).mkdir()
+    assert len(load(root)) == 4
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"cat/\xe9.png"])
+def test_a_name_that_is_not_utf_8_is_named(name: bytes, tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "root", {"cat": 2, "dog": 2})
+    try:
+        os.mkdir(os.fsencode(root) + b"/" + name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    line = refused(lambda: load(root))
+    assert r"\xe9" in line
+    assert "UTF-8" in line
+
+
+def test_a_link_is_named_that_makes_a_class_of_another_or_a_circle(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "root", {"cat": 2, "dog": 2})
+    (root / "puppy").symlink_to(root / "dog")
+    line = refused(lambda: load(root))
+    assert str(root / "dog") in line
+    assert str(root / "puppy") in line
+    (root / "puppy").unlink()
+    (root / "cat" / "up").symlink_to(root)
+    assert str(root / "cat" / "up ") in refused(lambda: load(root))
+    leak = write_image_folder(tmp_path / "leak", {"train/a": 2, "train/b": 2})
+    (leak / "test").symlink_to("train")
+    line = refused(lambda: load(leak))
+    assert str(leak / "train" / "a") in line
+    assert str(leak / "test" / "a") in line
 
 
 def test_every_format_of_pillow_is_read_and_the_rest_is_counted(

@@ -6,8 +6,10 @@ a plausible result. So a folder that can be read in two ways is refused.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +26,13 @@ from fedprompt.data.sources.parts.walk import (
 from fedprompt.errors import UserError
 
 _SPLITS = {
-    TRAIN: {"train", "training", "trainval"},
-    TEST: {"test", "testing"},
+    TRAIN: {"train", "training", "trainval", "trn"},
+    TEST: {"test", "testing", "tst"},
     VAL: {"val", "valid", "validation", "validate", "dev", "eval", "evaluation", "holdout"},
 }
+_BESIDE = "set|data|images|imgs|split|folder"
+_NAME = re.compile(rf"(?:{_BESIDE}|\d+)*(.*?)(?:{_BESIDE}|v?\d+)*")
+"""A name of a split with the words and numbers that may surround it, without separators."""
 _SPLIT_WORDS = {TRAIN: "train", TEST: "test", VAL: "validation"}
 
 
@@ -63,10 +68,11 @@ class Layout:
 def split_of(folder: str) -> int | None:
     """`TRAIN`, `TEST` or `VAL` if a folder has the usual name of a split, else None.
 
-    Case, separators, a year (`train2017`) and the words `set`, `data` and `images` do not matter.
+    Case, separators, numbers (`train2017`, `01_train`) and words such as `set`, `data`, `images`
+    and `split` do not matter.
     """
-    key = re.sub(r"(set|data|images|imgs)?\d*$", "", name_key(folder))
-    return next((split for split, names in _SPLITS.items() if key in names), None)
+    match = _NAME.fullmatch(re.sub(r"\W+", "", name_key(folder)))
+    return next((split for split, names in _SPLITS.items() if match and match[1] in names), None)
 
 
 def read_folder(root: Path, *, named: bool = False) -> Layout:
@@ -85,10 +91,11 @@ def read_folder(root: Path, *, named: bool = False) -> Layout:
             classes, there are no images, or a folder cannot be listed.
     """
     top = subfolders(root)
-    splits = _splits(root, top)
+    splits = _splits(root, top, named=named)
     left_out = LeftOut()
     unused: list[str] = []
     images: list[Found] = []
+    _refuse_linked_twice(root, splits)
     for split, folder in splits.items():
         images += _class_images(root, folder, split, left_out, unused, named=named)
     if not images:
@@ -131,13 +138,25 @@ def some(names: Sequence[str]) -> str:
     return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
-def _splits(root: Path, top: Sequence[str]) -> dict[int, str]:
-    """The folder of each split that is used; without splits, all of `root` is for training."""
+def _splits(root: Path, top: Sequence[str], *, named: bool) -> dict[int, str]:
+    """The folder of each split that is used; without splits, all of `root` is for training.
+
+    Raises:
+        UserError: there is no training split, or the folders can be read in two ways.
+    """
     roles = {name: split for name in top if (split := split_of(name)) is not None}
     # A folder that holds images itself, among other classes, is a class called 'train' or 'test'.
     acting = [name for name in roles if _holds_classes(root / name)]
     others = [name for name in top if name not in roles]
     if not roles or (others and not acting):
+        # One class may be called 'train'; 'train' and 'test' are hardly both classes.
+        if {TRAIN, TEST} <= set(roles.values()) and not named:
+            raise UserError(
+                f"data: {root} has {some(list(roles))}, which are names of splits, but hold images "
+                f"and no class folders, and beside them {some(others)}. Expected {root}/train/"
+                "<class>/*.jpg; if all of these folders are classes, list them in "
+                "data.class_names."
+            )
         return {TRAIN: ""}
     # A misspelt split would be left out silently, and a class here means that `root` was misread.
     if others:
@@ -171,6 +190,24 @@ def _holds_classes(folder: Path) -> bool:
     return bool(subfolders(folder)) and not any(map(is_image, files_in(folder)))
 
 
+def _refuse_linked_twice(root: Path, splits: Mapping[int, str]) -> None:
+    """Refuse a link to a folder that is a class already, of this split or of the other one.
+
+    Raises:
+        UserError: two class folders are the same folder.
+    """
+    known: dict[str, Path] = {}
+    for split in splits.values():
+        for folder in subfolders(root / split):
+            path = root / split / folder
+            other = known.setdefault(os.path.realpath(path), path)
+            if other != path:
+                raise UserError(
+                    f"data: {path} and {other} are the same folder, so its images would count "
+                    "twice; remove the link."
+                )
+
+
 def _class_images(
     root: Path, split_folder: str, split: int, left_out: LeftOut, unused: list[str], *, named: bool
 ) -> list[Found]:
@@ -181,7 +218,7 @@ def _class_images(
     """
     place = root / split_folder
     found: list[Found] = []
-    direct = False
+    direct = 0
     for folder in subfolders(place):
         inner = [name for name in subfolders(place / folder) if split_of(name) is not None]
         kinds = {split_of(name) for name in inner}
@@ -193,15 +230,47 @@ def _class_images(
             )
         for path in images_below(place / folder, left_out):
             found.append(Found(path.relative_to(root).as_posix(), name_key(folder), split))
-            direct = direct or path.parent == place / folder
-    if found and not direct and not named:
-        first = min(image.path for image in found)
-        raise UserError(
-            f"data: no folder in {place} holds images itself; they lie deeper, as {root / first}. "
-            f"If data.root is one level too high, set it to {(root / first).parents[1]}; if the "
-            f"folders {some(subfolders(place))} are the classes, list them in data.class_names."
-        )
+            direct += path.parent == place / folder
+    if not named:
+        _refuse_deep(place, [Path(root / image.path) for image in found], direct)
     beside = sum(map(is_image, files_in(place))) if split_folder else 0
     if beside:
         unused.append(f"{beside} images beside the class folders of {split_folder}/")
     return found
+
+
+def _refuse_deep(place: Path, images: Sequence[Path], direct: int) -> None:
+    """Refuse class folders that look like splits or data sets with class folders of their own.
+
+    Args:
+        place: the folder with the class folders.
+        images: all images in it.
+        direct: how many of them lie in a class folder itself, and not deeper.
+
+    Raises:
+        UserError: no class folder holds images itself, or most images lie deeper, in folders of the
+            same names in several class folders.
+    """
+    inside = [path.relative_to(place).parts for path in images]
+    pairs = {(parts[0], name_key(parts[1])) for parts in inside if len(parts) > 2}
+    times = Counter(name for _, name in pairs)
+    shared = sorted({p[1] for p in inside if len(p) > 2 and times[name_key(p[1])] > 1})
+    # A preview or two beside the class folders of a data set do not make it a class.
+    if not images or (direct and (len(shared) < 2 or 2 * direct >= len(images))):
+        return
+    deep = sorted(path for path, parts in zip(images, inside, strict=True) if len(parts) > 2)
+    classes = subfolders(place)
+    # One level up from the classes of the larger part of the images.
+    nearest = Counter(path.parents[1] for path in deep).most_common(1)[0][0]
+    what = (
+        f"most images in {place} lie below its class folders, as {deep[0]}, and several of these "
+        f"contain the same folders: {some(shared)}"
+        if direct
+        else f"no folder in {place} holds images itself; they lie deeper, as {deep[0]}"
+    )
+    advice = [f"If data.root is one level too high, set it to {nearest}"]
+    if len(shared) > 1:
+        advice.append(f"if {some(classes)} are splits, call them train and test")
+    if len(classes) > 1:
+        advice.append(f"if {some(classes)} are the classes, list them in data.class_names")
+    raise UserError(f"data: {what}. {'; '.join(advice)}.")

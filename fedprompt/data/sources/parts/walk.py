@@ -21,6 +21,10 @@ UNREAD = (
     ".nc", ".img", ".ecw", ".sid", ".vrt", ".zip", ".tar", ".gz", ".7z", ".rar",
 )  # fmt: skip
 """Suffixes of files that hold, or may hold, images which are not read. The user is warned."""
+_SYSTEM = frozenset(
+    {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+)
+"""Folders that operating systems and network drives create, in lower case."""
 
 
 @dataclass
@@ -53,8 +57,15 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file name is text; Python keeps other bytes of a name as halves of characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def subfolders(parent: Path) -> list[str]:
-    """The names of the visible folders in `parent`, sorted; `.git` and `__MACOSX` are not visible.
+    """The names of the visible folders in `parent`, sorted.
+
+    Folders such as `.git`, `__MACOSX` and `lost+found` are not visible.
 
     Raises:
         UserError: the folder cannot be listed, or a link in it leads nowhere.
@@ -84,13 +95,14 @@ def images_below(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path
         UserError: a folder cannot be listed, a link leads nowhere, or a linked folder contains the
             link.
     """
-    yield from _below(folder, (), LeftOut() if left_out is None else left_out)
+    yield from _below(folder, folder, (), LeftOut() if left_out is None else left_out)
 
 
-def _below(folder: Path, above: tuple[str, ...], left_out: LeftOut) -> Iterator[Path]:
+def _below(folder: Path, link: Path, above: tuple[str, ...], left_out: LeftOut) -> Iterator[Path]:
+    """Iterate over the images of `folder`; `link` is the link through which it was reached."""
     place = os.path.realpath(folder)
     if place in above:
-        raise UserError(f"data: {folder} is a link to a folder that contains it; remove the link.")
+        raise UserError(f"data: {link} is a link to a folder that contains it; remove the link.")
     folders, files = _entries(folder)
     for path in files:
         if is_image(path.name):
@@ -98,7 +110,8 @@ def _below(folder: Path, above: tuple[str, ...], left_out: LeftOut) -> Iterator[
         else:
             left_out.add(path.name)
     for path in folders:
-        yield from _below(path, (*above, place), left_out)
+        inner = path if path.is_symlink() else link
+        yield from _below(path, inner, (*above, place), left_out)
 
 
 def _entries(parent: Path) -> tuple[list[Path], list[Path]]:
@@ -109,8 +122,14 @@ def _entries(parent: Path) -> tuple[list[Path], list[Path]]:
     except OSError as error:
         raise UserError(f"data: cannot list {parent}: {error.strerror}.") from None
     for path in paths:
+        hidden = path.name.startswith(".")
+        # Such a name can neither be stored in a run folder nor be hashed.
+        if not hidden and not is_utf8(path.name):
+            raise UserError(
+                f"data: the name of {os.fsencode(path.name)!r} in {parent} is not UTF-8; rename it."
+            )
         if os.path.isdir(path):
-            if not path.name.startswith((".", "__")):
+            if not path.name.startswith((".", "__")) and path.name.lower() not in _SYSTEM:
                 folders.append(path)
             continue
         # A link named like an image is judged when it is opened, so that `on_bad_image` decides.
