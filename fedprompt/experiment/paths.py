@@ -7,6 +7,7 @@ are `data` sections, with the keys of their sources.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -34,8 +35,9 @@ def absolute(config: Config) -> Config:
     """
 
     def resolve(text: str) -> str:
+        # An empty text means that there is no folder; as a path, it is the working folder.
         path = Path(text).expanduser()
-        return str(path.resolve()) if path.exists() else text
+        return str(path.resolve()) if text and os.path.exists(path) else text
 
     def change(value: Any, field: Field[Any]) -> Any:
         return [resolve(v) for v in value] if isinstance(value, list) else value and resolve(value)

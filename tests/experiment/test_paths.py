@@ -195,6 +195,13 @@ def test_relative_paths_are_those_of_the_machine_that_hands_over(
     assert config.data.root == str(tmp_path / "images")
     data = HubConfig(hub_id="user/set")
     assert absolute(dataclasses.replace(config, data=data)).data.hub_id == "user/set"
+    # No folder for a client, and a text that is too long for a file name.
+    folders = ["", "images", "x" * 300]
+    config = small_config(
+        data={"source": "client_folders", "class_names": ["a", "b"], "folders": folders},
+        partition={"clients": 3},
+    )
+    assert absolute(config).data.folders == ["", str(tmp_path / "images"), "x" * 300]
 
 
 def test_an_experiment_without_paths_stays_as_it_is() -> None:
