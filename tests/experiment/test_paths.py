@@ -27,7 +27,7 @@ NO_PATH = {
     "title", "templates", "class_names", "dataset", "common_labels", "hub_config", "hub_revision",
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
-    "token_tensors", "domain", "source",
+    "token_tensors", "domain", "source", "chosen_by",
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "partition.file",
