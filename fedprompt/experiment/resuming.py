@@ -53,8 +53,13 @@ def read_config(folder: Path) -> Config:
 def _unedited(folder: Path) -> Config:
     """Accept a config whose text was changed but not its values, and name changed values."""
     path = folder / CONFIG
-    # First, since its message about a text that is no config says where it is wrong.
-    now = compose(path)
+    try:
+        now = compose(path)
+    except UserError as error:
+        raise UserError(
+            f"{path} was changed since the run began, and is no valid config now: {error} Put it "
+            "back from a copy."
+        ) from None
     header = read_header(folder / CHECKPOINT) if (folder / CHECKPOINT).is_file() else {}
     if "config" not in header:
         read_verified(path)  # raises again

@@ -343,7 +343,7 @@ def test_a_tracker_that_cannot_be_opened_leaves_no_folder(
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, Settings=dict))
     monkeypatch.setattr(loggers, "is_installed", lambda name: True)
-    with pytest.raises(UserError, match="wandb cannot be opened: api_key not configured; mend"):
+    with pytest.raises(UserError, match="wandb cannot be opened: api_key not configured"):
         run(config_for(tmp_path / "run", "tensorboard", "wandb"), QuietDisplay())
     assert not (tmp_path / "run").exists()
 

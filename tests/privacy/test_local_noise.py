@@ -75,9 +75,9 @@ def test_a_noisy_reply_says_nothing_else(make_workspace: MakeWorkspace) -> None:
     replies: list[Any] = []
     screen = federation.strategy.screen
 
-    def watched(server_round: int, answers: Any) -> Any:
+    def watched(server_round: int, asked: Any, answers: Any) -> Any:
         replies.extend(answers)
-        return screen(server_round, replies)
+        return screen(server_round, asked, replies)
 
     federation.strategy.screen = watched  # type: ignore[method-assign]
     line = federation.train_round(1)

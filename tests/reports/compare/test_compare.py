@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from fedprompt.cli.main import app
 from fedprompt.errors import UserError
+from fedprompt.files.checksums import CHECKSUMS
 from fedprompt.reports.compare.figures import (
     AT_FIRST,
     client_accuracies,
@@ -86,6 +87,8 @@ def apart(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 part[whose]["accuracy"] = [a * factor for a in part[whose]["accuracy"]]
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
         (run / "summary.json").write_text(json.dumps(summary))
+        # Otherwise the files would count as damaged.
+        (run / CHECKSUMS).unlink()
     return folder
 
 
