@@ -20,6 +20,9 @@ from fedprompt.reports.compare.names import PLAN, describe, plain
 from fedprompt.reports.format import plural
 from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
 
+CHOSEN_BY = "evaluation.chosen_by"
+"""The setting that says which search chose the others."""
+
 
 @dataclass
 class Row:
@@ -129,7 +132,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differing(rows: Sequence[Row]) -> list[str]:
     """Return the settings in which the rows differ, `method.name` first."""
-    keys = dict.fromkeys(key for row in rows for key in row.settings)
+    # A remark on how the settings were found is none of them, and too long for a name.
+    keys = dict.fromkeys(key for row in rows for key in row.settings if key != CHOSEN_BY)
     return sorted(
         # `repr` because 1, 1.0 and True are equal in Python but not as settings.
         (k for k in keys if len({repr(row.settings.get(k)) for row in rows}) > 1),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprompt.reports.compare.cells import cell_keys, cells_of, method_names
-from fedprompt.reports.compare.load import Row, differing
+from fedprompt.reports.compare.load import CHOSEN_BY, Row, differing
 from fedprompt.reports.compare.names import plain
 from fedprompt.reports.compare.statistics import LEVEL, Cell, Test
 from fedprompt.reports.run_data import context_tokens
@@ -57,7 +57,7 @@ def reading_note(
     if not pivoted:
         unlike = unlike_settings(rows)
         sentences += [f"Rows are not matched in {'; '.join(unlike)}."] if unlike else []
-        sentences += [_made_with(rows)]
+        sentences += [selection_note(rows), _made_with(rows)]
     return " ".join(filter(None, sentences))
 
 
@@ -113,11 +113,35 @@ def _unlike(rows: Sequence[Row], key: str, column: Sequence[Any]) -> str:
             names[plain(value)].append(name)
     if len(names) < 2:
         return ""
-    parts = [
-        f"{value} ({'; '.join(who) if len(who) <= NAMED else f'{len(who)} methods'})"
-        for value, who in names.items()
-    ]
+    parts = [f"{value} ({_who(who)})" for value, who in names.items()]
     return f"{key}: {', '.join(parts)}"
+
+
+def selection_note(rows: Sequence[Row]) -> str:
+    """Say which search chose the rows' settings, and which round is reported; often nothing."""
+    names = method_names(rows)
+    searches: dict[str, list[str]] = {}
+    for row, name in zip(rows, names, strict=True):
+        # Empty for settings that nobody searched, and missing in runs of older versions.
+        search = str(row.settings.get(CHOSEN_BY) or "")
+        if name not in searches.setdefault(search, []):
+            searches[search].append(name)
+    sentences = []
+    if set(searches) != {""}:
+        texts = [f"{search or 'not searched'} ({_who(who)})" for search, who in searches.items()]
+        sentences.append(f"Settings: {'; '.join(texts)}.")
+    key = "evaluation.select"
+    rules = {row.settings.get(key) or "last" for row in rows}
+    if rules == {"best_validation"}:
+        sentences.append("Reported round: the best on validation images.")
+    elif len(rules) > 1:
+        rows_rules = [row.settings.get(key) or "last" for row in rows]
+        sentences.append(f"Rows are not matched in {_unlike(rows, key, rows_rules)}.")
+    return " ".join(sentences)
+
+
+def _who(names: Sequence[str]) -> str:
+    return "; ".join(names) if len(names) <= NAMED else f"{len(names)} methods"
 
 
 def _made_with(rows: Sequence[Row]) -> str:

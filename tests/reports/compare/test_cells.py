@@ -19,7 +19,7 @@ from fedprompt.reports.compare.cells import cell_keys, cell_name, cells_of, meth
 from fedprompt.reports.compare.figures import curves_figure
 from fedprompt.reports.compare.load import Row, load_rows
 from fedprompt.reports.compare.metrics import KNOWN, choose
-from fedprompt.reports.compare.notes import unlike_settings
+from fedprompt.reports.compare.notes import selection_note, unlike_settings
 from fedprompt.reports.compare.statistics import Cell
 from fedprompt.reports.compare.table import compare_rows, latex, markdown, terminal
 from fedprompt.reports.figure import Lines
@@ -171,6 +171,25 @@ def test_unequal_tokens_and_budgets_stand_under_the_table(folder: Path) -> None:
     assert any(text.startswith("training.lr: 0.02 (") for text in unlike_settings(rows))
     matched = [one for one in rows if not one.name.startswith("fedrsclip")]
     assert not any("tokens" in text for text in unlike_settings(matched))
+
+
+def test_the_search_that_chose_settings_stands_under_the_table() -> None:
+    search = "12 trials by tpe"
+    rows = [
+        row("a", "a", evaluation__chosen_by=search, evaluation__select="best_validation"),
+        row("b", "b", evaluation__chosen_by=search, evaluation__select="best_validation"),
+        row("c", "c", evaluation__chosen_by="", evaluation__select="best_validation"),
+    ]
+    note = selection_note(rows)
+    assert f"{search} (a; b)" in note
+    assert "not searched (c)" in note
+    assert "best on validation images" in note
+    plain = row("d", "d", evaluation__select="last")
+    assert "evaluation.select: best_validation (a; b; c), last (d)" in selection_note(
+        [*rows, plain]
+    )
+    # Runs of older versions have neither key.
+    assert selection_note([plain, row("e", "e")]) == ""
 
 
 def test_the_plan_of_a_sweep_names_methods_and_grid(folder: Path, tmp_path: Path) -> None:
