@@ -19,6 +19,20 @@ from omegaconf import OmegaConf
 
 from fedprompt.errors import UserError
 
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Texts(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads every scalar as text, and merges mappings (`<<`) like any other loader."""
+
+    # Without a resolver, a scalar is a text, except for the key `<<`.
+    yaml_implicit_resolvers = {"<": [(f"{_TAG}merge", re.compile("^<<$"))]}  # noqa: RUF012
+
+
+# The same for scalars with a tag, such as `!!int 5`.
+for _kind in ("bool", "int", "float", "null", "timestamp"):
+    _Texts.add_constructor(f"{_TAG}{_kind}", yaml.SafeLoader.construct_yaml_str)
+
 
 @dataclass(frozen=True)
 class AsTyped:
@@ -53,8 +67,7 @@ def with_texts(loaded: Any, text: str) -> Any:
     Returns:
         The document. A null that is the value of a key stays None; a null in a list is `AsTyped`.
     """
-    # This loader reads every scalar as text.
-    return _with_texts(loaded, yaml.load(text, Loader=yaml.BaseLoader))
+    return _with_texts(loaded, yaml.load(text, Loader=_Texts))
 
 
 def read_override(item: str, key: str, text: str) -> Any:
@@ -68,8 +81,13 @@ def read_override(item: str, key: str, text: str) -> Any:
     Returns:
         A mapping, a list, None, the content of a quoted text, or an `AsTyped`. A text that is not
         valid YAML is an `AsTyped` with a problem: for a key that takes a text, it is none.
+
+    Raises:
+        UserError: the text is not UTF-8, as a file name on the command line may be.
     """
     bare = text.strip()
+    if not text.isascii() and text.encode(errors="replace").decode() != text:
+        raise UserError(f"config: {item!a} is not text in UTF-8.")
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         value = with_texts(loaded["value"], text)
@@ -97,6 +115,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def typed_text(value: Any) -> str:
+    """A value as messages show it: a scalar of a file or an override as the user typed it."""
+    if isinstance(value, AsTyped):
+        return value.text
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(typed_text, value))}]"
+    return repr(plain(value))
 
 
 def for_kind(value: Any, kind: Any, where: str) -> Any:
@@ -156,7 +183,6 @@ def _with_texts(value: Any, typed: Any) -> Any:
     """`value` with the texts of its scalars, from the same document read as texts."""
     if isinstance(value, dict):
         texts = typed if isinstance(typed, dict) else {}
-        # With keys that `<<` merges in, the two differ in length.
         names = list(texts) if len(texts) == len(value) else list(value)
         # `yes` as a key is text as well: no key is a number or a truth value.
         return {

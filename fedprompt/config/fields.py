@@ -18,12 +18,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedprompt.config.as_typed import for_kind
+from fedprompt.config.as_typed import AsTyped, for_kind, typed_text
 from fedprompt.config.renamed import refuse_renamed
 from fedprompt.config.search import Space
 from fedprompt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+MAX_SHOWN = 200
+"""Characters of a refused value that a message shows."""
+MAX_INTEGER = 10**18
 
 _RULES: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
     ("gt", operator.gt, "greater than"),
@@ -113,10 +116,12 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         _refuse_placeholders(f"{where}.{key}", value)
         try:
             structured = OmegaConf.merge(structured, {key: value})
-        except (OmegaConfBaseException, ValueError, TypeError):
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+            shown = typed_text(typed)
+            shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
             raise UserError(
-                f"config: {where}.{key} is {value!r}; it must be {in_words(kinds[key])}."
-                f"{_nearest(kinds[key], value)}{_as_list(kinds[key], value)}"
+                f"config: {where}.{key} is {shown}; it must be {in_words(kinds[key])}."
+                f"{_nearest(kinds[key], value)}{_as_list(kinds[key], typed)}"
             ) from None
     built = OmegaConf.to_object(structured)
     assert isinstance(built, schema)
@@ -168,16 +173,18 @@ def _as_list(kind: Any, value: Any) -> str:
     """How to write texts as a list, if that is what is missing."""
     if kind != list[str] or isinstance(value, Mapping):
         return ""
-    texts = (
-        [str(item) for item in value if item is not None] if isinstance(value, list) else [value]
-    )
-    return f" Write [{', '.join(json.dumps(str(text), ensure_ascii=False) for text in texts)}]."
+    items = value if isinstance(value, list) else [value]
+    texts = [item.text if isinstance(item, AsTyped) else str(item) for item in items if item]
+    return f" Write [{', '.join(json.dumps(t, ensure_ascii=False) for t in texts)}]."
 
 
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> None:
     # `bool` is a subclass of `int`, but limits do not apply to it.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    # Other libraries hold whole numbers in 64 bits.
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise UserError(f"config: {where} has more than 18 digits; it must be a smaller number.")
     # YAML has `.nan` and `.inf`; infinity would pass every lower limit.
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config: {where} is {value}; it must be a finite number.")

@@ -89,11 +89,20 @@ def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
         UserError: the file cannot be read, is not valid YAML or contains no mapping.
     """
     try:
-        # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
-        loaded = with_texts(loaded, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{what}: cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{what}: {path} is not text in UTF-8 (line {line}); save it in that encoding."
+        ) from None
+    try:
+        # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
+        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+        loaded = with_texts(loaded, text)
+    except OSError:  # OmegaConf's error for a document that is a number, for example
+        raise UserError(f"{what}: {path} must hold 'key: value' lines.") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(
             f"{what}: {path} is not valid YAML: {one_line(error)}. Texts with brackets, braces, "
@@ -106,7 +115,8 @@ def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
 
 def one_line(error: Exception) -> str:
     """The message of an error with its line breaks replaced by spaces."""
-    return " ".join(str(error).split())
+    # OmegaConf adds lines on its own objects.
+    return " ".join(str(error).partition("\n    full_key:")[0].split())
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedprompt.data.dataset import TEST, TRAIN
-from fedprompt.data.pixels import Pixels, is_tiff, many_bands, read_bands
+from fedprompt.data.pixels import Pixels, is_tiff, read_bands, unread_tiff
 from fedprompt.files import stand_in
 from fedprompt.rng import generator
 
@@ -62,7 +62,7 @@ def decode(data: bytes, pixels: Pixels = PLAIN) -> tuple[Image.Image, bool]:
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow's message has the address of the buffer, which differs from run to run.
         reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
-        advice = many_bands(data) if isinstance(error, UnidentifiedImageError) else None
+        advice = unread_tiff(data) if isinstance(error, UnidentifiedImageError) else None
         raise ValueError(advice or reason) from error
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
 
-_BITS, _BANDS, _PLANES = 258, 277, 284  # numbers of TIFF's tags
+_BITS, _BANDS, _PLANES, _FORMAT = 258, 277, 284, 339  # numbers of TIFF's tags
+_FLOAT = 3  # a value of _FORMAT
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,33 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in PREFIXES
 
 
-def many_bands(data: bytes) -> str | None:
-    """Advice on a TIFF file whose bands are not those of a colour image; None for other files."""
+def unread_tiff(data: bytes) -> str | None:
+    """Advice on a TIFF file that Pillow does not read; None for other files."""
     if not is_tiff(data):
         return None
     try:
-        directory = ImageFileDirectory_v2(data[:8])
+        # The header of a BigTIFF file is twice as long.
+        directory = ImageFileDirectory_v2(data[: 16 if data[2] == 43 else 8])
         stream = io.BytesIO(data)
         stream.seek(directory.next)
         directory.load(stream)
-        bands, bits = int(directory.get(_BANDS, 1)), directory.get(_BITS, (8,))
+        bands, bits = int(directory.get(_BANDS, 1)), directory.get(_BITS, (8,))[0]
+        is_float = directory.get(_FORMAT, (1,))[0] == _FLOAT
+        planes = directory.get(_PLANES, 1)
     except Exception:  # a damaged header: Pillow's own message is the better one
         return None
-    if bands in (1, 3) and directory.get(_PLANES, 1) == 1:
+    if bands not in (1, 3) or planes != 1:
+        return (
+            f"a TIFF file with {bands} bands of {bits} bits; choose three: data.bands=[3, 2, 1] "
+            "makes the third band red, the second green and the first blue"
+        )
+    if bits <= 16 and not is_float:
         return None
+    kind = "floating-point values" if is_float else "values"
+    chosen = "[1, 2, 3]" if bands == 3 else "[1, 1, 1]"
     return (
-        f"a TIFF file with {bands} bands of {bits[0]} bits; choose three: data.bands=[3, 2, 1] "
-        "makes the third band red, the second green and the first blue"
+        f"a TIFF file with {kind} of {bits} bits; data.bands={chosen} and "
+        "data.stretch=[low, high] together make it readable"
     )
 
 

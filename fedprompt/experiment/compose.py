@@ -148,13 +148,15 @@ def _load(
     """
     if experiment.endswith((".yaml", ".yml")):
         path = (folder or Path()) / Path(experiment).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"config: no file {path}.")
     else:
         path = shipped_file("experiment", experiment)
     if path.resolve() in seen:
         raise UserError(f"config: {path} extends itself.")
     raw = load_yaml(path)
+    if not raw:
+        raise UserError(f"config: {path} is empty; it must hold 'key: value' lines.")
     # Without a name of its own, an experiment has that of its file, not of the one it extends.
     raw.setdefault("experiment", path.stem)
     base = raw.pop("extends", None)

@@ -102,6 +102,22 @@ def test_bands_of_a_multi_band_file(options: dict[str, Any], dtype: Any) -> None
         decode_rgb(data, Pixels(bands=(7, 2, 1)))
 
 
+@pytest.mark.parametrize("kind", ["f8", "f4 colour", "f2", "u8", "big"])
+def test_a_tiff_file_that_pillow_does_not_read_gets_advice(kind: str) -> None:
+    if kind == "big":
+        values, options = np.zeros((4, 4, 7), np.uint16), {"planarconfig": "contig"}
+        data = tiff(values, photometric="minisblack", bigtiff=True, **options)
+    elif "colour" in kind:
+        data = tiff(np.full((4, 4, 3), 0.5, np.float32), photometric="rgb")
+    else:
+        data = tiff(np.full((4, 4), 1, dtype=kind))
+    with pytest.raises(ValueError, match=r"data\.bands=\[") as caught:
+        decode_rgb(data)
+    # The advice works as it is written.
+    bands = tuple(int(c) for c in str(caught.value).partition("data.bands=[")[2][:7:3])
+    assert decode_rgb(data, Pixels(stretch=(0, 2), bands=bands)).size == (4, 4)
+
+
 def test_bands_that_cannot_be_read_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="another format"):
         decode_rgb(encoded((1, 2, 3)), Pixels(bands=(3, 2, 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,8 +115,45 @@ def test_conditions_of_comparisons_match_text_and_value() -> None:
     assert _condition("training.lr=2e-3") == ("training.lr", ("0.002", "2e-3"))
 
 
-def test_merged_keys_have_no_text() -> None:
-    text = "a: &a {x: yes}\nb: {<<: *a, y: no}\n"
-    loaded = {"a": {"x": True}, "b": {"x": True, "y": False}}
-    assert with_texts(loaded, text)["b"]["y"] == AsTyped("no", False)
-    assert for_kind(with_texts(loaded, text)["b"], dict[str, bool], "b") == {"x": True, "y": False}
+def test_keys_that_a_merge_brings_in_keep_their_texts(write: Callable[..., Path]) -> None:
+    text = "a: &a {x: yes, z: !!int '5'}\nb: {<<: *a, y: no}\n"
+    loaded = {"a": {"x": True, "z": 5}, "b": {"x": True, "z": 5, "y": False}}
+    merged = with_texts(loaded, text)["b"]
+    assert merged == {"x": AsTyped("yes", True), "z": AsTyped("5", 5), "y": AsTyped("no", False)}
+    assert for_kind(merged, dict[str, Any], "b") == {"x": True, "z": 5, "y": False}
+    path = write("data:\n  <<: {class_names: [yes, no]}\ntraining: {<<: {lr: 010}}\n")
+    assert "training.lr is 010" in refused(lambda: compose(path))
+    path = write("data:\n  <<: {class_names: [yes, no]}\n")
+    assert compose(path).data.class_names == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.class_names=on", 'data.class_names is on; it must be a list of texts. Write ["on"]'),
+        ("data.class_names=0x1F", 'Write ["0x1F"]'),
+        ("federation.rounds=1e3", "federation.rounds is 1e3"),
+        ("federation.rounds=off", "federation.rounds is off"),
+        (f"training.lr={'9' * 400}", "training.lr is 999"),
+        (f"federation.rounds={'9' * 30}", "federation.rounds has more than 18 digits"),
+        ("data.root=caf\udce9", "not text in UTF-8"),
+    ],
+)
+def test_messages_show_values_as_typed(base: Path, override: str, words: str) -> None:
+    line = refused(lambda: compose(base, [override]))
+    assert words in line
+    assert len(line) < 400
+
+
+def test_a_file_without_keys_says_so(tmp_path: Path) -> None:
+    contents = {
+        b"": "is empty", b"# nothing\n": "is empty", b"5": "'key: value' lines",
+        b"seed: 3\ndata: {title: caf\xe9}": "UTF-8 (line 2)", "seed: 3".encode("utf-16"): "UTF-8",
+    }  # fmt: skip
+    for content, words in contents.items():
+        path = tmp_path / "a.yaml"
+        path.write_bytes(content)
+        line = refused(lambda path=path: compose(path))
+        assert words in line
+        assert str(path) in line
+    assert "no file" in refused(lambda: compose(f"{'x' * 300}.yaml"))
