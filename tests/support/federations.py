@@ -140,7 +140,8 @@ class Watched:
         """Wait until a node has received a round's training message."""
 
         def received() -> bool:
-            before, _, after = self.node_log(client).rpartition(f"ROUND {server_round}]")
+            # A random word follows the number of the round.
+            before, _, after = self.node_log(client).rpartition(f"ROUND {server_round} ")
             return bool(before) and "Receiving: train" in after
 
         self.wait_for(received, f"training of client {client} in round {server_round}")
