@@ -8,11 +8,12 @@ server's port tells: its TLS handshake checks the certificate, and its answer ha
 from __future__ import annotations
 
 import datetime
-import http.client
 import ssl
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+
+import httpx
 
 from fedprompt.deploy.addresses import split_address
 
@@ -36,28 +37,30 @@ def find_fault(server: str, authority: Path) -> str | None:
     Returns:
         One line, or None if there is no fault or the server cannot be reached.
     """
-    host, port = split_address(server)
     try:
         context = ssl.create_default_context(cafile=str(authority))
-        connection = http.client.HTTPSConnection(
-            host.strip("[]"), int(port), timeout=TIMEOUT_S, context=context
-        )
     except (OSError, ValueError) as error:
         return f"{authority} cannot be read: {getattr(error, 'strerror', None) or error}"
     try:
-        connection.request("GET", "/")
-        date = connection.getresponse().headers.get("date", "")
-    except ssl.SSLCertVerificationError as error:
-        return _rejected(server, host, error.verify_code)
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+        # With httpx, as Flower calls it: a proxy that the environment names is used here as well.
+        with httpx.Client(verify=context, timeout=TIMEOUT_S) as client:
+            date = client.get(f"https://{server}/").headers.get("date", "")
+    except httpx.HTTPError as error:
+        rejected = _certificate_error(error)
+        host = split_address(server)[0]
+        return None if rejected is None else _rejected(server, host, rejected.verify_code)
     try:
         theirs = parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError):
         return None
     return _clock_fault(time.time() - theirs, server)
+
+
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """The rejected certificate behind an error of httpx, if that is the reason."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _rejected(server: str, host: str, code: int) -> str:
