@@ -20,6 +20,8 @@ from fedprompt.errors import DamagedFile
 from fedprompt.files import write_bytes
 
 CHECKSUMS = "checksums.txt"
+ALWAYS_LISTED = ("config.yaml", "summary.json")
+"""Files that have an entry whenever they exist. The other ones may be older than `checksums.txt`."""
 
 
 def digest(content: bytes) -> str:
@@ -86,11 +88,19 @@ def read_verified(path: Path) -> bytes:
         Its content.
 
     Raises:
-        DamagedFile: the content is not what the run wrote.
+        DamagedFile: the content is not what the run wrote, or lines of `checksums.txt` are missing.
         OSError: the file is missing or cannot be read.
     """
     content = path.read_bytes()
-    expected = (read_checksums(path.parent) or {}).get(path.name)
+    digests = read_checksums(path.parent)
+    if digests is None:
+        return content
+    expected = digests.get(path.name)
+    # A list that was cut off, or a damaged name in it, must not switch the check off.
+    if expected is None and path.name in ALWAYS_LISTED:
+        raise DamagedFile(
+            f"{path.parent / CHECKSUMS} is damaged: it has no line for {path.name}; {ADVICE}."
+        )
     if expected is not None and expected != digest(content):
         raise DamagedFile(
             f"{path} was changed since the run wrote it (its checksum is not the one in "

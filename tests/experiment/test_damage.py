@@ -124,6 +124,21 @@ def test_a_stopped_run_ends_in_the_same_bits_with_the_same_checksums(
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_list_of_checksums_that_was_cut_off_is_noticed(
+    finished: Path, tmp_path: Path, kept: int
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    lines = (folder / CHECKSUMS).read_text().splitlines(keepends=True)
+    (folder / CHECKSUMS).write_text("".join(lines[:kept]))
+    with pytest.raises(DamagedFile, match=rf"{CHECKSUMS} is damaged: it has no line for "):
+        load_run(folder)
+    name = lines[0].replace("config", "cknfig")
+    (folder / CHECKSUMS).write_text("".join([name, *lines[1:]]))
+    with pytest.raises(DamagedFile, match=r"no line for config\.yaml"):
+        load_run(folder)
+
+
 def test_a_run_of_an_older_version_is_read_and_gets_checksums(
     stopped: Path, finished: Path, tmp_path: Path
 ) -> None:
