@@ -21,7 +21,7 @@ from fedprompt.files import write_bytes
 
 CHECKSUMS = "checksums.txt"
 ALWAYS_LISTED = ("config.yaml", "summary.json")
-"""Files that have an entry whenever they exist. The other ones may be older than `checksums.txt`."""
+"""Files that have an entry whenever they exist. Others may be older than `checksums.txt`."""
 
 
 def digest(content: bytes) -> str:
