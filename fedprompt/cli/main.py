@@ -6,6 +6,7 @@ for PyTorch and Flower.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -33,6 +34,13 @@ from fedprompt.cli.tune import tune
 from fedprompt.errors import RunFailed, UserError, did_you_mean
 from fedprompt.reports.terminal import LOOK
 from fedprompt.runtime.endings import run_command
+
+REFUSED_BY_SYSTEM = (
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+)  # fmt: skip
+"""Reasons for which the operating system refuses a path that a user has named."""
+LONGEST_NAME = 120
+"""Letters of such a path in a message."""
 
 app = typer.Typer(
     cls=CompletionGroup,
@@ -285,6 +293,14 @@ def _command() -> None:
     except UserError as error:
         sys.stderr.write(f"fedprompt: {error}\n")
         sys.exit(1 if isinstance(error, RunFailed) else 2)
+    except OSError as error:
+        # What any path can meet, and only its owner can change. Others would be faults of ours.
+        if error.errno not in REFUSED_BY_SYSTEM or error.filename is None:
+            raise
+        name = str(error.filename)
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+        sys.stderr.write(f"fedprompt: cannot use {shown}: {error.strerror}.\n")
+        sys.exit(2)
 
 
 def _check_working_folder() -> None:
