@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
-from fedprompt.files.checksums import CHECKSUMS
+from fedprompt.files.checksums import CHECKSUMS, read_checksums
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, ERROR, METRICS
 
 VERSIONS = "versions.json"
@@ -29,10 +29,17 @@ def holds_run(path: Path) -> bool:
     """Whether a folder holds a run, finished or not.
 
     A `config.yaml` alone does not make one: it is a usual name, and resuming a folder of somebody
-    else would overwrite files there.
+    else would overwrite files there. A run's own is listed in `checksums.txt` before it is written,
+    so a run that is killed at any moment can be resumed.
+
+    Raises:
+        DamagedFile: `checksums.txt` is no list of checksums.
     """
-    others = (VERSIONS, CHECKPOINT, METRICS)
-    return (path / CONFIG).is_file() and any((path / name).exists() for name in others)
+    if not (path / CONFIG).is_file():
+        return False
+    if any((path / name).exists() for name in (VERSIONS, CHECKPOINT, METRICS)):
+        return True
+    return CONFIG in (read_checksums(path) or {})
 
 
 def refuse_taken(path: Path) -> frozenset[str]:

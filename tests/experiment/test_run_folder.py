@@ -21,6 +21,7 @@ from fedprompt.experiment.checkpoint import read_tensors
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.checkpoint import Checkpoint
+from fedprompt.files.checksums import CHECKSUMS
 from fedprompt.reports.run_data import CHECKPOINT, CONFIG, METRICS, TIMINGS
 from tests.support.builders import small_config
 
@@ -172,6 +173,28 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
         RunFolder.resume(tmp_path)
     with one_line("holds no run to resume"):
         RunFolder.resume(tmp_path / "nowhere")
+
+
+def test_a_run_that_is_killed_at_its_first_file_can_be_resumed(
+    run_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: RunFolder) -> None:
+        folder.close()
+        raise KeyboardInterrupt
+
+    config = run_config()
+    monkeypatch.setattr(RunFolder, "record_versions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder.create(config)
+    monkeypatch.undo()
+    folder, again = RunFolder.resume(Path(str(config.output.dir)))
+    folder.close()
+    assert again == config
+    # The same files without the run's own list are somebody else's.
+    (folder.path / CHECKSUMS).unlink()
+    (folder.path / "versions.json").unlink()
+    with one_line("holds no run"):
+        RunFolder.resume(folder.path)
 
 
 def test_a_damaged_config_does_not_keep_the_lock(run_config: Callable[..., Config]) -> None:
