@@ -118,9 +118,9 @@ def plain(value: Any) -> Any:
 
 
 def typed_text(value: Any) -> str:
-    """A value as messages show it: a scalar of a file or an override as the user typed it."""
+    """A value as messages show it: text in quotation marks, other scalars as typed."""
     if isinstance(value, AsTyped):
-        return value.text
+        return repr(value.text) if isinstance(value.value, str) else value.text
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(typed_text, value))}]"
     return repr(plain(value))

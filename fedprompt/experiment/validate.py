@@ -29,6 +29,9 @@ TOP_LEVEL = (
     "experiment", "seed", "data", "method", "strategy", *SECTIONS, "protocols", "protocol_options"
 )  # fmt: skip
 
+SEEDS = 10**18
+"""Seeds are below this. Every language that reads a config has whole numbers of this size."""
+
 
 def validate(raw: Mapping[str, Any]) -> Config:
     """Check plain nested dicts and freeze them as a `Config`.
@@ -88,8 +91,10 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
 def _seed(raw: Mapping[str, Any]) -> int:
     seed = for_kind(raw.get("seed", 1), int, "seed")
     # A bool is an int in Python, so `seed: true` would be seed 1.
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UserError(f"config: seed is {seed!r}; it must be a whole number, 0 or more.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise UserError(
+            f"config: seed is {seed!r}; it must be a whole number, 0 or more, of at most 18 digits."
+        )
     return seed
 
 

@@ -29,13 +29,13 @@ REFUSED_OVERRIDES = {
     # wrong types
     "federation.rounds=ten": "federation.rounds is 'ten'; it must be a whole number.",
     "federation.rounds=2.5": "federation.rounds is 2.5; it must be a whole number.",
-    "federation.rounds=true": "federation.rounds is True; it must be a whole number.",
+    "federation.rounds=true": "federation.rounds is true; it must be a whole number.",
     "federation.rounds=[1]": "federation.rounds is [1]; it must be a whole number.",
     "federation.rounds=": "federation.rounds is None; it must be a whole number.",
     "federation.rounds.x=5": "federation.rounds is {'x': 5}; it must be a whole number.",
     "federation.rounds=5\nseed=3": "federation.rounds is '5 seed=3'; it must be a whole number.",
     "training.lr=fast": "training.lr is 'fast'; it must be a number.",
-    "training.lr=true": "training.lr is True; it must be a number.",
+    "training.lr=true": "training.lr is true; it must be a number.",
     "evaluation.local_only=maybe": "evaluation.local_only is 'maybe'; it must be true or false.",
     "data.title=null": "data.title is None; it must be text.",
     "data.templates=x": "data.templates is 'x'; it must be a list of texts.",
@@ -46,7 +46,7 @@ REFUSED_OVERRIDES = {
     "federation=5": "'federation' must hold keys, got 5.",
     "federation=[1]": "'federation' must hold keys, got [1].",
     "backbone.model.x=1": "'backbone.model.x': 'model' has no keys of its own.",
-    "seed.x=1": "seed is {'x': 1}; it must be a whole number, 0 or more.",
+    "seed.x=1": "seed is {'x': 1}; it must be a whole number, 0 or more",
     # out of range
     "federation.fraction=0": "federation.fraction is 0.0; it must be greater than 0.",
     "federation.fraction=1.01": "federation.fraction is 1.01; it must be at most 1.",
@@ -60,9 +60,10 @@ REFUSED_OVERRIDES = {
     'training.lr="nan"': "training.lr is nan; it must be a finite number.",
     "training.lr=.inf": "training.lr is inf; it must be a finite number.",
     "federation.timeout_s=inf": "federation.timeout_s is inf; it must be a finite number.",
-    "seed=-1": "seed is -1; it must be a whole number, 0 or more.",
-    "seed=1.5": "seed is 1.5; it must be a whole number, 0 or more.",
-    "seed=true": "seed is True; it must be a whole number, 0 or more.",
+    "seed=999999999999999999999": "seed is 999999999999999999999; it must be a whole number",
+    "seed=-1": "seed is -1; it must be a whole number, 0 or more",
+    "seed=1.5": "seed is 1.5; it must be a whole number, 0 or more",
+    "seed=true": "seed is True; it must be a whole number, 0 or more",
     # no key=value, no YAML
     "federation.rounds": "'federation.rounds' is not key=value, e.g. federation.rounds=20.",
     "--seed 3": "'--seed 3' is not key=value",
@@ -109,7 +110,7 @@ REFUSED_FILES: dict[str, str | bytes] = {
     "not valid YAML: mapping values": "training:\tlr: 1\n",
     "found duplicate key seed": "seed: 1\nseed: 2\n",
     "could not determine a constructor": "x: !!python/object/apply:os.getcwd []\n",
-    "can't decode byte": b"\xff\xfe\x00",
+    "is not text in UTF-8": b"\xff\xfe\x00",
     "control characters are not allowed": b"seed: \x00",
     "must hold 'key: value' lines": "- seed\n- 1\n",
     "unknown key 'experimnt'. Did you mean 'experiment'?": "experimnt: x\n",
@@ -156,10 +157,10 @@ def test_missing_experiments_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_one_line(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("fedprompt.experiment.compose.OmegaConf.load", denied)
+    monkeypatch.setattr(Path, "read_text", denied)
     assert refused(lambda: compose(base)) == f"config: cannot read {base}: Permission denied."
 
 

@@ -106,15 +106,21 @@ def method_section(row: Row) -> dict[str, Any]:
 
 def _unlike(rows: Sequence[Row], key: str, column: Sequence[Any]) -> str:
     """Format one setting's values with their rows; empty if all rows that have it agree."""
-    names: dict[str, list[str]] = {}
+    names: dict[Any, list[str]] = {}
     for name, value in zip(method_names(rows), column, strict=True):
         # A method that is measured under several conditions is named once.
-        if value is not None and name not in names.setdefault(plain(value), []):
-            names[plain(value)].append(name)
+        text = plain(value)
+        if value is not None and name not in names.setdefault((text, _short(value, text)), []):
+            names[text, _short(value, text)].append(name)
     if len(names) < 2:
         return ""
-    parts = [f"{value} ({_who(who)})" for value, who in names.items()]
+    parts = [f"{short} ({_who(who)})" for (_, short), who in names.items()]
     return f"{key}: {', '.join(parts)}"
+
+
+def _short(value: Any, text: str) -> str:
+    """A searched learning rate has 17 digits, of which a reader needs four."""
+    return f"{value:.4g}" if isinstance(value, float) else text
 
 
 def selection_note(rows: Sequence[Row]) -> str:
