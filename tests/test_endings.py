@@ -23,6 +23,11 @@ def _handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The signal handlers and the state of this process are as before, afterwards."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     state = {k: v for k, v in vars(endings._State).items() if not k.startswith("__")}
+    # Whoever started the tests in the background or under nohup has some signals ignored, and a
+    # command leaves those alone.
+    for number in SIGNALS:
+        ends = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, ends)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
