@@ -72,7 +72,6 @@ class Workspace:
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
-        self._server_test: tuple[Inputs, Tensor] | None = None
 
     def with_method(self, method_config: Any) -> Workspace:
         """A workspace with the same data and backbone and another method, such as a baseline.
@@ -230,14 +229,21 @@ class Workspace:
 
     def server_validation(self) -> tuple[Inputs, Tensor]:
         """The server's validation images (n, ...) and their labels (n,); n may be 0."""
-        return self._rows(self.partition.server_validation)
+        return self._server_validation
 
     def server_test(self) -> tuple[Inputs, Tensor]:
         """The server's test images (n, ...) and their labels (n,)."""
-        # Gathered once, since the server tests on all of them in every evaluated round.
-        if self._server_test is None:
-            self._server_test = self._rows(self.partition.server_test)
         return self._server_test
+
+    # Gathered once, since the server scores all of them in every evaluated round.
+
+    @cached_property
+    def _server_test(self) -> tuple[Inputs, Tensor]:
+        return self._rows(self.partition.server_test)
+
+    @cached_property
+    def _server_validation(self) -> tuple[Inputs, Tensor]:
+        return self._rows(self.partition.server_validation)
 
     def held_out_test(self) -> tuple[Inputs, Tensor]:
         """The held-out images (n, ...) and their labels (n,).

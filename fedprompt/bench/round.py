@@ -93,7 +93,7 @@ def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
     workspace = job.workspace(clip)
     model = reference_model(workspace)
     start = model.context.detach().clone()
-    test = torch.from_numpy(workspace.partition.server_test)
+    test = torch.tensor(workspace.partition.server_test)
     rounds = reference_federation(
         model,
         reference_clients(workspace, images_N3HW),

@@ -148,8 +148,8 @@ def reference_clients(
     """
     with_images = []
     for client in range(workspace.num_clients) if clients is None else clients:
-        train = torch.from_numpy(workspace.partition.train(client))
-        test = torch.from_numpy(workspace.partition.test(client))
+        train = torch.tensor(workspace.partition.train(client))
+        test = torch.tensor(workspace.partition.test(client))
         labels_N = torch.from_numpy(workspace.dataset.labels_N)
         with_images.append(
             ReferenceClient(

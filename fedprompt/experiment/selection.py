@@ -101,9 +101,8 @@ def ends_early(lines: Sequence[Line], settings: EvaluationConfig) -> bool:
     number = lines[-1]["round"] if lines else 0
     if not 1 <= number <= len(settings.stop_below):
         return False
-    values = [_objective_at(line, settings) for line in lines]
-    best = max((value for value in values if value is not None), default=None)
-    return best is not None and best < settings.stop_below[number - 1]
+    values = objective_by_round(lines, settings)
+    return bool(values) and values[-1] < settings.stop_below[number - 1]
 
 
 def objective_by_round(lines: Sequence[Line], settings: EvaluationConfig) -> tuple[float, ...]:

@@ -296,12 +296,20 @@ def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
         raise UserError(
             f"sweep: {label}: output.dir is set, but every run has a folder of its own; use --out."
         )
-    if not config.simulation.threads:
-        # The number of threads affects the last bits of sums. It is fixed here so that results do
-        # not depend on how many runs share the machine.
-        threads = max(1, int(sweep.resources.cpus))
-        config = replace(config, simulation=replace(config.simulation, threads=threads))
-    return config
+    return with_threads(config, sweep.resources)
+
+
+def with_threads(config: Config, resources: Resources) -> Config:
+    """Return the config with a fixed number of threads: its own, or one per core of a run.
+
+    Args:
+        config: The config of a run that shares the machine with others.
+        resources: What one run needs.
+    """
+    # The number of threads affects the last bits of sums. It is fixed so that results do not
+    # depend on how many runs share the machine.
+    threads = config.simulation.threads or max(1, int(resources.cpus))
+    return replace(config, simulation=replace(config.simulation, threads=threads))
 
 
 def _as_override(value: Any) -> str:

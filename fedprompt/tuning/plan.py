@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,11 +243,10 @@ def _try_values(experiment: str, overrides: Sequence[str], key: str, space: Spac
 
 
 def _has(config: Config, key: str) -> bool:
-    part: Any = config
-    for name in key.split("."):
-        if not hasattr(part, name):
-            return False
-        part = getattr(part, name)
+    try:
+        attrgetter(key)(config)
+    except AttributeError:
+        return False
     return True
 
 

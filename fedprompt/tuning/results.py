@@ -20,7 +20,6 @@ from fedprompt.reports.draw import save_all
 from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette
 from fedprompt.sweeps.plan import slug
 from fedprompt.tuning.plan import TunePlan
-from fedprompt.tuning.proposals import importances
 from fedprompt.tuning.search import RowResult
 
 TUNED = "tuned.yaml"
@@ -119,8 +118,7 @@ def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
 
     Returns:
         Per row: `trials`, `pruned` and `failed` are counts, `own` and `tuned` the objectives of the
-        row's own settings and of the best ones, `values` the best settings, and `importances` how
-        much each of them matters.
+        row's own settings and of the best ones, and `values` the best settings.
     """
     rows = []
     for result in results:
@@ -134,7 +132,6 @@ def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
                 "own": result.trials[0].objective if result.trials else None,
                 "tuned": best.objective if best else None,
                 "values": dict(best.values) if best else {},
-                "importances": importances(result.row.space, result.trials),
             }
         )
     return rows

@@ -7,9 +7,9 @@ winner as a search that was never interrupted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.selection import objective_by_round
-from fedprompt.reports.run_data import METRICS, SUMMARY
+from fedprompt.reports.run_data import SUMMARY, load_run
 from fedprompt.sweeps.api import run_planned
-from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug
+from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug, with_threads
 from fedprompt.tuning.plan import PLAN, Row, TunePlan, write_plan
 from fedprompt.tuning.proposals import Trial, best, propose, thresholds
 
@@ -118,32 +118,24 @@ def search(
     ]
 
 
-def trial_config(
-    plan: TunePlan, row: Row, values: dict[str, Any], limits: Sequence[float]
-) -> Config:
+def trial_config(plan: TunePlan, row: Row, values: dict[str, Any]) -> Config:
     """The config of a trial.
 
     Args:
         plan: the search.
         row: the row that is tuned.
         values: the settings to try, by config key.
-        limits: `evaluation.stop_below`.
 
     Returns:
-        The row's config with these settings, in which all test images are withheld.
+        The row's config with these settings, in which all test images are withheld. It has no
+        thresholds at which the trial would end early.
 
     Raises:
         UserError: the settings are impossible.
     """
     changes = {**WITHOUT_TESTS, "evaluation.objective": plan.budget.objective, **values}
-    changes["evaluation.stop_below"] = list(limits)
     config = compose(plan.experiment, [*plan.common, *row.overrides], changes)
-    config = replace(config, seed=plan.seed)
-    if not config.simulation.threads:
-        # As in a sweep: results must not depend on how many trials share the machine.
-        threads = max(1, int(plan.resources.cpus))
-        config = replace(config, simulation=replace(config.simulation, threads=threads))
-    return config
+    return with_threads(replace(config, seed=plan.seed), plan.resources)
 
 
 def _planned(
@@ -157,38 +149,30 @@ def _planned(
         values = propose(row.space, known, number, plan.budget, row.name)
     if values is None:
         return None
-    rounds = trial_config(plan, row, values, ()).federation.rounds
-    config = trial_config(plan, row, values, thresholds(known, number, rounds, plan.budget))
+    config = trial_config(plan, row, values)
+    limits = thresholds(known, number, config.federation.rounds, plan.budget)
+    config = replace(config, evaluation=replace(config.evaluation, stop_below=limits))
     # The whole setting, also for trial 0, so that it can be a point of the search like the others.
-    values = {key: _value(config, key) for key in row.space}
+    values = {key: attrgetter(key)(config) for key in row.space}
     name = f"{slug(row.name, {}, config)}-trial{number:03d}-{settings_hash(config)}"
     place = str((folder / TRIALS / name).absolute())
     config = replace(config, output=replace(config.output, dir=place))
     return PlannedRun(name, row.name, values, plan.seed, config)
 
 
-def _value(config: Config, key: str) -> Any:
-    part: Any = config
-    for name in key.split("."):
-        part = getattr(part, name)
-    return part
-
-
 def _read(run: PlannedRun, *, failed: bool) -> Trial:
     """What a trial has measured, from its run folder."""
     if failed:
         return Trial(run.values, None)
-    try:
-        summary = json.loads((run.folder / SUMMARY).read_text(encoding="utf-8"))
-        lines = [json.loads(x) for x in (run.folder / METRICS).read_text().splitlines()]
-        by_round = objective_by_round(lines, run.config.evaluation)
-        value = summary.get("objective", {}).get("value")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"tune: the trial in {run.folder} is damaged; remove this folder and repeat the "
-            "command."
-        ) from None
-    return Trial(run.values, value, by_round, pruned="ended_after_round" in summary)
+    read = load_run(run.folder)
+    if read.summary is None:
+        raise UserError(f"tune: {run.folder / SUMMARY} is missing; repeat the command.")
+    return Trial(
+        run.values,
+        read.summary.get("objective", {}).get("value"),
+        objective_by_round(read.rounds, run.config.evaluation),
+        pruned="ended_after_round" in read.summary,
+    )
 
 
 def _as_sweep(plan: TunePlan) -> SweepFile:

@@ -82,7 +82,7 @@ def test_an_interrupted_search_ends_with_the_same_trials(
 
 
 def test_a_trial_cannot_see_test_images(plan: TunePlan) -> None:
-    config = trial_config(plan, plan.rows[0], {}, ())
+    config = trial_config(plan, plan.rows[0], {})
     whole = open_workspace(make_plain(plan))
     tests = np.concatenate((whole.partition.test_flat, whole.partition.server_test))
     assert len(tests) > 20

@@ -58,8 +58,7 @@ class Partition:
     def __post_init__(self) -> None:
         # Checked here and not in each scheme: a test image that is also a training image would
         # silently inflate the accuracies of a whole run.
-        clients = (self.train_flat, self.validation_flat, self.test_flat)
-        held = np.concatenate((*clients, self.server_validation, self.server_test))
+        held = self._all_held()
         if len(np.unique(held)) < len(held):
             raise ValueError("an image is held twice")
 
@@ -136,9 +135,13 @@ class Partition:
     def held(self, images: int) -> NDArray[np.bool_]:
         """Which of N images a client or the server holds, (N,)."""
         held_N = np.zeros(images, dtype=bool)
-        clients = (self.train_flat, self.validation_flat, self.test_flat)
-        held_N[np.concatenate((*clients, self.server_validation, self.server_test))] = True
+        held_N[self._all_held()] = True
         return held_N
+
+    def _all_held(self) -> Indices:
+        """The images of all clients and of the server, part by part."""
+        clients = (self.train_flat, self.validation_flat, self.test_flat)
+        return np.concatenate((*clients, self.server_validation, self.server_test))
 
     def train_counts(self, labels_N: NDArray[np.int64], num_classes: int) -> Indices:
         """Count the local training images per client and class, (K, C)."""

@@ -137,12 +137,11 @@ def selection_note(rows: Sequence[Row]) -> str:
         texts = [f"{search or 'not searched'} ({_who(who)})" for search, who in searches.items()]
         sentences.append(f"Settings: {'; '.join(texts)}.")
     key = "evaluation.select"
-    rules = {row.settings.get(key) or "last" for row in rows}
-    if rules == {"best_validation"}:
+    rules = [row.settings.get(key) or "last" for row in rows]
+    if set(rules) == {"best_validation"}:
         sentences.append("Reported round: the best on validation images.")
-    elif len(rules) > 1:
-        rows_rules = [row.settings.get(key) or "last" for row in rows]
-        sentences.append(f"Rows are not matched in {_unlike(rows, key, rows_rules)}.")
+    elif len(set(rules)) > 1:
+        sentences.append(f"Rows are not matched in {_unlike(rows, key, rules)}.")
     return " ".join(sentences)
 
 
