@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiment",),
     ("deploy", "sweeps"),
     ("tuning",),
+    ("suites", "leaderboard"),
     ("cli", "bench", "__init__", "__main__"),
     ("scripts",),
 )

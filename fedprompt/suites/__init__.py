@@ -1,0 +1,1 @@
+"""Benchmark suites: named, versioned comparisons, and the result files that they leave."""
