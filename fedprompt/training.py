@@ -80,6 +80,17 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
     return config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / max(rounds, 1)))
 
 
+def local_steps(images: int, config: TrainingConfig) -> int:
+    """Optimiser steps that a client takes in one round.
+
+    Args:
+        images: the number of its training images.
+        config: the `training` section.
+    """
+    # Rounded up: with `drop_last`, a client smaller than a batch would never train.
+    return config.local_epochs * math.ceil(images / config.batch_size)
+
+
 def train_clients(
     method: Method,
     received: Sequence[Tensors],
@@ -114,7 +125,7 @@ def train_clients(
         One result per client, in the order given. The arguments are not changed.
     """
     # Longest training first, so that the clients still training are always a prefix of the block.
-    order = sorted(range(len(data)), key=lambda k: -_steps(len(data[k]), config))
+    order = sorted(range(len(data)), key=lambda k: -local_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
     schedule = _batches(ordered, config, seed, server_round)
@@ -132,7 +143,7 @@ def train_clients(
         rounds=rounds,
         lr=learning_rate(config, server_round, rounds),
         received=received_K,
-        steps_K=torch.tensor([_steps(len(d), config) for d in ordered], device=device),
+        steps_K=torch.tensor([local_steps(len(d), config) for d in ordered], device=device),
         class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
     )
@@ -313,11 +324,6 @@ class _Schedule:
     segments: tuple[tuple[int, int, int], ...]
 
 
-def _steps(images: int, config: TrainingConfig) -> int:
-    # Rounded up: with `drop_last`, a client smaller than a batch would never train.
-    return config.local_epochs * math.ceil(images / config.batch_size)
-
-
 def _batches(
     data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
 ) -> _Schedule:
@@ -332,7 +338,7 @@ def _batches(
     Returns:
         The schedule. The last batch of an epoch may be smaller than `config.batch_size`.
     """
-    steps_K = [_steps(len(d), config) for d in data]
+    steps_K = [local_steps(len(d), config) for d in data]
     width = min(config.batch_size, max(len(d) for d in data))
     index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
     mask = np.zeros(index.shape, dtype=bool)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedprompt.bench.machine import peak_mb, reset_peak
+from fedprompt.bench.machine import peak_mb
+from fedprompt.runtime.peak_memory import reset_peak_memory
 
 RTOL = 1e-4
 """Largest accepted difference relative to the largest value: float32 rounding over a whole step."""
@@ -74,7 +75,7 @@ def interleave(
     """
     measured = {name: Measured() for name in jobs}
     for name in warm_up:
-        reset_peak()
+        reset_peak_memory()
         jobs[name](0)
         measured[name].peak_mb = peak_mb()
     began = time.perf_counter()
@@ -87,7 +88,7 @@ def interleave(
             first = entry.peak_mb is None
             # Outside of the timed part, because it returns memory to the system.
             if first:
-                reset_peak()
+                reset_peak_memory()
             start = time.perf_counter()
             entry.result = job(repeat)
             entry.seconds.append(time.perf_counter() - start)

@@ -1,12 +1,11 @@
 """What a number was measured on, and how much memory a process takes.
 
-Memory is read from /proc, which only Linux has; elsewhere the values are None.
+Private memory is read from /proc, which only Linux has; elsewhere it is None.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import platform
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from fedprompt.runtime import versions
 from fedprompt.runtime.machine import PROC, cpu_count, kilobytes, memory
+from fedprompt.runtime.peak_memory import peak_memory
 from fedprompt.simulation.blocks import free_memory
 
 GB, MB = 1e9, 1e6
@@ -41,20 +41,9 @@ def describe_machine(facts: dict[str, Any]) -> str:
 
 
 def peak_mb(process: int | str = "self") -> float | None:
-    """A process's largest resident memory in MB, since its start or `reset_peak` (VmHWM)."""
-    peak = kilobytes(PROC / str(process) / "status", "VmHWM")
-    # The kB of /proc are 1024 bytes.
-    return None if peak is None else peak * 1024 / MB
-
-
-def reset_peak() -> None:
-    """Let `peak_mb` start again from the memory that is in use now."""
-    # The allocator keeps freed memory; without this, an earlier peak would stay resident.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with contextlib.suppress(OSError):
-        # Writing 5 resets VmHWM, see proc(5).
-        (PROC / "self/clear_refs").write_text("5")
+    """A process's largest resident memory in MB, since its start or `reset_peak_memory`."""
+    peak = peak_memory(process)
+    return None if peak is None else peak / MB
 
 
 def private_mb(process: int | str = "self") -> float | None:

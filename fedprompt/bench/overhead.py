@@ -20,13 +20,14 @@ from torch import Tensor
 from fedprompt.bench.compare import Measured, max_rel_diff, require_equal, row
 from fedprompt.bench.disk_job import write_job
 from fedprompt.bench.flower_engine import available, run_engine, training_seconds
-from fedprompt.bench.machine import peak_mb, reset_peak
+from fedprompt.bench.machine import peak_mb
 from fedprompt.bench.output import Column, Output
 from fedprompt.bench.workload import Sizes
 from fedprompt.config.schema import Config
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.reports.run_data import PROMPTS
+from fedprompt.runtime.peak_memory import reset_peak_memory
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.blocks import group
 from fedprompt.simulation.grids import open_grid
@@ -118,7 +119,7 @@ def _rounds(
     )
     threads = torch.get_num_threads()
     config = replace(config, simulation=grid_config)
-    reset_peak()
+    reset_peak_memory()
     # The grid works on the changed config; data and CLIP are shared.
     w = workspace
     grid = open_grid(

@@ -89,6 +89,12 @@ class NodeFederation(Federation):
             return description  # every node opens the whole data set, and so does the server
         return description | self.nodes.partition_rows(self.recorded)
 
+    def training_images(self, client: int) -> int:
+        """The number of a client's training images, as its node has reported it."""
+        if self.workspace.dataset.owners_N is None:
+            return super().training_images(client)
+        return sum(self.nodes.reports[client].train_C)
+
     def zero_shot_elsewhere(self) -> dict[str, Any]:
         """Zero-shot accuracy on the nodes' own images, which only the nodes can measure."""
         if self.workspace.dataset.owners_N is None:

@@ -33,6 +33,7 @@ from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS, read_object
 from fedprompt.runtime.endings import check_signals
+from fedprompt.runtime.peak_memory import peak_memory
 from fedprompt.simulation.private_log import PrivateLog
 
 LogLine = Callable[[Mapping[str, Any]], None]
@@ -102,7 +103,8 @@ def run_server(
         if config.evaluation.stop_below:
             recorded.append(line)
         log_line(line)
-        folder.append(TIMINGS, {"round": server_round, **seconds})
+        costs = {**seconds, "peak_memory_bytes": peak_memory()}
+        folder.append(TIMINGS, {"round": server_round, **costs})
         # 7. Checkpoint.
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
             _save(federation.checkpoint(server_round, totals), folder, private, config)
@@ -259,6 +261,7 @@ def _one_round(
         "clients": None,
         "bytes_up": 0,
         "bytes_down": 0,
+        "client_steps": 0,
     }
     # 1. Sample, 2. send, 3. check, 4. aggregate.
     if server_round > 0:

@@ -37,6 +37,7 @@ from fedprompt.reports.run_data import (
     load_run,
 )
 from fedprompt.runtime.endings import advice, command_line
+from fedprompt.runtime.peak_memory import reset_peak_memory
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import open_grid
 from fedprompt.simulation.private_log import PrivateLog
@@ -139,6 +140,8 @@ def _run(
     config: Config, folder: RunFolder, display: Display, resources: ResourceCache | None
 ) -> Path:
     started = time.monotonic()
+    # The process may have run others before, as in a sweep.
+    reset_peak_memory()
     grid: BlockGrid | None = None
     loggers = Loggers(config, folder.path)
     try:

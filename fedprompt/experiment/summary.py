@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fedprompt.reports.run_data import (
     METRICS,
     PROMPTS,
     SUMMARY,
+    TIMINGS,
     context_tokens,
     load_run,
 )
@@ -70,6 +71,7 @@ def finish(
     rounds = config.federation.rounds if method.trainable else 0
     tensors = {f"shared/{n}": t for n, t in federation.shared.items()}
     folder.write(PROMPTS, save(tensors, metadata={"method": config.method.name}))
+    recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
     summary = {
         "experiment": config.experiment,
         "method": config.method.name,
@@ -89,11 +91,11 @@ def finish(
         "uploaded_numbers_per_client_round": uploaded_numbers(method),
         "bytes_up": totals["bytes_up"],
         "bytes_down": totals["bytes_down"],
+        "client_steps": client_steps(recorded),
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
     }
     summary["few_test_images"] = few_test_images(federation.describe())
-    recorded = [x for x in folder.lines(METRICS) if x["kind"] == "round"]
     if line["round"] < rounds:
         summary["ended_after_round"] = line["round"]
     value = objective(recorded, config.evaluation)
@@ -104,6 +106,7 @@ def finish(
     # After everything else is known: protocols such as `fairness` read the summary.
     if parts := federation.measure_protocols(recorded, summary):
         summary["protocols"] = parts
+    summary |= measured_costs(folder.lines(TIMINGS))
     summary["wall_s"] = round(time.monotonic() - started, 3)
     summary["environment"] = environment(workspace)
     # A run folder with a summary is a complete run, so this comes after all measurements. What
@@ -118,6 +121,34 @@ def finish(
         except UserError as error:
             # The run is complete, whatever happens to its report.
             log.warning("%s", error)
+
+
+def client_steps(rounds: Sequence[Mapping[str, Any]]) -> int | None:
+    """Optimiser steps of all clients over all rounds; None if an older version began the run.
+
+    Args:
+        rounds: the lines of rounds in `metrics.jsonl`.
+    """
+    if not all("client_steps" in line for line in rounds):
+        return None
+    steps: list[int] = [line["client_steps"] for line in rounds]
+    return sum(steps)
+
+
+def measured_costs(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Seconds and memory of a run, over all parts of it if it was interrupted.
+
+    Args:
+        timings: the lines of `timings.jsonl`.
+
+    Returns:
+        The `seconds` of all rounds, training and evaluation together, without opening the data and
+        without the local-only baseline; and the `peak_memory_bytes` of the server's process, None
+        where the system does not tell.
+    """
+    seconds = sum(line["train_s"] + line["evaluate_s"] for line in timings)
+    peaks = [peak for line in timings if (peak := line.get("peak_memory_bytes")) is not None]
+    return {"seconds": round(seconds, 3), "peak_memory_bytes": max(peaks, default=None)}
 
 
 def few_test_images(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,10 @@ def screen_replies(
         log.warning("client %d: reply dropped: %s", client, reason)
     accepted = {client: t for client, t in sorted(read.items()) if client not in dropped}
     losses = _mean_losses(list(accepted.values()))
+    trained = sorted(
+        {client_of_node[m.metadata.dst_node_id] for m in asked}
+        - {client_of_node[n] for n in answers.absent}
+    )
     if len(accepted) < limits.min_replies:
         log.warning(
             "round %d: %d valid replies of %d, fewer than min_replies=%d: nothing aggregated",
@@ -128,9 +132,9 @@ def screen_replies(
             len(asked),
             limits.min_replies,
         )
-        return Exchanged([], len(accepted), dropped, losses)
+        return Exchanged([], len(accepted), dropped, losses, trained)
     updates = [Update(client, t.arrays, t.num_examples) for client, t in accepted.items()]
-    return Exchanged(updates, len(updates), dropped, losses)
+    return Exchanged(updates, len(updates), dropped, losses, trained)
 
 
 def _inflated_counts(read: Mapping[int, Training], max_ratio: float) -> dict[int, str]:

@@ -47,7 +47,7 @@ from fedprompt.methods.base import Tensors
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
 from fedprompt.scoring import score_global
-from fedprompt.training import learning_rate
+from fedprompt.training import learning_rate, local_steps
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
@@ -147,6 +147,14 @@ class Federation:
         """Number of images by client and class, for `partition.json`."""
         return self.workspace.describe()
 
+    def training_images(self, client: int) -> int:
+        """The number of a client's training images, from which its number of steps follows.
+
+        A client does not report its steps: with noise or secure aggregation, nothing in its reply
+        tells how many images it has.
+        """
+        return len(self.workspace.partition.train(client))
+
     def zero_shot_elsewhere(self) -> dict[str, Any]:
         """Zero-shot results that only clients can measure; in a simulation there are none."""
         return {}
@@ -198,6 +206,10 @@ class Federation:
             },
             "bytes_up": exchanged.traffic.up,
             "bytes_down": exchanged.traffic.down,
+            "client_steps": sum(
+                local_steps(self.training_images(client), config.training)
+                for client in exchanged.trained
+            ),
         }
         remarks: dict[str, Any] = {
             "strategy": self.strategy.metrics(),

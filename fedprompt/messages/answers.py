@@ -31,6 +31,10 @@ class Refused(Exception):
     """A reply that must not count; the message gives the reason."""
 
 
+class Absent(Refused):
+    """There is no reply, or an error in its place."""
+
+
 @dataclass(frozen=True)
 class Answers(Generic[Read]):
     """What the nodes of an exchange have answered; every node that was asked is in one of the two.
@@ -39,10 +43,12 @@ class Answers(Generic[Read]):
         usable: what was read of the replies that count, by node id in ascending order.
         faults: why there is nothing to use, by node id in ascending order; each is one short line
             without control characters.
+        absent: those of the nodes in `faults` that sent nothing, or an error.
     """
 
     usable: dict[int, Read]
     faults: dict[int, str]
+    absent: set[int]
 
 
 def read_answers(
@@ -74,12 +80,14 @@ def read_answers(
             received[node].append(reply)
     if strangers:
         log.warning("%d replies to no message of this exchange were ignored", strangers)
-    answers: Answers[Read] = Answers({}, {})
+    answers: Answers[Read] = Answers({}, {}, set())
     for node, from_node in sorted(received.items()):
         try:
             answers.usable[node] = read(node, _content(node, from_node))
         except Refused as error:
             answers.faults[node] = sanitised(str(error))
+            if isinstance(error, Absent):
+                answers.absent.add(node)
         except Exception as error:  # a peer's bytes can raise errors of any type
             answers.faults[node] = sanitised(f"cannot be read: {type(error).__name__}: {error}")
     return answers
@@ -88,14 +96,14 @@ def read_answers(
 def _content(node: int, replies: Sequence[Message]) -> RecordDict:
     """The content of a node's only reply; raises `Refused` if there is none."""
     if not replies:
-        raise Refused("no reply")
+        raise Absent("no reply")
     if len(replies) > 1:
         # Which of them counts would depend on the order in which they came.
         raise Refused(f"replied {len(replies)} times")
     reply = replies[0]
     # Flower itself reports a lost node, under the server's id, so errors may have any source.
     if reply.has_error():
-        raise Refused(error_reason(reply))
+        raise Absent(error_reason(reply))
     if reply.metadata.src_node_id != node:
         raise Refused("claims to come from another node than the one that was asked")
     # Flower does not check what a node puts in the place of the content.

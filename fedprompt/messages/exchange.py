@@ -48,6 +48,8 @@ class Exchanged:
         accepted: number of clients whose training counts.
         dropped: why the training of a client does not count, by client id in ascending order.
         losses: mean losses of the accepted clients by name, weighted by their images.
+        trained: ids of the clients that have trained, in ascending order, whether their training
+            counts or not. A client that sent nothing or an error is not one of them.
         traffic: bytes of all messages that the exchange took.
         remarks: additional entries of the round's line in `metrics.jsonl`, as plain JSON.
     """
@@ -56,6 +58,7 @@ class Exchanged:
     accepted: int
     dropped: dict[int, str]
     losses: dict[str, float]
+    trained: list[int]
     traffic: Traffic = field(default_factory=Traffic)
     remarks: Mapping[str, Any] = field(default_factory=dict)
 

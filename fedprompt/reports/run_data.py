@@ -77,7 +77,9 @@ def load_run(run_dir: Path) -> RunData:
     timings_path = run_dir / "timings.jsonl"
     timings = _read_lines(timings_path) if timings_path.exists() else []
     for number, line in enumerate(timings, start=1):
-        _check_numbers(line, ("train_s", "evaluate_s"), f"{timings_path}, line {number}")
+        _check_numbers(
+            line, ("train_s", "evaluate_s", "peak_memory_bytes"), f"{timings_path}, line {number}"
+        )
     partition = _read_if_there(run_dir / "partition.json")
     if partition is not None:
         check_partition(partition, run_dir / "partition.json")
@@ -164,6 +166,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+COSTS = ("bytes_up", "bytes_down", "client_steps", "seconds", "peak_memory_bytes")
+"""What a run has cost, as keys of its summary."""
+MEASURED = ("seconds", "peak_memory_bytes", "wall_s", "environment")
+"""Keys of a summary whose values differ when the same run is repeated."""
+
 # Every number that figures and reports read, by the part of a line or summary that contains it.
 _NUMBERS = {
     "train": ("loss",),
@@ -177,14 +184,13 @@ _NUMBERS = {
 def _check_metrics(line: Mapping[str, Any], where: str) -> None:
     if not isinstance(line.get("kind"), str) or not _is_whole(line.get("round")):
         raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
-    _check_numbers(line, ("bytes_up", "bytes_down"), where)
+    _check_numbers(line, ("bytes_up", "bytes_down", "client_steps"), where)
     _check_parts(line, _NUMBERS, where)
 
 
 def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
     where = str(path)
-    names = ("bytes_up", "bytes_down", "uploaded_numbers_per_client_round", "wall_s")
-    _check_numbers(summary, names, where)
+    _check_numbers(summary, ("uploaded_numbers_per_client_round", "wall_s", *COSTS), where)
     results = ("global", "personal", "personal_on_global")
     _check_parts(summary, results, where)
     for baseline in ("zero_shot", "local_only"):

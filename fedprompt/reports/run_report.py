@@ -287,7 +287,9 @@ def _environment(run: RunData, summary: Mapping[str, Any]) -> list[tuple[str, st
     for key, label in (("train_s", "training"), ("evaluate_s", "evaluation")):
         if run.timings:
             lines[label] = f"{sum(line.get(key) or 0.0 for line in run.timings):.1f} s"
-    for key in ("rejected_replies", "skipped_images"):
+    if summary.get("peak_memory_bytes") is not None:
+        lines["peak memory"] = human_bytes(summary["peak_memory_bytes"])
+    for key in ("client_steps", "rejected_replies", "skipped_images"):
         if summary.get(key) is not None:
             lines[key.replace("_", " ")] = str(summary[key])
     for kind in ("shared", "private"):

@@ -12,6 +12,7 @@ from fedprompt.cli import main as cli
 from fedprompt.data import open_dataset
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.groups import choices, description
+from fedprompt.reports.run_data import COSTS
 
 QUICK = [
     "data.images_per_class=8",
@@ -56,7 +57,7 @@ class TestOneRun:
         summary = json.loads((run_dir / "summary.json").read_text())
         for key in (
             "method", "strategy", "rounds", "uploaded_numbers_per_client_round",
-            "bytes_up", "bytes_down", "wall_s",
+            *COSTS, "wall_s",
         ):  # fmt: skip
             assert summary[key], key
         assert 0 <= summary["global"]["accuracy"] <= 1

@@ -17,7 +17,7 @@ from fedprompt.config.schema import to_yaml
 from fedprompt.deploy.guard import processes_with
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run as experiment
-from fedprompt.reports.run_data import PRIVATE
+from fedprompt.reports.run_data import MEASURED, PRIVATE
 from tests.support.federation_twins import private_of
 from tests.support.federations import config_for, needs_processes, write_clients
 
@@ -49,7 +49,7 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     )
     summaries = [json.loads((p / "summary.json").read_text()) for p in (run, twin)]
     for summary in summaries:  # the metadata around a message differs
-        for key in ("wall_s", "environment", "bytes_up", "bytes_down"):
+        for key in (*MEASURED, "bytes_up", "bytes_down"):
             del summary[key]
     assert summaries[0] == summaries[1]
     assert summaries[0]["zero_shot"]["personal"]["clients"] == [0, 1, 2]
@@ -58,7 +58,15 @@ def test_deploy_local_equals_the_simulation(tmp_path: Path) -> None:
     )
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs, strict=True):
-        for part in ("lr", "train", "clients", "global", "personal", "personal_on_global"):
+        for part in (
+            "client_steps",
+            "lr",
+            "train",
+            "clients",
+            "global",
+            "personal",
+            "personal_on_global",
+        ):
             assert a[part] == b[part], (a["round"], part)
     shared = load_file(run / "prompts.safetensors")
     checkpoint = load_file(twin / "checkpoint.safetensors")

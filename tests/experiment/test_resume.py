@@ -20,7 +20,7 @@ from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import resume, run
 from fedprompt.experiment.run_folder import RunFolder
-from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
+from fedprompt.reports.run_data import CHECKPOINT, MEASURED, PRIVATE
 from fedprompt.simulation.private_log import PrivateLog
 from tests.support.builders import small_config
 
@@ -74,7 +74,9 @@ def assert_same_results(folder: Path, unbroken: Path) -> None:
         assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, unbroken))
     for summary in (ours, theirs):
-        del summary["wall_s"], summary["environment"]
+        for name in MEASURED:
+            assert summary.pop(name), name
+    assert ours["client_steps"] > 0
     assert ours == theirs
     assert private_states(folder) == private_states(unbroken)
     assert not [*folder.glob(".*.tmp"), *folder.glob("private/.*.tmp")]

@@ -104,13 +104,15 @@ class SecureExchange:
         for client, reason in dropped.items():
             log.warning("client %d: not in the sum: %s", client, reason)
         accepted = len(messages) - len(dropped)
+        trained = sorted(client_of_node[node] for node in outcome.trained)
         self._check(outcome)
         if outcome.total is None:
             log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
             void = {"secure": {"void": outcome.void}}
-            return Exchanged([], accepted, dropped, {}, traffic, void)
+            return Exchanged([], accepted, dropped, {}, trained, traffic, void)
         update, losses, remark = self._read(server_round, shared, outcome)
-        return Exchanged([update], accepted, dropped, losses, traffic, {"secure": remark})
+        remarks = {"secure": remark}
+        return Exchanged([update], accepted, dropped, losses, trained, traffic, remarks)
 
     def _check(self, outcome: Outcome) -> None:
         """Make a round void whose sum cannot be that of honest clients."""

@@ -60,6 +60,7 @@ class Outcome:
     Attributes:
         total: sum of the vectors of the nodes in `counted`, or None if the round is void.
         counted: ids of the nodes whose vectors are in the sum, ascending.
+        trained: ids of the nodes that have trained, ascending, whether or not there is a sum.
         dropped: why a node's vector is not in the sum, by node id.
         silent: why a node did not help to unmask the sum, by node id; its vector is in it.
         void: why there is no sum; "" if there is one.
@@ -68,6 +69,7 @@ class Outcome:
 
     total: Numbers | None = None
     counted: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     silent: dict[int, str] = field(default_factory=dict)
     void: str = ""
@@ -328,6 +330,8 @@ class _Round:
 
         answers = read_answers(messages, self.ask(messages), read_record)
         lost.update({node: f"{fault} ({stage})" for node, fault in answers.faults.items()})
+        if stage == COLLECT:
+            self.outcome.trained = sorted(set(asked) - answers.absent)
         return answers.usable
 
     def _message(self, stage: str, node: int, values: Mapping[str, Any]) -> Message:

@@ -41,7 +41,7 @@ ACCURACIES = (("personal", "mean", "Personalised"), ("global", "accuracy", "Glob
 AT_FIRST = PALETTE
 """Number of curves shown before the reader switches on others: as many as there are colours."""
 FORMATS: dict[Kind, Format] = {
-    "share": "percent", "number": "number", "count": "count", "bytes": "bytes",
+    "share": "percent", "number": "number", "count": "count", "bytes": "bytes", "seconds": "number",
 }  # fmt: skip
 
 

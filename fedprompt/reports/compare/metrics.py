@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.reports.compare.load import Row
 
-Kind = Literal["share", "number", "count", "bytes"]
+Kind = Literal["share", "number", "count", "bytes", "seconds"]
 _PROTOCOL = "protocols.base_to_new.rows"
 
 
@@ -63,7 +63,13 @@ COSTS = (
     Metric("numbers_up", "numbers up", ("uploaded_numbers_per_client_round",), "count", None),
     Metric("bytes", "MiB sent", ("bytes_up", "bytes_down"), "bytes", None),
 )
-KNOWN = {metric.name: metric for metric in (*USUAL, *NEW_CLASSES, *COSTS)}
+ON_REQUEST = (
+    Metric("client_steps", "client steps", ("client_steps",), "count", None),
+    Metric("seconds", "seconds", ("seconds",), "seconds", None),
+    Metric("peak_memory", "peak MiB", ("peak_memory_bytes",), "bytes", None),
+)
+"""Further costs; only tables that ask for them show them."""
+KNOWN = {metric.name: metric for metric in (*USUAL, *NEW_CLASSES, *COSTS, *ON_REQUEST)}
 
 
 def choose(names: str | None, rows: Sequence[Row]) -> list[Metric]:
@@ -71,15 +77,15 @@ def choose(names: str | None, rows: Sequence[Row]) -> list[Metric]:
 
     Args:
         names: Names or paths of metrics, separated by commas; None selects the known metrics that
-            any run has measured.
+            any run has measured, without those in `ON_REQUEST`.
         rows: The rows of the comparison.
 
     Raises:
         UserError: A name is unknown, or no run has measured what it stands for.
     """
     if names is None:
-        found = [m for m in KNOWN.values() if any(m.by_seed(row) for row in rows)]
-        return found
+        usual = [metric for metric in KNOWN.values() if metric not in ON_REQUEST]
+        return [metric for metric in usual if any(metric.by_seed(row) for row in rows)]
     chosen = [metric(name.strip()) for name in names.split(",")]
     for one in chosen:
         if not any(one.by_seed(row) for row in rows):

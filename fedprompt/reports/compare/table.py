@@ -86,6 +86,8 @@ def number(metric: Metric, value: float) -> str:
         return f"{value:,.0f}"
     if metric.kind == "bytes":
         return f"{value / 2**20:.2f}"
+    if metric.kind == "seconds":
+        return f"{value:,.1f}"
     return f"{value:.4g}"
 
 

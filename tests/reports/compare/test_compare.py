@@ -40,6 +40,7 @@ from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import expand, load_sweep, write_plan
 from fedprompt.sweeps.run import run_serial
 from tests.support import recompute
+from tests.support.fake_runs import edit_summary, write_run
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +386,19 @@ class TestMetrics:
         assert KNOWN["global"].value(SUMMARY) is None
         for missing in ("protocols.base_to_new.rows.local.new", "a.b", "global.accuracy.x"):
             assert look_up(SUMMARY, missing) is None
+
+    def test_some_costs_are_shown_on_request(self, tmp_path: Path) -> None:
+        edit_summary(write_run(tmp_path), client_steps=120, seconds=1.5, peak_memory_bytes=2**30)
+        rows = load_rows([tmp_path]).rows
+        names = [m.name for m in choose(None, rows)]
+        assert "bytes" in names
+        assert not {"client_steps", "seconds", "peak_memory"} & {*names}
+        table = compare_rows(rows, choose("client_steps,seconds,peak_memory", rows))
+        assert [printed_as(m, c) for m, c in zip(table.metrics, table.cells[0], strict=True)] == [
+            "120",
+            "1.5",
+            "1024.00",
+        ]
 
     def test_names_are_checked(self) -> None:
         assert metric("a.b:min").higher_is_better is False
