@@ -24,6 +24,8 @@ GRID_POINTS = 5
 """Values of a range in a grid."""
 REDUCTION = 3
 """Hyperband: of the trials that reach a rung, one in three goes on."""
+WARM_UP = 3
+"""The median rule begins after a third of the rounds: large steps pay off late."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -46,7 +48,13 @@ class Trial:
 
 
 def propose(
-    space: Mapping[str, Space], earlier: Sequence[Trial], number: int, budget: Budget, row: str
+    space: Mapping[str, Space],
+    earlier: Sequence[Trial],
+    number: int,
+    budget: Budget,
+    row: str,
+    *,
+    pending: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any] | None:
     """The settings of a trial.
 
@@ -56,6 +64,8 @@ def propose(
         number: number of the trial, from 1; trial 0 has the row's own settings.
         budget: sampler and seed.
         row: name of the row, so that rows do not share random numbers.
+        pending: the settings of the trial's own batch that were proposed before it, from which TPE
+            keeps away.
 
     Returns:
         Values by config key, or None if a grid has no more points.
@@ -73,8 +83,21 @@ def propose(
     else:
         # A third of the budget is drawn at random before TPE begins to model the results.
         startup = max(budget.batch, budget.trials // 3)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        # The liar takes pending trials for bad ones. Without it, the trials of a batch, which know
+        # the same results, are nearly the same trial several times.
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=startup, constant_liar=True
+        )
     study = study_of(space, earlier, sampler)
+    for values in pending:
+        if _inside(space, values):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.RUNNING,
+                    params={key: values[key] for key in space},
+                    distributions=_distributions(space),
+                )
+            )
     return dict(study.ask(_distributions(space)).params)
 
 
@@ -87,9 +110,7 @@ def study_of(
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = _distributions(space)
     for trial in trials:
-        # Optuna refuses values outside of the space, which a row's own settings may have.
-        inside = all(trial.values.get(key) in part for key, part in space.items())
-        if trial.objective is None or not inside:
+        if trial.objective is None or not _inside(space, trial.values):
             continue
         states = optuna.trial.TrialState
         state = states.PRUNED if trial.pruned else states.COMPLETE
@@ -108,9 +129,10 @@ def study_of(
 def thresholds(earlier: Sequence[Trial], number: int, rounds: int, budget: Budget) -> list[float]:
     """The objective that a trial must have reached after each round, or it ends there.
 
-    `median`: the median of the earlier trials after the same round. `hyperband`: in rounds R/3,
-    R/9, ..., the value that one in three of the earlier trials that came so far reached; trials
-    belong in turn to brackets, which begin with different of these rounds (Li et al., JMLR 2018).
+    `median`: the median of the earlier trials after the same round, from round R/3 on. `hyperband`:
+    in rounds R/3, R/9, ..., the value that one in three of the earlier trials that came so far
+    reached; trials belong in turn to brackets, which begin with different of these rounds (Li et
+    al., JMLR 2018).
     Only trials of earlier batches count, so the order in which trials end does not matter.
 
     Args:
@@ -127,7 +149,7 @@ def thresholds(earlier: Sequence[Trial], number: int, rounds: int, budget: Budge
         return []
     limits = [0.0] * max(0, rounds - 1)
     if budget.pruner == "median":
-        for r in range(1, rounds):
+        for r in range(max(1, rounds // WARM_UP), rounds):
             values = [t.by_round[r - 1] for t in whole if not t.pruned and len(t.by_round) >= r]
             limits[r - 1] = median(values) if values else 0.0
         return limits
@@ -155,6 +177,11 @@ def best(trials: Sequence[Trial]) -> int | None:
         (t.objective, -n) for n, t in enumerate(trials) if t.objective is not None and not t.pruned
     ]
     return -max(done)[1] if done else None
+
+
+def _inside(space: Mapping[str, Space], values: Mapping[str, Any]) -> bool:
+    """Whether settings lie in the space; Optuna refuses others, which a row's own may be."""
+    return all(values.get(key) in part for key, part in space.items())
 
 
 def _distributions(space: Mapping[str, Space]) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -7,7 +7,7 @@ winner as a search that was never interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -90,12 +90,14 @@ def search(
     for first in range(0, plan.budget.trials, plan.budget.batch):
         numbers = range(first, min(first + plan.budget.batch, plan.budget.trials))
         # Proposed together: no trial of a batch may depend on another one's result.
-        batch = {
-            (row.name, n): planned
-            for row in searched
-            for n in numbers
-            if (planned := _planned(plan, row, n, trials[row.name], folder)) is not None
-        }
+        batch: dict[tuple[str, int], PlannedRun] = {}
+        for row in searched:
+            pending: list[Mapping[str, Any]] = []
+            for n in numbers:
+                planned = _planned(plan, row, n, trials[row.name], pending, folder)
+                if planned is not None:
+                    batch[row.name, n] = planned
+                    pending.append(planned.values)
         say(f"trials {numbers[0]} to {numbers[-1]} of {len(searched)} rows")
         runs = list({run.name: run for run in batch.values()}.values())
         reasons = run_planned(
@@ -139,14 +141,19 @@ def trial_config(plan: TunePlan, row: Row, values: dict[str, Any]) -> Config:
 
 
 def _planned(
-    plan: TunePlan, row: Row, number: int, earlier: Sequence[Trial], folder: Path
+    plan: TunePlan,
+    row: Row,
+    number: int,
+    earlier: Sequence[Trial],
+    pending: Sequence[Mapping[str, Any]],
+    folder: Path,
 ) -> PlannedRun | None:
     """The run of a trial, or None if there is nothing more to try."""
     # Only the results of earlier batches: within a batch they depend on who is faster.
     known = earlier[: number - number % plan.budget.batch]
     values: dict[str, Any] | None = {}
     if number > 0:
-        values = propose(row.space, known, number, plan.budget, row.name)
+        values = propose(row.space, known, number, plan.budget, row.name, pending=pending)
     if values is None:
         return None
     config = trial_config(plan, row, values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +59,24 @@ def test_tpe_moves_towards_good_trials() -> None:
     assert near("tpe") > 1.5 * near("random") > 0
 
 
+def test_the_trials_of_a_batch_keep_away_from_each_other() -> None:
+    """A batch of four, after five trials of which those near a learning rate of 0.02 are best."""
+    rates = (0.002, 0.01, 0.02, 0.03, 0.3)
+    earlier = [trial(lr, 0.7 - abs(math.log10(lr / 0.02)) / 4) for lr in rates]
+    budget = Budget(trials=12)
+
+    def spread(*, together: bool) -> float:
+        pending: list[Any] = []
+        for n in range(4, 8):
+            values = propose(SPACE, earlier, n, budget, "r", pending=pending if together else ())
+            assert values is not None
+            pending.append(values)
+        rates = sorted(math.log10(values["training.lr"]) for values in pending)
+        return min(b - a for a, b in itertools.pairwise(rates))
+
+    assert spread(together=True) > 2 * spread(together=False)
+
+
 def test_own_settings_outside_of_the_space_do_no_harm() -> None:
     outside = trial(5.0, 0.99)
     assert propose(SPACE, [outside], 4, Budget(), "r") == propose(SPACE, [], 4, Budget(), "r")
@@ -67,6 +87,9 @@ def test_median() -> None:
     earlier = [trial(0.1, v) for v in (0.2, 0.6, 0.8)] + [trial(0.1, 0.9, pruned=True)]
     assert thresholds(earlier, 4, 2, Budget(pruner="median")) == [0.3]
     assert thresholds([], 0, 2, Budget(pruner="median")) == []
+    # Large steps pay off late: no trial ends in the first third of the rounds.
+    long = [Trial({}, 0.5, (0.5,) * 9)]
+    assert thresholds(long, 4, 9, Budget(pruner="median")) == [0, 0, *[0.5] * 6]
     assert thresholds(earlier, 4, 2, Budget(pruner="none")) == []
 
 
