@@ -284,6 +284,16 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Read the value of the option `--seeds`: whole numbers, separated by commas.
+
+    Raises:
+        UserError: It is anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    return check_seeds([int(part) if part.isdecimal() else part for part in parts], "--seeds")
+
+
 def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
     try:
         config = compose(sweep.experiment, overrides)
@@ -340,8 +350,13 @@ def slug(row: str, point: Mapping[str, Any], config: Config) -> str:
     """
     words = [row or str(config.method.name)]
     words += [f"{key.rpartition('.')[2]}{plain(value)}" for key, value in point.items()]
-    text = re.sub(r"[^\w.]+", "-", " ".join(words).lower(), flags=re.ASCII)
-    return text[:SLUG].strip("-._") or "run"
+    return file_name(" ".join(words)) or "run"
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file's name: short, in lower case, with hyphens; may be empty."""
+    words = re.sub(r"[^\w.]+", "-", text.lower(), flags=re.ASCII)
+    return words[:SLUG].strip("-._")
 
 
 def _known_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
