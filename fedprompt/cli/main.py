@@ -28,6 +28,7 @@ from fedprompt import __version__
 from fedprompt.cli.completion import CompletionGroup, complete_experiment
 from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
+from fedprompt.cli.leaderboard import leaderboard
 from fedprompt.cli.output import use_lasting_output
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
@@ -54,6 +55,7 @@ app.add_typer(deploy_app, name="deploy")
 app.command()(sweep)
 app.command()(tune)
 app.command()(compare)
+app.command()(leaderboard)
 
 
 def _print_version(asked: bool) -> None:

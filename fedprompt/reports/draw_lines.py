@@ -72,7 +72,8 @@ def _draw_curve(axes: Axes, panel: Lines, curve: Curve) -> None:
         ls=DASHES if curve.dashed else "-", marker="o" if few else "",
         ms=5 if len(curve.x) == 1 or not curve.joined else 2 + curve.width,
     )  # fmt: skip
-    for at_x, at_y, note in zip(curve.x, curve.y, curve.notes, strict=False):
+    notes = curve.notes if curve.noted else ()
+    for at_x, at_y, note in zip(curve.x, curve.y, notes, strict=False):
         axes.annotate(
             note, (at_x, at_y), xytext=(5, 5), textcoords="offset points", fontsize=8,
             color=color, parse_math=False,

@@ -1,4 +1,4 @@
-"""Chooses the height of a panel and the function that draws it, for the four kinds of panels."""
+"""Chooses the height of a panel and the function that draws it, for every kind of panel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from fedprompt.reports.draw_bars import draw_bars
 from fedprompt.reports.draw_cells import draw_boxes, draw_heat
 from fedprompt.reports.draw_lines import draw_lines, legend_columns, visible
+from fedprompt.reports.draw_ranks import draw_ranks, ranks_height
 from fedprompt.reports.draw_style import NAMED
 from fedprompt.reports.figure import Bars, Boxes, Heat, Lines, Panel
+from fedprompt.reports.figure_ranks import CriticalDifference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +34,8 @@ def panel_height(panel: Panel) -> float:
         return (1.1 if panel.small else 2.7) + legend
     if isinstance(panel, Boxes):
         return 0.34 * len(panel.groups) + 0.7
+    if isinstance(panel, CriticalDifference):
+        return ranks_height(panel)
     # Only heat maps are left. Below 20 rows the cells get taller, beyond `NAMED` thinner.
     rows = len(panel.rows)
     if panel.square:
@@ -47,5 +51,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         draw_bars(axes, panel)
     elif isinstance(panel, Heat):
         draw_heat(axes, panel)
+    elif isinstance(panel, CriticalDifference):
+        draw_ranks(axes, panel)
     else:
         draw_boxes(axes, panel)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
+from fedprompt.reports.figure_ranks import CriticalDifference
+
 Format = Literal["percent", "number", "count", "bytes"]
 
 COLOURS = {
@@ -80,6 +82,7 @@ class Curve:
         dashed: Whether the line is dashed.
         joined: Whether a line joins the points; else each is a dot.
         notes: A remark about each point, which is shown with it.
+        noted: Whether a PNG file writes the notes beside the points; a page always tells them.
         on: Whether the page shows the curve before the reader switches it on.
     """
 
@@ -92,6 +95,7 @@ class Curve:
     dashed: bool = False
     joined: bool = True
     notes: Sequence[str] = ()
+    noted: bool = True
     on: bool = True
 
 
@@ -254,7 +258,7 @@ class Boxes:
     noun: str = "values"
 
 
-Panel = Lines | Bars | Heat | Boxes
+Panel = Lines | Bars | Heat | Boxes | CriticalDifference
 
 
 @dataclass(frozen=True, kw_only=True)

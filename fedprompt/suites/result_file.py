@@ -30,8 +30,17 @@ LARGEST_FILE = 16 * 1024**2
 MARK = b'"suite_hash"'
 """What our files contain near their beginning."""
 
+
+class NotOurs(UserError):
+    """A file that is something else than a result file."""
+
+
 Sha256 = Annotated[str, Pattern("[0-9a-f]{64}", "64 hexadecimal digits")]
 Name = Annotated[str, Pattern(r"\S(.*\S)?", "a name")]
+SuiteName = Annotated[
+    str, Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, hyphens")
+]
+"""Part of the names of files."""
 Accuracy = Annotated[float, Limits(0, 1)]
 Count = Annotated[int, Limits(0)]
 Amount = Annotated[float, Limits(0)]
@@ -120,7 +129,7 @@ class ResultFile:
         scenarios: The results by scenario.
     """
 
-    suite: Name
+    suite: SuiteName
     suite_hash: Sha256
     planned: Mapping[str, tuple[Count, ...]]
     method: Name
@@ -166,13 +175,14 @@ def read(path: Path) -> ResultFile:
 
     Raises:
         DamagedFile: the file is not whole, or it was edited.
-        UserError: it is no result file, has another schema, or one of its values is impossible.
+        NotOurs: it is no result file.
+        UserError: it has another schema, or one of its values is impossible.
             Every message names the file, and the field if one is wrong.
     """
     content = _load(path)
     schema = content.get("schema")
     if not isinstance(schema, int) or "suite_hash" not in content:
-        raise UserError(f"{path} is not a result file of a suite.")
+        raise NotOurs(f"{path} is not a result file of a suite.")
     if schema != SCHEMA:
         advice = "update fedprompt" if schema > SCHEMA else "write it anew with 'fedprompt suite'"
         raise UserError(
@@ -227,7 +237,7 @@ def _load(path: Path) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DamagedFile(f"{path} is not a whole JSON file: {reason}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a result file of a suite.")
+        raise NotOurs(f"{path} is not a result file of a suite.")
     return content
 
 
@@ -238,6 +248,11 @@ def _checked(content: Mapping[str, Any]) -> ResultFile:
         UserError: a value is impossible; the message names its field.
     """
     result = build(ResultFile, {k: v for k, v in content.items() if k != "schema"})
+    if not result.planned:
+        raise UserError("planned is empty; a suite has at least one scenario.")
+    for name, seeds in result.planned.items():
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError(f"planned.{name} must list at least one seed, and each once.")
     for name, scenario in result.scenarios.items():
         where = f"scenarios.{name}"
         if name not in result.planned:

@@ -29,6 +29,7 @@ from fedprompt.reports.figure import (
     Panel,
 )
 from fedprompt.reports.figure_parts import box, model_bars
+from fedprompt.reports.figure_ranks import CriticalDifference
 from fedprompt.reports.partition_figure import partition_figure, plot_partition
 from fedprompt.reports.run_data import load_run
 from fedprompt.reports.run_figures import run_figures
@@ -148,6 +149,36 @@ def test_boxes_reach_from_quartile_to_quartile() -> None:
     axes = picture(Boxes(groups=[box("a", "own", values)], x=ACCURACY)).axes[0]
     ends = np.asarray(axes.patches[0].get_path().vertices)[:, 0]
     assert (ends.min(), ends.max()) == pytest.approx((0.1, 0.3))
+
+
+def test_a_critical_difference_diagram_by_hand() -> None:
+    panel = CriticalDifference(["a", "b", "c"], [1.0, 1.5, 3.0], 1.0, [(0, 1)])
+    lines = picture(panel).axes[0].lines
+    ends = [[float(x) for x in line.get_xdata()] for line in lines]
+    heights = [[float(y) for y in line.get_ydata()] for line in lines]
+    # The axis, from 1 to 3.
+    left, right = ends[0]
+    middle = (left + right) / 2
+    assert ends[1] == pytest.approx([left, middle]), "the critical difference is 1 of 2"
+    assert ends[-1] == pytest.approx([left - 0.006, (left + middle) / 2 + 0.006]), "the bar"
+    names = [(x, y) for x, y in zip(ends, heights, strict=True) if len(x) == 3]
+    starts = [x[0] for x, _ in names]
+    assert starts == pytest.approx([left, (left + middle) / 2, right])
+    sides = [left, left, right]
+    assert [x[-1] for x, _ in names] == pytest.approx(sides), "two names are left, one is right"
+
+
+@pytest.mark.parametrize("names", [["a" * 30] * 60, [f"method_{i}" for i in range(38)]])
+def test_names_of_a_critical_difference_diagram_do_not_overlap(names: list[str]) -> None:
+    count = len(names)
+    # All of equal rank: the hardest case.
+    panel = CriticalDifference(names, [(count + 1) / 2] * count, count * 2.0, [(0, count - 1)])
+    drawn = picture(panel)
+    areas = [text.get_window_extent() for text in drawn.axes[0].texts]
+    assert len(areas) > count
+    overlaps = [(a, b) for i, a in enumerate(areas) for b in areas[i + 1 :] if a.overlaps(b)]
+    assert overlaps == []
+    assert all(area.x0 >= 0 and area.x1 <= drawn.bbox.width for area in areas)
 
 
 @pytest.mark.parametrize(

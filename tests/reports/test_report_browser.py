@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from fedprompt.experiment.summary import draw_report
+from fedprompt.leaderboard.board import make_board
+from fedprompt.leaderboard.collect import Entry, Suite
+from fedprompt.leaderboard.output import Section, html
 from fedprompt.reports.run_data import accuracy_of, load_run
 from fedprompt.reports.sweep_report import write_sweep_report
 from tests.support.chromium import FOUND, Browser
 from tests.support.fake_runs import edit_summary, write_run, write_sweep
+from tests.support.result_files import result_file
 
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium on this machine")
 PHONE, DESKTOP = 390, 1200
@@ -41,6 +45,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     return write_sweep_report(write_sweep(folder), folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A leaderboard of 38 rows in two scenarios, at one setting."""
+    results = [
+        result_file(f"a_long_name_{i}", {"x": {1: i / 50}, "y": {1: (i * 7 % 38) / 50}})
+        for i in range(38)
+    ]
+    entries = tuple(Entry(Path(f"{i}.json"), result) for i, result in enumerate(results))
+    metrics = {"x": "personal", "y": "personal"}
+    suite = Suite("demo-v1", results[0].suite_hash, results[0].planned, metrics, entries)
+    ranking = make_board(suite, "default")
+    assert ranking is not None
+    path = tmp_path_factory.mktemp("board") / "leaderboard.html"
+    path.write_text(html([Section(suite, (ranking,))], []), encoding="utf-8")
+    return path
 
 
 def column(browser: Browser, table: str, number: int) -> list[str]:
@@ -215,3 +236,26 @@ def test_cells_of_a_narrow_heat_map_are_not_blank(browser: Browser, tmp_path: Pa
     assert cells == 14
     assert len(texts) == cells
     assert all(re.fullmatch(r"[\d.]+( %)?", text) for text in texts)
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_ranks_of_many_rows_are_legible(browser: Browser, board: Path, width: int) -> None:
+    browser.open(board, width)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    overlaps = (
+        "(() => { const all = [...document.querySelectorAll('#ranks-demo-v1-default svg text')]"
+        ".map(t => t.getBoundingClientRect()); let n = 0;"
+        "all.forEach((a, i) => all.slice(i + 1).forEach(b => { if (a.left < b.right && "
+        "b.left < a.right && a.top < b.bottom - 2 && b.top < a.bottom - 2) n += 1; }));"
+        "return [all.length, n, Math.min(...all.map(a => a.left)) >= 0,"
+        f"Math.max(...all.map(a => a.right)) <= {width}]; }})()"
+    )
+    count, overlapping, left, right = browser.run(overlaps)
+    assert count > 38
+    assert (overlapping, left, right) == (0, True, True)
+    browser.point("#ranks-demo-v1-default svg", 0.02, 0.95)  # the last name of the left side
+    assert "average rank" in browser.run(TIP)
+    assert "a_long_name" in browser.run(TIP)
+    browser.point("#traffic-demo-v1 svg", 0.5, 0.5)
+    assert "a_long_name" in browser.run(TIP)
+    assert browser.complaints == []

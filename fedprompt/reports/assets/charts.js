@@ -437,10 +437,77 @@
     };
   };
 
-  const DRAW = { lines: drawLines, bars: drawBars, heat: drawHeat, boxes: drawBoxes };
+  /* A critical-difference diagram. Heights are in pixels; each name has a row of its own. */
+  const CD = { ruler: 18, axis: 44, group: 54, step: 7, row: 17 };
+  const firstName = (spec) => CD.group + CD.step * spec.groups.length + 6;
+  const drawRanks = (svg, spec, width) => {
+    const count = spec.names.length, half = Math.ceil(count / 2), first = firstName(spec);
+    const text = (i, most) => `${cut(spec.names[i], most)}  ${spec.ranks[i].toFixed(2)}`;
+    /* On a narrow page, names are cut so that at least 40 % of the width is left for the axis. */
+    const longest = CHAR * Math.max(...spec.names.map((name) => name.length));
+    const most = Math.min(longest, 0.3 * width - 7 * CHAR);
+    const room = CHAR * Math.max(...spec.names.map((_, i) => text(i, most).length)) + 8;
+    const X = scale(1, Math.max(2, count), room, width - room);
+    const rows = (i) => first + CD.row * ((i < half ? i : count - 1 - i) + 0.5);
+    const end = X(1 + spec.difference), fits = end <= width - room;
+    const told = `critical difference ${spec.difference.toFixed(2)}${fits ? "" : ", longer than the axis"}`;
+    label(svg, Math.min(X(1), width - CHAR * told.length), 10, told, "start");
+    if (fits) {
+      add(svg, "path", { d: `M${X(1)} ${CD.ruler - 4}v8m0-4H${end}m0-4v8`, class: "whisker" });
+    }
+    add(svg, "line", { x1: X(1), x2: X(count), y1: CD.axis, y2: CD.axis, class: "whisker" });
+    const whole = ticks(1, count, (X(count) - X(1)) / 30, true);
+    for (const tick of whole[0] === 1 ? whole : [1, ...whole]) {
+      add(svg, "line", { x1: X(tick), x2: X(tick), y1: CD.axis - 4, y2: CD.axis, class: "whisker" });
+      label(svg, X(tick), CD.axis - 7, String(tick), "middle");
+    }
+    spec.ranks.forEach((rank, i) => {
+      const left = i < half, edge = left ? room : width - room, y = rows(i);
+      add(svg, "polyline", {
+        points: `${X(rank)},${CD.axis} ${X(rank)},${y} ${edge},${y}`, class: "curve lead",
+      });
+      add(svg, "text", {
+        x: left ? edge - 4 : edge + 4, y: y + 4, "text-anchor": left ? "end" : "start",
+        class: "label ink",
+      }, text(i, most));
+    });
+    spec.groups.forEach(([from, to], k) => {
+      const y = CD.group + CD.step * k;
+      add(svg, "line", {
+        x1: X(spec.ranks[from]) - 3, x2: X(spec.ranks[to]) + 3, y1: y, y2: y, class: "curve",
+        stroke: colour("own"), "stroke-width": 3,
+      });
+    });
+    const alike = (i) => {
+      const of = spec.groups.filter(([from, to]) => from <= i && i <= to);
+      return of.length ? Math.max(...of.map(([, to]) => to)) - Math.min(...of.map(([from]) => from)) : 0;
+    };
+    return {
+      count,
+      target: (i) => {
+        const left = i < half;
+        return {
+          box: [left ? 0 : width - room, rows(i) - CD.row / 2, room, CD.row], x: X(spec.ranks[i]),
+          title: spec.names[i],
+          rows: [[null, "average rank", spec.ranks[i].toFixed(2)],
+            [null, "does not differ from", `${alike(i)} of ${count - 1}`]],
+        };
+      },
+      find: (x, y) => {
+        const row = Math.floor((y - first) / CD.row);
+        const i = x < width / 2 ? row : count - 1 - row;
+        return row < 0 || i < 0 || i >= count || (x < width / 2) !== (i < half) ? null : i;
+      },
+    };
+  };
+
+  const DRAW = {
+    lines: drawLines, bars: drawBars, heat: drawHeat, boxes: drawBoxes, ranks: drawRanks,
+  };
   const heightOf = (spec, width) => {
     if (spec.kind === "heat") return Math.min(900, Math.max(9, Math.min(26, 560 / spec.rows.length)) * spec.rows.length) + 44;
     if (spec.kind === "boxes") return 40 * spec.groups.length + 44;
+    if (spec.kind === "ranks") return firstName(spec) + CD.row * Math.ceil(spec.names.length / 2) + 4;
     if (spec.small) return 140;
     return width < 520 ? 230 : 270;
   };
