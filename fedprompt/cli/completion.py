@@ -70,6 +70,13 @@ def complete_sweep(incomplete: str) -> Offers:
     return _starting(_choices("sweep"), incomplete)
 
 
+def complete_suite(incomplete: str) -> Offers:
+    """Offer the shipped suites."""
+    from fedprompt.config.shipped import shipped_names
+
+    return _starting(shipped_names("suite"), incomplete)
+
+
 def complete_dataset(incomplete: str) -> Offers:
     """Offer the data sets of the catalogue."""
     from fedprompt.data import catalogue

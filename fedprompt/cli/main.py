@@ -30,6 +30,7 @@ from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.leaderboard import leaderboard
 from fedprompt.cli.output import use_lasting_output
+from fedprompt.cli.suite import suite_app
 from fedprompt.cli.sweep import compare, sweep
 from fedprompt.cli.tune import tune
 from fedprompt.errors import RunFailed, UserError, did_you_mean
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(suite_app, name="suite")
 app.command()(sweep)
 app.command()(tune)
 app.command()(compare)

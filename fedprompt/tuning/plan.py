@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,13 +152,7 @@ def make_plan(
     first = compose(experiment, [*common, *next(iter(named.values()))])
     common += _validation(first)
     wanted = _read_spaces(spaces)
-    rows = []
-    for row, changes in named.items():
-        config = compose(experiment, [*common, *changes])
-        space = _space_of(config) | {k: v for k, v in wanted.items() if _has(config, k)}
-        for key in wanted.keys() & space.keys():
-            _try_values(experiment, [*common, *changes], key, wanted[key])
-        rows.append(Row(row or config.method.name, tuple(changes), space))
+    rows = [row_of(experiment, common, row, changes, wanted) for row, changes in named.items()]
     for key in wanted:
         if not any(key in row.space for row in rows):
             raise UserError(f"tune: {spaces}: no row of this search has the key '{key}'.")
@@ -165,6 +160,32 @@ def make_plan(
         raise UserError("tune: none of the methods has settings to search.")
     seeds = tuple(seeds) or own_seeds
     return TunePlan(title, experiment, common, tuple(rows), budget, first.seed, seeds, resources)
+
+
+def row_of(
+    experiment: str,
+    common: Sequence[str],
+    name: str,
+    overrides: Sequence[str],
+    spaces: Mapping[str, Space],
+) -> Row:
+    """A row with the space of its method.
+
+    Args:
+        experiment: a shipped experiment or a YAML file.
+        common: changes for all rows.
+        name: name of the row; if it is empty, the method stands for it.
+        overrides: the row's own changes.
+        spaces: spaces that replace those of the method; a key applies if the method has it.
+
+    Raises:
+        UserError: the settings, or a value of `spaces`, are impossible.
+    """
+    config = compose(experiment, [*common, *overrides])
+    space = _space_of(config) | {k: v for k, v in spaces.items() if has_key(config, k)}
+    for key in spaces.keys() & space.keys():
+        _try_values(experiment, [*common, *overrides], key, spaces[key])
+    return Row(name or config.method.name, tuple(overrides), space)
 
 
 def write_plan(plan: TunePlan, folder: Path) -> None:
@@ -214,10 +235,13 @@ def _validation(config: Config) -> tuple[str, ...]:
 
 
 def _space_of(config: Config) -> dict[str, Space]:
-    """The declared spaces of a method's options, and that of the learning rate."""
+    """The declared spaces of a method's own options, and that of the learning rate."""
     method = config.method
     spaces: dict[str, Space] = {"training.lr": method.lr_space} if method.lr_space else {}
-    return spaces | {f"method.{key}": space for key, space in method.search_spaces.items()}
+    for field in dataclasses.fields(method):
+        if (space := field.metadata.get("search")) is not None:
+            spaces[f"method.{field.name}"] = space
+    return spaces
 
 
 def _read_spaces(path: Path | None) -> dict[str, Space]:
@@ -238,23 +262,11 @@ def _try_values(experiment: str, overrides: Sequence[str], key: str, space: Spac
         compose(experiment, [*overrides, f"{key}={json.dumps(value)}"])
 
 
-def setting(config: Config, key: str) -> Any:
-    """The value of a config key, such as `training.lr` or `method.options.kg_weight`.
-
-    Raises:
-        AttributeError, KeyError: the config has no such key.
-    """
-    value: Any = config
-    for name in key.split("."):
-        # The options of a wrapped method are a mapping, with all keys of that method.
-        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-    return value
-
-
-def _has(config: Config, key: str) -> bool:
+def has_key(config: Config, key: str) -> bool:
+    """Whether a config has a dotted key."""
     try:
-        setting(config, key)
-    except (AttributeError, KeyError):
+        attrgetter(key)(config)
+    except AttributeError:
         return False
     return True
 

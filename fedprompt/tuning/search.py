@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedprompt.experiment.selection import objective_by_round
 from fedprompt.reports.run_data import SUMMARY, load_run
 from fedprompt.sweeps.api import run_planned
 from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug, with_threads
-from fedprompt.tuning.plan import PLAN, Row, TunePlan, setting, write_plan
+from fedprompt.tuning.plan import PLAN, Row, TunePlan, write_plan
 from fedprompt.tuning.proposals import Trial, best, propose, thresholds
 
 TRIALS = "trials"
@@ -82,41 +83,114 @@ def search(
     Raises:
         UserError: the folder holds another search, or a run cannot be started.
     """
-    write_plan(plan, folder)
-    trials: dict[str, list[Trial]] = {row.name: [] for row in plan.rows}
-    failures: dict[str, dict[int, str]] = {row.name: {} for row in plan.rows}
-    searched = [row for row in plan.rows if row.space]
-    for first in range(0, plan.budget.trials, plan.budget.batch):
-        numbers = range(first, min(first + plan.budget.batch, plan.budget.trials))
+    (results,) = search_all(
+        [(plan, folder)],
+        folder / PLAN,
+        jobs=jobs,
+        serial=serial,
+        address=address,
+        quiet=quiet,
+        say=say,
+    )
+    return results
+
+
+def search_all(
+    searches: Sequence[tuple[TunePlan, Path]],
+    marker: Path,
+    *,
+    jobs: int | None = None,
+    serial: bool = False,
+    address: str | None = None,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[list[RowResult]]:
+    """Run what is missing of several searches side by side, as if each ran alone.
+
+    The batches of all searches run together, so that workers wait for each other once per batch
+    and not once per batch and search.
+
+    Args:
+        searches: plans with the same number and batches of trials, and with different names, each
+            with a folder of its own.
+        marker: a file above or in the folders, which exists when the runs start; workers of a
+            cluster check that they see it.
+        jobs: as for `search`, like all further arguments.
+        serial: see there.
+        address: see there.
+        quiet: see there.
+        say: see there.
+
+    Returns:
+        The results of each search by row, in the plan's order.
+
+    Raises:
+        UserError: a folder holds another search, or a run cannot be started.
+    """
+    for plan, folder in searches:
+        write_plan(plan, folder)
+    # Two searches may have the same trials, in folders of their own.
+    prefix = "{}/" if len(searches) > 1 else ""
+    found = [_Found(plan, folder, prefix.format(plan.name)) for plan, folder in searches]
+    budget = searches[0][0].budget
+    for first in range(0, budget.trials, budget.batch):
+        numbers = range(first, min(first + budget.batch, budget.trials))
         # Proposed together: no trial of a batch may depend on another one's result.
-        batch: dict[tuple[str, int], PlannedRun] = {}
-        for row in searched:
-            pending: list[Mapping[str, Any]] = []
-            for n in numbers:
-                planned = _planned(plan, row, n, trials[row.name], pending, folder)
-                if planned is not None:
-                    batch[row.name, n] = planned
-                    pending.append(planned.values)
-        say(f"trials {numbers[0]} to {numbers[-1]} of {len(searched)} rows")
-        runs = list({run.name: run for run in batch.values()}.values())
+        batches = [one.propose(numbers) for one in found]
+        rows = sum(bool(row.space) for plan, _ in searches for row in plan.rows)
+        say(f"trials {numbers[0]} to {numbers[-1]} of {rows} rows")
+        runs = {run.name: run for batch in batches for run in batch.values()}
         reasons = run_planned(
-            _as_sweep(plan),
-            runs,
-            folder,
+            _as_sweep(searches[0][0]),
+            list(runs.values()),
+            marker.parent,
             jobs=jobs,
             serial=serial,
             address=address,
             quiet=quiet,
-            plan=PLAN,
+            plan=marker.name,
         )
-        for (row_name, n), run in batch.items():
+        for one, batch in zip(found, batches, strict=True):
+            one.read(batch, reasons)
+    return [one.results() for one in found]
+
+
+class _Found:
+    """What a search has found so far."""
+
+    def __init__(self, plan: TunePlan, folder: Path, prefix: str) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._prefix = prefix
+        self._trials: dict[str, list[Trial]] = {row.name: [] for row in plan.rows}
+        self._failures: dict[str, dict[int, str]] = {row.name: {} for row in plan.rows}
+
+    def propose(self, numbers: Sequence[int]) -> dict[tuple[str, int], PlannedRun]:
+        """The runs of a batch by row and number of the trial."""
+        runs = {}
+        for row in self._plan.rows:
+            pending: list[Mapping[str, Any]] = []
+            for n in numbers if row.space else ():
+                run = _planned(self._plan, row, n, self._trials[row.name], pending, self._folder)
+                if run is not None:
+                    runs[row.name, n] = replace(run, name=f"{self._prefix}{run.name}")
+                    pending.append(run.values)
+        return runs
+
+    def read(self, batch: dict[tuple[str, int], PlannedRun], reasons: Mapping[str, str]) -> None:
+        """Read the results of a batch; `reasons` are those of failed runs by name."""
+        for (row, n), run in batch.items():
             if run.name in reasons:
-                failures[row_name][n] = reasons[run.name]
-            trials[row_name].append(_read(run, failed=run.name in reasons))
-    return [
-        RowResult(row, tuple(trials[row.name]), best(trials[row.name]), failures[row.name])
-        for row in plan.rows
-    ]
+                self._failures[row][n] = reasons[run.name]
+            self._trials[row].append(_read(run, failed=run.name in reasons))
+
+    def results(self) -> list[RowResult]:
+        """The results by row."""
+        return [
+            RowResult(row, tuple(trials), best(trials), self._failures[row.name])
+            for row in self._plan.rows
+            for trials in [self._trials[row.name]]
+        ]
 
 
 def trial_config(plan: TunePlan, row: Row, values: dict[str, Any]) -> Config:
@@ -159,7 +233,7 @@ def _planned(
     limits = thresholds(known, number, config.federation.rounds, plan.budget)
     config = replace(config, evaluation=replace(config.evaluation, stop_below=limits))
     # The whole setting, also for trial 0, so that it can be a point of the search like the others.
-    values = {key: setting(config, key) for key in row.space}
+    values = {key: attrgetter(key)(config) for key in row.space}
     name = f"{slug(row.name, {}, config)}-trial{number:03d}-{settings_hash(config)}"
     place = str((folder / TRIALS / name).absolute())
     config = replace(config, output=replace(config.output, dir=place))

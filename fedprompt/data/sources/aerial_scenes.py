@@ -34,6 +34,9 @@ class AerialScenesConfig(DataConfig):
     source: Literal["aerial_scenes"] = option("aerial_scenes", "the data source")
     title: str = option("aerial_scenes", "name of the data set in tables and plots")
     images_per_class: int = option(60, "images of every class in every domain", ge=2)
+    first_image: int = option(
+        0, "number of the first of them: images for another purpose begin where those end", ge=0
+    )
     domains: list[str] = option([], "domains to draw; empty = the four federated ones")
     test_fraction: float = option(
         0.25, "share of each class and domain that is the test split", gt=0, lt=1
@@ -78,6 +81,7 @@ class AerialScenes(DataSource):
         # The axes and their order must be those of `_Opener`.
         cells = np.indices((len(domains), len(names), per_class)).reshape(3, -1)
         domains_N, labels_N, index_N = cells.astype(np.int64)
+        first = config.first_image
         return ImageDataset(
             name=config.title,
             class_names=names,
@@ -85,13 +89,13 @@ class AerialScenes(DataSource):
             split_N=np.where(index_N >= per_class - tests, TEST, TRAIN).astype(np.int8),
             domains_N=domains_N,
             domain_names=domains,
-            fingerprint=_fingerprint(names, domains, per_class),
-            open_image=_Opener(names, domains, per_class),
+            fingerprint=_fingerprint(names, domains, per_class, first),
+            open_image=_Opener(names, domains, per_class, first),
             image_names=tuple(
                 f"{domain}/{name}/{i}"
                 for domain in domains
                 for name in names
-                for i in range(per_class)
+                for i in range(first, first + per_class)
             ),
         )
 
@@ -103,11 +107,14 @@ class _Opener:
     names: tuple[str, ...]
     domains: tuple[str, ...]
     per_class: int
+    first: int
 
     def __call__(self, i: int) -> Image.Image:
         shape = (len(self.domains), len(self.names), self.per_class)
         domain, label, index = (int(part) for part in np.unravel_index(i, shape))
-        return Image.fromarray(_remembered(self.names[label], self.domains[domain], index))
+        return Image.fromarray(
+            _remembered(self.names[label], self.domains[domain], self.first + index)
+        )
 
 
 # Methods with visual prompts open every image in every round, and drawing one takes milliseconds.
@@ -117,7 +124,9 @@ def _remembered(class_name: str, domain: str, index: int) -> NDArray[np.uint8]:
     return render(class_name, domain, index)
 
 
-def _fingerprint(names: Sequence[str], domains: Sequence[str], per_class: int) -> str:
+def _fingerprint(names: Sequence[str], domains: Sequence[str], per_class: int, first: int) -> str:
     # `VERSION` changes with the drawing code, which makes cached features stale.
     parts = ["aerial_scenes", str(VERSION), *names, *domains, str(per_class)]
+    # Left out at its default, so that features which were cached before the key existed stay valid.
+    parts += [f"from {first}"] if first else []
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
