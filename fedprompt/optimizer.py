@@ -56,6 +56,40 @@ def build_optimizer(
     )
 
 
+def clip_gradients(
+    gradients: Mapping[str, Tensor | None], max_norm: float, at_rest: Tensors
+) -> dict[str, Tensor | None]:
+    """Scale down the gradients of clients whose norm is too large, each client by its own.
+
+    The same as `torch.nn.utils.clip_grad_norm_` on the tensors of one client after the other.
+
+    Args:
+        gradients: the gradient (A, ...) of each trained tensor, None where there is none.
+        max_norm: the largest Euclidean norm of all gradients of a client together.
+        at_rest: by tensor, the clients (A or more,) that do not train it; their gradients of it
+            are not applied and do not count.
+
+    Returns:
+        Gradients by the same names. A norm that is not finite makes its client's gradients NaN.
+    """
+    norms_A = [
+        torch.linalg.vector_norm(g.flatten(1), dim=1)
+        if name not in at_rest
+        else torch.linalg.vector_norm(g.flatten(1), dim=1).masked_fill(at_rest[name][: len(g)], 0)
+        for name, g in gradients.items()
+        if g is not None
+    ]
+    if not norms_A:
+        return dict(gradients)
+    norm_A = torch.linalg.vector_norm(torch.stack(norms_A), dim=0)
+    # The small number is that of `clip_grad_norm_`.
+    scale_A = (max_norm / (norm_A + 1e-6)).clamp(max=1.0)
+    return {
+        name: None if g is None else g * scale_A.view(-1, *[1] * (g.dim() - 1))
+        for name, g in gradients.items()
+    }
+
+
 def restore(
     optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], state: State | None, active: int
 ) -> None:

@@ -36,11 +36,14 @@ class Score:
         correct: number of correctly classified images.
         tested: number of images.
         loss_sum: sum of their cross-entropies; infinity if it is not finite.
+        unanswered: number of images for which the model's best logit is not finite, as from prompts
+            that have diverged. They count as wrong; by `argmax`, each would be of class 0.
     """
 
     correct: int
     tested: int
     loss_sum: float
+    unanswered: int = 0
 
     @property
     def accuracy(self) -> float | None:
@@ -215,7 +218,7 @@ def score_each(
         for row, k in enumerate(clients):
             n = len(tests[k][1])
             # Rows from n on are padding.
-            scores[k] = _as_score(hits_KB[row, :n].sum(), n, losses_KB[row, :n].sum())
+            scores[k] = _as_score(hits_KB[row, :n], losses_KB[row, :n])
     return scores
 
 
@@ -271,7 +274,7 @@ def _equal(a: Tensors, b: Tensors) -> bool:
 def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> list[Score]:
     """Scores of K encoded models on one test set, a bounded number of images at a time."""
     clients = max(v.shape[0] for v in encoded.values())
-    correct_K = np.zeros(clients, dtype=np.int64)
+    correct_K, unanswered_K = np.zeros((2, clients), dtype=np.int64)
     loss_K = np.zeros(clients)
     # Every image is scored by all K models in one call, so K divides the batch.
     batch_size = max(1, _batch_size(method) // clients)
@@ -281,8 +284,12 @@ def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor)
             method, encoded, inputs_N[part].of_one(), labels_N[part][None]
         )
         correct_K += hits_KB.sum(-1)
+        unanswered_K += np.isnan(losses_KB).sum(-1)
         loss_K += losses_KB.sum(-1)
-    return [_as_score(c, len(labels_N), s) for c, s in zip(correct_K, loss_K, strict=True)]
+    return [
+        Score(int(correct), len(labels_N), _or_infinity(loss), int(unanswered))
+        for correct, loss, unanswered in zip(correct_K, loss_K, unanswered_K, strict=True)
+    ]
 
 
 def _score_one_model(
@@ -310,7 +317,7 @@ def _score_one_model(
     by_client = zip(
         np.split(np.concatenate(hits), ends), np.split(np.concatenate(losses), ends), strict=True
     )
-    return [_as_score(h.sum(), len(h), s.sum()) for h, s in by_client]
+    return [_as_score(h, s) for h, s in by_client]
 
 
 def _batch_size(method: Method) -> int:
@@ -362,16 +369,28 @@ def _in_parts(
 def _outcomes(
     method: Method, encoded: Tensors, inputs_KB: Inputs, labels_KB: Tensor
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Whether each image is classified correctly, and its cross-entropy: both (K, B)."""
+    """Whether each image is classified correctly, and its cross-entropy: both (K, B).
+
+    The cross-entropy is NaN if and only if the best logit is not finite; such an image is wrong.
+    """
     device = method.clip.device
     # Argmax and loss are taken in float32, whatever the precision of the backbone.
     logits_KBC = method.logits(encoded, inputs_KB.on(device)).float()
     targets_KB = labels_KB.to(device).expand(logits_KBC.shape[:2])
     hits_KB = logits_KBC.argmax(-1) == targets_KB
     losses = F.cross_entropy(logits_KBC.flatten(0, 1), targets_KB.flatten(), reduction="none")
-    return hits_KB.cpu().numpy(), losses.view_as(hits_KB).double().cpu().numpy()
+    losses_KB = losses.view_as(hits_KB)
+    # `argmax` takes NaN for the largest number, so without this all images would be of class 0.
+    hits_KB &= ~losses_KB.isnan()
+    return hits_KB.cpu().numpy(), losses_KB.double().cpu().numpy()
 
 
-def _as_score(correct: np.integer[Any], tested: int, loss_sum: np.floating[Any]) -> Score:
+def _as_score(hits_B: NDArray[np.bool_], losses_B: NDArray[np.float64]) -> Score:
+    """The score of one model from the outcomes of its images (B,)."""
+    unanswered = int(np.isnan(losses_B).sum())
+    return Score(int(hits_B.sum()), len(hits_B), _or_infinity(losses_B.sum()), unanswered)
+
+
+def _or_infinity(loss_sum: np.floating[Any]) -> float:
     loss = float(loss_sum)
-    return Score(int(correct), tested, loss if math.isfinite(loss) else math.inf)
+    return loss if math.isfinite(loss) else math.inf

@@ -28,6 +28,7 @@ from fedprompt.optimizer import (
     MOMENTUM,
     State,
     build_optimizer,
+    clip_gradients,
     keeps_momentum,
     kept_momentum,
     restore,
@@ -254,6 +255,8 @@ def _descend(
             encoded = method.encode(shared_A, private_A)
             loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
             gradients = method.gradients(loss_terms, leaves, batch)
+            if config.clip_grad_norm is not None:
+                gradients = clip_gradients(gradients, config.clip_grad_norm, at_rest)
             # The method may have clipped, projected or noised them, so `backward` is not used.
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name]

@@ -121,3 +121,23 @@ def test_local_methods_have_no_global_model(clip: FrozenCLIP) -> None:
     cls = method_class("coop_local")
     method = cls(cls.Config(context_tokens=4), clip, Task(CLASS_NAMES))
     assert score_global(method, {}, *images(5, clip.embed_dim)) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_without_a_finite_answer_are_wrong(clip: FrozenCLIP, bad: float) -> None:
+    """`argmax` of NaN is class 0, so that images of class 0 would be right."""
+    cls = method_class("fedrsclip")
+    method = cls(cls.Config(), clip, Task(CLASS_NAMES))
+    shared = method.init_shared(1)
+    broken = {n: torch.full_like(t, bad) for n, t in shared.items()}
+    inputs, _ = images(5, clip.embed_dim)
+    test = inputs, torch.zeros(5, dtype=torch.int64)
+    score = score_global(method, broken, *test)
+    assert score is not None
+    assert (score.correct, score.tested, score.unanswered) == (0, 5, 5)
+    private = [method.init_private(1, k) for k in range(2)]
+    own, common = score_personal(method, [shared, broken], private, [test, test], test)
+    assert common is not None
+    for scores in (own, common):
+        assert [s.unanswered for s in scores] == [0, 5]
+        assert [s.correct for s in scores][1] == 0

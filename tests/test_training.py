@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import ClientData, Method, Task, Tensors
+from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Task, Tensors
 from fedprompt.methods.registry import method_class
+from fedprompt.optimizer import build_optimizer, clip_gradients
 from fedprompt.rng import generator
 from fedprompt.training import LocalResult, learning_rate, train_clients
 from tests.support.builders import CLASS_NAMES
@@ -61,7 +63,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "config", [SGD, ADAMW, replace(SGD, clip_grad_norm=0.02)], ids=["sgd", "adamw", "clipped"]
+)
 def test_block_equals_the_reference_client(clip: FrozenCLIP, config: TrainingConfig) -> None:
     """Against images, 77 positions and one batch after the other, as CoOp's public code trains."""
     config = TrainingConfig(**{**vars(config), "local_epochs": 2})
@@ -80,6 +84,84 @@ def test_block_equals_the_reference_client(clip: FrozenCLIP, config: TrainingCon
         assert relative(result.shared["ctx"], model.context.detach()) < 1e-4
         assert result.losses["loss"] == pytest.approx(loss, rel=1e-4)
         assert result.num_examples == len(client.train_labels)
+
+
+CLIPPED = replace(SGD, clip_grad_norm=0.02)
+
+
+@pytest.mark.parametrize("config", [CLIPPED, replace(ADAMW, clip_grad_norm=0.02)])
+def test_clipping_equals_that_of_torch_on_one_client_at_a_time(
+    clip: FrozenCLIP, config: TrainingConfig
+) -> None:
+    """Two tensors per client, so that the norm is one over both, and clients of unequal size."""
+    method = build(clip, "fedrsclip")
+    data = clients(clip, (40, 5, 17))
+    clipped = 0
+    for result, one in zip(train(method, data, config), data, strict=True):
+        leaves = {
+            "shared.ctx": method.init_shared(1)["ctx"][None].requires_grad_(),
+            "private.ctx": method.init_private(1, one.client)["ctx"][None].requires_grad_(),
+        }
+        optimizer = build_optimizer(config, leaves, learning_rate(config, 2, 5), method.lr_scale)
+        received = {n: t[None] for n, t in method.init_shared(1).items()}
+        info = RoundInfo(
+            clients=(one.client,), seed=1, server_round=2, rounds=5, lr=0.0, received=received,
+            steps_K=torch.tensor([math.ceil(len(one) / 16)]),
+            class_counts_KC=torch.bincount(one.labels_N, minlength=len(CLASS_NAMES))[None],
+            momentum=0.9,
+        )  # fmt: skip
+        order = generator(1, "shuffle", 2, one.client, 0).permutation(len(one))
+        for step, first in enumerate(range(0, len(one), 16)):
+            rows = torch.from_numpy(order[first : first + 16])[None]
+            batch = Batch(
+                one.inputs[rows], one.labels_N[rows], torch.ones_like(rows).bool(), info, step
+            )
+            shared, private = {"ctx": leaves["shared.ctx"]}, {"ctx": leaves["private.ctx"]}
+            terms = method.loss_terms(shared, private, method.encode(shared, private), batch)
+            optimizer.zero_grad()
+            torch.stack(list(terms.values())).sum().backward()
+            norm = torch.nn.utils.clip_grad_norm_(leaves.values(), 0.02)
+            clipped += bool(norm > 0.02)
+            optimizer.step()
+        assert relative(result.shared["ctx"], leaves["shared.ctx"][0].detach()) < 1e-5
+        assert relative(result.private["ctx"], leaves["private.ctx"][0].detach()) < 1e-5
+    assert clipped, "the limit was reached"
+
+
+def test_a_limit_that_is_never_reached_changes_no_bit(clip: FrozenCLIP) -> None:
+    method, data = build(clip, "fedrsclip"), clients(clip, (17, 5))
+    bounded = train(method, data, replace(SGD, clip_grad_norm=1e6))
+    for a, b in zip(bounded, train(method, data, SGD), strict=True):
+        assert torch.equal(a.shared["ctx"], b.shared["ctx"])
+        assert torch.equal(a.private["ctx"], b.private["ctx"])
+
+
+def test_one_client_is_clipped_and_the_other_is_not() -> None:
+    """Norms 5 and 0.5 over two tensors; a tensor at rest and a missing gradient do not count."""
+    gradients = {
+        "a": torch.tensor([[3.0], [0.3]]),
+        "b": torch.tensor([[[4.0]], [[0.4]]]),
+        "c": torch.tensor([[100.0], [0.0]]),
+        "d": None,
+    }
+    clipped = clip_gradients(gradients, 1.0, {"c": torch.tensor([True, False])})
+    assert clipped["a"] is not None
+    assert clipped["b"] is not None
+    assert clipped["a"].flatten().tolist() == pytest.approx([0.6, 0.3], rel=1e-6)
+    assert clipped["b"].flatten().tolist() == pytest.approx([0.8, 0.4], rel=1e-6)
+    assert clipped["d"] is None
+
+
+@pytest.mark.parametrize("name", ["prograd", "scaffold"])
+def test_what_a_method_makes_of_gradients_is_clipped(clip: FrozenCLIP, name: str) -> None:
+    """With plain SGD, no step is longer than the learning rate times the limit."""
+    method, data = build(clip, name), clients(clip, (40,))
+    config = TrainingConfig(
+        lr=0.5, momentum=0.0, weight_decay=0.0, schedule="constant", clip_grad_norm=1e-3
+    )
+    (result,) = train(method, data, config)
+    moved = result.shared["ctx"] - method.init_shared(1)["ctx"]
+    assert 0 < float(moved.norm()) <= 2 * 0.5 * 1e-3 * 1.001
 
 
 @pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])

@@ -177,6 +177,8 @@ def reference_local_training(
             loss = F.cross_entropy(model(client.train_images[rows]), client.train_labels[rows])
             optimizer.zero_grad()
             loss.backward()
+            if config.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_([model.context], config.clip_grad_norm)
             optimizer.step()
             # Weighted by images, because the last batch of an epoch may be smaller.
             total += loss.item() * len(rows)

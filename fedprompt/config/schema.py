@@ -165,6 +165,11 @@ class TrainingConfig:
     betas: list[float] = option([0.9, 0.999], "adam, adamw: decay of both moments")
     eps: float = option(1e-8, "adam, adamw: added to the denominator", gt=0)
     weight_decay: float = option(5e-4, "weight decay", ge=0)
+    clip_grad_norm: float | None = option(
+        None,
+        "largest Euclidean norm of the gradient of one client's trained tensors; null = no limit",
+        gt=0,
+    )
     schedule: Literal["cosine", "constant"] = option("cosine", "learning rate over rounds")
     local_epochs: int = option(1, "passes over the local images per round", ge=1)
     batch_size: int = option(32, "images per step", ge=1)

@@ -31,6 +31,7 @@ from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
 from fedprompt.privacy.releases import FILE as RELEASES
+from fedprompt.reports.marks import mark_texts, marks
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS, read_object
 from fedprompt.runtime.endings import check_signals
 from fedprompt.runtime.peak_memory import peak_memory
@@ -85,6 +86,9 @@ def run_server(
         )
     for line in recorded:
         log_line(line)
+    federation.recall(recorded)
+    for text in mark_texts({"marks": marks(recorded, federation.asked)}):
+        display.message(f"so far: {text}")
     line = recorded[-1] if recorded else {}
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()
@@ -114,6 +118,7 @@ def run_server(
             line | {"total_bytes_up": totals["bytes_up"], "total_bytes_down": totals["bytes_down"]},
             seconds_per_round * (rounds - server_round),
         )
+    federation.close_faults()
     _refuse_untrained(federation, folder)
     # The protocols' measurements of personal models, for `finish`.
     federation.ask_clients(line["round"])
@@ -167,6 +172,7 @@ def run_reference(
         names = ("round", "train", "global", "personal", "personal_on_global", "validation")
         recorded.append({name: line[name] for name in names if name in line})
         record(recorded[-1])
+    federation.close_faults()
     if federation.config.evaluation.select == "best_validation":
         return recorded[-1] | select(recorded)
     return recorded[-1]

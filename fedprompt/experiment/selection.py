@@ -137,11 +137,16 @@ def _at_rounds(lines: Sequence[Line], name: str, rounds: Mapping[int, int]) -> A
     A client without validation images has its last accuracy.
     """
     accuracy: dict[int, float] = {}
+    not_finite: dict[int, bool] = {}
     for line in lines:
+        diverged = (_part(line, name) or {}).get("not_finite", ())
         for client, value in _by_client(line, name).items():
             if line["round"] <= rounds.get(client, line["round"]):
                 accuracy[client] = value
-    return personal_part(sorted(accuracy), [accuracy[client] for client in sorted(accuracy)])
+                not_finite[client] = client in diverged
+    clients = sorted(accuracy)
+    values = [accuracy[client] for client in clients]
+    return personal_part(clients, values, [c for c, diverged in not_finite.items() if diverged])
 
 
 def _best_round(accuracies: Any) -> tuple[int, float] | None:

@@ -23,6 +23,7 @@ from fedprompt.federation.scores import personal_part
 from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
+from fedprompt.reports.marks import marks
 from fedprompt.reports.run_data import (
     FEW_TEST_IMAGES,
     METRICS,
@@ -96,6 +97,8 @@ def finish(
         "skipped_images": len(workspace.dataset.bad_images),
     }
     summary["few_test_images"] = few_test_images(federation.describe())
+    if marked := marks(recorded, federation.asked):
+        summary["marks"] = marked
     if line["round"] < rounds:
         summary["ended_after_round"] = line["round"]
     value = objective(recorded, config.evaluation)

@@ -23,7 +23,12 @@ from flwr.app import (
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
-from fedprompt.federation.screening import COMMON_COUNTS, TEST_COUNTS, VALIDATION_COUNTS
+from fedprompt.federation.screening import (
+    COMMON_COUNTS,
+    NOT_FINITE,
+    TEST_COUNTS,
+    VALIDATION_COUNTS,
+)
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
@@ -156,6 +161,9 @@ def _evaluate(
         metrics: dict[str, int] = {}
         for (tested, correct), of_clients in measured.items():
             metrics |= {tested: of_clients[k].tested, correct: of_clients[k].correct}
+        # Reported by models that have diverged only, so the server knows why nothing is correct.
+        if unanswered := sum(of_clients[k].unanswered for of_clients in measured.values()):
+            metrics[NOT_FINITE] = unanswered
         content = RecordDict({METRICS: MetricRecord({**metrics})})
         replies.append(Message(content, reply_to=message))
     return replies

@@ -38,6 +38,9 @@ class Exchange(Protocol):
             client that fails is listed in `dropped`; it never raises an error.
         """
 
+    def close(self) -> None:
+        """Log what went wrong again and again, see `Faults.close`."""
+
 
 class PlainExchange:
     """Sends one message to every client, and checks every reply before it counts.
@@ -63,3 +66,6 @@ class PlainExchange:
         replies, traffic = self._send(asked)
         # The strategy sees the replies only; the bytes are counted by the grid.
         return replace(self._strategy.screen(server_round, asked, replies), traffic=traffic)
+
+    def close(self) -> None:
+        """Do nothing: the strategy logs what goes wrong."""

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedprompt.federation.screening import Row
+from fedprompt.federation.screening import NOT_FINITE, Row
 from fedprompt.scoring import personal_statistics
 
 
-def personal_part(clients: Sequence[int], accuracy: Sequence[float]) -> dict[str, Any] | None:
+def personal_part(
+    clients: Sequence[int], accuracy: Sequence[float], not_finite: Collection[int] = ()
+) -> dict[str, Any] | None:
     """Statistics of the clients' accuracies.
 
     Args:
         clients: ids of the tested clients.
         accuracy: their accuracies in [0, 1], in the same order.
+        not_finite: ids of those clients whose model gave no finite answer for some image.
 
     Returns:
-        Plain JSON with the statistics, the ids and the accuracies, or None without any client.
+        Plain JSON with the statistics, the ids and the accuracies, or None without any client. If
+        there are any, `not_finite` lists the clients whose accuracy counts images without an
+        answer as wrong. They stay in the mean: without them it would rise with every client that
+        diverges.
     """
     statistics = personal_statistics(list(accuracy))
     if statistics is None:
         return None
-    return {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
+    part = {**statistics.to_json(), "clients": list(clients), "accuracy": list(accuracy)}
+    diverged = [client for client in clients if client in not_finite]
+    return part | ({"not_finite": diverged} if diverged else {})
 
 
 def personal_scores(rows: Mapping[int, Row], counts: tuple[str, str]) -> dict[str, Any] | None:
@@ -41,7 +49,8 @@ def personal_scores(rows: Mapping[int, Row], counts: tuple[str, str]) -> dict[st
     accuracy = {
         client: row[correct] / row[tested] for client, row in rows.items() if row.get(tested)
     }
-    return personal_part(list(accuracy), list(accuracy.values()))
+    not_finite = {client for client, row in rows.items() if row.get(NOT_FINITE)}
+    return personal_part(list(accuracy), list(accuracy.values()), not_finite)
 
 
 def finite(value: Any) -> Any:

@@ -9,7 +9,6 @@ spreads to all clients, and one wrong shape ends the run.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
@@ -32,10 +31,9 @@ from fedprompt.messages import (
     read_answers,
     values_of,
 )
+from fedprompt.runtime.faults import Faults
 
 __all__ = ["Limits", "Row", "Update", "read_training", "screen_evaluations", "screen_replies"]
-
-log = logging.getLogger("fedprompt.strategy")
 
 MAX_METRICS = 100
 """Largest number of metrics that are read from a reply."""
@@ -52,9 +50,16 @@ VALIDATION_COUNTS = ("validation-tested", "validation-correct")
 """Likewise for its validation images."""
 COMMON_COUNTS = ("common-tested", "common-correct")
 """Likewise for the server's test images."""
+NOT_FINITE = "not-finite"
+"""Evaluation metric of a client whose personal model has diverged, and of no other: the number of
+images for which it has no finite answer."""
 
 Row = dict[str, int | float]
 """One client's evaluation metrics, by name."""
+
+
+class Diverged(Refused):
+    """A reply that must not count because its tensors are not finite."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,13 @@ class Training:
         arrays: trained shared tensors by name.
         num_examples: number of images they were trained on, at least 1.
         losses: finite losses by name.
+        diverged: which loss is not finite; empty if all are.
     """
 
     arrays: Arrays
     num_examples: int
     losses: dict[str, float]
+    diverged: str = ""
 
 
 def screen_replies(
@@ -95,8 +102,6 @@ def screen_replies(
     replies: Iterable[Message],
     client_of_node: Mapping[int, int],
     limits: Limits,
-    *,
-    server_round: int,
 ) -> Exchanged:
     """Check the training replies of a round; each bad one is dropped, counted and named.
 
@@ -105,19 +110,28 @@ def screen_replies(
         replies: what came in time, in any order.
         client_of_node: client of every node that was asked.
         limits: what a reply must respect.
-        server_round: the round, for log messages.
 
     Returns:
         The valid updates sorted by client id. There are none if fewer than `limits.min_replies` are
         valid.
     """
-    answers = read_answers(asked, replies, lambda node, content: read_training(content, limits))
+    diverged: dict[int, str] = {}
+
+    def noting_divergence(node: int, content: RecordDict) -> Training:
+        try:
+            training = read_training(content, limits)
+        except Diverged as error:
+            diverged[client_of_node[node]] = str(error)
+            raise
+        if training.diverged:
+            diverged[client_of_node[node]] = training.diverged
+        return training
+
+    answers = read_answers(asked, replies, noting_divergence)
     read = {client_of_node[node]: training for node, training in answers.usable.items()}
     dropped = {client_of_node[node]: fault for node, fault in answers.faults.items()}
     dropped |= _inflated_counts(read, limits.max_examples_ratio)
-    dropped = dict(sorted(dropped.items()))
-    for client, reason in dropped.items():
-        log.warning("client %d: reply dropped: %s", client, reason)
+    dropped, diverged = dict(sorted(dropped.items())), dict(sorted(diverged.items()))
     accepted = {client: t for client, t in sorted(read.items()) if client not in dropped}
     losses = _mean_losses(list(accepted.values()))
     trained = sorted(
@@ -125,16 +139,13 @@ def screen_replies(
         - {client_of_node[n] for n in answers.absent}
     )
     if len(accepted) < limits.min_replies:
-        log.warning(
-            "round %d: %d valid replies of %d, fewer than min_replies=%d: nothing aggregated",
-            server_round,
-            len(accepted),
-            len(asked),
-            limits.min_replies,
+        void = (
+            f"{len(accepted)} valid replies of {len(asked)}, fewer than "
+            f"min_replies={limits.min_replies}: nothing aggregated"
         )
-        return Exchanged([], len(accepted), dropped, losses, trained)
+        return Exchanged([], len(accepted), dropped, losses, trained, diverged=diverged, void=void)
     updates = [Update(client, t.arrays, t.num_examples) for client, t in accepted.items()]
-    return Exchanged(updates, len(updates), dropped, losses, trained)
+    return Exchanged(updates, len(updates), dropped, losses, trained, diverged=diverged)
 
 
 def _inflated_counts(read: Mapping[int, Training], max_ratio: float) -> dict[int, str]:
@@ -197,13 +208,15 @@ def read_training(content: RecordDict, limits: Limits) -> Training:
         raise Refused(f"num-examples is {examples!r}, not a whole number")
     if not 0 < examples <= MAX_EXAMPLES:
         raise Refused(f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}")
-    losses = {
+    named = {
         name: float(value)
         for name, value in metrics.items()
-        # A comparison with NaN is false.
-        if LOSS.fullmatch(name) and isinstance(value, (int, float)) and abs(value) <= MAX_LOSS
+        if LOSS.fullmatch(name) and isinstance(value, (int, float))
     }
-    return Training(arrays, examples, losses)
+    # A comparison with NaN is false.
+    losses = {name: value for name, value in named.items() if abs(value) <= MAX_LOSS}
+    diverged = [f"'{name}' is {value:g}" for name, value in named.items() if name not in losses]
+    return Training(arrays, examples, losses, ", ".join(diverged[:1]))
 
 
 def _read_array(name: str, array: Array, shape: tuple[int, ...], max_norm: float) -> Any:
@@ -225,7 +238,7 @@ def _read_array(name: str, array: Array, shape: tuple[int, ...], max_norm: float
     # numbers are.
     norm = float(np.linalg.norm(values.astype(np.float64)))
     if not math.isfinite(norm):
-        raise Refused(f"'{name}' holds values that are not finite")
+        raise Diverged(f"'{name}' holds values that are not finite")
     if norm > max_norm:
         raise Refused(f"'{name}' has norm {norm:.3g}, above max_norm={max_norm:g}")
     return values
@@ -244,8 +257,7 @@ def screen_evaluations(
     replies: Iterable[Message],
     client_of_node: Mapping[int, int],
     ranges: Ranges,
-    *,
-    server_round: int,
+    faults: Faults,
 ) -> dict[int, Row]:
     """Check the evaluation replies of a round; bad ones are dropped and logged.
 
@@ -254,17 +266,16 @@ def screen_evaluations(
         replies: what came in time, in any order.
         client_of_node: client of every node that was asked.
         ranges: the metrics that are read, and within which limits; a reply that lacks one of them
-            does not count, and all others in a reply are ignored.
-        server_round: the round, for log messages.
+            does not count, and all others in a reply, except `NOT_FINITE`, are ignored.
+        faults: logs why replies were dropped.
 
     Returns:
         Metrics by client id, ascending. All rows have the names of `ranges`, and a metric is either
-        an integer in all rows or a float in all rows.
+        an integer in all rows or a float in all rows. Those of clients whose model has diverged
+        also have `NOT_FINITE`.
     """
     answers = read_answers(asked, replies, lambda node, content: evaluation_row(content, ranges))
-    for node, fault in answers.faults.items():
-        client = client_of_node[node]
-        log.warning("round %d: client %d: evaluation dropped: %s", server_round, client, fault)
+    faults.add(dict(sorted((client_of_node[n], fault) for n, fault in answers.faults.items())))
     rows = dict(sorted((client_of_node[node], row) for node, row in answers.usable.items()))
     for name in ranges:
         # A client may send either kind of number, and Flower's records take no list of both.
@@ -282,7 +293,7 @@ def evaluation_row(content: RecordDict, ranges: Ranges) -> Row:
         ranges: the expected metrics and their limits.
 
     Returns:
-        The metrics in the order of `ranges`.
+        The metrics in the order of `ranges`, and `NOT_FINITE` if the client's model has diverged.
 
     Raises:
         Refused: a metric is missing or outside its limits.
@@ -301,4 +312,7 @@ def evaluation_row(content: RecordDict, ranges: Ranges) -> Row:
         # Written with `not`, so that a NaN is refused: comparisons with NaN are false.
         if not low <= row[name] <= highest:
             raise Refused(f"'{name}' is {row[name]:g}, outside {low:g} to {highest:g}")
+    if record.get(NOT_FINITE):
+        # Whatever a client writes there, it marks its own accuracy and nothing else.
+        row[NOT_FINITE] = 1
     return row

@@ -8,6 +8,7 @@ ServerApp. The loop over the rounds, with everything that is written to disk, is
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -67,6 +68,7 @@ class Federation:
         arrays: the present shared tensors, as they are sent.
         strategy: aggregates them.
         rejected: number of training replies that have been rejected since the run began.
+        asked: how often each client has been asked to train since the run began.
         releases: what has been released with noise since the run began.
 
     Raises:
@@ -90,6 +92,7 @@ class Federation:
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.rejected = 0
+        self.asked: Counter[int] = Counter()
         self.releases = self.strategy.releases
         self.protocols = open_protocols(config)
         self.protocol_rows: dict[int, Row] = {}
@@ -183,6 +186,7 @@ class Federation:
         if arrays is not None:
             self.arrays = arrays
         self.rejected += len(exchanged.dropped)
+        self.asked.update(self.strategy.sampled)
         return self._training_line(server_round, exchanged)
 
     def _sample(self, server_round: int) -> dict[int, Message]:
@@ -214,6 +218,7 @@ class Federation:
         remarks: dict[str, Any] = {
             "strategy": self.strategy.metrics(),
             "dropped": {str(client): reason for client, reason in exchanged.dropped.items()},
+            "diverged": {str(client): what for client, what in exchanged.diverged.items()},
             **exchanged.remarks,
         }
         if config.privacy.noise:
@@ -261,14 +266,18 @@ class Federation:
         return line
 
     def _global_part(self, inputs_N: Inputs, labels_N: Tensor) -> dict[str, Any] | None:
-        """Accuracy and mean loss of the global model on some of the server's images."""
+        """Accuracy and mean loss of the global model on some of the server's images.
+
+        A model that is not finite also has the number of `unanswered` images, counted as wrong.
+        """
         # A server without images has no accuracy, and 0 of 0 is not 0 %.
         if not len(labels_N):
             return None
         score = score_global(self.method, self.shared, inputs_N, labels_N)
         if score is None:
             return None
-        return {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
+        part = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
+        return part | ({"unanswered": score.unanswered} if score.unanswered else {})
 
     def _eval_arrays(self) -> ArrayRecord:
         """The shared tensors that are evaluated, as they are sent."""
@@ -306,7 +315,9 @@ class Federation:
             )
             replies, _ = self._send(asked)
             known = self.strategy.known.client_of_node
-            rows = screen_evaluations(asked, replies, known, ranges, server_round=server_round)
+            rows = screen_evaluations(
+                asked, replies, known, ranges, self.strategy.evaluation_faults
+            )
             yield from rows.items()
 
     # Protocols
@@ -371,6 +382,24 @@ class Federation:
                 parts[protocol.name] = finite(part)
         return parts
 
+    # Faults
+
+    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Count the faults of earlier rounds, which are not logged again.
+
+        Args:
+            lines: the rounds of the run in `metrics.jsonl` so far.
+        """
+        for line in lines:
+            dropped = {int(c): reason for c, reason in line.get("dropped", {}).items()}
+            self.strategy.faults.add(dropped, known=True)
+
+    def close_faults(self) -> None:
+        """Log how often faults came again since the run began."""
+        self.exchange.close()
+        self.strategy.faults.close()
+        self.strategy.evaluation_faults.close()
+
     # Checkpoints
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
@@ -404,6 +433,9 @@ class Federation:
         state: Arrays = {n: t.numpy() for n, t in checkpoint.strategy.items()}
         self.strategy.load_state(state)
         self.rejected = checkpoint.totals["rejected"]
+        # Drawn again: which clients train depends on the seed and the round only.
+        for server_round in range(1, checkpoint.server_round + 1):
+            self.asked.update(self.strategy.sample(server_round))
 
 
 def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:

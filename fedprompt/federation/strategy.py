@@ -44,6 +44,7 @@ from fedprompt.messages import (
     to_record,
 )
 from fedprompt.privacy.releases import Releases
+from fedprompt.runtime.faults import Faults
 
 __all__ = ["Arrays", "SharedPromptStrategy", "StrategyConfig", "Update"]
 
@@ -93,6 +94,8 @@ class SharedPromptStrategy(Strategy):
         sampled: ids of the clients that were asked to train in the present round, ascending.
         rejected: why clients did not count in the last round, by client id.
         releases: the run's record of what has been released with noise.
+        faults: logs why the training of clients did not count.
+        evaluation_faults: logs why evaluations of clients did not count.
 
     Raises:
         UserError: the strategy cannot work with these tensors.
@@ -145,6 +148,8 @@ class SharedPromptStrategy(Strategy):
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
         self.releases = Releases()
+        self.faults = Faults(log, "reply dropped")
+        self.evaluation_faults = Faults(log, "evaluation dropped")
         self._in_flight: list[Message] = []
 
     # What a strategy defines
@@ -276,13 +281,7 @@ class SharedPromptStrategy(Strategy):
         ratio = self.config.max_examples_ratio if self.weights_by_examples else math.inf
         fewest = 0 if self.steps_without_replies else self.min_replies
         limits = Limits(self.shapes, self.config.max_norm, ratio, fewest)
-        return screen_replies(
-            asked,
-            replies,
-            self.known.client_of_node,
-            limits,
-            server_round=server_round,
-        )
+        return screen_replies(asked, replies, self.known.client_of_node, limits)
 
     def finish_round(self, server_round: int, exchanged: Exchanged) -> ArrayRecord | None:
         """Aggregate what an exchange returned.
@@ -295,6 +294,9 @@ class SharedPromptStrategy(Strategy):
             The new shared tensors, or None if there is nothing to aggregate.
         """
         self.rejected = dict(exchanged.dropped)
+        self.faults.add(self.rejected)
+        if exchanged.void:
+            self.faults.add_round(server_round, exchanged.void)
         if not exchanged.updates and not self.steps_without_replies:
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)
@@ -371,7 +373,7 @@ class SharedPromptStrategy(Strategy):
             replies,
             self.known.client_of_node,
             count_ranges(TEST_COUNTS),
-            server_round=server_round,
+            self.evaluation_faults,
         )
         if not rows:
             return None

@@ -52,6 +52,9 @@ class Exchanged:
             counts or not. A client that sent nothing or an error is not one of them.
         traffic: bytes of all messages that the exchange took.
         remarks: additional entries of the round's line in `metrics.jsonl`, as plain JSON.
+        diverged: what is not finite in a client's training, by client id in ascending order,
+            whether it counts or not.
+        void: why nothing may be aggregated although clients have replied; empty if something may.
     """
 
     updates: list[Update]
@@ -61,6 +64,8 @@ class Exchanged:
     trained: list[int]
     traffic: Traffic = field(default_factory=Traffic)
     remarks: Mapping[str, Any] = field(default_factory=dict)
+    diverged: dict[int, str] = field(default_factory=dict)
+    void: str = ""
 
 
 Send = Callable[[Sequence[Message]], tuple[list[Message], Traffic]]

@@ -17,6 +17,7 @@ from fedprompt.reports.format import (
     plural,
     result_rows,
 )
+from fedprompt.reports.marks import mark_texts
 from fedprompt.reports.terminal import fields, fitted
 
 COLUMNS = (
@@ -52,7 +53,7 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
         others,
         width,
         title=f"{summary.get('experiment', 'run')}, round {summary.get('rounds', '?')}",
-        note="\n".join([*_traffic(summary), *remarks(summary)]),
+        note="\n".join([*_traffic(summary), *mark_texts(summary), *remarks(summary)]),
     )
 
 

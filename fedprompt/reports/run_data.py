@@ -175,8 +175,8 @@ MEASURED = ("seconds", "peak_memory_bytes", "wall_s", "environment")
 _NUMBERS = {
     "train": ("loss",),
     "clients": ("rejected",),
-    "global": ("accuracy", "loss"),
-    "personal": ("mean", "std", "worst", "p10", "clients", "accuracy"),
+    "global": ("accuracy", "loss", "unanswered"),
+    "personal": ("mean", "std", "worst", "p10", "clients", "accuracy", "not_finite"),
     "personal_on_global": ("mean", "std"),
 }
 
@@ -186,11 +186,20 @@ def _check_metrics(line: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
     _check_numbers(line, ("bytes_up", "bytes_down", "client_steps"), where)
     _check_parts(line, _NUMBERS, where)
+    for name in ("dropped", "diverged"):
+        reasons = line.get(name, {})
+        if not isinstance(reasons, dict) or not all(
+            client.isdecimal() and isinstance(why, str) for client, why in reasons.items()
+        ):
+            raise UserError(f"{where} is damaged: '{name}' must hold a text per client.")
 
 
 def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
     where = str(path)
     _check_numbers(summary, ("uploaded_numbers_per_client_round", "wall_s", *COSTS), where)
+    marks = summary.get("marks", [])
+    if not isinstance(marks, list) or not all(isinstance(m, dict) and _is_mark(m) for m in marks):
+        raise UserError(f"{where} is damaged: 'marks' must hold an object per marked client.")
     results = ("global", "personal", "personal_on_global")
     _check_parts(summary, results, where)
     for baseline in ("zero_shot", "local_only"):
@@ -233,6 +242,16 @@ def _is_paired(personal: Mapping[str, Any]) -> bool:
         and all(map(_is_whole, clients))
         # `_check_numbers` lets None pass, which means not measured elsewhere.
         and (None not in accuracy)
+    )
+
+
+def _is_mark(mark: Mapping[str, Any]) -> bool:
+    """Whether an entry of `marks` has what `marks.mark_texts` reads."""
+    number = mark.get("diverged_in_round")
+    return (
+        all(_is_whole(mark.get(name)) for name in ("client", "dropped", "asked"))
+        and (number is None or _is_whole(number))
+        and isinstance(mark.get("reason"), str)
     )
 
 

@@ -30,6 +30,7 @@ from fedprompt.reports.format import (
     percent_spread,
     result_rows,
 )
+from fedprompt.reports.marks import mark_texts, marks
 from fedprompt.reports.page import count, render
 from fedprompt.reports.result_tables import remarks
 from fedprompt.reports.run_data import (
@@ -50,7 +51,10 @@ PROTOCOL = "protocol_"
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's line in the table; None means unknown or not tested."""
+    """One client's line in the table; None means unknown or not tested.
+
+    `diverged` says that the personal model behind `accuracy` is not finite.
+    """
 
     client: int
     train_images: int | None
@@ -59,6 +63,7 @@ class ClientRow:
     accuracy: float | None
     alone: float | None
     zero_shot: float | None
+    diverged: bool
 
     @property
     def few(self) -> bool:
@@ -138,6 +143,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "personal": run.last("personal"),
         "personal_on_global": run.last("personal_on_global"),
         "local_only": last_alone,
+        "marks": marks(run.rounds),
         "bytes_up": sum(line.get("bytes_up") or 0 for line in run.rounds),
         "bytes_down": sum(line.get("bytes_down") or 0 for line in run.rounds),
     }
@@ -156,6 +162,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     personal = accuracy_of(run.last("personal"))
     zero_shot = accuracy_of((summary.get("zero_shot") or {}).get("personal"))
     alone = alone_of(run)
+    diverged = (run.last("personal") or {}).get("not_finite") or []
     partition = run.partition or {}
     classes = len(partition.get("class_names") or [])
     train_KC = dense(partition.get("train_counts") or [], classes)
@@ -174,6 +181,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
             accuracy=personal.get(k),
             alone=alone.get(k),
             zero_shot=zero_shot.get(k),
+            diverged=k in diverged,
         )
         for k in listed
     ]
@@ -194,6 +202,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "headlines": _headlines(summary, rows),
         "models": [row.name for row in rows],
         "results": _results(rows),
+        "marks": mark_texts(summary),
         "remarks": remarks(summary),
         "clients": client_rows(run, summary),
         "few_test_images": FEW_TEST_IMAGES,

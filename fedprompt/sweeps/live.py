@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedprompt.reports.format import MISSING, human_time, percent
+from fedprompt.reports.marks import mark_line
 from fedprompt.reports.terminal import BETWEEN, EDGES, LOOK
 from fedprompt.sweeps.plan import PlannedRun
 from fedprompt.sweeps.state import Progress, progress, rounds_done, seconds_left
@@ -167,6 +168,8 @@ class PlainBoard(Board):
         took = human_time(time.monotonic() - line.since)
         numbers = "  ".join(f"{name} {value}" for name, value in _results(line.summary))
         self.say(f"done   {run.name}  {numbers}  took {took}  ({self.counts()})")
+        if mark := mark_line(line.summary):
+            self.say(f"       {run.name}: {mark}")
 
 
 class LiveBoard(Board):

@@ -11,7 +11,7 @@ import pytest
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
-from fedprompt.experiment.selection import last_round, select
+from fedprompt.experiment.selection import last_round, objective, select
 from fedprompt.experiment.validate import validate
 from fedprompt.federation.scores import personal_part
 from tests.support.builders import small_config
@@ -81,6 +81,21 @@ def test_without_validation_images_the_last_round_counts() -> None:
 def test_rounds_that_were_not_evaluated_are_not_chosen() -> None:
     gap = {"round": 4, "global": None, "personal": None, "personal_on_global": None}
     assert select([*LINES, gap])["global"] == select(LINES)["global"]
+
+
+def test_a_model_that_is_not_finite_counts_as_wrong_and_is_named() -> None:
+    """A trial does not win because only its best clients are left, and a choice keeps the mark."""
+    lines = [line(1, 0.5, 0.5, {0: (0.6, 0.6), 1: (0.6, 0.6)})]
+    lines.append(line(2, 0.5, 0.5, {0: (0.9, 0.9), 1: (0.0, 0.0)}))
+    for part in (lines[1]["personal"], lines[1]["validation"]["personal"]):
+        part["not_finite"] = [1]
+    settings = small_config().evaluation
+    assert objective(lines, settings) == pytest.approx(0.45)
+    chosen = select(lines)["personal"]
+    assert chosen["accuracy"] == [0.9, 0.6]
+    assert "not_finite" not in chosen, "client 1 is reported by its finite model of round 1"
+    lines[0]["validation"]["personal"]["accuracy"][1] = 0.0
+    assert select(lines)["personal"]["not_finite"] == [1]
 
 
 @pytest.mark.parametrize("local_only", [False, True])

@@ -23,6 +23,8 @@ from flwr.app import (
 )
 from numpy.typing import NDArray
 
+from fedprompt.federation.scores import personal_scores
+from fedprompt.federation.screening import TEST_COUNTS, count_ranges, screen_evaluations
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import (
     MAX_EXAMPLES,
@@ -458,3 +460,51 @@ def test_text_of_clients_is_short_and_printable_in_the_log(
         assert record.getMessage().isprintable()
         assert len(record.getMessage()) < 2 * LONGEST_REASON
     assert len(caplog.records) >= 4
+
+
+# Divergence
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e31])
+def test_a_loss_that_is_not_finite_is_named_and_left_out(loss: float) -> None:
+    strategy = strategy_of_clients(2)
+    zero, one = send(strategy, {"ctx": full(0)})
+    replies = [
+        Message(content({"ctx": full(1)}, **{"num-examples": 1, "loss": 2.0}), reply_to=zero),
+        Message(content({"ctx": full(3)}, **{"num-examples": 1, "loss": loss}), reply_to=one),
+    ]
+    exchanged = strategy.screen(1, [zero, one], replies)
+    assert list(exchanged.diverged) == [1]
+    assert "'loss'" in exchanged.diverged[1]
+    assert exchanged.dropped == {}
+    assert exchanged.accepted == 2
+
+
+def test_tensors_that_are_not_finite_are_told_from_other_faults() -> None:
+    strategy = strategy_of_clients(3)
+    asked = send(strategy, {"ctx": full(0)})
+    values = (full(1e9), full(float("nan")), full(1))
+    replies = [answer(m, {"ctx": v}) for m, v in zip(asked, values, strict=True)]
+    exchanged = strategy.screen(1, asked, replies)
+    assert list(exchanged.dropped) == [0, 1]
+    assert list(exchanged.diverged) == [1]
+
+
+def test_a_diverged_evaluation_counts_and_is_named() -> None:
+    strategy = strategy_of_clients(2)
+    zero, one = asked_to_evaluate(strategy)
+    replies = [
+        evaluation(zero, num_examples=4, correct=2),
+        evaluation(one, num_examples=4, correct=0, not_finite=4),
+    ]
+    rows = screen_evaluations(
+        [zero, one],
+        replies,
+        strategy.known.client_of_node,
+        count_ranges(TEST_COUNTS),
+        strategy.evaluation_faults,
+    )
+    part = personal_scores(rows, TEST_COUNTS)
+    assert part is not None
+    assert part["not_finite"] == [1]
+    assert part["accuracy"] == [0.5, 0.0]

@@ -19,11 +19,13 @@ from fedprompt.messages import Arrays, Exchanged, Send, Traffic, Update
 from fedprompt.privacy.secure_aggregation import ALIKE, require_flower
 from fedprompt.privacy.secure_aggregation.server import Outcome, secure_sum
 from fedprompt.privacy.secure_aggregation.vector import (
+    DIVERGED,
     Implausible,
     check_sum,
     decode,
     size,
 )
+from fedprompt.runtime.faults import Faults
 
 log = logging.getLogger("fedprompt.server")
 
@@ -60,6 +62,7 @@ class SecureExchange:
         self._config = config
         self._clients = clients
         self._weights_by_examples = weights_by_examples
+        self._faults = Faults(log, "did not help to unmask")
         largest, limit = max(images, default=0), config.secure_aggregation.max_weight
         # Clients that add noise count equally, whatever the strategy asks for.
         if weights_by_examples and not config.privacy.noise and largest > limit:
@@ -99,20 +102,24 @@ class SecureExchange:
         client_of_node = {m.metadata.dst_node_id: client for client, m in messages.items()}
         dropped = {client_of_node[n]: why for n, why in outcome.dropped.items()}
         dropped = dict(sorted(dropped.items()))
-        for node, reason in sorted(outcome.silent.items()):
-            log.warning("client %d did not help to unmask: %s", client_of_node[node], reason)
-        for client, reason in dropped.items():
-            log.warning("client %d: not in the sum: %s", client, reason)
+        silent = {client_of_node[n]: why for n, why in outcome.silent.items()}
+        self._faults.add(dict(sorted(silent.items())))
+        # A client that has diverged sends an error; its own words mark nobody else.
+        diverged = {client: why for client, why in dropped.items() if DIVERGED in why}
         accepted = len(messages) - len(dropped)
         trained = sorted(client_of_node[node] for node in outcome.trained)
         self._check(outcome)
         if outcome.total is None:
-            log.warning("round %d: nothing aggregated: %s", server_round, outcome.void)
-            void = {"secure": {"void": outcome.void}}
-            return Exchanged([], accepted, dropped, {}, trained, traffic, void)
+            remarks = {"secure": {"void": outcome.void}}
+            void = f"nothing aggregated: {outcome.void}"
+            return Exchanged([], accepted, dropped, {}, trained, traffic, remarks, diverged, void)
         update, losses, remark = self._read(server_round, shared, outcome)
         remarks = {"secure": remark}
-        return Exchanged([update], accepted, dropped, losses, trained, traffic, remarks)
+        return Exchanged([update], accepted, dropped, losses, trained, traffic, remarks, diverged)
+
+    def close(self) -> None:
+        """Log what went wrong again and again, see `Faults.close`."""
+        self._faults.close()
 
     def _check(self, outcome: Outcome) -> None:
         """Make a round void whose sum cannot be that of honest clients."""
@@ -138,13 +145,10 @@ class SecureExchange:
         clip = self._config.secure_aggregation.clip
         decoded = decode(outcome.total, shared, clip)
         if decoded.cut:
-            log.warning(
-                "round %d: the changes of %d of %d clients were larger than "
-                "secure_aggregation.clip=%g and were cut off; raise it",
+            self._faults.add_round(
                 server_round,
-                decoded.cut,
-                len(outcome.counted),
-                clip,
+                f"the changes of {decoded.cut} of {len(outcome.counted)} clients were larger than "
+                f"secure_aggregation.clip={clip:g} and were cut off; raise it",
             )
         # In float64, as `Update` allows for a mean of several clients; float32 would round it.
         mean = {n: last.astype(np.float64) + decoded.change[n] for n, last in shared.items()}

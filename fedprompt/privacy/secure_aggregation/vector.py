@@ -25,6 +25,8 @@ from fedprompt.messages import Arrays
 Numbers = NDArray[np.float64]
 EXTRA = 3
 """Numbers of the vector beside those of the shared tensors: weight, cut, loss."""
+DIVERGED = "the change of the shared tensors is not finite"
+"""What a client whose training has diverged answers in place of a vector."""
 LARGEST_LOSS = 100.0
 """Losses are clipped to this in absolute value."""
 
@@ -60,7 +62,7 @@ def encode(
     ]
     change_P = np.concatenate([*parts, np.zeros(0)])
     if not np.isfinite(change_P).all():
-        raise UserError("the change of the shared tensors is not finite; nothing was sent.")
+        raise UserError(f"{DIVERGED}; nothing was sent.")
     cut = bool((np.abs(change_P) > clip).any())
     bounded = LARGEST_LOSS if np.isnan(loss) else float(np.clip(loss, -LARGEST_LOSS, LARGEST_LOSS))
     extra = [weight, float(cut), weight * bounded / LARGEST_LOSS]

@@ -9,6 +9,7 @@ from fedprompt.reports.compare.cells import cell_keys, cells_of, method_names
 from fedprompt.reports.compare.load import CHOSEN_BY, Row, differing
 from fedprompt.reports.compare.names import plain
 from fedprompt.reports.compare.statistics import LEVEL, Cell, Test
+from fedprompt.reports.marks import mark_line
 from fedprompt.reports.run_data import context_tokens
 
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
@@ -57,7 +58,7 @@ def reading_note(
     if not pivoted:
         unlike = unlike_settings(rows)
         sentences += [f"Rows are not matched in {'; '.join(unlike)}."] if unlike else []
-        sentences += [selection_note(rows), _made_with(rows)]
+        sentences += [selection_note(rows), marked_note(rows), _made_with(rows)]
     return " ".join(filter(None, sentences))
 
 
@@ -143,6 +144,17 @@ def selection_note(rows: Sequence[Row]) -> str:
     elif len(set(rules)) > 1:
         sentences.append(f"Rows are not matched in {_unlike(rows, key, rules)}.")
     return " ".join(sentences)
+
+
+def marked_note(rows: Sequence[Row]) -> str:
+    """Name the runs whose result is marked, each with its row, its seed and the reason."""
+    texts = [
+        f"{row.name}, seed {seed}: {line}"
+        for row in rows
+        for seed, run in sorted(row.runs.items())
+        if (line := mark_line(run.summary or {}))
+    ]
+    return f"Marked: {'. '.join(texts)}." if texts else ""
 
 
 def _who(names: Sequence[str]) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 
+import fedprompt.federation.client_app as client_app
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
@@ -152,6 +154,26 @@ def test_a_change_beyond_the_clip_is_cut_and_counted(
     assert "of 4 of 4 clients were larger than secure_aggregation.clip=0.0001" in caplog.text
     step = np.abs(values(federation) - start).max()
     assert step == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_a_client_that_has_diverged_is_named(
+    make_workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_clients = client_app.train_clients
+
+    def diverging(*arguments: Any, **settings: Any) -> Any:
+        return [
+            replace(r, shared={n: t * torch.nan for n, t in r.shared.items()})
+            if r.client == 2
+            else r
+            for r in train_clients(*arguments, **settings)
+        ]
+
+    monkeypatch.setattr(client_app, "train_clients", diverging)
+    federation, _ = federation_of(make_workspace(method=PROMPTFL, secure_aggregation=ON))
+    line = federation.train_round(1)
+    assert list(line["diverged"]) == list(line["dropped"]) == ["2"]
+    assert line["clients"]["accepted"] == 3
 
 
 def test_more_images_than_a_weight_can_say(make_workspace: MakeWorkspace) -> None:
