@@ -59,11 +59,21 @@ def sweep(
 
       fedprompt sweep my_table.yaml federation.rounds=20 --seeds 1,2,3
     """
-    from fedprompt.sweeps.plan import MANY, count_runs, expand, load_sweep, sweep_path, write_plan
+    from dataclasses import replace
+
+    from fedprompt.sweeps.plan import (
+        MANY,
+        count_runs,
+        expand,
+        load_sweep,
+        read_seeds,
+        sweep_path,
+        write_plan,
+    )
 
     table = load_sweep(sweep_path(file), quick=quick)
     if seeds is not None:
-        table = _with_seeds(table, seeds)
+        table = replace(table, seeds=read_seeds(seeds))
     folder = out or Path("runs") / table.name
     changes = overrides or []
     if (runs := count_runs(table)) >= MANY:
@@ -159,16 +169,6 @@ def compare(
         out=out,
         protocol=protocol,
     )
-
-
-def _with_seeds(table: SweepFile, text: str) -> SweepFile:
-    from dataclasses import replace
-
-    from fedprompt.sweeps.plan import check_seeds
-
-    parts = [part.strip() for part in text.split(",")]
-    numbers = [int(part) if part.isdecimal() else part for part in parts]
-    return replace(table, seeds=check_seeds(numbers, "--seeds"))
 
 
 def _print_plan(

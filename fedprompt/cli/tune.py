@@ -65,7 +65,7 @@ def tune(
     from typing import get_args
 
     from fedprompt.errors import UserError
-    from fedprompt.sweeps.plan import check_seeds
+    from fedprompt.sweeps.plan import read_seeds
     from fedprompt.tuning.plan import Budget, Pruner, Sampler, make_plan
     from fedprompt.tuning.results import TUNED, write_results
     from fedprompt.tuning.search import search
@@ -78,14 +78,13 @@ def tune(
         if value not in known:
             raise UserError(f"tune: {option} is {value!r}; it must be {', '.join(known)}.")
     budget = Budget(trials, batch, sampler, prune, seed, objective)  # type: ignore[arg-type]
-    numbers = [int(s) if s.isdecimal() else s for s in seeds.split(",")] if seeds else ()
     plan = make_plan(
         name,
         overrides or [],
         budget,
         methods=[m.strip() for m in methods.split(",")] if methods else (),
         spaces=space,
-        seeds=check_seeds(numbers, "--seeds") if seeds else (),
+        seeds=() if seeds is None else read_seeds(seeds),
     )
     folder = out or Path("runs") / f"tune-{plan.name}"
     console = Console(highlight=False)

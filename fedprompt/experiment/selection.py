@@ -50,20 +50,17 @@ def select(lines: Sequence[Line]) -> dict[str, Any]:
         number, accuracy = best
         chosen["global"] = by_round[number]["global"] or last["global"]
         chosen["selection"]["global"] = {"round": number, "validation_accuracy": accuracy}
-    validation = [(line["round"], _by_client(line, "validation", "personal")) for line in lines]
-    clients = sorted({client for _, row in validation for client in row})
-    rounds: dict[int, int] = {}
-    accuracies = []
-    for client in clients:
-        found = _best_round((r, {"accuracy": row.get(client)}) for r, row in validation)
-        assert found is not None
-        rounds[client] = found[0]
-        accuracies.append(found[1])
-    if rounds:
+    own: dict[int, tuple[int, float]] = {}
+    for line in lines:
+        for client, value in _by_client(line, "validation", "personal").items():
+            if client not in own or value >= own[client][1]:
+                own[client] = line["round"], value
+    if own:
+        rounds = {client: own[client][0] for client in sorted(own)}
         chosen["selection"]["personal"] = {
-            "clients": clients,
-            "rounds": [rounds[client] for client in clients],
-            "validation_accuracy": accuracies,
+            "clients": list(rounds),
+            "rounds": list(rounds.values()),
+            "validation_accuracy": [own[client][1] for client in rounds],
         }
         for name in ("personal", "personal_on_global"):
             chosen[name] = _at_rounds(lines, name, rounds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import refuse_twins
 from fedprompt.config.fields import option
-from fedprompt.config.search import Range, log_range
+from fedprompt.config.search import Range, Space, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.batch import Batch, ClientData, RoundInfo, Task, Tensors, stack
 from fedprompt.methods.parts.losses import cross_entropy
@@ -68,6 +68,12 @@ class MethodConfig:
         None if the method trains nothing.
         """
         return log_range(0.0005, 0.5)
+
+    @property
+    def search_spaces(self) -> Mapping[str, Space]:
+        """The declared spaces by key: where `fedprompt tune` looks for the method's own options."""
+        declared = {f.name: f.metadata.get("search") for f in fields(self)}
+        return {key: space for key, space in declared.items() if space is not None}
 
     @property
     def default_strategy(self) -> Mapping[str, Any]:

@@ -284,6 +284,16 @@ def check_seeds(seeds: Any, where: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Read the value of the option `--seeds`: whole numbers, separated by commas.
+
+    Raises:
+        UserError: It is anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    return check_seeds([int(part) if part.isdecimal() else part for part in parts], "--seeds")
+
+
 def _compose(sweep: SweepFile, overrides: Sequence[str], label: str) -> Config:
     try:
         config = compose(sweep.experiment, overrides)

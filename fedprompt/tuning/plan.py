@@ -10,7 +10,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,13 +234,10 @@ def _validation(config: Config) -> tuple[str, ...]:
 
 
 def _space_of(config: Config) -> dict[str, Space]:
-    """The declared spaces of a method's own options, and that of the learning rate."""
+    """The declared spaces of a method's options, and that of the learning rate."""
     method = config.method
     spaces: dict[str, Space] = {"training.lr": method.lr_space} if method.lr_space else {}
-    for field in dataclasses.fields(method):
-        if (space := field.metadata.get("search")) is not None:
-            spaces[f"method.{field.name}"] = space
-    return spaces
+    return spaces | {f"method.{key}": space for key, space in method.search_spaces.items()}
 
 
 def _read_spaces(path: Path | None) -> dict[str, Space]:
@@ -262,11 +258,24 @@ def _try_values(experiment: str, overrides: Sequence[str], key: str, space: Spac
         compose(experiment, [*overrides, f"{key}={json.dumps(value)}"])
 
 
+def setting(config: Config, key: str) -> Any:
+    """The value of a config key, such as `training.lr` or `method.options.kg_weight`.
+
+    Raises:
+        AttributeError, KeyError: the config has no such key.
+    """
+    value: Any = config
+    for name in key.split("."):
+        # The options of a wrapped method are a mapping, with all keys of that method.
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return value
+
+
 def has_key(config: Config, key: str) -> bool:
     """Whether a config has a dotted key."""
     try:
-        attrgetter(key)(config)
-    except AttributeError:
+        setting(config, key)
+    except (AttributeError, KeyError):
         return False
     return True
 

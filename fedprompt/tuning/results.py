@@ -5,21 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fedprompt.config.schema import to_yaml
-from fedprompt.config.search import Range
+from fedprompt.config.search import Choices
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.files import write_bytes
 from fedprompt.reports.draw import save_all
-from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette
-from fedprompt.sweeps.plan import slug
+from fedprompt.reports.figure import (
+    Axis,
+    Bars,
+    BarSeries,
+    Curve,
+    Figure,
+    Lines,
+    Panel,
+    palette,
+)
+from fedprompt.sweeps.plan import file_name
 from fedprompt.tuning.plan import TunePlan
+from fedprompt.tuning.proposals import importances
 from fedprompt.tuning.search import RowResult
 
 TUNED = "tuned.yaml"
@@ -52,9 +62,10 @@ def write_results(plan: TunePlan, results: Sequence[RowResult], folder: Path) ->
         f"# The best settings of each row: {plan.budget}.\n#   fedprompt sweep {folder / TUNED}\n"
     )
     files = {TUNED: head + yaml.safe_dump(sweep, sort_keys=False), TRIALS_TABLE: _table(results)}
+    names = _names(plan)
     for result in results:
         config = compose(plan.experiment, [*common, *rows[result.row.name]])
-        files[f"{CONFIGS}/{slug(result.row.name, {}, config)}.yaml"] = to_yaml(config)
+        files[f"{CONFIGS}/{names[result.row.name]}.yaml"] = to_yaml(config)
     if all(_holds(folder / name, text) for name, text in files.items()):
         return
     # Before the files, whose presence says that nothing is missing.
@@ -87,8 +98,17 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def figures(plan: TunePlan, results: Sequence[RowResult]) -> list[Figure]:
-    """The best objective by number of trials, and every setting that was tried by its objective."""
-    searched = [r for r in results if r.trials]
+    """What the trials tell: the best objective by number of trials, and every row's settings.
+
+    Args:
+        plan: the search.
+        results: its results by row.
+
+    Returns:
+        The history, and for each row that was searched a figure of the objective over every setting
+        that was tried, with the importance of the settings.
+    """
+    searched, names = [r for r in results if r.trials], _names(plan)
     accuracy = Axis(label=f"{plan.budget.objective} accuracy, validation", format="percent")
     history = Lines(
         curves=[_history(result, palette(i)) for i, result in enumerate(searched)],
@@ -104,21 +124,36 @@ def figures(plan: TunePlan, results: Sequence[RowResult]) -> list[Figure]:
         )
     ]
     for i, result in enumerate(searched):
-        panels = [
-            _tried(result, key, accuracy, palette(i))
-            for key, space in result.row.space.items()
-            if isinstance(space, Range)
+        panels: list[Panel] = [
+            _tried(result, key, accuracy, palette(i)) for key in result.row.space
         ]
-        if panels:
-            made.append(
-                Figure(
-                    name=f"tried-{i}",
-                    title=f"Settings of {result.row.name}",
-                    caption="One dot per trial, including those that were ended early.",
-                    panels=tuple(panels),
-                )
+        caption = "One dot per trial, including those that were ended early."
+        if shares := importances(result.row.space, result.trials):
+            panels.append(_importance(shares, palette(i)))
+            caption += (
+                " Importance is the share of each setting in what separates the best third of the "
+                "trials from the others (PED-ANOVA); those that were ended early do not count."
             )
+        made.append(
+            Figure(
+                name=f"tried-{names[result.row.name]}",
+                title=f"Settings of {result.row.name}",
+                caption=caption,
+                panels=tuple(panels),
+            )
+        )
     return made
+
+
+def _importance(shares: Mapping[str, float], color: str) -> Bars:
+    """The importance of each setting, largest first."""
+    return Bars(
+        # Whole keys would run into each other below the bars.
+        labels=[key.rpartition(".")[2] for key in shares],
+        series=[BarSeries("Importance", color, list(shares.values()))],
+        x=Axis(),
+        y=Axis(label="Importance", format="percent", low=0, high=1),
+    )
 
 
 def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
@@ -145,6 +180,18 @@ def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
     return rows
 
 
+def _names(plan: TunePlan) -> dict[str, str]:
+    """What the names of a row's files begin or end with, by row; no two are equal."""
+    names: dict[str, str] = {}
+    for row in plan.rows:
+        stem = name = file_name(row.name) or "row"
+        number = 2
+        while name in names.values():
+            name, number = f"{stem}-{number}", number + 1
+        names[row.name] = name
+    return names
+
+
 def _history(result: RowResult, color: str) -> Curve:
     best: list[float] = []
     numbers: list[float] = []
@@ -159,12 +206,19 @@ def _history(result: RowResult, color: str) -> Curve:
 
 def _tried(result: RowResult, key: str, y: Axis, color: str) -> Lines:
     """The values of a setting that were tried, and what they led to."""
-    points = sorted((t.values[key], t.objective) for t in result.trials if t.objective is not None)
+    space = result.row.space[key]
+    done = [(t.values[key], t.objective) for t in result.trials if t.objective is not None]
+    if isinstance(space, Choices):
+        # A row's own settings may have a value that is not among the choices.
+        names = list(dict.fromkeys([*space.values, *(value for value, _ in done)]))
+        done = [(names.index(value), objective) for value, objective in done]
+        x = Axis(label=key, names=[str(name) for name in names])
+    else:
+        x = Axis(label=key, log=space.log)
+    points = sorted(done)
     values, accuracies = [p[0] for p in points], [p[1] for p in points]
     curve = Curve(name=key, color=color, x=values, y=accuracies, joined=False)
-    space = result.row.space[key]
-    log = isinstance(space, Range) and space.log
-    return Lines(curves=[curve], x=Axis(label=key, log=log), y=y, nearest=True)
+    return Lines(curves=[curve], x=x, y=y, nearest=True)
 
 
 def _table(results: Sequence[RowResult]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fedprompt.experiment.selection import objective_by_round
 from fedprompt.reports.run_data import SUMMARY, load_run
 from fedprompt.sweeps.api import run_planned
 from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug, with_threads
-from fedprompt.tuning.plan import PLAN, Row, TunePlan, write_plan
+from fedprompt.tuning.plan import PLAN, Row, TunePlan, setting, write_plan
 from fedprompt.tuning.proposals import Trial, best, propose, thresholds
 
 TRIALS = "trials"
@@ -233,7 +232,7 @@ def _planned(
     limits = thresholds(known, number, config.federation.rounds, plan.budget)
     config = replace(config, evaluation=replace(config.evaluation, stop_below=limits))
     # The whole setting, also for trial 0, so that it can be a point of the search like the others.
-    values = {key: attrgetter(key)(config) for key in row.space}
+    values = {key: setting(config, key) for key in row.space}
     name = f"{slug(row.name, {}, config)}-trial{number:03d}-{settings_hash(config)}"
     place = str((folder / TRIALS / name).absolute())
     config = replace(config, output=replace(config.output, dir=place))

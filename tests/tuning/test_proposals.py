@@ -119,6 +119,16 @@ def test_importances_sum_to_one() -> None:
     assert importances(SPACE, trials[:2]) == {}
 
 
+def test_the_setting_that_matters_is_the_most_important_of_a_dozen_trials() -> None:
+    space = {**SPACE, "method.weight": Range(0, 1)}
+    budget = Budget(sampler="random")
+    tried = [propose(space, [], n, budget, "row") or {} for n in range(1, 13)]
+    trials = [Trial(v, 1 - abs(math.log10(v["training.lr"]) + 1.5)) for v in tried]
+    shares = importances(space, trials)
+    assert next(iter(shares)) == "training.lr"
+    assert shares["training.lr"] > 0.5
+
+
 @pytest.mark.parametrize(
     "value",
     [[1], [1, 1], "x", {"low": 1}, {"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True},

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from fedprompt.cli.main import main
+from fedprompt.config.search import Choices, log_range
 from fedprompt.data.dataset import TEST
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.reports.figure import Bars, Lines
 from fedprompt.sweeps.plan import expand, load_sweep
 from fedprompt.tuning import search as module
 from fedprompt.tuning.plan import Budget, TunePlan, make_plan
-from fedprompt.tuning.results import TUNED, write_results
+from fedprompt.tuning.proposals import Trial
+from fedprompt.tuning.results import TUNED, figures, write_results
 from fedprompt.tuning.search import RowResult, search, trial_config
 
 SMALL = [
@@ -131,6 +136,53 @@ def test_the_tuned_sweep_has_the_winners_settings(
         assert run.config.partition.local_validation_fraction == 0.2
     assert (folder / "history.png").stat().st_size > 1000
     assert len(list((folder / "configs").iterdir())) == 3
+
+
+def test_options_of_a_wrapped_method_are_searched(tmp_path: Path) -> None:
+    """From the space to a trial, and from the winner to the tuned sweep."""
+    key = "method.options.kg_weight"
+    table = {"experiment": "quickstart", "common": SMALL, "seeds": [1]}
+    rows = {"A b": ["method=ditto", "method.base=kgcoop"], "a-B": ["method=promptfl"]}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table | {"rows": rows}))
+    plan = make_plan(str(tmp_path / "table.yaml"), [], BUDGET)
+    row, other = plan.rows
+    assert {*row.space} == {"training.lr", "method.lam", key}
+    assert trial_config(plan, row, {key: 3.0}).method.base_config().kg_weight == 3.0
+    values = [{"training.lr": 0.1 / n, "method.lam": 1.0, key: 2.0 * n} for n in range(1, 5)]
+    trials = tuple(Trial(v, 0.5 + n / 10) for n, v in enumerate(values))
+    (tmp_path / "out").mkdir()
+    write_results(
+        plan, [RowResult(row, trials, 3, {}), RowResult(other, (), None, {})], tmp_path / "out"
+    )
+    runs = expand(load_sweep(tmp_path / "out" / TUNED), tmp_path / "runs")
+    assert runs[0].config.method.options["kg_weight"] == 8.0
+    assert runs[0].config.training.lr == 0.025
+    # Rows whose names differ in capitals and hyphens only keep files of their own.
+    assert len(list((tmp_path / "out" / "configs").iterdir())) == 2
+
+
+def test_the_figures_show_every_setting_and_its_importance(plan: TunePlan) -> None:
+    space = {"training.lr": log_range(0.001, 1), "method.context_tokens": Choices((4, 16))}
+    row = replace(plan.rows[0], space=space)
+    # 8 tokens are not among the choices, as the settings of a row itself may be.
+    trials = tuple(
+        Trial({"training.lr": 0.5 / (n + 1), "method.context_tokens": tokens}, n / 10)
+        for n, tokens in enumerate((8, 4, 16, 4, 16))
+    )
+    _, tried = figures(plan, [RowResult(row, trials, 3, {})])
+    lr, tokens, importance = tried.panels
+    assert isinstance(lr, Lines)
+    assert lr.x.log
+    assert isinstance(tokens, Lines)
+    assert tokens.x.names == ["4", "16", "8"]
+    assert [*tokens.curves[0].x] == [0, 0, 1, 1, 2]
+    assert isinstance(importance, Bars)
+    assert {*importance.labels} == {"lr", "context_tokens"}
+    shares = [value or 0 for value in importance.series[0].values]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1)
+    _, few = figures(plan, [RowResult(row, trials[:4], 3, {})])
+    assert len(few.panels) == 2
 
 
 def test_bad_input_is_refused_before_anything_runs(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import build, option
+from fedprompt.config.search import Range, Space
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import (
@@ -47,14 +48,25 @@ class WrapperConfig(MethodConfig):
     )
 
     @property
+    def lr_space(self) -> Range | None:
+        """The base's."""
+        return self._base().lr_space
+
+    @property
+    def search_spaces(self) -> Mapping[str, Space]:
+        """The wrapper's own, and the base's under `options`."""
+        of_base = {f"options.{key}": space for key, space in self._base().search_spaces.items()}
+        return {**super().search_spaces, **of_base}
+
+    @property
     def default_strategy(self) -> Mapping[str, Any]:
         """The base's."""
-        return self._base_strategies().default_strategy
+        return self._base().default_strategy
 
     @property
     def supported_strategies(self) -> frozenset[str] | None:
         """The base's."""
-        return self._base_strategies().supported_strategies
+        return self._base().supported_strategies
 
     def check(self) -> None:
         """Check the base's config, and complete `options` with its defaults."""
@@ -81,7 +93,7 @@ class WrapperConfig(MethodConfig):
             raise UserError("config: method.options.name: set method.base to choose the method.")
         return build(cls.Config, {"name": self.base, **self.options}, "method.options")
 
-    def _base_strategies(self) -> MethodConfig:
+    def _base(self) -> MethodConfig:
         config: MethodConfig = self.base_config()
         return config
 

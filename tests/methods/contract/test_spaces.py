@@ -17,8 +17,9 @@ def test_the_papers_values_are_in_the_space(name: str) -> None:
     # Only these two train nothing at their default settings.
     assert (config.lr_space is None) == (name in ("zero_shot", "tip_adapter"))
     assert config.lr_space is None or 0.002 in config.lr_space
+    searched = config.search_spaces
     for field in dataclasses.fields(config):
-        space, limits = field.metadata.get("search"), field.metadata
+        space, limits = searched.get(field.name), field.metadata
         if space is None:
             continue
         assert getattr(config, field.name) in space
@@ -33,12 +34,14 @@ def test_the_papers_values_are_in_the_space(name: str) -> None:
 
 
 def test_weights_of_losses_are_searched() -> None:
-    fields = {
-        f.name: f.metadata.get("search")
-        for f in dataclasses.fields(all_methods()["fedrsclip"].Config)
-    }
-    assert {name for name, space in fields.items() if space} == {
-        "theta",
-        "dpa_weight",
-        "cmfa_weight",
-    }
+    config = all_methods()["fedrsclip"].Config()
+    assert {*config.search_spaces} == {"theta", "dpa_weight", "cmfa_weight"}
+
+
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "ditto", "fedper"])
+def test_a_wrapper_searches_the_options_of_its_base(name: str) -> None:
+    wrapper, base = (all_methods()[n].Config for n in (name, "prograd"))
+    of_base = {f"options.{key}": space for key, space in base().search_spaces.items()}
+    assert of_base
+    assert wrapper(base="prograd").search_spaces == wrapper().search_spaces | of_base
+    assert wrapper(base="tip_adapter", options={"fine_tune": True}).lr_space is not None
