@@ -25,7 +25,13 @@ def tune(
     methods: Annotated[
         str | None, typer.Option(help="Methods to tune on an experiment, e.g. promptfl,fedrsclip.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials of every row.")] = 12,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials of every row \\[12].")] = None,
+    budget_steps: Annotated[
+        int | None, typer.Option(min=1, help="Client steps of every row, in place of --trials.")
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Seconds of every row, in place of --trials.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
     prune: Annotated[str, typer.Option(help="median, hyperband or none.")] = "median",
     objective: Annotated[
@@ -77,7 +83,21 @@ def tune(
     ):
         if value not in known:
             raise UserError(f"tune: {option} is {value!r}; it must be {', '.join(known)}.")
-    budget = Budget(trials, batch, sampler, prune, seed, objective)  # type: ignore[arg-type]
+    if sum(x is not None for x in (trials, budget_steps, budget_seconds)) > 1:
+        raise UserError(
+            "tune: give only one of --trials, --budget-steps and --budget-seconds; a search has "
+            "one kind of budget."
+        )
+    budget = Budget(
+        trials=trials or Budget.trials,
+        batch=batch,
+        sampler=sampler,  # type: ignore[arg-type]
+        pruner=prune,  # type: ignore[arg-type]
+        seed=seed,
+        objective=objective,  # type: ignore[arg-type]
+        steps=budget_steps,
+        seconds=budget_seconds,
+    )
     plan = make_plan(
         name,
         overrides or [],
@@ -110,8 +130,8 @@ def _print_results(results: Sequence[RowResult], console: Console) -> None:
     from fedprompt.tuning.results import result_rows
 
     table = Table(title=Text("best on validation images"), title_justify="left", **LOOK)
-    for column in ("row", "own", "tuned", "trials", "settings"):
-        numbers = column in ("own", "tuned", "trials")
+    for column in ("row", "own", "tuned", "trials", "client steps", "settings"):
+        numbers = column not in ("row", "settings")
         table.add_column(column, justify="right" if numbers else "left")
     for row in result_rows(results):
         # The last part of a key says enough beside the row's name.
@@ -123,6 +143,7 @@ def _print_results(results: Sequence[RowResult], console: Console) -> None:
             percent(row["own"]),
             percent(row["tuned"]),
             trials,
+            f"{row['steps']:,}",
             Text(", ".join(values) or MISSING),
         )
     console.print(table)

@@ -36,7 +36,7 @@ Pruner = Literal["median", "hyperband", "none"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every row gets.
+    """What every row gets: a number of trials or, if one of them is set, of steps or seconds.
 
     Attributes:
         trials: number of trials. The first one has the settings of the row itself.
@@ -47,6 +47,10 @@ class Budget:
         pruner: which trials end early.
         seed: seed of the proposals.
         objective: the accuracy on validation images that is maximised.
+        steps: client steps of all trials of a row together, in place of a number of trials: a row
+            gets batches until its trials have taken so many.
+        seconds: seconds of the rounds of all trials of a row together, likewise. How many trials
+            that is depends on the machine, and on what else it does.
     """
 
     trials: int = 12
@@ -55,11 +59,18 @@ class Budget:
     pruner: Pruner = "median"
     seed: int = 1
     objective: Literal["personal", "global"] = "personal"
+    steps: int | None = None
+    seconds: float | None = None
 
     def __str__(self) -> str:
         """As it is shown under tables."""
+        amount = f"{self.trials} trials"
+        if self.steps is not None:
+            amount = f"{self.steps} client steps"
+        elif self.seconds is not None:
+            amount = f"{self.seconds:g} seconds"
         return (
-            f"{self.trials} trials by {self.sampler}, pruned by {self.pruner}, seed {self.seed}, "
+            f"{amount} by {self.sampler}, pruned by {self.pruner}, seed {self.seed}, "
             f"best {self.objective} accuracy on validation images"
         )
 
@@ -291,7 +302,8 @@ def _plain(plan: TunePlan) -> dict[str, Any]:
         "common": list(plan.common),
         "rows": {row.name: list(row.overrides) for row in plan.rows},
         "space": {row.name: {k: plain(v) for k, v in row.space.items()} for row in plan.rows},
-        "budget": dataclasses.asdict(plan.budget),
+        # Without what is not set, so that a later version can add further kinds of budgets.
+        "budget": {k: v for k, v in dataclasses.asdict(plan.budget).items() if v is not None},
         "seed": plan.seed,
         "seeds": list(plan.seeds),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -39,12 +39,39 @@ class Trial:
         objective: the accuracy on validation images, or None if the run failed.
         by_round: the best objective until each round, from round 1.
         pruned: whether the trial was ended early.
+        steps: optimiser steps of all clients.
+        seconds: duration of its rounds. Trials are equal whatever they took.
     """
 
     values: Mapping[str, Any]
     objective: float | None
     by_round: tuple[float, ...] = ()
     pruned: bool = False
+    steps: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+
+def next_batch(earlier: Sequence[Trial], budget: Budget) -> range:
+    """The numbers of a row's next trials.
+
+    Args:
+        earlier: all trials of the row so far.
+        budget: what the row gets.
+
+    Returns:
+        The numbers of a batch, or none if the budget is used up.
+    """
+    first = len(earlier)
+    batch = range(first, first + budget.batch)
+    if budget.steps is not None:
+        costs, limit = [float(trial.steps) for trial in earlier], float(budget.steps)
+    elif budget.seconds is not None:
+        costs, limit = [trial.seconds for trial in earlier], budget.seconds
+    else:
+        return range(first, min(first + budget.batch, budget.trials))
+    # Trials that fail before their first round cost nothing, so their number has no end.
+    stuck = first > 0 and not any(costs[-budget.batch :])
+    return range(0) if stuck or sum(costs) >= limit else batch
 
 
 def propose(

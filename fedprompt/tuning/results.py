@@ -160,8 +160,8 @@ def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
     """What a terminal shows of each row.
 
     Returns:
-        Per row: `trials`, `pruned` and `failed` are counts, `own` and `tuned` the objectives of the
-        row's own settings and of the best ones, and `values` the best settings.
+        Per row: `trials`, `pruned`, `failed` and client `steps` are counts, `own` and `tuned` the
+        objectives of the row's own settings and of the best ones, and `values` the best settings.
     """
     rows = []
     for result in results:
@@ -172,6 +172,7 @@ def result_rows(results: Sequence[RowResult]) -> list[dict[str, Any]]:
                 "trials": len(result.trials),
                 "pruned": sum(trial.pruned for trial in result.trials),
                 "failed": len(result.failures),
+                "steps": sum(trial.steps for trial in result.trials),
                 "own": result.trials[0].objective if result.trials else None,
                 "tuned": best.objective if best else None,
                 "values": dict(best.values) if best else {},
@@ -225,7 +226,7 @@ def _table(results: Sequence[RowResult]) -> str:
     keys = list(dict.fromkeys(key for result in results for key in result.row.space))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["row", "trial", "state", "objective", *keys])
+    table.writerow(["row", "trial", "state", "objective", "client_steps", *keys])
     for result in results:
         for number, trial in enumerate(result.trials):
             state = (
@@ -233,5 +234,5 @@ def _table(results: Sequence[RowResult]) -> str:
             )
             values = [trial.values.get(key, "") for key in keys]
             objective = "" if trial.objective is None else trial.objective
-            table.writerow([result.row.name, number, state, objective, *values])
+            table.writerow([result.row.name, number, state, objective, trial.steps, *values])
     return text.getvalue()

@@ -20,7 +20,7 @@ from fedprompt.reports.run_data import SUMMARY, load_run
 from fedprompt.sweeps.api import run_planned
 from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug, with_threads
 from fedprompt.tuning.plan import PLAN, Row, TunePlan, setting, write_plan
-from fedprompt.tuning.proposals import Trial, best, propose, thresholds
+from fedprompt.tuning.proposals import Trial, best, next_batch, propose, thresholds
 
 TRIALS = "trials"
 """The folder of the trials' runs, in the folder of the search."""
@@ -110,8 +110,7 @@ def search_all(
     and not once per batch and search.
 
     Args:
-        searches: plans with the same number and batches of trials, and with different names, each
-            with a folder of its own.
+        searches: plans with different names, each with a folder of its own.
         marker: a file above or in the folders, which exists when the runs start; workers of a
             cluster check that they see it.
         jobs: as for `search`, like all further arguments.
@@ -131,12 +130,10 @@ def search_all(
     # Two searches may have the same trials, in folders of their own.
     prefix = "{}/" if len(searches) > 1 else ""
     found = [_Found(plan, folder, prefix.format(plan.name)) for plan, folder in searches]
-    budget = searches[0][0].budget
-    for first in range(0, budget.trials, budget.batch):
-        numbers = range(first, min(first + budget.batch, budget.trials))
-        # Proposed together: no trial of a batch may depend on another one's result.
-        batches = [one.propose(numbers) for one in found]
-        rows = sum(bool(row.space) for plan, _ in searches for row in plan.rows)
+    # Proposed together: no trial of a batch may depend on another one's result.
+    while any(batches := [one.propose() for one in found]):
+        numbers = sorted({n for batch in batches for _, n in batch})
+        rows = len({(i, row) for i, batch in enumerate(batches) for row, _ in batch})
         say(f"trials {numbers[0]} to {numbers[-1]} of {rows} rows")
         runs = {run.name: run for batch in batches for run in batch.values()}
         reasons = run_planned(
@@ -164,12 +161,12 @@ class _Found:
         self._trials: dict[str, list[Trial]] = {row.name: [] for row in plan.rows}
         self._failures: dict[str, dict[int, str]] = {row.name: {} for row in plan.rows}
 
-    def propose(self, numbers: Sequence[int]) -> dict[tuple[str, int], PlannedRun]:
-        """The runs of a batch by row and number of the trial."""
+    def propose(self) -> dict[tuple[str, int], PlannedRun]:
+        """The runs of the next batch by row and number of the trial; none if all rows are done."""
         runs = {}
         for row in self._plan.rows:
             pending: list[Mapping[str, Any]] = []
-            for n in numbers if row.space else ():
+            for n in next_batch(self._trials[row.name], self._plan.budget) if row.space else ():
                 run = _planned(self._plan, row, n, self._trials[row.name], pending, self._folder)
                 if run is not None:
                     runs[row.name, n] = replace(run, name=f"{self._prefix}{run.name}")
@@ -241,9 +238,16 @@ def _planned(
 
 def _read(run: PlannedRun, *, failed: bool) -> Trial:
     """What a trial has measured, from its run folder."""
+    try:
+        read = load_run(run.folder)
+    except UserError:
+        if failed:  # before its first round
+            return Trial(run.values, None)
+        raise
+    steps = sum(line.get("client_steps", 0) for line in read.rounds)
+    seconds = sum(line["train_s"] + line["evaluate_s"] for line in read.timings)
     if failed:
-        return Trial(run.values, None)
-    read = load_run(run.folder)
+        return Trial(run.values, None, steps=steps, seconds=seconds)
     if read.summary is None:
         raise UserError(f"tune: {run.folder / SUMMARY} is missing; repeat the command.")
     return Trial(
@@ -251,6 +255,8 @@ def _read(run: PlannedRun, *, failed: bool) -> Trial:
         read.summary.get("objective", {}).get("value"),
         objective_by_round(read.rounds, run.config.evaluation),
         pruned="ended_after_round" in read.summary,
+        steps=steps,
+        seconds=seconds,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from fedprompt.config.search import Choices, Range, space_from
 from fedprompt.errors import UserError
 from fedprompt.tuning.plan import Budget
-from fedprompt.tuning.proposals import Trial, best, importances, propose, thresholds
+from fedprompt.tuning.proposals import Trial, best, importances, next_batch, propose, thresholds
 
 SPACE = {"training.lr": Range(1e-3, 0.5, log=True), "method.tokens": Choices((4, 16))}
 
@@ -37,6 +37,22 @@ def test_proposals_are_repeatable_inside_the_space_and_different(sampler: Any) -
     assert len({tuple(v.values()) for v in values if v}) == 8
     assert values[0] != propose(SPACE, EARLIER, 1, budget, "another row")
     assert values[0] != propose(SPACE, EARLIER, 1, replace(budget, seed=2), "row")
+
+
+def test_every_kind_of_budget_ends() -> None:
+    def numbers(budget: Budget, *costs: int) -> list[int]:
+        earlier = [trial(0.1, 0.5, steps=c, seconds=float(c)) for c in costs]
+        return [*next_batch(earlier, budget)]
+
+    counted = Budget(trials=5, batch=2)
+    assert [numbers(counted, *[9] * n) for n in (0, 2, 4, 5)] == [[0, 1], [2, 3], [4], []]
+    for budget in (Budget(batch=2, steps=30), Budget(batch=2, seconds=30)):
+        assert numbers(budget) == [0, 1]
+        assert numbers(budget, 10, 10) == [2, 3]
+        assert numbers(budget, 10, 10, 5, 4) == [4, 5]
+        assert numbers(budget, 10, 10, 5, 5) == []
+        # Trials that fail at once would never use up a budget.
+        assert numbers(budget, 10, 10, 0, 0) == []
 
 
 def test_a_grid_ends() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,16 @@ from fedprompt.cli.main import main
 from fedprompt.config.search import Choices, log_range
 from fedprompt.data.dataset import TEST
 from fedprompt.errors import UserError
+from fedprompt.experiment import rounds
 from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.reports.figure import Bars, Lines
+from fedprompt.reports.run_data import CHECKPOINT, SUMMARY
 from fedprompt.sweeps.plan import expand, load_sweep
 from fedprompt.tuning import search as module
 from fedprompt.tuning.plan import Budget, TunePlan, make_plan
 from fedprompt.tuning.proposals import Trial
-from fedprompt.tuning.results import TUNED, figures, write_results
+from fedprompt.tuning.results import TRIALS_TABLE, TUNED, figures, write_results
 from fedprompt.tuning.search import RowResult, search, trial_config
 
 SMALL = [
@@ -71,6 +78,20 @@ def test_an_interrupted_search_ends_with_the_same_trials(
     for path in gone:
         shutil.rmtree(path)
     again = tmp_path / "out"
+    save = rounds._save
+
+    def killed(checkpoint: Checkpoint, *arguments: Any) -> None:
+        save(checkpoint, *arguments)
+        if checkpoint.server_round == 1:
+            raise Killed
+
+    # The process ends in the middle of a trial, which has a checkpoint.
+    monkeypatch.setattr(rounds, "_save", killed)
+    with pytest.raises(Killed):
+        search(plan, again, serial=True, quiet=True)
+    monkeypatch.setattr(rounds, "_save", save)
+    (begun,) = (p for p in (again / "trials").iterdir() if not (p / SUMMARY).exists())
+    assert (begun / CHECKPOINT).exists()
     planned: list[str] = []
     whole = module.run_planned
 
@@ -84,6 +105,71 @@ def test_an_interrupted_search_ends_with_the_same_trials(
     assert [r.trials for r in repeated] == [r.trials for r in results]
     assert [r.best for r in repeated] == [r.best for r in results]
     assert sorted(planned) == sorted(path.name for path in (folder / "trials").iterdir())
+
+
+class Killed(BaseException):
+    """Ends a search as no error of a run does."""
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_with_several_workers(
+    searched: tuple[Path, list[RowResult]], tmp_path: Path
+) -> None:
+    """After `kill -9` in a trial, Ray's workers complete what one process would have done."""
+    folder, _ = searched
+    command = [sys.executable, "-m", "fedprompt", "tune", "quickstart", *SMALL]
+    command += ["--methods", "promptfl,zero_shot,fedrsclip", "--trials", "3", "--batch", "2"]
+    command += ["--sampler", "random", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--serial"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not [*tmp_path.glob(f"out/trials/*/{CHECKPOINT}")]:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = (yaml.safe_load((f / TUNED).read_text()) for f in (tmp_path / "out", folder))
+    assert ours == theirs
+    tables = [(f / TRIALS_TABLE).read_bytes() for f in (tmp_path / "out", folder)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("kind", ["steps", "seconds"])
+def test_a_budget_of_another_kind_is_equal_within_a_batch(
+    kind: str, plan: TunePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method whose trials cost less gets more of them; no run is done here."""
+    cost = {"promptfl": 20, "fedrsclip": 45}
+    budget = replace(BUDGET, **{kind: 100})
+    monkeypatch.setattr(module, "run_planned", lambda *_, **__: {})
+    monkeypatch.setattr(
+        module,
+        "_read",
+        lambda run, failed: Trial(run.values, 0.5, **{kind: cost[run.row]}),
+    )
+    results = search(replace(plan, budget=budget), tmp_path / "out", serial=True)
+    for result in results:
+        if result.row.space:
+            spent = sum(getattr(trial, kind) for trial in result.trials)
+            assert 100 <= spent < 100 + budget.batch * cost[result.row.name]
+    assert str(budget).startswith(f"100 {'client steps' if kind == 'steps' else 'seconds'} by")
+    # Another kind of budget is another search.
+    with pytest.raises(UserError, match="'budget' differs"):
+        search(plan, tmp_path / "out")
+
+
+def test_what_trials_have_cost_is_read_from_their_runs(
+    searched: tuple[Path, list[RowResult]],
+) -> None:
+    folder, results = searched
+    summaries = [json.loads(p.read_text()) for p in (folder / "trials").glob(f"*/{SUMMARY}")]
+    trials = [trial for result in results for trial in result.trials]
+    assert sorted(t.steps for t in trials) == sorted(s["client_steps"] for s in summaries)
+    assert sum(t.seconds for t in trials) == pytest.approx(
+        sum(s["seconds"] for s in summaries), abs=0.01
+    )
 
 
 def test_a_trial_cannot_see_test_images(plan: TunePlan) -> None:
@@ -206,12 +292,21 @@ def test_bad_input_is_refused_before_anything_runs(
         space.write_text(text)
         with pytest.raises(UserError, match=problem):
             make_plan("quickstart", SMALL, BUDGET, methods=["promptfl"], spaces=space)
+    with pytest.raises(UserError, match="local_validation_fraction"):
+        make_plan("quickstart", [*SMALL, "partition.local_validation_fraction=0.9"], BUDGET)
     with pytest.raises(UserError, match="settings to search"):
         make_plan("quickstart", SMALL, BUDGET, methods=["zero_shot"])
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--sampler", "best"], ["--prune", "half"], ["--objective", "test"]]
+    "arguments",
+    [
+        ["--sampler", "best"],
+        ["--prune", "half"],
+        ["--objective", "test"],
+        ["--budget-steps", "100", "--trials", "3"],
+        ["--seeds", "1,x"],
+    ],
 )
 def test_an_unknown_word_is_named(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
