@@ -78,6 +78,26 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Incomplete:
+    """A row that is not ranked.
+
+    Attributes:
+        entry: Where it comes from.
+        missing: What it lacks, e.g. `few-shot (seeds 2, 3), label-skew`.
+        diverged: What diverged in the runs that it has, which may be why: scenario, seed and text.
+    """
+
+    entry: Entry
+    missing: str
+    diverged: tuple[tuple[str, int, str], ...]
+
+    @property
+    def row(self) -> str:
+        """The name of the row."""
+        return self.entry.result.row
+
+
+@dataclass(frozen=True)
 class Board:
     """The ranking of one suite at one setting.
 
@@ -88,7 +108,7 @@ class Board:
         kind: What a block is.
         lines: The complete rows in order.
         ranks: The test of their average ranks, in the same order.
-        incomplete: The other rows of this setting, with what each lacks.
+        incomplete: The other rows of this setting.
     """
 
     suite: Suite
@@ -97,7 +117,7 @@ class Board:
     kind: Blocks
     lines: tuple[Line, ...]
     ranks: Ranks
-    incomplete: tuple[tuple[Entry, str], ...]
+    incomplete: tuple[Incomplete, ...]
 
 
 def make_board(
@@ -121,12 +141,12 @@ def make_board(
         The board; None if no row was run with this setting.
     """
     complete: list[Entry] = []
-    incomplete: list[tuple[Entry, str]] = []
+    incomplete: list[Incomplete] = []
     for entry in suite.entries:
         if any(getattr(s, setting) for s in entry.result.scenarios.values()):
             missing = _missing(suite, entry, setting, metric)
             if missing:
-                incomplete.append((entry, missing))
+                incomplete.append(Incomplete(entry, missing, _diverged(suite, entry, setting)))
             else:
                 complete.append(entry)
     if not complete and not incomplete:
@@ -216,7 +236,7 @@ def _scores_by_seed(
 
 
 def _missing(suite: Suite, entry: Entry, setting: Setting, metric: Metric) -> str:
-    """What a row lacks, e.g. `few-shot (seeds 2, 3), label-skew`; empty if it is complete."""
+    """What a row lacks, in words; empty if it is complete."""
     parts = []
     for name, planned in suite.planned.items():
         scenario = entry.result.scenarios.get(name)
@@ -269,9 +289,12 @@ def _cost(suite: Suite, entry: Entry, setting: Setting) -> Cost:
 
 
 def _diverged(suite: Suite, entry: Entry, setting: Setting) -> tuple[tuple[str, int, str], ...]:
-    return tuple(
-        (name, seed, run.diverged)
-        for name in suite.planned
-        for seed, run in sorted(_measured(entry, name, setting).seeds.items())
-        if run.diverged
-    )
+    """What diverged; the row may be incomplete."""
+    found = []
+    for name in suite.planned:
+        scenario = entry.result.scenarios.get(name)
+        measured: SettingResult | None = getattr(scenario, setting) if scenario else None
+        for seed, run in sorted(measured.seeds.items()) if measured else ():
+            if run.diverged:
+                found.append((name, seed, run.diverged))
+    return tuple(found)

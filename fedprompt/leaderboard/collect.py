@@ -114,8 +114,9 @@ def collect(paths: Sequence[Path]) -> tuple[list[Suite], list[Refused]]:
 
 
 def _files(path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise UserError(f"leaderboard: there is no file or folder {path}.")
     if not path.is_dir():
-        # `read` says what is wrong with a path that does not exist.
         yield path
         return
     yield from sorted(path.glob("*.json"))
@@ -199,7 +200,7 @@ def _rows(results: Mapping[Path, ResultFile]) -> tuple[list[Entry], list[Refused
 
 
 def _numbers(result: ResultFile) -> dict[str, object]:
-    """What two computations of the same row agree on: everything but time, memory and machine."""
+    """What two computations of a row agree on: not time, memory and hashes of paths in configs."""
     found: dict[str, object] = {"method": result.method}
     for name, scenario in result.scenarios.items():
         for setting in SETTINGS:
@@ -207,7 +208,6 @@ def _numbers(result: ResultFile) -> dict[str, object]:
             if measured is None:
                 continue
             where = f"scenarios.{name}.{setting}"
-            found[f"{where}.config_hash"] = measured.config_hash
             for seed, run in measured.seeds.items():
                 found[f"{where}.seeds.{seed}"] = (
                     run.value, run.last, run.global_, run.personal, run.worst,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedprompt.leaderboard.board import FEWEST_FOR_WILCOXON, Board
+from fedprompt.leaderboard.board import FEWEST_FOR_WILCOXON, Board, Incomplete, Line
 from fedprompt.leaderboard.ranks import LEVEL
 from fedprompt.reports.compare.notes import MARK
 from fedprompt.reports.format import plural
@@ -126,13 +126,26 @@ def cost_note(boards: Sequence[Board]) -> str:
 
 
 def divergence_note(board: Board) -> str:
-    """List what diverged."""
-    parts = [
-        f"{line.row}, {scenario}, seed {seed}: {text}"
-        for line in board.lines
-        for scenario, seed, text in line.diverged
-    ]
+    """List what diverged in the rows that are ranked."""
+    parts = [text for line in board.lines for text in divergences(line)]
     return f"{DIVERGED}: {'; '.join(parts)}." if parts else ""
+
+
+def divergences(of: Line | Incomplete) -> list[str]:
+    """What diverged in a row, e.g. `FedX, few-shot, seed 2: client 6 diverged in round 4`."""
+    return [f"{of.row}, {scenario}, seed {seed}: {text}" for scenario, seed, text in of.diverged]
+
+
+def versions_note(boards: Sequence[Board]) -> str:
+    """Name the versions behind the numbers, each value once; nothing if the files name none."""
+    found: dict[str, dict[str, None]] = {}
+    for board in boards:
+        for line in board.lines:
+            for name, version in line.entry.result.versions.items():
+                # A dictionary without values is a set that keeps its order.
+                found.setdefault(name, {})[version] = None
+    parts = [f"{name} {' and '.join(versions)}" for name, versions in found.items()]
+    return f"Made with {', '.join(parts)}." if parts else ""
 
 
 def _who(rows: Sequence[str]) -> str:

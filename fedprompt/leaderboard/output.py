@@ -19,6 +19,7 @@ from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.leaderboard.board import Board
 from fedprompt.leaderboard.collect import Entry, Refused, Suite
 from fedprompt.leaderboard.figures import board_figures, pareto_front
+from fedprompt.leaderboard.notes import divergences
 from fedprompt.leaderboard.tables import board_tables, escaped
 from fedprompt.reports.compare.statistics import Cell
 from fedprompt.reports.draw import MARK as PNG_MARK
@@ -132,10 +133,11 @@ def _facts(suite: Suite) -> list[str]:
 
 def _incomplete(section: Section) -> list[str]:
     return [
-        f"{entry.result.row}, {board.setting} settings: incomplete, without {missing}"
+        "; ".join([f"{one.row}, {board.setting} settings: incomplete, without {one.missing}",
+                   *divergences(one)])
         for board in section.boards
-        for entry, missing in board.incomplete
-    ]
+        for one in board.incomplete
+    ]  # fmt: skip
 
 
 def _notes(section: Section) -> list[str]:
@@ -223,7 +225,7 @@ def _board(board: Board) -> dict[str, Any]:
             }
             for line in board.lines
         },
-        "incomplete": {entry.result.row: missing for entry, missing in board.incomplete},
+        "incomplete": {one.row: one.missing for one in board.incomplete},
     }
 
 

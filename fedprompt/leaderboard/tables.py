@@ -15,6 +15,7 @@ from fedprompt.leaderboard.notes import (
     divergence_note,
     search_note,
     significance_note,
+    versions_note,
 )
 from fedprompt.reports.compare.notes import MARK
 from fedprompt.reports.compare.statistics import Cell
@@ -100,7 +101,9 @@ def _overview(boards: Sequence[Board]) -> BoardTable:
         rows.append((name, (*cells, *_costs(next(iter(of_row.values()))))))
     notes = [accuracy_note(boards[0]), block_note(boards[0])]
     notes += [significance_note(board) for board in boards]
-    notes += [search_note(boards), cost_note(boards)]
+    if any(line.diverged for board in boards for line in board.lines):
+        notes.append(f"{DIVERGED}: some of its runs diverged, see below.")
+    notes += [search_note(boards), cost_note(boards), versions_note(boards)]
     return BoardTable(
         "Scores, ranks and costs",
         (*columns, *(["gain by tuning"] if both else []), *COSTS),
@@ -126,7 +129,8 @@ def _by_scenario(board: Board) -> BoardTable:
     if any(cell.differs for cell in tested):
         notes.append(
             f"{MARK}: differs from the best of its column, p < 0.05 in a paired t-test over seeds, "
-            "Holm-corrected in each column."
+            "Holm-corrected in each column. A row without a star may differ all the same, because "
+            "the test has few seeds."
         )
     elif tested:
         notes.append("No row differs from the best of its column in a paired t-test over seeds.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fedprompt.errors import DamagedFile, UserError
-from fedprompt.files import read_regular, refuse_foreign, write_bytes
+from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.suites.checked_json import Limits, Pattern, build, plain
 
 SCHEMA = 1
@@ -227,7 +227,10 @@ def _load(path: Path) -> dict[str, Any]:
         # A folder may hold any files that end in .json, such as the annotations of a data set.
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(f"{path} is too large for a result file.")
-        text = read_regular(path)
+        # A pipe would block.
+        if not path.is_file():
+            raise UserError(f"{path} is not a file.")
+        text = path.read_bytes()
         content = json.loads(
             text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
         )

@@ -138,7 +138,7 @@ def test_an_incomplete_row_is_listed_and_not_ranked(
     part = result_file("part", default_values, planned=planned)
     board = default(A, part, B)
     assert [line.row for line in board.lines] == ["B", "A"]
-    assert [(entry.result.row, what) for entry, what in board.incomplete] == [("part", missing)]
+    assert [(one.row, one.missing) for one in board.incomplete] == [("part", missing)]
     assert board.ranks == default(A, B).ranks
 
 
@@ -146,7 +146,7 @@ def test_another_metric_that_was_not_measured_leaves_a_row_out() -> None:
     board = default(with_runs(A, global_=None), B, metric="global")
     assert [line.row for line in board.lines] == ["B"]
     assert board.lines[0].score.mean == pytest.approx((0.5 + 0.95) / 2 / 2)
-    assert [what for _, what in board.incomplete] == ["x, y"]
+    assert [one.missing for one in board.incomplete] == ["x, y"]
 
 
 def test_scenarios_with_different_seeds_have_a_score_without_spread() -> None:

@@ -74,6 +74,7 @@ def test_prints_and_writes_both_settings(board: Path, tmp_path: Path, drawn: lis
         "| FedRSCLIP"
     ] * 3
     assert "12 trials by tpe" in text
+    assert "fedprompt 0.1.0, torch 2.9.0" in text
     assert "CoOp\\|local" in text
     assert "\\<b>" in text
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -148,27 +149,25 @@ def test_refused_files_are_listed_and_the_rest_is_ranked(board: Path, tmp_path: 
 
 
 def test_incomplete_rows_and_divergence_are_told(board: Path, tmp_path: Path) -> None:
-    part = row("Part", 0.6)
-    write(
-        replace(part, scenarios={"few-shot": part.scenarios["few-shot"]}),
-        board / "results" / "part.json",
-    )
-    bad = row("Bad", 0.3)
+    bad, part = row("Bad", 0.3), row("Part", 0.6)
     scenario = bad.scenarios["few-shot"]
     assert scenario.tuned is not None
     seeds = dict(scenario.tuned.seeds)
     seeds[2] = replace(seeds[2], diverged="client 6 diverged in round 4")
     scenario = replace(scenario, tuned=replace(scenario.tuned, seeds=seeds))
-    write(
-        replace(bad, scenarios={**bad.scenarios, "few-shot": scenario}),
-        board / "results" / "bad.json",
-    )
+    for result, scenarios in (
+        (bad, {**bad.scenarios, "few-shot": scenario}),
+        (part, {"few-shot": scenario}),
+    ):
+        path = board / "results" / f"{result.row}.json"
+        write(replace(result, scenarios=scenarios), path)
     done = invoke(board, "--out", tmp_path / "out")
     assert done.exit_code == 0
     page = (tmp_path / "out" / "leaderboard.html").read_text()
     for text in (done.stdout, page):
         assert "Part, tuned settings: incomplete, without label-skew" in text
-        assert "Bad, few-shot, seed 2: client 6 diverged in round 4" in text
+        for name in ("Bad", "Part"):
+            assert f"{name}, few-shot, seed 2: client 6 diverged in round 4" in text
         assert "†" in text
     assert not any(line.startswith("| Part") for line in done.stdout.splitlines())
 
