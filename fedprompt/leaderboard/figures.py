@@ -92,7 +92,7 @@ def _traffic(board: Board) -> Figure | None:
         ],
         nearest=True,
     )
-    names = ", ".join(line.row for line in front)
+    names = "; ".join(line.row for line in front)
     return Figure(
         name=f"traffic-{board.suite.name}",
         title=f"Score against traffic with {board.setting} settings, {board.suite.name}",

@@ -24,13 +24,13 @@ METRICS = {
 
 def accuracy_note(board: Board, *, scores: bool = True) -> str:
     """Say what the accuracies are, and what score and rank are if the table has them."""
-    seeds = {tuple(planned) for planned in board.suite.planned.values()}
-    over = f"seeds {', '.join(map(str, min(seeds)))}" if len(seeds) == 1 else "the seeds of each"
-    over = over.replace("seeds", "seed") if seeds and max(map(len, seeds)) == 1 else over
-    sentences = [
-        f"Accuracy in percent ({_metric(board)}): mean ± sample standard deviation (n - 1) over "
-        f"{over}."
-    ]
+    seeds = set(board.suite.planned.values())
+    if max(map(len, seeds)) == 1:
+        over = f"one seed, {min(seeds)[0]}" if len(seeds) == 1 else "one seed"
+    else:
+        which = f"seeds {', '.join(map(str, min(seeds)))}" if len(seeds) == 1 else "the seeds"
+        over = f"mean ± sample standard deviation (n - 1) over {which}"
+    sentences = [f"Accuracy in percent ({_metric(board)}): {over}."]
     if scores:
         scenarios = plural(len(board.suite.planned), "scenario")
         sentences.append(f"Score: mean over {scenarios}; rank: average rank over blocks.")
@@ -41,9 +41,15 @@ def _metric(board: Board) -> str:
     if board.metric != "value":
         return METRICS[board.metric]
     metrics = set(board.suite.metrics.values())
-    if len(metrics) == 1:
-        return f"metric: {metrics.pop()}"
-    return f"metrics: {', '.join(f'{name} {m}' for name, m in board.suite.metrics.items())}"
+    return f"metric: {metrics.pop()}" if len(metrics) == 1 else "metric of each scenario"
+
+
+def scenario_names(board: Board) -> list[str]:
+    """The scenarios of a suite, with their metrics if these differ."""
+    metrics = board.suite.metrics
+    if board.metric != "value" or len(set(metrics.values())) < 2:
+        return list(board.suite.planned)
+    return [f"{name} ({metrics[name]})" for name in board.suite.planned]
 
 
 def block_note(board: Board) -> str:
@@ -149,4 +155,4 @@ def versions_note(boards: Sequence[Board]) -> str:
 
 
 def _who(rows: Sequence[str]) -> str:
-    return ", ".join(rows) if len(rows) <= NAMED else plural(len(rows), "row")
+    return "; ".join(rows) if len(rows) <= NAMED else plural(len(rows), "row")

@@ -13,6 +13,7 @@ from fedprompt.leaderboard.notes import (
     block_note,
     cost_note,
     divergence_note,
+    scenario_names,
     search_note,
     significance_note,
     versions_note,
@@ -137,7 +138,7 @@ def _by_scenario(board: Board) -> BoardTable:
     notes.append(divergence_note(board))
     return BoardTable(
         f"Accuracy with {board.setting} settings",
-        tuple(scenarios),
+        tuple(scenario_names(board)),
         tuple(rows),
         tuple(filter(None, notes)),
     )

@@ -17,7 +17,7 @@ from fedprompt.cli.main import app
 from fedprompt.errors import RunFailed, UserError
 from fedprompt.leaderboard import output
 from fedprompt.reports.figure import Figure
-from fedprompt.suites.result_file import ResultFile, write
+from fedprompt.suites.result_file import ResultFile, read, write
 from tests.support.result_files import result_file
 
 ROWS = {"PromptFL": 0.6, "FedRSCLIP": 0.7, "CoOp|local": 0.65, "<b>zero</b>": 0.5}
@@ -170,6 +170,17 @@ def test_incomplete_rows_and_divergence_are_told(board: Path, tmp_path: Path) ->
             assert f"{name}, few-shot, seed 2: client 6 diverged in round 4" in text
         assert "†" in text
     assert not any(line.startswith("| Part") for line in done.stdout.splitlines())
+
+
+def test_metrics_stand_in_the_heads_where_they_differ(board: Path, tmp_path: Path) -> None:
+    for path in (board / "results").iterdir():
+        result = read(path)
+        few = replace(result.scenarios["few-shot"], metric="harmonic")
+        write(replace(result, scenarios={**result.scenarios, "few-shot": few}), path)
+    done = invoke(board, "--out", tmp_path / "out")
+    assert "|  | label-skew (personal) | few-shot (harmonic) |" in done.stdout
+    done = invoke(board, "--metric", "worst", "--out", tmp_path / "out")
+    assert "|  | label-skew | few-shot |" in done.stdout
 
 
 def test_two_suites_have_a_section_each(board: Path, tmp_path: Path) -> None:
