@@ -63,6 +63,13 @@ def partition_table(name: str, description: Mapping[str, Any], width: int) -> Gr
     note = (f"and {hidden} more clients; " if hidden > 0 else "") + (
         f"{train_KC.sum()} local training, {test_KC.sum()} local test, {server} server test images"
     )
+    if "validation_counts" in description:
+        local = dense(description["validation_counts"], len(classes)).sum()
+        on_server = sum(description["server_validation_counts"])
+        official = description.get("official_validation_images")
+        origin = "of the official split" if official else "taken from the test images"
+        note += f"; {local} local validation images, {on_server} on the server"
+        note += f" ({origin})" if on_server else ""
     heads = ["client", "train", "test", "classes", *words]
     client, *columns = fields(heads, rows, left=words, most={"largest class": 30})
     title = f"{name}: {len(train_KC)} clients, {len(classes)} classes"

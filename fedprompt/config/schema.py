@@ -138,6 +138,11 @@ class DataConfig:
         if not self.templates:
             raise UserError("'templates' is empty; give at least one, e.g. 'a photo of a {}.'.")
 
+    @property
+    def official_validation(self) -> bool:
+        """Whether the data set's own validation images become the server's; by default not."""
+        return False
+
     def check_partition(self, partition: PartitionConfig) -> None:
         """Refuse a partition that does not fit this data set, before any image is opened.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 TRAIN, TEST = 0, 1
-VAL = 2  # occurs only in listings of folders: an `ImageDataset` has training and test images
+VAL = 2  # of an official validation split; an `ImageDataset` has such images only if asked to
 HELD = 3  # held out by a protocol: no client trains on the image and no ordinary test contains it
 
 
@@ -33,7 +33,7 @@ class ImageDataset:
         name: title of the data set in tables and plots.
         class_names: the names used in prompts, in label order.
         labels_N: index of each image's class in `class_names`.
-        split_N: `TRAIN` or `TEST` for each image: the authors' split if there is one, else a
+        split_N: `TRAIN`, `TEST` or `VAL` for each image: the authors' split if there is one, else a
             seeded, stratified hold-out.
         domains_N: index of each image's domain in `domain_names`; all zero if there is one domain.
         domain_names: names of the domains.

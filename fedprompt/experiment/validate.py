@@ -125,15 +125,22 @@ def check_config(config: Config) -> None:
         config: the whole experiment.
 
     Raises:
-        UserError: a round is to be chosen without validation images; the method needs a momentum
+        UserError: the server would have validation images of two kinds; a round is to be chosen
+            without any; the method needs a momentum
             that starts at zero; or, with secure aggregation, the strategy needs single replies,
             the attack is one that only checks of single replies detect, or a round has too few
             clients.
     """
-    partition = config.partition
-    fractions = partition.local_validation_fraction or partition.server_validation_fraction
+    partition, official = config.partition, config.data.official_validation
+    if official and partition.server_validation_fraction:
+        raise UserError(
+            "config: partition.server_validation_fraction takes validation images from the test "
+            "images, and the data set's own are used already (data.validation=server or "
+            "data.validation_split); set one of the two."
+        )
+    some = official or partition.local_validation_fraction or partition.server_validation_fraction
     # A partition file may contain validation images; `Federation` sees it.
-    if config.evaluation.select == "best_validation" and not fractions and partition.file is None:
+    if config.evaluation.select == "best_validation" and not some and partition.file is None:
         raise UserError(
             "config: evaluation.select=best_validation needs validation images: set "
             "partition.local_validation_fraction and partition.server_validation_fraction."

@@ -160,7 +160,7 @@ def make_plan(
         common = (*sweep.common, *overrides)
         named, title = dict(sweep.rows) or {"": ()}, sweep.name
     first = compose(experiment, [*common, *next(iter(named.values()))])
-    common += _validation(first)
+    common += validation_overrides(first)
     wanted = _read_spaces(spaces)
     rows = [row_of(experiment, common, row, changes, wanted) for row, changes in named.items()]
     for key in wanted:
@@ -236,12 +236,14 @@ def _is_sweep(name: str) -> bool:
     return "rows" in load_yaml(Path(name).expanduser(), "tune")
 
 
-def _validation(config: Config) -> tuple[str, ...]:
+def validation_overrides(config: Config) -> tuple[str, ...]:
     """Overrides that set validation images aside, if the experiment does not."""
     partition = config.partition
     if partition.file is not None or any(getattr(partition, key) for key in FRACTIONS):
         return ()
-    return tuple(f"partition.{key}={VALIDATION}" for key in FRACTIONS)
+    # The data set's own validation images are the server's.
+    keys = FRACTIONS[:1] if config.data.official_validation else FRACTIONS
+    return tuple(f"partition.{key}={VALIDATION}" for key in keys)
 
 
 def _space_of(config: Config) -> dict[str, Space]:

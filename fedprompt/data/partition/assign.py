@@ -152,14 +152,16 @@ def _of_server(
 ) -> tuple[Indices, NDArray[np.int8]]:
     """Assign the server's images, and nothing else yet: `holder_N` and `part_N` of `of_holders`.
 
-    The server holds the data set's test images. With `server_validation_fraction`, a share of each
-    class and domain becomes validation images; at least one image of each stays a test image.
-    Images that a protocol holds out are neither `TRAIN` nor `TEST`; nobody holds them.
+    The server holds the data set's test images, and its official validation images if the source
+    delivers them. With `server_validation_fraction`, a share of each class and domain of the test
+    images becomes validation images; at least one image of each stays a test image. Images that a
+    protocol holds out have none of these splits; nobody holds them.
     """
-    holder_N = np.where(dataset.split_N == TEST, SERVER, NOBODY).astype(np.int64)
+    of_server_N = (dataset.split_N == TEST) | (dataset.split_N == VAL)
+    holder_N = np.where(of_server_N, SERVER, NOBODY).astype(np.int64)
     part_N = dataset.split_N.astype(np.int8)
     if config.server_validation_fraction:
-        test_T = np.flatnonzero(holder_N == SERVER)
+        test_T = np.flatnonzero(dataset.split_N == TEST)
         rng = generator(seed, "partition", "server-validation")
         groups = _Groups.of(dataset.domains_N[test_T], dataset.labels_N[test_T], rng)
         taken_G = groups.take(config.server_validation_fraction, groups.size_G - 1, rng)

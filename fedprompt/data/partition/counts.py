@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.dataset import VAL, ImageDataset
 from fedprompt.data.partition.draws import Indices
 from fedprompt.data.partition.holders import Partition, count_values
 
@@ -28,7 +28,8 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
         one row per client in which class numbers and counts alternate: `[3, 12, 7, 1]` means 12
         images of class 3 and 1 image of class 7. `dense` turns the rows into an array (K, C).
         `domain_counts` has the same form and counts local train and test images together. If there
-        are validation images, `validation_counts` and `server_validation_counts` count them.
+        are validation images, `validation_counts` and `server_validation_counts` count them, and
+        `official_validation_images` says how many of the server's are of the data set's own split.
         `server_test_counts` has one number per class. Images of `unlabelled_clients` are counted
         like all others.
     """
@@ -53,6 +54,9 @@ def describe(dataset: ImageDataset, partition: Partition) -> dict[str, Any]:
             "validation_counts": sparse(validation_KC),
             "server_validation_counts": server_C.tolist(),
         }
+        official = dataset.split_N[partition.server_validation] == VAL
+        if official.any():
+            counts["official_validation_images"] = int(official.sum())
     return counts
 
 

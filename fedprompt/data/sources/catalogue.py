@@ -18,7 +18,7 @@ import numpy as np
 
 from fedprompt.config.fields import option
 from fedprompt.data.catalogue import Entry, entry
-from fedprompt.data.dataset import TRAIN, VAL, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.images import name_key
 from fedprompt.data.sources.base import DataSource
 from fedprompt.data.sources.parts import cifar
@@ -48,9 +48,16 @@ class CatalogueConfig(HubKeys):
     split: Literal["auto", "coop", "official"] = option(
         "auto", "which split to use; auto = CoOp's split file if it is in the folder, else official"
     )
-    validation: Literal["unused", "train"] = option(
-        "unused", "what to do with validation images of a folder: leave them out, or train on them"
+    validation: Literal["unused", "train", "server"] = option(
+        "unused",
+        "what to do with validation images of a folder: leave them out, train on them, or give "
+        "them to the server as its validation images",
     )
+
+    @property
+    def official_validation(self) -> bool:
+        """Whether the server's validation images are those of the folder or of the hub's split."""
+        return self.validation == "server" if self.root else super().official_validation
 
     def check(self) -> None:
         """Refuse an unknown data set, and one with neither a folder nor a copy on the hub."""
@@ -62,6 +69,11 @@ class CatalogueConfig(HubKeys):
             raise UserError(
                 f"no copy of {self.dataset} on the hub is known; download {facts.download} from "
                 f"{facts.homepage}, unpack it and set data.root to the folder."
+            )
+        if self.validation == "server" and not (self.root or self.validation_split):
+            raise UserError(
+                "'validation=server' needs the authors' folder in 'root', or the name of the hub's "
+                "split in 'validation_split'."
             )
 
 
@@ -93,6 +105,12 @@ class Catalogue(DataSource):
             dataset = _from_hub(facts, config, seed, cache_dir)
         else:
             dataset = _from_folder(facts, config, config.root, seed, cache_dir)
+        if config.official_validation and not (dataset.split_N == VAL).any():
+            raise UserError(
+                f"data: data.validation=server: the split of {facts.name} has no validation "
+                "images; use CoOp's split file (data.split=coop), or leave data.validation and set "
+                "partition.server_validation_fraction."
+            )
         dataset = _with_superclasses(dataset, facts)
         if not config.class_names:
             return dataset
@@ -115,16 +133,18 @@ def _from_folder(
     # The labels in CoOp's file are those of published results, e.g. of a base-to-new division.
     class_names, label_of = number_classes(listing, copy, by_name=not from_coop)
     domain_of = {domain: i for i, domain in enumerate(copy.domains)}
+    # Without a split, TRAIN is a placeholder: `files_dataset` draws the split below.
+    used_as = {None: TRAIN, TRAIN: TRAIN, TEST: TEST}
+    used_as[VAL] = VAL if config.validation == "server" else TRAIN
     files = [
         ImageFile(
             item.path,
             label_of[item.key],
-            # Without a split, TRAIN is a placeholder: `files_dataset` draws the split below.
-            TRAIN if item.split is None or item.split == VAL else item.split,
+            used_as[item.split],
             domain_of.get(item.domain, 0),
         )
         for item in listing.listed
-        if item.split != VAL or config.validation == "train"
+        if item.split != VAL or config.validation != "unused"
     ]
     unused = len(listing.listed) - len(files)
     if unused:

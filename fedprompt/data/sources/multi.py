@@ -84,9 +84,16 @@ class MultiConfig(SplitImagesConfig):
     split: Literal["auto", "coop", "official"] = option(
         "auto", "which split to use of each data set, as for source catalogue"
     )
-    validation: Literal["unused", "train"] = option(
-        "unused", "what to do with validation images: leave them out, or train on them"
+    validation: Literal["unused", "train", "server"] = option(
+        "unused",
+        "what to do with validation images: leave them out, train on them, or give them to the "
+        "server as its validation images",
     )
+
+    @property
+    def official_validation(self) -> bool:
+        """Whether the server's validation images are those of the data sets."""
+        return self.validation == "server"
 
     def check(self) -> None:
         """Refuse a section without a known list of common labels."""

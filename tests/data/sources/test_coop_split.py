@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedprompt.data.catalogue import entry
-from fedprompt.data.dataset import TEST, TRAIN
+from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.sources.parts import published
 from tests.support.published_copies import make, split_json
 from tests.support.published_loading import NAMES, load, one_line
@@ -42,6 +43,15 @@ def test_a_split_file_defines_splits_and_label_order(name: str, tmp_path: Path) 
         (p, label, TEST) for p, label, _ in stored["test"]
     }
     assert len(load(name, root, validation="train")) == len(made)
+    # As the server's validation images, they change nothing about the others.
+    whole = load(name, root, validation="server")
+    assert len(whole) == len(made)
+    paths: Any = whole.open_image
+    of_val = {paths.paths[i] for i in np.flatnonzero(whole.split_N == VAL)}
+    assert of_val == {p for p, _, _ in stored["val"]}
+    kept = np.flatnonzero(whole.split_N != VAL)
+    assert [paths.paths[i] for i in kept] == list(opener.paths)
+    assert whole.split_N[kept].tolist() == dataset.split_N.tolist()
     assert load(name, root, split="official").class_names != dataset.class_names
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from fedprompt.config.shipped import configs_dir
 from fedprompt.data import catalogue, open_dataset
-from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.sources.hub import HubConfig
 from fedprompt.data.sources.parts import integrity as scan
 from fedprompt.data.sources.registry import build_data
@@ -94,6 +94,11 @@ def test_splits_can_be_joined(tmp_path: Path) -> None:
     )
     dataset = load(path, tmp_path, train_split="train+validation", test_split="test")
     assert np.bincount(dataset.split_N).tolist() == [4, 2]
+    dataset = load(path, tmp_path, test_split="test", validation_split="validation")
+    assert np.bincount(dataset.split_N).tolist() == [2, 2, 2]
+    assert dataset.labels_N[dataset.split_N == VAL].tolist() == [1, 0]
+    with pytest.raises(UserError, match="split 'test' is used twice"):
+        load(path, tmp_path, test_split="test", validation_split="test")
     with pytest.raises(UserError, match="split 'train' is used twice"):
         load(path, tmp_path, train_split="train", test_split="train")
 

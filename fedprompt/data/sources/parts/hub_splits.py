@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprompt.data.dataset import TEST, TRAIN
+from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.images import name_key
 from fedprompt.data.sources.parts.hub_keys import HubKeys
 from fedprompt.errors import UserError, did_you_mean
@@ -26,7 +26,7 @@ class Part:
 
     Attributes:
         split: name of the split.
-        code: `TRAIN` or `TEST`.
+        code: `TRAIN`, `TEST` or `VAL`.
         images: a `datasets.Dataset` with the image column only, which is not decoded.
         column: name of that column.
         labels: the label of each row, as the column stores it.
@@ -136,12 +136,16 @@ def read_parts(splits: dict[str, Any], config: HubKeys, ignore: Sequence[str]) -
         ignore: names of classes whose rows are left out.
 
     Returns:
-        The splits to train on, then those to test on.
+        The splits to train on, then those to test on, then the server's validation images.
 
     Raises:
         UserError: a split or column does not exist, or a split is named twice.
     """
-    names = [("train_split", config.train_split, TRAIN), ("test_split", config.test_split, TEST)]
+    names = [
+        ("train_split", config.train_split, TRAIN),
+        ("test_split", config.test_split, TEST),
+        ("validation_split", config.validation_split, VAL),
+    ]
     parts: list[Part] = []
     for key, value, code in names:
         for name in (piece.strip() for piece in value.split("+")) if value is not None else ():
@@ -152,8 +156,7 @@ def read_parts(splits: dict[str, Any], config: HubKeys, ignore: Sequence[str]) -
                 )
             if any(part.split == name for part in parts):
                 raise UserError(
-                    f"data: split '{name}' is used twice; its images would be trained and tested "
-                    "on."
+                    f"data: split '{name}' is used twice; its images would be in two parts."
                 )
             parts.append(_read_part(splits[name], name, code, config, ignore))
     return parts
