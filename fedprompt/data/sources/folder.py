@@ -7,8 +7,8 @@ Rules:
   folders. Folders of the system (`.git`, `__MACOSX`, `lost+found`, `@eaDir`) are ignored.
 - Folders with the usual names of splits (`Train`, `testing`, `val`; see
   `parts.folder_layout.split_of`) that contain class folders are splits. `train` is needed, `test`
-  optional, and a validation split is not used. Any other folder beside them is an error, not a
-  class.
+  optional, and a validation split is not used, unless `data.validation=server` gives it to the
+  server. Any other folder beside them is an error, not a class.
 - Without a `test` folder, `data.test_fraction` of each class is held out, drawn with the seed.
 - Labels follow the sorted folder names, or `data.class_names` if set. Class names match folder
   names without regard to case, spaces, underscores, hyphens and the Unicode form of letters.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedprompt.config.fields import option
-from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.images import name_key, readable_name
 from fedprompt.data.sources.base import DataSource, SplitImagesConfig
 from fedprompt.data.sources.parts.folder_layout import Layout, read_folder, some
@@ -43,6 +43,16 @@ class FolderConfig(SplitImagesConfig):
     root: str | None = option(
         None, "the folder: root/class/*.jpg or root/{train,test}/class/*.jpg", path=True
     )
+    validation: Literal["unused", "server"] = option(
+        "unused",
+        "what to do with root/val/class/*.jpg: leave it out, or give it to the server as its "
+        "validation images",
+    )
+
+    @property
+    def official_validation(self) -> bool:
+        """Whether the server's validation images are those in `val`."""
+        return self.validation == "server"
 
     def check(self) -> None:
         """Refuse a section without a folder."""
@@ -78,7 +88,9 @@ class Folder(DataSource):
         if not root.is_dir():
             what = "is a file, not a folder" if root.is_file() else "does not exist"
             raise UserError(f"data: {root} {what}; set data.root to a folder root/class/*.jpg.")
-        layout = read_folder(root, named=bool(config.class_names))
+        layout = read_folder(
+            root, named=bool(config.class_names), validation=config.official_validation
+        )
         folders = layout.folders
         class_names, label_of = _name_classes(folders, config.class_names, root)
         dataset = files_dataset(
@@ -138,12 +150,12 @@ def _name_classes(
 
 def _understood(dataset: ImageDataset, layout: Layout, root: Path) -> str:
     """One line on how a folder was read."""
-    tests = int((dataset.split_N == TEST).sum())
+    trained, tests, chosen_on = (int((dataset.split_N == s).sum()) for s in (TRAIN, TEST, VAL))
     names = ", ".join(dataset.class_names[:4]) + (", ..." if len(dataset.class_names) > 4 else "")
     how = "in a folder of their own" if layout.has_test else "held out with the seed"
     line = (
         f"{root}: {len(dataset.class_names)} classes ({names}), {len(dataset)} images, "
-        f"{len(dataset) - tests} for training and {tests} for testing ({how})"
-    )
+        f"{trained} for training and {tests} for testing ({how})"
+    ) + (f", {chosen_on} for validation" if chosen_on else "")
     left_out = [*layout.unused, *([str(layout.left_out)] if layout.left_out.suffixes else [])]
     return f"{line}; not used: {', '.join(left_out)}" if left_out else line

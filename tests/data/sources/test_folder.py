@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fedprompt.data import open_dataset
-from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
+from fedprompt.data.dataset import TEST, TRAIN, VAL, ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
 from fedprompt.data.sources.folder import FolderConfig
 from fedprompt.data.sources.parts import integrity as scan
@@ -74,6 +75,25 @@ def test_official_split_and_unused_val(tmp_path: Path) -> None:
     dataset = load(root)
     assert np.bincount(dataset.split_N).tolist() == [7, 3]
     assert np.bincount(dataset.labels_N[dataset.split_N == TEST]).tolist() == [2, 1]
+
+
+def test_a_val_folder_is_the_servers_if_asked(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "train", {"a": 3, "b": 3})
+    write_image_folder(tmp_path / "val", {"a": 1, "b": 2}, first=50)
+    with pytest.raises(UserError, match="no test/"):
+        load(tmp_path, validation="server")
+    write_image_folder(tmp_path / "test", {"a": 2, "b": 2}, first=80)
+    plain, dataset = load(tmp_path), load(tmp_path, validation="server")
+    assert np.bincount(dataset.split_N).tolist() == [6, 4, 3]
+    assert dataset.labels_N[dataset.split_N == VAL].tolist() == [0, 1, 1]
+    assert dataset.split_N[dataset.split_N != VAL].tolist() == plain.split_N.tolist()
+    assert "3 for validation" in dataset.notes[0]
+    write_image_folder(tmp_path / "val", {"c": 1}, first=99)
+    with pytest.raises(UserError, match="val has 'c'"):
+        load(tmp_path, validation="server")
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(UserError, match="no val/"):
+        load(tmp_path, validation="server")
 
 
 def test_train_without_test_is_held_out_and_a_class_may_be_called_train(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Layout:
     """What a folder contains.
 
     Attributes:
-        images: the images of the training and test split, sorted by path. The `key` of an image is
+        images: the images of the splits that are used, sorted by path. The `key` of an image is
             the `name_key` of its class folder.
         folders: the class folders, sorted; those of the training split if there are splits.
         has_test: whether there is a folder of test images.
@@ -75,13 +75,14 @@ def split_of(folder: str) -> int | None:
     return next((split for split, names in _SPLITS.items() if match and match[1] in names), None)
 
 
-def read_folder(root: Path, *, named: bool = False) -> Layout:
+def read_folder(root: Path, *, named: bool = False, validation: bool = False) -> Layout:
     """List the images of a folder with class folders, or with splits that contain class folders.
 
     Args:
         root: the folder.
         named: whether the user lists the classes. Then class folders may hold their images in
             sub-folders only.
+        validation: whether the images of a validation split are listed, too.
 
     Returns:
         Its images, and what else is there.
@@ -91,7 +92,13 @@ def read_folder(root: Path, *, named: bool = False) -> Layout:
             classes, there are no images, or a folder cannot be listed.
     """
     top = subfolders(root)
-    splits = _splits(root, top, named=named)
+    splits = _splits(root, top, named=named, validation=validation)
+    if validation and not {TEST, VAL} <= set(splits):
+        lacking = "test/" if VAL in splits else "val/"
+        raise UserError(
+            f"data: data.validation=server: {root} has no {lacking} with class folders; add it, or "
+            "leave data.validation and set partition.server_validation_fraction."
+        )
     left_out = LeftOut()
     unused: list[str] = []
     images: list[Found] = []
@@ -110,15 +117,17 @@ def read_folder(root: Path, *, named: bool = False) -> Layout:
             f"data: {root / splits[TRAIN]} has one class folder, '{folders[0]}'; at least two are "
             "needed."
         )
-    if TEST in splits:
-        known = set(map(name_key, folders))
-        where = f"{root}/{splits[TEST]}"
+    known = set(map(name_key, folders))
+    for split in (TEST, VAL):
+        if split not in splits:
+            continue
+        where = f"{root}/{splits[split]}"
         extra = [name for name in subfolders(Path(where)) if name_key(name) not in known]
         if extra:
             raise UserError(
                 f"data: {where} has {some(extra)}, which {splits[TRAIN]}/ does not have."
             )
-        if not any(image.split == TEST for image in images):
+        if not any(image.split == split for image in images):
             raise UserError(f"data: {where} contains no images; add some or remove it.")
     beside = sum(map(is_image, files_in(root)))
     if beside:
@@ -138,7 +147,7 @@ def some(names: Sequence[str]) -> str:
     return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
-def _splits(root: Path, top: Sequence[str], *, named: bool) -> dict[int, str]:
+def _splits(root: Path, top: Sequence[str], *, named: bool, validation: bool) -> dict[int, str]:
     """The folder of each split that is used; without splits, all of `root` is for training.
 
     Raises:
@@ -167,12 +176,12 @@ def _splits(root: Path, top: Sequence[str], *, named: bool) -> dict[int, str]:
         )
     splits: dict[int, str] = {}
     for name, split in roles.items():
-        if split in splits and split != VAL:
+        if split in splits and (split != VAL or validation):
             raise UserError(
                 f"data: {root} has {splits[split]}/ and {name}/, which are both names of the "
                 f"{_SPLIT_WORDS[split]} split; rename or remove one."
             )
-        if split != VAL and not subfolders(root / name):
+        if (split != VAL or validation) and not subfolders(root / name):
             raise UserError(
                 f"data: {root}/{name} has the name of a split, but no class folders with images in "
                 f"it; expected {root}/{name}/<class>/*.jpg."
@@ -182,7 +191,8 @@ def _splits(root: Path, top: Sequence[str], *, named: bool) -> dict[int, str]:
         raise UserError(
             f"data: {root} has {next(iter(roles))}/ but no train/ with class folders in it."
         )
-    return {split: splits[split] for split in (TRAIN, TEST) if split in splits}
+    used = (TRAIN, TEST, VAL) if validation else (TRAIN, TEST)
+    return {split: splits[split] for split in used if split in splits}
 
 
 def _holds_classes(folder: Path) -> bool:
