@@ -24,6 +24,8 @@ GRID_POINTS = 5
 """Values of a range in a grid."""
 REDUCTION = 3
 """Hyperband: of the trials that reach a rung, one in three goes on."""
+TOP = 3
+"""Importances compare the best third of the trials with all."""
 WARM_UP = 3
 """The median rule begins after a third of the rounds: large steps pay off late."""
 
@@ -199,13 +201,15 @@ def importances(space: Mapping[str, Space], trials: Sequence[Trial]) -> dict[str
         trials: the trials; those that were ended early or failed do not count.
 
     Returns:
-        Shares of 1 by key, largest first; empty with too few trials or a single setting.
+        Shares of 1 by key, largest first; empty with a single setting or too few trials, and if
+            so many trials are equal that there is no best third.
     """
     study = study_of(space, [trial for trial in trials if not trial.pruned])
-    if len(space) < 2 or len(study.trials) < 4 or len({t.value for t in study.trials}) < 2:
+    values = sorted(trial.value or 0.0 for trial in study.trials)
+    if len(space) < 2 or len(values) < 4 or values[-math.ceil(len(values) / TOP)] == values[0]:
         return {}
     # Optuna's own choice, the best tenth, is a single one of a dozen trials.
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=1 / 3)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=1 / TOP)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {key: float(found[key]) for key in sorted(found, key=lambda key: -found[key])}
 

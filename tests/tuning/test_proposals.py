@@ -133,6 +133,9 @@ def test_importances_sum_to_one() -> None:
     trials += [replace(t, values={**t.values, "method.tokens": 16}) for t in trials]
     assert sum(importances(SPACE, trials).values()) == pytest.approx(1)
     assert importances(SPACE, trials[:2]) == {}
+    # The best third would be all trials.
+    alike = [replace(t, objective=0.5) for t in trials[1:]]
+    assert importances(SPACE, [trials[0], *alike]) == {}
 
 
 def test_the_setting_that_matters_is_the_most_important_of_a_dozen_trials() -> None:
