@@ -96,4 +96,11 @@ def initial_embedding(vocabulary: int, width: int, seed: int) -> torch.Tensor:
     Returns:
         (vocabulary, width), float32.
     """
+    # A copy, because callers change it.
+    return _drawn_embedding(vocabulary, width, seed).clone()
+
+
+@cache
+def _drawn_embedding(vocabulary: int, width: int, seed: int) -> torch.Tensor:
+    """Drawn once per process: it takes most of the time in which the model is opened."""
     return rng.normal((vocabulary, width), 0.02, seed, "tiny_clip", EMBEDDING)
