@@ -175,6 +175,6 @@ def _print_result(suite: Suite, result: SuiteResult, folder: Path, console: Cons
         console.print(f"FAILED {name}: {reason}", markup=False, soft_wrap=True)
     for line in (
         f"{len(result.results)} result files: {folder / 'results'}",
-        f"next: fedprompt leaderboard {folder / 'results'}",
+        f"next: fedprompt leaderboard {folder}",
     ):
         console.print(line, markup=False, soft_wrap=True)

@@ -10,6 +10,8 @@ from typing import Any
 from fedprompt.config.schema import Config, OutputConfig, to_yaml
 from fedprompt.reports.compare.load import CHOSEN_BY
 from fedprompt.reports.compare.metrics import KNOWN, Metric
+from fedprompt.reports.marks import mark_line
+from fedprompt.suites.checked_json import LONGEST_TEXT
 from fedprompt.suites.fingerprints import Fingerprints
 from fedprompt.suites.result_file import ResultFile, ScenarioResult, SeedResult, SettingResult
 from fedprompt.suites.spec import Suite, without_root
@@ -129,7 +131,7 @@ def _of_seed(summary: Mapping[str, Any], metric: Metric) -> SeedResult | None:
         bytes_up=summary["bytes_up"],
         bytes_down=summary["bytes_down"],
         client_steps=summary["client_steps"] or 0,
-        seconds=summary["wall_s"],
-        peak_memory_bytes=summary.get("peak_memory_bytes"),
-        diverged=None,
+        seconds=summary["seconds"],
+        peak_memory_bytes=summary["peak_memory_bytes"],
+        diverged=(mark_line(summary) or "")[:LONGEST_TEXT] or None,
     )

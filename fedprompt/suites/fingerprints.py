@@ -90,6 +90,12 @@ def take(suite: Suite, scenario: Scenario, config: Config, cache: ResourceCache)
     for seed in suite.seeds:
         try:
             dataset = cache.dataset(config.data, seed, folder)
+        except UserError as error:
+            raise UserError(
+                f"suite: {suite.name}: scenario '{scenario.name}': {error} With --data DIR, it is "
+                f"expected in DIR/{config.data.title}."
+            ) from None
+        try:
             view, held_out, partition = deal(compose(config, [f"seed={seed}"]), dataset)
             data[data_fingerprint(dataset)] = None
             partitions[seed] = partition_fingerprint(view, partition, held_out)

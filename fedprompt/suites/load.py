@@ -19,7 +19,8 @@
         partitions: unpinned          fingerprints of the partitions by seed
     resources: {cpus: 1}              of one run
     quick:                            what --quick changes; `common` is added to, `scenarios` and
-      common: [federation.rounds=2]   `rows` list the names to keep; nothing is pinned
+      common: [federation.rounds=2]   `rows` list the names to keep, or give others; nothing is
+                                      pinned
 
 The score of a row is the mean of its metrics over the scenarios. A change of anything but `rows`,
 `title` and `quick` makes other results, so it needs a new name; `Suite.hash` tells.
@@ -27,6 +28,7 @@ The score of a row is the mean of its metrics over the scenarios. A change of an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +40,7 @@ from fedprompt.config.shipped import configs_dir, load_yaml, shipped_names
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.compose import compose
 from fedprompt.reports.compare.metrics import KNOWN
-from fedprompt.suites.spec import Scenario, Suite
+from fedprompt.suites.spec import BUDGET_KEYS, Scenario, Suite
 from fedprompt.sweeps.plan import Resources, check_seeds, file_name, load_sweep, sweep_path
 from fedprompt.tuning.plan import Budget, Pruner, Sampler
 
@@ -50,6 +52,8 @@ SCENARIO_KEYS = (
 )  # fmt: skip
 UNPINNED = "unpinned"
 """Stands in place of a fingerprint that is not known, because the data cannot be shipped."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}"
+"""The name of a suite, which is part of the names of files."""
 OBJECTIVES = ("personal", "global")
 
 
@@ -81,6 +85,11 @@ def load_suite(path: Path, *, quick: bool = False) -> Suite:
         UserError: The file cannot be read, has unknown keys, or one of its parts is impossible.
     """
     where = f"suite: {path}"
+    if not re.fullmatch(NAME, path.stem):
+        raise UserError(
+            f"{where}: a suite is named after its file; use letters, digits, dots and hyphens, "
+            "e.g. sites-v1.yaml."
+        )
     values = plain(load_yaml(path, "suite"))
     _known(values, KEYS, where)
     if quick:
@@ -194,7 +203,8 @@ def _check_scenarios(suite: Suite, where: str) -> None:
                 f"{at}: settings_of: no scenario {scenario.settings_of!r} with a search."
                 f"{did_you_mean(scenario.settings_of, searched)}"
             )
-        for overrides in (scenario.overrides, (*scenario.overrides, *suite.search_with)):
+        trials = [(*scenario.overrides, *suite.search_with)] if suite.search_with else []
+        for overrides in (scenario.overrides, *trials):
             try:
                 compose(scenario.experiment, overrides)
             except UserError as error:
@@ -218,11 +228,10 @@ def _rows(rows: Any, where: str) -> dict[str, tuple[str, ...]]:
 
 def _budget(values: Mapping[str, Any], where: str) -> Budget:
     kinds = {"sampler": get_args(Sampler), "pruner": get_args(Pruner)}
-    # A suite counts trials, so that its results do not depend on how fast a machine is.
-    known = ["trials", "batch", "sampler", "pruner", "seed"]
     for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where}: search: unknown key {key!r}.{did_you_mean(key, known)}")
+        if key not in BUDGET_KEYS:
+            hint = did_you_mean(key, BUDGET_KEYS)
+            raise UserError(f"{where}: search: unknown key {key!r}.{hint}")
         if key in kinds and value not in kinds[key]:
             raise UserError(
                 f"{where}: search: {key} is {value!r}; it must be {', '.join(kinds[key])}."

@@ -16,6 +16,9 @@ from fedprompt.experiment.compose import compose
 from fedprompt.sweeps.plan import Resources
 from fedprompt.tuning.plan import Budget
 
+BUDGET_KEYS = ("trials", "batch", "sampler", "pruner", "seed")
+"""What a suite says of its search. Budgets in seconds would depend on the machine."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -79,7 +82,7 @@ class Suite:
         content = {
             "name": self.name,
             "seeds": self.seeds,
-            "budget": dataclasses.asdict(self.budget),
+            "budget": {key: getattr(self.budget, key) for key in (*BUDGET_KEYS, "objective")},
             "search_with": self.search_with,
             "spaces": {key: repr(space) for key, space in sorted(self.spaces.items())},
             "scenarios": [

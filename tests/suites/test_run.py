@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,27 @@ def test_drawing_and_partitions_are_those_that_the_embedded_suite_pins() -> None
     found = fingerprints(suite)
     for part in suite.scenarios.values():
         assert found[part.name] == Fingerprints(part.data or "", part.partitions or {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_suite_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fedprompt", "suite", "run", "scenes-v1", "--quick"]
+    command += ["--serial", "--out", str(out)]
+    done: list[Path] = []
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and not done and time.monotonic() < deadline:
+            done = list(out.glob("*/search/*/trials/*/summary.json"))
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert done
+    times = {path: path.stat().st_mtime_ns for path in done}
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {path: path.stat().st_mtime_ns for path in done} == times
+    assert sorted(results(out)) == ["fedrsclip", "promptfl"]
+    assert f"fedprompt leaderboard {out}" in again.stdout

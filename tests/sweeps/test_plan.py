@@ -127,7 +127,8 @@ class TestPlan:
         comment = [x for x in path.read_text().splitlines() if x.startswith("#")]
         assert any(f"fedprompt sweep {name}" in line for line in comment)
         (told,) = (line for line in comment if line.startswith("# Time:"))
-        real = path.stem.startswith("fed_") or path.stem == "fedrsclip_main"  # needs other data
+        photographs = path.stem in ("fedrsclip_main", "paper_settings")
+        real = path.stem.startswith("fed_") or photographs  # needs other data
         assert re.search(r"\bmin", told) or real
         assert ("not measured" in told) == real
         runs = expand(load_sweep(path, quick=True), Path("out"))
