@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
         checkout: The folder of the checkout. Two files are written by hand except for the rows of
             new methods and protocols, so their present text is read from it.
     """
+    # Two files have the rows, and building every method takes seconds.
+    rows = cache(lambda: compute_rows(shipped(METHODS)))
     return {
-        "docs/methods.md": lambda: methods_markdown(compute_rows(shipped(METHODS))),
+        "docs/methods.md": lambda: methods_markdown(rows()),
         "docs/strategies.md": strategies_markdown,
         "docs/config.md": config_markdown,
-        "fedprompt/cli/methods.json": lambda: methods_json(compute_rows(shipped(METHODS))),
+        "fedprompt/cli/methods.json": lambda: methods_json(rows()),
         SWEEP: lambda: with_sweep_rows((checkout / SWEEP).read_text(encoding="utf-8")),
         PROTOCOL_PAGE: lambda: with_protocol_rows(
             (checkout / PROTOCOL_PAGE).read_text(encoding="utf-8")
