@@ -115,7 +115,7 @@ def config_hash(config: Config) -> str:
 
 
 def _of_seed(summary: Mapping[str, Any], metric: Metric) -> SeedResult | None:
-    """What one run has measured; None if not the metric, e.g. on classes new to a cache."""
+    """What one run has measured; None if not the metric, e.g. on new classes."""
     value = metric.value(summary)
     if value is None:
         return None
