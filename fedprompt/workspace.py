@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import Config, TrainingConfig
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import FeatureTable
@@ -73,11 +73,12 @@ class Workspace:
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
 
-    def with_method(self, method_config: Any) -> Workspace:
+    def with_method(self, method_config: Any, training: TrainingConfig | None = None) -> Workspace:
         """A workspace with the same data and backbone and another method, such as a baseline.
 
         Args:
             method_config: the `method` section, an instance of the method's `Config`.
+            training: its `training` section; None keeps this workspace's.
 
         Returns:
             A new workspace, which shares the backbone, the data and the feature tables.
@@ -85,7 +86,9 @@ class Workspace:
         Raises:
             UserError: the method does not fit the backbone or the class names.
         """
-        config = replace(self.config, method=method_config)
+        config = replace(
+            self.config, method=method_config, training=training or self.config.training
+        )
         return Workspace(
             config,
             self.clip,

@@ -32,21 +32,21 @@ RENAMED = {
 
 SHORT = ("federation.rounds=3", "data.images_per_class=8")
 RUNS: dict[str, list[str]] = {
-    "quickstart": ["run", "quickstart"],
-    "ray": ["run", "quickstart", "simulation.kind=ray", "simulation.workers=2", *SHORT],
+    "label_skew": ["run", "quickstart"],
+    "ray": ["run", "label_skew", "simulation.kind=ray", "simulation.workers=2", *SHORT],
     "secure": ["run", "secure_aggregation", *SHORT],
     "secure_noise": [
         "run", "secure_aggregation", "privacy.noise=0.5", "privacy.clip=0.1",
         "privacy.noise_seed=7", *SHORT,
     ],
-    "deploy": ["deploy", "local", "quickstart", "partition.clients=3", *SHORT],
-    "patches": ["run", "quickstart", "method=fedotp", *SHORT],
-    "local_patches": ["run", "quickstart", "method=plot", *SHORT],
-    "pixels": ["run", "quickstart", "method=fedrsclip_visual", *SHORT],
-    "wrapper": ["run", "quickstart", "method=ditto", *SHORT],
-    "wrapper_control": ["run", "quickstart", "method=scaffold", *SHORT],
+    "deploy": ["deploy", "local", "label_skew", "partition.clients=3", *SHORT],
+    "patches": ["run", "label_skew", "method=fedotp", *SHORT],
+    "local_patches": ["run", "label_skew", "method=plot", *SHORT],
+    "pixels": ["run", "label_skew", "method=fedrsclip_visual", *SHORT],
+    "wrapper": ["run", "label_skew", "method=ditto", *SHORT],
+    "wrapper_control": ["run", "label_skew", "method=scaffold", *SHORT],
     "attack": ["run", "attack_sign_flip", "strategy=krum", *SHORT],
-    "blocks": ["run", "quickstart", "simulation.clients_per_block=3", *SHORT],
+    "blocks": ["run", "label_skew", "simulation.clients_per_block=3", *SHORT],
 }  # fmt: skip
 
 

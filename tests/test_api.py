@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> fedprompt.Result:
     folder = tmp_path_factory.mktemp("api") / "run"
-    return fedprompt.run("quickstart", method="promptfl", seed=2, **SMALL, **{"output.dir": folder})
+    return fedprompt.run("label_skew", method="promptfl", seed=2, **SMALL, **{"output.dir": folder})
 
 
 def test_importing_the_package_imports_nothing_slow() -> None:
@@ -51,30 +51,30 @@ class TestCompose:
     """Changes as values and as text give the same config."""
 
     def test_dotted_keys_nested_keys_and_text_agree(self) -> None:
-        dotted = fedprompt.compose("quickstart", **{"federation.rounds": 3, "method": "promptfl"})
-        nested = fedprompt.compose("quickstart", federation={"rounds": 3}, method="promptfl")
-        text = fedprompt.compose("quickstart", "federation.rounds=3", "method=promptfl")
+        dotted = fedprompt.compose("label_skew", **{"federation.rounds": 3, "method": "promptfl"})
+        nested = fedprompt.compose("label_skew", federation={"rounds": 3}, method="promptfl")
+        text = fedprompt.compose("label_skew", "federation.rounds=3", "method=promptfl")
         assert dotted == nested == text
         assert dotted.federation.rounds == 3
 
     def test_a_section_keeps_its_other_keys(self) -> None:
-        plain = fedprompt.compose("quickstart")
-        changed = fedprompt.compose("quickstart", federation={"fraction": 0.5})
+        plain = fedprompt.compose("label_skew")
+        changed = fedprompt.compose("label_skew", federation={"fraction": 0.5})
         assert changed.federation.rounds == plain.federation.rounds
 
     def test_a_group_takes_a_name_with_changes(self) -> None:
-        config = fedprompt.compose("quickstart", method={"use": "promptfl", "context_tokens": 4})
+        config = fedprompt.compose("label_skew", method={"use": "promptfl", "context_tokens": 4})
         assert (config.method.name, config.method.context_tokens) == ("promptfl", 4)
 
     def test_a_config_can_be_changed(self) -> None:
-        config = fedprompt.compose("quickstart", seed=3)
+        config = fedprompt.compose("label_skew", seed=3)
         other = fedprompt.compose(config, method="promptfl")
         assert (other.seed, other.method.name) == (3, "promptfl")
         assert fedprompt.compose(config) == config
 
     def test_paths_and_numpy_numbers_are_plain_values(self, tmp_path: Path) -> None:
         changes = {"output.root": tmp_path, "training.lr": np.float64(0.25), "seed": np.int64(4)}
-        config = fedprompt.compose("quickstart", **changes)
+        config = fedprompt.compose("label_skew", **changes)
         assert (config.output.root, config.training.lr, config.seed) == (str(tmp_path), 0.25, 4)
 
     @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ class TestCompose:
     )
     def test_wrong_changes_are_refused(self, changes: Mapping[str, Any], word: str) -> None:
         with pytest.raises(fedprompt.UserError, match=word):
-            fedprompt.compose("quickstart", **changes)
+            fedprompt.compose("label_skew", **changes)
 
 
 class TestResult:
@@ -131,9 +131,9 @@ class TestResult:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         changes = {**SMALL, "federation.rounds": 0, "output.report": False}
-        fedprompt.run("quickstart", **changes, **{"output.dir": tmp_path / "quiet"})
+        fedprompt.run("label_skew", **changes, **{"output.dir": tmp_path / "quiet"})
         assert capsys.readouterr().out == ""
-        fedprompt.run("quickstart", progress=True, **changes, **{"output.dir": tmp_path / "loud"})
+        fedprompt.run("label_skew", progress=True, **changes, **{"output.dir": tmp_path / "loud"})
         assert "round 0/0" in capsys.readouterr().out
 
 
@@ -151,7 +151,7 @@ class TestStopping:
 
         ends: list[fedprompt.Result] = []
         stopped = fedprompt.run(
-            "quickstart", method="promptfl", seed=2, on_round=stop, on_end=ends.append, **SMALL,
+            "label_skew", method="promptfl", seed=2, on_round=stop, on_end=ends.append, **SMALL,
             **{"output.dir": tmp_path / "run"},
         )  # fmt: skip
         assert ends == [stopped]
@@ -172,13 +172,13 @@ class TestStopping:
 
         target = {"output.dir": tmp_path / "run"}
         with pytest.raises(ZeroDivisionError):
-            fedprompt.run("quickstart", on_round=fail, **SMALL, **target)
+            fedprompt.run("label_skew", on_round=fail, **SMALL, **target)
         assert fedprompt.resume(tmp_path / "run").finished
 
 
 def test_a_sweep_gives_results_by_name_and_a_table(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(
-        "experiment: quickstart\nseeds: [1, 2]\n"
+        "experiment: label_skew\nseeds: [1, 2]\n"
         "common: [data.images_per_class=8, 'data.domains=[savanna]', partition.clients=2]\n"
         "rows: {PromptFL: [method=promptfl], Zero: [method=zero_shot]}\n"
     )

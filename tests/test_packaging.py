@@ -105,7 +105,7 @@ def test_shipped_configs_are_found(environment: Environment, foreign: Path) -> N
 @pytest.mark.slow
 def test_a_run_beside_a_foreign_strategies_package(environment: Environment, foreign: Path) -> None:
     environment.run(
-        "-m", "fedprompt", "run", "quickstart", *SMALL, "strategy=fedavgm", "output.dir=run",
+        "-m", "fedprompt", "run", "label_skew", *SMALL, "strategy=fedavgm", "output.dir=run",
         cwd=foreign,
     )  # fmt: skip
     assert json.loads((foreign / "run" / "summary.json").read_text())["strategy"] == "fedavgm"

@@ -64,9 +64,9 @@ def tune(
 
     Examples:
 
-      fedprompt tune quickstart --methods coop_local,promptfl,fedrsclip
+      fedprompt tune label_skew --methods coop_local,promptfl,fedrsclip
 
-      fedprompt sweep runs/tune-quickstart/tuned.yaml
+      fedprompt sweep runs/tune-label_skew/tuned.yaml
     """
     from typing import get_args
 

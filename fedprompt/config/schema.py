@@ -254,6 +254,11 @@ class EvaluationConfig:
     local_only_tokens: int | None = option(
         None, "context tokens of that CoOp; null = as many as the method's prompts, or else 4", ge=1
     )
+    local_only_lr: float | None = option(
+        None,
+        "learning rate of that CoOp; null = training.lr, which may suit the method alone",
+        gt=0,
+    )
     personal_on_global: bool = option(True, "also test personal models on the server test set")
 
 

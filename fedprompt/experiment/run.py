@@ -214,7 +214,11 @@ def _local_only(
     # Prompts of unequal length would make the comparison one of lengths. Methods without text
     # prompts are compared with the shortest usual prompt, that of four tokens.
     tokens = workspace.config.evaluation.local_only_tokens or _tokens(workspace) or 4
-    alone = workspace.with_method(reference.Config(context_tokens=tokens))
+    settings = workspace.config
+    training = replace(
+        settings.training, lr=settings.evaluation.local_only_lr or settings.training.lr
+    )
+    alone = workspace.with_method(reference.Config(context_tokens=tokens), training)
     # Nothing is uploaded that would have to be hidden.
     alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
     grid.use(alone)

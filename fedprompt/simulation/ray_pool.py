@@ -128,11 +128,11 @@ class WorkerPool:
         return self.config.simulation
 
     def use(self, config: Config) -> None:
-        """Change all workers to the method of `config`; they keep CLIP, features and data."""
+        """Change all workers to the method and training of `config`; they keep everything else."""
         self.config = config
         for slot in self.slots:
             # An actor runs its calls in order, so this also works for one that is still starting.
-            slot.steps.append(slot.actor.use.remote(config.method))
+            slot.steps.append(slot.actor.use.remote(config.method, config.training))
             slot.since = time.monotonic()
 
     def close(self) -> None:

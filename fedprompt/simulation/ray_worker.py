@@ -18,7 +18,7 @@ from fedprompt.runtime import set_defaults
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fedprompt.config.schema import Config
+    from fedprompt.config.schema import Config, TrainingConfig
     from fedprompt.messages import Parcel
     from fedprompt.methods.base import Tensors
     from fedprompt.simulation.block_grid import Handler, Opener
@@ -105,13 +105,14 @@ class Worker:
         node = ray.get_runtime_context().get_node_id()
         return Place(os.getpid(), f"{node} {ray.get_gpu_ids() or 'cpu'}", free_memory(device))
 
-    def use(self, method_config: Any) -> bool:
+    def use(self, method_config: Any, training: TrainingConfig) -> bool:
         """Change to another method and keep CLIP, features and data.
 
         Args:
             method_config: the `method` section.
+            training: the `training` section.
         """
-        self._workspace = self._workspace.with_method(method_config)
+        self._workspace = self._workspace.with_method(method_config, training)
         return True
 
     def run(self, block: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:

@@ -160,6 +160,9 @@ def make_plan(
         common = (*sweep.common, *overrides)
         named, title = dict(sweep.rows) or {"": ()}, sweep.name
     first = compose(experiment, [*common, *next(iter(named.values()))])
+    # The seed is that of the trials. The runs after the search have seeds of their own, and a sweep
+    # refuses an override of it.
+    common = tuple(text for text in common if text.partition("=")[0].strip() != "seed")
     common += validation_overrides(first)
     wanted = _read_spaces(spaces)
     rows = [row_of(experiment, common, row, changes, wanted) for row, changes in named.items()]

@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fedprompt.experiment.run import run
 
     target = tmp_path_factory.mktemp("cli") / "first run"
-    return run(compose("quickstart", [*QUICK, f"output.dir='{target}'"]), QuietDisplay())
+    return run(compose("label_skew", [*QUICK, f"output.dir='{target}'"]), QuietDisplay())
 
 
 class TestOneRun:
@@ -102,7 +102,7 @@ class TestOneRun:
     ) -> None:
         before = (run_dir / "summary.json").read_bytes()
         status, _, err = fedprompt(
-            monkeypatch, capsys, "run", "quickstart", f"output.dir='{run_dir}'"
+            monkeypatch, capsys, "run", "label_skew", f"output.dir='{run_dir}'"
         )
         assert status == 2
         assert "already holds a run" in err
@@ -147,13 +147,13 @@ def test_data_show_draws_the_partition(
 ) -> None:
     plot, sheet = tmp_path / "partition.png", tmp_path / "sheet.png"
     status, out, _ = fedprompt(
-        monkeypatch, capsys, "data", "show", "quickstart", *QUICK, "--out", plot
+        monkeypatch, capsys, "data", "show", "label_skew", *QUICK, "--out", plot
     )
     assert status == 0
     assert "3 clients, 20 classes" in out
     assert Image.open(plot).width > 300
     status, _, _ = fedprompt(
-        monkeypatch, capsys, "data", "sheet", "quickstart", *QUICK, "--out", sheet
+        monkeypatch, capsys, "data", "sheet", "label_skew", *QUICK, "--out", sheet
     )
     assert status == 0
     assert Image.open(sheet).height > 20 * 90
@@ -198,14 +198,14 @@ BAD_INPUT = {
     ),
     "unknown domain": (["run", "quickstart", "data.domains=[savana]"], "savanna"),
     "wrong checkpoint": (
-        ["run", "quickstart", *QUICK, "backbone=openai_vit_b32", "backbone.pretrained=null",
+        ["run", "label_skew", *QUICK, "backbone=openai_vit_b32", "backbone.pretrained=null",
          "backbone.checkpoint={tmp}/weights.pt"], "weights.pt"
     ),
     "missing checkpoint": (
-        ["run", "quickstart", *QUICK, "backbone=remoteclip_vit_b32"], "RemoteCLIP-ViT-B-32.pt"
+        ["run", "label_skew", *QUICK, "backbone=remoteclip_vit_b32"], "RemoteCLIP-ViT-B-32.pt"
     ),
     "unwritable run folder": (
-        ["run", "quickstart", *QUICK, "output.root={tmp}/file"], "output.root"
+        ["run", "label_skew", *QUICK, "output.root={tmp}/file"], "output.root"
     ),
     "nothing to resume": (["run", "--resume", "{tmp}/none"], "no run to resume"),
     "run without anything": (["run"], "give an experiment"),

@@ -16,9 +16,9 @@ from tests.support.fake_runs import write_sweep
 
 FEW = ("data.images_per_class=4", "partition.clients=2")
 CASES = {
-    "partition.json": ("data", "partition", "quickstart", *FEW),
-    "partition.png": ("data", "show", "quickstart", *FEW),
-    "sheet.png": ("data", "sheet", "quickstart", *FEW),
+    "partition.json": ("data", "partition", "label_skew", *FEW),
+    "partition.png": ("data", "show", "label_skew", *FEW),
+    "sheet.png": ("data", "sheet", "label_skew", *FEW),
     "report.html": ("report", "runs/0", "runs/1"),
     "out/table.csv": ("compare", "runs", "--out", "out"),
     "out/table.md": ("compare", "runs", "--out", "out"),
@@ -84,7 +84,7 @@ def test_a_new_federation_overwrites_nothing(tmp_path: Path, name: str) -> None:
 
 def test_local_nodes_refuse_a_folder_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
-    config = compose("quickstart", [f"output.dir={tmp_path / 'run'}"])
+    config = compose("label_skew", [f"output.dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match="not empty"):
         run_local(config, QuietDisplay(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["server"]

@@ -62,7 +62,7 @@ def test_the_folder_agrees_with_the_entry(entry: catalogue.Entry, copy: Path) ->
 
 
 def test_it_is_a_data_set(entry: catalogue.Entry, copy: Path) -> None:
-    config = compose("quickstart", [f"data={NAME}", f"data.root={copy}"])
+    config = compose("label_skew", [f"data={NAME}", f"data.root={copy}"])
     dataset = open_dataset(config.data, 1)
     assert dataset.class_names == ("beach", "ferry terminal", "tidal flat")
     assert config.data.templates == ["a satellite photo of a {}."]
@@ -75,7 +75,7 @@ def test_it_federates(entry: catalogue.Entry, copy: Path, tmp_path: Path) -> Non
         "federation.rounds=1", "evaluation.local_only=false", "output.report=false",
         f"output.dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    assert (run(compose("quickstart", changes), QuietDisplay()) / "summary.json").is_file()
+    assert (run(compose("label_skew", changes), QuietDisplay()) / "summary.json").is_file()
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_the_test_of_the_source_passes(array_file: ModuleType, tmp_path: Path) -
 
 def test_the_source_refuses_what_it_cannot_read(array_file: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="root"):
-        compose("quickstart", ["data=array_file"])
+        compose("label_skew", ["data=array_file"])
     (tmp_path / "text.npz").write_text("no arrays")
     with pytest.raises(UserError, match=r"text\.npz"):
         fedprompt.data.open("array_file", root=str(tmp_path / "text.npz"))
@@ -136,4 +136,4 @@ def test_the_source_federates(array_file: ModuleType, tmp_path: Path) -> None:
         "partition.min_images=1", "federation.rounds=1", "evaluation.local_only=false",
         "output.report=false", f"output.dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    assert (run(compose("quickstart", changes), QuietDisplay()) / "summary.json").is_file()
+    assert (run(compose("label_skew", changes), QuietDisplay()) / "summary.json").is_file()

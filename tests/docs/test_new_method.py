@@ -87,11 +87,11 @@ def test_a_package_of_its_own_needs_no_file_of_ours(
     distribution: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "task_res" in fedprompt.methods.names()
-    config = compose("quickstart", ["method=task_res", "method.alpha=0.25"])
+    config = compose("label_skew", ["method=task_res", "method.alpha=0.25"])
     assert (config.method.name, config.method.alpha) == ("task_res", 0.25)
     assert [row for row in method_rows() if row[0] == "task_res"]
     result = fedprompt.run(
-        "quickstart", method="task_res", partition={"clients": 2, "alpha": 1.0},
+        "label_skew", method="task_res", partition={"clients": 2, "alpha": 1.0},
         data={"images_per_class": 8, "domains": ["savanna"]},
         **{"federation.rounds": 1, "evaluation.local_only": False, "output.report": False,
            "output.dir": tmp_path / "run"},

@@ -37,7 +37,7 @@ def run_with(k: int, folder: Path) -> fedprompt.Result:
         "federation.rounds": 1,
         "output.dir": folder,
     }
-    return fedprompt.run("quickstart", **changes)
+    return fedprompt.run("label_skew", **changes)
 
 
 def test_its_numbers_are_right_at_both_ends(example: None, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,12 +17,12 @@ from fedprompt.reports.run_data import context_tokens
 from tests.support.builders import small_config
 
 
-def tokens_of_baseline(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """The context tokens that local-only training gets, and those that the summary names."""
+def baseline(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, dict[str, Any]]:
+    """The method and training that local-only training gets, and what the summary says of it."""
     built: list[Any] = []
 
-    def with_method(method: Any) -> Any:
-        built.append(method)
+    def with_method(*sections: Any) -> Any:
+        built.append(sections)
         return SimpleNamespace(config=config)
 
     monkeypatch.setattr(experiments, "Federation", lambda *_: None)
@@ -32,7 +32,7 @@ def tokens_of_baseline(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple
     loggers = cast("Loggers", None)
     line = experiments._local_only(workspace, grid, cast("Any", None), QuietDisplay(), loggers)
     assert line is not None
-    return built[0].context_tokens, line["context_tokens"]
+    return *built[0], line
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,16 @@ def tokens_of_baseline(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple
 def test_local_only_has_as_many_tokens_as_the_method(
     sections: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tokens_of_baseline(small_config(**sections), monkeypatch) == (tokens, tokens)
+    method, _, line = baseline(small_config(**sections), monkeypatch)
+    assert (method.context_tokens, line["context_tokens"]) == (tokens, tokens)
+
+
+def test_local_only_may_have_a_learning_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate that suits the method is seldom the best one for training alone."""
+    for own, expected in ((None, 0.3), (0.02, 0.02)):
+        config = small_config(training={"lr": 0.3}, evaluation={"local_only_lr": own})
+        _, training, _ = baseline(config, monkeypatch)
+        assert training == replace(config.training, lr=expected)
 
 
 def test_methods_without_text_prompts_have_no_tokens() -> None:

@@ -18,7 +18,7 @@ SMALL = (
 
 
 def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["fedprompt", "run", "quickstart", *SMALL, *arguments])
+    monkeypatch.setattr("sys.argv", ["fedprompt", "run", "label_skew", *SMALL, *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     return int(stopped.value.code or 0)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,13 +57,15 @@ def test_ray_equals_inline_bit_for_bit(ray_grid: RayGrid, workspace: Workspace) 
     assert_same(federate(_fresh(ray_grid, workspace), 2), inline, rtol=0)
 
 
-def test_ray_takes_another_method_without_a_restart(
+def test_ray_takes_another_method_and_training_without_a_restart(
     ray_grid: RayGrid, workspace: Workspace
 ) -> None:
     from fedprompt.methods.registry import method_class
 
     pids = ray_grid.pids()
-    other = workspace.with_method(method_class("coop_local").Config(context_tokens=4))
+    # Another learning rate too, as the local-only baseline may have.
+    training = replace(workspace.config.training, lr=2 * workspace.config.training.lr)
+    other = workspace.with_method(method_class("coop_local").Config(context_tokens=4), training)
     inline = federate(InlineGrid(other), 2)
     assert_same(federate(_fresh(ray_grid, other), 2), inline, rtol=0)
     assert ray_grid.pids() == pids

@@ -41,7 +41,7 @@ BUDGET = Budget(trials=3, batch=2, sampler="random")
 
 @pytest.fixture(scope="module")
 def plan() -> TunePlan:
-    return make_plan("quickstart", SMALL, BUDGET, methods=["promptfl", "zero_shot", "fedrsclip"])
+    return make_plan("label_skew", SMALL, BUDGET, methods=["promptfl", "zero_shot", "fedrsclip"])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_killed_search_goes_on_with_several_workers(
 ) -> None:
     """After `kill -9` in a trial, Ray's workers complete what one process would have done."""
     folder, _ = searched
-    command = [sys.executable, "-m", "fedprompt", "tune", "quickstart", *SMALL]
+    command = [sys.executable, "-m", "fedprompt", "tune", "label_skew", *SMALL]
     command += ["--methods", "promptfl,zero_shot,fedrsclip", "--trials", "3", "--batch", "2"]
     command += ["--sampler", "random", "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--serial"], stdout=subprocess.DEVNULL)
@@ -226,10 +226,20 @@ def test_the_tuned_sweep_has_the_winners_settings(
     assert len(list((folder / "configs").iterdir())) == 3
 
 
+def test_the_seed_of_the_trials_is_not_that_of_the_tuned_sweep(tmp_path: Path) -> None:
+    plan = make_plan("label_skew", [*SMALL, "seed=11"], BUDGET, methods=["promptfl"])
+    assert plan.seed == 11
+    trial = trial_config(plan, plan.rows[0], {})
+    assert trial.seed == 11
+    write_results(plan, [RowResult(plan.rows[0], (), None, {})], tmp_path)
+    runs = expand(load_sweep(tmp_path / TUNED), tmp_path)
+    assert [run.seed for run in runs] == [1, 2, 3]
+
+
 def test_options_of_a_wrapped_method_are_searched(tmp_path: Path) -> None:
     """From the space to a trial, and from the winner to the tuned sweep."""
     key = "method.options.kg_weight"
-    table = {"experiment": "quickstart", "common": SMALL, "seeds": [1]}
+    table = {"experiment": "label_skew", "common": SMALL, "seeds": [1]}
     rows = {"A b": ["method=ditto", "method.base=kgcoop"], "a-B": ["method=promptfl"]}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table | {"rows": rows}))
     plan = make_plan(str(tmp_path / "table.yaml"), [], BUDGET)
@@ -277,7 +287,7 @@ def test_bad_input_is_refused_before_anything_runs(
     plan: TunePlan, searched: tuple[Path, list[RowResult]], tmp_path: Path
 ) -> None:
     folder, _ = searched
-    other = make_plan("quickstart", SMALL, Budget(trials=4), methods=["promptfl"])
+    other = make_plan("label_skew", SMALL, Budget(trials=4), methods=["promptfl"])
     with pytest.raises(UserError, match="another search"):
         search(other, folder)
     (tmp_path / "mine").mkdir()
@@ -293,11 +303,11 @@ def test_bad_input_is_refused_before_anything_runs(
     ):
         space.write_text(text)
         with pytest.raises(UserError, match=problem):
-            make_plan("quickstart", SMALL, BUDGET, methods=["promptfl"], spaces=space)
+            make_plan("label_skew", SMALL, BUDGET, methods=["promptfl"], spaces=space)
     with pytest.raises(UserError, match="local_validation_fraction"):
-        make_plan("quickstart", [*SMALL, "partition.local_validation_fraction=0.9"], BUDGET)
+        make_plan("label_skew", [*SMALL, "partition.local_validation_fraction=0.9"], BUDGET)
     with pytest.raises(UserError, match="settings to search"):
-        make_plan("quickstart", SMALL, BUDGET, methods=["zero_shot"])
+        make_plan("label_skew", SMALL, BUDGET, methods=["zero_shot"])
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,7 @@ def test_bad_input_is_refused_before_anything_runs(
 def test_an_unknown_word_is_named(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["fedprompt", "tune", "quickstart", *arguments])
+    monkeypatch.setattr("sys.argv", ["fedprompt", "tune", "label_skew", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

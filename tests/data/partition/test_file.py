@@ -244,7 +244,7 @@ def test_a_copy_elsewhere_and_another_hold_out_are_the_same_data_set(tmp_path: P
 
 
 def test_images_have_documented_names(tmp_path: Path) -> None:
-    scenes = open_dataset(compose("quickstart", ["data.images_per_class=2"]).data, 1)
+    scenes = open_dataset(compose("label_skew", ["data.images_per_class=2"]).data, 1)
     assert scenes.image_names[:3] == (
         "savanna/baseball diamond/0",
         "savanna/baseball diamond/1",
@@ -274,7 +274,7 @@ def test_a_file_written_by_us_reproduces_the_run_bitwise(
     quick = [*QUICK, "output.report=false", "evaluation.local_only=false"]
     path = tmp_path / "quick.json"
     status, out, err = fedprompt(
-        monkeypatch, capsys, "data", "partition", "quickstart", *quick, "--out", path
+        monkeypatch, capsys, "data", "partition", "label_skew", *quick, "--out", path
     )
     assert (status, err) == (0, "")
     assert out == f"wrote {path}\n"
@@ -285,7 +285,7 @@ def test_a_file_written_by_us_reproduces_the_run_bitwise(
     for name, keys in (("dealt", []), ("read", by_file), ("other", ["partition.scheme=iid"])):
         folders.append(tmp_path / name)
         status, _, err = fedprompt(
-            monkeypatch, capsys, "run", "quickstart", *quick, *keys, f"output.dir='{folders[-1]}'"
+            monkeypatch, capsys, "run", "label_skew", *quick, *keys, f"output.dir='{folders[-1]}'"
         )
         assert status == 0, err
     for file in ("metrics.jsonl", "prompts.safetensors", "partition.json"):

@@ -123,7 +123,7 @@ def quick(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def go(*changes: str) -> dict[str, Any]:
         config = compose(
-            "quickstart",
+            "label_skew",
             [
                 "data.images_per_class=8",
                 "data.domains=[savanna]",
@@ -142,7 +142,7 @@ def quick(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 def test_a_whole_run_with_clients_that_lack_something(
     quick: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = compose("quickstart", ["data.images_per_class=8", "data.domains=[savanna]"])
+    config = compose("label_skew", ["data.images_per_class=8", "data.domains=[savanna]"])
     dataset = open_dataset(config.data, 1)
     settings = PartitionConfig(scheme="iid", clients=5)
     path = tmp_path / "p.json"

@@ -84,7 +84,7 @@ def test_a_registered_source_is_listed_and_replaces_none_of_ours(distribution: N
 
 
 def test_a_registered_source_composes_and_opens(distribution: None, tmp_path: Path) -> None:
-    config = compose("quickstart", ["data.source=stripes", "data.per_class=6"])
+    config = compose("label_skew", ["data.source=stripes", "data.per_class=6"])
     assert (config.data.source, config.data.per_class) == ("stripes", 6)
     dataset = open_dataset(config.data, config.seed, tmp_path / "cache")
     assert dataset.class_names == ("wide", "narrow")
@@ -96,11 +96,11 @@ def test_a_registered_source_composes_and_opens(distribution: None, tmp_path: Pa
 
 def test_the_keys_of_a_registered_source_are_checked(distribution: None) -> None:
     with pytest.raises(UserError, match=r"data\.per_class"):
-        compose("quickstart", ["data.source=stripes", "data.per_class=1"])
+        compose("label_skew", ["data.source=stripes", "data.per_class=1"])
     with pytest.raises(UserError, match="per_clas"):
-        compose("quickstart", ["data.source=stripes", "data.per_clas=3"])
+        compose("label_skew", ["data.source=stripes", "data.per_clas=3"])
 
 
 def test_without_its_distribution_the_source_is_unknown() -> None:
     with pytest.raises(UserError, match="stripes"):
-        compose("quickstart", ["data.source=stripes"])
+        compose("label_skew", ["data.source=stripes"])
