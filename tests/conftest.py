@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Before torch, Flower and Ray are imported: two cores are shared by everything on the machine.
@@ -17,7 +18,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     base = tmp_path_factory.getbasetemp() / "fedprompt-cache"
     monkeypatch.setenv("FEDPROMPT_CACHE", str(base))
     monkeypatch.setenv("FEDPROMPT_STATE", str(tmp_path_factory.getbasetemp() / "fedprompt-state"))
+
+
+@pytest.fixture(autouse=True)
+def _own_log_handlers() -> Iterator[None]:
+    """Programs set up logging once per process; here many of them share one."""
+    logger = logging.getLogger("fedprompt")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ NO_PATH = {
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
     "token_tensors", "domain", "source", "chosen_by",
+    "validation_split",
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "partition.file",

@@ -192,7 +192,7 @@ def test_bytes_of_a_checkpoint_follow_the_participants(
     sizes = [
         {n for name, n in run[0].written if name.startswith("checkpoint")} for run in (few, many)
     ]
-    assert len(sizes[0]) == len(sizes[1]) <= 3
+    assert max(map(len, sizes)) <= 3
     assert abs(max(sizes[0]) - max(sizes[1])) <= 8, "but for the digits of totals"
     row = 8 + sum(4 * t.numel() for t in few[1].workspace.start_private(0).values())
     for run in (few, many):
