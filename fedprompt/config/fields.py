@@ -8,6 +8,7 @@ the shell completion and the generated documentation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import operator
@@ -108,14 +109,16 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
             hint = did_you_mean(str(key), list(fields))
             raise UserError(f"config: unknown key {f'{where}.{key}'!r}.{hint}")
     structured = OmegaConf.structured(schema)
+    # The schemas are frozen, which OmegaConf applies to their configs as well.
+    OmegaConf.set_readonly(structured, False)
     # The annotations are strings (`from __future__ import annotations`); this evaluates them.
-    kinds = get_type_hints(schema)
-    # One merge per key, so that the message can name the key whose value is refused.
+    kinds = _hints(schema)  # type: ignore[arg-type]
+    # Key by key, so that the message can name the key whose value is refused.
     for key, typed in values.items():
         value = for_kind(typed, kinds[key], f"{where}.{key}")
         _refuse_placeholders(f"{where}.{key}", value)
         try:
-            structured = OmegaConf.merge(structured, {key: value})
+            OmegaConf.update(structured, key, value, merge=False)
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             shown = typed_text(typed)
             shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
@@ -135,6 +138,11 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         except UserError as error:
             raise UserError(f"config: {where}: {error}") from None
     return built
+
+
+@functools.cache
+def _hints(schema: type[Any]) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _refuse_placeholders(where: str, value: Any) -> None:

@@ -11,9 +11,11 @@ import takes seconds, while commands such as `fedprompt list` only print names.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -115,7 +117,7 @@ class Registry(Generic[T]):
         """
         ours = self._modules()
         group = self.group or self.package
-        return {p.name: p for p in entry_points(group=group) if p.name not in ours}
+        return {p.name: p for p in _installed(group, tuple(sys.path)) if p.name not in ours}
 
     def _load(self, point: EntryPoint) -> type[T]:
         where = f"the entry point '{point.name} = {point.value}' of group {point.group}"
@@ -146,3 +148,13 @@ class Registry(Generic[T]):
     def _base_class(self) -> type[Any]:
         module, _, name = self.base.partition(":")
         return cast("type[Any]", getattr(importlib.import_module(module), name))
+
+
+@functools.cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group; `path` is where distributions are looked for.
+
+    Looking reads the metadata of every installed distribution, which took a third of the time in
+    which a config is composed.
+    """
+    return tuple(entry_points(group=group))
