@@ -13,6 +13,8 @@ from fedprompt.errors import UserError
 from fedprompt.runtime.endings import advice, command_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedprompt.suites.run import SuiteResult
     from fedprompt.suites.spec import Suite
 
@@ -152,25 +154,15 @@ def count_runs(suite: Suite) -> int:
 
 
 def _print_result(suite: Suite, result: SuiteResult, folder: Path, console: Console) -> None:
-    from rich.table import Column, Table
-    from rich.text import Text
+    from fedprompt.suites.result_file import SETTINGS
+    from fedprompt.suites.summary import accuracies, costs
 
-    from fedprompt.reports.terminal import LOOK
-    from fedprompt.suites.summary import heading, summary_rows
-
+    for setting in SETTINGS:
+        cells = accuracies(suite, result.results, setting)
+        if len(cells) > 1:
+            _print_table(f"{setting} settings, percent, mean over seeds", cells, console)
     if result.results:
-        columns = [Column(name, justify="right") for name in heading(suite)[1:]]
-
-        table = Table(
-            Column(heading(suite)[0], overflow="fold"),
-            *columns,
-            title=Text("tuned / default, mean over seeds, percent"),
-            title_justify="left",
-            **LOOK,
-        )
-        for cells in summary_rows(suite, result.results):
-            table.add_row(*map(Text, cells))
-        console.print(table)
+        _print_table("cost of the runs of one setting", costs(result.results), console)
     for name, reason in result.failures.items():
         console.print(f"FAILED {name}: {reason}", markup=False, soft_wrap=True)
     for line in (
@@ -178,3 +170,22 @@ def _print_result(suite: Suite, result: SuiteResult, folder: Path, console: Cons
         f"next: fedprompt leaderboard {folder}",
     ):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_table(title: str, cells: Sequence[Sequence[str]], console: Console) -> None:
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from fedprompt.reports.terminal import LOOK
+
+    columns = [Column(name, justify="right", overflow="fold") for name in cells[0][1:]]
+    table = Table(
+        Column(cells[0][0], overflow="fold"),
+        *columns,
+        title=Text(title),
+        title_justify="left",
+        **LOOK,
+    )
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)

@@ -1,34 +1,58 @@
-"""The table at the end of a suite: tuned and default side by side, and what they cost."""
+"""The tables at the end of a suite: accuracies of tuned and of default settings, and costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 
 from fedprompt.reports.format import MISSING, human_bytes, human_time
-from fedprompt.suites.result_file import SETTINGS, ResultFile, SeedResult, SettingResult
+from fedprompt.suites.result_file import ResultFile, SeedResult, SettingResult
 from fedprompt.suites.spec import Suite
 
 
-def heading(suite: Suite) -> list[str]:
-    """The columns of the table."""
-    return ["row", *suite.scenarios, "mean", "sent", "steps", "time"]
-
-
-def summary_rows(suite: Suite, results: Mapping[str, ResultFile]) -> list[list[str]]:
-    """The rows of the table, best mean of tuned settings first.
+def accuracies(suite: Suite, results: Mapping[str, ResultFile], setting: str) -> list[list[str]]:
+    """The table of one setting, best mean first; only its heading if no row was run with it.
 
     Args:
         suite: The suite.
         results: The results by row.
+        setting: `tuned` or `default`.
 
     Returns:
-        Cells: accuracies of both settings per scenario and their mean over the scenarios; bytes
-        sent, optimiser steps and seconds of the reported runs with the first of the settings that
-        was run.
+        The heading, and by row the mean over the seeds in each scenario, in percent, and the mean
+        over the scenarios.
     """
-    ranked = sorted(results.values(), key=lambda one: _rank(suite, one))
-    return [_cells(suite, one) for one in ranked]
+    table = [["row", *suite.scenarios, "mean"]]
+    ranked = sorted(results.values(), key=lambda one: -(score(suite, one, setting) or 0.0))
+    for result in ranked:
+        if any(_part(result, name, setting) for name in suite.scenarios):
+            values = [_mean(_part(result, name, setting), suite) for name in suite.scenarios]
+            values.append(score(suite, result, setting))
+            table.append([result.row, *(_percent(value) for value in values)])
+    return table
+
+
+def costs(results: Mapping[str, ResultFile]) -> list[list[str]]:
+    """The heading, and by row what its reported runs cost, those of one setting.
+
+    Args:
+        results: The results by row.
+
+    Returns:
+        Bytes sent, optimiser steps, and seconds, with the first of the settings that was run.
+    """
+    table = [["row", "sent", "client steps", "time"]]
+    for result in results.values():
+        runs = _runs(result)
+        table.append(
+            [
+                result.row,
+                human_bytes(sum(run.bytes_up + run.bytes_down for run in runs)),
+                f"{sum(run.client_steps for run in runs):,}",
+                human_time(sum(run.seconds for run in runs)),
+            ]
+        )
+    return table
 
 
 def score(suite: Suite, result: ResultFile, setting: str) -> float | None:
@@ -38,24 +62,9 @@ def score(suite: Suite, result: ResultFile, setting: str) -> float | None:
     return fmean(known) if len(known) == len(values) else None
 
 
-def _cells(suite: Suite, result: ResultFile) -> list[str]:
-    cells = [result.row]
-    for name in suite.scenarios:
-        cells.append(_pair([_mean(_part(result, name, one), suite) for one in SETTINGS]))
-    cells.append(_pair([score(suite, result, one) for one in SETTINGS]))
-    runs = _runs(result)
-    cells.append(human_bytes(sum(run.bytes_up + run.bytes_down for run in runs)))
-    cells.append(f"{sum(run.client_steps for run in runs):,}")
-    cells.append(human_time(sum(run.seconds for run in runs)))
-    return cells
-
-
-def _pair(values: Sequence[float | None]) -> str:
-    return "/".join(MISSING if value is None else f"{100 * value:.1f}" for value in values)
-
-
-def _rank(suite: Suite, result: ResultFile) -> tuple[float, ...]:
-    return tuple(-(score(suite, result, setting) or 0.0) for setting in SETTINGS)
+def _percent(value: float | None) -> str:
+    # Without a percent sign, so that the columns of five scenarios fit into 80 letters.
+    return MISSING if value is None else f"{100 * value:.1f}"
 
 
 def _runs(result: ResultFile) -> list[SeedResult]:
