@@ -46,7 +46,7 @@ def members(setting: str, sessions: Sessions = tuple) -> list[int]:
     """
     if PROC.is_dir():
         return processes_with(setting)
-    return [session for session in sessions() if _signal_session(session, 0)]
+    return [session for session in sessions() if signal_session(session, 0)]
 
 
 def kill_group(setting: str, sessions: Sessions = tuple, *, quiet_s: float = 0.0) -> int:
@@ -68,7 +68,7 @@ def kill_group(setting: str, sessions: Sessions = tuple, *, quiet_s: float = 0.0
             seen = time.monotonic()
             send_signal(process_id, signal.SIGKILL)
             if not PROC.is_dir():
-                _signal_session(process_id, signal.SIGKILL)
+                signal_session(process_id, signal.SIGKILL)
         killed |= set(found)
         time.sleep(PAUSE_S)
     return len(killed)
@@ -93,7 +93,7 @@ def send_signal(process_id: int, number: signal.Signals) -> None:
         os.kill(process_id, number)
 
 
-def _signal_session(session: int, number: int) -> bool:
+def signal_session(session: int, number: int) -> bool:
     """Send a signal to the processes of a session; returns whether there are any."""
     try:
         os.killpg(session, number)

@@ -176,6 +176,7 @@ class Processes:
 
     def stop(self) -> None:
         """End all processes of the group: by SIGTERM, and those that remain by SIGKILL."""
+        sessions = self._sessions()
         for process_id in self.alive():
             send_signal(process_id, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
@@ -184,6 +185,10 @@ class Processes:
                 process.poll()
             time.sleep(0.1)
         kill_group(self.ownership.setting, self._sessions)
+        if not guard.PROC.is_dir():
+            # Members of a session are not seen any more once the process that began it has ended.
+            for session in sessions:
+                guard.signal_session(session, signal.SIGKILL)
         for process in self.running.values():
             process.wait()
         self.running.clear()

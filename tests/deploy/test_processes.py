@@ -125,10 +125,22 @@ def test_without_proc_a_group_is_its_sessions(
 ) -> None:
     monkeypatch.setattr(guard, "PROC", tmp_path / "none")
     with Processes(tmp_path) as group:
-        process = group.start("family", ["sh", "-c", "sleep 600 & wait"])
+        process = group.start(
+            "family", ["sh", "-c", f"sleep 600 & echo $! > {tmp_path}/child; wait"]
+        )
+        wait_until((tmp_path / "child").exists)
         assert group.alive() == [process.pid]
     assert process.returncode is not None
     assert group.alive() == []
+
+    def ended() -> bool:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    wait_until(ended)
 
 
 def test_a_second_command_on_a_folder_is_refused(tmp_path: Path) -> None:
