@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedprompt.cli.completion import complete_suite
+from fedprompt.cli.options import Jobs, Quick, RayAddress, Serial
 from fedprompt.errors import UserError
 from fedprompt.runtime.endings import advice, command_line
 
@@ -39,24 +40,15 @@ def run(
     settings: Annotated[
         str, typer.Option(help="tuned, default (those of the papers) or both.")
     ] = "both",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Run the small variant that the file describes.")
-    ] = False,
+    quick: Quick = False,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder with a folder per data set, named as in the catalogue."),
     ] = None,
-    serial: Annotated[
-        bool, typer.Option("--serial", help="Do one run after the other, in this process.")
-    ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Most runs at once \\[as the machine has room for].")
-    ] = None,
+    serial: Serial = False,
+    jobs: Jobs = None,
     out: Annotated[Path | None, typer.Option(help="Folder \\[runs/suites/NAME].")] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Tune and run the rows of a suite, and write a result file of each.
 
@@ -154,10 +146,9 @@ def count_runs(suite: Suite) -> int:
 
 
 def _print_result(suite: Suite, result: SuiteResult, folder: Path, console: Console) -> None:
-    from fedprompt.suites.result_file import SETTINGS
     from fedprompt.suites.summary import accuracies, costs
 
-    for setting in SETTINGS:
+    for setting in SETTINGS["both"]:
         cells = accuracies(suite, result.results, setting)
         if len(cells) > 1:
             _print_table(f"{setting} settings, percent, mean over seeds", cells, console)

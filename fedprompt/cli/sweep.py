@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedprompt.cli.completion import complete_protocol, complete_sweep
 from fedprompt.cli.data import Overrides
+from fedprompt.cli.options import Jobs, Quick, RayAddress, Serial
 from fedprompt.runtime.endings import advice, command_line
 
 if TYPE_CHECKING:
@@ -30,24 +31,15 @@ def sweep(
     seeds: Annotated[
         str | None, typer.Option(help="Seeds that replace those of the file, e.g. 1,2,3.")
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Run the small variant that the file describes.")
-    ] = False,
+    quick: Quick = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the runs and the expected time, and run nothing."),
     ] = False,
-    serial: Annotated[
-        bool, typer.Option("--serial", help="Do one run after the other, in this process.")
-    ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Most runs at once \\[as the machine has room for].")
-    ] = None,
+    serial: Serial = False,
+    jobs: Jobs = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs \\[runs/NAME].")] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Run every row, grid value and seed of a sweep; runs that are complete are kept.
 

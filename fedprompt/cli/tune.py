@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedprompt.cli.data import Overrides
+from fedprompt.cli.options import RayAddress
 from fedprompt.runtime.endings import advice, command_line
 
 if TYPE_CHECKING:
@@ -52,10 +53,7 @@ def tune(
         int | None, typer.Option(min=1, help="Most trials at once \\[as the machine has room for].")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder \\[runs/tune-NAME].")] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
-    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Search settings on validation images, with the same budget for every method.
 

@@ -154,7 +154,7 @@ class Registry(Generic[T]):
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """The entry points of a group; `path` is where distributions are looked for.
 
-    Looking reads the metadata of every installed distribution, which took a third of the time in
-    which a config is composed.
+    Looking reads the metadata of every installed distribution, which took a fifth of the time in
+    which a config was composed.
     """
     return tuple(entry_points(group=group))

@@ -5,7 +5,7 @@ The keys that a user sets are merged over those of the shipped file that the use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,43 @@ def shipped_file(group: str, name: Any, also: Sequence[str] = ()) -> Path:
         hint = did_you_mean(str(name), sorted([*known, *also]))
         raise UserError(f"config: no {group} {str(name)!r}.{hint}")
     return configs_dir() / group / f"{name}.yaml"
+
+
+def yaml_file(group: str, name: str) -> Path:
+    """Return the shipped file of a group, or `name` itself if it is a YAML file.
+
+    Args:
+        group: a folder of `configs/`, e.g. `sweep`.
+        name: the name of a shipped file, or a path that ends in `.yaml` or `.yml`.
+
+    Returns:
+        The path of the file. A YAML file need not exist; `load_yaml` reports that.
+
+    Raises:
+        UserError: there is no shipped file with this name.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).expanduser()
+    known = shipped_names(group)
+    if name not in known:
+        raise UserError(f"{group}: no {group} {name!r}.{did_you_mean(name, known)}")
+    return configs_dir() / group / f"{name}.yaml"
+
+
+def refuse_unknown(values: Iterable[Any], known: Sequence[str], where: str) -> None:
+    """Refuse keys that a file cannot have.
+
+    Args:
+        values: the keys of the file, or a mapping with them.
+        known: those that it can have.
+        where: the command and the file, for the message.
+
+    Raises:
+        UserError: a key is unknown; the message suggests the nearest one.
+    """
+    for key in values:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")
 
 
 def purpose(path: Path) -> str:

@@ -138,6 +138,12 @@ def client_steps(rounds: Sequence[Mapping[str, Any]]) -> int | None:
     return sum(steps)
 
 
+def seconds_of(timings: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of all rounds, training and evaluation together, of the lines of `timings.jsonl`."""
+    seconds: float = sum(line["train_s"] + line["evaluate_s"] for line in timings)
+    return seconds
+
+
 def measured_costs(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Seconds and memory of a run, over all parts of it if it was interrupted.
 
@@ -149,9 +155,8 @@ def measured_costs(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         without the local-only baseline; and the `peak_memory_bytes` of the server's process, None
         where the system does not tell.
     """
-    seconds = sum(line["train_s"] + line["evaluate_s"] for line in timings)
     peaks = [peak for line in timings if (peak := line.get("peak_memory_bytes")) is not None]
-    return {"seconds": round(seconds, 3), "peak_memory_bytes": max(peaks, default=None)}
+    return {"seconds": round(seconds_of(timings), 3), "peak_memory_bytes": max(peaks, default=None)}
 
 
 def few_test_images(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from typing import Any, get_args
 from fedprompt.config.as_typed import plain
 from fedprompt.config.fields import build
 from fedprompt.config.search import space_from
-from fedprompt.config.shipped import configs_dir, load_yaml, shipped_names
+from fedprompt.config.shipped import load_yaml, refuse_unknown, yaml_file
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.compose import compose
 from fedprompt.reports.compare.metrics import KNOWN
@@ -63,12 +63,7 @@ def suite_path(name: str) -> Path:
     Raises:
         UserError: There is no shipped suite with this name.
     """
-    if name.endswith((".yaml", ".yml")):
-        return Path(name).expanduser()
-    known = shipped_names("suite")
-    if name not in known:
-        raise UserError(f"suite: no suite {name!r}.{did_you_mean(name, known)}")
-    return configs_dir() / "suite" / f"{name}.yaml"
+    return yaml_file("suite", name)
 
 
 def load_suite(path: Path, *, quick: bool = False) -> Suite:
@@ -91,7 +86,7 @@ def load_suite(path: Path, *, quick: bool = False) -> Suite:
             "e.g. sites-v1.yaml."
         )
     values = plain(load_yaml(path, "suite"))
-    _known(values, KEYS, where)
+    refuse_unknown(values, KEYS, where)
     if quick:
         values = _quick(values, where)
     search = dict(_mapping(values.get("search") or {}, f"{where}: 'search'"))
@@ -126,7 +121,7 @@ def _quick(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(changes, Mapping):
         raise UserError(f"{where} has no 'quick' variant.")
     changes = {str(key): value for key, value in changes.items()}
-    _known(changes, KEYS, f"{where}: quick")
+    refuse_unknown(changes, KEYS, f"{where}: quick")
     merged = {**values, **changes}
     merged["common"] = values.get("common")
     last = list(_texts(changes.get("common"), f"{where}: quick: 'common'"))
@@ -156,7 +151,7 @@ def _quick(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _scenario(name: str, part: Any, common: Sequence[str], path: Path) -> Scenario:
     where = f"suite: {path}: scenario '{name}'"
     values = _mapping(part, where)
-    _known(values, SCENARIO_KEYS, where)
+    refuse_unknown(values, SCENARIO_KEYS, where)
     experiment = values.get("experiment")
     if not isinstance(experiment, str):
         raise UserError(f"{where} must name its 'experiment', e.g. experiment: benchmark.")
@@ -228,10 +223,8 @@ def _rows(rows: Any, where: str) -> dict[str, tuple[str, ...]]:
 
 def _budget(values: Mapping[str, Any], where: str) -> Budget:
     kinds = {"sampler": get_args(Sampler), "pruner": get_args(Pruner)}
+    refuse_unknown(values, BUDGET_KEYS, f"{where}: search")
     for key, value in values.items():
-        if key not in BUDGET_KEYS:
-            hint = did_you_mean(key, BUDGET_KEYS)
-            raise UserError(f"{where}: search: unknown key {key!r}.{hint}")
         if key in kinds and value not in kinds[key]:
             raise UserError(
                 f"{where}: search: {key} is {value!r}; it must be {', '.join(kinds[key])}."
@@ -242,12 +235,6 @@ def _budget(values: Mapping[str, Any], where: str) -> Budget:
                 f"{where}: search: {key} is {value!r}; it must be a whole number from {low}."
             )
     return Budget(**values)
-
-
-def _known(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}.{did_you_mean(key, known)}")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

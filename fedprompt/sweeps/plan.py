@@ -32,9 +32,8 @@ from fedprompt.config.as_typed import AsTyped
 from fedprompt.config.as_typed import plain as without_texts
 from fedprompt.config.fields import build, option
 from fedprompt.config.schema import Config, to_dict, to_yaml
-from fedprompt.config.shipped import configs_dir, load_yaml
-from fedprompt.data.sections import available
-from fedprompt.errors import UserError, did_you_mean
+from fedprompt.config.shipped import load_yaml, refuse_unknown, yaml_file
+from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.names import PLAN, describe, plain
@@ -100,12 +99,7 @@ def sweep_path(name: str) -> Path:
     Raises:
         UserError: There is no shipped sweep with this name.
     """
-    if name.endswith((".yaml", ".yml")):
-        return Path(name).expanduser()
-    known = available("sweep")
-    if name not in known:
-        raise UserError(f"sweep: no sweep {name!r}.{did_you_mean(name, known)}")
-    return configs_dir() / "sweep" / f"{name}.yaml"
+    return yaml_file("sweep", name)
 
 
 def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
@@ -121,7 +115,8 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     Raises:
         UserError: The file cannot be read, has unknown keys, or one of its parts is malformed.
     """
-    values = _known_keys(load_yaml(path, "sweep"), str(path))
+    values = load_yaml(path, "sweep")
+    refuse_unknown(values, KEYS, f"sweep: {path}")
     if quick:
         values = _quick(values, path)
     experiment = without_texts(values.get("experiment"))
@@ -359,19 +354,13 @@ def file_name(text: str) -> str:
     return words[:SLUG].strip("-._")
 
 
-def _known_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
-    for key in values:
-        if key not in KEYS:
-            raise UserError(f"sweep: {where}: unknown key {key!r}.{did_you_mean(key, KEYS)}")
-    return values
-
-
 def _quick(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the keys of the file, overridden by those under its `quick` key."""
     changes = values.get("quick")
     if not isinstance(changes, Mapping):
         raise UserError(f"sweep: {path} has no 'quick' variant.")
-    changes = _known_keys({str(k): v for k, v in changes.items()}, f"{path}: quick")
+    changes = {str(k): v for k, v in changes.items()}
+    refuse_unknown(changes, KEYS, f"sweep: {path}: quick")
     merged = {**values, **changes}
     # Later overrides win, so the small variant's are appended to those of the file.
     both = (_texts(part.get("common"), f"{path}: 'common'") for part in (values, changes))

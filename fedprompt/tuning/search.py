@@ -16,6 +16,7 @@ from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.selection import objective_by_round
+from fedprompt.experiment.summary import seconds_of
 from fedprompt.reports.run_data import SUMMARY, load_run
 from fedprompt.sweeps.api import run_planned
 from fedprompt.sweeps.plan import PlannedRun, SweepFile, settings_hash, slug, with_threads
@@ -245,7 +246,7 @@ def _read(run: PlannedRun, *, failed: bool) -> Trial:
             return Trial(run.values, None)
         raise
     steps = sum(line.get("client_steps", 0) for line in read.rounds)
-    seconds = sum(line["train_s"] + line["evaluate_s"] for line in read.timings)
+    seconds = seconds_of(read.timings)
     if failed:
         return Trial(run.values, None, steps=steps, seconds=seconds)
     if read.summary is None:
