@@ -35,6 +35,14 @@ class DamagedFile(UserError):
     """
 
 
+class DeviceFault(RunFailed):
+    """A GPU has failed such that this process cannot use it any more.
+
+    It says nothing about the client that was training: a worker that meets it is replaced, and its
+    clients are asked again. Without another process, the run ends.
+    """
+
+
 class StopRun(Exception):
     """Raised by an `on_round` callback to stop a run after a round.
 

@@ -12,8 +12,8 @@ import torch
 from fedprompt.cli import doctor
 from fedprompt.config.schema import SimulationConfig
 from fedprompt.runtime import machine, thread_count
+from fedprompt.runtime.device_memory import free_memory, is_shortage
 from fedprompt.runtime.machine import cpu_count, memory
-from fedprompt.simulation.blocks import free_memory
 from fedprompt.sweeps.plan import Resources
 from fedprompt.sweeps.run import places_here
 
@@ -124,3 +124,28 @@ def test_a_system_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert total > 1e7
     assert free is None
     assert free_memory(torch.device("cpu")) == total / 2
+
+
+def test_blocks_that_pytorch_keeps_on_a_gpu_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("mem_get_info", (2 * GIB, 16 * GIB)),
+        ("memory_reserved", 10 * GIB),
+        ("memory_allocated", 3 * GIB),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 9 * GIB
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_shortage_of_memory_is_told_from_other_errors(error: Exception, short: bool) -> None:
+    assert is_shortage(error) is short

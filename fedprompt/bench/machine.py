@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fedprompt.runtime import versions
+from fedprompt.runtime.device_memory import free_memory
 from fedprompt.runtime.machine import PROC, cpu_count, kilobytes, memory
 from fedprompt.runtime.peak_memory import peak_memory
-from fedprompt.simulation.blocks import free_memory
 
 GB, MB = 1e9, 1e6
 

@@ -31,7 +31,7 @@ from fedprompt.bench.workload import (
 )
 from fedprompt.methods.parts.prompts import PromptSource
 from fedprompt.rng import normal
-from fedprompt.simulation.blocks import free_memory
+from fedprompt.runtime.device_memory import free_memory
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace

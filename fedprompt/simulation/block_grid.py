@@ -24,7 +24,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 
 from fedprompt.config.schema import Config
-from fedprompt.errors import DamagedFile, UserError
+from fedprompt.errors import UserError
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.grid import CountingGrid, Traffic
 from fedprompt.messages import (
@@ -48,7 +48,9 @@ from fedprompt.privacy.secure_aggregation import (
 )
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import thread_count, use_threads
-from fedprompt.simulation.blocks import choose_size, free_memory, group
+from fedprompt.runtime.device_memory import free_memory
+from fedprompt.simulation.answer_block import Handler
+from fedprompt.simulation.blocks import choose_size, group
 from fedprompt.simulation.memory_store import MemoryStore
 from fedprompt.workspace import Workspace
 
@@ -56,13 +58,6 @@ log = logging.getLogger("fedprompt.grid")
 
 KEY_STAGES = (SETUP, SHARE_KEYS, CONFIRM, UNMASK)
 """Stages of secure aggregation that only exchange keys; no client trains in them."""
-
-Handler = Callable[
-    [Workspace, Sequence[int], Sequence[Message], Mapping[int, Tensors]],
-    tuple[list[Message], dict[int, Tensors]],
-]
-"""A function that answers a block's messages: signature and contract of `client_app.handle`."""
-
 
 Opener = Callable[[Config], Workspace]
 """A function that opens the workspace of a config. Another process must be able to import it."""
@@ -104,6 +99,8 @@ class BlockGrid(CountingGrid):
         # Measured once: if it changed between rounds, so would the blocks and the last bits.
         self._free_bytes = free_memory(workspace.clip.device)
         self._told: set[int] = set()
+        # By type of message: how many clients fitted after a block had been too large.
+        self._fitted: dict[str, int] = {}
         # The server scores the global model in this process, and the last bits of its scores
         # depend on the number of threads as well.
         use_threads(workspace.config.simulation)
@@ -118,6 +115,8 @@ class BlockGrid(CountingGrid):
         self.workspace = workspace
         self.private = MemoryStore()
         self._secrets = {}
+        # What the last method needed says nothing about this one.
+        self._fitted = {}
 
     def close(self) -> None:
         """Release processes and memory. The grid cannot be used afterwards."""
@@ -237,6 +236,33 @@ class BlockGrid(CountingGrid):
             )
         return size
 
+    def at_once(self, kind: str) -> int | None:
+        """How many clients fitted together after a block had been too large; None if none was.
+
+        Args:
+            kind: type of the messages. An evaluation needs less memory than a training.
+        """
+        return self._fitted.get(kind)
+
+    def learn(self, kind: str, fitted: int | None) -> None:
+        """Remember how many clients of a block fitted, for the blocks that follow.
+
+        Args:
+            kind: type of the messages.
+            fitted: as in `Answered`.
+        """
+        if fitted is None or fitted >= self._fitted.get(kind, math.inf):
+            return
+        self._fitted[kind] = fitted
+        log.warning(
+            "a block did not fit into the memory; clients are now answered in blocks of %d "
+            "(messages of type '%s'). simulation.clients_per_block=%d gives the same last bits "
+            "from the first round on",
+            fitted,
+            kind,
+            fitted,
+        )
+
     def known(self, block: Sequence[Parcel]) -> dict[int, Tensors]:
         """The stored private tensors of a block's clients, by client id.
 
@@ -264,45 +290,3 @@ class BlockGrid(CountingGrid):
             The replies of every block by its position, in the order of its messages. Blocks that
             were not started in time are missing.
         """
-
-
-def run_block(
-    workspace: Workspace,
-    block: Sequence[Parcel],
-    private: Mapping[int, Tensors],
-    answer: Handler = handle,
-) -> tuple[list[bytes], dict[int, Tensors]]:
-    """Answer a block's messages, on the process that holds `workspace`.
-
-    If `answer` raises, every client of the block is tried alone, so that one failing client does
-    not exclude the others from the round. A damaged file ends the run instead: it is the machine's
-    fault and not a client's, and leaving clients out would change the results.
-
-    Args:
-        workspace: the workspace of this process.
-        block: the block's messages.
-        private: private tensors of the clients that have trained before, by client id.
-        answer: the function that answers the messages.
-
-    Returns:
-        Replies as bytes in the order of the block, where a client that raised has an error reply,
-        and the private tensors that training has changed, by client id.
-
-    Raises:
-        DamagedFile: a file that the block reads, such as cached features, is damaged.
-    """
-    messages = [parcel.open() for parcel in block]
-    clients = [parcel.client for parcel in block]
-    try:
-        replies, changed = answer(workspace, clients, messages, private)
-    except DamagedFile:
-        raise
-    except Exception as error:
-        if len(block) > 1:
-            parts = [run_block(workspace, [one], private, answer) for one in block]
-            merged = {c: t for _, changed in parts for c, t in changed.items()}
-            return [r for replies, _ in parts for r in replies], merged
-        log.debug("client %d failed", clients[0], exc_info=True)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return [failure(messages[0], reason)], {}
-    return [to_wire(r) for r in replies], changed

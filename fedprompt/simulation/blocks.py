@@ -10,11 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from flwr.app import MessageType
 
 from fedprompt.runtime import thread_count
-from fedprompt.runtime.machine import memory
 from fedprompt.workspace import Workspace
 
 CPU_TOKENS, GPU_TOKENS = 384, 65536
@@ -97,16 +95,3 @@ def choose_size(
     # Blocks that each worker runs one after the other; the clients are spread evenly over them.
     turns = max(1, math.ceil(clients / (most * workers)))
     return max(1, math.ceil(clients / (turns * workers)))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free now, on a GPU or on this machine.
-
-    Args:
-        device: the device of the backbone. For a CPU, the limits of a container count; where the
-            system does not tell what is free, half of the memory counts as free.
-    """
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    here = memory()
-    return float(here.free) if here.free is not None else float(here.total or 0) / 2

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 from fedprompt.messages import Parcel
-from fedprompt.simulation.block_grid import BlockGrid, run_block
+from fedprompt.simulation.answer_block import run_block
+from fedprompt.simulation.block_grid import BlockGrid
 
 
 class InlineGrid(BlockGrid):
@@ -23,6 +24,14 @@ class InlineGrid(BlockGrid):
             # A block that has started is never interrupted.
             if time.monotonic() > deadline:
                 break
-            done[index], changed = run_block(self.workspace, block, self.known(block), self.answer)
-            self.keep(changed)
+            answered = run_block(
+                self.workspace,
+                block,
+                self.known(block),
+                self.answer,
+                at_once=self.at_once(kind),
+            )
+            self.keep(answered.changed)
+            self.learn(kind, answered.fitted)
+            done[index] = answered.replies
         return done

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 
 import ray
 
-from fedprompt.errors import DamagedFile
+from fedprompt.errors import DamagedFile, DeviceFault
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure
 from fedprompt.runtime import thread_count
-from fedprompt.simulation.block_grid import BlockGrid, Handler, Opener, PrivateStore
+from fedprompt.simulation.answer_block import Handler
+from fedprompt.simulation.block_grid import BlockGrid, Opener, PrivateStore
 from fedprompt.simulation.blocks import work
 from fedprompt.simulation.placement import Costs, next_start, remaining
 from fedprompt.simulation.ray_cluster import brief, free_bytes_per_worker, start_ray
@@ -166,7 +167,9 @@ class RayGrid(BlockGrid):
             slot = next(s for s in self.pool.slots if s.number == plan[1])
             block = exchange.blocks[index]
             slot.task = Task(
-                ref=slot.actor.run.remote(block, pack(self.known(block)), self.answer),
+                ref=slot.actor.run.remote(
+                    block, pack(self.known(block)), self.answer, self.at_once(exchange.kind)
+                ),
                 index=index,
                 attempt=attempt,
                 expected_s=self._costs.seconds(exchange.kind, slot.number, exchange.units[index]),
@@ -182,9 +185,12 @@ class RayGrid(BlockGrid):
             answer: Answer = ray.get(task.ref)
         except ray.exceptions.RayError as error:
             # A RayTaskError means that our code in the worker raised; the actor is still alive.
-            # Any other RayError is treated as the loss of the actor.
+            # Any other RayError is treated as the loss of the actor. So is a device that the
+            # actor's process can no longer use: every later block would fail there as well.
+            cause = getattr(error, "cause", None)
             alive = isinstance(error, ray.exceptions.RayTaskError)
-            if isinstance(cause := getattr(error, "cause", None), DamagedFile):
+            alive = alive and not isinstance(cause, DeviceFault)
+            if isinstance(cause, DamagedFile):
                 raise DamagedFile(str(cause)) from None
             self._retry(exchange, task, "failed" if alive else "died", error)
             if alive:
@@ -197,6 +203,7 @@ class RayGrid(BlockGrid):
         slot.task, slot.failed_starts = None, 0
         self._costs.record(exchange.kind, slot.number, exchange.units[task.index], answer.seconds)
         self.keep(unpack(answer.changed))
+        self.learn(exchange.kind, answer.fitted)
         exchange.done[task.index] = answer.replies
 
     def _retry(self, exchange: _Exchange, task: Task, what: str, error: Exception) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fedprompt.config.schema import Config, TrainingConfig
     from fedprompt.messages import Parcel
     from fedprompt.methods.base import Tensors
-    from fedprompt.simulation.block_grid import Handler, Opener
+    from fedprompt.simulation.answer_block import Handler
+    from fedprompt.simulation.block_grid import Opener
     from fedprompt.workspace import Workspace
 
 Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
@@ -49,11 +50,13 @@ class Answer(NamedTuple):
         replies: the replies as bytes, in the order of the block.
         changed: the private tensors that training has changed.
         seconds: the time that the worker took, for the planner.
+        fitted: as in `answer_block.Answered`.
     """
 
     replies: list[bytes]
     changed: Packed
     seconds: float
+    fitted: int | None = None
 
 
 class Worker:
@@ -95,7 +98,7 @@ class Worker:
 
         from fedprompt.messages import become_server
         from fedprompt.runtime import use_threads
-        from fedprompt.simulation.blocks import free_memory
+        from fedprompt.runtime.device_memory import free_memory
 
         use_threads(config.simulation, worker=True)
         become_server()
@@ -115,23 +118,30 @@ class Worker:
         self._workspace = self._workspace.with_method(method_config, training)
         return True
 
-    def run(self, block: Sequence[Parcel], private: Packed, answer: Handler) -> Answer:
+    def run(
+        self, block: Sequence[Parcel], private: Packed, answer: Handler, at_once: int | None
+    ) -> Answer:
         """Answer one block.
 
         Args:
             block: the block's messages as bytes.
             private: private tensors of its clients, as `pack` returns them.
             answer: the function that answers the messages. Ray pickles it by reference.
+            at_once: as in `run_block`.
 
         Returns:
             The replies, the changed private tensors and the time. A client that fails has an error
             reply.
+
+        Raises:
+            DeviceFault: the device has failed; this process cannot use it any more.
         """
-        from fedprompt.simulation.block_grid import run_block
+        from fedprompt.simulation.answer_block import run_block
 
         start = time.perf_counter()
-        replies, changed = run_block(self._workspace, block, unpack(private), answer)
-        return Answer(replies, pack(changed), time.perf_counter() - start)
+        answered = run_block(self._workspace, block, unpack(private), answer, at_once=at_once)
+        seconds = time.perf_counter() - start
+        return Answer(answered.replies, pack(answered.changed), seconds, answered.fitted)
 
 
 def pack(tensors: Mapping[int, Tensors]) -> Packed:

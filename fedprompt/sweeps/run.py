@@ -19,8 +19,8 @@ from typing import Any
 from fedprompt.config.schema import SimulationConfig, to_dict
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import ResourceCache
+from fedprompt.runtime.device_memory import free_memory
 from fedprompt.runtime.machine import cpu_count
-from fedprompt.simulation.blocks import free_memory
 from fedprompt.simulation.ray_cluster import brief, start_ray
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import PlannedRun, Resources

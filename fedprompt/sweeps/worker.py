@@ -85,7 +85,6 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     Returns:
         The outcome, which carries the reason if the run failed.
     """
-    import gc
     from pathlib import Path
 
     import torch
@@ -98,6 +97,7 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     from fedprompt.experiment.resuming import read_config
     from fedprompt.experiment.run_folder import is_held
     from fedprompt.reports.run_data import CONFIG, ERROR
+    from fedprompt.runtime.device_memory import give_back
     from fedprompt.sweeps.plan import without_places
 
     folder, silent = Path(str(config.output.dir)), QuietDisplay(Console(quiet=True))
@@ -118,8 +118,9 @@ def complete(config: Config, resources: ResourceCache, threads: int) -> Outcome:
     except Exception as error:
         return Outcome(_unexpected(error, folder))
     finally:
-        # Reference cycles of the finished run would otherwise hold its tensors during the next one.
-        gc.collect()
+        # Otherwise the next run would find less free memory, form other blocks of clients, and
+        # differ in its last bits from the same run in a process of its own.
+        give_back()
     # The run is complete, so the traceback of an earlier attempt is outdated.
     (folder / ERROR).unlink(missing_ok=True)
     return Outcome("")

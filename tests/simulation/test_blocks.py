@@ -14,7 +14,8 @@ from flwr.app import MessageType
 
 from fedprompt.config.schema import SimulationConfig
 from fedprompt.runtime import thread_count, use_threads
-from fedprompt.simulation.blocks import CPU_TOKENS, choose_size, free_memory, group, work
+from fedprompt.runtime.device_memory import free_memory
+from fedprompt.simulation.blocks import CPU_TOKENS, choose_size, group, work
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
 

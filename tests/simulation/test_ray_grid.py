@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import ray
 import torch
+from flwr.app import MessageType
 from ray import cloudpickle
 
 from fedprompt.config.schema import Config
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
-from fedprompt.errors import UserError
+from fedprompt.errors import DeviceFault, UserError
 from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.federation.client_app import handle
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.simulation import ray_grid, ray_pool
@@ -219,6 +221,46 @@ def test_an_error_in_a_worker_does_not_restart_it(
     grid, fake = on_fake_ray(workspace, trouble)
     assert_same(federate(grid), federate(InlineGrid(workspace)), rtol=0)
     assert fake.started == 1
+
+
+def test_a_worker_whose_device_has_failed_is_replaced(
+    make_workspace: MakeWorkspace, on_fake_ray: Any
+) -> None:
+    workspace = make_workspace(simulation={"workers": 1, "clients_per_block": 2})
+
+    def trouble(name: str, number: int) -> Exception | None:
+        if name == "run" and number == 0:
+            cause = DeviceFault("the device failed")
+            return ray.exceptions.RayTaskError("run", "a long traceback", cause)
+        return None
+
+    grid, fake = on_fake_ray(workspace, trouble)
+    assert_same(federate(grid), federate(InlineGrid(workspace)), rtol=0)
+    assert fake.started == 2
+
+
+_TRIED: list[int] = []
+
+
+def two_at_most(workspace: Any, clients: Any, messages: Any, private: Any) -> Any:
+    """A client side whose memory holds two training clients."""
+    if messages[0].metadata.message_type == MessageType.TRAIN:
+        _TRIED.append(len(clients))
+        if len(clients) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    return handle(workspace, clients, messages, private)
+
+
+def test_a_size_that_fitted_in_a_worker_is_remembered(
+    make_workspace: MakeWorkspace, on_fake_ray: Any
+) -> None:
+    workspace = make_workspace(simulation={"workers": 1, "clients_per_block": 4, "threads": 1})
+    grid, _ = on_fake_ray(workspace)
+    grid.answer = two_at_most
+    _TRIED.clear()
+    _, _, lines = federate(grid)
+    assert [line["clients"]["accepted"] for line in lines] == [4, 4, 4]
+    assert _TRIED == [4, 2, 2, 2, 2, 2, 2]
 
 
 def test_clients_of_a_block_that_is_lost_too_often_are_named(
