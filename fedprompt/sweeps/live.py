@@ -166,7 +166,9 @@ class PlainBoard(Board):
             self.say(f"FAILED {run.name}: {failure}")
             return
         took = human_time(time.monotonic() - line.since)
-        numbers = "  ".join(f"{name} {value}" for name, value in _results(line.summary))
+        numbers = _tried(line.summary) or "  ".join(
+            f"{name} {value}" for name, value in _results(line.summary)
+        )
         self.say(f"done   {run.name}  {numbers}  took {took}  ({self.counts()})")
         if mark := mark_line(line.summary):
             self.say(f"       {run.name}: {mark}")
@@ -236,7 +238,9 @@ class LiveBoard(Board):
             done = max(0, rounds_done(run.folder) - 1)
             took = human_time(time.monotonic() - line.since)
             return f"round {done}/{run.config.federation.rounds}, {took}"
-        return f"failed: {line.reason}" if line.state == FAILED else line.state
+        if line.state == FAILED:
+            return f"failed: {line.reason}"
+        return _tried(line.summary) or line.state
 
     def _shown(self, most: int) -> list[PlannedRun]:
         order = {RUNNING: 0, FAILED: 1, BUSY: 2, DONE: 3, WAITING: 4}
@@ -280,6 +284,13 @@ def _results(summary: dict[str, Any]) -> list[tuple[str, str]]:
     whole, own = summary.get("global") or {}, summary.get("personal") or {}
     values = percent(whole.get("accuracy")), percent(own.get("mean"))
     return list(zip(RESULTS, values, strict=True))
+
+
+def _tried(summary: dict[str, Any]) -> str:
+    """What the trial of a search has measured: nothing but an accuracy on validation images."""
+    tried = summary.get("objective")
+    tested = summary.get("personal") or (summary.get("global") or {}).get("accuracy") is not None
+    return f"validation {tried['name']} {percent(tried['value'])}" if tried and not tested else ""
 
 
 def _middle(name: str, width: int) -> str:

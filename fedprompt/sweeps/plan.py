@@ -1,5 +1,6 @@
 """From a sweep file to planned runs, each with its complete config and its own folder.
 
+    name: my_table                    of the sweep and its folder in runs/ [the file's name]
     experiment: benchmark             a shipped experiment, or a YAML file (also beside this one)
     seeds: [1, 2, 3]
     common: [federation.rounds=20]    overrides of all runs
@@ -38,7 +39,7 @@ from fedprompt.experiment.compose import compose
 from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.names import PLAN, describe, plain
 
-KEYS = ("experiment", "seeds", "common", "rows", "grid", "resources", "quick")
+KEYS = ("name", "experiment", "seeds", "common", "rows", "grid", "resources", "quick")
 MANY = 500
 """So many runs take seconds to plan, which a command says before it plans them."""
 SLUG = 60
@@ -110,7 +111,8 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
         quick: Whether to apply the changes that the file lists under `quick`.
 
     Returns:
-        The sweep, named after the file, with `-quick` appended for the small variant.
+        The sweep, named by its key `name` or after the file, with `-quick` appended for the small
+        variant.
 
     Raises:
         UserError: The file cannot be read, has unknown keys, or one of its parts is malformed.
@@ -126,8 +128,12 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
     beside = path.parent / experiment
     if experiment.endswith((".yaml", ".yml")) and beside.is_file():
         experiment = str(beside)
+    name = without_texts(values.get("name", path.stem))
+    # It becomes a folder, which must stay within the folder of runs.
+    if not isinstance(name, str) or Path(name).name != name or name[:1] in ("", "."):
+        raise UserError(f"sweep: {path}: 'name' must be the name of a folder, not {name!r}.")
     return SweepFile(
-        name=f"{path.stem}-quick" if quick else path.stem,
+        name=f"{name}-quick" if quick else name,
         path=path,
         experiment=experiment,
         seeds=check_seeds(without_texts(values.get("seeds", [1])), str(path)),

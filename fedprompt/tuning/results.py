@@ -53,6 +53,8 @@ def write_results(plan: TunePlan, results: Sequence[RowResult], folder: Path) ->
     rows = {r.row.name: [*r.row.overrides, *chosen(plan, r)] for r in results}
     common = [*plan.common, "evaluation.select=best_validation"]
     sweep = {
+        # The file's own name is the same for all searches, and each needs a folder of its own.
+        "name": f"{folder.resolve().name}-tuned",
         "experiment": plan.experiment,
         "seeds": list(plan.seeds),
         "common": common,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,23 @@ class TestBoard:
         assert lines[3] == f"FAILED {runs[2].name}: no room on [the] disk"
         assert board.failures == {runs[2].name: "no room on [the] disk"}
         assert board.counts().startswith("8 runs: 2 done, 5 waiting, 1 failed")
+
+    def test_a_trial_of_a_search_shows_its_accuracy_on_validation_images(
+        self, tmp_path: Path
+    ) -> None:
+        runs = plan(tmp_path)
+        fake_run(runs[0], 2, 3.0)
+        tried = {"name": "personal", "value": 0.556}
+        summary = {"wall_s": 3, "personal": None, "objective": tried}
+        (runs[0].folder / "summary.json").write_text(json.dumps(summary))
+        plain, live = (self.board(cls, runs) for cls in (PlainBoard, LiveBoard))
+        for board in (plain, live):
+            board.start(runs[0])
+            board.finish(runs[0], "")
+        assert isinstance(live, LiveBoard)
+        live.console.print(live.table())
+        assert "validation personal 55.6 %" in self.said(plain)
+        assert "validation personal 55.6 %" in self.said(live)
 
     def test_live_table_shows_what_runs_where_room_is_short(self, tmp_path: Path) -> None:
         runs = plan(tmp_path)

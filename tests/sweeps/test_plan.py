@@ -81,6 +81,11 @@ class TestPlan:
         assert run.config.partition.clients == 3
         assert load_sweep(tmp_path / "table.yaml", quick=True).name == "table-quick"
 
+    def test_a_name_of_its_own(self, tmp_path: Path) -> None:
+        path = write(tmp_path, name="mine", quick={"seeds": [5]})
+        assert load_sweep(path).name == "mine"
+        assert load_sweep(path, quick=True).name == "mine-quick"
+
     def test_an_experiment_may_lie_beside_the_file(self, tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text("extends: benchmark\nseed: 1\n")
         runs = plan(tmp_path, experiment="mine.yaml")
@@ -90,6 +95,8 @@ class TestPlan:
         ("changes", "message"),
         [
             ({"row": {}}, "unknown key 'row'. Did you mean 'rows'"),
+            ({"name": "../elsewhere"}, "'name' must be the name of a folder"),
+            ({"name": ""}, "'name' must be the name of a folder"),
             ({"experiment": None}, "must name its 'experiment'"),
             ({"seeds": [1, 1]}, "different whole numbers"),
             ({"seeds": "1"}, "different whole numbers"),

@@ -133,6 +133,8 @@ def test_a_killed_search_goes_on_with_several_workers(
     results = search(plan, tmp_path / "out", jobs=2, quiet=True)
     write_results(plan, results, tmp_path / "out")
     ours, theirs = (yaml.safe_load((f / TUNED).read_text()) for f in (tmp_path / "out", folder))
+    # Each search gives its sweep a name, and with it a folder, of its own.
+    assert (ours.pop("name"), theirs.pop("name")) == ("out-tuned", f"{folder.name}-tuned")
     assert ours == theirs
     tables = [(f / TRIALS_TABLE).read_bytes() for f in (tmp_path / "out", folder)]
     assert tables[0] == tables[1]
@@ -209,7 +211,9 @@ def test_the_tuned_sweep_has_the_winners_settings(
     plan: TunePlan, searched: tuple[Path, list[RowResult]], tmp_path: Path
 ) -> None:
     folder, results = searched
-    runs = expand(load_sweep(folder / TUNED), tmp_path)
+    sweep = load_sweep(folder / TUNED)
+    assert sweep.name == f"{folder.name}-tuned"
+    runs = expand(sweep, tmp_path)
     assert [(run.row, run.seed) for run in runs][:4] == [
         ("promptfl", 1), ("promptfl", 2), ("promptfl", 3), ("zero_shot", 1)
     ]  # fmt: skip
