@@ -40,7 +40,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import token_count
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import Batch, Task, Tensors
+from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
 from fedprompt.methods.ivlp import IVLP, IVLPConfig
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
 from fedprompt.methods.parts.prompts import PromptSource
@@ -74,6 +74,13 @@ class PromptSRC(IVLP):
     name = "promptsrc"
     source = "Khattak et al., ICCV 2023"
     Config = PromptSRCConfig
+
+    def start_round(
+        self, shared: Tensors, private: Tensors, round_info: RoundInfo
+    ) -> tuple[Tensors, Tensors]:
+        """Nothing changes; the frozen CLIP's class features are ready before the first step."""
+        self.frozen_classes  # noqa: B018 - computed on its first use, which no step should pay for
+        return super().start_round(shared, private, round_info)
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

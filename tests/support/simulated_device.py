@@ -32,6 +32,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fedprompt
 
@@ -296,7 +296,7 @@ class SimulatedDevice(TorchDispatchMode):
             return self._copied(func, args[0], kwargs)
         if name in ("copy_", "_copy_from"):
             return self._written(func, args, kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors((args, tuple(kwargs.values())))
         on_device = [t for t in tensors if isinstance(t, DeviceTensor)]
         target = kwargs.get("device")
         if not on_device and not _is_simulated(target):
@@ -310,11 +310,13 @@ class SimulatedDevice(TorchDispatchMode):
         if _is_simulated(target):
             kwargs["device"] = torch.device("cpu")
             kwargs.pop("pin_memory", None)
-        result = func(*_held(args), **_held(kwargs))
+        result = func(*_held(args), **{n: _held(value) for n, value in kwargs.items()})
         if target is not None and not _is_simulated(target):
             return result  # such as `new_zeros(..., device="cpu")`
-        wrapped = tree_map_only(Tensor, _on_device, result)
-        return return_and_correct_aliasing(func, args, kwargs, wrapped) if on_device else wrapped
+        wrapped = _on_device(result)
+        # Views and operations in place: autograd must see the tensors that it was given.
+        aliases = on_device and _returns_an_argument(func)
+        return return_and_correct_aliasing(func, args, kwargs, wrapped) if aliases else wrapped
 
     def _check(self, func: Any, name: str, args: Any, tensors: list[Tensor]) -> None:
         """Refuse tensors of the CPU beside the device's, unless CUDA accepts them too."""
@@ -369,12 +371,37 @@ def _is_simulated(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
-def _on_device(tensor: Tensor) -> DeviceTensor:
-    return tensor if isinstance(tensor, DeviceTensor) else DeviceTensor(tensor)
+# Arguments and results are tensors, or lists and tuples of them; PyTorch's own functions for trees
+# of any kind would take most of the time here.
 
 
-def _held(tree: Any) -> Any:
-    return tree_map_only(DeviceTensor, lambda t: t.held, tree)
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors(item)]
+    return []
+
+
+def _on_device(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if isinstance(value, DeviceTensor) else DeviceTensor(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_device(item) for item in value)
+    return value
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, DeviceTensor):
+        return value.held
+    if isinstance(value, (list, tuple)):
+        return type(value)(_held(item) for item in value)
+    return value
+
+
+@cache
+def _returns_an_argument(func: Any) -> bool:
+    return any(r.alias_info is not None for r in func._schema.returns)
 
 
 def _selects_by_mask(name: str, args: Any) -> bool:
