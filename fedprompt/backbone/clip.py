@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.frozen_layer import FrozenLayer
+from fedprompt.backbone.hard_text import packed_features
 from fedprompt.backbone.text_parts import text_parts
-from fedprompt.backbone.token_rows import token_rows
+from fedprompt.backbone.token_rows import end_of_text, token_rows
 
 
 class FrozenCLIP:
@@ -137,6 +138,24 @@ class FrozenCLIP:
             features: Tensor = self.model.encode_text(tokens)
         return features.float()
 
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Encode hand-written prompts that begin alike, as `encode_text_raw` but packed.
+
+        The features are equal up to the order of sums, at a small part of the cost.
+
+        Raises:
+            UserError: a text is longer than the text tower, or contains a special token.
+        """
+        if not self.text.packable:
+            self.positions_encoded += len(texts) * self.text.context_length
+            return self.encode_text_raw(texts)
+        ids_TL = token_rows(self.tokenizer, self.text, texts, self.name)
+        ends_T = end_of_text(self.text, ids_TL)
+        features_TD, positions = packed_features(self.text, self.text_layers, ids_TL, ends_T)
+        self.positions_encoded += positions
+        return features_TD
+
     def zero_shot_classifier(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Compute class features of hand-written prompts: the normalised mean over templates.
 
@@ -155,7 +174,7 @@ class FrozenCLIP:
         """
         names = [name.replace("_", " ") for name in class_names]
         per_template = [
-            F.normalize(self.encode_text_raw([t.format(name) for name in names]), dim=-1)
+            F.normalize(self.encode_texts([t.format(name) for name in names]), dim=-1)
             for t in templates
         ]
         return F.normalize(torch.stack(per_template).mean(0), dim=-1)

@@ -45,7 +45,8 @@ def attend(q: Tensor, kv: Tensor, mask: Tensor) -> tuple[Tensor, AttentionState]
     """
     scores = q @ kv[0].transpose(-1, -2)
     # A mask of B bins broadcasts over prompts; the sequences lie prompt by prompt.
-    scores.view(-1, *mask.shape[:-3], *scores.shape[1:]).add_(mask)
+    bins = mask.shape[:-3]
+    scores.view(len(scores) // math.prod(bins), *bins, *scores.shape[1:]).add_(mask)
     share = scores.softmax(-1, dtype=torch.float32)
     return share.to(q.dtype) @ kv[1], AttentionState(q, kv[0], kv[1], share)
 

@@ -77,7 +77,9 @@ class TextLayout:
         Returns:
             (batch, length, parts, h, e).
         """
-        return rows.view(batch, length, -1, self.heads, self.width // self.heads)
+        # Not -1: there may be no rows.
+        parts = rows.shape[-1] // self.width
+        return rows.view(batch, length, parts, self.heads, self.width // self.heads)
 
     def by_head(self, rows: Tensor, batch: int, length: int) -> Tensor:
         """Split rows into sequences and heads, heads first, as a view.
@@ -90,7 +92,7 @@ class TextLayout:
         Returns:
             (batch, h, length, e).
         """
-        return rows.view(batch, length, self.heads, -1).transpose(1, 2)
+        return rows.view(batch, length, self.heads, self.width // self.heads).transpose(1, 2)
 
     def prefix_kv(self, before: Tensor, context: Tensor) -> Tensor:
         """Keys and values (2, N, h, P, e) of a prompt's prefix.

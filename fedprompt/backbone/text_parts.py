@@ -56,6 +56,19 @@ class TextParts:
     pools_at_end: bool
     plain_blocks: bool
 
+    @property
+    def truncates(self) -> bool:
+        """Whether positions after the end of the text may be left out."""
+        return self.causal and self.pools_at_end
+
+    @property
+    def packable(self) -> bool:
+        """Whether texts can be packed.
+
+        With one layer, the first would be the last as well.
+        """
+        return self.truncates and self.plain_blocks and len(self.blocks) > 1
+
     def project(self, x: Tensor) -> Tensor:
         """Features (..., D) of pooled, normalised hidden states (..., d)."""
         if self.projection is None:

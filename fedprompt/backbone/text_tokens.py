@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from fedprompt.backbone.token_rows import (
     token_rows,
 )
 from fedprompt.errors import UserError
+
+ClassPosition = Literal["end", "middle", "front"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
     dropped_C = (bare_CL == ids_CL).all(dim=-1)
     name_end_C = end_of_text(clip.text, ids_CL) - (~dropped_C).long()
     return ClassTokens(ids_CL, name_end_C, _pooled(clip.text, ids_CL), first)
+
+
+def in_order(
+    tokens: ClassTokens, context_tokens: int, position: ClassPosition
+) -> tuple[Tensor, Tensor]:
+    """Move the class name to its position.
+
+    Args:
+        tokens: prompts with the name at the end.
+        context_tokens: M.
+        position: where the class name stands.
+
+    Returns:
+        Token ids (C, L), and the positions (C, M) of the context.
+    """
+    m, first = context_tokens, tokens.first
+    split = {"end": m, "middle": m // 2, "front": 0}[position]
+    ids, slots = [], []
+    for row, name_end in zip(tokens.ids_CL, tokens.name_end_C.tolist(), strict=True):
+        before, x, name, rest = row.tensor_split((first, first + m, name_end))
+        ids.append(torch.cat([before, x[:split], name, x[split:], rest]))
+        left = torch.arange(first, first + split)
+        slots.append(torch.cat([left, torch.arange(first + split, first + m) + len(name)]))
+    return torch.stack(ids), torch.stack(slots)
 
 
 def refuse_twins(clip: FrozenCLIP, class_names: Sequence[str]) -> None:

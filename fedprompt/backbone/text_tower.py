@@ -9,8 +9,12 @@ tokens (`packing.py`) attend to it, and evaluates the last layer at the end-of-t
 `fedprompt/bench/reference.py` contains that pass, and `tests/backbone/test_text_tower.py` compares
 values and gradients of the two.
 
-The plain path runs open_clip's own blocks. It serves other positions of the class name,
-class-specific contexts, adapters, and towers that are not causal.
+Where classes share nothing (other positions of the class name, class-specific contexts, adapters)
+every class is a sequence of its own, of which only the needed positions are computed, and a bounded
+number of classes at a time (`text_sequences.py`).
+
+The plain path runs open_clip's own blocks. It serves towers that are not causal or whose blocks
+have parts of their own.
 
 Shape suffixes: N prompts (all leading dimensions flattened), M context tokens, C classes, G classes
 of a group, L text positions, d text width, D joint embedding, J deep layers, F special tokens
@@ -20,22 +24,25 @@ before the context, B bins of S suffix slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.packing import pack
-from fedprompt.backbone.text_tokens import tokenise
+from fedprompt.backbone.text_sequences import (
+    Adapt,
+    SequenceTransformer,
+    checkpointed,
+    chunks,
+    place,
+    positions_at_once,
+)
+from fedprompt.backbone.text_tokens import ClassPosition, in_order, tokenise
 from fedprompt.backbone.text_transformer import PromptTransformer
 from fedprompt.errors import UserError
-
-ClassPosition = Literal["end", "middle", "front"]
-Adapt = Callable[[int, Any, Tensor], Tensor | None]
-"""From a layer's number, its block and its input (N, G, L, d) to what is added to its output, or
-None. Where N is 1 in the input, it may be larger in the result."""
 
 
 class TextTower:
@@ -48,11 +55,12 @@ class TextTower:
         context_tokens: M learned tokens.
         position: where the class name stands: `end` (`[SOS][ctx][name].`), `middle`
             (`[SOS][ctx/2][name][ctx/2].`) or `front` (`[SOS][name][ctx].`), as in CoOp (Zhou et
-            al., IJCV 2022). `end` takes the fast path.
+            al., IJCV 2022). `end` with a unified context takes the packed path.
         class_specific: one context per class instead of a unified one (CoOp's CSC).
 
     Attributes:
-        fast: whether calls without `adapt` take the fast path.
+        fast: whether calls take the packed path or that of sequences, and not the plain one.
+        transformer: the packed path, or None.
         token_ids_CL: the prompts as token ids, with placeholders for the context.
 
     Raises:
@@ -76,26 +84,32 @@ class TextTower:
         parts = clip.text
         self._tokens = tokenise(clip, self.class_names, context_tokens)
         self.token_ids_CL, self.first = self._tokens.ids_CL, self._tokens.first
-        self.fast = (
-            position == "end"
-            and not class_specific
-            and parts.causal
-            and parts.pools_at_end
-            and parts.plain_blocks
-            # With one layer, the first would be the last as well.
-            and len(parts.blocks) > 1
-        )
-        self.transformer = self._prepare() if self.fast else None
+        self._ids_CL, self._slots_CM = in_order(self._tokens, context_tokens, position)
+        longest = torch.full_like(self._tokens.pooled_C, self.token_ids_CL.shape[1])
+        self._lengths_C = self._tokens.pooled_C + 1 if parts.truncates else longest
+        self.fast = parts.truncates and parts.plain_blocks
+        packed = parts.packable and position == "end" and not class_specific
+        self.transformer = self._prepare() if packed else None
 
     @property
     def positions(self) -> int:
         """Text positions that go through the tower for one prompt, all classes together."""
         if self.transformer is not None:
             return self.transformer.layout.rows
-        return self.token_ids_CL.numel()
+        return self._sequence_positions
+
+    @property
+    def _sequence_positions(self) -> int:
+        """Positions of all classes where each is a sequence of its own."""
+        return int(self._lengths_C.sum())
 
     def __call__(
-        self, context: Tensor, deep: Tensor | None = None, *, adapt: Adapt | None = None
+        self,
+        context: Tensor,
+        deep: Tensor | None = None,
+        *,
+        adapt: Adapt | None = None,
+        clients: int = 1,
     ) -> Tensor:
         """Class features of prompts.
 
@@ -103,8 +117,9 @@ class TextTower:
             context: (..., M, d), or (..., C, M, d) when `class_specific`.
             deep: (..., J, M, d); entry j replaces the context positions at the input of layer
                 j + 1 (deep text prompts as in MaPLe; Khattak et al., CVPR 2023).
-            adapt: adds to the output of blocks, on the plain path. It may turn the context of one
-                client (1, M, d) into several: then the features are (K, C, D).
+            adapt: adds to the output of blocks. It may turn the context of one client (1, M, d)
+                into those of K: then the features are (K, C, D).
+            clients: this K.
 
         Returns:
             (..., C, D), float32, not normalised.
@@ -121,16 +136,32 @@ class TextTower:
                 f"{deep_N.shape[1]} deep prompts were given, but {self.clip.name}'s text tower has "
                 f"room for {len(self.clip.text.blocks) - 1} after its first layer."
             )
-        if adapt is not None:
-            return self._adapted(context_N, deep_N, adapt)
-        self.clip.positions_encoded += context_N.shape[0] * self.positions
-        # The fast path runs in its layers' dtype and needs no autocast.
-        if self.fast:
-            features_NCD = self._fast(context_N, deep_N)
+        prompts = max(clients, context_N.shape[0])
+        if self.transformer is not None and adapt is None:
+            self.clip.positions_encoded += prompts * self.transformer.layout.rows
+            features_NCD = self._packed(context_N, deep_N)
         else:
-            with self.clip.autocast():
-                features_NCD = self._plain(context_N, deep_N)
+            self.clip.positions_encoded += prompts * self._sequence_positions
+            features_NCD = self._in_chunks(context_N, deep_N, adapt, prompts)
+        if adapt is not None:
+            return features_NCD.float()
         return features_NCD.float().reshape(*lead, *features_NCD.shape[-2:])
+
+    def _in_chunks(
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, prompts: int
+    ) -> Tensor:
+        """Features (N, C, D), a bounded number of classes at a time."""
+        parts = self.clip.text
+        most = positions_at_once(self.clip.device, len(parts.blocks), parts.width) // prompts
+        parts_C = chunks(self._lengths_C, most)
+        path = self._sequences if self.fast else self._plain
+        run = partial(path, context_N, deep_NJMd, adapt)
+        # A single chunk is not worth computing twice.
+        features = [run(c) if len(parts_C) == 1 else checkpointed(run, c) for c in parts_C]
+        order_C = torch.cat(parts_C).argsort().to(features[0].device)
+        return torch.cat(features, dim=1)[:, order_C]
+
+    # The packed path
 
     @torch.no_grad()
     def _prepare(self) -> PromptTransformer:
@@ -154,57 +185,65 @@ class TextTower:
             parts.heads,
         )
 
-    def _fast(self, context_NMd: Tensor, deep_NJMd: Tensor | None) -> Tensor:
+    # No autocast here and in `_sequences`: the layers have their own dtype.
+
+    def _packed(self, context_NMd: Tensor, deep_NJMd: Tensor | None) -> Tensor:
         parts = self.clip.text
         positions_Md = parts.positional_embedding_Ld[self.first :][: self.context_tokens]
         assert self.transformer is not None
         hidden_NCd = self.transformer(context_NMd.float() + positions_Md, deep_NJMd)
         return parts.project(parts.ln_final(hidden_NCd))
 
-    # The plain path
+    # Sequences, and the plain path
 
-    def _adapted(self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt) -> Tensor:
-        with self.clip.autocast():
-            features_KCD = self._plain(context_N, deep_NJMd, adapt)
-        self.clip.positions_encoded += features_KCD.shape[0] * self.token_ids_CL.numel()
-        return features_KCD.float()
+    def _groups(self, classes: Tensor) -> list[tuple[Tensor, int]]:
+        """Classes (G,) whose prompts end at the same position, and that position."""
+        ends, counts = self._tokens.pooled_C[classes].unique_consecutive(return_counts=True)
+        return list(zip(classes.split(counts.tolist()), ends.tolist(), strict=True))
+
+    def _sequences(
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, classes: Tensor
+    ) -> Tensor:
+        """Features (N, G, D) of classes in the order of their lengths."""
+        parts = self.clip.text
+        groups = [self.assemble(context_N, some, end + 1) for some, end in self._groups(classes)]
+        transformer = SequenceTransformer(self.clip.text_layers, parts.blocks, parts.heads)
+        hidden_NGd = transformer(groups, deep_NJMd, adapt)
+        return parts.project(parts.ln_final(hidden_NGd))
 
     def _plain(
-        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None = None
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, classes: Tensor
     ) -> Tensor:
-        # One pass per position of the end of the text: padding all classes to the longest name
-        # would waste most of the work.
-        features: list[Tensor] = [torch.empty(0)] * len(self.class_names)
-        for end in self._tokens.pooled_C.unique().tolist():
-            classes = torch.nonzero(self._tokens.pooled_C == end).flatten()
-            block_NGD = self._plain_group(context_N, deep_NJMd, classes, int(end), adapt)
-            for i, c in enumerate(classes.tolist()):
-                features[c] = block_NGD[:, i]
-        return torch.stack(features, dim=1)
+        """As `_sequences`, by open_clip's own blocks."""
+        with self.clip.autocast():
+            features = [
+                self._plain_group(context_N, deep_NJMd, adapt, some, end)
+                for some, end in self._groups(classes)
+            ]
+        return torch.cat(features, dim=1)
 
     def _plain_group(
         self,
         context_N: Tensor,
         deep_NJMd: Tensor | None,
+        adapt: Adapt | None,
         classes: Tensor,
         end: int,
-        adapt: Adapt | None,
     ) -> Tensor:
-        """Compute features (N, G, D) of classes whose prompts end at the same position.
+        """Features (N, G, D) of classes whose prompts end at the same position.
 
         Positions after the end of the text are not computed where attention is causal.
         """
         parts = self.clip.text
-        n, g = context_N.shape[0], len(classes)
-        length = end + 1 if parts.causal and parts.pools_at_end else self.token_ids_CL.shape[1]
-        x, slots_GM = self.assemble(context_N, classes, length)
-        mask = None
+        n, g, length = context_N.shape[0], len(classes), int(self._lengths_C[classes[0]])
+        embedded_NGLd, slots_GM = self.assemble(context_N, classes, length)
+        x, mask = embedded_NGLd.flatten(0, 1), None
         if parts.attn_mask_LL is not None:
             mask = parts.attn_mask_LL[:length, :length].to(x)
         for i, block in enumerate(parts.blocks):
             if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
                 deep = deep_NJMd[:, i - 1, None].expand(n, g, -1, -1).to(x)
-                x = _place(x.unflatten(0, (n, g)), slots_GM, deep).flatten(0, 1)
+                x = place(x.unflatten(0, (n, g)), slots_GM, deep).flatten(0, 1)
             added = None if adapt is None else adapt(i, block, x.unflatten(0, (n, g)))
             x = block(x, attn_mask=mask)
             if added is not None:
@@ -228,34 +267,15 @@ class TextTower:
             length: positions to assemble, from the first.
 
         Returns:
-            Embeddings with positions (N * G, length, d), and the positions (G, M) of the context.
+            Embeddings with positions (N, G, length, d), and the positions (G, M) of the context.
         """
-        parts, m = self.clip.text, self.context_tokens
-        n, g, device = context_N.shape[0], len(classes), self.clip.device
-        ids, slots = [], []
-        for c in classes.tolist():
-            row = self.token_ids_CL[c]
-            name_end = int(self._tokens.name_end_C[c])
-            # The tokens exist in the order of `end`; other positions only rearrange them.
-            name, rest = row[self.first + m : name_end], row[name_end:]
-            before, x = row[: self.first], row[self.first : self.first + m]
-            split = {"end": m, "middle": m // 2, "front": 0}[self.position]
-            ids.append(torch.cat([before, x[:split], name, x[split:], rest]))
-            left = torch.arange(self.first, self.first + split)
-            right = torch.arange(self.first + split + len(name), self.first + m + len(name))
-            slots.append(torch.cat([left, right]))
-        slots_GM = torch.stack(slots).to(device)
-        embedded_GLd = parts.token_embedding(torch.stack(ids)[:, :length].to(device))
-        x = embedded_GLd.expand(n, *embedded_GLd.shape)
+        parts, n, g = self.clip.text, context_N.shape[0], len(classes)
+        device = self.clip.device
+        slots_GM = self._slots_CM[classes].to(device)
+        embedded_GLd = parts.token_embedding(self._ids_CL[classes, :length].to(device))
+        x_NGLd = embedded_GLd.expand(n, *embedded_GLd.shape)
         if self.class_specific:
-            values = context_N[:, classes.to(device)].to(x)
+            values = context_N[:, classes.to(device)].to(x_NGLd)
         else:
-            values = context_N[:, None].expand(n, g, m, -1).to(x)
-        x = _place(x, slots_GM, values) + parts.positional_embedding_Ld[:length]
-        return x.flatten(0, 1), slots_GM
-
-
-def _place(x_NGLd: Tensor, slots_GM: Tensor, values_NGMd: Tensor) -> Tensor:
-    """`x` with `values` at the context slots; a copy, because autograd needs the original."""
-    index = slots_GM[None, :, :, None].expand_as(values_NGMd)
-    return x_NGLd.scatter(2, index, values_NGMd)
+            values = context_N[:, None].expand(n, g, -1, -1).to(x_NGLd)
+        return place(x_NGLd, slots_GM, values) + parts.positional_embedding_Ld[:length], slots_GM

@@ -54,7 +54,8 @@ def reference_class_features(
     features = []
     flat_deep = None if deep is None else deep.reshape(-1, *deep.shape[-3:])
     for i, prompt in enumerate(context.reshape(-1, *context.shape[-tail:])):
-        x, slots_CM = tower.assemble(prompt[None], classes, length)
+        embedded_1CLd, slots_CM = tower.assemble(prompt[None], classes, length)
+        x = embedded_1CLd[0]
         mask = parts.attn_mask_LL
         for layer, block in enumerate(parts.blocks):
             if flat_deep is not None and 0 < layer <= flat_deep.shape[1]:

@@ -6,11 +6,10 @@ on the L2-normalised image feature, so every image has its own class features. C
 authors' `trainers/cocoop.py`.
 
 How we differ: the prompts of many images pass through the text tower together (one prompt per
-image), as many as `POSITIONS_AT_ONCE` allows. Beyond that, training stores only the contexts and
-recomputes the tower for the gradient, so the tower's activations of only one part are in memory.
-Values and gradients are the same. N images still cost N x C text sequences: the paper trains with
-`training.batch_size=1`. The code's first epoch has the rate 1e-5, and its loader leaves out the
-last partial batch of an epoch; ours does neither (docs/concepts.md, "Local training").
+image), in parts of bounded size (`PromptSource.classes_of_many`). N images still cost N x C text
+sequences: the paper trains with `training.batch_size=1`. The code's first epoch has the rate 1e-5,
+and its loader leaves out the last partial batch of an epoch; ours does neither (docs/concepts.md,
+"Local training").
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
@@ -28,9 +26,6 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.parts.linear import linear, linear_start
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
-
-POSITIONS_AT_ONCE = 8192
-"""Largest number of text positions in one pass through the tower; it bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,6 @@ class CoCoOp(Method):
         super().__init__(config, clip, task)
         self.prompts = PromptSource.of(config, clip, task)
         self.hidden = max(1, clip.embed_dim // config.bottleneck)
-        # One prompt is the least that can be encoded, even if its classes exceed the bound.
-        self.prompts_at_once = max(1, POSITIONS_AT_ONCE // self.prompts.tower.positions)
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d), and `linear1`, `linear2` of the Meta-Net as torch.nn.Linear starts."""
@@ -78,17 +71,6 @@ class CoCoOp(Method):
         # v_m(x) = v_m + pi: one shift pi per image, the same for all M tokens.
         context_KBMd = encoded["ctx"][:, None] + shift_KBd[:, :, None]
         # Clients and images are flattened into one axis of prompts for the text tower.
-        classes_KBCD = self._classes(context_KBMd.flatten(0, 1)).unflatten(0, shift_KBd.shape[:2])
+        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
+        classes_KBCD = classes_NCD.unflatten(0, shift_KBd.shape[:2])
         return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", features_KBD, classes_KBCD)
-
-    def _classes(self, context_NMd: Tensor) -> Tensor:
-        """Class features (N, C, D) of one context per image, a bounded number at a time."""
-        parts = context_NMd.split(self.prompts_at_once)
-        if len(parts) == 1:
-            return self.prompts.classes(context_NMd)
-        if not torch.is_grad_enabled():
-            # Without a graph there are no activations to store, so nothing has to be recomputed.
-            return torch.cat([self.prompts.classes(part) for part in parts])
-        return torch.cat(
-            [checkpoint(self.prompts.classes, part, use_reentrant=False) for part in parts]
-        )

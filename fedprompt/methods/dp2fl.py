@@ -46,7 +46,7 @@ from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, RoundInfo, Task, Tensors
-from fedprompt.methods.maple import MaPLe, MaPLeConfig
+from fedprompt.methods.maple import MaPLe, MaPLeConfig, visual_prompts
 from fedprompt.methods.parts import local_copy as local_copy
 from fedprompt.methods.parts.losses import masked_mean
 from fedprompt.rng import generator
@@ -155,39 +155,48 @@ class DP2FL(MaPLe):
         Returns:
             Weights (K, E); rows sum to 1, or to 0 if no peer qualifies.
         """
-        own_K = self._judge(current, private)
-        peers = {n: round_info.received[f"peers.{n}"] for n in FACTORS}
-        losses_KE = torch.stack(
-            [
-                self._judge(current | {n: t[:, e] for n, t in peers.items()}, private)
-                for e in range(self.cfg.peers)
-            ],
-            dim=1,
-        )
         # A client compares only if it has images to judge with and a P_d of its own.
         able_K1 = (private["val.mask"].sum(-1, keepdim=True) > 0) & (private[local_copy.VALID] > 0)
-        qualified = (round_info.received["peers.known"] > 0) & able_K1
+        known_KE = (round_info.received["peers.known"] > 0) & able_K1
+        losses_KE = torch.zeros(known_KE.shape, device=known_KE.device)
+        judges = known_KE.any(-1).nonzero().flatten()
+        if not len(judges):
+            return losses_KE
+        # All P_d are judged under the same P_t, which the server usually sends to all clients: each
+        # distinct one is encoded once.
+        distinct, which_K = torch.unique(current["text"], dim=0, return_inverse=True)
+        classes_KCD = self.text.classes(distinct)[which_K]
+
+        def judge(factors: Tensors, clients: Tensor) -> Tensor:
+            rows = {n: t[clients] for n, t in {"text": current["text"], **factors}.items()}
+            encoded = {"classes": classes_KCD[clients], "visual": visual_prompts(rows, rows)}
+            return self._loss(encoded, {n: t[clients] for n, t in private.items()})
+
+        own_K = losses_KE.new_zeros(len(known_KE))
+        own_K[judges] = judge({n: current[n] for n in FACTORS}, judges)
+        peers = {n: round_info.received[f"peers.{n}"] for n in FACTORS}
+        for e in range(self.cfg.peers):
+            clients = known_KE[:, e].nonzero().flatten()
+            if len(clients):
+                losses_KE[clients, e] = judge({n: t[:, e] for n, t in peers.items()}, clients)
         # "Retained" peers: l_j < alpha * l.
-        qualified = qualified & (losses_KE < self.cfg.alpha * own_K[:, None])
+        qualified = known_KE & (losses_KE < self.cfg.alpha * own_K[:, None])
         # w_j ~ 1 / l_j; the clamps prevent a division by zero for a perfect peer or an empty row.
         inverse_KE = torch.where(qualified, 1 / losses_KE.clamp(min=1e-8), 0.0)
         return inverse_KE / inverse_KE.sum(-1, keepdim=True).clamp(min=1e-30)
 
-    def _judge(self, model: Tensors, private: Tensors) -> Tensor:
-        """Mean cross-entropy (K,) of a model on the client's validation images."""
+    def _loss(self, encoded: Tensors, private: Tensors) -> Tensor:
+        """Mean cross-entropy (K,) of encoded models on the clients' validation images."""
         pixels_KV = private["val.pixels"]
         # The image tower reads the pixels; the cached features are not used, so zeros fill in.
         inputs = Inputs(
             pixels_KV.new_zeros(*pixels_KV.shape[:2], self.clip.embed_dim), None, pixels_KV
         )
-        logits_KVC = self.logits(super().encode(model, None), inputs)
+        logits_KVC = self.logits(encoded, inputs)
         # Labels are stored as floats, like all tensors of a method.
         labels_KV = private["val.labels"].long()
         loss = F.cross_entropy(logits_KVC.flatten(0, 1), labels_KV.flatten(), reduction="none")
-        mask_KV = private["val.mask"]
-        loss_KV = loss.view_as(mask_KV)
-        # A client without images would divide by zero; its loss is not used (`peer_weights`).
-        return masked_mean(loss_KV, torch.where(mask_KV.sum(-1, keepdim=True) > 0, mask_KV, 1.0))
+        return masked_mean(loss.view_as(labels_KV), private["val.mask"])
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo

@@ -72,7 +72,7 @@ class FedTPG(Method):
         self.prompts = PromptSource.of(config, clip, task)
         names = [name.replace("_", " ") for name in task.class_names]
         # T is frozen and depends on the class list only, so it is encoded once.
-        self.names_CD = F.normalize(clip.encode_text_raw(names), dim=-1)
+        self.names_CD = F.normalize(clip.encode_texts(names), dim=-1)
 
     def init_shared(self, seed: int) -> Tensors:
         """The generator, as torch's modules start.

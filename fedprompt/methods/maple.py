@@ -87,7 +87,7 @@ class MaPLe(Method):
         if self.sharing == "factors":
             return text | factors
         # V_j = F_j(P_j) of the common start, so that every client's first anchor equals V.
-        return text | {"visual": _visual(text, factors)}
+        return text | {"visual": visual_prompts(text, factors)}
 
     def init_private(self, seed: int, client: int) -> Tensors:
         """`weight`, `bias`: the same draw for all clients; nothing with `factors`.
@@ -111,7 +111,7 @@ class MaPLe(Method):
             return shared, private
         training = torch.ones_like(private["training"])
         # A_k = F_k(P) at the received P and the client's own F.
-        return shared, private | {"anchor": _visual(shared, private), "training": training}
+        return shared, private | {"anchor": visual_prompts(shared, private), "training": training}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
@@ -128,10 +128,10 @@ class MaPLe(Method):
         """`classes` (K, C, D) and, where there are any, `visual` (K, J, M, w)."""
         encoded = {"classes": self.text.classes(shared["text"])}
         if self.sharing == "factors":
-            return encoded | {"visual": _visual(shared, shared)}
+            return encoded | {"visual": visual_prompts(shared, shared)}
         if self.sharing == "materialised":
             return encoded | {"visual": self._materialised(shared, private)}
-        return encoded if private is None else encoded | {"visual": _visual(shared, private)}
+        return encoded if private is None else encoded | {"visual": visual_prompts(shared, private)}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the prompted image and text features."""
@@ -160,11 +160,11 @@ class MaPLe(Method):
         """V outside a round, V + F_k(P) - A_k within one: (K, J, M, w)."""
         if private is None:
             return shared["visual"]
-        moved = _visual(shared, private) - private["anchor"]
+        moved = visual_prompts(shared, private) - private["anchor"]
         # `training` is a tensor of 0 or 1 rather than a flag of the method, which must stay pure.
         return shared["visual"] + private["training"][..., None, None] * moved
 
 
-def _visual(text: Tensors, factors: Tensors) -> Tensor:
+def visual_prompts(text: Tensors, factors: Tensors) -> Tensor:
     """F_j(P_j) for all layers: (..., J, M, w)."""
     return text["text"] @ factors["weight"].transpose(-1, -2) + factors["bias"][..., None, :]

@@ -121,7 +121,9 @@ class PFedMMA(Method):
         adapters = {**shared, **private}
         # An empty context with a client axis of 1; the adapters turn it into K clients.
         nothing_1Md = torch.zeros(1, 0, self.clip.text.width, device=self.clip.device)
-        classes_KCD = self.text(nothing_1Md, adapt=self._adapt("text", adapters))
+        clients = len(adapters["text.up.bias"])
+        adapt = self._adapt("text", adapters)
+        classes_KCD = self.text(nothing_1Md, adapt=adapt, clients=clients)
         visual = {n: t for n, t in adapters.items() if not n.startswith("text.")}
         return {"classes": F.normalize(classes_KCD, dim=-1), **visual}
 

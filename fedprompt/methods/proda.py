@@ -150,7 +150,9 @@ class ProDA(Method):
         for position, prompts in self.prompts.items():
             indices = [p for p in contexts if self.positions[p] == position]
             if indices:
-                features.append(prompts.classes(context_KPMd[:, indices]))
+                some_KPMd = context_KPMd[:, indices]
+                classes_NCD = prompts.classes_of_many(some_KPMd.flatten(0, 1))
+                features.append(classes_NCD.unflatten(0, some_KPMd.shape[:2]))
         return torch.cat(features, dim=1)
 
     def _bound(self, features_KPCD: Tensor, batch: Batch) -> Tensor:

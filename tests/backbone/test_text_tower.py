@@ -10,6 +10,7 @@ import torch
 from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
+from fedprompt.backbone import text_sequences
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import context_init
 from fedprompt.backbone.text_tower import TextTower
@@ -70,9 +71,10 @@ def test_any_number_of_context_tokens(clip: FrozenCLIP, tokens: int) -> None:
 
 @pytest.mark.parametrize("position", ["middle", "front"])
 @pytest.mark.parametrize("layers", [0, 2])
-def test_plain_path_places_the_name_elsewhere(clip: FrozenCLIP, position: str, layers: int) -> None:
+def test_the_name_stands_elsewhere(clip: FrozenCLIP, position: str, layers: int) -> None:
     tower = assert_equals_reference(clip, (2,), 4, layers, position=position)
-    assert not tower.fast
+    assert tower.fast
+    assert tower.transformer is None
     end = TextTower(clip, NAMES, 4)
     assert relative(tower(draw(4, 64)), end(draw(4, 64))) > 0.01
 
@@ -89,10 +91,33 @@ def test_class_specific_with_equal_contexts_is_the_unified_prompt(clip: FrozenCL
     assert relative(specific, unified) < RTOL
 
 
-def test_one_transformer_layer_takes_the_plain_path() -> None:
+def test_one_transformer_layer_is_not_packed() -> None:
     """The first layer would be the last one as well."""
     clip = random_clip(text_cfg={"layers": 1})
-    assert not assert_equals_reference(clip, (2,), 4, 0).fast
+    assert assert_equals_reference(clip, (2,), 4, 0).transformer is None
+
+
+@pytest.mark.parametrize("options", [{"class_specific": True}, {"position": "middle"}])
+def test_chunks_of_classes_are_computed_again_for_the_gradient(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """The same values and gradients; autograd keeps no more than one chunk and the contexts."""
+    kept = []
+    for bytes_at_once in (2**30, 2**18):
+        monkeypatch.setitem(text_sequences.BYTES_AT_ONCE, "cpu", bytes_at_once)
+        assert_equals_reference(clip, (2,), 4, 2, **options)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        tower = TextTower(clip, NAMES, 4, **options)
+        shape = (len(NAMES), 4, 64) if tower.class_specific else (4, 64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            tower(draw(*shape).requires_grad_())
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 10
 
 
 @pytest.mark.parametrize("layers", [2, 5])

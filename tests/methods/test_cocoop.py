@@ -59,8 +59,8 @@ def test_a_bounded_number_of_images_at_once_changes_nothing(clip: FrozenCLIP) ->
         twins.applied_gradients(method, shared, batch),
         method.logits(shared, batch.inputs),
     )
-    assert method.prompts_at_once >= K * B
-    method.prompts_at_once = 3
+    assert method.prompts.prompts_at_once >= K * B
+    method.prompts.prompts_at_once = 3
     for n, gradient in twins.applied_gradients(method, shared, batch).items():
         twins.close(gradient, whole[n], n)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_bounded_number_of_images_at_once_changes_nothing(clip: FrozenCLIP) ->
 def test_memory_of_the_tower_is_bounded(clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of the tower sees more prompts than `prompts_at_once`."""
     method: Any = twins.build(clip, "cocoop")
-    method.prompts_at_once = 4
+    method.prompts.prompts_at_once = 4
     seen, classes = [], method.prompts.classes
     monkeypatch.setattr(
         method.prompts, "classes", lambda context: seen.append(len(context)) or classes(context)

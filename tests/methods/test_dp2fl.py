@@ -137,6 +137,30 @@ def test_peers_are_judged_and_mixed_by_hand(clip: FrozenCLIP) -> None:
     assert False in verdicts
 
 
+def test_only_peers_that_exist_are_judged_and_a_common_prompt_is_encoded_once(
+    clip: FrozenCLIP,
+) -> None:
+    method = twins.build(clip, "dp2fl", **OPTIONS)
+    start = method.init_shared(1)
+    private = stack([p | {"own.valid": torch.ones(1)} for p in filled(method, clip)])
+    extras = stack([method.init_extras(1)] * N)
+    shared = stack([start] * N)
+
+    def positions(known: Tensor) -> int:
+        sent = shared | extras | {"peers.known": known}
+        info = batch_of(torch.zeros(N, 1, 4), torch.zeros(N, 1).long(), received=sent).round_info
+        before = clip.positions_encoded
+        method.start_round(shared, private, info)
+        return clip.positions_encoded - before
+
+    assert positions(torch.zeros(N, PEERS)) == 0
+    # Client 1 alone has a peer: the common text, and its images under its own P_d and the peer's.
+    image = 1 + method.vision.patches + method.config.context_tokens
+    known = torch.zeros(N, PEERS)
+    known[1, 2] = 1
+    assert positions(known) == method.text.source.tower.positions + 2 * 3 * image
+
+
 def test_a_client_keeps_its_own_map_and_a_new_one_takes_the_average(clip: FrozenCLIP) -> None:
     method = twins.build(clip, "dp2fl", **OPTIONS)
     data, private = data_of(clip), filled(method, clip)

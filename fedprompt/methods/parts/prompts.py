@@ -11,16 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_sequences import checkpointed
 from fedprompt.backbone.text_tokens import context_init
 from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.fields import option
 from fedprompt.methods.base import MethodConfig
 from fedprompt.methods.batch import Task
 from fedprompt.rng import normal
+
+POSITIONS_AT_ONCE = 8192
+"""Largest number of text positions in one pass of `classes_of_many`; it bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class PromptSource:
         init_std: float = 0.02,
     ) -> None:
         self.tower = TextTower(clip, task.class_names, tokens, position=position)
+        # One prompt is the least that can be encoded, even if its classes exceed the bound.
+        self.prompts_at_once = max(1, POSITIONS_AT_ONCE // self.tower.positions)
         self.clip, self.tokens = clip, tokens
         self.init_text, self.init_std = init_text, init_std
 
@@ -104,3 +111,16 @@ class PromptSource:
         """L2-normalised class features (..., C, D) of contexts (..., M, d)."""
         # The tower returns raw features, whose lengths only PromptSRC's template mean needs.
         return F.normalize(self.tower(context), dim=-1)
+
+    def classes_of_many(self, context_NMd: Tensor) -> Tensor:
+        """L2-normalised class features (N, C, D) of many contexts, a bounded number at a time.
+
+        If they are more than that, training keeps only the contexts and computes the tower again
+        for the gradient, so that the activations of only one part are in memory. Values and
+        gradients are the same.
+        """
+        parts = context_NMd.split(self.prompts_at_once)
+        # Where the tower does not pack, it bounds the classes itself.
+        if len(parts) == 1 or self.tower.transformer is None:
+            return self.classes(context_NMd)
+        return torch.cat([checkpointed(self.classes, part) for part in parts])
