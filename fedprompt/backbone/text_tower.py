@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ from fedprompt.backbone.text_sequences import (
 from fedprompt.backbone.text_tokens import ClassPosition, in_order, tokenise
 from fedprompt.backbone.text_transformer import PromptTransformer
 from fedprompt.errors import UserError
+
+_Chunk = list[tuple[Tensor, int]]
+"""Classes (G,) whose prompts end at the same position, and that position; shortest first."""
+
+
+class _Plan(NamedTuple):
+    """Chunks of classes that are computed together, and the place of every class among them."""
+
+    chunks: list[_Chunk]
+    order_C: Tensor
 
 
 class TextTower:
@@ -84,7 +95,9 @@ class TextTower:
         parts = clip.text
         self._tokens = tokenise(clip, self.class_names, context_tokens)
         self.token_ids_CL, self.first = self._tokens.ids_CL, self._tokens.first
-        self._ids_CL, self._slots_CM = in_order(self._tokens, context_tokens, position)
+        ids_CL, slots_CM = in_order(self._tokens, context_tokens, position)
+        self._ids_CL, self._slots_CM = ids_CL.to(clip.device), slots_CM.to(clip.device)
+        self._plans: dict[int, _Plan] = {}
         longest = torch.full_like(self._tokens.pooled_C, self.token_ids_CL.shape[1])
         self._lengths_C = self._tokens.pooled_C + 1 if parts.truncates else longest
         self.fast = parts.truncates and parts.plain_blocks
@@ -151,15 +164,26 @@ class TextTower:
         self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, prompts: int
     ) -> Tensor:
         """Features (N, C, D), a bounded number of classes at a time."""
-        parts = self.clip.text
-        most = positions_at_once(self.clip.device, len(parts.blocks), parts.width) // prompts
-        parts_C = chunks(self._lengths_C, most)
+        plan = self._plan(prompts)
         path = self._sequences if self.fast else self._plain
         run = partial(path, context_N, deep_NJMd, adapt)
         # A single chunk is not worth computing twice.
-        features = [run(c) if len(parts_C) == 1 else checkpointed(run, c) for c in parts_C]
-        order_C = torch.cat(parts_C).argsort().to(features[0].device)
-        return torch.cat(features, dim=1)[:, order_C]
+        once = len(plan.chunks) == 1
+        features = [run(c) if once else checkpointed(run, c) for c in plan.chunks]
+        return torch.cat(features, dim=1)[:, plan.order_C]
+
+    def _plan(self, prompts: int) -> _Plan:
+        """How the classes of `prompts` prompts are computed; on the device, and made only once."""
+        parts, device = self.clip.text, self.clip.device
+        most = positions_at_once(device, len(parts.blocks), parts.width) // prompts
+        if most not in self._plans:
+            found, in_turn = [], chunks(self._lengths_C, most)
+            for classes in in_turn:
+                ends, counts = self._tokens.pooled_C[classes].unique_consecutive(return_counts=True)
+                groups = classes.to(device).split(counts.tolist())
+                found.append(list(zip(groups, ends.tolist(), strict=True)))
+            self._plans[most] = _Plan(found, torch.cat(in_turn).argsort().to(device))
+        return self._plans[most]
 
     # The packed path
 
@@ -196,29 +220,23 @@ class TextTower:
 
     # Sequences, and the plain path
 
-    def _groups(self, classes: Tensor) -> list[tuple[Tensor, int]]:
-        """Classes (G,) whose prompts end at the same position, and that position."""
-        ends, counts = self._tokens.pooled_C[classes].unique_consecutive(return_counts=True)
-        return list(zip(classes.split(counts.tolist()), ends.tolist(), strict=True))
-
     def _sequences(
-        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, classes: Tensor
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, chunk: _Chunk
     ) -> Tensor:
-        """Features (N, G, D) of classes in the order of their lengths."""
+        """Features (N, classes of the chunk, D)."""
         parts = self.clip.text
-        groups = [self.assemble(context_N, some, end + 1) for some, end in self._groups(classes)]
+        groups = [self.assemble(context_N, some, end + 1) for some, end in chunk]
         transformer = SequenceTransformer(self.clip.text_layers, parts.blocks, parts.heads)
         hidden_NGd = transformer(groups, deep_NJMd, adapt)
         return parts.project(parts.ln_final(hidden_NGd))
 
     def _plain(
-        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, classes: Tensor
+        self, context_N: Tensor, deep_NJMd: Tensor | None, adapt: Adapt | None, chunk: _Chunk
     ) -> Tensor:
         """As `_sequences`, by open_clip's own blocks."""
         with self.clip.autocast():
             features = [
-                self._plain_group(context_N, deep_NJMd, adapt, some, end)
-                for some, end in self._groups(classes)
+                self._plain_group(context_N, deep_NJMd, adapt, some, end) for some, end in chunk
             ]
         return torch.cat(features, dim=1)
 
@@ -235,7 +253,8 @@ class TextTower:
         Positions after the end of the text are not computed where attention is causal.
         """
         parts = self.clip.text
-        n, g, length = context_N.shape[0], len(classes), int(self._lengths_C[classes[0]])
+        n, g = context_N.shape[0], len(classes)
+        length = end + 1 if parts.truncates else self.token_ids_CL.shape[1]
         embedded_NGLd, slots_GM = self.assemble(context_N, classes, length)
         x, mask = embedded_NGLd.flatten(0, 1), None
         if parts.attn_mask_LL is not None:
@@ -263,19 +282,18 @@ class TextTower:
 
         Args:
             context_N: (N, M, d), or (N, C, M, d) when `class_specific`.
-            classes: (G,), indices of classes.
+            classes: (G,), indices of classes, on the device.
             length: positions to assemble, from the first.
 
         Returns:
             Embeddings with positions (N, G, length, d), and the positions (G, M) of the context.
         """
         parts, n, g = self.clip.text, context_N.shape[0], len(classes)
-        device = self.clip.device
-        slots_GM = self._slots_CM[classes].to(device)
-        embedded_GLd = parts.token_embedding(self._ids_CL[classes, :length].to(device))
+        slots_GM = self._slots_CM[classes]
+        embedded_GLd = parts.token_embedding(self._ids_CL[classes, :length])
         x_NGLd = embedded_GLd.expand(n, *embedded_GLd.shape)
         if self.class_specific:
-            values = context_N[:, classes.to(device)].to(x_NGLd)
+            values = context_N[:, classes].to(x_NGLd)
         else:
             values = context_N[:, None].expand(n, g, -1, -1).to(x_NGLd)
         return place(x_NGLd, slots_GM, values) + parts.positional_embedding_Ld[:length], slots_GM

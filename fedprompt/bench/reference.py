@@ -49,7 +49,7 @@ def reference_class_features(
     parts = tower.clip.text
     tail = 3 if tower.class_specific else 2
     lead = context.shape[:-tail]
-    classes = torch.arange(len(tower.class_names))
+    classes = torch.arange(len(tower.class_names), device=tower.clip.device)
     length = tower.token_ids_CL.shape[1]
     features = []
     flat_deep = None if deep is None else deep.reshape(-1, *deep.shape[-3:])
