@@ -143,6 +143,7 @@ def _run(
     # The process may have run others before, as in a sweep.
     reset_peak_memory()
     grid: BlockGrid | None = None
+    private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
     loggers = Loggers(config, folder.path)
     try:
         # Cheap checks first; opening data and backbone may take minutes.
@@ -157,7 +158,6 @@ def _run(
             display.message(note)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
-        private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
         grid = open_grid(config, workspace, open_workspace, private)
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
@@ -176,6 +176,7 @@ def _run(
     finally:
         if grid is not None:
             grid.close()
+        private.close()
         loggers.close()
         folder.close()
     return folder.path

@@ -53,12 +53,25 @@ def replacing(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, mode & ~UMASK)
-        # The content reaches the disk before the name does, and then the folder's entry.
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a file that is written to its final name, such that a crash leaves it whole or not.
+
+    Args:
+        temporary: the file, in the folder of `path`.
+        path: its name from now on; a file of this name is replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    # The content reaches the disk before the name does, and then the folder's entry.
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
 
 
 def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:

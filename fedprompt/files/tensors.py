@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that carry the SHA-256 of their content.
+"""Tensors as bytes, and in safetensors files that carry the SHA-256 of their content.
 
 Checkpoints of a server and private tensors of a node are written and read here. A damaged file is
 refused, because a flipped bit in a tensor would not be noticed otherwise: the numbers are only a
@@ -8,9 +8,14 @@ little wrong.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -81,3 +86,20 @@ def read_tensors(path: Path, *, required: bool = False) -> tuple[dict[str, Tenso
     if (required or stored is not None) and stored != checksum(tensors, metadata):
         raise ValueError("its checksum does not match")
     return tensors, metadata
+
+
+def to_npy(tensor: Tensor) -> bytes:
+    """A tensor with its type and shape, as the content of an .npy file."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, tensor.detach().cpu().contiguous().numpy())
+    return stream.getvalue()
+
+
+def from_npy(content: bytes) -> Tensor:
+    """The tensor that `to_npy` has written.
+
+    Raises:
+        ValueError: the content is no such file.
+    """
+    array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return torch.from_numpy(array)

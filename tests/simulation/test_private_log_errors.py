@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-from fedprompt.errors import UserError
+from fedprompt.errors import DamagedFile, UserError
 from fedprompt.files import write_bytes
-from fedprompt.simulation import private_log
+from fedprompt.files.rows import HEADER, RowWriter
 from fedprompt.simulation.private_log import PrivateLog
 from tests.support.private_states import contents, same, state
 
@@ -82,10 +82,26 @@ def test_a_damaged_file_is_one_line(sealed: tuple[PrivateLog, str], kind: str) -
 
 def test_another_files_rows_do_not_pass(sealed: tuple[PrivateLog, str]) -> None:
     log, digest = sealed
-    tensors = load_file(log._path(2))
-    write_bytes(log._path(1), save({n: t[:2] for n, t in tensors.items()}))
+    write_bytes(log._path(1), log._path(2).read_bytes())
     with pytest.raises(UserError, match="missing or were changed"):
         log.restore(2, digest)
+
+
+def test_a_flipped_bit_of_a_row_is_one_line(sealed: tuple[PrivateLog, str]) -> None:
+    log, digest = sealed
+    log.restore(2, digest)
+    place = log._places.of("ctx", 2)
+    whole = bytearray(log._path(1).read_bytes())
+    whole[HEADER + place.offset + place.size - 1] ^= 1
+    write_bytes(log._path(1), bytes(whole))
+    with pytest.raises(DamagedFile, match=r"ctx.*client 2"):
+        log.get(2)
+    assert same(log.get(1), state(1))
+    # A checkpoint that moves the row does not copy the damage.
+    for client in (1, 3):
+        log.put(client, state(10 + client))
+    with pytest.raises(DamagedFile, match=r"round-000001\.safetensors"):
+        log.save(3)
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_made_are_one_line(
@@ -95,19 +111,31 @@ def test_a_full_disk_and_a_folder_that_cannot_be_made_are_one_line(
         raise OSError(28, "No space left on device")
 
     log.put(1, state(1))
-    with monkeypatch.context() as patch:
-        patch.setattr(private_log, "write_bytes", full)
-        with pytest.raises(UserError, match=r"No space left on device.*--resume") as caught:
-            log.save(1)
-    one_line(caught)
+    for name, act in (
+        ("_write", lambda: log.put(2, state(2))),
+        ("finish", lambda: log.save(1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(RowWriter, name, full)
+            with pytest.raises(UserError, match=r"No space left on device.*--resume") as caught:
+                act()
+        one_line(caught)
+    digest = log.save(1)
+    assert same(log.get(1), state(1)), "what could not be written is still there"
+    again = PrivateLog(log.folder, 8)
+    again.restore(1, digest)
+    assert again.get(2) is None
     shutil.rmtree(log.folder)
     log.folder.write_bytes(b"")
     with pytest.raises(UserError, match="cannot write") as caught:
-        log.save(1)
+        log.put(3, state(3))
     one_line(caught)
-    log.folder.unlink()
-    log.save(1)
-    assert same(log.get(1), state(1)), "what could not be written is still there"
+
+
+def test_closing_removes_what_is_part_of_no_checkpoint(log: PrivateLog) -> None:
+    log.put(1, state(1))
+    log.close()
+    assert list(contents(log.folder)) == []
 
 
 def test_strangers_in_the_folder_are_left_alone(sealed: tuple[PrivateLog, str]) -> None:
