@@ -28,10 +28,6 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
 from fedprompt.methods.registry import method_class
 
-BYTES_PER_UNIT = 64
-"""Bytes of activations that a training step keeps per text position, layer and unit of width:
-about 14 float32 numbers, rounded up."""
-
 
 class Workspace:
     """The frozen side of an experiment: opened once per process, and only read afterwards.
@@ -155,12 +151,24 @@ class Workspace:
         start = self.method.init_extras(self.config.seed)
         return {name: tuple(tensor.shape) for name, tensor in start.items()}
 
-    @cached_property
+    @property
     def tokens_per_client(self) -> int:
         """Token positions that both towers process in one training step of one client.
 
-        Together with `step_bytes_per_client` it decides how many clients train in one block.
+        Together with the memory (`simulation/step_memory.py`) it decides how many clients train in
+        one block.
         """
+        per_step, per_image = self._positions
+        return per_step + per_image * self.config.training.batch_size
+
+    @property
+    def prompt_tokens_per_client(self) -> int:
+        """Token positions that encode one client's prompts, whatever the number of images."""
+        return self._positions[0]
+
+    @cached_property
+    def _positions(self) -> tuple[int, int]:
+        """Token positions of `encode`, and of `logits` for one image."""
         seed, device = self.config.seed, self.clip.device
         received = self.method.init_shared(seed) | self.method.init_extras(seed)
         private = self.method.init_private(seed, 0)
@@ -176,13 +184,9 @@ class Workspace:
                 image = self.views[0].rows(first)
                 self.method.logits(encoded, image.of_one().on(device))
         per_image = self.clip.positions_encoded - before - per_step
-        return per_step + per_image * self.config.training.batch_size
-
-    @property
-    def step_bytes_per_client(self) -> int:
-        """Estimated bytes of activations that one client's training step keeps for its gradient."""
-        tower = self.clip.text
-        return self.tokens_per_client * len(tower.blocks) * tower.width * BYTES_PER_UNIT
+        # The trial is no work of the run.
+        self.clip.positions_encoded = before
+        return per_step, per_image
 
     def train_data(self, client: int) -> ClientData:
         """A client's local training images and labels.

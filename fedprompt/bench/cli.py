@@ -37,9 +37,32 @@ Repeats = Annotated[int, typer.Option(min=1, help="Largest number of repeats of 
 Classes = Annotated[str, typer.Option(help="Numbers of classes, e.g. 10,45.")]
 Context = Annotated[str, typer.Option(help="Numbers of context tokens, e.g. 4,16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per training step.")]
+ESTIMATED = (
+    "promptfl,coop_csc,fedrsclip,vpt,maple,plot,fedotp,cocoop,tip_adapter,pfedprompt,pfedmma,"
+    "fedmgp,proda"
+)
+"""Methods with different needs: text and image towers, transport plans, memories, adapters."""
 Budget = Annotated[
     float, typer.Option(help="Seconds of a case after which no further repeat starts.")
 ]
+
+
+@app.command()
+def estimates(
+    methods: Annotated[str, typer.Option(help="Methods, e.g. promptfl,vpt.")] = ESTIMATED,
+    backbone: Backbone = "ViT-B-16",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    batch: BatchSize = 4,
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """Compare the estimated memory of a client's training step with the measured one."""
+    from fedprompt.bench.estimates import EstimateOptions, bench_estimates
+
+    out = _open("estimates", threads, json)
+    names = [name.strip() for name in methods.split(",")]
+    options = EstimateOptions(names, backbone, classes, images=batch, batch=batch)
+    bench_estimates(options, out)
 
 
 @app.command()

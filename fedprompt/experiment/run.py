@@ -159,6 +159,7 @@ def _run(
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
         grid = open_grid(config, workspace, open_workspace, private)
+        grid.check_memory()
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         local_only = None

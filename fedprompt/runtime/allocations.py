@@ -8,7 +8,7 @@ passes. Memory that a kernel needs for itself while it runs is not seen.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ class Allocations(TorchDispatchMode):
         # By the identity of a storage: whether it is counted. A storage that is seen as an
         # argument before any operation has returned it is older than this object.
         self._known: dict[int, bool] = {}
+
+    def __enter__(self) -> Self:
+        """Count from now on."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Count no further tensors; the end of those counted is still noticed."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

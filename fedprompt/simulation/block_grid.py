@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
@@ -50,8 +50,9 @@ from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import thread_count, use_threads
 from fedprompt.runtime.device_memory import free_memory
 from fedprompt.simulation.answer_block import Handler
-from fedprompt.simulation.blocks import choose_size, group
+from fedprompt.simulation.blocks import choose_size, group, refuse_large
 from fedprompt.simulation.memory_store import MemoryStore
+from fedprompt.simulation.step_memory import step_memory
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.grid")
@@ -171,7 +172,7 @@ class BlockGrid(CountingGrid):
     def _in_blocks(self, kind: str, parcels: Sequence[Parcel], deadline: float) -> dict[int, bytes]:
         """Replies by position of their message; those of blocks not started in time are missing."""
         clients = [p.client for p in parcels]
-        places = group(self.workspace, clients, self.clients_per_block(len(parcels)))
+        places = group(self.workspace, clients, self.clients_per_block(len(parcels), kind))
         blocks = [[parcels[i] for i in block] for block in places]
         answered = self._run_blocks(kind, blocks, deadline)
         return {
@@ -214,14 +215,26 @@ class BlockGrid(CountingGrid):
         """The number of CPU threads of each of these processes."""
         return thread_count(self.workspace.config.simulation)
 
-    def clients_per_block(self, clients: int) -> int:
+    def clients_per_block(self, clients: int, kind: str = MessageType.TRAIN) -> int:
         """Clients per block in an exchange with `clients` clients; see `blocks.choose_size`.
 
         It logs a warning, once per size, if memory is the limit: a machine with more memory would
         then form other blocks, and results would differ in their last bits.
+
+        Args:
+            clients: number of clients of the exchange.
+            kind: type of the messages.
         """
         size, wanted = (
-            choose_size(self.workspace, clients, self.workers, free, self.threads)
+            choose_size(
+                self.workspace,
+                clients,
+                self.workers,
+                free,
+                self.threads,
+                kind=kind,
+                client_bytes=self._client_bytes(kind),
+            )
             for free in (self._free_bytes, math.inf)
         )
         if size < wanted and size not in self._told:
@@ -235,6 +248,29 @@ class BlockGrid(CountingGrid):
                 size,
             )
         return size
+
+    def _client_bytes(self, kind: str) -> float:
+        """Estimated bytes that one client needs; 0 where blocks have a fixed size."""
+        if self.workspace.config.simulation.clients_per_block:
+            return 0.0
+        need = step_memory(self.workspace)
+        if need is None:
+            return 0.0
+        return need.evaluation if kind == MessageType.EVALUATE else need.training
+
+    def check_memory(self) -> None:
+        """Refuse an experiment of which not even one client fits into the free memory.
+
+        It is not checked if `simulation.clients_per_block` is set.
+
+        Raises:
+            UserError: it names the method, what it needs, what is free and what needs less.
+        """
+        if self.workspace.config.simulation.clients_per_block:
+            return
+        need = step_memory(self.workspace)
+        if need is not None:
+            refuse_large(self.workspace, need, self._free_bytes, self.workers)
 
     def at_once(self, kind: str) -> int | None:
         """How many clients fitted together after a block had been too large; None if none was.

@@ -23,12 +23,11 @@ MakeWorkspace = Callable[..., Workspace]
 PLENTY = math.inf
 
 
-def sized(clients_per_block: int = 0, tokens: int = 96, step_bytes: int = 1000) -> Any:
+def sized(clients_per_block: int = 0, tokens: int = 96) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(simulation=SimulationConfig(clients_per_block=clients_per_block)),
         clip=SimpleNamespace(device=torch.device("cpu")),
         tokens_per_client=tokens,
-        step_bytes_per_client=step_bytes,
     )
 
 
@@ -88,12 +87,13 @@ def test_size_fills_the_processor_and_all_workers(
 
 def test_memory_only_lowers_the_size() -> None:
     def size(free: float) -> int:
-        return choose_size(sized(), 100, 1, free, 2)
+        return choose_size(sized(), 100, 1, free, 2, client_bytes=1000)
 
     assert size(PLENTY) == size(1e9) == 8
     assert size(2 * 3 * 1000) == 3  # half of it holds three clients
     assert size(0) == 1
-    assert choose_size(sized(clients_per_block=6), 100, 1, 0, 2) == 6  # as configured
+    configured = sized(clients_per_block=6)
+    assert choose_size(configured, 100, 1, 0, 2, client_bytes=1000) == 6
 
 
 def test_one_client_larger_than_the_processor_needs_is_a_block() -> None:
