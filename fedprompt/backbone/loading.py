@@ -16,12 +16,12 @@ from torch import nn
 
 from fedprompt.backbone.architecture import adopt_weights, empty_model, model_settings
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.devices import pick_device
 from fedprompt.backbone.fingerprint import digest, file_digest
 from fedprompt.backbone.tiny import tiny_card, tiny_model_config, tiny_state_dict
 from fedprompt.backbone.tokenizer import load_tokenizer
 from fedprompt.backbone.weights import find_weights, map_weights, mappable_weights
 from fedprompt.config.schema import BackboneConfig
-from fedprompt.errors import UserError
 
 TINY_IMAGE_BATCH = 256
 """Images that the tiny CLIP encodes in one call at least; smaller batches would only be slower."""
@@ -42,7 +42,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
         UserError: the model or tag is unknown, the weights cannot be downloaded, read or loaded
             into the model, learned prompts cannot pass through its text tower, or there is no GPU.
     """
-    device = _device(config.device)
+    device = pick_device(config.device)
     if config.model == "tiny":
         return _load_tiny(config, device)
     model_cfg, tag_cfg = model_settings(config)
@@ -86,16 +86,6 @@ def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
         precision=config.precision,
         image_batch=max(config.image_batch, TINY_IMAGE_BATCH),
     )
-
-
-def _device(requested: str) -> str:
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "backbone: device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'."
-        )
-    if requested == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return requested
 
 
 def shape_only_clip(name: str) -> FrozenCLIP:

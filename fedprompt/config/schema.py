@@ -30,6 +30,9 @@ class BackboneConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
     precision: Literal["float32", "bf16"] = option("float32", "bf16 = matrix products in bfloat16")
+    deterministic: bool = option(
+        False, "on a GPU, add in a fixed order: the same bits again, more slowly; no effect on CPUs"
+    )
     image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
 
     def check(self) -> None:

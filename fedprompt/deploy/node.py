@@ -17,6 +17,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
+from fedprompt.backbone.devices import order_sums
 from fedprompt.config.schema import Config, to_dict, to_yaml
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
 from fedprompt.deploy.node_model import keep_model
@@ -182,6 +183,7 @@ def _opened(settings: str) -> Workspace:
     """The workspace of a config as JSON; a config itself cannot be the key of a cache."""
     config = validate(json.loads(settings))
     use_threads(config.simulation)
+    order_sums(config.backbone)
     return open_workspace(config)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedprompt.backbone.devices import order_sums
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.node_config import on_server
 from fedprompt.deploy.node_federation import NodeFederation
@@ -108,6 +109,7 @@ def _run(folder: RunFolder, config: Config, grid: Grid, registered: Mapping[int,
         checkpoint = folder.load_checkpoint()
         config = on_server(config)
         use_threads(config.simulation)
+        order_sums(config.backbone)
         if warning := unsuited_backbone(config):
             display.message(warning)
         workspace = open_workspace(config)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fedprompt.backbone.devices import ordered_sums
 from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
@@ -144,10 +146,11 @@ def _run(
     reset_peak_memory()
     grid: BlockGrid | None = None
     private = PrivateLog(folder.path / PRIVATE, config.partition.clients)
-    loggers = Loggers(config, folder.path)
+    loggers, settings = Loggers(config, folder.path), ExitStack()
     try:
         # Cheap checks first; opening data and backbone may take minutes.
         _refuse_absent_folders(config)
+        settings.enter_context(ordered_sums(config.backbone))
         loggers.open(resumed=folder.resumed)
         checkpoint = folder.load_checkpoint()
         if warning := unsuited_backbone(config):
@@ -178,6 +181,7 @@ def _run(
         if grid is not None:
             grid.close()
         private.close()
+        settings.close()
         loggers.close()
         folder.close()
     return folder.path

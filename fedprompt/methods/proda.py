@@ -40,6 +40,7 @@ from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, Task, Tensors
+from fedprompt.methods.parts.labels import one_hot
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import generator
@@ -169,11 +170,11 @@ class ProDA(Method):
         squares_KBD = images_KBD.square()
         # sum_d v_id^2 sum_p (a_cd^p)^2 for every class c, the label's own class included.
         variance_KBC = squares_KBD @ spread_KPCD.square().sum(1).transpose(-1, -2)
-        label_KPBD = batch.labels_KB[:, None, :, None].expand(-1, count, -1, images_KBD.shape[-1])
+        label_KBC = one_hot(batch.labels_KB, mean_KCD)
         # The mixed product sum_d v_id^2 sum_p a_yd^p a_cd^p.
-        own_KPBD = spread_KPCD.gather(2, label_KPBD) * squares_KBD[:, None]
+        own_KPBD = (label_KBC[:, None] @ spread_KPCD) * squares_KBD[:, None]
         shared_KBC = (own_KPBD @ spread_KPCD.transpose(-1, -2)).sum(1)
-        own_KB1 = variance_KBC.gather(-1, batch.labels_KB[..., None])
+        own_KB1 = (variance_KBC * label_KBC).sum(-1, keepdim=True)
         # Divided by P + 1, with P the contexts of this step.
         between_KBC = (own_KB1 + variance_KBC - 2 * shared_KBC) / (count + 1)
         return cosine_logits(self.clip, images_KBD, mean_KCD) + scale**2 / 2 * between_KBC

@@ -13,7 +13,11 @@ from typing import Protocol
 
 from fedprompt.runtime.machine import cpu_count
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DEFAULTS = {
+    # cuBLAS reads it when CUDA starts, and with another workspace does not promise the same bits
+    # again. Set in every process, so that a run with `backbone.deterministic` may follow any other.
+    CUBLAS_WORKSPACE: ":4096:8",
     # Idle OpenMP threads sleep. Spinning threads multiply the time of a step on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
     # Flower, Ray and MLflow otherwise report usage over the network. Without a connection, Flower's

@@ -96,11 +96,13 @@ class Worker:
         """
         import ray
 
+        from fedprompt.backbone.devices import order_sums
         from fedprompt.messages import become_server
         from fedprompt.runtime import use_threads
         from fedprompt.runtime.device_memory import free_memory
 
         use_threads(config.simulation, worker=True)
+        order_sums(config.backbone)
         become_server()
         self._workspace = opener(config)
         device = self._workspace.clip.device

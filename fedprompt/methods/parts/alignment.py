@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedprompt.methods.base import Batch
+from fedprompt.methods.parts.labels import rows_of
 from fedprompt.methods.parts.losses import masked_mean
 
 
@@ -80,7 +81,7 @@ def image_text_distance(images_KBD: Tensor, classes_KCD: Tensor, batch: Batch) -
     Returns:
         Distances (K,).
     """
-    return pair_distance(images_KBD, _class_of_each_image(classes_KCD, batch), batch.mask_KB)
+    return pair_distance(images_KBD, rows_of(batch.labels_KB, classes_KCD), batch.mask_KB)
 
 
 def image_text_contrast(
@@ -100,16 +101,10 @@ def image_text_contrast(
     Returns:
         Losses (K,).
     """
-    texts_KBD = _class_of_each_image(classes_KCD, batch)
+    texts_KBD = rows_of(batch.labels_KB, classes_KCD)
     logits_KBB = images_KBD @ texts_KBD.transpose(-1, -2) / temperature
     same_KBB = batch.labels_KB[:, :, None] == batch.labels_KB[:, None, :]
     return _both_ways(logits_KBB, same_KBB, batch.mask_KB)
-
-
-def _class_of_each_image(classes_KCD: Tensor, batch: Batch) -> Tensor:
-    """The class feature that belongs to each image's label: (K, B, D)."""
-    index = batch.labels_KB[..., None].expand(-1, -1, classes_KCD.shape[-1])
-    return classes_KCD.gather(1, index)
 
 
 def _both_ways(logits_KNN: Tensor, positive: Tensor, mask_KN: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ CONDITIONS = ("data", "partition", "backbone", "protocol_options")
 CHOICES = ("method", "strategy")
 """Sections that are compared, even where a sweep varies them in its grid."""
 COMPUTING = (
-    "backbone.device", "backbone.precision", "backbone.image_batch",
+    "backbone.device", "backbone.precision", "backbone.deterministic", "backbone.image_batch",
     "data.views", "data.crop_scale",
 )  # fmt: skip
 """Settings of these sections that do not change what is measured."""
