@@ -167,6 +167,8 @@ def _print_plan(
     table: SweepFile, planned: Sequence[PlannedRun], jobs: int | None, *, serial: bool
 ) -> None:
     from fedprompt.reports.format import human_time
+    from fedprompt.runtime import cards
+    from fedprompt.sweeps.gpus import with_gpus
     from fedprompt.sweeps.run import places_here
     from fedprompt.sweeps.state import progress, seconds_left
 
@@ -180,7 +182,8 @@ def _print_plan(
         what = "done" if state.done else f"{state.rounds} rounds" if state.begun else "new"
         console.print(f"{what:>10}  {run.name}", markup=False, soft_wrap=True)
     left = len(planned) - finished
-    at_once = 1 if serial else places_here(table.resources, left, jobs)
+    resources = with_gpus(table.resources, planned, cards.count())
+    at_once = 1 if serial else places_here(resources, left, jobs)
     seconds = seconds_left(planned, at_once, lambda run: states[run.name])
     expected = "unknown, since no run of this sweep is finished yet"
     if seconds is not None:

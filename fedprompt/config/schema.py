@@ -218,7 +218,11 @@ class SimulationConfig:
     threads: int = option(0, "CPU threads per process; 0 = all (inline) or cpus_per_worker", ge=0)
     workers: int = option(2, "ray: number of actors", ge=1)
     cpus_per_worker: float = option(1.0, "ray: CPUs of one actor", gt=0)
-    gpus_per_worker: float = option(0.0, "ray: GPUs of one actor; fractions share a GPU", ge=0)
+    gpus_per_worker: float | None = option(
+        None,
+        "ray: GPUs of one actor, at most 1; null = all GPUs are shared evenly; fractions share one",
+        ge=0, le=1,
+    )  # fmt: skip
     ray_address: str | None = option(None, "ray: cluster to join, e.g. 'auto' or 'host:6379'")
     block_timeout_s: float = option(1800.0, "ray: time limit of one block, seconds", gt=0)
     retries: int = option(2, "ray: tries after a worker died", ge=0)

@@ -41,7 +41,7 @@ from fedprompt.reports.run_data import (
 from fedprompt.runtime.endings import advice, command_line
 from fedprompt.runtime.peak_memory import reset_peak_memory
 from fedprompt.simulation.block_grid import BlockGrid
-from fedprompt.simulation.grids import open_grid
+from fedprompt.simulation.grids import check_grid, open_grid
 from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 
@@ -150,6 +150,7 @@ def _run(
     try:
         # Cheap checks first; opening data and backbone may take minutes.
         _refuse_absent_folders(config)
+        check_grid(config)
         settings.enter_context(ordered_sums(config.backbone))
         loggers.open(resumed=folder.resumed)
         checkpoint = folder.load_checkpoint()

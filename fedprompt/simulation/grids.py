@@ -6,10 +6,27 @@ import importlib
 
 from fedprompt.config.schema import Config
 from fedprompt.federation.client_app import handle
+from fedprompt.runtime import cards
 from fedprompt.simulation import attacks
 from fedprompt.simulation.block_grid import BlockGrid, Opener, PrivateStore
 from fedprompt.simulation.inline_grid import InlineGrid
+from fedprompt.simulation.ray_gpus import gpus_per_worker
 from fedprompt.workspace import Workspace
+
+
+def check_grid(config: Config) -> None:
+    """Refuse shares of GPUs that this machine does not have, before anything is opened.
+
+    What a Ray cluster has is known, and checked, only once the grid has joined it.
+
+    Args:
+        config: the experiment; its `simulation` and `backbone` sections are used.
+
+    Raises:
+        UserError: `ray_gpus.gpus_per_worker` raises it.
+    """
+    if config.simulation.kind == "ray" and not config.simulation.ray_address:
+        gpus_per_worker(config.simulation, config.backbone.device, [cards.count()])
 
 
 def open_grid(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 
 from fedprompt.config.schema import SimulationConfig
 from fedprompt.errors import UserError
@@ -17,19 +16,19 @@ from fedprompt.runtime.endings import restore_handlers
 from fedprompt.simulation.ray_worker import Place
 
 
-def start_ray(config: SimulationConfig) -> None:
+def start_ray(config: SimulationConfig, gpus: int = 0) -> None:
     """Start Ray on this machine, or join the cluster at `simulation.ray_address`.
 
     Args:
         config: the `simulation` section.
+        gpus: number of GPUs that Ray deals out to its actors; a cluster knows its own.
 
     Raises:
-        UserError: Ray does not start, the cluster does not answer, or the config reserves GPUs
-            and PyTorch sees none.
+        UserError: Ray does not start, or the cluster does not answer.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray hides all GPUs from actors that reserve none, and warns that this will change. With 0 it
-    # leaves them visible: our workers choose their device themselves.
+    # leaves them visible: actors reserve none only if they are to compute on a CPU anyway.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.ray_address:
@@ -37,9 +36,8 @@ def start_ray(config: SimulationConfig) -> None:
     else:
         cpus = math.ceil(config.workers * config.cpus_per_worker)
         # "local" starts a new Ray even if another one is running on this machine.
-        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        if config.gpus_per_worker > 0 and not torch.cuda.is_available():
-            raise UserError("simulation.gpus_per_worker is set, but PyTorch sees no GPU.")
+        options |= {"address": "local", "num_cpus": cpus, "num_gpus": gpus}
+        options["include_dashboard"] = False
     try:
         ray.init(**options)
     except Exception as error:  # `ray.init` raises errors of many types

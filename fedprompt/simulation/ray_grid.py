@@ -22,12 +22,13 @@ import ray
 from fedprompt.errors import DamagedFile, DeviceFault
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure
-from fedprompt.runtime import thread_count
+from fedprompt.runtime import cards, thread_count
 from fedprompt.simulation.answer_block import Handler
 from fedprompt.simulation.block_grid import BlockGrid, Opener, PrivateStore
 from fedprompt.simulation.blocks import work
 from fedprompt.simulation.placement import Costs, next_start, remaining
 from fedprompt.simulation.ray_cluster import brief, free_bytes_per_worker, start_ray
+from fedprompt.simulation.ray_gpus import gpus_per_worker
 from fedprompt.simulation.ray_pool import POLL_S, Slot, Task, WorkerPool
 from fedprompt.simulation.ray_worker import Answer, pack, unpack
 from fedprompt.workspace import Workspace
@@ -88,10 +89,17 @@ class RayGrid(BlockGrid):
         super().__init__(workspace, private, answer=answer)
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            start_ray(workspace.config.simulation)
+            start_ray(workspace.config.simulation, gpus=cards.count())
         self._costs = Costs()
         try:
-            self.pool = WorkerPool(workspace.config, opener, needs_timm=workspace.clip.needs_timm)
+            self.pool = WorkerPool(
+                workspace.config,
+                opener,
+                needs_timm=workspace.clip.needs_timm,
+                gpus=gpus_per_worker(
+                    workspace.config.simulation, workspace.config.backbone.device, _cluster_cards()
+                ),
+            )
         except BaseException:
             self._stop_ray()
             raise
@@ -245,3 +253,8 @@ class RayGrid(BlockGrid):
         steady = all(s.task for s in self.pool.slots) or not exchange.waiting
         left = min(ends, default=math.inf) - time.monotonic()
         return max(0.0, min(left, LONGEST_WAIT_S if steady else POLL_S))
+
+
+def _cluster_cards() -> list[int]:
+    """The number of GPUs of every living machine of the cluster."""
+    return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]

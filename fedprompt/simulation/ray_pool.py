@@ -95,13 +95,17 @@ class WorkerPool:
         opener: the function that opens the workspace of a config in a worker. Ray pickles it by
             reference, so it must be importable there.
         needs_timm: whether the backbone needs timm, which costs a worker about 25 MB.
+        gpus: the GPUs that each worker reserves, at most 1.
 
     Raises:
         UserError: a worker does not start.
     """
 
-    def __init__(self, config: Config, opener: Opener, *, needs_timm: bool) -> None:
+    def __init__(
+        self, config: Config, opener: Opener, *, needs_timm: bool, gpus: float = 0.0
+    ) -> None:
         self.config = config
+        self._gpus = gpus
         self.slots: list[Slot] = []
         self._opener = opener
         self._needs_timm = needs_timm
@@ -111,7 +115,7 @@ class WorkerPool:
             ray.remote(Worker)
             .options(
                 num_cpus=settings.cpus_per_worker,
-                num_gpus=settings.gpus_per_worker,
+                num_gpus=gpus,
                 scheduling_strategy="SPREAD" if settings.ray_address else "DEFAULT",
             )
             .remote
@@ -239,6 +243,5 @@ class WorkerPool:
         return self._settings.block_timeout_s if slot.placed else PLACE_LIMIT_S
 
     def _room(self) -> str:
-        gpus = self._settings.gpus_per_worker
-        extra = f" and {gpus:g} GPUs" if gpus else ""
+        extra = f" and {self._gpus:g} GPUs" if self._gpus else ""
         return f"{self._settings.cpus_per_worker:g} free CPUs{extra}"

@@ -19,6 +19,8 @@ from fedprompt.reports.compare.load import load_rows
 from fedprompt.reports.compare.metrics import choose
 from fedprompt.reports.compare.names import PLAN
 from fedprompt.reports.compare.table import compare_rows, markdown
+from fedprompt.runtime import cards
+from fedprompt.sweeps.gpus import with_gpus
 from fedprompt.sweeps.live import Board, PlainBoard, make_board
 from fedprompt.sweeps.plan import (
     PlannedRun,
@@ -131,7 +133,8 @@ def run_planned(
     todo = [run for run in planned if not states[run.name].done]
     # On a cluster the room is counted by `RaySweep` once Ray is connected; `jobs` is only its
     # limit.
-    places = jobs if address else places_here(table.resources, len(todo), jobs)
+    resources = table.resources if address else with_gpus(table.resources, todo, cards.count())
+    places = jobs if address else places_here(resources, len(todo), jobs)
     # One worker would gain nothing over this process, and would cost the start of Ray.
     single = serial or (places == 1 and not address)
     board = _board(planned, 1 if single else places or 1, quiet)
@@ -145,7 +148,7 @@ def run_planned(
         elif todo:
             check_inline(todo)
             RaySweep(
-                todo, board, table.resources, places=places, address=address, plan=folder / plan
+                todo, board, resources, places=places, address=address, plan=folder / plan
             ).run()
     finally:
         board.close()

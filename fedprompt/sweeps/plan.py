@@ -51,7 +51,9 @@ class Resources:
     """What one run needs. It decides how many runs execute together and does not limit any run."""
 
     cpus: float = option(1.0, "CPU cores; also its threads where simulation.threads is 0", gt=0)
-    gpus: float = option(0.0, "GPUs; fractions share one", ge=0)
+    gpus: float | None = option(
+        None, "GPUs, at most 1; null = one if there are any; fractions share one", ge=0, le=1
+    )
     memory_gb: float = option(0.0, "memory in GB (10^9 bytes); 0 = not counted", ge=0)
 
 

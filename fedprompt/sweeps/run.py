@@ -22,6 +22,7 @@ from fedprompt.experiment.workspaces import ResourceCache
 from fedprompt.runtime.device_memory import free_memory
 from fedprompt.runtime.machine import cpu_count
 from fedprompt.simulation.ray_cluster import brief, start_ray
+from fedprompt.sweeps.gpus import only_cards, roomy_cards, use_roomiest_card, with_gpus
 from fedprompt.sweeps.live import Board
 from fedprompt.sweeps.plan import PlannedRun, Resources
 from fedprompt.sweeps.queue import take
@@ -37,15 +38,12 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     """Return how many runs this machine can execute at the same time.
 
     Args:
-        resources: What one run needs.
+        resources: What one run needs, its GPUs decided by `gpus.with_gpus`.
         runs: How many runs there are to execute.
         most: An upper limit given by the user; None means no limit.
 
     Returns:
         At least 1, even if one run alone needs more than the machine has.
-
-    Raises:
-        UserError: Runs need GPUs and PyTorch sees none.
     """
     import torch
 
@@ -53,10 +51,7 @@ def places_here(resources: Resources, runs: int, most: int | None = None) -> int
     if most is not None:
         room.append(most)
     if resources.gpus:
-        gpus = torch.cuda.device_count()
-        if not gpus:
-            raise UserError("sweep: resources.gpus is set, but PyTorch sees no GPU.")
-        room.append(_fits(gpus, resources.gpus))
+        room.append(_fits(len(roomy_cards()), resources.gpus))
     if resources.memory_gb:
         room.append(_fits(free_memory(torch.device("cpu")), resources.memory_gb * 1e9))
     return max(1, min(room))
@@ -68,6 +63,7 @@ def run_serial(todo: Sequence[PlannedRun], board: Board) -> None:
 
     # Read before the first run changes it: every run starts with the same number of threads.
     resources, threads = ResourceCache(), torch.get_num_threads()
+    use_roomiest_card()
     left = list(todo)
     while left:
         run = take(left, board)
@@ -154,8 +150,11 @@ class RaySweep:
 
         started = not ray.is_initialized()
         if started:
-            start_ray(self._ray_config())
+            self._start_ray()
         try:
+            if self._address:
+                total = sum(n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"])
+                self._resources = with_gpus(self._resources, self._todo, int(total))
             wanted = self._places if not self._address else _room(ray.nodes(), self._resources)
             count = min(len(self._todo), wanted or 1, self._places or len(self._todo))
             self._slots = [self._spawn() for _ in range(max(1, count))]
@@ -168,21 +167,27 @@ class RaySweep:
             if started:
                 ray.shutdown()
 
-    def _ray_config(self) -> SimulationConfig:
-        return SimulationConfig(
+    def _start_ray(self) -> None:
+        config = SimulationConfig(
             kind="ray",
             workers=self._places or 1,
             cpus_per_worker=self._resources.cpus,
-            gpus_per_worker=self._resources.gpus,
             ray_address=self._address,
         )
+        if self._address or not self._resources.gpus:
+            start_ray(config)
+            return
+        chosen = roomy_cards()
+        # Ray reads the variable when it starts, and deals these cards out to its actors.
+        with only_cards(chosen):
+            start_ray(config, gpus=len(chosen))
 
     def _spawn(self) -> _Slot:
         import ray
 
         options: dict[str, Any] = {
             "num_cpus": self._resources.cpus,
-            "num_gpus": self._resources.gpus,
+            "num_gpus": self._resources.gpus or 0,
             # Ray's default policy prefers nodes that are in use; on a cluster every node should get
             # runs.
             "scheduling_strategy": "SPREAD" if self._address else "DEFAULT",

@@ -55,6 +55,9 @@ class FakeRay:
     def is_initialized(self) -> bool:
         return True
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 8.0}}]
+
     def remote(self, worker: type) -> Any:
         fake = self
 
