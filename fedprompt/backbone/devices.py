@@ -13,6 +13,7 @@ from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
 from fedprompt.runtime import CUBLAS_WORKSPACE
 
+KINDS = ("auto", "cpu", "cuda")
 CUBLAS_ORDERED = (":4096:8", ":16:8")
 """The workspaces with which cuBLAS promises the same bits, as PyTorch documents them."""
 
@@ -24,8 +25,10 @@ def pick_device(requested: str) -> str:
         requested: `auto`, `cpu` or `cuda`.
 
     Raises:
-        UserError: PyTorch finds no GPU of this kind.
+        UserError: there is no such kind of device, or PyTorch finds none of it.
     """
+    if requested not in KINDS:
+        raise UserError(f"device '{requested}' is not one of {', '.join(KINDS)}.")
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "backbone: device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'."

@@ -21,12 +21,13 @@ NAMES = ("tiny", "ViT-B-32", "ViT-B-16", "ViT-L-14")
 IMAGE_BATCH = 64
 
 
-def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
-    """The architecture `name` with random weights, float32 on the CPU.
+def random_clip(name: str, seed: int = 0, device: str = "cpu") -> FrozenCLIP:
+    """The architecture `name` with random weights, float32.
 
     Args:
         name: one of `NAMES`; `tiny` is the architecture of the embedded weights.
         seed: seed of the weights.
+        device: the device that they are moved to.
 
     Raises:
         UserError: `name` is not one of `NAMES`.
@@ -41,7 +42,12 @@ def random_clip(name: str, seed: int = 0) -> FrozenCLIP:
         model = open_clip.model.CLIP(**config)
     tokenizer = open_clip.SimpleTokenizer()
     return FrozenCLIP(
-        model, tokenizer, name=name, weights_hash=f"seed {seed}", image_batch=IMAGE_BATCH
+        model,
+        tokenizer,
+        name=name,
+        weights_hash=f"seed {seed}",
+        device=device,
+        image_batch=IMAGE_BATCH,
     )
 
 

@@ -15,9 +15,11 @@ set_defaults()
 
 import torch
 
+from fedprompt.backbone.devices import ordered_sums, pick_device
 from fedprompt.bench.backbones import random_clip
 from fedprompt.bench.compare import MismatchError
 from fedprompt.bench.output import Output
+from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
 from fedprompt.runtime.endings import run_command
 
@@ -36,6 +38,13 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores
 Repeats = Annotated[int, typer.Option(min=1, help="Largest number of repeats of a case.")]
 Classes = Annotated[str, typer.Option(help="Numbers of classes, e.g. 10,45.")]
 Context = Annotated[str, typer.Option(help="Numbers of context tokens, e.g. 4,16.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+Ordered = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Compute as with backbone.deterministic; it shows the price."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per training step.")]
 ESTIMATED = (
     "promptfl,coop_csc,fedrsclip,vpt,maple,plot,fedotp,cocoop,tip_adapter,pfedprompt,pfedmma,"
@@ -74,15 +83,18 @@ def step(
     repeats: Repeats = 3,
     budget_s: Budget = 30.0,
     threads: Threads = 0,
+    device: Device = "cpu",
+    deterministic: Ordered = False,
     json: JsonFile = None,
 ) -> None:
     """Measure a local training step, and its text part alone, in seconds per client."""
     # Each command imports its own module, so that --help and wrong input need not wait for Ray.
     from fedprompt.bench.step import StepOptions, bench_step
 
-    out = _open("step", threads, json)
+    out = _open("step", threads, json, device)
     options = StepOptions(numbers(classes), numbers(context), batch, repeats, budget_s)
-    bench_step(random_clip(backbone), options, out)
+    with ordered_sums(_backbone(device, deterministic=deterministic)):
+        bench_step(random_clip(backbone, device=out.machine["device"]), options, out)
 
 
 @app.command("round")
@@ -104,6 +116,7 @@ def round_(
     ] = "ViT-B-32",
     repeats: Repeats = 2,
     threads: Threads = 0,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Measure a whole experiment with evaluation in every round, in seconds.
@@ -113,12 +126,13 @@ def round_(
     from fedprompt.bench.job import SMALL, few_shot_job
     from fedprompt.bench.round import bench_round
 
-    out = _open("round", threads, json)
+    out = _open("round", threads, json, device)
     jobs = [
         few_shot_job(n, classes=classes, shots=shots, tests=tests, rounds=rounds)
         for n in numbers(clients)
     ]
-    bench_round(backbone, jobs, repeats, out, (small, SMALL) if small else None)
+    on = out.machine["device"]
+    bench_round(backbone, jobs, repeats, out, (small, SMALL) if small else None, on)
 
 
 @app.command()
@@ -138,6 +152,7 @@ def overhead(
     rounds: Annotated[
         int, typer.Option(min=1, help="Rounds to measure, after a first one that is not.")
     ] = 5,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Measure what a client costs besides its training, in milliseconds per client and round.
@@ -146,8 +161,10 @@ def overhead(
     """
     from fedprompt.bench.overhead import OverheadOptions, bench_overhead
 
-    out = _open("overhead", 0, json)
-    options = OverheadOptions(numbers(clients), numbers(workers, 0), (engine_clients,), rounds)
+    out = _open("overhead", 0, json, device)
+    options = OverheadOptions(
+        numbers(clients), numbers(workers, 0), (engine_clients,), rounds, out.machine["device"]
+    )
     bench_overhead(options, out)
 
 
@@ -166,14 +183,17 @@ def scale(
     rounds: Annotated[int, typer.Option(min=3, help="Number of rounds.")] = 10,
     backbone: Backbone = "tiny",
     threads: Threads = 0,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Measure time per participant and peak memory for growing numbers of clients."""
     from fedprompt.bench.scale import ScaleOptions, bench_scale
 
-    out = _open("scale", threads, json)
-    names = tuple(methods.split(","))
-    bench_scale(ScaleOptions(numbers(clients), names, participants, rounds, classes, backbone), out)
+    out = _open("scale", threads, json, device)
+    names, on = tuple(methods.split(",")), out.machine["device"]
+    bench_scale(
+        ScaleOptions(numbers(clients), names, participants, rounds, classes, backbone, on), out
+    )
 
 
 @app.command()
@@ -183,13 +203,15 @@ def memory(
     context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,
     workers: Annotated[int, typer.Option(min=0, help="Number of Ray workers; 0: none.")] = 2,
     threads: Threads = 0,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Measure the peak memory of a process that runs a round, and of every Ray worker."""
     from fedprompt.bench.memory import MemoryOptions, bench_memory
 
-    out = _open("memory", threads, json)
-    bench_memory(MemoryOptions(backbone, classes, context, workers), out)
+    out = _open("memory", threads, json, device)
+    on = out.machine["device"]
+    bench_memory(MemoryOptions(backbone, classes, context, workers, on), out)
 
 
 @app.command()
@@ -215,13 +237,14 @@ def limit(
         bool, typer.Option("--profile", help="Also show which operations take the remaining time.")
     ] = False,
     threads: Threads = 0,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Compare a training step with its matrix products alone, in seconds per client block."""
     from fedprompt.bench.limit import bench_limit
 
-    out = _open("limit", threads, json)
-    clip, counts = random_clip(backbone), numbers(classes)
+    out = _open("limit", threads, json, device)
+    clip, counts = random_clip(backbone, device=out.machine["device"]), numbers(classes)
     bench_limit(clip, counts, context, batch, repeats, out, profile=profile)
 
 
@@ -239,15 +262,18 @@ def vision(
     repeats: Repeats = 3,
     budget_s: Budget = 30.0,
     threads: Threads = 0,
+    device: Device = "cpu",
+    deterministic: Ordered = False,
     json: JsonFile = None,
 ) -> None:
     """Measure the image tower under visual prompts, forward and backward, in seconds per step."""
     from fedprompt.bench.vision import VisionOptions, bench_vision, prompt_shapes
 
-    out = _open("vision", threads, json)
+    out = _open("vision", threads, json, device)
     shapes = prompt_shapes(prompts)
     options = VisionOptions(shapes, clients, batch, patches, repeats, budget_s)
-    bench_vision(random_clip(backbone), options, out)
+    with ordered_sums(_backbone(device, deterministic=deterministic)):
+        bench_vision(random_clip(backbone, device=out.machine["device"]), options, out)
 
 
 @app.command()
@@ -255,12 +281,14 @@ def sweep(
     runs: Annotated[int, typer.Option(min=8, help="Number of runs, a multiple of 8.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 30,
     images_per_class: Annotated[int, typer.Option(min=2, help="Images per class and domain.")] = 60,
+    device: Device = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Compare a sweep on the embedded data with the same runs one after another, in seconds."""
     from fedprompt.bench.sweep import SweepOptions, bench_sweep
 
-    bench_sweep(SweepOptions(runs, rounds, images_per_class), _open("sweep", 0, json))
+    out = _open("sweep", 0, json, device)
+    bench_sweep(SweepOptions(runs, rounds, images_per_class, out.machine["device"]), out)
 
 
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
@@ -296,8 +324,13 @@ def _command() -> None:
         sys.exit(2)
 
 
-def _open(command: str, threads: int, json: Path | None) -> Output:
-    """Set the number of threads, and print the header."""
+def _backbone(device: str, *, deterministic: bool) -> BackboneConfig:
+    # `_open` has refused other devices.
+    return BackboneConfig(device=device, deterministic=deterministic)  # type: ignore[arg-type]
+
+
+def _open(command: str, threads: int, json: Path | None, device: str = "cpu") -> Output:
+    """Set the number of threads, choose the device, and print the header."""
     if threads:
         torch.set_num_threads(threads)
-    return Output(command, json)
+    return Output(command, json, pick_device(device))

@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from fedprompt.bench.machine import peak_mb
+from fedprompt.runtime import cards
 from fedprompt.runtime.peak_memory import reset_peak_memory
 
 RTOL = 1e-4
 """Largest accepted difference relative to the largest value: float32 rounding over a whole step."""
 Row = dict[str, Any]
 """One line of a table and one object of the JSON file."""
+
+
+def clock() -> float:
+    """Seconds on a monotonic clock, once every device has done the work that it was given."""
+    cards.wait_for_all()
+    return time.perf_counter()
 
 
 class MismatchError(Exception):
@@ -78,10 +85,10 @@ def interleave(
         reset_peak_memory()
         jobs[name](0)
         measured[name].peak_mb = peak_mb()
-    began = time.perf_counter()
+    began = clock()
     for repeat in range(repeats):
         # The first repeat always runs, so that every job has a time.
-        if repeat and time.perf_counter() - began > budget_s:
+        if repeat and clock() - began > budget_s:
             break
         for name, job in jobs.items():
             entry = measured[name]
@@ -89,9 +96,9 @@ def interleave(
             # Outside of the timed part, because it returns memory to the system.
             if first:
                 reset_peak_memory()
-            start = time.perf_counter()
+            start = clock()
             entry.result = job(repeat)
-            entry.seconds.append(time.perf_counter() - start)
+            entry.seconds.append(clock() - start)
             if first:
                 entry.peak_mb = peak_mb()
         check(repeat, {name: entry.result for name, entry in measured.items()})
@@ -112,8 +119,9 @@ def max_rel_diff(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) ->
     worst = 0.0
     for name, expected in reference.items():
         # In float64, so that the subtraction itself does not round.
-        gap = (ours[name].detach().double() - expected.detach().double()).abs().max()
-        scale = expected.detach().double().abs().max()
+        mine, theirs = (t.detach().cpu().double() for t in (ours[name], expected))
+        gap = (mine - theirs).abs().max()
+        scale = theirs.abs().max()
         # An all-zero reference would hide any error; NaN must not compare as small.
         worst = max(worst, float(gap / scale) if bool(scale > 0) else float("inf"))
         if not torch.isfinite(gap):

@@ -21,6 +21,7 @@ from fedprompt.bench.compare import interleave, max_rel_diff, require_equal, row
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.output import TIMES, Column, Output
 from fedprompt.bench.step import CHECKED, StepCase
+from fedprompt.runtime import cards
 
 aten = torch.ops.aten
 PRODUCTS: dict[Any, Callable[..., Any]] = {
@@ -51,16 +52,18 @@ class _Operand:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Operand:
-        return cls(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        layout = tuple(tensor.shape), tuple(tensor.stride())
+        return cls(tensor.data_ptr(), *layout, tensor.dtype, tensor.device)
 
     def allocate(self) -> Tensor:
         """A new tensor of this layout, with small values; a stride of 0 repeats elements."""
         span = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         return (
-            torch.empty(span, dtype=self.dtype)
+            torch.empty(span, dtype=self.dtype, device=self.device)
             .normal_(std=0.02)
             .as_strided(self.shape, self.stride)
         )
@@ -205,6 +208,10 @@ def bench_limit(
 
 def _profile(call: Callable[[], Any]) -> str:
     """A table of operations, sorted by the time spent in each itself."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    kinds, column = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        kinds, column = [*kinds, torch.profiler.ProfilerActivity.CUDA], "self_cuda_time_total"
+    with torch.profiler.profile(activities=kinds) as seen:
         call()
-    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=TOP))
+        cards.wait_for_all()
+    return str(seen.key_averages().table(sort_by=column, row_limit=TOP))

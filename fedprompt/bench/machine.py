@@ -6,12 +6,15 @@ Private memory is read from /proc, which only Linux has; elsewhere it is None.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+import time
 from typing import Any
 
 import torch
 
 from fedprompt.runtime import versions
+from fedprompt.runtime.cards import device_facts, wait_for_all
 from fedprompt.runtime.device_memory import free_memory
 from fedprompt.runtime.machine import PROC, cpu_count, kilobytes, memory
 from fedprompt.runtime.peak_memory import peak_memory
@@ -19,8 +22,16 @@ from fedprompt.runtime.peak_memory import peak_memory
 GB, MB = 1e9, 1e6
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, versions and memory in GB; every row of a result holds it."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What every row of a result holds about where it was measured.
+
+    Args:
+        device: the device of the benchmark.
+
+    Returns:
+        Processor, cores, threads, versions and memory in GB; the device, with a GPU's name and
+        driver; and the speed of large matrix products on it in GFLOP/s.
+    """
     total = memory().total
     return {
         "cpu": _cpu_model(),
@@ -29,13 +40,35 @@ def machine() -> dict[str, Any]:
         **versions(),
         "memory_gb": None if total is None else round(total / GB, 1),
         "free_gb": round(free_memory(torch.device("cpu")) / GB, 1),
+        **device_facts(torch.device(device)),
+        "products_gflop_per_s": round(product_speed(torch.device(device))),
     }
+
+
+def product_speed(device: torch.device) -> float:
+    """GFLOP/s of square float32 matrix products, at the precision that PyTorch is set to.
+
+    Args:
+        device: where they are computed. On a CPU, they are small enough not to take a second.
+    """
+    size, products = (1024, 2) if device.type == "cpu" else (8192, 20)
+    a = torch.ones(size, size, device=device)
+    best = math.inf
+    for _ in range(3):
+        wait_for_all()
+        began = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, a)
+        wait_for_all()
+        best = min(best, time.perf_counter() - began)
+    return 2 * products * size**3 / best / 1e9
 
 
 def describe_machine(facts: dict[str, Any]) -> str:
     """One line for the header."""
+    card = f"{facts['card']} (driver {facts['driver']}), " if "card" in facts else ""
     return (
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch "
+        f"{card}{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch "
         f"{facts['torch']}, {facts['free_gb']} of {facts['memory_gb']} GB free"
     )
 

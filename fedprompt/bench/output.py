@@ -36,19 +36,20 @@ class Output:
     Args:
         title: the subcommand, for the header.
         json_file: file that always contains all rows so far.
+        device: the device of the benchmark.
 
     Raises:
         UserError: the folder of `json_file` does not exist.
     """
 
-    def __init__(self, title: str, json_file: Path | None = None) -> None:
+    def __init__(self, title: str, json_file: Path | None = None, device: str = "cpu") -> None:
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise UserError(f"--json {json_file}: there is no such folder.")
         self.console = Console()
         if not self.console.is_terminal:
             self.console = Console(width=WIDTH)
         self.json_file = json_file
-        self.machine = machine()
+        self.machine = machine(device)
         self.rows: list[Row] = []
         self._say(f"bench {title}: {describe_machine(self.machine)}")
 
@@ -63,9 +64,16 @@ class Output:
     def add(self, row: Row) -> None:
         """Add a row, and rewrite the JSON file, so that an interrupted benchmark loses no rows.
 
+        A row that counts its operations also gets `share_of_products`: its speed divided by that
+        of large matrix products alone, the most that the device could reach.
+
         Raises:
             UserError: the file cannot be written.
         """
+        gflop, seconds = row.get("ours_gflop"), row.get("ours_s")
+        if gflop and seconds:
+            share = gflop / seconds / self.machine["products_gflop_per_s"]
+            row = {**row, "share_of_products": share}
         self.rows.append({**row, "machine": self.machine})
         if self.json_file is not None:
             # JSON has no NaN, and a benchmark must not report one.

@@ -11,13 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedprompt.bench.compare import Measured, max_rel_diff, require_equal, row
+from fedprompt.bench.compare import Measured, clock, max_rel_diff, require_equal, row
 from fedprompt.bench.disk_job import write_job
 from fedprompt.bench.flower_engine import available, run_engine, training_seconds
 from fedprompt.bench.machine import peak_mb
@@ -55,6 +54,7 @@ class OverheadOptions:
     workers: Sequence[int] = (0, 1, 2)
     engine_clients: Sequence[int] = (100,)
     rounds: int = 5
+    device: str = "cpu"
 
 
 def bench_overhead(options: OverheadOptions, out: Output) -> None:
@@ -80,6 +80,7 @@ def _bench(folder: Path, clients: int, options: OverheadOptions, out: Output) ->
         # Evaluated only after the last round, because training alone is measured.
         evaluation={"every": options.rounds + 1},
         simulation={"threads": 1},
+        backbone={"device": options.device},
     )
     workspace = open_workspace(config)
     reference: Measured | None = None
@@ -130,11 +131,11 @@ def _rounds(
         federation.join()
         measured = Measured()
         for server_round in range(1, rounds + 2):
-            start = perf_counter()
+            start = clock()
             federation.train_round(server_round)
             # The first round includes the start of the workers.
             if server_round > 1:
-                measured.seconds.append((perf_counter() - start) / workspace.num_clients)
+                measured.seconds.append((clock() - start) / workspace.num_clients)
         measured.peak_mb = peak_mb()
         return measured, federation.shared["ctx"], _training_alone(grid)
     finally:
@@ -151,7 +152,7 @@ def _training_alone(grid: BlockGrid) -> float:
     seconds = []
     # The fastest of three, as `best` of the measured rounds.
     for _ in range(3):
-        began = perf_counter()
+        began = clock()
         for block in blocks:
             train_clients(
                 workspace.method,
@@ -163,5 +164,5 @@ def _training_alone(grid: BlockGrid) -> float:
                 server_round=1,
                 rounds=config.federation.rounds,
             )
-        seconds.append(perf_counter() - began)
+        seconds.append(clock() - began)
     return min(seconds) / len(clients)

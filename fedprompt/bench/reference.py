@@ -94,11 +94,11 @@ class ReferenceCoOp(nn.Module):
         super().__init__()
         self.model = clip.model
         self.logit_scale = clip.logit_scale
-        self.context = nn.Parameter(context_Md.clone())
+        self.context = nn.Parameter(context_Md.to(clip.device, copy=True))
         tokens = len(context_Md)
         # Placeholders of one token each, whose embeddings the context replaces, as in CoOp.
         lead = " ".join(["X"] * tokens)
-        ids_CL = clip.tokenizer([f"{lead} {name}." for name in class_names])
+        ids_CL = clip.tokenizer([f"{lead} {name}." for name in class_names]).to(clip.device)
         embedded_CLd = clip.text.token_embedding(ids_CL)
         # Buffers, so that they are copied with the model.
         self.register_buffer("ids_CL", ids_CL)
@@ -113,13 +113,14 @@ class ReferenceCoOp(nn.Module):
         x = text.transformer(x + text.positional_embedding, attn_mask=text.attn_mask)
         # The end-of-text token has the largest id, as in OpenAI's CLIP.
         end_C = self.ids_CL.argmax(dim=-1)
-        pooled_Cd = text.ln_final(x)[torch.arange(len(x)), end_C]
+        pooled_Cd = text.ln_final(x)[torch.arange(len(x), device=x.device), end_C]
         return F.normalize(pooled_Cd @ text.text_projection, dim=-1)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Logits (B, C)."""
         with torch.no_grad():
             # The image tower is frozen, so only the text tower needs a graph.
+            images_B3HW = images_B3HW.to(self.context.device)
             images_BD = F.normalize(self.model.encode_image(images_B3HW), dim=-1)
         return self.logit_scale * images_BD @ self.class_features().T
 
@@ -175,7 +176,8 @@ def reference_local_training(
         order = generator(seed, "shuffle", server_round, client.client, epoch).permutation(count)
         for first in range(0, count, config.batch_size):
             rows = torch.from_numpy(order[first : first + config.batch_size])
-            loss = F.cross_entropy(model(client.train_images[rows]), client.train_labels[rows])
+            targets = client.train_labels[rows].to(model.context.device)
+            loss = F.cross_entropy(model(client.train_images[rows]), targets)
             optimizer.zero_grad()
             loss.backward()
             if config.clip_grad_norm is not None:
@@ -203,7 +205,7 @@ def reference_evaluate(
     """
     correct, loss = 0, 0.0
     for first in range(0, len(labels), batch_size):
-        targets = labels[first : first + batch_size]
+        targets = labels[first : first + batch_size].to(model.context.device)
         logits = model(images[first : first + batch_size])
         correct += int((logits.argmax(-1) == targets).sum())
         loss += float(F.cross_entropy(logits, targets, reduction="sum"))
@@ -261,7 +263,9 @@ def reference_federation(
                 )
                 contexts.append(local.context.detach())
             weights = torch.tensor([float(len(c.train_labels)) for c in clients])
-            mean = torch.einsum("k,kmd->md", weights / weights.sum(), torch.stack(contexts))
+            mean = torch.einsum(
+                "k,kmd->md", (weights / weights.sum()).to(contexts[0]), torch.stack(contexts)
+            )
             with torch.no_grad():
                 model.context.copy_(mean)
         yield ReferenceRound(

@@ -110,7 +110,7 @@ def run_reference(job: Job, clip: FrozenCLIP, images_N3HW: Tensor) -> Outcome:
             losses.append(sum(done.losses) / len(done.losses))
         losses.append(done.global_score.loss_sum / done.global_score.tested)
         correct.append([s.correct for s in (done.global_score, *done.personal_scores)])
-    return Outcome(model.context.detach() - start, torch.tensor(losses), correct)
+    return Outcome((model.context.detach() - start).cpu(), torch.tensor(losses), correct)
 
 
 def complete(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
@@ -153,7 +153,12 @@ def complete(clip: FrozenCLIP, job: Job, repeats: int) -> Row:
 
 
 def bench_round(
-    backbone: str, jobs: list[Job], repeats: int, out: Output, small: tuple[str, Job] | None
+    backbone: str,
+    jobs: list[Job],
+    repeats: int,
+    out: Output,
+    small: tuple[str, Job] | None,
+    device: str = "cpu",
 ) -> None:
     """Measure one small job completely, and extrapolate large ones.
 
@@ -163,14 +168,15 @@ def bench_round(
         repeats: number of repeats.
         out: where rows and notes go.
         small: architecture and job of the complete row; None leaves it out.
+        device: the device of the backbones.
 
     Raises:
         MismatchError: results differ from the reference's.
     """
     if small is not None:
         out.progress(f"both implementations to the end: {small[0]}, {small[1].title}")
-        out.add(complete(random_clip(small[0]), small[1], repeats))
-    clip = random_clip(backbone)
+        out.add(complete(random_clip(small[0], device=device), small[1], repeats))
+    clip = random_clip(backbone, device=device)
     for job in jobs:
         out.progress(f"pieces of both implementations: {backbone}, {job.title}")
         out.add(extrapolated(clip, job, repeats))

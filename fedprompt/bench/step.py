@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,7 +17,15 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.backbones import encode_all, random_images
 from fedprompt.bench.class_lists import class_names
-from fedprompt.bench.compare import Measured, Row, interleave, max_rel_diff, require_equal, row
+from fedprompt.bench.compare import (
+    Measured,
+    Row,
+    clock,
+    interleave,
+    max_rel_diff,
+    require_equal,
+    row,
+)
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.output import TIMES, Column, Output
 from fedprompt.bench.reference import ReferenceClient, ReferenceCoOp, reference_local_training
@@ -101,9 +108,11 @@ class StepCase:
         )
         self.prompts: PromptSource = self.workspace.method.prompts  # type: ignore[attr-defined]
         shape = (MOST_CLIENTS, *self.start.shape)
-        self.contexts_KMd = self.start + normal(shape, 0.002, 0, "bench", "contexts")
+        contexts_KMd = self.start + normal(shape, 0.002, 0, "bench", "contexts")
+        self.contexts_KMd = contexts_KMd.to(clip.device)
         # Random weights: a plain sum of features would hide errors that cancel out.
-        self.weight_CD = normal((classes, clip.embed_dim), 1.0, 0, "bench", "weight")
+        weight_CD = normal((classes, clip.embed_dim), 1.0, 0, "bench", "weight")
+        self.weight_CD = weight_CD.to(clip.device)
 
     # The text part: class features of contexts, and the gradient of the contexts
 
@@ -155,7 +164,7 @@ class StepCase:
             server_round=1,
             rounds=1,
         )
-        gradient = (self.start - self.model.context.detach()) / config.training.lr
+        gradient = (self.start - self.model.context.detach().cpu()) / config.training.lr
         return {"loss": torch.tensor(loss), "gradient": gradient}
 
     def _set_context(self, context_Md: Tensor) -> None:
@@ -264,6 +273,6 @@ def _row(
 
 def _seconds_per_image(clip: FrozenCLIP, images_N3HW: Tensor) -> float:
     encode_all(clip, images_N3HW[:1])  # warm-up
-    began = perf_counter()
+    began = clock()
     encode_all(clip, images_N3HW)
-    return (perf_counter() - began) / len(images_N3HW)
+    return (clock() - began) / len(images_N3HW)

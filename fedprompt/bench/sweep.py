@@ -42,6 +42,7 @@ class SweepOptions:
     runs: int = 24
     rounds: int = 30
     images_per_class: int = 60
+    device: str = "cpu"
 
 
 def bench_sweep(options: SweepOptions, out: Output) -> None:
@@ -97,6 +98,7 @@ def _write_sweep(folder: Path, options: SweepOptions, seeds: int) -> Path:
         "common": [
             f"federation.rounds={options.rounds}",
             f"data.images_per_class={options.images_per_class}",
+            f"backbone.device={options.device}",
         ],
         "rows": {method: [f"method={method}"] for method in METHODS},
         "grid": {"partition.alpha": list(ALPHAS)},

@@ -70,7 +70,7 @@ def bench_vision(clip: FrozenCLIP, options: VisionOptions, out: Output) -> None:
     ours, reference = VisionTower(clip), VisionTower(clip)
     reference.fast = False
     lead = (options.clients, options.batch)
-    pixels = random_images(clip, lead[0] * lead[1], seed=0).unflatten(0, lead)
+    pixels = random_images(clip, lead[0] * lead[1], seed=0).unflatten(0, lead).to(clip.device)
     for tokens, depth in options.prompts:
         if depth > ours.layers:
             raise UserError(
@@ -79,7 +79,7 @@ def bench_vision(clip: FrozenCLIP, options: VisionOptions, out: Output) -> None:
         name = f"vision M={tokens} J={depth} K={lead[0]} B={lead[1]}"
         out.progress(name)
         shape = (options.clients, depth, tokens, ours.width)
-        prompts_KJMw = normal(shape, 0.02, 0, "bench", "visual prompts")
+        prompts_KJMw = normal(shape, 0.02, 0, "bench", "visual prompts").to(clip.device)
         run = {
             "ours": _step(ours, pixels, prompts_KJMw, patches=options.patches),
             "reference": _step(reference, pixels, prompts_KJMw, patches=options.patches),
@@ -107,7 +107,7 @@ def _step(
         else:
             outputs = {"features": tower(pixels, leaf[:, 0], deep)}
         # Random weights: a plain sum would hide errors that cancel out.
-        weights = {n: normal(tuple(t.shape), 1.0, 0, "bench", n) for n, t in outputs.items()}
+        weights = {n: normal(tuple(t.shape), 1.0, 0, "bench", n).to(t) for n, t in outputs.items()}
         torch.stack([(t * weights[n]).sum() for n, t in outputs.items()]).sum().backward()
         assert leaf.grad is not None
         return {n: t.detach() for n, t in outputs.items()} | {"gradient": leaf.grad}

@@ -35,6 +35,7 @@ from fedprompt.reports.run_data import (
 )
 from fedprompt.reports.run_report import write_report
 from fedprompt.runtime import versions
+from fedprompt.runtime.cards import device_facts
 from fedprompt.runtime.machine import cpu_count
 from fedprompt.scoring import score_global, score_personal
 from fedprompt.workspace import Workspace
@@ -211,14 +212,14 @@ def _zero_shot(workspace: Workspace) -> dict[str, Any]:
 
 
 def environment(workspace: Workspace | None = None) -> dict[str, Any]:
-    """Versions, device and threads: the last bits of results depend on them.
+    """Versions, device (with a GPU's name and driver) and threads: last bits depend on them.
 
     Args:
         workspace: supplies the device; None if no backbone is open.
     """
     return {
         **versions(),
-        "device": str(workspace.clip.device) if workspace else None,
+        **(device_facts(workspace.clip.device) if workspace else {"device": None}),
         "cpus": cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -75,11 +75,11 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all the work that it was given; a CPU never lags behind."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
+def wait_for_all() -> None:
+    """Wait until every GPU on which this process has started has done all its work."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    if torch.backends.mps.is_available():
         torch.mps.synchronize()
 
 

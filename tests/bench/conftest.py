@@ -23,8 +23,8 @@ def bench(
     clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., list[dict[str, Any]]]:
     """Run a subcommand on the random CLIP; returns its rows from the JSON file."""
-    monkeypatch.setattr(cli, "random_clip", lambda name: clip)
-    monkeypatch.setattr(round_module, "random_clip", lambda name: clip)
+    monkeypatch.setattr(cli, "random_clip", lambda name, **options: clip)
+    monkeypatch.setattr(round_module, "random_clip", lambda name, **options: clip)
 
     def run(*arguments: str) -> list[dict[str, Any]]:
         target = tmp_path / "rows.json"

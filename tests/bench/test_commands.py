@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 import fedprompt.bench.cli as cli
 from fedprompt.backbone.clip import FrozenCLIP
@@ -18,11 +19,17 @@ from fedprompt.bench.compare import (
 )
 from fedprompt.bench.counting import count_gflop
 from fedprompt.bench.flower_engine import available
+from fedprompt.bench.machine import describe_machine, machine
 from fedprompt.bench.output import Output
 from fedprompt.bench.overhead import OverheadOptions, bench_overhead
 from fedprompt.bench.scale import ScaleOptions, measure
+from fedprompt.errors import UserError
+from fedprompt.runtime import cards
+from fedprompt.runtime.cards import Card
 from tests.bench.conftest import KEYS
 
+HOST_ONLY = ["estimates", "placement"]
+"""Commands that count bytes of the CPU's allocator, and that simulate."""
 linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
 
@@ -56,6 +63,28 @@ def test_round(bench: Callable[..., Any]) -> None:
         of_path = [p for p in large["pieces"] if p["piece"].startswith(path)]
         seconds = sum(p["seconds"] * p["times"] for p in of_path)
         assert large[f"{path}_s"] == pytest.approx(seconds)
+
+
+def test_every_command_but_the_simulation_takes_a_device_and_an_unknown_one_is_refused(
+    bench: Callable[..., Any],
+) -> None:
+    options = {c.name: [p.name for p in c.params] for c in get_command(cli.app).commands.values()}  # type: ignore[attr-defined]
+    assert [name for name, names in options.items() if "device" not in names] == HOST_ONLY
+    with pytest.raises(UserError, match="tpu"):
+        bench("limit", "--device", "tpu")
+
+
+def test_a_row_names_the_card_and_the_share_of_its_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cards, "cards", lambda: [Card("H100", 80, 70, "550.1")])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    facts = cards.device_facts(torch.device("cuda"))
+    assert (facts["card"], facts["driver"]) == ("H100", "550.1")
+    assert "H100 (driver 550.1)" in describe_machine({**machine(), **facts})
+    out = Output("step", tmp_path / "rows.json")
+    out.add({"ours_gflop": out.machine["products_gflop_per_s"], "ours_s": 4.0})
+    assert out.rows[0]["share_of_products"] == 0.25
 
 
 @pytest.mark.parametrize("method", ["promptfl", "fedrsclip"])
