@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedprompt.config.schema import TrainingConfig
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, stack
 
 MOMENTUM = "momentum_buffer"
 """The name of the momentum in the state of torch's SGD."""
@@ -129,9 +129,10 @@ def kept_momentum(trained: Tensors, kept: Sequence[Tensors]) -> Tensors:
         The momentum of each tensor, (K, ...); zeros where a client has none.
     """
     return {
-        name: torch.stack(
-            [own[name].to(t) if name in own else torch.zeros_like(t[0]) for own in kept]
-        )
+        name: stack(
+            [{name: own[name].to(t) if name in own else torch.zeros_like(t[0])} for own in kept],
+            t.device,
+        )[name]
         for name, t in trained.items()
     }
 

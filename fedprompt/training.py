@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, stack
+from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, row_of, stack
 from fedprompt.optimizer import (
     MOMENTUM,
     State,
@@ -191,8 +191,8 @@ def train_clients(
             LocalResult(
                 client=client.client,
                 shared={n: v[row].clone() for n, v in shared_K.items()},
-                private={n: v[row].clone() for n, v in private_K.items()},
-                momentum={n: v[row].clone() for n, v in velocity.items()},
+                private=_rows(private_K, row, private[k]),
+                momentum=_rows(velocity, row, {f"private.{n}": v for n, v in private[k].items()}),
                 num_examples=len(client),
                 losses={n: float(v[row]) / seen for n, v in totals.items()},
             )
@@ -283,6 +283,11 @@ def _descend(
         for name, rest_K in at_rest.items():
             _put_back(velocity[name], momentum[name], rest_K)
     return final, totals, velocity
+
+
+def _rows(stacked_K: Tensors, row: int, own: Tensors) -> Tensors:
+    """One client's tensors out of stacks (K, ...); those in `own` without their padding."""
+    return {n: row_of(v, row, own.get(n, v[row])) for n, v in stacked_K.items()}
 
 
 @torch.no_grad()

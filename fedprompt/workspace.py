@@ -290,3 +290,25 @@ class Workspace:
 
     def _labels(self, index: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self.dataset.labels_N[index])
+
+
+def check_private(method: Method, stored: Tensors, seed: int) -> None:
+    """Refuse private tensors that the method cannot read.
+
+    Args:
+        method: the method.
+        stored: private tensors of one client, without momentum.
+        seed: the experiment's seed.
+
+    Raises:
+        UserError: they are not those of the method, for example because another version of it
+            has written them.
+    """
+    expected = method.init_private(seed, 0)
+    if set(stored) == set(expected):
+        return
+    raise UserError(
+        f"the stored private tensors are {sorted(stored)}, but method '{method.name}' has "
+        f"{sorted(expected)}; another version of fedprompt has written them. Read them with that "
+        "version, or start a new run."
+    )

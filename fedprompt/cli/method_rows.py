@@ -54,7 +54,10 @@ def _tensors(tensors: dict[str, Tensor]) -> str:
     # Methods such as adapters of every layer would otherwise fill a page.
     if len(tensors) > 3:
         return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} numbers"
-    return ", ".join(f"{n} {'x'.join(str(s) for s in t.shape) or '1'}" for n, t in tensors.items())
+    # An axis of 0 becomes as long as the client has images (`Method.init_private`).
+    return ", ".join(
+        f"{n} {'x'.join(str(s or 'images') for s in t.shape) or '1'}" for n, t in tensors.items()
+    )
 
 
 def _strategy(method: Method) -> str:

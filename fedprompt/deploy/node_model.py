@@ -29,7 +29,7 @@ from fedprompt.files.tensors import read_tensors, to_bytes
 from fedprompt.methods.base import Task, Tensors
 from fedprompt.methods.registry import method_class
 from fedprompt.optimizer import without_momentum
-from fedprompt.workspace import Workspace
+from fedprompt.workspace import Workspace, check_private
 
 MODEL = "model.safetensors"
 PLACES = ("", "*/", "*/*/", "state/*/*/")
@@ -137,6 +137,8 @@ def load_model(kept: KeptModel) -> PromptModel:
     method = method_class(config.method.name)(config.method, clip, task)
     # A client that has never trained has the values that it would start from.
     private, _ = without_momentum(FileStore(kept.folder).latest(sys.maxsize) or {})
+    if private:
+        check_private(method, private, config.seed)
     private = private or method.init_private(config.seed, kept.client)
     return PromptModel(clip, method, kept.shared, private, config.data)
 

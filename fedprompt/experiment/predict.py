@@ -40,6 +40,7 @@ from fedprompt.reports.run_data import (
     read_object,
 )
 from fedprompt.simulation.private_log import PrivateLog
+from fedprompt.workspace import check_private
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,10 @@ class Classifier(PromptModel):
                 raise UserError(f"no client {client}; the run has {config.partition.clients}.")
             start = method.init_private(config.seed, client)
             # A client that never trained has the values that it would start from.
-            private: Tensors | None = (
-                _trained(run_dir, client, config.partition.clients) or start if start else {}
-            )
+            kept = _trained(run_dir, client, config.partition.clients) if start else None
+            if kept:
+                check_private(method, kept, config.seed)
+            private: Tensors | None = kept or start
             # Some strategies send each client shared tensors of its own.
             shared |= _sent_to(run_dir, config, method, client)
         elif method.has_global:

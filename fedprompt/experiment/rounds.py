@@ -30,12 +30,14 @@ from fedprompt.experiment.selection import ends_early, select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
+from fedprompt.optimizer import without_momentum
 from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.marks import mark_texts, marks
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS, read_object
 from fedprompt.runtime.endings import check_signals
 from fedprompt.runtime.peak_memory import peak_memory
 from fedprompt.simulation.private_log import PrivateLog
+from fedprompt.workspace import check_private
 
 LogLine = Callable[[Mapping[str, Any]], None]
 """Takes one line of `metrics.jsonl`."""
@@ -206,12 +208,20 @@ def _continue_from(
         totals, next_round = dict(checkpoint.totals), checkpoint.server_round + 1
     if private is not None and checkpoint is not None:
         private.restore(checkpoint.server_round, checkpoint.private)
+        _check_private(federation, private)
     elif private is not None:
         private.clear()
     # Lines after the checkpoint belong to rounds that will be repeated.
     folder.rewind(next_round - 1)
     folder.write_json(PARTITION, description)
     return next_round, totals
+
+
+def _check_private(federation: Federation, private: PrivateLog) -> None:
+    """Refuse private tensors of another version; all clients have the same names."""
+    stored = (private.get(client) for client in range(federation.workspace.num_clients))
+    if first := next((tensors for tensors in stored if tensors), None):
+        check_private(federation.method, without_momentum(first)[0], federation.config.seed)
 
 
 def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:

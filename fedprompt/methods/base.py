@@ -24,7 +24,15 @@ from fedprompt.backbone.text_tokens import refuse_twins
 from fedprompt.config.fields import option
 from fedprompt.config.search import Range, Space, log_range
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.batch import Batch, ClientData, RoundInfo, Task, Tensors, stack
+from fedprompt.methods.batch import (
+    Batch,
+    ClientData,
+    RoundInfo,
+    Task,
+    Tensors,
+    row_of,
+    stack,
+)
 from fedprompt.methods.parts.losses import cross_entropy
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "RoundInfo",
     "Task",
     "Tensors",
+    "row_of",
     "stack",
     "uploaded_numbers",
 ]
@@ -178,7 +187,8 @@ class Method(ABC):
         """Starting values of the tensors that client `client` keeps, without a client axis.
 
         The default is none. Names and shapes must be the same for all clients, because private
-        tensors are stacked along the client axis; all tensors are float32.
+        tensors are stacked along the client axis; all tensors are float32. A tensor that
+        `init_private_from_data` makes as long as the client has images has 0 as its first axis.
         """
         return {}
 
@@ -201,7 +211,8 @@ class Method(ABC):
             seed: the seed of the run.
 
         Returns:
-            New tensors with the same names and shapes.
+            New tensors with the same names and shapes. Only a first axis of 0 may become as long as
+            the client has images; in a block of clients, zeros stand behind the shorter ones.
         """
         return private
 

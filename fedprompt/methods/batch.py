@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.rng import normal, uniform
@@ -150,5 +151,30 @@ class Batch:
 
 
 def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:
-    """Stack the named tensors of K clients along a leading client axis, on `device`."""
-    return {k: torch.stack([item[k] for item in items]).to(device) for k in items[0]}
+    """Stack the named tensors of K clients along a leading client axis, on `device`.
+
+    Private tensors may have a first axis as long as the client has images; shorter ones are padded
+    with zeros at the end.
+    """
+    return {k: _stacked([item[k] for item in items]).to(device) for k in items[0]}
+
+
+def row_of(stacked: Tensor, row: int, own: Tensor) -> Tensor:
+    """Take a client's tensor out of a stack (K, ...), without the padding of `stack`.
+
+    Args:
+        stacked: the stack.
+        row: the client's place in it.
+        own: the tensor that the client had in the stack; it tells the shape.
+
+    Returns:
+        A copy.
+    """
+    value = stacked[row]
+    return (value if value.shape == own.shape else value[: len(own)]).clone()
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(rows)
+    return pad_sequence(rows, batch_first=True)

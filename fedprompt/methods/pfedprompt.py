@@ -44,12 +44,12 @@ class PFedPromptConfig(PromptFLConfig):
 
 
 class PFedPrompt(PromptFL):
-    """`ctx` (M, d) is shared; `keys` (C, S, D) and `filled` (C, S) are private, never trained."""
+    """`ctx` (M, d) is shared; `keys` (N, D) and `owners` (N,) are private, never trained."""
 
     name = "pfedprompt"
     source = "Guo et al., WWW 2023 (reconstructed from the abstract)"
     Config = PFedPromptConfig
-    frozen = frozenset({"private.keys", "private.filled"})
+    frozen = frozenset({"private.keys", "private.owners"})
     no_transfer_reason = "a client's memory holds images of the classes that it has"
     images_at_once = 1024
 
@@ -59,11 +59,11 @@ class PFedPrompt(PromptFL):
 
     def init_private(self, seed: int, client: int) -> Tensors:
         """An empty memory."""
-        return empty_memory(len(self.task.class_names), self.cfg.shots, self.clip.embed_dim)
+        return empty_memory(self.clip.embed_dim)
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The memory of the client's own images."""
-        return fill_memory(private, data, seed)
+        return fill_memory(private, data, self.cfg.shots, seed)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Class features (K, C, D) of the shared context, and the memory as it is."""
@@ -74,7 +74,13 @@ class PFedPrompt(PromptFL):
         logits_KBC = super().logits(encoded, inputs)
         if "keys" not in encoded:
             return logits_KBC  # the global model has no memory
-        votes_KBC = recall(inputs.features, encoded["keys"], encoded["filled"], self.cfg.beta)
+        votes_KBC = recall(
+            inputs.features,
+            encoded["keys"],
+            encoded["owners"],
+            self.cfg.beta,
+            logits_KBC.shape[-1],
+        )
         return logits_KBC + self.cfg.alpha * votes_KBC
 
     def loss_terms(

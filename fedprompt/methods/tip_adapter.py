@@ -52,7 +52,7 @@ class TipAdapterConfig(MethodConfig):
 
 
 class TipAdapter(Method):
-    """`keys` (C, S, D) and `filled` (C, S) are private; nothing is shared."""
+    """`keys` (N, D) and `owners` (N,) are private; nothing is shared."""
 
     name = "tip_adapter"
     source = "Zhang et al., ECCV 2022"
@@ -66,7 +66,7 @@ class TipAdapter(Method):
         # Without fine-tuning nothing is learned, and a run has no rounds.
         self.trainable = config.fine_tune
         self.frozen = frozenset(
-            {"private.filled"} | (set() if self.trainable else {"private.keys"})
+            {"private.owners"} | (set() if self.trainable else {"private.keys"})
         )
         self.classes_1CD = template_classes(clip, task.class_names, task.templates, None)
 
@@ -76,11 +76,11 @@ class TipAdapter(Method):
 
     def init_private(self, seed: int, client: int) -> Tensors:
         """An empty memory."""
-        return empty_memory(len(self.task.class_names), self.cfg.shots, self.clip.embed_dim)
+        return empty_memory(self.clip.embed_dim)
 
     def init_private_from_data(self, private: Tensors, data: ClientData, seed: int) -> Tensors:
         """The memory of the client's own images."""
-        return fill_memory(private, data, seed)
+        return fill_memory(private, data, self.cfg.shots, seed)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The fixed class features (1, C, D), and the memory as it is."""
@@ -92,7 +92,9 @@ class TipAdapter(Method):
         logits_KBC = cosine_logits(self.clip, v_KBD, encoded["classes"])
         if "keys" not in encoded:
             return logits_KBC  # the global model has no memory
-        votes_KBC = recall(v_KBD, encoded["keys"], encoded["filled"], self.cfg.beta)
+        votes_KBC = recall(
+            v_KBD, encoded["keys"], encoded["owners"], self.cfg.beta, logits_KBC.shape[-1]
+        )
         return logits_KBC + self.cfg.alpha * votes_KBC
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:

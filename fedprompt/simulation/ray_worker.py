@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from fedprompt.simulation.block_grid import Opener
     from fedprompt.workspace import Workspace
 
-Packed = tuple[list[int], dict[str, "NDArray[Any]"]]
-"""Tensors of several clients: the clients' ids, and by name one array with a client axis."""
+Packed = tuple[list[int], dict[str, "NDArray[Any] | list[NDArray[Any]]"]]
+"""Tensors of several clients: the clients' ids, and by name one array with a client axis, or a list
+of arrays where they differ in length."""
 
 
 class Place(NamedTuple):
@@ -150,16 +151,19 @@ def pack(tensors: Mapping[int, Tensors]) -> Packed:
     """Stack the tensors of several clients, since Ray is slow with many small objects.
 
     Args:
-        tensors: by client id, tensors by name; all clients have the same names and shapes.
+        tensors: by client id, tensors by name; all clients have the same names.
 
     Returns:
-        The clients' ids and one array per name.
+        The clients' ids and one array per name, or a list of arrays if their shapes differ.
     """
     import numpy as np
 
     clients = list(tensors)
-    names = list(tensors[clients[0]]) if clients else []
-    return clients, {n: np.stack([tensors[c][n].numpy() for c in clients]) for n in names}
+    packed: dict[str, NDArray[Any] | list[NDArray[Any]]] = {}
+    for name in tensors[clients[0]] if clients else ():
+        rows = [tensors[client][name].numpy() for client in clients]
+        packed[name] = np.stack(rows) if len({row.shape for row in rows}) == 1 else rows
+    return clients, packed
 
 
 def unpack(packed: Packed) -> dict[int, Tensors]:
@@ -172,10 +176,11 @@ def unpack(packed: Packed) -> dict[int, Tensors]:
     Returns:
         By client id, tensors by name. They are copies, so that no memory of Ray stays in use.
     """
+    import numpy as np
     import torch
 
     clients, arrays = packed
     return {
-        client: {name: torch.from_numpy(rows[k, ...].copy()) for name, rows in arrays.items()}
+        client: {name: torch.from_numpy(np.array(rows[k])) for name, rows in arrays.items()}
         for k, client in enumerate(clients)
     }

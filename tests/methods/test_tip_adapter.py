@@ -62,19 +62,14 @@ def test_fine_tuned_keys_have_the_twins_loss_and_gradients(clip: FrozenCLIP) -> 
     loss_terms = method.loss_terms({}, private, method.encode({}, private), batch)
     ours = method.gradients(loss_terms, {"private.keys": keys}, batch)["private.keys"]
     assert ours is not None
-    assert not ours[private["filled"] == 0].any()
     for k, data in enumerate(clients(clip)):
         own = data.inputs.features.clone().requires_grad_()
         expected = F.cross_entropy(twin(clip, own, batch.inputs.features[k], 1.17, 1.0), LABELS[k])
         assert loss_terms["ce"][k].item() == pytest.approx(expected.item(), rel=1e-4)
         (theirs,) = torch.autograd.grad(expected, own)
-        for c in range(len(CLASS_NAMES)):
-            mine = private["keys"][k, c].detach()
-            for slot in range(int(private["filled"][k, c].sum())):
-                (n,) = [i for i in range(N) if torch.equal(data.inputs.features[i], mine[slot])]
-                assert torch.allclose(
-                    ours[k, c, slot], theirs[n], atol=1e-4 * float(theirs.abs().max())
-                )
+        for mine, gradient in zip(private["keys"][k].detach(), ours[k], strict=True):
+            (n,) = [i for i in range(N) if torch.equal(data.inputs.features[i], mine)]
+            assert torch.allclose(gradient, theirs[n], atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_nothing_is_shared_and_the_global_model_is_zero_shot(clip: FrozenCLIP) -> None:
@@ -96,28 +91,44 @@ def test_an_empty_memory_says_nothing(clip: FrozenCLIP) -> None:
     assert torch.equal(method.logits(empty, inputs), method.logits(method.encode({}, None), inputs))
 
 
-def test_only_the_f_variant_trains_and_only_its_filled_keys(clip: FrozenCLIP) -> None:
+def test_only_the_f_variant_trains_and_every_client_keeps_its_length(clip: FrozenCLIP) -> None:
     still = twins.build(clip, "tip_adapter")
     assert not still.trainable
-    assert still.frozen == {"private.keys", "private.filled"}
+    assert still.frozen == {"private.keys", "private.owners"}
     method = twins.build(clip, "tip_adapter", fine_tune=True, shots=4)
     assert method.trainable
-    before = filled(method, clip)
-    config = TrainingConfig(optimizer="adamw", lr=0.01, batch_size=4, local_epochs=3)
+    first, second = clients(clip)
+    data = [first, ClientData(1, second.inputs[:4], second.labels_N[:4])]
+    before = [method.init_private_from_data(method.init_private(1, d.client), d, 1) for d in data]
+    assert [len(memory["keys"]) for memory in before] == [N, 4]
+    config = TrainingConfig(
+        optimizer="sgd", lr=0.01, batch_size=4, local_epochs=3, momentum_state="keep"
+    )
     results = train_clients(
-        method, [{}] * K, before, clients(clip), config, seed=1, server_round=1, rounds=2
+        method, [{}] * K, before, data, config, seed=1, server_round=1, rounds=2
     )
     for old, result in zip(before, results, strict=True):
         assert result.shared == {}
-        assert torch.equal(result.private["filled"], old["filled"])
-        moved = (result.private["keys"] != old["keys"]).any(-1)
-        assert torch.equal(moved, old["filled"].bool())
+        assert torch.equal(result.private["owners"], old["owners"])
+        assert (result.private["keys"] != old["keys"]).any(-1).all()
+        assert result.momentum["private.keys"].shape == old["keys"].shape
+    again = train_clients(
+        method,
+        [{}] * K,
+        [result.private for result in results],
+        data,
+        config,
+        seed=1,
+        server_round=2,
+        rounds=2,
+        momentum=[result.momentum for result in results],
+    )
+    assert [len(result.private["keys"]) for result in again] == [N, 4]
 
 
 def test_new_classes_are_refused_with_a_reason(clip: FrozenCLIP) -> None:
     method = twins.build(clip, "tip_adapter", Task(CLASS_NAMES[:3]))
     assert method.no_transfer_reason is not None
     assert "memory" in method.no_transfer_reason
-    assert method.init_private(1, 0)["keys"].shape == (3, 16, clip.embed_dim)
     with pytest.raises(UserError, match="beta"):
         twins.build(clip, "tip_adapter", beta=0.0)

@@ -11,8 +11,11 @@ features of S images of class c, an image v gets for class c
 which is the paper's exp(-beta (1 - v F^T)) times one-hot labels. The keys are features of raw
 images, so a memory is private: nothing of it leaves the client.
 
-Suffixes: K clients, B images of a batch, N images of a client, C classes, S slots per class, D
-joint embedding.
+A memory holds the images that the client has, one row each. Clients differ in their number; in a
+block of clients, rows of zeros stand behind the shorter memories (`methods.batch.stack`).
+
+Suffixes: K clients, B images of a batch, N images of a client (of the memory in `recall`), C
+classes, S remembered images of a class at most, D joint embedding.
 """
 
 from __future__ import annotations
@@ -26,21 +29,19 @@ from fedprompt.methods.parts.adapters import raw_features
 from fedprompt.rng import generator
 
 
-def empty_memory(classes: int, slots: int, width: int) -> Tensors:
+def empty_memory(width: int) -> Tensors:
     """An empty memory, as private tensors without a client axis.
 
     Args:
-        classes: C.
-        slots: S, the largest number of images of one class.
         width: D.
 
     Returns:
-        `keys` (C, S, D), and `filled` (C, S), which is 1 where a slot holds an image; all zero.
+        `keys` (0, D), and `owners` (0,), which is 1 + the class of a key's image.
     """
-    return {"keys": torch.zeros(classes, slots, width), "filled": torch.zeros(classes, slots)}
+    return {"keys": torch.zeros(0, width), "owners": torch.zeros(0)}
 
 
-def fill_memory(memory: Tensors, data: ClientData, seed: int) -> Tensors:
+def fill_memory(memory: Tensors, data: ClientData, slots: int, seed: int) -> Tensors:
     """Fill a memory with up to S training images of each class, drawn at random if there are more.
 
     If images have augmented views, a key is the normalised mean of the views' features, as in the
@@ -49,39 +50,40 @@ def fill_memory(memory: Tensors, data: ClientData, seed: int) -> Tensors:
     Args:
         memory: the result of `empty_memory`; other tensors in it are passed through.
         data: the client's training images.
+        slots: S.
         seed: seed of the run; with the client's id it keys the draw.
 
     Returns:
-        New tensors with the names and shapes of `memory`.
+        New tensors: `keys` (N, D) and `owners` (N,), by class, and the other tensors of `memory`.
     """
-    classes, slots, _ = memory["keys"].shape
-    # Members of a method are pure, so the given tensors are not filled in place.
-    keys_CSD, filled_CS = memory["keys"].clone(), memory["filled"].clone()
     features_ND, labels_N = _keys(data), data.labels_N.cpu()
     order = torch.from_numpy(generator(seed, "memory", data.client).permutation(len(data)))
-    for c in range(classes):
-        rows = order[labels_N[order] == c][:slots]
-        keys_CSD[c, : len(rows)] = features_ND[rows]
-        filled_CS[c, : len(rows)] = 1.0
-    return {**memory, "keys": keys_CSD, "filled": filled_CS}
+    rows = torch.cat([order[labels_N[order] == c][:slots] for c in labels_N.unique()])
+    # Private tensors are float32. A class is counted from 1, so that padding is of no class.
+    return {**memory, "keys": features_ND[rows], "owners": (labels_N[rows] + 1).float()}
 
 
-def recall(features_KBD: Tensor, keys_KCSD: Tensor, filled_KCS: Tensor, beta: float) -> Tensor:
+def recall(
+    features_KBD: Tensor, keys_KND: Tensor, owners_KN: Tensor, beta: float, classes: int
+) -> Tensor:
     """The memory's votes, memory_c(v) of the module's docstring.
 
     Args:
         features_KBD: L2-normalised image features.
-        keys_KCSD: keys of the memory.
-        filled_KCS: 1 where a slot holds an image.
+        keys_KND: keys of the memory.
+        owners_KN: 1 + the class of each key; 0 where there is none.
         beta: sharpness.
+        classes: C.
 
     Returns:
         Votes (K, B, C), not negative.
     """
-    affinity = features_KBD @ keys_KCSD.flatten(1, 2).transpose(-1, -2)
-    # The zero key of an empty slot would still vote exp(-beta).
-    votes = (-beta * (1 - affinity)).exp() * filled_KCS.flatten(1, 2)[:, None]
-    votes_KBC: Tensor = votes.unflatten(-1, tuple(filled_KCS.shape[1:])).sum(-1)
+    affinity_KBN = features_KBD @ keys_KND.transpose(-1, -2)
+    votes_KBN = (-beta * (1 - affinity_KBN)).exp()
+    # A product with one-hot owners adds in a fixed order on a GPU as well, which a scatter does
+    # not. Its first column takes the votes of padding: a zero key votes exp(-beta).
+    one_hot_KNC = F.one_hot(owners_KN.long(), classes + 1)[..., 1:].to(votes_KBN)
+    votes_KBC: Tensor = votes_KBN @ one_hot_KNC
     return votes_KBC
 
 
