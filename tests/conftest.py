@@ -37,8 +37,12 @@ from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
 from tests.support.builders import fake_dataset, random_clip, small_config
 from tests.support.published_copies import FEWER
+from tests.support.simulated_device import register, why_unavailable
 
 torch.set_num_threads(1)
+if why_unavailable() is None:
+    # Here, because it is too late once a test has run a backward pass.
+    register()
 
 
 @pytest.fixture(scope="session")

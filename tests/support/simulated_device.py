@@ -136,8 +136,11 @@ class _Backend:
 _registered: list[torch.library.Library] = []
 
 
-def _register() -> None:
-    """Register the backend; a process can do so once."""
+def register() -> None:
+    """Register the backend; a process can do so once, before its first backward pass.
+
+    The first backward pass counts the devices and starts a thread for each.
+    """
     if _registered:
         return
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -262,7 +265,7 @@ class SimulatedDevice(TorchDispatchMode):
     """
 
     def __init__(self, memory_bytes: int | None = None, *, lines_of_launches: bool = False) -> None:
-        _register()
+        register()
         super().__init__()
         self.memory = Memory(memory_bytes)
         self.lines_of_launches = lines_of_launches
