@@ -12,16 +12,20 @@ are sent. Remaining rows are zero and not known. Equal distances are ordered by 
 PRIVACY: a client's upload is sent to other clients unchanged, before any averaging. They do not
 learn whose it is, but that it is near to their own. Secure aggregation is impossible with this
 strategy. The traffic to a client grows by E times the tensors that the method asks for, even if
-rows are empty. The server keeps one upload per client, and passes over all of them for every
-message.
+rows are empty. The server keeps one upload per client, and passes over all of them once per
+exchange: a matrix product in float32 says which clients can be among the nearest of each, and these
+few are measured as the paper does. A checkpoint writes the uploads that are new.
 
 How we differ: the public code sends random peers to a client that has no prompt yet, which does not
 use them.
+
+Suffixes: U uploads, A clients that are sent messages, P numbers of an upload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +43,8 @@ PEERS = "peers."
 KNOWN = "peers.known"
 CLIENTS = "peers.clients"
 """Name in the state: ids of the clients whose uploads are stored, ascending."""
+CLIENTS_AT_ONCE, ROWS_AT_ONCE = 1000, 1000
+"""Clients whose peers are searched together, and uploads that are centred together."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,28 @@ class NearestPeers(FedAvg):
         self.names = [n.removeprefix(PEERS) for n in sorted(self.extras) if n != KNOWN]
         self.names = [n for n in self.names if n in self.shapes]
         self.num_peers = len(self.extras[KNOWN]) if KNOWN in self.extras else 0
-        self._keep({})
+        self._forget()
+
+    def _forget(self) -> None:
+        # Row r of the first U is the last upload of client `_client_U[r]`; there is room for more.
+        width = sum(math.prod(self.shapes[n]) for n in self.names)
+        self._rows: NDArray[np.float32] = np.zeros((0, width), np.float32)
+        self._client_U: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._row_of: dict[int, int] = {}
+        self._changed: set[int] = set()
+        self._nearest: dict[int, list[int]] = {}
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """FedAvg; also stores the updates as the clients' last uploads."""
-        # Copied, because uploads outlive the round that they belong to.
-        new = {u.client: {n: u.arrays[n].copy() for n in self.names} for u in updates}
-        self._keep(self.uploads | new)
+        self._store({u.client: u.arrays for u in updates})
         return super().aggregate(server_round, shared, updates)
+
+    def before_exchange(self, clients: Sequence[int]) -> None:
+        """Find the peers of all clients that are about to be sent messages."""
+        self._nearest = {}
+        known = [c for c in clients if c in self._row_of] if self.num_peers else []
+        for first in range(0, len(known), CLIENTS_AT_ONCE):
+            self._nearest |= self._find(known[first : first + CLIENTS_AT_ONCE])
 
     def client_extras(self, server_round: int, client: int) -> Arrays:
         """The nearest other clients' last uploads, nearest first."""
@@ -76,44 +96,110 @@ class NearestPeers(FedAvg):
         sent = {n: np.zeros_like(t) for n, t in self.extras.items()}
         sent[KNOWN][: len(peers)] = 1
         for row, peer in enumerate(peers):
-            for name in self.names:
-                sent[PEERS + name][row] = self.uploads[peer][name]
+            for name, array in self._upload(peer).items():
+                sent[PEERS + name][row] = array
         return sent
 
     def nearest(self, client: int) -> list[int]:
         """Ids of the clients whose uploads `client` is sent, nearest first."""
-        if client not in self.uploads or not self.num_peers:
+        if client not in self._row_of or not self.num_peers:
             return []
-        place = int(np.searchsorted(self._uploaders, client))
-        # L2 distances between the prompts before aggregation, as in the paper.
-        distance = np.linalg.norm(self._flat - self._flat[place], axis=1)
-        # A stable sort, so that equal distances are ordered by client id.
-        order = [i for i in np.argsort(distance, kind="stable") if i != place]
-        return [int(self._uploaders[i]) for i in order[: self.num_peers]]
+        if client not in self._nearest:
+            self._nearest |= self._find([client])
+        return self._nearest[client]
+
+    def _find(self, clients: Sequence[int]) -> dict[int, list[int]]:
+        """The nearest others of each of A clients that have uploaded.
+
+        |a - b|^2 = |a|^2 + |b|^2 - 2 a.b is one product for all of them. Its rounding errors are
+        bounded, and everyone who may be among the nearest in spite of them is measured again, so
+        the result is that of the differences, bit for bit.
+        """
+        rows = self._rows[: len(self._client_U)]
+        place_A = np.array([self._row_of[c] for c in clients])
+        # Prompts lie close together and far from zero, where the product would cancel.
+        centre = rows.mean(axis=0)
+        own_AP = rows[place_A] - centre
+        product_AU = np.empty((len(clients), len(rows)), np.float32)
+        square_U = np.empty(len(rows), np.float32)
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(first, first + ROWS_AT_ONCE)
+            some_UP = rows[part] - centre
+            product_AU[:, part] = own_AP @ some_UP.T
+            square_U[part] = np.einsum("up,up->u", some_UP, some_UP)
+        # The dot products of P numbers, all sums of squares and the subtraction of the centre err
+        # by less than this share of |a|^2 + |b|^2, in units of half the spacing at 1.
+        share = (rows.shape[1] + 200) * np.finfo(np.float32).eps / 2
+        count = min(self.num_peers, len(rows) - 1)
+        found = {}
+        for a, (client, place) in enumerate(zip(clients, place_A.tolist(), strict=True)):
+            scale_U = square_U + square_U[place]
+            about_U, error_U = scale_U - 2 * product_AU[a], share * scale_U
+            about_U[place] = np.inf
+            within = np.partition(about_U + error_U, count - 1)[count - 1] if count else -np.inf
+            near = np.flatnonzero(about_U - error_U <= within)
+            # By client id, so that the stable sort settles equal distances by it.
+            near = near[np.argsort(self._client_U[near])]
+            # L2 distances between the prompts before aggregation, as in the paper.
+            distance = np.linalg.norm(rows[near] - rows[place], axis=1)
+            order = near[np.argsort(distance, kind="stable")][: self.num_peers]
+            found[client] = self._client_U[order].tolist()
+        return found
 
     def state(self) -> Arrays:
         """The last upload of every client, by tensor."""
-        if not self.uploads:
-            return {}
-        rows = {
-            PEERS + n: np.stack([self.uploads[int(c)][n] for c in self._uploaders])
-            for n in self.names
-        }
-        return {CLIENTS: self._uploaders, **rows}
+        clients = sorted(self._row_of)
+        uploads = [self._upload(c) for c in clients]
+        rows = {PEERS + n: np.stack([u[n] for u in uploads]) for n in self.names if clients}
+        return {CLIENTS: np.array(clients, np.int64), **rows} if clients else {}
 
     def load_state(self, state: Arrays) -> None:
         """Restore what `state` has returned."""
-        clients = [int(c) for c in state.get(CLIENTS, ())]
-        self._keep(
-            {c: {n: state[PEERS + n][row] for n in self.names} for row, c in enumerate(clients)}
+        self._forget()
+        self._store(
+            {
+                int(client): {n: state[PEERS + n][row] for n in self.names}
+                for row, client in enumerate(state.get(CLIENTS, ()))
+            }
         )
 
-    def _keep(self, uploads: Mapping[int, Arrays]) -> None:
-        """Replace the uploads, and their flat form from which distances are computed."""
-        self.uploads = dict(sorted(uploads.items()))
-        self._uploaders = np.array(list(self.uploads), dtype=np.int64)
-        rows = [
-            np.concatenate([upload[n].ravel() for n in self.names]) if self.names else np.zeros(0)
-            for upload in self.uploads.values()
-        ]
-        self._flat: NDArray[Any] = np.stack(rows) if rows else np.zeros((0, 0))
+    def common_state(self) -> Arrays:
+        """Nothing: all of the state belongs to single clients."""
+        return {}
+
+    def changed_client_states(self) -> Iterator[tuple[int, Arrays]]:
+        """The uploads since the last call."""
+        changed, self._changed = sorted(self._changed), set()
+        # Copied, because an upload is replaced in place.
+        yield from ((c, {n: a.copy() for n, a in self._upload(c).items()}) for c in changed)
+
+    def load_client_state(self, client: int, arrays: Arrays) -> None:
+        """Restore an upload."""
+        self._store({client: arrays})
+        self._changed.discard(client)
+
+    def _store(self, uploads: Mapping[int, Arrays]) -> None:
+        """Replace the last uploads of some clients."""
+        self._nearest = {}
+        if not self.names:
+            return
+        new = [c for c in uploads if c not in self._row_of]
+        self._row_of |= {c: len(self._row_of) + i for i, c in enumerate(new)}
+        self._client_U = np.concatenate([self._client_U, np.array(new, np.int64)])
+        if len(self._row_of) > len(self._rows):
+            # Twice the room, so that every upload is moved once on average.
+            room = max(len(self._row_of), 2 * len(self._rows)) - len(self._rows)
+            self._rows = np.pad(self._rows, ((0, room), (0, 0)))
+        for client, arrays in uploads.items():
+            row = self._rows[self._row_of[client]]
+            np.concatenate([arrays[n].ravel() for n in self.names], out=row, casting="same_kind")
+        self._changed.update(uploads)
+
+    def _upload(self, client: int) -> Arrays:
+        """A client's last upload, as views by name."""
+        arrays, first, row = {}, 0, self._rows[self._row_of[client]]
+        for name in self.names:
+            size = math.prod(self.shapes[name])
+            arrays[name] = row[first : first + size].reshape(self.shapes[name])
+            first += size
+        return arrays

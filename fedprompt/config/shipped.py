@@ -5,7 +5,10 @@ The keys that a user sets are merged over those of the shipped file that the use
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +138,7 @@ def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
             f"{what}: {path} is not text in UTF-8 (line {line}); save it in that encoding."
         ) from None
     try:
-        # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
-        loaded = with_texts(loaded, text)
+        loaded = copy.deepcopy(_parsed(text))
     except OSError:  # OmegaConf's error for a document that is a number, for example
         raise UserError(f"{what}: {path} must hold 'key: value' lines.") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -148,6 +149,13 @@ def load_yaml(path: Path, what: str = "config") -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{what}: {path} must hold 'key: value' lines.")
     return {str(k): v for k, v in loaded.items()}
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """What a YAML text says; kept, because every run of a sweep composes the same few files."""
+    # `to_container` does not resolve `${...}`, so that `fields.build` sees and refuses it.
+    return with_texts(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), text)
 
 
 def one_line(error: Exception) -> str:

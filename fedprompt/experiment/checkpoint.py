@@ -41,6 +41,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             groups["strategy"],
             totals=json.loads(header["totals"]),
             private=header["private"],
+            # Earlier versions have what is known about single clients among the strategy's state.
+            clients=header.get("clients", ""),
+            trained=header.get("trained", ""),
         )
     except (KeyError, ValueError) as error:
         raise UserError(
@@ -66,6 +69,8 @@ def checkpoint_bytes(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> byt
         "round": str(checkpoint.server_round),
         "totals": json.dumps(checkpoint.totals),
         "private": checkpoint.private,
+        **({"clients": checkpoint.clients} if checkpoint.clients else {}),
+        **({"trained": checkpoint.trained} if checkpoint.trained else {}),
     }
     return tensors.to_bytes(named, {**header, **metadata})
 

@@ -25,6 +25,7 @@ from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
+from fedprompt.experiment.logs import StrategyLog, load_client_states
 from fedprompt.experiment.resuming import read_config
 from fedprompt.federation.registry import strategy_class
 from fedprompt.files import read_regular, refuse_foreign, write_bytes
@@ -36,6 +37,7 @@ from fedprompt.reports.run_data import (
     PARTITION,
     PRIVATE,
     PROMPTS,
+    STRATEGY,
     check_partition,
     read_object,
 )
@@ -215,6 +217,10 @@ def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tens
         extras={n: t.numpy() for n, t in method.init_extras(config.seed).items()},
     )
     strategy.load_state({n: t.numpy() for n, t in checkpoint.strategy.items()})
+    if checkpoint.clients:
+        known = StrategyLog(run_dir / STRATEGY, config.partition.clients)
+        known.read(checkpoint.server_round, checkpoint.clients)
+        load_client_states(strategy, known)
     own = strategy.client_shared(client) or {}
     sent = own | strategy.client_extras(checkpoint.server_round, client)
     return {n: torch.from_numpy(np.array(a)) for n, a in sent.items()}

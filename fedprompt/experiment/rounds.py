@@ -19,25 +19,28 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from fedprompt.config.schema import Config
 from fedprompt.errors import RunFailed, UserError
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.logs import (
+    Logs,
+    ProgressOfTest,
+    StrategyLog,
+    refuse_other_names,
+    training_of,
+)
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.selection import ends_early, select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
-from fedprompt.optimizer import without_momentum
 from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.marks import mark_texts, marks
-from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, TIMINGS, read_object
+from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, STRATEGY, TIMINGS, read_object
 from fedprompt.runtime.endings import check_signals
 from fedprompt.runtime.peak_memory import peak_memory
 from fedprompt.simulation.private_log import PrivateLog
-from fedprompt.workspace import check_private
 
 LogLine = Callable[[Mapping[str, Any]], None]
 """Takes one line of `metrics.jsonl`."""
@@ -78,7 +81,9 @@ def run_server(
     federation.join()
     # Opened before the checkpoint is restored, since a strategy then counts what it has released.
     federation.releases.open(folder.path / RELEASES)
-    first, totals = _continue_from(federation, folder, checkpoint, private)
+    logs = Logs(StrategyLog(folder.path / STRATEGY, config.partition.clients), private)
+    federation.tested = ProgressOfTest(folder, lambda: "" if private is None else private.digest)
+    first, totals = _continue_from(federation, folder, checkpoint, logs)
     recorded = folder.lines(METRICS)
     if len(recorded) != first:
         raise UserError(
@@ -99,8 +104,16 @@ def run_server(
         if ends_early(recorded, config.evaluation):
             break
         check_signals()
+
         # 1 to 5. Sample, send, check, aggregate; evaluate.
-        line, seconds = _one_round(federation, server_round, rounds, protocols=True)
+        def keep(trained: dict[str, Any], server_round: int = server_round) -> None:
+            so_far = totals | {"rejected": federation.rejected}
+            logs.save(federation, server_round, so_far, folder, json.dumps(trained))
+
+        trained = training_of(checkpoint) if server_round == first else None
+        line, seconds = _one_round(
+            federation, server_round, rounds, protocols=True, trained=trained, keep=keep
+        )
         # 6. Record, before the checkpoint refers to the line.
         totals["bytes_up"] += line["bytes_up"]
         totals["bytes_down"] += line["bytes_down"]
@@ -113,7 +126,7 @@ def run_server(
         folder.append(TIMINGS, {"round": server_round, **costs})
         # 7. Checkpoint.
         if server_round % config.output.checkpoint_every == 0 or server_round == rounds:
-            _save(federation.checkpoint(server_round, totals), folder, private, config)
+            logs.save(federation, server_round, totals, folder)
         # After the checkpoint, since a display may stop the run here and nothing should be lost.
         seconds_per_round = (time.monotonic() - began) / (server_round - first + 1)
         display.round(
@@ -189,7 +202,7 @@ def _continue_from(
     federation: Federation,
     folder: RunFolder,
     checkpoint: Checkpoint | None,
-    private: PrivateLog | None,
+    logs: Logs,
 ) -> tuple[int, dict[str, int]]:
     """Restore a checkpoint, if there is one, and prepare the run folder.
 
@@ -206,22 +219,15 @@ def _continue_from(
         _check_partition(folder, description)
         federation.restore(checkpoint)
         totals, next_round = dict(checkpoint.totals), checkpoint.server_round + 1
-    if private is not None and checkpoint is not None:
-        private.restore(checkpoint.server_round, checkpoint.private)
-        _check_private(federation, private)
-    elif private is not None:
-        private.clear()
+        if checkpoint.trained:
+            next_round = checkpoint.server_round
+    logs.restore(checkpoint, federation.strategy)
+    if logs.private is not None and checkpoint is not None:
+        refuse_other_names(federation, logs.private)
     # Lines after the checkpoint belong to rounds that will be repeated.
     folder.rewind(next_round - 1)
     folder.write_json(PARTITION, description)
     return next_round, totals
-
-
-def _check_private(federation: Federation, private: PrivateLog) -> None:
-    """Refuse private tensors of another version; all clients have the same names."""
-    stored = (private.get(client) for client in range(federation.workspace.num_clients))
-    if first := next((tensors for tensors in stored if tensors), None):
-        check_private(federation.method, without_momentum(first)[0], federation.config.seed)
 
 
 def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
@@ -240,22 +246,14 @@ def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
         )
 
 
-def _save(
-    checkpoint: Checkpoint, folder: RunFolder, private: PrivateLog | None, config: Config
-) -> None:
-    """Write a checkpoint such that a crash at any point leaves a complete one."""
-    if private is None:
-        folder.save_checkpoint(checkpoint, config)
-        return
-    # New private tensors are written first and stale ones removed last: whichever checkpoint is on
-    # disk, the private tensors that it refers to are there as well.
-    digest = private.save(checkpoint.server_round)
-    folder.save_checkpoint(replace(checkpoint, private=digest), config)
-    private.remove_stale()
-
-
 def _one_round(
-    federation: Federation, server_round: int, rounds: int, *, protocols: bool = False
+    federation: Federation,
+    server_round: int,
+    rounds: int,
+    *,
+    protocols: bool = False,
+    trained: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Run steps 1 to 5 of a round.
 
@@ -264,6 +262,9 @@ def _one_round(
         server_round: the round; 0 only evaluates.
         rounds: the last round, which is always evaluated on all clients.
         protocols: whether the protocols measure the round as well.
+        trained: what `keep` was given, if steps 1 to 4 are done.
+        keep: called after step 4 if a test of everyone follows that takes several exchanges, with
+            the training part of the line and its seconds.
 
     Returns:
         The line for `metrics.jsonl`, and the seconds of training and evaluation.
@@ -280,18 +281,26 @@ def _one_round(
         "client_steps": 0,
     }
     # 1. Sample, 2. send, 3. check, 4. aggregate.
-    if server_round > 0:
+    settings = federation.config.evaluation
+    everyone = settings.clients == "all" or server_round == rounds
+    train_s = 0.0
+    if trained is not None:
+        line |= trained["line"]
+        train_s = trained["train_s"]
+    elif server_round > 0:
         line |= federation.train_round(server_round)
-    trained = time.monotonic()
+        train_s = time.monotonic() - start
+        if everyone and keep is not None and federation.tests_in_parts:
+            # The test may take longer than the training, and is not worth repeating it.
+            keep({"line": finite(line), "train_s": train_s})
+    tests_from = time.monotonic()
     # 5. Evaluate.
     line |= {"global": None, "personal": None, "personal_on_global": None}
-    settings = federation.config.evaluation
     if server_round % settings.every == 0 or server_round == rounds:
-        everyone = settings.clients == "all" or server_round == rounds
         participants = federation.strategy.participants if server_round > 0 else []
         line |= federation.evaluate(server_round, None if everyone else participants)
         if protocols:
             line |= federation.measure_round(line)
-    seconds = {"train_s": trained - start, "evaluate_s": time.monotonic() - trained}
+    seconds = {"train_s": train_s, "evaluate_s": time.monotonic() - tests_from}
     # Seconds are not part of the line, which must be the same after a resume.
     return finite(line), seconds

@@ -97,7 +97,7 @@ def resume(
     try:
         config = _reopened(folder, config, overrides, display)
         if (path / SUMMARY).is_file():
-            show_result(display, load_run(path).summary or {}, path)
+            show_result(display, load_run(path, history=False).summary or {}, path)
             if config.output.report and not is_whole(path / REPORT):
                 draw_report(path)
             folder.close()

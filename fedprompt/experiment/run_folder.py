@@ -10,6 +10,8 @@ metrics.jsonl          one line per round; the same bytes with and without a res
 timings.jsonl          seconds per round
 releases.jsonl         what was released with noise, see fedprompt/privacy/releases.py
 checkpoint.safetensors the last saved round: shared tensors and the strategy's state
+strategy/              what the strategy knows about single clients, if anything (client_log.py)
+tested.jsonl           results of a test of everyone that is going on (logs.py)
 private/               in a simulation, the clients' private tensors (private_log.py)
 prompts.safetensors    the final shared prompts
 summary.json           the results; it exists only if the run is complete
@@ -292,11 +294,15 @@ class RunFolder:
         if not path.is_file():
             return []
         records = []
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        # Line by line, since the text of all lines takes as much memory as the records.
+        with path.open("rb") as stream:
+            for line in stream:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    records.pop()
         return records
 
     def complete(self, summary: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.display import Display
+from fedprompt.experiment.logs import remove_tested
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.selection import last_round, objective, select
 from fedprompt.experiment.trackers import Loggers
@@ -116,6 +117,7 @@ def finish(
     # A run folder with a summary is a complete run, so this comes after all measurements. What
     # follows can be repeated: resuming a finished run draws a missing report.
     folder.complete(summary)
+    remove_tested(folder.path)
     loggers.finish(summary, folder.lines(METRICS))
     # The table first: it needs no disk, and the report is only another view of the files.
     show_result(display, summary, folder.path)
@@ -237,6 +239,6 @@ def draw_report(path: Path) -> Path:
     Raises:
         UserError: the run folder lacks a file, or a file is damaged.
     """
-    run = load_run(path)
+    run = load_run(path, history=False)
     tables = result_tables(run.summary or {}, str(path / SUMMARY))
     return write_report(run, tables, figures(run))

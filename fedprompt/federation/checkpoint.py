@@ -18,9 +18,13 @@ class Checkpoint:
     Attributes:
         server_round: the last complete round; 0 before any training.
         shared: shared tensors by name, float32.
-        strategy: state of the strategy, as `SharedPromptStrategy.state` returns it.
+        strategy: state of the strategy, as `SharedPromptStrategy.common_state` returns it.
         totals: `bytes_up`, `bytes_down` and `rejected` since the run began.
+        trained: the training part of the line of `server_round` in `metrics.jsonl` and its seconds,
+            as JSON, while its test of everyone goes on; "" once the round is complete.
         secret: whether the state must be kept secret; only the owner can read the file then.
+        clients: digest of what the strategy knows about single clients, which is saved beside the
+            checkpoint; "" if that is nothing.
         private: digest of the private tensors that are saved beside the checkpoint; "" if none are.
     """
 
@@ -29,4 +33,6 @@ class Checkpoint:
     strategy: dict[str, Tensor]
     totals: dict[str, int]
     private: str = ""
+    clients: str = ""
+    trained: str = ""
     secret: bool = False

@@ -7,11 +7,12 @@ ServerApp. The loop over the rounds, with everything that is written to disk, is
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,16 @@ CLIENTS_AT_ONCE = 1000
 """Clients evaluated in one exchange; it bounds the memory for messages when all are evaluated."""
 
 
+class TestRecord(Protocol):
+    """Where the results of a test of many clients are recorded while it goes on."""
+
+    def find(self, test: str, clients: Sequence[int]) -> dict[int, Row] | None:
+        """The results of an exchange with these clients, or None if it has to be asked."""
+
+    def add(self, test: str, clients: Sequence[int], rows: Mapping[int, Row]) -> None:
+        """Record the results of an exchange."""
+
+
 class Federation:
     """One method's federation.
 
@@ -70,6 +81,7 @@ class Federation:
         rejected: number of training replies that have been rejected since the run began.
         asked: how often each client has been asked to train since the run began.
         releases: what has been released with noise since the run began.
+        tested: records the results of a test of many clients while it goes on; None for no record.
 
     Raises:
         UserError: the strategy does not fit the method, or something that privacy needs is not
@@ -96,6 +108,7 @@ class Federation:
         self.releases = self.strategy.releases
         self.protocols = open_protocols(config)
         self.protocol_rows: dict[int, Row] = {}
+        self.tested: TestRecord | None = None
         has_validation = workspace.partition.has_validation or workspace.validates_locally
         if config.evaluation.select == "best_validation" and not has_validation:
             raise UserError(
@@ -236,6 +249,11 @@ class Federation:
 
     # Evaluation
 
+    @property
+    def tests_in_parts(self) -> bool:
+        """Whether a test of everyone takes several exchanges."""
+        return len(self.strategy.clients) > CLIENTS_AT_ONCE
+
     def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
         """Evaluate the global and the personal models.
 
@@ -303,21 +321,24 @@ class Federation:
         Yields:
             A client's id and its checked metrics.
         """
+        record = self.tested if len(clients) > CLIENTS_AT_ONCE else None
+        test = f"{server_round} {sorted(settings)} {_digest(arrays)}" if record else ""
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
-            asked = list(
-                self.strategy.configure_evaluate(
-                    server_round,
-                    arrays,
-                    ConfigRecord({**settings}),
-                    self.grid,
-                    clients=clients[first : first + CLIENTS_AT_ONCE],
+            part = clients[first : first + CLIENTS_AT_ONCE]
+            rows = record.find(test, part) if record else None
+            if rows is None:
+                config = ConfigRecord({**settings})
+                asked = list(
+                    self.strategy.configure_evaluate(
+                        server_round, arrays, config, self.grid, clients=part
+                    )
                 )
-            )
-            replies, _ = self._send(asked)
-            known = self.strategy.known.client_of_node
-            rows = screen_evaluations(
-                asked, replies, known, ranges, self.strategy.evaluation_faults
-            )
+                replies, _ = self._send(asked)
+                known = self.strategy.known.client_of_node
+                faults = self.strategy.evaluation_faults
+                rows = screen_evaluations(asked, replies, known, ranges, faults)
+                if record:
+                    record.add(test, part, rows)
             yield from rows.items()
 
     # Protocols
@@ -403,7 +424,7 @@ class Federation:
     # Checkpoints
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
-        """Everything that a resumed run needs, except for private tensors.
+        """Everything that a resumed run needs, except for what belongs to single clients.
 
         Args:
             server_round: the last complete round.
@@ -412,7 +433,9 @@ class Federation:
         Returns:
             A checkpoint with copies of all tensors, so that later rounds do not change it.
         """
-        state = {n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.state().items()}
+        state = {
+            n: torch.from_numpy(np.asarray(a)) for n, a in self.strategy.common_state().items()
+        }
         shared = {n: torch.from_numpy(a.copy()) for n, a in to_arrays(self.arrays).items()}
         return Checkpoint(server_round, shared, state, totals, secret=self.strategy.secret_state)
 
@@ -436,6 +459,15 @@ class Federation:
         # Drawn again: which clients train depends on the seed and the round only.
         for server_round in range(1, checkpoint.server_round + 1):
             self.asked.update(self.strategy.sample(server_round))
+
+
+def _digest(arrays: ArrayRecord) -> str:
+    """16 hexadecimal digits that identify tensors bit for bit."""
+    hashed = hashlib.sha256()
+    for name, array in sorted(to_arrays(arrays).items()):
+        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hashed.update(array.tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:

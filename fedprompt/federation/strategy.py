@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,15 +69,18 @@ class SharedPromptStrategy(Strategy):
     """Server strategy on shared tensors by name; it knows no CLIP, data or private tensors.
 
     A subclass must define `name`, `Config` and `aggregate`. It may override `client_extras`,
-    `client_shared`, `eval_tensors`, `metrics`, `sample`, `state` with `load_state`,
+    `client_shared`, `before_exchange`, `eval_tensors`, `metrics`, `sample`, `state` with
+    `load_state`, `changed_client_states` with `load_client_state` and `common_state`,
     `weights_by_examples`, and `__init__` in order to check `shapes`. In every round the hooks are
     called in this order:
 
-    1. `sample`, then `client_shared` and `client_extras` for each sampled client.
+    1. `sample`, `before_exchange`, then `client_shared` and `client_extras` for each sampled
+       client. The last three are also called for the clients that are asked to test a model.
     2. `aggregate`, if enough valid replies came.
     3. `metrics`, also if nothing was aggregated.
     4. `eval_tensors`, as often as the model is evaluated.
-    5. `state`, if a checkpoint is written. A resumed run calls `load_state` once, before step 1.
+    5. `common_state` and `changed_client_states`, if a checkpoint is written. A resumed run calls
+       `load_state` once, then `load_client_state` for each client, before step 1.
 
     Args:
         config: the strategy's own options, an instance of `Config`.
@@ -188,6 +191,13 @@ class SharedPromptStrategy(Strategy):
         """
         return True
 
+    def before_exchange(self, clients: Sequence[int]) -> None:
+        """Prepare what `client_extras` and `client_shared` return, for all clients together.
+
+        Args:
+            clients: ids of the clients that are sent messages.
+        """
+
     def client_extras(self, server_round: int, client: int) -> Arrays:
         """Tensors that a single client is sent beside the shared ones.
 
@@ -238,6 +248,25 @@ class SharedPromptStrategy(Strategy):
 
     def load_state(self, state: Arrays) -> None:
         """Restore what `state` returned, which may be `{}`."""
+
+    # A strategy that knows something about each client would write all of it with every
+    # checkpoint. With these three, a checkpoint costs what has changed.
+
+    def common_state(self) -> Arrays:
+        """The part of `state` that belongs to no single client; by default all of it."""
+        return self.state()
+
+    def changed_client_states(self) -> Iterator[tuple[int, Arrays]]:
+        """What is known about single clients, of those for whom it has changed.
+
+        Yields:
+            Since the last call, the id of each such client and arrays by name, with the same names
+            in every call for the client. They are written to a log beside the checkpoint.
+        """
+        return iter(())
+
+    def load_client_state(self, client: int, arrays: Arrays) -> None:
+        """Restore what `changed_client_states` yielded last for a client."""
 
     def sample(self, server_round: int) -> list[int]:
         """Ids of the clients that train in a round, ascending.
@@ -398,6 +427,7 @@ class SharedPromptStrategy(Strategy):
         arrays: ArrayRecord,
         config: ConfigRecord,
     ) -> list[Message]:
+        self.before_exchange(clients)
         # `server-round` is the key that Flower's own strategies use.
         settings = ConfigRecord({**config, "server-round": server_round})
         # Most clients are sent this very object, which a simulation then serialises once.

@@ -94,6 +94,11 @@ class ClientLog:
                 self._append(name, client, row, checksum)
 
     @property
+    def empty(self) -> bool:
+        """Whether no client has a tensor."""
+        return self._places.empty
+
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits that identify the tensors of all clients, bit for bit.
 

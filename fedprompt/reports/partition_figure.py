@@ -20,7 +20,7 @@ from fedprompt.reports.client_figure import MANY
 from fedprompt.reports.draw import MARK, save
 from fedprompt.reports.figure import PALETTE, Axis, Bars, BarSeries, Figure, Heat, palette
 from fedprompt.reports.figure_parts import count_bars
-from fedprompt.reports.run_data import check_partition
+from fedprompt.reports.run_checks import check_partition
 
 LISTED = 20
 """Maximum number of clients whose ids a caption lists."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
-from fedprompt.files.checksums import read_verified
+from fedprompt.files.checksums import read_verified, verify
+from fedprompt.reports.run_checks import COSTS as COSTS
+from fedprompt.reports.run_checks import check_metrics, check_numbers, check_summary
+from fedprompt.reports.run_checks import check_partition as check_partition
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,17 @@ class RunData:
         return next((line[part] for line in reversed(self.rounds) if line.get(part)), None)
 
 
-def load_run(run_dir: Path) -> RunData:
+def load_run(run_dir: Path, *, history: bool = True, describe: bool = True) -> RunData:
     """Read a run folder and check everything that figures and reports use.
+
+    A run of 10,000 clients has lists of 10,000 numbers in every tested round, of which a report
+    draws the last ones, and a comparison of hundreds of runs no others either.
 
     Args:
         run_dir: The run folder, of a finished or unfinished run.
+        history: Whether the lists of values by client are kept in all rounds, or only in the last
+            one that has them. Means and other numbers are kept in any case.
+        describe: Whether `partition` and the summary's lists of values by client are kept.
 
     Returns:
         The content of the folder.
@@ -68,29 +77,36 @@ def load_run(run_dir: Path) -> RunData:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run folder: there is no such folder.")
     metrics = run_dir / "metrics.jsonl"
-    lines = _read_lines(metrics)
-    for number, line in enumerate(lines, start=1):
-        _check_metrics(line, f"{metrics}, line {number}")
-    rounds = [line for line in lines if line["kind"] == "round"]
+    lines: dict[str, list[dict[str, Any]]] = {"round": [], "local_only": []}
+    for number, line in enumerate(_each_line(metrics), start=1):
+        check_metrics(line, f"{metrics}, line {number}")
+        of_kind = lines.setdefault(line["kind"], [])
+        if not history:
+            _forget_clients(of_kind, line, keep=describe)
+        of_kind.append(line)
+    rounds = lines["round"]
     if not rounds:
         raise UserError(f"{metrics} holds no round yet; let the run finish a round first.")
     timings_path = run_dir / "timings.jsonl"
-    timings = _read_lines(timings_path) if timings_path.exists() else []
+    timings = list(_each_line(timings_path)) if timings_path.exists() else []
     for number, line in enumerate(timings, start=1):
-        _check_numbers(
+        check_numbers(
             line, ("train_s", "evaluate_s", "peak_memory_bytes"), f"{timings_path}, line {number}"
         )
-    partition = _read_if_there(run_dir / "partition.json")
+    partition = _read_if_there(run_dir / "partition.json") if describe else None
     if partition is not None:
         check_partition(partition, run_dir / "partition.json")
     summary = _read_if_there(run_dir / "summary.json")
     if summary is not None:
-        _check_summary(summary, run_dir / "summary.json")
+        check_summary(summary, run_dir / "summary.json")
+        if not describe:
+            for holder in (summary, *(summary.get(b) or {} for b in ("zero_shot", "local_only"))):
+                _without_clients(holder)
     return RunData(
         path=run_dir,
         config=_read_config(run_dir / "config.yaml"),
         rounds=rounds,
-        local_only=[line for line in lines if line["kind"] == "local_only"],
+        local_only=lines["local_only"],
         partition=partition,
         summary=summary,
         timings=timings,
@@ -129,11 +145,61 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _each_line(path: Path) -> Iterator[dict[str, Any]]:
     """Read every complete line; a last one without newline is being written or was cut off."""
-    # Lines are appended while the run goes on; the newline is what completes one.
-    *lines, _ = _read_text(path).split("\n")
-    return [_parse(line, str(path), number) for number, line in enumerate(lines, start=1)]
+    try:
+        verify(path)
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                text = line.decode("utf-8")
+                # Lines are appended while the run goes on; the newline is what completes one.
+                if text.endswith("\n"):
+                    yield _parse(text[:-1], str(path), number)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; is {path.parent} a run folder?") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8 text.") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from None
+
+
+BY_CLIENT = ("personal", "personal_on_global")
+"""Parts of a line or summary that have lists of values by client."""
+
+
+def _without_clients(holder: dict[str, Any], among: Sequence[str] = BY_CLIENT) -> None:
+    """Remove the lists of values by client, but not the clients whose models are not finite."""
+    for name in among:
+        if part := holder.get(name):
+            holder[name] = {
+                k: v
+                for k, v in part.items()
+                if not isinstance(v, (list, array)) or k == "not_finite"
+            }
+
+
+def _forget_clients(before: Sequence[dict[str, Any]], line: dict[str, Any], *, keep: bool) -> None:
+    """Remove the lists by client that a newer line replaces, and keep its own in little memory.
+
+    Args:
+        before: The lines of the same kind until now.
+        line: The newer line, which is changed too.
+        keep: Whether the newer line keeps all of its lists, or the personal accuracies alone.
+    """
+    _without_clients(line.get("validation") or {})
+    if not keep:
+        _without_clients(line, ("personal_on_global",))
+    personal = line.get("personal")
+    if not personal:
+        return
+    for older in reversed(before):
+        _without_clients(older)
+        if older.get("personal"):
+            break
+    for name, kind in (("clients", "q"), ("accuracy", "d")):
+        if name in personal:
+            # A tenth of the memory of a list.
+            personal[name] = array(kind, personal[name])
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -166,123 +232,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-COSTS = ("bytes_up", "bytes_down", "client_steps", "seconds", "peak_memory_bytes")
-"""What a run has cost, as keys of its summary."""
 MEASURED = ("seconds", "peak_memory_bytes", "wall_s", "environment")
 """Keys of a summary whose values differ when the same run is repeated."""
-
-# Every number that figures and reports read, by the part of a line or summary that contains it.
-_NUMBERS = {
-    "train": ("loss",),
-    "clients": ("rejected",),
-    "global": ("accuracy", "loss", "unanswered"),
-    "personal": ("mean", "std", "worst", "p10", "clients", "accuracy", "not_finite"),
-    "personal_on_global": ("mean", "std"),
-}
-
-
-def _check_metrics(line: Mapping[str, Any], where: str) -> None:
-    if not isinstance(line.get("kind"), str) or not _is_whole(line.get("round")):
-        raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
-    _check_numbers(line, ("bytes_up", "bytes_down", "client_steps"), where)
-    _check_parts(line, _NUMBERS, where)
-    for name in ("dropped", "diverged"):
-        reasons = line.get(name, {})
-        if not isinstance(reasons, dict) or not all(
-            client.isdecimal() and isinstance(why, str) for client, why in reasons.items()
-        ):
-            raise UserError(f"{where} is damaged: '{name}' must hold a text per client.")
-
-
-def _check_summary(summary: Mapping[str, Any], path: Path) -> None:
-    where = str(path)
-    _check_numbers(summary, ("uploaded_numbers_per_client_round", "wall_s", *COSTS), where)
-    marks = summary.get("marks", [])
-    if not isinstance(marks, list) or not all(isinstance(m, dict) and _is_mark(m) for m in marks):
-        raise UserError(f"{where} is damaged: 'marks' must hold an object per marked client.")
-    results = ("global", "personal", "personal_on_global")
-    _check_parts(summary, results, where)
-    for baseline in ("zero_shot", "local_only"):
-        part = summary.get(baseline)
-        if part is not None:
-            if not isinstance(part, dict):
-                raise UserError(f"{where} is damaged: '{baseline}' must be an object or null.")
-            _check_numbers(part, ("accuracy",), f"{where}, {baseline}")
-            _check_parts(part, results, f"{where}, {baseline}")
-
-
-def _check_parts(holder: Mapping[str, Any], parts: Iterable[str], where: str) -> None:
-    for part in parts:
-        value = holder.get(part)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{where} is damaged: '{part}' must be an object or null.")
-        _check_numbers(value, _NUMBERS[part], f"{where}, {part}")
-        if part == "personal" and not _is_paired(value):
-            raise UserError(
-                f"{where} is damaged: 'personal' needs as many 'clients' as 'accuracy' values."
-            )
-
-
-def _check_numbers(holder: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in names:
-        value = holder.get(name)
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is not None and not isinstance(entry, (int, float)):
-                raise UserError(f"{where} is damaged: '{name}' is {entry!r}, not a number.")
-
-
-def _is_paired(personal: Mapping[str, Any]) -> bool:
-    clients, accuracy = personal.get("clients") or [], personal.get("accuracy") or []
-    both = isinstance(clients, list) and isinstance(accuracy, list)
-    return (
-        both
-        and len(clients) == len(accuracy)
-        and all(map(_is_whole, clients))
-        # `_check_numbers` lets None pass, which means not measured elsewhere.
-        and (None not in accuracy)
-    )
-
-
-def _is_mark(mark: Mapping[str, Any]) -> bool:
-    """Whether an entry of `marks` has what `marks.mark_texts` reads."""
-    number = mark.get("diverged_in_round")
-    return (
-        all(_is_whole(mark.get(name)) for name in ("client", "dropped", "asked"))
-        and (number is None or _is_whole(number))
-        and isinstance(mark.get("reason"), str)
-    )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_partition(partition: Mapping[str, Any], path: Path) -> None:
-    """Check that a partition description has consistent counts, before anything is drawn from it.
-
-    Args:
-        partition: The content of `partition.json`.
-        path: Its file, for the error message.
-
-    Raises:
-        UserError: Counts are missing or do not fit together.
-    """
-    try:
-        train_KC = dense(partition["train_counts"], len(partition["class_names"]))
-        fits = True
-        if partition.get("test_counts") is not None:
-            fits = dense(partition["test_counts"], train_KC.shape[1]).shape == train_KC.shape
-        hidden = partition.get("unlabelled_clients") or []
-        fits = fits and set(hidden) <= set(range(len(train_KC)))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{path} is damaged: it needs 'class_names' (C) and 'train_counts', a row per client "
-            "of classes and counts in turn."
-        )
 
 
 def accuracy_of(part: Mapping[str, Any] | None) -> dict[int, float]:
@@ -354,7 +305,7 @@ def split_tests(
 CHECKPOINT, PROMPTS, SUMMARY = "checkpoint.safetensors", "prompts.safetensors", "summary.json"
 
 
-REPORT, PRIVATE = "report.html", "private"
+REPORT, PRIVATE, STRATEGY, TESTED = "report.html", "private", "strategy", "tested.jsonl"
 ERROR = "error.txt"
 """The traceback that a sweep leaves in the folder of a run that failed unexpectedly."""
 

@@ -26,6 +26,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ class PlannedRun:
     def folder(self) -> Path:
         """The run folder."""
         return Path(str(self.config.output.dir))
+
+    # Computed once per run: looking for the next of n runs asks for each of them, n times.
+
+    @cached_property
+    def parts(self) -> str:
+        """A key of the backbone and data that a worker keeps open for the run."""
+        return f"{self.config.backbone!r} {self.config.data!r}"
+
+    @cached_property
+    def point(self) -> tuple[str, str]:
+        """A key of the row and grid values, which runs that differ only in their seed share."""
+        return self.row, json.dumps(dict(self.values), sort_keys=True)
 
 
 def sweep_path(name: str) -> Path:
@@ -180,9 +193,10 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
             shared = _compose(sweep, some, label)
             # A key that takes texts keeps the text, e.g. `yes`, so the table shows it too.
             point = {k: str(v) if _takes_text(shared, k) else point[k] for k, v in typed.items()}
+            hashes = settings_hashes(shared, sweep.seeds)
             for seed in sweep.seeds:
                 config = replace(shared, seed=seed)
-                key = settings_hash(config)
+                key = hashes[seed]
                 if key in by_hash:
                     other = by_hash[key]
                     twin = ", ".join(filter(None, (other.row, describe(other.values))))
@@ -201,7 +215,24 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
 
 def settings_hash(config: Config) -> str:
     """Return ten hex digits that identify a config, ignoring the folders of outputs and cache."""
-    return hashlib.sha256(to_yaml(without_places(config)).encode()).hexdigest()[:10]
+    return settings_hashes(config, [config.seed])[config.seed]
+
+
+def settings_hashes(config: Config, seeds: Sequence[int]) -> dict[int, str]:
+    """Return the `settings_hash` of a config with each of some seeds.
+
+    The config is written as YAML once, which takes longer than everything else in planning a run.
+
+    Args:
+        config: A config.
+        seeds: The seeds that take the place of its own.
+    """
+    text = to_yaml(without_places(config))
+    # The seed is a line of its own at the top level, where no other line can look like it.
+    before, line, after = f"\n{text}".partition(f"\nseed: {config.seed}\n")
+    assert line
+    texts = {seed: f"{before}\nseed: {seed}\n{after}"[1:] for seed in seeds}
+    return {seed: hashlib.sha256(one.encode()).hexdigest()[:10] for seed, one in texts.items()}
 
 
 def yaml_text(value: Any) -> str:

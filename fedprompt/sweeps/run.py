@@ -212,11 +212,11 @@ class RaySweep:
             run = take(
                 self._todo,
                 self._board,
-                lambda r: (_parts(r) != last, _parts(r) in elsewhere),  # noqa: B023  # used at once
+                lambda r: (r.parts != last, r.parts in elsewhere),  # noqa: B023  # used at once
             )
             if run is None:
                 return
-            slot.run, slot.last = run, _parts(run)
+            slot.run, slot.last = run, run.parts
             # The config travels as plain values and is validated by the worker, like one read from
             # a file.
             slot.ref = slot.actor.run.remote(to_dict(run.config), torch.get_num_threads())
@@ -284,11 +284,6 @@ class RaySweep:
             # data.
             self._todo.insert(0, run)
         self._slots[self._slots.index(slot)] = self._spawn()
-
-
-def _parts(run: PlannedRun) -> str:
-    """Return a key of the backbone and data that a worker keeps open for the run."""
-    return f"{run.config.backbone!r} {run.config.data!r}"
 
 
 def _fits(there: float, each: float) -> int:

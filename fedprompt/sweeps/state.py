@@ -96,10 +96,10 @@ def seconds_left(
     usual = fmean(seconds for _, seconds in times)
     alike: dict[tuple[str, str], list[float]] = {}
     for run, seconds in times:
-        alike.setdefault(_point(run), []).append(seconds)
+        alike.setdefault(run.point, []).append(seconds)
     means = {point: fmean(some) for point, some in alike.items()}
     left = [
-        means.get(_point(run), usual) * state.share_left(run)
+        means.get(run.point, usual) * state.share_left(run)
         for run, state in found
         if not state.done
     ]
@@ -108,7 +108,3 @@ def seconds_left(
         # The place that is free first gets the next run.
         heapq.heapreplace(places, places[0] + seconds)
     return max(places)
-
-
-def _point(run: PlannedRun) -> tuple[str, str]:
-    return run.row, json.dumps(dict(run.values), sort_keys=True)

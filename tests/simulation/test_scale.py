@@ -21,6 +21,7 @@ from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
 from fedprompt.experiment import run_folder
 from fedprompt.experiment.display import QuietDisplay
+from fedprompt.experiment.logs import ProgressOfTest
 from fedprompt.experiment.rounds import run_server
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import _zero_shot
@@ -29,7 +30,7 @@ from fedprompt.files import client_log, rows
 from fedprompt.files.places import PENDING
 from fedprompt.files.rows import HEADER, read_row
 from fedprompt.methods.base import Tensors
-from fedprompt.reports.run_data import METRICS, PRIVATE
+from fedprompt.reports.run_data import METRICS, PRIVATE, TESTED
 from fedprompt.rng import generator
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.private_log import PrivateLog
@@ -81,9 +82,15 @@ class Counting(InlineGrid):
     """A grid that counts messages."""
 
     counts: Counts
+    exchanges: int | None = None
+    """Exchanges after which the process dies."""
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
         sent: list[Message] = list(messages)
+        if self.exchanges is not None:
+            if self.exchanges == 0:
+                raise Stop
+            self.exchanges -= 1
         self.counts.messages[self.counts.round] += len(sent)
         return super().send_and_receive(sent, timeout=timeout)
 
@@ -124,7 +131,12 @@ class Stop(Exception):
 def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs the server of a workspace in a folder, counting."""
 
-    def start(workspace: Workspace, name: str, stop_after: int | None = None) -> Any:
+    def start(
+        workspace: Workspace,
+        name: str,
+        stop_after: int | None = None,
+        exchanges: int | None = None,
+    ) -> Any:
         counts = Counts()
 
         def write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -147,6 +159,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         log = CountingLog(path / PRIVATE, workspace.num_clients)
         grid = Counting(workspace, log)
         log.counts = grid.counts = counts
+        grid.exchanges = exchanges
         federation = Federation(workspace, grid)
         with monkeypatch.context() as patch:
             patch.setattr(run_folder, "write_bytes", write)
@@ -195,7 +208,9 @@ def test_bytes_of_a_checkpoint_follow_the_participants(
 ) -> None:
     few, many = (play(make_workspace(k), f"run{k}") for k in (FEW, MANY))
     sizes = [
-        {n for name, n in run[0].written if name.startswith("checkpoint")} for run in (few, many)
+        # Of all rounds but the last, which tests everyone.
+        set([n for name, n in run[0].written if name.startswith("checkpoint")][:ROUNDS])
+        for run in (few, many)
     ]
     assert max(map(len, sizes)) <= 3
     assert abs(max(sizes[0]) - max(sizes[1])) <= 8, "but for the digits of totals"
@@ -249,6 +264,46 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     for file in (path / PRIVATE).iterdir():
         assert (broken / PRIVATE / file.name).read_bytes() == file.read_bytes()
     assert len(list((broken / PRIVATE).iterdir())) == len(list((path / PRIVATE).iterdir()))
+
+
+@pytest.mark.parametrize("tested", [0, 1, 3])
+def test_a_test_of_everyone_goes_on_where_it_was(
+    make_workspace: MakeWorkspace,
+    play: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tested: int,
+) -> None:
+    """Killed between the exchanges of the last round's test: no client trains or answers again."""
+    monkeypatch.setattr("fedprompt.federation.server_app.CLIENTS_AT_ONCE", 64)
+    workspace = make_workspace(FEW)
+    _, whole, log, path = play(workspace, "whole")
+    # In each round before the last, participants train and are tested; in the last one they train,
+    # and everyone is tested in four exchanges.
+    play(workspace, "broken", exchanges=2 * (ROUNDS - 1) + 1 + tested)
+    counts, federation, again, broken = play(workspace, "broken")
+    assert counts.messages.total() == FEW - 64 * tested
+    assert (broken / METRICS).read_bytes() == (path / METRICS).read_bytes()
+    assert states(again) == states(log)
+    assert federation.asked == whole.asked
+    for name, tensor in whole.shared.items():
+        assert federation.shared[name].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_results_of_other_tensors_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    folder, state = RunFolder(tmp_path / "run"), ["a"]
+    record = ProgressOfTest(folder, lambda: state[0])
+    record.add("3", [1, 2], {1: {"tested": 4, "correct": 3}})
+    record.add("3", [5], {5: {"tested": 2, "loss": 1 / 3}})
+    for one in (record, ProgressOfTest(folder, lambda: state[0])):
+        assert one.find("3", [1, 2]) == {1: {"tested": 4, "correct": 3}}
+        assert one.find("3", [5]) == {5: {"tested": 2, "loss": 1 / 3}}
+        assert one.find("3", [1]) is None
+        assert one.find("4", [5]) is None
+    state[0] = "b"
+    assert record.find("3", [5]) is None
+    record.add("3", [5], {})
+    assert len(folder.lines(TESTED)) == 1, "those of the earlier test are removed"
 
 
 def test_lines_name_whom_they_tested(

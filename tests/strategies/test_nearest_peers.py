@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from fedprompt.config.fields import build
@@ -119,3 +120,55 @@ def test_the_average_is_fedavg_s_and_without_peers_nothing_is_sent() -> None:
     bare = cls(cls.Config(), shapes=SHAPES, seed=1)
     bare.aggregate(1, start(), updates([0, 3]))
     assert bare.client_extras(2, 0) == {}
+
+
+def reference(uploads: dict[int, NDArray[np.float32]], client: int, count: int) -> list[int]:
+    """All distances of one client, one after the other."""
+    others = sorted(c for c in uploads if c != client)
+    distance = {c: np.linalg.norm(uploads[c] - uploads[client]) for c in others}
+    return sorted(others, key=lambda c: (distance[c], c))[:count]
+
+
+def test_one_product_finds_whom_all_differences_find() -> None:
+    """Prompts that moved little from one start, with twins and near twins, in any order."""
+    draw = np.random.default_rng(3)
+    start_P = draw.standard_normal((2, 3)).astype(np.float32) * 100
+    clients = draw.permutation(200).tolist()
+    uploads = {c: start_P + 1e-3 * draw.standard_normal((2, 3)).astype(np.float32) for c in clients}
+    uploads |= {c: uploads[clients[0]].copy() for c in clients[1:5]}
+    made = strategy(places=7)
+    made.aggregate(
+        1, start(), [Update(c, {"ctx": a, "other": np.zeros(4)}, 1) for c, a in uploads.items()]
+    )
+    made.before_exchange(clients[:150])
+    for client in clients:
+        expected = reference({c: a.reshape(1, -1) for c, a in uploads.items()}, client, 7)
+        assert made.nearest(client) == expected
+
+
+def test_an_exchange_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = strategy()
+    made.aggregate(1, start(), updates([0, 2, 3, 5]))
+    searched: list[list[int]] = []
+    find = made._find
+    monkeypatch.setattr(made, "_find", lambda clients: searched.append(clients) or find(clients))
+    made.before_exchange([0, 1, 2, 3, 5])
+    for client in (0, 1, 2, 3, 5):
+        made.client_extras(2, client)
+    assert searched == [[0, 2, 3, 5]]
+
+
+def test_a_checkpoint_has_the_uploads_that_are_new() -> None:
+    made, other = strategy(), strategy()
+    made.aggregate(1, start(), updates([0, 2, 5]))
+    first = dict(made.changed_client_states())
+    made.aggregate(2, start(), updates([2, 4], server_round=2))
+    second = dict(made.changed_client_states())
+    assert list(first) == [0, 2, 5]
+    assert list(second) == [2, 4]
+    assert made.common_state() == {}
+    for client, arrays in (first | second).items():
+        other.load_client_state(client, arrays)
+    assert dict(other.changed_client_states()) == {}
+    for name, array in made.state().items():
+        np.testing.assert_array_equal(other.state()[name], array)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedprompt.config.schema import to_yaml
 from fedprompt.config.shipped import configs_dir
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
+from fedprompt.sweeps import plan as plan_module
 from fedprompt.sweeps.plan import (
     expand,
     load_sweep,
     settings_hash,
     sweep_path,
+    without_places,
 )
 from tests.support.sweeps import SHIPPED, TINY, plan, write
 
@@ -59,6 +64,27 @@ class TestPlan:
         moved = replace(config.output, dir="elsewhere", root="other", cache="cache")
         assert settings_hash(replace(config, output=moved)) == settings_hash(config)
         assert settings_hash(replace(config, seed=7)) != settings_hash(config)
+
+    def test_a_cell_is_composed_and_written_once_for_all_seeds(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = Counter[str]()
+        for name in ("compose", "to_yaml"):
+            function = getattr(plan_module, name)
+
+            def counted(*args: Any, name: str = name, function: Any = function) -> Any:
+                calls[name] += 1
+                return function(*args)
+
+            monkeypatch.setattr(plan_module, name, counted)
+        runs = plan(tmp_path, seeds=[1, 2, 30])
+        cells = len(runs) // 3
+        assert calls == {"compose": cells, "to_yaml": cells}
+        monkeypatch.undo()
+        for run in runs:
+            assert run.name.endswith(f"-seed{run.seed}-{settings_hash(run.config)}")
+            text = to_yaml(without_places(run.config))
+            assert settings_hash(run.config) == sha256(text.encode()).hexdigest()[:10]
 
     def test_threads_are_fixed(self, tmp_path: Path) -> None:
         free = "simulation.threads=0"

@@ -82,7 +82,7 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
                 unfinished += 1
                 continue
             # Only finished runs are read, because `load_run` refuses a run that has no round yet.
-            run = load_run(folder)
+            run = load_run(folder, history=False, describe=False)
             flat = flatten(run.config)
             if not all(
                 any(_same(plain(flat.get(key)), value) for value in values)

@@ -23,7 +23,7 @@ from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
 from fedprompt.federation.server_app import Federation
 from fedprompt.reports.partition_figure import partition_figure
-from fedprompt.reports.run_data import check_partition
+from fedprompt.reports.run_checks import check_partition
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
