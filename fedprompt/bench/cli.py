@@ -170,6 +170,27 @@ def overhead(
 
 @app.command()
 def scale(
+    axes: Annotated[
+        str, typer.Option(help="What grows: some of classes, methods, clients, images, runs.")
+    ] = "classes,methods,clients,images,runs",
+    methods: Annotated[
+        str, typer.Option(help="Methods of the axis 'methods', e.g. promptfl,proda; '' for all.")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller sizes.")] = False,
+    backbone: Backbone = "tiny",
+    threads: Threads = 0,
+    json: JsonFile = None,
+) -> None:
+    """Fit how positions, operations and bytes grow with classes, clients, images and runs."""
+    from fedprompt.bench.scale import ScaleOptions, bench_scale
+
+    out = _open("scale", threads, json)
+    names = tuple(filter(None, methods.split(",")))
+    bench_scale(ScaleOptions(tuple(axes.split(",")), names, backbone, quick), out)
+
+
+@app.command()
+def participants(
     clients: Annotated[
         str, typer.Option(help="Numbers of clients, e.g. 100,1000.")
     ] = "100,1000,10000",
@@ -187,13 +208,14 @@ def scale(
     json: JsonFile = None,
 ) -> None:
     """Measure time per participant and peak memory for growing numbers of clients."""
-    from fedprompt.bench.scale import ScaleOptions, bench_scale
+    from fedprompt.bench.participants import ParticipantsOptions, bench_participants
 
-    out = _open("scale", threads, json, device)
+    out = _open("participants", threads, json, device)
     names, on = tuple(methods.split(",")), out.machine["device"]
-    bench_scale(
-        ScaleOptions(numbers(clients), names, participants, rounds, classes, backbone, on), out
+    options = ParticipantsOptions(
+        numbers(clients), names, participants, rounds, classes, backbone, on
     )
+    bench_participants(options, out)
 
 
 @app.command()

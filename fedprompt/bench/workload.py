@@ -96,22 +96,10 @@ def make_workspace(
         features_ND: image features; random ones when None.
         sections: merged over the config.
     """
-    # Random labels suffice: speed does not depend on them, and both implementations get the same.
-    labels_N = make_labels(sizes.images, len(class_names))
     if features_ND is None:
         features_ND = random_features(sizes.images, clip.embed_dim)
     number_N = np.arange(sizes.images, dtype=np.int64)
-    split_N = np.where(number_N < sizes.clients * sizes.per_client, TRAIN, TEST).astype(np.int8)
-    dataset = ImageDataset(
-        name="bench",
-        class_names=tuple(class_names),
-        labels_N=labels_N,
-        split_N=split_N,
-        domains_N=np.zeros(sizes.images, dtype=np.int64),
-        domain_names=("bench",),
-        fingerprint="bench",
-        open_image=_no_picture,
-    )
+    dataset = make_dataset(class_names, sizes.images, sizes.clients * sizes.per_client)
     image_KN = number_N[: sizes.clients * sizes.per_client].reshape(sizes.clients, sizes.per_client)
     holder_N = np.full(sizes.images, SERVER, dtype=np.int64)
     holder_N[image_KN] = np.arange(sizes.clients)[:, None]
@@ -120,6 +108,27 @@ def make_workspace(
     partition = Partition.of_holders(holder_N, part_N, sizes.clients)
     config = settings(sizes.clients, **sections)
     return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND.numpy())])
+
+
+def make_dataset(class_names: Sequence[str], images: int, train: int) -> ImageDataset:
+    """Images of which nothing but the labels exists.
+
+    Args:
+        class_names: names of the classes.
+        images: N.
+        train: how many of them, from the first, are training images.
+    """
+    return ImageDataset(
+        name="bench",
+        class_names=tuple(class_names),
+        # Random labels suffice: speed does not depend on them.
+        labels_N=make_labels(images, len(class_names)),
+        split_N=np.where(np.arange(images) < train, TRAIN, TEST).astype(np.int8),
+        domains_N=np.zeros(images, dtype=np.int64),
+        domain_names=("bench",),
+        fingerprint="bench",
+        open_image=_no_picture,
+    )
 
 
 def make_labels(count: int, classes: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import torch
 from typer.main import get_command
 
 import fedprompt.bench.cli as cli
+import fedprompt.bench.scale as scale
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.compare import (
     MismatchError,
@@ -22,14 +23,14 @@ from fedprompt.bench.flower_engine import available
 from fedprompt.bench.machine import describe_machine, machine
 from fedprompt.bench.output import Output
 from fedprompt.bench.overhead import OverheadOptions, bench_overhead
-from fedprompt.bench.scale import ScaleOptions, measure
+from fedprompt.bench.participants import ParticipantsOptions, measure
 from fedprompt.errors import UserError
 from fedprompt.runtime import cards
 from fedprompt.runtime.cards import Card
 from tests.bench.conftest import KEYS
 
-HOST_ONLY = ["estimates", "placement"]
-"""Commands that count bytes of the CPU's allocator, and that simulate."""
+HOST_ONLY = ["scale", "estimates", "placement"]
+"""Commands that count positions and bytes on the host, and that simulate."""
 linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
 
@@ -88,8 +89,8 @@ def test_a_row_names_the_card_and_the_share_of_its_limit(
 
 
 @pytest.mark.parametrize("method", ["promptfl", "fedrsclip"])
-def test_scale(method: str) -> None:
-    options = ScaleOptions(participants=3, rounds=4, classes=4)
+def test_participants(method: str) -> None:
+    options = ParticipantsOptions(participants=3, rounds=4, classes=4)
     line = measure(options, 6, method)
     assert line["participants"] == 3
     assert line["ours_s"] > 0
@@ -99,6 +100,31 @@ def test_scale(method: str) -> None:
     else:
         assert line["reference_s"] is None
         assert line["stored_mb"] > 0
+
+
+def test_scale(clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = {"classes": (4, 8), "methods": (4, 8), "clients": (10, 20), "images": (500, 2000)}
+    monkeypatch.setattr(scale, "QUICK", {**few, "runs": (2, 4)})
+    monkeypatch.setattr(scale, "random_clip", lambda name: clip)
+    target = tmp_path / "rows.json"
+    options = scale.ScaleOptions(methods=("cocoop", "zero_shot"), quick=True)
+    scale.bench_scale(options, Output("scale", target))
+    rows = json.loads(target.read_text())
+    assert [r["case"] for r in rows] == [
+        "classes, promptfl",
+        "classes, cocoop",
+        "classes, zero_shot",
+        "clients",
+        "images",
+        "runs",
+    ]
+    by_case = {r["case"]: r for r in rows}
+    assert 0 < by_case["classes, promptfl"]["positions_exponent"] < 1
+    # Ten clients train, however many there are.
+    assert by_case["clients"]["positions_exponent"] == pytest.approx(0, abs=1e-9)
+    assert by_case["classes, zero_shot"]["positions_exponent"] is None
+    assert [p["size"] for p in by_case["images"]["points"]] == [500, 2000]
+    assert all(r["peak_mb_law"]["points"] == 2 for r in rows if r["case"] != "classes, zero_shot")
 
 
 def test_overhead(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -120,7 +146,7 @@ def test_overhead(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     [
         ("overhead", "--clients", "4", "--rounds", "1", "--engine-clients", "4"),
         ("memory", "--backbone", "tiny", "--classes", "3", "--workers", "1"),
-        ("scale", "--clients", "5,8", "--participants", "3", "--rounds", "4"),
+        ("participants", "--clients", "5,8", "--participants", "3", "--rounds", "4"),
         ("step", "--backbone", "tiny", "--classes", "5", "--context", "4", "--repeats", "1"),
     ],
     ids=lambda a: a[0],
@@ -156,6 +182,7 @@ def test_a_mismatch_is_one_line_and_exit_status_1(
         (["step", "--classes", "0"], "whole numbers"),
         (["step", "--backbone", "tiny", "--classes", "346"], "346 classes"),
         (["step", "--backbone", "tny", "--classes", "5"], "'tiny'"),
+        (["scale", "--axes", "clases"], "'classes'"),
         (["step", "--json", "/nowhere/rows.json"], "/nowhere/rows.json"),
         (["scale", "--methods", "promptfll", "--clients", "5"], "promptfl"),
     ],
