@@ -29,7 +29,7 @@ from fedprompt.runtime import cards
 from fedprompt.runtime.cards import Card
 from tests.bench.conftest import KEYS
 
-HOST_ONLY = ["scale", "estimates", "placement"]
+HOST_ONLY = ["estimates", "scale", "placement"]
 """Commands that count positions and bytes on the host, and that simulate."""
 linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
@@ -104,7 +104,7 @@ def test_participants(method: str) -> None:
 
 def test_scale(clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few = {"classes": (4, 8), "methods": (4, 8), "clients": (10, 20), "images": (500, 2000)}
-    monkeypatch.setattr(scale, "QUICK", {**few, "runs": (2, 4)})
+    monkeypatch.setattr(scale, "QUICK", {**few, "runs": (2, 3)})
     monkeypatch.setattr(scale, "random_clip", lambda name: clip)
     target = tmp_path / "rows.json"
     options = scale.ScaleOptions(methods=("cocoop", "zero_shot"), quick=True)
