@@ -4,6 +4,11 @@ The server scores the global model here, and the clients' side scores personal m
 clients. Scoring has two steps: a method's `encode` runs the class prompts through the text tower
 once per model, then `logits` is called for batches of images of bounded size.
 
+What is common to all clients is computed once per process: with a workspace's `memo`, equal shared
+tensors are encoded once, and the logits of one model on the server's images are computed once,
+however many blocks of clients and protocols ask for them. Only models without private tensors are
+remembered (see `Memo`).
+
 Shape suffixes: K clients, B images of a batch, N images of a test set, C classes.
 """
 
@@ -21,7 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedprompt.backbone.memo import Memo
 from fedprompt.data.features.inputs import Inputs
+from fedprompt.files.tensors import checksum
 from fedprompt.methods.base import Method, Tensors, stack
 from fedprompt.statistics import sample_std
 
@@ -99,7 +106,11 @@ def personal_statistics(accuracy: Sequence[float]) -> Personal | None:
 
 @torch.no_grad()
 def score_global(
-    method: Method, shared: Tensors, inputs_N: Inputs, labels_N: Tensor
+    method: Method,
+    shared: Tensors,
+    inputs_N: Inputs,
+    labels_N: Tensor,
+    memo: Memo | None = None,
 ) -> Score | None:
     """Score the shared prompts alone on a test set.
 
@@ -108,33 +119,41 @@ def score_global(
         shared: shared tensors, without a client axis.
         inputs_N: the test images (N, ...).
         labels_N: their class indices (N,).
+        memo: remembers the model and its logits, for images that live as long as the memo.
 
     Returns:
         The score, or None if the method has no global model.
     """
     if not method.has_global:
         return None
-    return _score(method, encode_global(method, shared), inputs_N, labels_N)[0]
+    return _score(method, encode_global(method, shared, memo), inputs_N, labels_N, memo)[0]
 
 
 @torch.no_grad()
-def encode_global(method: Method, shared: Tensors) -> Tensors:
+def encode_global(method: Method, shared: Tensors, memo: Memo | None = None) -> Tensors:
     """Encode the shared prompts alone, as a model with client axis 1.
 
     Args:
         method: a method that has a global model.
         shared: shared tensors, without a client axis.
+        memo: remembers the result.
 
     Returns:
         The result of `method.encode` (1, ...), on the device of the backbone.
     """
-    device = method.clip.device
-    return method.encode({n: v[None].to(device) for n, v in shared.items()}, None)
+
+    def encode() -> Tensors:
+        return method.encode(stack([shared], method.clip.device), None)
+
+    return encode() if memo is None else memo.recall((method, checksum(shared)), encode)
 
 
 @torch.no_grad()
 def encode_personal(
-    method: Method, shared: Sequence[Tensors], private: Sequence[Tensors]
+    method: Method,
+    shared: Sequence[Tensors],
+    private: Sequence[Tensors],
+    memo: Memo | None = None,
 ) -> Tensors:
     """Encode the models of K clients.
 
@@ -145,6 +164,8 @@ def encode_personal(
         method: the method.
         shared: per client, its shared tensors, without a client axis.
         private: per client, its private tensors, without a client axis.
+        memo: remembers the result if all clients have the same model, for which the global model
+            is encoded as well. A model with private tensors is not remembered.
 
     Returns:
         Encoded tensors with client axis K, or 1 where all clients have the same tensor.
@@ -154,7 +175,14 @@ def encode_personal(
     device, models = method.clip.device, list(shared)
     if all(_equal(other, models[0]) for other in models[1:]):
         models = models[:1]
-    return method.encode(stack(models, device), stack(list(private), device))
+
+    def encode() -> Tensors:
+        return method.encode(stack(models, device), stack(list(private), device))
+
+    if memo is None or len(models) > 1 or any(private):
+        return encode()
+    # Without private tensors, `encode` returns the global model, bit for bit.
+    return memo.recall((method, checksum(models[0])), encode)
 
 
 def model_of(encoded: Tensors, client: int) -> Tensors:
@@ -172,7 +200,12 @@ def model_of(encoded: Tensors, client: int) -> Tensors:
 
 @torch.no_grad()
 def score_models(
-    method: Method, encoded: Tensors, clients: int, inputs_N: Inputs, labels_N: Tensor
+    method: Method,
+    encoded: Tensors,
+    clients: int,
+    inputs_N: Inputs,
+    labels_N: Tensor,
+    memo: Memo | None = None,
 ) -> list[Score]:
     """Score encoded models on one common test set.
 
@@ -182,12 +215,13 @@ def score_models(
         clients: number of clients K.
         inputs_N: the test images (N, ...).
         labels_N: their class indices (N,).
+        memo: remembers the logits, as in `logits_of`.
 
     Returns:
         One score per client.
     """
     # A single model for all clients is scored once, and its score is repeated.
-    scores = _score(method, encoded, inputs_N, labels_N)
+    scores = _score(method, encoded, inputs_N, labels_N, memo)
     return scores if len(scores) == clients else scores * clients
 
 
@@ -223,21 +257,23 @@ def score_each(
 
 
 @torch.no_grad()
-def logits_of(method: Method, encoded: Tensors, inputs_N: Inputs) -> Iterator[Tensor]:
+def logits_of(
+    method: Method, encoded: Tensors, inputs_N: Inputs, memo: Memo | None = None
+) -> Iterator[Tensor]:
     """Compute the logits of one encoded model, batch by batch.
 
     Args:
         method: the method.
         encoded: one encoded model, with client axis 1.
         inputs_N: images (N, ...).
+        memo: remembers the logits. It may be given only for a model without private tensors, and
+            for images that live as long as the memo, such as the server's.
 
     Yields:
         Logits (B, C) of consecutive batches of bounded size, as float32 on the CPU.
     """
-    batch_size = _batch_size(method)
-    for first in range(0, len(inputs_N), batch_size):
-        batch = inputs_N[first : first + batch_size].of_one().on(method.clip.device)
-        yield method.logits(encoded, batch)[0].float().cpu()
+    for logits_1BC in _logits(method, encoded, inputs_N, 1, memo):
+        yield logits_1BC[0].cpu()
 
 
 @torch.no_grad()
@@ -271,25 +307,55 @@ def _equal(a: Tensors, b: Tensors) -> bool:
     return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
 
 
-def _score(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> list[Score]:
+def _score(
+    method: Method,
+    encoded: Tensors,
+    inputs_N: Inputs,
+    labels_N: Tensor,
+    memo: Memo | None = None,
+) -> list[Score]:
     """Scores of K encoded models on one test set, a bounded number of images at a time."""
     clients = max(v.shape[0] for v in encoded.values())
     correct_K, unanswered_K = np.zeros((2, clients), dtype=np.int64)
     loss_K = np.zeros(clients)
-    # Every image is scored by all K models in one call, so K divides the batch.
-    batch_size = max(1, _batch_size(method) // clients)
-    for first in range(0, len(labels_N), batch_size):
-        part = slice(first, first + batch_size)
-        hits_KB, losses_KB = _outcomes(
-            method, encoded, inputs_N[part].of_one(), labels_N[part][None]
-        )
+    first = 0
+    for logits_KBC in _logits(method, encoded, inputs_N, clients, memo):
+        last = first + logits_KBC.shape[1]
+        hits_KB, losses_KB = _judged(logits_KBC, labels_N[None, first:last])
         correct_K += hits_KB.sum(-1)
         unanswered_K += np.isnan(losses_KB).sum(-1)
         loss_K += losses_KB.sum(-1)
+        first = last
     return [
         Score(int(correct), len(labels_N), _or_infinity(loss), int(unanswered))
         for correct, loss, unanswered in zip(correct_K, loss_K, unanswered_K, strict=True)
     ]
+
+
+@torch.no_grad()
+def _logits(
+    method: Method, encoded: Tensors, inputs_N: Inputs, clients: int, memo: Memo | None = None
+) -> Iterator[Tensor]:
+    """Logits (K, B, C) of K encoded models, float32, for consecutive batches of bounded size."""
+    # Every image is scored by all K models in one call, so K divides the batch.
+    batch_size = max(1, _batch_size(method) // clients)
+
+    def compute() -> Iterator[Tensor]:
+        for first in range(0, len(inputs_N), batch_size):
+            batch = inputs_N[first : first + batch_size].of_one().on(method.clip.device)
+            # Argmax and loss are taken in float32, whatever the precision of the backbone.
+            yield method.logits(encoded, batch).float()
+
+    # Logits that no memo holds are not gathered either: only one batch is in memory.
+    gathered = 4 * len(inputs_N) * len(method.task.class_names)
+    if memo is None or clients > 1 or not 0 < gathered <= memo.max_bytes:
+        yield from compute()
+        return
+    known = memo.recall(
+        (method, inputs_N, checksum(encoded)), lambda: {"logits": torch.cat(list(compute()), dim=1)}
+    )
+    # In the batches in which they were computed, so that the sums of losses keep their order.
+    yield from known["logits"].split(batch_size, dim=1)
 
 
 def _score_one_model(
@@ -369,14 +435,17 @@ def _in_parts(
 def _outcomes(
     method: Method, encoded: Tensors, inputs_KB: Inputs, labels_KB: Tensor
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """The outcomes of one batch, see `_judged`."""
+    # Argmax and loss are taken in float32, whatever the precision of the backbone.
+    return _judged(method.logits(encoded, inputs_KB.on(method.clip.device)).float(), labels_KB)
+
+
+def _judged(logits_KBC: Tensor, labels_KB: Tensor) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Whether each image is classified correctly, and its cross-entropy: both (K, B).
 
     The cross-entropy is NaN if and only if the best logit is not finite; such an image is wrong.
     """
-    device = method.clip.device
-    # Argmax and loss are taken in float32, whatever the precision of the backbone.
-    logits_KBC = method.logits(encoded, inputs_KB.on(device)).float()
-    targets_KB = labels_KB.to(device).expand(logits_KBC.shape[:2])
+    targets_KB = labels_KB.to(logits_KBC.device).expand(logits_KBC.shape[:2])
     hits_KB = logits_KBC.argmax(-1) == targets_KB
     losses = F.cross_entropy(logits_KBC.flatten(0, 1), targets_KB.flatten(), reduction="none")
     losses_KB = losses.view_as(hits_KB)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.memo import Memo
 from fedprompt.config.schema import Config, TrainingConfig
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.inputs import Inputs
@@ -34,7 +35,8 @@ class Workspace:
 
     The server and the simulated clients of a process use the same workspace. On a node of a
     deployment it holds the images of that node's client alone. Nothing that training changes is
-    stored here, so private tensors cannot leak from one client to another through it.
+    stored here but for the `memo`, which holds results of shared tensors only; so private tensors
+    cannot leak from one client to another through it.
 
     Args:
         config: the whole experiment.
@@ -44,6 +46,9 @@ class Workspace:
         views: features of all images, one table per view of `data.views`. View 0 is the image
             without augmentation; all tests use this view.
         held_out: what an evaluation protocol has taken out of the data set, or None.
+
+    Attributes:
+        memo: what has been computed from the shared tensors that are evaluated now.
 
     Raises:
         UserError: the method does not fit the backbone or the class names.
@@ -68,6 +73,7 @@ class Workspace:
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
+        self.memo = Memo()
 
     def with_method(self, method_config: Any, training: TrainingConfig | None = None) -> Workspace:
         """A workspace with the same data and backbone and another method, such as a baseline.
@@ -242,7 +248,8 @@ class Workspace:
         """The server's test images (n, ...) and their labels (n,)."""
         return self._server_test
 
-    # Gathered once, since the server scores all of them in every evaluated round.
+    # Gathered once, since all of them are scored in every evaluated round; a memo knows them by
+    # identity.
 
     @cached_property
     def _server_test(self) -> tuple[Inputs, Tensor]:
@@ -252,14 +259,18 @@ class Workspace:
     def _server_validation(self) -> tuple[Inputs, Tensor]:
         return self._rows(self.partition.server_validation)
 
+    @cached_property
+    def _held_out_test(self) -> tuple[Inputs, Tensor]:
+        assert self.held_out is not None
+        inputs = self.views[0].rows(self.held_out.index_N)
+        return inputs, torch.from_numpy(self.held_out.labels_N)
+
     def held_out_test(self) -> tuple[Inputs, Tensor]:
         """The held-out images (n, ...) and their labels (n,).
 
         After `hold_out_classes` the labels index the held-out class names, not the experiment's.
         """
-        assert self.held_out is not None
-        inputs = self.views[0].rows(self.held_out.index_N)
-        return inputs, torch.from_numpy(self.held_out.labels_N)
+        return self._held_out_test
 
     def start_private(self, client: int) -> Tensors:
         """A client's private tensors before its first training.

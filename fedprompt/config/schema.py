@@ -267,6 +267,13 @@ class EvaluationConfig:
         gt=0,
     )
     personal_on_global: bool = option(True, "also test personal models on the server test set")
+    personal_on_global_every: int | None = option(
+        None,
+        "n = in evaluated rounds divisible by n, and at the end; 0 = at the end only; null = in "
+        "every evaluated round if that is affordable beside the training, which is said at the "
+        "start, else at the end",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,11 @@ class NodeFederation(Federation):
             return super().training_images(client)
         return sum(self.nodes.reports[client].train_C)
 
+    @property
+    def clients_hold_server_test(self) -> bool:
+        """Whether every node opens the whole data set; those with own folders hold theirs alone."""
+        return self.workspace.dataset.owners_N is None
+
     def zero_shot_elsewhere(self) -> dict[str, Any]:
         """Zero-shot accuracy on the nodes' own images, which only the nodes can measure."""
         if self.workspace.dataset.owners_N is None:

@@ -96,6 +96,8 @@ def run_server(
     federation.recall(recorded)
     for text in mark_texts({"marks": marks(recorded, federation.asked)}):
         display.message(f"so far: {text}")
+    if note := federation.common_test.note:
+        display.message(note)
     line = recorded[-1] if recorded else {}
     display.start(f"{config.experiment}: {config.method.name}", rounds, first)
     began = time.monotonic()

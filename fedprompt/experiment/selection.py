@@ -131,8 +131,18 @@ def _objective_at(line: Line, settings: EvaluationConfig) -> float | None:
 def _at_rounds(lines: Sequence[Line], name: str, rounds: Mapping[int, int]) -> Any:
     """A part of personal accuracies, with every client's of its own round.
 
-    A client without validation images has its last accuracy.
+    A client without validation images has its last accuracy. None if the part was not measured in
+    the chosen rounds of all clients, as `evaluation.personal_on_global_every` allows: the mean of
+    some clients, or of other rounds, would not be that of the reported models.
     """
+    missing = [
+        client
+        for line in lines
+        for client in _by_client(line, "personal")
+        if line["round"] == rounds.get(client) and _part(line, name) is None
+    ]
+    if missing:
+        return None
     accuracy: dict[int, float] = {}
     not_finite: dict[int, bool] = {}
     for line in lines:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -23,13 +24,15 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.federation.client_app import PROTOCOLS, reported_counts
+from fedprompt.federation.client_app import COMMON, PROTOCOLS, reported_counts
+from fedprompt.federation.common_test import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.scores import finite, personal_scores
 from fedprompt.federation.screening import (
     COMMON_COUNTS,
+    NOT_FINITE,
     TEST_COUNTS,
     VALIDATION_COUNTS,
     Row,
@@ -171,6 +174,20 @@ class Federation:
         """
         return len(self.workspace.partition.train(client))
 
+    @property
+    def clients_hold_server_test(self) -> bool:
+        """Whether the clients have the server's test images; in a simulation they always do."""
+        return True
+
+    @cached_property
+    def common_test(self) -> CommonTest:
+        """When the personal models are tested on the server's test images, decided once."""
+        if not self.clients_hold_server_test:
+            return CommonTest()
+        trainable = self.workspace.partition.trainable
+        images = [self.training_images(client) for client in trainable]
+        return decide(self.workspace, self.strategy, images)
+
     def zero_shot_elsewhere(self) -> dict[str, Any]:
         """Zero-shot results that only clients can measure; in a simulation there are none."""
         return {}
@@ -186,6 +203,8 @@ class Federation:
         Returns:
             The training part of the round's line in `metrics.jsonl`.
         """
+        # The tensors that have been evaluated so far will not be evaluated again.
+        self.workspace.memo.clear()
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
         if self.config.privacy.noise:
@@ -263,8 +282,9 @@ class Federation:
 
         Returns:
             The parts `global`, `personal` and `personal_on_global` of the round's line; a part is
-            None if the config does not ask for it or nothing could be tested. If there are
-            validation images, `validation` has the parts `global` and `personal` on those.
+            None if the config does not ask for it, not in this round (`common_test`) or nothing
+            could be tested. If there are validation images, `validation` has the parts `global` and
+            `personal` on those.
         """
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
         validation: dict[str, Any] = {"global": None, "personal": None}
@@ -274,8 +294,16 @@ class Federation:
             validation["global"] = self._global_part(*workspace.server_validation())
         if "personalised" in protocols:
             asked = self.strategy.clients if clients is None else clients
-            ranges = count_ranges(*reported_counts(workspace))
-            rows = dict(self._client_rows(server_round, asked, self._eval_arrays(), ranges))
+            last = self.config.federation.rounds if self.method.trainable else 0
+            common = self.common_test.due(server_round, last=server_round == last)
+            measured = common and not self.common_test.is_global
+            ranges = count_ranges(*reported_counts(workspace, common=measured))
+            settings = {COMMON: True} if measured else {}
+            rows = dict(
+                self._client_rows(server_round, asked, self._eval_arrays(), ranges, settings)
+            )
+            if common and not measured:
+                self._add_global_score(rows)
             line["personal"] = personal_scores(rows, TEST_COUNTS)
             line["personal_on_global"] = personal_scores(rows, COMMON_COUNTS)
             validation["personal"] = personal_scores(rows, VALIDATION_COUNTS)
@@ -291,11 +319,26 @@ class Federation:
         # A server without images has no accuracy, and 0 of 0 is not 0 %.
         if not len(labels_N):
             return None
-        score = score_global(self.method, self.shared, inputs_N, labels_N)
+        memo = self.workspace.memo
+        score = score_global(self.method, self.shared, inputs_N, labels_N, memo)
         if score is None:
             return None
         part = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
         return part | ({"unanswered": score.unanswered} if score.unanswered else {})
+
+    def _add_global_score(self, rows: Mapping[int, Row]) -> None:
+        """Add the global model's score on the server's test images to every client's row.
+
+        Where it is every client's model (`CommonTest.is_global`), clients would report the same.
+        """
+        test = self.workspace.server_test()
+        score = score_global(self.method, self.shared, *test, self.workspace.memo)
+        assert score is not None
+        tested, correct = COMMON_COUNTS
+        for row in rows.values():
+            row |= {tested: score.tested, correct: score.correct}
+            if score.unanswered:
+                row[NOT_FINITE] = 1
 
     def _eval_arrays(self) -> ArrayRecord:
         """The shared tensors that are evaluated, as they are sent."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from fedprompt.backbone.memo import Memo
 from fedprompt.config.fields import option
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.inputs import Inputs
@@ -111,7 +112,8 @@ class BaseToNew(Reported):
             return None
         # The protocol `global` measures the base classes in every evaluated round.
         new = _tests(workspace, self.options)[1]
-        score = score_global(workspace.method_for(new.task), shared, new.inputs_N, new.labels_N)
+        method, memo = workspace.method_for(new.task), workspace.memo
+        score = score_global(method, shared, new.inputs_N, new.labels_N, memo)
         return None if score is None else {"new": score.accuracy}
 
     def measure_clients(
@@ -126,8 +128,11 @@ class BaseToNew(Reported):
         for test in _possible(workspace, self.options):
             # Other class names need another method object and their own encoding.
             method = workspace.method_for(test.task)
-            encoded = encode_personal(method, shared, private)
-            scores = score_models(method, encoded, len(clients), test.inputs_N, test.labels_N)
+            # Models without private tensors are the same in all blocks of clients.
+            memo = None if any(private) else workspace.memo
+            encoded = encode_personal(method, shared, private, memo)
+            images = test.inputs_N, test.labels_N
+            scores = score_models(method, encoded, len(clients), *images, memo)
             for row, score in zip(rows, scores, strict=True):
                 assert score.accuracy is not None
                 row[test.name] = score.accuracy
@@ -144,13 +149,19 @@ class BaseToNew(Reported):
         zero_shot = method_class("zero_shot")
         # Zero-shot is built for each list of names, so that it competes under the same conditions.
         by_task = {t.task: zero_shot(zero_shot.Config(), workspace.clip, t.task) for t in tests}
-        rows = [_row("zero-shot", {t.name: _accuracy(by_task[t.task], {}, t) for t in tests})]
+        rows = [
+            _row(
+                "zero-shot",
+                {t.name: _accuracy(by_task[t.task], {}, t) for t in tests},
+            )
+        ]
         method = workspace.method
         why = method.no_transfer_reason
         possible = _possible(workspace, self.options)
         if method.has_global:
             accuracy = {
-                t.name: _accuracy(workspace.method_for(t.task), run.shared, t) for t in possible
+                t.name: _accuracy(workspace.method_for(t.task), run.shared, t, workspace.memo)
+                for t in possible
             }
             rows.append(_row("global", accuracy, why=why))
         else:
@@ -240,9 +251,11 @@ def _possible(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
     return [test for test in tests if transfers or test.task == workspace.task]
 
 
-def _accuracy(method: Method, shared: Tensors, test: _Test) -> float | None:
-    encoded = encode_global(method, shared)
-    return score_models(method, encoded, 1, test.inputs_N, test.labels_N)[0].accuracy
+def _accuracy(
+    method: Method, shared: Tensors, test: _Test, memo: Memo | None = None
+) -> float | None:
+    encoded = encode_global(method, shared, memo)
+    return score_models(method, encoded, 1, test.inputs_N, test.labels_N, memo)[0].accuracy
 
 
 def _row(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from fedprompt.backbone.memo import Memo
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.evaluation.metrics import Reliability
@@ -63,7 +64,7 @@ class Calibration(Reported):
     ) -> list[Numbers]:
         """Sums per bin over each client's own test images; see `Protocol.measure_clients`."""
         method = workspace.method
-        encoded = encode_personal(method, shared, private)
+        encoded = encode_personal(method, shared, private, workspace.memo)
         return [
             _numbers(self._reliability(method, model_of(encoded, k), *workspace.test_data(client)))
             for k, client in enumerate(clients)
@@ -85,8 +86,8 @@ class Calibration(Reported):
         reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
         models = {"zero-shot": self._reliability(reference, encode_global(reference, {}), *test)}
         if workspace.method.has_global:
-            encoded = encode_global(workspace.method, run.shared)
-            models["global"] = self._reliability(workspace.method, encoded, *test)
+            encoded = encode_global(workspace.method, run.shared, workspace.memo)
+            models["global"] = self._reliability(workspace.method, encoded, *test, workspace.memo)
         own = _pooled(run.clients.values(), bins)
         # Clients that were not asked, or have no test images, report no sums.
         if own.count_M.sum():
@@ -94,11 +95,16 @@ class Calibration(Reported):
         return {"bins": bins, "models": {name: _part(found) for name, found in models.items()}}
 
     def _reliability(
-        self, method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor
+        self,
+        method: Method,
+        encoded: Tensors,
+        inputs_N: Inputs,
+        labels_N: Tensor,
+        memo: Memo | None = None,
     ) -> Reliability:
         total = Reliability.of([], [], self.options.bins)
         first = 0
-        for logits_BC in logits_of(method, encoded, inputs_N):
+        for logits_BC in logits_of(method, encoded, inputs_N, memo):
             confidence_B, predicted_B = logits_BC.double().softmax(-1).max(-1)
             correct_B = predicted_B == labels_N[first : first + len(logits_BC)]
             # Rounding can put a probability slightly above 1.

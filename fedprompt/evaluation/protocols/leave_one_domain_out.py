@@ -87,7 +87,7 @@ class LeaveOneDomainOut(Reported):
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """Accuracy of the global model on the unseen domain; see `Protocol.measure_round`."""
-        score = score_global(workspace.method, shared, *workspace.held_out_test())
+        score = score_global(workspace.method, shared, *workspace.held_out_test(), workspace.memo)
         return None if score is None else {"unseen": score.accuracy}
 
     def measure_clients(
@@ -98,9 +98,11 @@ class LeaveOneDomainOut(Reported):
         private: Sequence[Tensors],
     ) -> list[Numbers]:
         """Result of every personal model on the unseen domain; see `Protocol.measure_clients`."""
-        encoded = encode_personal(workspace.method, shared, private)
-        test = workspace.held_out_test()
-        scores = score_models(workspace.method, encoded, len(clients), *test)
+        method, test = workspace.method, workspace.held_out_test()
+        # Models without private tensors are the same in all blocks of clients.
+        memo = None if any(private) else workspace.memo
+        encoded = encode_personal(method, shared, private, memo)
+        scores = score_models(method, encoded, len(clients), *test, memo)
         return [
             {"correct-unseen": score.correct, "tested-unseen": score.tested} for score in scores
         ]
@@ -117,7 +119,8 @@ class LeaveOneDomainOut(Reported):
         reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
         models = {"zero-shot": (reference, encode_global(reference, {}))}
         if workspace.method.has_global:
-            models["global"] = (workspace.method, encode_global(workspace.method, run.shared))
+            encoded = encode_global(workspace.method, run.shared, workspace.memo)
+            models["global"] = (workspace.method, encoded)
         domains_N = workspace.dataset.domains_N[workspace.partition.server_test]
         inputs, labels = workspace.server_test()
         rows: list[dict[str, Any]] = []
@@ -128,8 +131,9 @@ class LeaveOneDomainOut(Reported):
                 score = score_models(method, encoded, 1, inputs[rows_N], labels[rows_N])[0]
                 by_domain[name] = score.accuracy
             # Over all images: domains differ in size, so this is not the mean of their accuracies.
-            seen = score_models(method, encoded, 1, inputs, labels)[0]
-            unseen = score_models(method, encoded, 1, *workspace.held_out_test())[0]
+            memo = workspace.memo
+            seen = score_models(method, encoded, 1, inputs, labels, memo)[0]
+            unseen = score_models(method, encoded, 1, *workspace.held_out_test(), memo)[0]
             rows.append(
                 {
                     "model": model,

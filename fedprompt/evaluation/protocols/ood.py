@@ -145,7 +145,8 @@ class Ood(Reported):
         reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
         models = {"zero-shot": (reference, encode_global(reference, {}))}
         if workspace.method.has_global:
-            models["global"] = (workspace.method, encode_global(workspace.method, run.shared))
+            encoded = encode_global(workspace.method, run.shared, workspace.memo)
+            models["global"] = (workspace.method, encoded)
         why_not = self._why_not_local(workspace)
         known, *others = self._images(workspace)
         rows, histogram = [], {}
@@ -249,7 +250,10 @@ class Ood(Reported):
         # A method's logits are cosines times CLIP's logit scale, which MCM does not use.
         at = self.options.temperature * workspace.clip.logit_scale
         whole_N = np.concatenate(
-            [_highest(x, at).numpy() for x in logits_of(method, encoded, images.inputs_N)]
+            [
+                _highest(x, at).numpy()
+                for x in logits_of(method, encoded, images.inputs_N, workspace.memo)
+            ]
         )
         if not local:
             return {"MCM": whole_N}

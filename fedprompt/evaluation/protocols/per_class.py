@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from fedprompt.backbone.memo import Memo
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.evaluation.metrics import Ints, confusion
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
@@ -58,7 +59,7 @@ class PerClass(Reported):
     ) -> list[Numbers]:
         """Counts per class over each client's own test images; see `Protocol.measure_clients`."""
         method = workspace.method
-        encoded = encode_personal(method, shared, private)
+        encoded = encode_personal(method, shared, private, workspace.memo)
         rows: list[Numbers] = []
         for k, client in enumerate(clients):
             counts_CC = _confusion(method, model_of(encoded, k), *workspace.test_data(client))
@@ -86,8 +87,8 @@ class PerClass(Reported):
         shown = _confusion(reference, encode_global(reference, {}), *test)
         models = {"zero-shot": _accuracy(shown)}
         if workspace.method.has_global:
-            encoded = encode_global(workspace.method, run.shared)
-            shown = _confusion(workspace.method, encoded, *test)
+            encoded = encode_global(workspace.method, run.shared, workspace.memo)
+            shown = _confusion(workspace.method, encoded, *test, workspace.memo)
             models["global"] = _accuracy(shown)
         if run.clients:
             # Counts are added and then divided: a client may have no images of a class.
@@ -166,12 +167,18 @@ class PerClass(Reported):
         )
 
 
-def _confusion(method: Method, encoded: Tensors, inputs_N: Inputs, labels_N: Tensor) -> Ints:
+def _confusion(
+    method: Method,
+    encoded: Tensors,
+    inputs_N: Inputs,
+    labels_N: Tensor,
+    memo: Memo | None = None,
+) -> Ints:
     """The confusion matrix (C, C) of one encoded model on a test set."""
     classes = len(method.task.class_names)
     total = np.zeros((classes, classes), dtype=np.int64)
     first = 0
-    for logits_BC in logits_of(method, encoded, inputs_N):
+    for logits_BC in logits_of(method, encoded, inputs_N, memo):
         labels_B = labels_N[first : first + len(logits_BC)]
         total += confusion(labels_B.numpy(), logits_BC.argmax(-1).numpy(), classes)
         first += len(logits_BC)

@@ -1,0 +1,75 @@
+"""How an evaluation grows with the number of clients, counted in positions through the towers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.features.table import FeatureTable
+from fedprompt.data.partition import make_partition
+from fedprompt.federation.common_test import count_positions
+from fedprompt.federation.server_app import Federation
+from fedprompt.methods.base import Method
+from fedprompt.simulation.inline_grid import InlineGrid
+from fedprompt.workspace import Workspace
+from tests.support.builders import small_config
+
+
+@pytest.fixture
+def federation(
+    method: Method, clip: FrozenCLIP, dataset: ImageDataset, columns: FeatureTable
+) -> Federation:
+    """Eight clients, each of them a block, as on a large backbone."""
+    config = small_config(
+        method={"name": method.name},
+        strategy={"name": "auto"},
+        partition={"clients": 8, "scheme": "iid"},
+        simulation={"clients_per_block": 1},
+    )
+    partition = make_partition(dataset, config.partition, config.seed)
+    workspace = Workspace(config, clip, dataset, partition, [columns])
+    federation = Federation(workspace, InlineGrid(workspace))
+    federation.join()
+    return federation
+
+
+def test_only_own_images_and_private_tensors_cost_more_with_more_clients(
+    federation: Federation,
+) -> None:
+    workspace, test = federation.workspace, federation.common_test
+    one = count_positions(workspace)
+    private = workspace.method.init_private(workspace.config.seed, 0)
+    assert test.is_global == (not private and not workspace.extras_shapes)
+
+    def positions(clients: int) -> int:
+        """Positions of an evaluation, apart from the clients' own test images."""
+        before = workspace.clip.positions_encoded
+        line = federation.evaluate(0, range(clients))
+        assert line["personal_on_global"]["clients"] == list(range(clients))
+        workspace.memo.clear()  # as training does
+        own = sum(len(workspace.partition.test(client)) for client in range(clients))
+        return workspace.clip.positions_encoded - before - own * one.image
+
+    two, four, eight = (positions(clients) for clients in (2, 4, 8))
+    images = len(workspace.partition.server_test)
+    if test.is_global:
+        # The model is encoded once and scored once on the server's images, for all clients.
+        assert two == four == eight == one.model + images * one.image
+    else:
+        each = one.model + images * (one.private or one.image)
+        assert (four - two, eight - four) == (2 * each, 4 * each)
+
+
+def test_one_model_of_everyone_has_one_score(federation: Federation) -> None:
+    """Clients who are asked answer what the server writes without asking them, bit for bit."""
+    if not federation.common_test.is_global:
+        pytest.skip("every client has a model of its own")
+    lines = []
+    for is_global in (True, False):
+        federation.common_test = replace(federation.common_test, is_global=is_global)
+        lines.append(federation.evaluate(0))
+    assert lines[0] == lines[1]
+    assert set(lines[0]["personal_on_global"]["accuracy"]) == {lines[0]["global"]["accuracy"]}
