@@ -270,8 +270,8 @@ class EvaluationConfig:
     personal_on_global_every: int | None = option(
         None,
         "n = in evaluated rounds divisible by n, and at the end; 0 = at the end only; null = in "
-        "every evaluated round if that is affordable beside the training, which is said at the "
-        "start, else at the end",
+        "every evaluated round, or at the end only if that is not affordable beside the training "
+        "(the run says so at its start)",
         ge=0,
     )
 

@@ -23,19 +23,12 @@ from flwr.app import (
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
-from fedprompt.federation.screening import (
-    COMMON_COUNTS,
-    NOT_FINITE,
-    TEST_COUNTS,
-    VALIDATION_COUNTS,
-)
-from fedprompt.files.tensors import checksum
+from fedprompt.federation.personal_test import count_correct
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
 from fedprompt.privacy.local_noise import protected
 from fedprompt.runtime.peer_text import sanitised
-from fedprompt.scoring import encode_personal, score_each, score_models
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
@@ -130,21 +123,6 @@ def _train(
     return replies, {c: tensors for c, tensors in changed.items() if tensors}
 
 
-def reported_counts(workspace: Workspace, *, common: bool) -> list[tuple[str, str]]:
-    """The pairs of metrics that every client of an experiment reports in an evaluation.
-
-    Args:
-        workspace: tells whether clients have validation images.
-        common: whether the message asks for the server's test images as well (`COMMON`).
-    """
-    counts = [TEST_COUNTS]
-    if workspace.validates_locally:
-        counts.append(VALIDATION_COUNTS)
-    if common:
-        counts.append(COMMON_COUNTS)
-    return counts
-
-
 def _evaluate(
     workspace: Workspace,
     clients: Sequence[int],
@@ -152,70 +130,17 @@ def _evaluate(
     private: Mapping[int, Tensors],
 ) -> list[Message]:
     """Test the personal models, and reply with counts of correct answers."""
-    shared = [received(workspace, m) for m in messages]
-    privates = [private.get(c) or workspace.start_private(c) for c in clients]
-    common = bool(_settings(messages[0]).get(COMMON))
-    rows: list[dict[str, int]] = [{} for _ in clients]
-    for places in _same_models(workspace, shared, privates):
-        _test(
-            workspace,
-            [clients[k] for k in places],
-            [shared[k] for k in places],
-            [privates[k] for k in places],
-            [rows[k] for k in places],
-            common=common,
-        )
+    rows = count_correct(
+        workspace,
+        clients,
+        [received(workspace, m) for m in messages],
+        [private.get(c) or workspace.start_private(c) for c in clients],
+        common=bool(_settings(messages[0]).get(COMMON)),
+    )
     return [
         Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=message)
         for row, message in zip(rows, messages, strict=True)
     ]
-
-
-def _same_models(
-    workspace: Workspace, shared: Sequence[Tensors], private: Sequence[Tensors]
-) -> list[list[int]]:
-    """Group the clients of a block that have the same model, as positions in the block.
-
-    A group without private tensors has one model, which is encoded and scored once. Models that
-    differ from client to client are one group, since they are encoded faster together.
-    """
-    if any(private) or workspace.extras_shapes:
-        return [list(range(len(shared)))]
-    groups: dict[str, list[int]] = {}
-    for k, tensors in enumerate(shared):
-        groups.setdefault(checksum(tensors), []).append(k)
-    return list(groups.values())
-
-
-def _test(
-    workspace: Workspace,
-    clients: Sequence[int],
-    shared: Sequence[Tensors],
-    private: Sequence[Tensors],
-    rows: Sequence[dict[str, int]],
-    *,
-    common: bool,
-) -> None:
-    """Add the counts of one group of `_same_models` to the clients' rows."""
-    method = workspace.method
-    alone = not any(private) and not workspace.extras_shapes
-    memo = workspace.memo if alone else None
-    encoded = encode_personal(method, shared, private, memo)
-    # Images of each client, by the names of their counts in the reply.
-    images = {TEST_COUNTS: [workspace.test_data(c) for c in clients]}
-    if workspace.validates_locally:
-        images[VALIDATION_COUNTS] = [workspace.validation_data(c) for c in clients]
-    measured = {n: score_each(method, encoded, own) for n, own in images.items()}
-    if common:
-        measured[COMMON_COUNTS] = score_models(
-            method, encoded, len(clients), *workspace.server_test(), memo
-        )
-    for k, row in enumerate(rows):
-        for (tested, correct), of_clients in measured.items():
-            row |= {tested: of_clients[k].tested, correct: of_clients[k].correct}
-        # Reported by models that have diverged only, so the server knows why nothing is correct.
-        if unanswered := sum(of_clients[k].unanswered for of_clients in measured.values()):
-            row[NOT_FINITE] = unanswered
 
 
 def _measure(
