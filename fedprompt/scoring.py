@@ -351,9 +351,9 @@ def _logits(
     if memo is None or clients > 1 or not 0 < gathered <= memo.max_bytes:
         yield from compute()
         return
-    known = memo.recall(
-        (method, inputs_N, checksum(encoded)), lambda: {"logits": torch.cat(list(compute()), dim=1)}
-    )
+    # The tensors of one model are the same objects, since the memo holds them as well.
+    key = (method, inputs_N, *encoded.values())
+    known = memo.recall(key, lambda: {"logits": torch.cat(list(compute()), dim=1)})
     # In the batches in which they were computed, so that the sums of losses keep their order.
     yield from known["logits"].split(batch_size, dim=1)
 

@@ -21,10 +21,10 @@ MAX_BYTES = 64 * 2**20
 class Memo:
     """Named tensors by key; the least recently used ones make room for new ones.
 
-    A key must determine the result: the method (which holds the class names), the checksum of all
-    tensors that it is computed from and, where images are involved, the very object that holds
-    them. Objects in keys count by identity, and the memo holds them, so that none is mistaken for
-    another one.
+    A key must determine the result: the method (which holds the class names), the checksum of the
+    tensors that a model consists of or the encoded model itself and, where images are involved, the
+    very object that holds them. Objects in keys count by identity, and the memo holds them, so that
+    none is mistaken for another one.
 
     Only what is computed from shared tensors may be asked for here; `fedprompt.scoring` keeps to
     that. Results of private tensors are never stored, so that they live no longer than the call
