@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from fedprompt.backbone.loading import load_clip
 from fedprompt.bench.workload import Sizes, random_features, settings
 from fedprompt.config.schema import Config
 from fedprompt.data import open_dataset
-from fedprompt.data.features.cache import feature_path
+from fedprompt.data.features.cache import put
+from fedprompt.data.features.encoding import plain
 
 PIXELS = 8
 
@@ -69,10 +69,9 @@ def write_job(
     cache = folder / "cache"
     dataset = open_dataset(config.data, config.seed, cache)
     clip = load_clip(config.backbone, cache)
-    path = feature_path(clip, dataset, cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written where the cache would write them, so that no process encodes an image.
-    np.save(path, random_features(len(dataset), clip.embed_dim).numpy())
+    # Stored as the cache would store them, so that no process encodes an image.
+    features_ND = random_features(len(dataset), clip.embed_dim).numpy()
+    put(clip, dataset, cache, plain(clip, dataset), features_ND)
     return config
 
 

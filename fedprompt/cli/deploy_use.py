@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fedprompt.cli.options import PredictionFile
+
 NodeState = Annotated[
     Path,
     typer.Argument(
@@ -23,13 +25,14 @@ def predict(
     top: Annotated[
         int, typer.Option("--top", min=1, help="Number of classes to print per image.")
     ] = 3,
+    out: PredictionFile = None,
 ) -> None:
     """Classify images with this node's personal model: its private and the last shared prompts."""
-    from fedprompt.cli.predictions import print_predictions
+    from fedprompt.cli.predictions import show_predictions
     from fedprompt.deploy.node_model import find_model, load_model
 
     kept = find_model(state)
-    print_predictions(load_model(kept).predict(images, top))
+    show_predictions(load_model(kept).predictions(images, top), out)
     # Not on stdout, where a program may read the table.
     sys.stderr.write(f"{kept.title}\n")
 

@@ -29,6 +29,7 @@ from fedprompt.cli.completion import CompletionGroup, complete_experiment
 from fedprompt.cli.data import Overrides, data_app
 from fedprompt.cli.deploy import deploy_app
 from fedprompt.cli.leaderboard import leaderboard
+from fedprompt.cli.options import PredictionFile
 from fedprompt.cli.output import use_lasting_output
 from fedprompt.cli.suite import suite_app
 from fedprompt.cli.sweep import compare, sweep
@@ -178,12 +179,13 @@ def predict(
     top: Annotated[
         int, typer.Option("--top", min=1, help="Number of classes to print per image.")
     ] = 3,
+    out: PredictionFile = None,
 ) -> None:
     """Classify images with the prompts that a run has learned."""
-    from fedprompt.cli.predictions import print_predictions
+    from fedprompt.cli.predictions import show_predictions
     from fedprompt.experiment.predict import Classifier
 
-    print_predictions(Classifier(run_dir, client).predict(images, top))
+    show_predictions(Classifier(run_dir, client).predictions(images, top), out)
 
 
 @app.command()

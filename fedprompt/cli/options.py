@@ -1,7 +1,8 @@
-"""Options that several commands have: how runs are executed."""
+"""Options that several commands have: how runs are executed, and where predictions go."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,4 +19,8 @@ Jobs = Annotated[
 RayAddress = Annotated[
     str | None,
     typer.Option(help="Ray cluster to join, e.g. auto; its nodes must share the folder."),
+]
+PredictionFile = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write a CSV file, image by image, instead of printing a table."),
 ]

@@ -3,8 +3,13 @@
 The layout, all below the cache folder (`output.cache`, else $FEDPROMPT_CACHE, else
 ~/.cache/fedprompt):
 
-    features/<data set>/<view>-<key>.npy   one row per image, in data set order, and checksums
-    scan/<data set>.json                   hashes of the images that were already checked
+    features/<encoding>/<owner>-<n>.rows    rows of images, in the order in which they were encoded
+    features/<encoding>/<owner>-<n>.index   the keys of these images, and checksums
+    features/<owner>.lock                   held by the process that encodes images of a data set
+    scan/<owner>.journal                    hashes of the images that were already checked
+
+`<encoding>` is the view and a digest of the backbone and its preprocessing. `<owner>` is a digest
+of the place of a data set, such as its folder.
 """
 
 from __future__ import annotations
@@ -21,11 +26,8 @@ from filelock import FileLock, Timeout
 
 from fedprompt.errors import UserError
 from fedprompt.files import remove_temporaries, replacing
-from fedprompt.runtime.machine import cpu_count
 
 ADVICE = "set output.cache or $FEDPROMPT_CACHE to a writable folder with enough free space"
-DECODE_THREADS = min(8, cpu_count())
-"""Threads that decode images. More than eight do not help: the encoder is then the slower part."""
 log = logging.getLogger(__name__)
 
 
@@ -51,15 +53,13 @@ def locked(path: Path) -> Iterator[None]:
         UserError: the folder cannot be created or written.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             log.info("waiting for another process that is writing %s", path)
             lock.acquire()
-    except OSError as error:
-        raise UserError(_cannot_write(path, error)) from None
     try:
         yield
     finally:
@@ -72,15 +72,48 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
+    with writing(path):
         # Under the lock, temporary files can only come from a process that was killed.
         remove_temporaries(path)
         with replacing(path) as temporary, temporary.open("wb") as file:
             write(file)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating-system error in the block into one line about a cache file.
+
+    Raises:
+        UserError: the block raised `OSError`.
+    """
+    try:
+        yield
     except OSError as error:
-        raise UserError(_cannot_write(path, error)) from None
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cache: cannot write {path}: {reason}; {ADVICE}.") from None
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
-    reason = error.strerror or type(error).__name__
-    return f"cache: cannot write {path}: {reason}; {ADVICE}."
+def open_at(path: Path, size: int) -> BinaryIO:
+    """Open a file for appending behind its first `size` bytes; it is created if necessary.
+
+    The rest of the file is cut off. The file is not buffered: what was written is with the kernel,
+    and stays there if the process is killed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def write_all(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Write all bytes to a file that is not buffered, which may take several attempts.
+
+    Raises:
+        OSError: the disk is full, for example; a part may have been written.
+    """
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]

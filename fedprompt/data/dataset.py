@@ -37,8 +37,7 @@ class ImageDataset:
             seeded, stratified hold-out.
         domains_N: index of each image's domain in `domain_names`; all zero if there is one domain.
         domain_names: names of the domains.
-        fingerprint: key of the feature cache. It changes when any pixel, or the order of the
-            images, may have changed.
+        fingerprint: changes when any pixel, or the order of the images, may have changed.
         open_image: returns image i in RGB. Several threads call it, and it can be pickled.
         bad_images: the unreadable images that were left out.
         superclass_names: the coarser class of each class; empty if the authors define none.
@@ -48,6 +47,15 @@ class ImageDataset:
         owners_N: the client that has each image, -1 for the server; None unless the data set itself
             is divided among clients.
         hashes: a hash of the encoded bytes of each image; empty if images are not stored as files.
+        pixel_keys: for each image, 32 hexadecimal digits that depend on all that decides its pixels
+            and on nothing else, as `digest` returns them. Images of equal keys share a row of the
+            feature cache, so a changed image is encoded by itself. If it is empty, `fingerprint`
+            and the number of an image are its key.
+        place: what stays the same when images change, such as the folder; empty = `fingerprint`.
+            The feature cache removes rows that a later state of the same place supersedes.
+        retained: keys like `pixel_keys` of images that the place has beside these.
+        portable: whether workers of a simulation, also on other machines, can take a copy of this
+            object instead of opening the data set again.
         notes: lines for the user on how the stored files were understood and what was left out.
         parts: the data sets whose rows make up this one, in order. If images have owners, the
             features of each part are cached separately.
@@ -66,6 +74,10 @@ class ImageDataset:
     image_names: tuple[str, ...] = field(default=(), repr=False)
     owners_N: NDArray[np.int64] | None = None
     hashes: tuple[str, ...] = field(default=(), repr=False)
+    pixel_keys: tuple[str, ...] = field(default=(), repr=False)
+    place: str = ""
+    retained: tuple[str, ...] = field(default=(), repr=False)
+    portable: bool = False
     notes: tuple[str, ...] = ()
     parts: tuple[ImageDataset, ...] = field(default=(), repr=False)
 

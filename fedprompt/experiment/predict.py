@@ -6,14 +6,16 @@ Everything comes from a finished run folder and the backbone's weights; no data 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save
+from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import load_clip
@@ -21,8 +23,8 @@ from fedprompt.config.schema import Config, DataConfig
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.features.table import encode_inputs
 from fedprompt.data.images import PLAIN, decode_rgb
-from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.base import StoredImagesConfig
+from fedprompt.data.threads import in_threads
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
 from fedprompt.experiment.logs import StrategyLog, load_client_states
@@ -93,21 +95,48 @@ class PromptModel:
                 one_client(shared), None if private is None else one_client(private)
             )
 
-    @torch.no_grad()
     def predict(self, paths: Sequence[Path], top: int = 3) -> list[Prediction]:
-        """Classify images.
-
-        Args:
-            paths: image files; all of them are encoded in one batch.
-            top: number of classes per image.
+        """Classify images; see `predictions`.
 
         Returns:
             One prediction per image, in order.
+        """
+        return list(self.predictions(paths, top))
+
+    def predictions(self, paths: Sequence[Path], top: int = 3) -> Iterator[Prediction]:
+        """Classify images batch by batch, as the predictions are asked for.
+
+        Images are encoded in batches of `backbone.image_batch`, while threads decode the next two
+        batches. The memory does not depend on the number of images.
+
+        Args:
+            paths: image files.
+            top: number of classes per image.
+
+        Yields:
+            One prediction per image, in order.
 
         Raises:
-            UserError: a file is missing or is not a readable image.
+            UserError: a file is missing, which is found before the first batch, or is not a
+                readable image.
         """
-        images_B3HW = torch.stack([self.clip.preprocess(_open(p, self.pixels)) for p in paths])
+        for path in paths:
+            with _reading(path):
+                path.stat()
+        size = self.clip.image_batch
+        with closing(in_threads(self._load, paths, ahead=2 * size)) as images:
+            for first in range(0, len(paths), size):
+                batch = paths[first : first + size]
+                images_B3HW = torch.stack(list(islice(images, len(batch))))
+                yield from self._classify(batch, images_B3HW, top)
+
+    def _load(self, path: Path) -> Tensor:
+        with _reading(path):
+            return self.clip.preprocess(decode_rgb(read_regular(path), self.pixels))
+
+    @torch.no_grad()
+    def _classify(self, paths: Sequence[Path], images_B3HW: Tensor, top: int) -> list[Prediction]:
+        """The predictions of one batch."""
         inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
         inputs_1B = inputs_B.of_one().on(self.clip.device)
         probabilities_BC = self.method.logits(self.encoded, inputs_1B)[0].softmax(-1)
@@ -245,9 +274,11 @@ def _trained(run_dir: Path, client: int, clients: int) -> Tensors | None:
     return None if stored is None else without_momentum(stored)[0]
 
 
-def _open(path: Path, pixels: Pixels) -> Image.Image:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with an image file in the block into one line."""
     try:
-        return decode_rgb(read_regular(path), pixels)
+        yield
     except OSError as error:
         raise UserError(f"cannot read image {path}: {error.strerror}.") from None
     except ValueError as error:

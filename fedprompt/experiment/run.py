@@ -26,7 +26,7 @@ from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.experiment.validate import unsuited_backbone
-from fedprompt.experiment.workspaces import ResourceCache, open_workspace
+from fedprompt.experiment.workspaces import ResourceCache, open_workspace, opener_for
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.page import is_whole
@@ -157,12 +157,13 @@ def _run(
         if warning := unsuited_backbone(config):
             display.message(warning)
         display.phase("opening data and backbone")
+        resources = resources or ResourceCache()
         workspace = open_workspace(config, progress=True, resources=resources)
         for note in workspace.dataset.notes:
             display.message(note)
         for bad in workspace.dataset.bad_images:
             display.message(f"skipped {bad.where}: {bad.reason}")
-        grid = open_grid(config, workspace, open_workspace, private)
+        grid = open_grid(config, workspace, opener_for(config, resources), private)
         grid.check_memory()
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)

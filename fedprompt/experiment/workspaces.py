@@ -7,7 +7,9 @@ partition open their data here, so all of them agree on which images each client
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedprompt.backbone.clip import FrozenCLIP
@@ -103,8 +105,29 @@ def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut |
     return dataset, held_out, partition
 
 
+def opener_for(config: Config, resources: ResourceCache) -> Callable[[Config], Workspace]:
+    """The function that opens the workspace of an experiment in a worker of its simulation.
+
+    Workers take over which images are readable, their labels and their hashes, instead of reading
+    all images again, if the data set allows it.
+
+    Args:
+        config: the experiment.
+        resources: holds the data set, if a workspace of this experiment was opened with it.
+
+    Returns:
+        A function that can be pickled.
+    """
+    dataset = resources.dataset(config.data, config.seed, default_cache_dir(config.output.cache))
+    return partial(open_workspace, dataset=dataset) if dataset.portable else open_workspace
+
+
 def open_workspace(
-    config: Config, *, progress: bool = False, resources: ResourceCache | None = None
+    config: Config,
+    *,
+    progress: bool = False,
+    resources: ResourceCache | None = None,
+    dataset: ImageDataset | None = None,
 ) -> Workspace:
     """Open what a participant of the experiment holds.
 
@@ -112,6 +135,7 @@ def open_workspace(
         config: the experiment.
         progress: whether to show a bar while images that no cache holds are encoded.
         resources: keeps backbone and data sets open for the next workspace of this process.
+        dataset: the whole data set, if another process has opened it.
 
     Returns:
         The workspace, with one feature table per view of `data.views`.
@@ -123,7 +147,8 @@ def open_workspace(
     cache_dir = default_cache_dir(config.output.cache)
     # The cheap checks come first: an impossible partition is refused before weights are loaded and
     # images encoded.
-    dataset = resources.dataset(config.data, config.seed, cache_dir)
+    if dataset is None:
+        dataset = resources.dataset(config.data, config.seed, cache_dir)
     dataset, held_out, partition = deal(config, dataset)
     readable_N = None
     if config.evaluation.withhold_tests:

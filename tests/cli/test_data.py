@@ -91,7 +91,7 @@ def test_prepare_reads_all_images_once(
     assert status == 0
     assert "27 images of 7 classes" in out
     assert str(made[2].path) in out
-    assert list((tmp_path / "cache" / "scan").glob("*.json"))
+    assert list((tmp_path / "cache" / "scan").glob("*.journal"))
     status, _, err = run(monkeypatch, capsys, "prepare", "rsscn7")
     assert status == 2
     assert "give --root DIR" in err

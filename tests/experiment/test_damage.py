@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedprompt.config.schema import Config
-from fedprompt.data.features.checked import CheckedRows, read_sums, sums_of
 from fedprompt.errors import DamagedFile, StopRun, UserError
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.display import QuietDisplay
@@ -213,35 +210,17 @@ def test_a_run_goes_on_for_longer(
 # Cached features
 
 
-def test_a_damaged_block_is_refused_and_others_are_not_read(tmp_path: Path) -> None:
-    rows = np.arange(7 * 4, dtype=np.float32).reshape(7, 4)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fedprompt.data.features.checked.BLOCK_BYTES", 32)  # two rows
-        sums = read_sums(rows, sums_of(rows).trailer())
-        assert sums is not None
-        assert len(sums) == 4
-        damaged = rows.copy()
-        damaged[5, 1] += 1
-        column = CheckedRows(damaged, sums, tmp_path / "x.npy")
-    assert np.array_equal(column[np.array([6, 0, -7, 3])], rows[[6, 0, 0, 3]])
-    for index in (np.array([4]), slice(3, 6), 5):
-        with pytest.raises(DamagedFile, match=r"x\.npy is damaged in block 2"):
-            column[index]
-
-
 def test_a_run_ends_where_cached_features_are_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDPROMPT_CACHE", str(tmp_path / "cache"))
     run(config_for(tmp_path / "first"), StopAt(0))
-    (path,) = (tmp_path / "cache" / "features").rglob("*.npy")
-    whole = path.read_bytes()
-    # A file of an older version: rows without checksums. They are added, and verified from then on.
-    array = np.load(path)
-    size = whole.index(array.tobytes()) + array.nbytes
-    os.truncate(path, size)
-    run(config_for(tmp_path / "second"), StopAt(0))
-    assert path.read_bytes() == whole
-    flipped(path, 0.5)
+    (path,) = (tmp_path / "cache" / "features").rglob("*.rows")
+    whole = flipped(path, 0.5)
     with pytest.raises(DamagedFile, match=path.name):
-        run(config_for(tmp_path / "third"), QuietDisplay())
+        run(config_for(tmp_path / "second"), QuietDisplay())
+    # What the message advises.
+    path.unlink()
+    run(config_for(tmp_path / "third"), StopAt(0))
+    (path,) = (tmp_path / "cache" / "features").rglob("*.rows")
+    assert path.read_bytes() == whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedprompt.backbone.tiny import tiny_model_config, tiny_state_dict
+from fedprompt.cli.predictions import show_predictions
 from fedprompt.data import open_dataset
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
@@ -74,6 +76,48 @@ def test_exported_embeddings_give_the_same_predictions_in_plain_open_clip(
         best = probabilities.topk(3)
         assert prediction.classes == tuple(names[i] for i in best.indices)
         assert torch.allclose(torch.tensor(prediction.probabilities), best.values, atol=1e-5)
+
+
+def test_images_are_classified_in_batches_as_they_are_asked_for(
+    run_dir: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(run_dir)
+    encode, batches = classifier.clip.encode_images, []
+
+    def counted(images_B3HW: torch.Tensor) -> torch.Tensor:
+        batches.append(len(images_B3HW))
+        return encode(images_B3HW)
+
+    expected = classifier.predict(images)
+    monkeypatch.setattr(classifier.clip, "image_batch", 2)
+    monkeypatch.setattr(classifier.clip, "encode_images", counted)
+    results = classifier.predictions([*images, *images])
+    assert next(results).classes == expected[0].classes
+    assert batches == [2]
+    for found, before in zip(results, [*expected[1:], *expected], strict=True):
+        assert (found.image, found.classes) == (before.image, before.classes)
+        assert found.probabilities == pytest.approx(before.probabilities, rel=1e-5)
+    assert batches == [2, 2, 2]
+    # A missing file is said before anything is encoded.
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        next(classifier.predictions([*images, tmp_path / "nowhere.png"]))
+    assert batches == [2, 2, 2]
+
+
+def test_predictions_go_to_a_file(run_dir: Path, images: list[Path], tmp_path: Path) -> None:
+    expected = Classifier(run_dir).predict(images, top=2)
+    out = tmp_path / "found.csv"
+    show_predictions(iter(expected), out)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [str(p) for p in images for _ in range(2)]
+    assert [row["class"] for row in rows] == [name for p in expected for name in p.classes]
+    assert float(rows[0]["probability"]) == pytest.approx(expected[0].probabilities[0], abs=1e-6)
+    (tmp_path / "mine.csv").write_text("my notes")
+    with pytest.raises(UserError, match=r"mine\.csv exists"):
+        show_predictions(iter(expected), tmp_path / "mine.csv")
+    with pytest.raises(UserError, match=r"cannot write .*no/x\.csv"):
+        show_predictions(iter(expected), tmp_path / "no" / "x.csv")
 
 
 def test_personal_and_global_models_differ(run_dir: Path, images: list[Path]) -> None:

@@ -125,4 +125,5 @@ def plain_features(
     clip: FakeClip, dataset: ImageDataset, cache_dir: Path, *, progress: bool = True
 ) -> NDArray[np.float32]:
     """The plain view's features (N, D) of all images, through the cache."""
-    return cached(clip, dataset, cache_dir, plain(clip, dataset), progress=progress)
+    (rows,) = cached(clip, dataset, cache_dir, [plain(clip, dataset)], progress=progress)
+    return rows

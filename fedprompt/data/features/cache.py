@@ -1,229 +1,255 @@
-"""The feature cache: the frozen image tower encodes each image once, and later runs read the file.
+"""The feature cache: the frozen image tower encodes each image once, and later runs read the rows.
 
-It is filled before the first round, in whichever process of a machine needs a file first. The key
-of a file hashes the backbone's weights, its preprocessing, the view and the pixels of the data set.
-A file is therefore never out of date, only unused, and may be deleted at any time.
+It is filled before the first round, in whichever process of a machine needs a row first. A row is
+found by the content of its image, the view, the backbone's weights and its preprocessing. So a row
+is never out of date, only unused; a file that was added or changed is encoded by itself; and a pass
+that was interrupted goes on where it was. Labels, names and places of images do not matter.
 
-Suffixes: N images of a data set, R images (rows) of a file, B images in a batch.
+Suffixes: N images of a data set, R images (rows) that are asked for, B images in a batch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedprompt.data.cache_files import ADVICE, DECODE_THREADS, digest, locked, write_atomic
+from fedprompt.data.cache_files import ADVICE, digest, locked
 from fedprompt.data.dataset import ImageDataset
-from fedprompt.data.features.checked import BlockSums, CheckedRows, Rows, read_sums, sums_of
 from fedprompt.data.features.encoding import Encoding, ImageEncoder
+from fedprompt.data.features.rows import Rows
+from fedprompt.data.features.segments import Keys, Kind
+from fedprompt.data.features.store import Store, remove_unused
 from fedprompt.data.progress import announce, progress_bar
+from fedprompt.data.threads import in_threads
 from fedprompt.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def feature_path(
-    clip: ImageEncoder,
-    dataset: ImageDataset,
-    cache_dir: Path,
-    view: str = "center",
-    *,
-    of_weights: bool = True,
-) -> Path:
-    """Return the path of the file with one view of a data set's images, encoded by one backbone.
+def image_keys(dataset: ImageDataset, *, of_place: bool = False) -> Keys:
+    """The keys by which rows of images are found.
 
     Args:
-        clip: the backbone.
         dataset: the images.
-        cache_dir: the cache folder.
-        view: name of the encoding; see `Encoding.view`.
-        of_weights: False for files that depend on the preprocessing only, such as pixels; all
-            backbones with the same preprocessing then share the file.
+        of_place: whether rows also depend on the number of the image in its data set.
 
     Returns:
-        The path; the file need not exist.
+        One key per image (N,). Images of equal content have equal keys, unless `of_place`.
     """
-    weights = clip.fingerprint if of_weights else ""
-    key = digest(weights, clip.preprocess_fingerprint, view, dataset.fingerprint)
-    return cache_dir / "features" / digest(dataset.fingerprint) / f"{view}-{key}.npy"
+    if not dataset.pixel_keys:
+        # Only the whole data set has a key, so that an image is known by its number in there.
+        whole = bytes.fromhex(digest(dataset.fingerprint))[:8]
+        parts_N2 = np.empty((len(dataset), 2), dtype=">u8")
+        parts_N2[:, 0] = int.from_bytes(whole, "big")
+        parts_N2[:, 1] = np.arange(len(dataset))
+        return np.frombuffer(parts_N2.tobytes(), dtype="S16")
+    content = [bytes.fromhex(key) for key in dataset.pixel_keys]
+    if of_place:
+        content = [
+            hashlib.blake2b(key + i.to_bytes(8, "big"), digest_size=16).digest()
+            for i, key in enumerate(content)
+        ]
+    return np.frombuffer(b"".join(content), dtype="S16")
 
 
 def cached(
     clip: ImageEncoder,
     dataset: ImageDataset,
     cache_dir: Path,
-    encoding: Encoding,
+    encodings: Sequence[Encoding],
     *,
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
-) -> Rows:
-    """Read encoded images from the cache; they are computed and stored on first use.
+) -> list[Rows]:
+    """Read encoded images from the cache; those that are not there are computed and stored.
 
-    If several processes need the same file, one computes it and the others wait.
+    If several processes need the same images, one computes them and the others wait.
 
     Args:
         clip: the backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        encoding: how an image becomes a row.
+        encodings: how an image becomes a row; all share `load`, and each image is opened once for
+            all of them.
         index_R: the images to encode, in this order; None for all of them.
         progress: whether to report progress on stderr.
 
     Returns:
-        Rows (R, *encoding.shape), memory-mapped and read-only. They are verified block by block
-        when they are first read.
+        For each encoding, rows (R, *encoding.shape), memory-mapped and read-only. Each row is
+        verified when it is first read.
 
     Raises:
         UserError: the cache folder cannot be written, an image cannot be read, or an encoding is
             not finite.
     """
-    view, rows = encoding.view, range(len(dataset))
-    if index_R is not None:
-        # The images enter the key in a fixed byte order, so that all machines agree on the name.
-        view = f"{view}-of-{digest(index_R.astype('<i8').tobytes().hex())[:16]}"
-        rows = index_R.tolist()
-    path = feature_path(clip, dataset, cache_dir, view, of_weights=encoding.of_weights)
-    expected = (len(rows), *encoding.shape), np.dtype(encoding.dtype)
-    rows_found = _read(path, *expected)
-    if rows_found is not None:
-        return rows_found
-    with locked(path):
-        # Another process may have written the file while this one waited for the lock.
-        rows_found = _read(path, *expected, report=True)
-        if rows_found is None:
-            job = _Job(clip, dataset, encoding, rows, progress)
-            write_atomic(path, job.write)
-            rows_found = _read(path, *expected)
-    if rows_found is None:
-        raise UserError(f"feature cache: {path} was written but cannot be read; {ADVICE}.")
-    return rows_found
+    numbers_R = np.arange(len(dataset)) if index_R is None else index_R
+    columns = [_column(clip, dataset, cache_dir, encoding, numbers_R) for encoding in encodings]
+    found = [column.store.find(column.keys_R) for column in columns]
+    if not any(one.missing_N.any() for one in found):
+        return [one.rows() for one in found]
+    folder = cache_dir / "features"
+    with locked(folder / columns[0].store.owner):
+        # Another process may have encoded the images while this one waited for the lock.
+        for column in columns:
+            column.store.repair()
+        found = [column.store.find(column.keys_R) for column in columns]
+        missing = [one.missing_N for one in found]
+        if any(missing_R.any() for missing_R in missing):
+            _tell_of_former(dataset, folder)
+            _Pass(clip, dataset, columns, numbers_R, progress).encode(missing)
+            _clean(dataset, columns, folder)
+            found = [column.store.find(column.keys_R) for column in columns]
+    if any(one.missing_N.any() for one in found):
+        raise UserError(f"feature cache: {folder} was written but cannot be read; {ADVICE}.")
+    return [one.rows() for one in found]
 
 
-def _read(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, report: bool = False
-) -> Rows | None:
-    """Map the cached rows, or return None if there is no complete file of this shape and type."""
-    try:
-        # allow_pickle=False: a pickle could execute code when it is opened.
-        array: np.memmap[Any, np.dtype[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError) as error:
-        if report:
-            log.warning("feature cache: %s is damaged (%s) and is computed again", path, error)
-        return None
-    with path.open("rb") as file:
-        file.seek(array.offset + array.nbytes)
-        trailer = file.read()
-    # np.load maps a file whatever follows the rows.
-    complete = not trailer or read_sums(array, trailer) is not None
-    if array.shape != shape or array.dtype != dtype or not complete:
-        if report:
-            log.warning(
-                "feature cache: %s holds %s %s instead of %s %s and is computed again",
-                path,
-                array.dtype,
-                array.shape,
-                dtype,
-                shape,
-            )
-        return None
-    sums = read_sums(array, trailer or _add_sums(path, array))
-    return array if sums is None else CheckedRows(array, sums, path)
+def put(
+    clip: ImageEncoder,
+    dataset: ImageDataset,
+    cache_dir: Path,
+    encoding: Encoding,
+    rows_N: NDArray[Any],
+) -> None:
+    """Store rows that were computed elsewhere, one per image of the data set.
 
-
-def _add_sums(path: Path, array: np.memmap[Any, np.dtype[Any]]) -> bytes:
-    """Add checksums to a file of an older version, which has none.
-
-    Its present content is taken to be right. If the folder cannot be written, the file stays as it
-    is, and what this process reads is verified against the content at this moment.
-
-    Returns:
-        What follows the rows.
+    Raises:
+        UserError: the cache folder cannot be written.
     """
-    trailer = sums_of(array).trailer()
-    try:
-        # One write at a fixed place: processes that do this at the same time write the same bytes.
-        with path.open("r+b") as file:
-            file.seek(array.offset + array.nbytes)
-            file.write(trailer)
-    except OSError as error:
-        log.debug("feature cache: no checksums for %s: %s", path, error)
-    return trailer
+    column = _column(clip, dataset, cache_dir, encoding, np.arange(len(dataset)))
+    with locked(cache_dir / "features" / column.store.owner):
+        column.store.repair()
+        writer = column.store.writer()
+        writer.add(column.keys_R, np.ascontiguousarray(rows_N, dtype=encoding.dtype))
+        writer.seal()
+        writer.close()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A cache file that has to be computed; fields as the arguments of `cached`."""
+@dataclass(frozen=True, eq=False)
+class _Column:
+    """An encoding, where its rows are, and the keys of the images that are asked for."""
+
+    encoding: Encoding
+    store: Store
+    keys_R: Keys
+
+
+def _column(
+    clip: ImageEncoder,
+    dataset: ImageDataset,
+    cache_dir: Path,
+    encoding: Encoding,
+    numbers_R: NDArray[np.int64],
+) -> _Column:
+    weights = clip.fingerprint if encoding.of_weights else ""
+    key = digest(weights, clip.preprocess_fingerprint, encoding.view)
+    store = Store(
+        cache_dir / "features" / f"{encoding.view}-{key}",
+        Kind(encoding.shape, encoding.dtype),
+        digest(dataset.place or dataset.fingerprint),
+    )
+    return _Column(encoding, store, image_keys(dataset, of_place=encoding.of_place)[numbers_R])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """One pass over images that fills all columns; fields as the arguments of `cached`."""
 
     clip: ImageEncoder
     dataset: ImageDataset
-    encoding: Encoding
-    rows: Sequence[int]
+    columns: Sequence[_Column]
+    numbers_R: NDArray[np.int64]
     progress: bool
 
-    def write(self, file: BinaryIO) -> None:
-        """Encode all rows batch by batch and write them to `file` in NumPy's .npy format."""
-        # We write through the file and not through a writable memory map: when the disk is full,
-        # a map ends the process with SIGBUS, while a write raises an error that we can report.
-        total, start, shape = len(self.rows), time.monotonic(), self.encoding.shape
-        header = {"descr": self.encoding.dtype, "fortran_order": False, "shape": (total, *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        what = "" if self.encoding.view == "center" else f" ({self.encoding.view})"
-        name = f"{self.dataset.name}{what}"
-        sums = BlockSums(int(np.prod(shape)) * np.dtype(self.encoding.dtype).itemsize)
+    def encode(self, missing: Sequence[NDArray[np.bool_]]) -> None:
+        """Encode the images that a column lacks, batch by batch; `missing` has a mask (R,) each."""
+        load = self.columns[0].encoding.load
+        wanted = [_first_of_each(c.keys_R, m) for c, m in zip(self.columns, missing, strict=True)]
+        places = np.flatnonzero(np.any(wanted, axis=0))
+        views = [c.encoding.view for c, w in zip(self.columns, wanted, strict=True) if w.any()]
+        what = "" if views == ["center"] else f" ({', '.join(views)})"
+        name, total, start = f"{self.dataset.name}{what}", len(places), time.monotonic()
         announce(f"encoding {total} images of {name}; later runs read the cache", self.progress)
-        with progress_bar(f"encoding {name}", total, self.progress) as advance:
-            for first, images_BCHW in self._batches():
-                rows = self._encode(first, images_BCHW)
-                file.write(rows.tobytes())
-                sums.add(rows)
-                advance(len(rows))
-        file.write(sums.trailer())
+        size = self.clip.image_batch
+        # Two batches are decoded ahead of the encoder.
+        decoded = in_threads(load, self.numbers_R[places].tolist(), ahead=2 * size)
+        with ExitStack() as stack:
+            images = stack.enter_context(closing(decoded))
+            writers = [column.store.writer() for column in self.columns]
+            for writer in writers:
+                stack.callback(writer.close)
+            advance = stack.enter_context(progress_bar(f"encoding {name}", total, self.progress))
+            for first in range(0, total, size):
+                batch_B = places[first : first + size]
+                images_BCHW = torch.stack(list(islice(images, len(batch_B))))
+                for column, writer, wanted_R in zip(self.columns, writers, wanted, strict=True):
+                    asked_B = wanted_R[batch_B]
+                    if asked_B.any():
+                        numbers = self.numbers_R[batch_B[asked_B]]
+                        # A batch of all images is not copied.
+                        some = images_BCHW if asked_B.all() else images_BCHW[asked_B]
+                        rows = _encoded(column.encoding, some, numbers)
+                        writer.add(column.keys_R[batch_B[asked_B]], rows)
+                advance(len(batch_B))
+            for writer in writers:
+                writer.seal()
         announce(f"encoded {total} images in {time.monotonic() - start:.1f} s", self.progress)
 
-    def _encode(self, first: int, images_BCHW: torch.Tensor) -> NDArray[Any]:
-        """Encode one batch as rows (B, *shape) and check them; `first` is its first row number."""
-        features = self.encoding.encode(images_BCHW).numpy()
-        rows = np.ascontiguousarray(features, dtype=self.encoding.dtype)
-        if rows.shape != (len(images_BCHW), *self.encoding.shape):
-            raise ValueError(f"encoding gave {rows.shape} for {len(images_BCHW)} images")
-        # A NaN in the cache would enter every later run, far from its cause.
-        if not np.isfinite(rows).all():
-            raise UserError(
-                f"features of images {first} to {first + len(rows) - 1} are not finite; check the "
-                "weights (backbone.checkpoint) or use backbone.precision=float32."
+
+def _first_of_each(keys_R: Keys, missing_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of the missing images, the first one of each key."""
+    places = np.flatnonzero(missing_R)
+    _, first = np.unique(keys_R[places], return_index=True)
+    wanted_R = np.zeros(len(keys_R), dtype=bool)
+    wanted_R[places[first]] = True
+    return wanted_R
+
+
+def _encoded(
+    encoding: Encoding, images_BCHW: torch.Tensor, numbers_B: NDArray[np.int64]
+) -> NDArray[Any]:
+    """Encode one batch as rows (B, *shape) and check them; `numbers_B` are for the message."""
+    rows = np.ascontiguousarray(encoding.encode(images_BCHW).numpy(), dtype=encoding.dtype)
+    if rows.shape != (len(images_BCHW), *encoding.shape):
+        raise ValueError(f"encoding gave {rows.shape} for {len(images_BCHW)} images")
+    # A NaN in the cache would enter every later run, far from its cause.
+    if not np.isfinite(rows).all():
+        raise UserError(
+            f"features of images {numbers_B[0]} to {numbers_B[-1]} are not finite; check the "
+            "weights (backbone.checkpoint) or use backbone.precision=float32."
+        )
+    return rows
+
+
+def _tell_of_former(dataset: ImageDataset, folder: Path) -> None:
+    """Log one line if an earlier version has encoded this data set."""
+    former = folder / digest(dataset.fingerprint)
+    if former.is_dir():
+        log.warning(
+            "feature cache: %s is of an earlier version and is not read; the images are encoded "
+            "again, and you may delete that folder",
+            former,
+        )
+
+
+def _clean(dataset: ImageDataset, columns: Sequence[_Column], folder: Path) -> None:
+    """Remove what the rows that were just written supersede; call under the owner's lock."""
+    for column in columns:
+        # Rows of crops are known by number too, so nothing is known of images outside the set.
+        if not column.encoding.of_place:
+            others = b"".join(bytes.fromhex(key) for key in dataset.retained)
+            column.store.compact(
+                np.concatenate([image_keys(dataset), np.frombuffer(others, dtype="S16")])
             )
-        return rows
-
-    def _batches(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first row, images (B, C, H, W)); threads decode two batches ahead of the encoder.
-
-        The bound on the number of decoded batches also bounds the memory that they take.
-        """
-        starts = range(0, len(self.rows), self.clip.image_batch)
-        pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
-        ahead: deque[tuple[int, list[Future[torch.Tensor]]]] = deque()
-        try:
-            for first in starts:
-                batch = self.rows[first : first + self.clip.image_batch]
-                ahead.append((first, [pool.submit(self.encoding.load, i) for i in batch]))
-                if len(ahead) > 2:
-                    ready, futures = ahead.popleft()
-                    yield ready, torch.stack([future.result() for future in futures])
-            while ahead:
-                ready, futures = ahead.popleft()
-                yield ready, torch.stack([future.result() for future in futures])
-        finally:
-            # After an error, images that are still queued must not be decoded first.
-            pool.shutdown(cancel_futures=True)
+    remove_unused(folder, time.time())

@@ -1,4 +1,4 @@
-"""What one file of the feature cache contains: a view of the images, encoded in one way.
+"""What a column of the feature cache contains: a view of the images, encoded in one way.
 
 `table.open_feature_table` chooses the encodings and `cache.cached` computes them.
 
@@ -47,18 +47,19 @@ class ImageEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an image becomes a row of a cache file.
+    """How an image becomes a row of the cache.
 
     Attributes:
         view: name of the encoding. It is part of the file's key, so it must contain every
             parameter that the rows depend on.
         shape: shape of one row.
         load: opens the image of a given number and returns the encoder's input, (C, H, W). It is
-            called from several threads.
+            called from several threads. Encodings that share it are computed in one pass.
         encode: turns a batch of inputs (B, C, H, W) into B rows of `shape`, on the CPU.
         dtype: NumPy type in which rows are stored.
         of_weights: whether rows depend on the backbone's weights, and not on its preprocessing
             alone.
+        of_place: whether rows also depend on the number of the image in its data set.
     """
 
     view: str
@@ -67,6 +68,7 @@ class Encoding:
     encode: Callable[[torch.Tensor], torch.Tensor]
     dtype: str = "<f4"
     of_weights: bool = True
+    of_place: bool = False
 
 
 def plain(clip: ImageEncoder, dataset: ImageDataset) -> Encoding:
@@ -105,4 +107,5 @@ def augmented(clip: ImageEncoder, dataset: ImageDataset, view: int, min_scale: f
         image = dataset.open_image(index)
         return clip.preprocess(random_view(image, (width, height), draw, min_scale))
 
-    return Encoding(f"crop{min_scale:g}-{view}", (clip.embed_dim,), load, clip.encode_images)
+    name = f"crop{min_scale:g}-{view}"
+    return Encoding(name, (clip.embed_dim,), load, clip.encode_images, of_place=True)

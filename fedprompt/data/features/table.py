@@ -9,7 +9,7 @@ Suffixes: N images, D joint embedding, P patches, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
-from fedprompt.data.features.checked import Rows
 from fedprompt.data.features.encoding import Encoding, augmented
 from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.features.rows import Rows
 from fedprompt.errors import UserError
 
 
@@ -108,14 +109,19 @@ def open_feature_table(
         ]
         return _stacked(parts, clip.embed_dim)
     plain = augmented(clip, dataset, view, crop_scale)
-
-    def column(encoding: Encoding) -> Rows:
-        return cached(clip, dataset, cache_dir, encoding, index_R=index_R, progress=progress)
-
-    patches = column(_patches(clip, plain)) if "patches" in needs else None
-    if "pixels" not in needs:
-        return FeatureTable(column(plain), patches)
-    return FeatureTable(column(plain), patches, column(_pixels(clip, plain)), clip.mean_std)
+    encodings = [plain]
+    if "patches" in needs:
+        encodings.append(_patches(clip, plain))
+    if "pixels" in needs:
+        encodings.append(_pixels(clip, plain))
+    columns = cached(clip, dataset, cache_dir, encodings, index_R=index_R, progress=progress)
+    found = dict(zip((encoding.view for encoding in encodings), columns, strict=True))
+    return FeatureTable(
+        found[plain.view],
+        found.get(f"patches-{plain.view}"),
+        found.get(f"pixels-{plain.view}"),
+        clip.mean_std if "pixels" in needs else None,
+    )
 
 
 @torch.no_grad()
@@ -196,10 +202,11 @@ def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
     )
 
 
-def _patches(clip: FrozenCLIP, view: Encoding) -> Encoding:
+def _patches(clip: FrozenCLIP, plain: Encoding) -> Encoding:
     """Return the encoding of images into L2-normalised patch features (P, D)."""
     encode, patches = _dense(clip)
-    return Encoding(f"patches-{view.view}", (patches, clip.embed_dim), view.load, encode)
+    shape = (patches, clip.embed_dim)
+    return replace(plain, view=f"patches-{plain.view}", shape=shape, encode=encode)
 
 
 def _dense(clip: FrozenCLIP) -> tuple[LocalEncoder, int]:
@@ -212,25 +219,27 @@ def _dense(clip: FrozenCLIP) -> tuple[LocalEncoder, int]:
     return found
 
 
-def _pixels(clip: FrozenCLIP, view: Encoding) -> Encoding:
+def _pixels(clip: FrozenCLIP, plain: Encoding) -> Encoding:
     """Return the encoding of images into the bytes (3, H, W) that preprocessing normalises.
 
     Bytes need a quarter of the space of floats and lose nothing: preprocessing resizes and crops
     bytes before it normalises them, so rounding restores them exactly.
     """
     mean_3, std_3 = clip.mean_std
-    shape = tuple(view.load(0).shape)
 
-    def load(index: int) -> Tensor:
-        pixels = view.load(index) * std_3[:, None, None] + mean_3[:, None, None]
+    def encode(images_B3HW: Tensor) -> Tensor:
+        pixels = images_B3HW * std_3[:, None, None] + mean_3[:, None, None]
         rounded: Tensor = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
         return rounded
 
-    return Encoding(f"pixels-{view.view}", shape, load, _unchanged, "|u1", of_weights=False)
-
-
-def _unchanged(pixels: Tensor) -> Tensor:
-    return pixels
+    return replace(
+        plain,
+        view=f"pixels-{plain.view}",
+        shape=tuple(clip.preprocess(Image.new("RGB", (64, 64))).shape),
+        encode=encode,
+        dtype="|u1",
+        of_weights=False,
+    )
 
 
 def _rows(column: Rows, index: NDArray[np.int64]) -> Tensor:

@@ -174,6 +174,7 @@ def _join(
         ),
         owners_N=owners_N,
         hashes=tuple(image_hash for part in parts for image_hash in part.hashes),
+        portable=True,
         notes=tuple(note for part in parts for note in part.notes),
         parts=tuple(parts),
     )

@@ -9,7 +9,7 @@ the catalogue; without it, they are loaded from the hub. Suffixes: N images, C c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,12 +160,10 @@ class Multi(DataSource):
             ),
             open_image=opener,
             bad_images=tuple(bad for part in parts for bad in part.bad_images),
-            # Copies in the authors' binary files have no hashes of single images.
-            hashes=tuple(
-                part.hashes[row] for part, index in zip(parts, rows, strict=True) for row in index
-            )
-            if all(part.hashes for part in parts)
-            else (),
+            hashes=_of_rows(parts, rows, "hashes"),
+            pixel_keys=_of_rows(parts, rows, "pixel_keys"),
+            place=digest("multi", json.dumps(_mapping(common)), *(part.place for part in parts)),
+            portable=all(part.portable for part in parts),
             # Different data sets may have images of the same name.
             image_names=tuple(
                 f"{name}/{part.image_names[row]}"
@@ -173,6 +171,19 @@ class Multi(DataSource):
                 for row in index
             ),
         )
+
+
+def _of_rows(
+    parts: Sequence[ImageDataset], rows: Sequence[NDArray[np.int64]], name: str
+) -> tuple[str, ...]:
+    """An attribute of the images in `rows`, joined; empty if a data set does not have it.
+
+    Copies in the authors' binary files have no hashes of single images, for example.
+    """
+    values = [getattr(part, name) for part in parts]
+    if not all(values):
+        return ()
+    return tuple(one[row] for one, index in zip(values, rows, strict=True) for row in index)
 
 
 def _single(config: MultiConfig, name: str) -> CatalogueConfig:

@@ -33,9 +33,9 @@ from fedprompt.config.fields import option
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
-from fedprompt.data.features.checked import Rows
 from fedprompt.data.features.encoding import Encoding
 from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.features.rows import Rows
 from fedprompt.data.held_out import HeldOut, hold_out_classes
 from fedprompt.errors import UserError
 from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
@@ -241,7 +241,8 @@ class Ood(Reported):
 
         encoding = Encoding("local", (patches, clip.embed_dim), load, encode, "<f2")
         cache_dir = default_cache_dir(self.config.output.cache)
-        return cached(clip, images.dataset, cache_dir, encoding, index_R=images.index_N)
+        (rows,) = cached(clip, images.dataset, cache_dir, [encoding], index_R=images.index_N)
+        return rows
 
     def _scores(
         self, workspace: Workspace, method: Method, encoded: Tensors, images: _Images, local: bool

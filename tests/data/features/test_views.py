@@ -76,15 +76,15 @@ def test_views_are_seeded_by_view_and_image(tmp_path: Path) -> None:
     ramps = replace(dataset, open_image=lambda i: PICTURE.rotate(180 * (i % 2)))
     clip = FakeClip()
     assert augmented(clip, ramps, 0, 0.08).view == plain(clip, ramps).view == "center"
-    one = cached(clip, ramps, tmp_path, augmented(clip, ramps, 1, 0.08))
-    two = cached(clip, ramps, tmp_path, augmented(clip, ramps, 2, 0.08))
-    again = cached(FakeClip(), ramps, tmp_path / "new", augmented(clip, ramps, 1, 0.08))
-    wide = cached(clip, ramps, tmp_path, augmented(clip, ramps, 1, 0.5))
+    (one,) = cached(clip, ramps, tmp_path, [augmented(clip, ramps, 1, 0.08)])
+    (two,) = cached(clip, ramps, tmp_path, [augmented(clip, ramps, 2, 0.08)])
+    (again,) = cached(FakeClip(), ramps, tmp_path / "new", [augmented(clip, ramps, 1, 0.08)])
+    (wide,) = cached(clip, ramps, tmp_path, [augmented(clip, ramps, 1, 0.5)])
     assert np.array_equal(one, again)
     for other in (two, wide, plain_features(clip, ramps, tmp_path)):
         assert other.shape == one.shape == (4, 4)
         assert not np.isclose(other, one).all(1).any()
-    names = {p.name.split("-of-")[0][:-37] for p in tmp_path.rglob("*.npy")}
+    names = {p.parent.name[:-33] for p in tmp_path.rglob("*.rows")}
     assert names == {"center", "crop0.08-1", "crop0.08-2", "crop0.5-1"}
 
 
@@ -102,11 +102,13 @@ def test_crops_are_normalised_as_test_images_are(clip: FrozenCLIP) -> None:
 def test_rows_of_some_images_only(tmp_path: Path) -> None:
     dataset, clip = flat_dataset([0, 1, 2, 0, 1]), FakeClip()
     encoding = plain(clip, dataset)
-    some = cached(clip, dataset, tmp_path, encoding, index_R=np.array([3, 0]))
+    (some,) = cached(clip, dataset, tmp_path, [encoding], index_R=np.array([3, 0]))
+    assert clip.batches == [2]
     everyone = plain_features(clip, dataset, tmp_path)
-    assert np.array_equal(some, everyone[[3, 0]])
-    other = cached(clip, dataset, tmp_path, encoding, index_R=np.array([0, 3]))
-    assert np.array_equal(other, everyone[[0, 3]])
+    assert np.array_equal(some, everyone[np.array([3, 0])])
+    (other,) = cached(clip, dataset, tmp_path, [encoding], index_R=np.array([0, 3]))
+    assert np.array_equal(other, everyone[np.array([0, 3])])
+    assert clip.batches == [2, 3], "each image was encoded once"
 
 
 # Training

@@ -115,7 +115,7 @@ def test_features_are_cached_folder_by_folder(root: Path) -> None:
     dataset, _ = opened(config_for(root), root)
     columns = open_feature_table(clip, dataset, root / "cache", {"features"}, progress=False)
     assert clip.batches == [3] * 7 + [3] * 4 + [3] * 3 + [3] * 2
-    files = list((root / "cache" / "features").rglob("*.npy"))
+    files = list((root / "cache" / "features").rglob("*.rows"))
     assert len(files) == 4
     for client in range(3):
         own, _ = opened(alone(config_for(root), client), root)

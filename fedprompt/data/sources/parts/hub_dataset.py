@@ -20,8 +20,15 @@ from fedprompt.data.images import decode_rgb, hold_out_test, readable_name
 from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.parts.hub_keys import HubKeys
 from fedprompt.data.sources.parts.hub_labels import read_labels
-from fedprompt.data.sources.parts.hub_splits import Part, load_splits, read_parts
-from fedprompt.data.sources.parts.integrity import Verdict, bad_images, memo_path, scan
+from fedprompt.data.sources.parts.hub_splits import Part, load_splits, read_parts, stamp_of_row
+from fedprompt.data.sources.parts.integrity import (
+    bad_images,
+    content_hash,
+    journal_path,
+    pixel_keys,
+    scan,
+)
+from fedprompt.data.sources.parts.verdicts import Verdict
 from fedprompt.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,12 +41,17 @@ class _Opener:
     parts: tuple[Part, ...]
     part_N: NDArray[np.int64]
     row_N: NDArray[np.int64]
+    hashes: tuple[str, ...]
     pixels: Pixels
 
     def __call__(self, index: int) -> Image.Image:
         part, row = self.parts[self.part_N[index]], int(self.row_N[index])
         try:
-            return decode_rgb(part.read(row), self.pixels)
+            data = part.read(row)
+            # A row of the feature cache is found by this hash, so it must be that of these bytes.
+            if content_hash(data) != self.hashes[index]:
+                raise ValueError("its content is not what was found when the rows were checked")
+            return decode_rgb(data, self.pixels)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"data: split '{part.split}', row {row} can no longer be read: {error}."
@@ -80,10 +92,14 @@ def load_hub(
 
     verdicts: list[Verdict] = []
     pixels = config.pixels
+    places = []
     for part in parts:
         # `datasets` changes this fingerprint with the rows and columns that are selected.
-        memo = memo_path(cache_dir, "hub", part.images._fingerprint, part.column, *pixels.key)
-        verdicts += scan(part.keys(), part.read, memo, f"{config.title} ({part.split})", pixels)
+        place = ("hub", part.images._fingerprint, part.column, *pixels.key)
+        path = journal_path(cache_dir, *place)
+        title = f"{config.title} ({part.split})"
+        verdicts += scan(part.names(), stamp_of_row, part.read, path, title, pixels).verdicts
+        places.append(digest(*place))
     part_of = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
     row_of = np.concatenate([np.arange(len(part.labels)) for part in parts])
     names = [f"split '{parts[p].split}', row {row}" for p, row in zip(part_of, row_of, strict=True)]
@@ -99,6 +115,7 @@ def load_hub(
         split_N = hold_out_test(cells_N, config.test_fraction, seed)
     _check_classes(labels_N, split_N, class_names, config)
     # The order counts: the cached features have one row per readable image.
+    hashes = tuple(verdicts[i].hash for i in readable)
     content = [f"{names[i]}|{verdicts[i].hash}|{labels[i]}" for i in readable]
     return ImageDataset(
         name=config.title,
@@ -108,9 +125,11 @@ def load_hub(
         domains_N=domains_N,
         domain_names=domain_names,
         fingerprint=digest("hub", *pixels.key, *content),
-        open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64), pixels),
+        open_image=_Opener(parts, part_N.astype(np.int64), row_N.astype(np.int64), hashes, pixels),
         bad_images=bad,
-        hashes=tuple(verdicts[i].hash for i in readable),
+        hashes=hashes,
+        pixel_keys=pixel_keys(hashes, pixels),
+        place=digest(*places),
         image_names=tuple(f"{parts[p].split}/{row}" for p, row in zip(part_N, row_N, strict=True)),
     )
 

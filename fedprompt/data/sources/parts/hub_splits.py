@@ -15,6 +15,7 @@ import numpy as np
 from fedprompt.data.dataset import TEST, TRAIN, VAL
 from fedprompt.data.images import name_key
 from fedprompt.data.sources.parts.hub_keys import HubKeys
+from fedprompt.data.sources.parts.verdicts import Stamp, stamp_of
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.files import read_regular
 from fedprompt.hub import stay_offline_if_unreachable
@@ -55,22 +56,26 @@ class Part:
         data = value["bytes"]
         return bytes(data) if data is not None else read_regular(Path(value["path"]))
 
-    def keys(self) -> list[str]:
-        """One key per row that changes when its image may have changed.
+    def names(self) -> list[str]:
+        """One name per row: its number, followed by the path of its file if it is one.
 
-        The fingerprint of the split covers stored bytes, so for these the number of the row is
-        enough. If a row has the path of a file instead, its key includes the file's path, size and
-        time of modification.
+        The fingerprint of the split covers stored bytes, so these cannot change under their number.
         """
-        keys: list[str] = []
+        names: list[str] = []
         # In Arrow's columns, the presence of bytes can be tested without loading the images.
         for chunk in self.images.with_format("arrow")[:].column(self.column).chunks:
             has_bytes = chunk.field("bytes").is_valid().to_pylist()
             paths = chunk.field("path").to_pylist()
             for stored, path in zip(has_bytes, paths, strict=True):
-                row = str(len(keys))
-                keys.append(row if stored else f"{row}|{_file_key(path)}")
-        return keys
+                row = str(len(names))
+                names.append(row if stored else f"{row}|{path or ''}")
+        return names
+
+
+def stamp_of_row(name: str) -> Stamp | None:
+    """The stamp of a row with this name; see `Part.names`."""
+    _, is_file, path = name.partition("|")
+    return stamp_of(Path(path)) if is_file else ()
 
 
 def load_splits(config: HubKeys) -> dict[str, Any]:
@@ -235,11 +240,3 @@ def _names(split: Any, column: str) -> list[Any]:
     if not isinstance(feature, datasets.ClassLabel):
         return values
     return [None if value in (None, -1) else feature.names[value] for value in values]
-
-
-def _file_key(path: str | None) -> str:
-    try:
-        status = Path(path or "").stat()
-    except OSError:  # reading the file will report the reason
-        return "?"
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}"

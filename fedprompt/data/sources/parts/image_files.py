@@ -17,7 +17,14 @@ from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.images import decode_rgb, hold_out_test
 from fedprompt.data.pixels import Pixels
 from fedprompt.data.sources.base import StoredImagesConfig
-from fedprompt.data.sources.parts.integrity import bad_images, memo_path, scan
+from fedprompt.data.sources.parts.integrity import (
+    bad_images,
+    content_hash,
+    journal_path,
+    pixel_keys,
+    scan,
+)
+from fedprompt.data.sources.parts.verdicts import stamp_of
 from fedprompt.errors import UserError
 from fedprompt.files import read_regular
 
@@ -45,12 +52,20 @@ class _Opener:
 
     root: Path
     paths: tuple[str, ...]
+    hashes: tuple[str, ...]
     pixels: Pixels
 
     def __call__(self, index: int) -> Image.Image:
         path = self.root / self.paths[index]
         try:
-            return decode_rgb(read_regular(path), self.pixels)
+            data = read_regular(path)
+            # A row of the feature cache is found by this hash, so it must be that of these bytes.
+            if content_hash(data) != self.hashes[index]:
+                raise UserError(
+                    f"data: {path} has changed since the folder was checked; start the run again. "
+                    "If it says so again, 'touch' the file: its times do not show the change."
+                )
+            return decode_rgb(data, self.pixels)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"data: {path} can no longer be read: {error}; start the run again."
@@ -87,10 +102,17 @@ def files_dataset(
     Raises:
         UserError: an image is unreadable while `on_bad_image` is `error`.
     """
-    keys = [_key(root, file.path) for file in files]
     pixels = config.pixels
-    memo = memo_path(cache_dir, "folder", str(root.resolve()), *pixels.key)
-    verdicts = scan(keys, lambda i: _read(root / files[i].path), memo, config.title, pixels)
+    place = ("folder", str(root.resolve()), *pixels.key)
+    scanned = scan(
+        [file.path for file in files],
+        lambda path: stamp_of(root / path),
+        lambda i: _read(root / files[i].path),
+        journal_path(cache_dir, *place),
+        config.title,
+        pixels,
+    )
+    verdicts = scanned.verdicts
     names = [str(root / file.path) for file in files]
     bad = bad_images(names, verdicts, config.on_bad_image, config.title)
     readable = [i for i, verdict in enumerate(verdicts) if verdict.reason is None]
@@ -102,6 +124,7 @@ def files_dataset(
         cells_N = labels_N * len(domain_names) + domains_N
         split_N = hold_out_test(cells_N, test_fraction, seed)
     # Paths are relative, so that a folder can be moved without encoding its images again.
+    hashes = tuple(verdicts[i].hash for i in readable)
     content = [f"{files[i].path}|{verdicts[i].hash}|{files[i].label}" for i in readable]
     return ImageDataset(
         name=config.title,
@@ -111,10 +134,19 @@ def files_dataset(
         domains_N=domains_N,
         domain_names=domain_names,
         fingerprint=digest("folder", *pixels.key, *content),
-        open_image=_Opener(root, tuple(files[i].path for i in readable), pixels),
+        open_image=_Opener(
+            root,
+            tuple(files[i].path for i in readable),
+            hashes,
+            pixels,
+        ),
         bad_images=bad,
         image_names=tuple(files[i].path for i in readable),
-        hashes=tuple(verdicts[i].hash for i in readable),
+        hashes=hashes,
+        pixel_keys=pixel_keys(hashes, pixels),
+        place=digest(*place),
+        retained=pixel_keys(scanned.others, pixels),
+        portable=True,
     )
 
 
@@ -122,11 +154,3 @@ def _read(path: Path) -> bytes:
     if path.is_symlink() and not path.exists():
         raise ValueError(f"it is a link to {path.readlink()}, which does not exist")
     return read_regular(path)
-
-
-def _key(root: Path, path: str) -> str:
-    try:
-        status = (root / path).stat()
-    except OSError:  # e.g. a dangling link; reading the file will report the reason
-        return f"{path}|?"
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}"

@@ -1,103 +1,112 @@
 """Decodes every image once when a data set is opened, to find bad images and to hash the others.
 
 This must happen before images are divided among clients, because leaving an image out changes the
-indices of all later ones. The hashes are stored on disk, so that later runs read only files that
-have changed. Verdicts on bad images are not stored: bad images are few, and one may become
-readable, for instance with other permissions or a newer version of Pillow.
+indices of all later ones. The verdicts are kept in a journal (`verdicts`), so that later runs read
+only files that have changed, and decode only content that is new.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedprompt.data.cache_files import DECODE_THREADS, digest, locked, write_atomic
+from fedprompt.data.cache_files import digest, locked
 from fedprompt.data.dataset import BadImage
 from fedprompt.data.images import PLAIN, decode
 from fedprompt.data.pixels import Pixels
 from fedprompt.data.progress import progress_bar
+from fedprompt.data.sources.parts.verdicts import Journal, Stamp, Verdict, settled
+from fedprompt.data.threads import in_threads
 from fedprompt.errors import UserError
 
+AHEAD = 256
+"""Images whose reading may be ahead of the journal."""
 LONG_SCAN = 500
-"""Number of images from which a scan shows a progress bar; fewer take about a second."""
-VERSION = 2
-"""Format of the stored hashes; files of another version are ignored."""
+"""Number of images from which a scan reports its progress; fewer take about a second."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The result of decoding one image.
+class Scan:
+    """What a scan found.
 
     Attributes:
-        hash: of the encoded bytes; empty if the image is unreadable.
-        reason: why it is unreadable; None if it is readable.
-        deep: whether its pixels have more than 8 bits.
+        verdicts: one per image that was asked for.
+        others: hashes of readable images that earlier scans of the same place have seen, that were
+            not asked for, and that still exist.
     """
 
-    hash: str
-    reason: str | None = None
-    deep: bool = False
+    verdicts: tuple[Verdict, ...]
+    others: tuple[str, ...]
 
 
-def memo_path(cache_dir: Path, *source: str) -> Path:
-    """The file that stores the hashes of one data set, which the strings `source` identify."""
-    return cache_dir / "scan" / f"{digest(*source)}.json"
+def journal_path(cache_dir: Path, *source: str) -> Path:
+    """The journal of one place of images, which the strings `source` identify."""
+    return cache_dir / "scan" / f"{digest(*source)}.journal"
 
 
 def scan(
-    keys: Sequence[str],
+    names: Sequence[str],
+    stamp: Callable[[str], Stamp | None],
     read: Callable[[int], bytes],
-    memo: Path,
+    path: Path,
     title: str,
     pixels: Pixels = PLAIN,
-) -> list[Verdict]:
-    """Check every image, reading only those that are not in the memo file yet.
+) -> Scan:
+    """Check every image, reading only those that the journal does not know to be unchanged.
 
     Args:
-        keys: one key per image, such as its path, size and time of modification. It must change
-            when the image may have changed, and must not require reading the image.
+        names: a unique name of each image in its place, such as its path.
+        stamp: returns the stamp of a name without reading the image, or None if there is no such
+            image or its file cannot be examined.
         read: returns the encoded bytes of image i, or raises `OSError` or `ValueError`.
-        memo: the file with the hashes of earlier scans.
-        title: name of the data set, for the progress bar and the warning.
-        pixels: how stored values become RGB; `memo` is of these options.
+        path: the journal. It holds for one place and for one set of `pixels` options.
+        title: name of the data set, for the progress report and the warning.
+        pixels: how stored values become RGB.
 
     Returns:
-        One verdict per image.
+        One verdict per image, and what is known of other images of the place.
 
     Raises:
         UserError: the cache folder cannot be written.
     """
     # Under the lock, a second process that starts at the same time waits and then finds the hashes.
-    with locked(memo):
-        known = _load(memo)
-        verdicts = [known.get(key, Verdict("")) for key in keys]
-        unknown = [i for i, verdict in enumerate(verdicts) if not verdict.hash]
-        is_long = len(unknown) >= LONG_SCAN
-        # Threads suffice, since Pillow releases the interpreter's lock while it decodes.
-        pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="scan")
-        try:
-            with progress_bar(f"checking {title}", len(unknown), is_long) as advance:
-                judged = pool.map(lambda i: _judge(lambda: read(i), pixels), unknown)
-                for i, verdict in zip(unknown, judged, strict=True):
-                    verdicts[i] = verdict
-                    advance(1)
-        finally:
-            # After an error or Ctrl-C, the images still in the queue must not be waited for.
-            pool.shutdown(cancel_futures=True)
-        # Keys that no longer occur are dropped, so that the file does not grow.
-        good = {key: verdict for key, verdict in zip(keys, verdicts, strict=True) if verdict.hash}
-        if good != known:
-            hashes = {key: verdict.hash for key, verdict in good.items()}
-            deep = [key for key, verdict in good.items() if verdict.deep]
-            text = json.dumps({"version": VERSION, "hashes": hashes, "deep": deep})
-            write_atomic(memo, lambda file: file.write(text.encode()))
+    with locked(path):
+        _tell_of_former(path)
+        journal = Journal(path)
+        now_ns = time.time_ns()
+        stamps = [stamp(name) for name in names]
+        found = [journal.verdict(*image) for image in zip(names, stamps, strict=True)]
+        unknown = [i for i, verdict in enumerate(found) if verdict is None]
+        # Content that was decoded once, under whatever name and time, need not be decoded again.
+        decoded = {verdict.hash: verdict for _, verdict in journal.known.values() if verdict.hash}
+        chunk = max(1, min(AHEAD, len(unknown) // 50))
+        new: dict[str, tuple[Stamp | None, Verdict]] = {}
+        with (
+            closing(
+                in_threads(lambda i: _judge(read, i, pixels, decoded), unknown, ahead=AHEAD)
+            ) as judged,
+            progress_bar(f"checking {title}", len(unknown), len(unknown) >= LONG_SCAN) as advance,
+        ):
+            for i, verdict in zip(unknown, judged, strict=True):
+                found[i] = verdict
+                new[names[i]] = (stamps[i] if settled(stamps[i], now_ns) else None), verdict
+                if len(new) >= chunk:
+                    journal.add(new)
+                    new = {}
+                advance(1)
+        journal.add(new)
+        verdicts = tuple(verdict for verdict in found if verdict is not None)
+        asked = set(names)
+        others = {name: stamp(name) for name in journal.known if name not in asked}
+        journal.complete(name for name, status in others.items() if status is None)
+        hashes = tuple(journal.known[name][1].hash for name in others if name in journal.known)
     deep_ones = sum(verdict.deep for verdict in verdicts)
     if deep_ones and not pixels.stretch:
         log.warning(
@@ -106,7 +115,30 @@ def scan(
             "e.g. [0, 4095] for 12 bits, or [0, 65535] to keep it as it is.",
             title, deep_ones, len(verdicts),
         )  # fmt: skip
-    return verdicts
+    return Scan(verdicts, hashes)
+
+
+def _tell_of_former(path: Path) -> None:
+    """Log one line if only an earlier version has scanned this place."""
+    former = path.with_suffix(".json")
+    if former.exists() and not path.exists():
+        log.warning(
+            "%s is of an earlier version and is not read; the images are checked again, and you "
+            "may delete that file",
+            former,
+        )
+
+
+def content_hash(data: bytes) -> str:
+    """The hash of the encoded bytes of an image."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def pixel_keys(hashes: Sequence[str], pixels: Pixels) -> tuple[str, ...]:
+    """`ImageDataset.pixel_keys` of images with these hashes, decoded with these options."""
+    if not pixels.key:
+        return tuple(hashes)
+    return tuple(digest(one, *pixels.key) for one in hashes)
 
 
 def bad_images(
@@ -147,30 +179,17 @@ def bad_images(
     return bad
 
 
-def _judge(read: Callable[[], bytes], pixels: Pixels) -> Verdict:
+def _judge(
+    read: Callable[[int], bytes], image: int, pixels: Pixels, decoded: Mapping[str, Verdict]
+) -> Verdict:
     try:
-        data = read()
+        data = read(image)
+        hash_ = content_hash(data)
+        if hash_ in decoded:
+            return decoded[hash_]
         _, deep = decode(data, pixels)
     except OSError as error:
         return Verdict("", error.strerror or str(error))
     except ValueError as error:
         return Verdict("", str(error))
-    return Verdict(hashlib.blake2b(data, digest_size=16).hexdigest(), deep=deep)
-
-
-def _load(memo: Path) -> dict[str, Verdict]:
-    try:
-        stored = json.loads(memo.read_bytes())
-        if stored["version"] == VERSION:
-            deep = set(stored["deep"])
-            return {
-                str(key): Verdict(str(value), deep=key in deep)
-                for key, value in stored["hashes"].items()
-            }
-    # The first scan of a data set has no memo file.
-    except FileNotFoundError:
-        pass
-    # A damaged memo only costs time, so it must not stop the run.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s is damaged (%s); all images are checked again", memo, error)
-    return {}
+    return Verdict(hash_, deep=deep)
