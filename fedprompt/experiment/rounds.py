@@ -16,9 +16,10 @@ Round 0 is the state before any training and begins with step 5.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedprompt.errors import RunFailed, UserError
@@ -41,6 +42,8 @@ from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, STRATEGY, TIM
 from fedprompt.runtime.endings import check_signals
 from fedprompt.runtime.peak_memory import peak_memory
 from fedprompt.simulation.private_log import PrivateLog
+
+log = logging.getLogger("fedprompt.experiment")
 
 LogLine = Callable[[Mapping[str, Any]], None]
 """Takes one line of `metrics.jsonl`."""
@@ -152,10 +155,15 @@ def _refuse_untrained(federation: Federation, folder: RunFolder) -> None:
     lines = [line for line in folder.lines(METRICS) if line.get("clients")]
     if not rounds or not lines:
         return
-    reasons = Counter(reason for line in lines for reason in line.get("dropped", {}).values())
-    often = f" (most often: {reasons.most_common(1)[0][0]})" if reasons else ""
+    often = _most_often(lines)
     if not any(line["clients"]["accepted"] for line in lines):
         what = f"no client's update was accepted in any of {len(lines)} rounds"
+    elif not any(federation.counted(line) for line in lines):
+        needed = federation.config.federation.min_replies
+        what = (
+            f"none of {len(lines)} rounds counted, since each had fewer valid updates than "
+            f"federation.min_replies={needed} or its sum could not be opened"
+        )
     elif federation.untrained:
         what = f"the shared prompts have not changed in {len(lines)} rounds"
     else:
@@ -167,9 +175,15 @@ def _refuse_untrained(federation: Federation, folder: RunFolder) -> None:
     )
 
 
+def _most_often(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The most frequent reason for which updates were rejected, in brackets; or nothing."""
+    reasons = Counter(reason for line in lines for reason in line.get("dropped", {}).values())
+    return f" (most often: {reasons.most_common(1)[0][0]})" if reasons else ""
+
+
 def run_reference(
     federation: Federation, record: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run a baseline. It has no checkpoints: after an interruption it starts from round 0 again.
 
     Args:
@@ -178,18 +192,30 @@ def run_reference(
 
     Returns:
         The last argument of `record`, with the accuracies of the chosen rounds if
-        `evaluation.select` asks for them.
+        `evaluation.select` asks for them. None if no client has trained in any round: accuracies
+        of prompts at their start are no result.
     """
     rounds = _last_round(federation)
     federation.join()
     recorded: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for server_round in range(rounds + 1):
         check_signals()
         line, _ = _one_round(federation, server_round, rounds)
+        if line["clients"] and not line["clients"]["accepted"]:
+            failed.append(line)
         names = ("round", "train", "global", "personal", "personal_on_global", "validation")
         recorded.append({name: line[name] for name in names if name in line})
         record(recorded[-1])
     federation.close_faults()
+    if rounds and len(failed) == rounds:
+        log.error(
+            "the local-only baseline has no result: no client's update was accepted in any of %d "
+            "rounds%s",
+            rounds,
+            _most_often(failed),
+        )
+        return None
     if federation.config.evaluation.select == "best_validation":
         return recorded[-1] | select(recorded)
     return recorded[-1]

@@ -38,6 +38,7 @@ from fedprompt.reports.run_data import (
     context_tokens,
     load_run,
 )
+from fedprompt.runtime.device_memory import DEVICE_ERRORS, device_fault
 from fedprompt.runtime.endings import advice, command_line
 from fedprompt.runtime.peak_memory import reset_peak_memory
 from fedprompt.simulation.block_grid import BlockGrid
@@ -179,6 +180,9 @@ def _run(
         loggers.close()
         folder.discard_unstarted()
         raise
+    except DEVICE_ERRORS as error:
+        # Raised where the server evaluates; grids raise a `DeviceFault` themselves.
+        raise device_fault(error) from None
     finally:
         if grid is not None:
             grid.close()
@@ -209,13 +213,13 @@ def _local_only(
     folder: RunFolder,
     display: Display,
     loggers: Loggers,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run the local-only baseline: every client trains alone, for as many rounds as the method.
 
     It uses the same grid, and therefore the same processes, after the method under test is done.
 
     Returns:
-        The reported accuracies.
+        The reported accuracies, or None if no client has trained in any round.
     """
     display.phase("local-only baseline")
     reference = method_class("coop_local")

@@ -158,6 +158,17 @@ class Federation:
         now = to_arrays(self.arrays)
         return all(np.array_equal(now[name], t.numpy()) for name, t in start.items())
 
+    def counted(self, line: Mapping[str, Any]) -> bool:
+        """Whether a round has changed the shared tensors, or could have.
+
+        Args:
+            line: the round's line in `metrics.jsonl`.
+        """
+        if line.get("secure", {}).get("void"):
+            return False
+        fewest = 1 if self.strategy.steps_without_replies else self.strategy.min_replies
+        return bool(line["clients"]["accepted"] >= max(1, fewest))
+
     def join(self) -> None:
         """Tell the strategy which node is which client; in a simulation, the id determines it."""
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}

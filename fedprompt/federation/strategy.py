@@ -326,6 +326,8 @@ class SharedPromptStrategy(Strategy):
         self.faults.add(self.rejected)
         if exchanged.void:
             self.faults.add_round(server_round, exchanged.void)
+        elif not exchanged.updates:
+            self.faults.add_round(server_round, "no valid update; the strategy steps without one")
         if not exchanged.updates and not self.steps_without_replies:
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)

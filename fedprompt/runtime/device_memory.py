@@ -9,6 +9,7 @@ import gc
 
 import torch
 
+from fedprompt.errors import DeviceFault
 from fedprompt.runtime.machine import memory
 
 DEVICE_ERRORS: tuple[type[BaseException], ...] = (
@@ -53,6 +54,18 @@ def is_shortage(error: BaseException) -> bool:
         return True
     # On a CPU, PyTorch has no error type of its own for this.
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def device_fault(error: BaseException) -> DeviceFault:
+    """The error that ends a run, or makes a worker be replaced.
+
+    Args:
+        error: one of `DEVICE_ERRORS`.
+    """
+    return DeviceFault(
+        f"the device has failed ({type(error).__name__}: {error}); only a new process can use it, "
+        "so resume the run."
+    )
 
 
 def give_back() -> None:

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fedprompt.errors import DamagedFile, DeviceFault
+from fedprompt.errors import DamagedFile
 from fedprompt.federation.client_app import handle
 from fedprompt.messages import Parcel, failure, to_wire
 from fedprompt.methods.base import Tensors
-from fedprompt.runtime.device_memory import DEVICE_ERRORS, give_back, is_shortage
+from fedprompt.runtime.device_memory import (
+    DEVICE_ERRORS,
+    device_fault,
+    give_back,
+    is_shortage,
+)
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.grid")
@@ -90,7 +95,7 @@ def run_block(
         except DamagedFile:
             raise
         except DEVICE_ERRORS as error:
-            raise DeviceFault(f"the device failed ({_one_line(error)}); resume the run.") from None
+            raise device_fault(error) from None
         except Exception as error:
             if len(part) == 1:
                 log.debug("client %d failed", clients[0], exc_info=True)

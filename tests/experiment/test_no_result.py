@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedprompt.cli import main as cli
 from fedprompt.errors import RunFailed
+from fedprompt.experiment import run as run_module
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import resume
+from fedprompt.federation import client_app
+from fedprompt.reports.run_data import load_run
 
 SMALL = (
     "data.images_per_class=4", "data.domains=[savanna]", "partition.clients=2",
@@ -67,3 +71,62 @@ def test_methods_without_shared_prompts_are_fine(
 ) -> None:
     assert status_of(monkeypatch, f"method={method}", f"output.dir={tmp_path / 'run'}") == 0
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_rounds_that_all_have_too_few_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clients keep what they have trained, but nothing has ever been aggregated."""
+    train = client_app.train_clients
+
+    def half(
+        method: Any, received: Any, private: Any, data: Any, *rest: Any, **options: Any
+    ) -> Any:
+        if any(client.client == 1 for client in data):
+            raise ZeroDivisionError("no such luck")
+        return train(method, received, private, data, *rest, **options)
+
+    monkeypatch.setattr(client_app, "train_clients", half)
+    changes = ("method=fedrsclip", "federation.min_replies=2", f"output.dir={tmp_path / 'run'}")
+    assert status_of(monkeypatch, *changes) == 1
+    errors = capsys.readouterr().err
+    assert "none of 2 rounds counted" in errors
+    assert "federation.min_replies=2" in errors
+    assert "ZeroDivisionError: no such luck" in errors
+
+
+def test_a_baseline_whose_clients_all_fail_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = client_app.train_clients
+
+    def only_promptfl(method: Any, *rest: Any, **options: Any) -> Any:
+        if method.name != "promptfl":
+            raise ZeroDivisionError("no such luck")
+        return train(method, *rest, **options)
+
+    monkeypatch.setattr(client_app, "train_clients", only_promptfl)
+    folder = tmp_path / "run"
+    changes = ("method=promptfl", "evaluation.local_only=true", f"output.dir={folder}")
+    assert status_of(monkeypatch, *changes) == 0
+    assert "local-only baseline has no result" in caplog.text
+    summary = load_run(folder).summary
+    assert summary is not None
+    assert summary["local_only"] is None
+
+
+def test_a_device_that_fails_at_the_server_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Sticky(RuntimeError):
+        """Stands for `torch.AcceleratorError`, which older releases of PyTorch do not have."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise Sticky("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(run_module, "DEVICE_ERRORS", (Sticky,))
+    monkeypatch.setattr("fedprompt.federation.server_app.score_global", failing)
+    assert status_of(monkeypatch, "method=promptfl", f"output.dir={tmp_path / 'run'}") == 1
+    errors = capsys.readouterr().err
+    assert "unspecified launch failure" in errors
+    assert "Traceback" not in errors
