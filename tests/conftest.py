@@ -53,9 +53,11 @@ def clip() -> FrozenCLIP:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache; one cache serves the whole test run."""
-    base = tmp_path_factory.getbasetemp() / "fedprompt-cache"
-    monkeypatch.setenv("FEDPROMPT_CACHE", str(base))
-    monkeypatch.setenv("FEDPROMPT_STATE", str(tmp_path_factory.getbasetemp() / "fedprompt-state"))
+    own = tmp_path_factory.getbasetemp()
+    # Processes of pytest-xdist have folders of their own inside one folder of the test run.
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    monkeypatch.setenv("FEDPROMPT_CACHE", str(common / "fedprompt-cache"))
+    monkeypatch.setenv("FEDPROMPT_STATE", str(own / "fedprompt-state"))
 
 
 @pytest.fixture(autouse=True)
