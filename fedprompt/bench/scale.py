@@ -115,6 +115,7 @@ def bench_scale(options: ScaleOptions, out: Output) -> None:
         sizes = (QUICK if options.quick else POINTS)[axis]
         for case, cost in cases[axis].items():
             out.progress(f"{case}: {', '.join(f'{n:,}' for n in sizes)}")
+            cost(sizes[0])  # warms up, which would hide the growth of the seconds
             out.add(growth_row(case, sizes, [cost(n) for n in sizes]))
     out.table(COLUMNS)
     out.note(
