@@ -58,7 +58,7 @@ STEP = {
     "pfedmoap": Budget(345, 4, 1),
     "pfedprompt": Budget(170, 4),
     "plot": Budget(725, 5, 30),
-    "proda": Budget(600, 11, 1),
+    "proda": Budget(605, 11, 1),
     "prograd": Budget(275, 4),
     "promptfl": Budget(170, 4),
     "promptfolio": Budget(180, 4),
