@@ -451,7 +451,7 @@ def _judged(logits_KBC: Tensor, labels_KB: Tensor) -> tuple[NDArray[np.bool_], N
     losses_KB = losses.view_as(hits_KB)
     # `argmax` takes NaN for the largest number, so without this all images would be of class 0.
     hits_KB &= ~losses_KB.isnan()
-    return hits_KB.cpu().numpy(), losses_KB.double().cpu().numpy()
+    return hits_KB.cpu().numpy(), losses_KB.cpu().double().numpy()
 
 
 def _as_score(hits_B: NDArray[np.bool_], losses_B: NDArray[np.float64]) -> Score:

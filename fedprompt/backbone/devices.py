@@ -13,7 +13,7 @@ from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
 from fedprompt.runtime import CUBLAS_WORKSPACE
 
-KINDS = ("auto", "cpu", "cuda")
+KINDS = ("auto", "cpu", "cuda", "mps")
 CUBLAS_ORDERED = (":4096:8", ":16:8")
 """The workspaces with which cuBLAS promises the same bits, as PyTorch documents them."""
 
@@ -22,7 +22,7 @@ def pick_device(requested: str) -> str:
     """The type of the device that `backbone.device` asks for on this machine.
 
     Args:
-        requested: `auto`, `cpu` or `cuda`.
+        requested: one of `KINDS`.
 
     Raises:
         UserError: there is no such kind of device, or PyTorch finds none of it.
@@ -32,6 +32,10 @@ def pick_device(requested: str) -> str:
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "backbone: device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'."
+        )
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "backbone: device is 'mps', but PyTorch finds no Apple GPU; use 'auto' or 'cpu'."
         )
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,13 +21,16 @@ NAMES = ("tiny", "ViT-B-32", "ViT-B-16", "ViT-L-14")
 IMAGE_BATCH = 64
 
 
-def random_clip(name: str, seed: int = 0, device: str = "cpu") -> FrozenCLIP:
-    """The architecture `name` with random weights, float32.
+def random_clip(
+    name: str, seed: int = 0, device: str = "cpu", precision: str = "float32"
+) -> FrozenCLIP:
+    """The architecture `name` with random weights.
 
     Args:
         name: one of `NAMES`; `tiny` is the architecture of the embedded weights.
         seed: seed of the weights.
         device: the device that they are moved to.
+        precision: as `backbone.precision`.
 
     Raises:
         UserError: `name` is not one of `NAMES`.
@@ -47,6 +50,7 @@ def random_clip(name: str, seed: int = 0, device: str = "cpu") -> FrozenCLIP:
         name=name,
         weights_hash=f"seed {seed}",
         device=device,
+        precision=precision,
         image_batch=IMAGE_BATCH,
     )
 

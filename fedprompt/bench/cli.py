@@ -38,7 +38,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores
 Repeats = Annotated[int, typer.Option(min=1, help="Largest number of repeats of a case.")]
 Classes = Annotated[str, typer.Option(help="Numbers of classes, e.g. 10,45.")]
 Context = Annotated[str, typer.Option(help="Numbers of context tokens, e.g. 4,16.")]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or mps.")]
 Ordered = Annotated[
     bool,
     typer.Option(

@@ -28,7 +28,9 @@ class BackboneConfig:
         "local weights (.safetensors or .pt); beside a tag, whose settings then hold",
         path=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU when there is one")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(
+        "auto", "auto = cuda, also for ROCm, when there is a GPU; mps = Apple's, on request only"
+    )
     precision: Literal["float32", "bf16"] = option("float32", "bf16 = matrix products in bfloat16")
     deterministic: bool = option(
         False, "on a GPU, add in a fixed order: the same bits again, more slowly; no effect on CPUs"

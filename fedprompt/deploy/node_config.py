@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedprompt.backbone.devices import KINDS
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
@@ -90,8 +91,10 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise UserError(f"--node-config: threads is {threads!r}; it must be a whole number.")
     device = node_config.get("device")
-    if device is not None and device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--node-config: device is {device!r}; it must be auto, cpu or cuda.")
+    if device is not None and device not in KINDS:
+        raise UserError(
+            f"--node-config: device is {device!r}; it must be one of {', '.join(KINDS)}."
+        )
     flags = {"require-secure-aggregation": False, "same-machine": SIMULATED in node_config}
     for key, default in flags.items():
         flags[key] = node_config.get(key, default)

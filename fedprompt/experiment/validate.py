@@ -126,10 +126,9 @@ def check_config(config: Config) -> None:
 
     Raises:
         UserError: the server would have validation images of two kinds; a round is to be chosen
-            without any; the method needs a momentum
-            that starts at zero; or, with secure aggregation, the strategy needs single replies,
-            the attack is one that only checks of single replies detect, or a round has too few
-            clients.
+            without any; the method needs a momentum that starts at zero, or float64 on a device
+            without it; or, with secure aggregation, the strategy needs single replies, the attack
+            is one that only checks of single replies detect, or a round has too few clients.
     """
     partition, official = config.partition, config.data.official_validation
     if official and partition.server_validation_fraction:
@@ -149,6 +148,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"config: method '{config.method.name}' needs a momentum that starts each round at "
             "zero; set training.momentum_state=reset."
+        )
+    if config.backbone.device == "mps" and config.method.needs_float64:
+        raise UserError(
+            f"config: method '{config.method.name}' computes in float64 with these settings, which "
+            "backbone.device=mps does not have; use cpu, or another method."
         )
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)

@@ -99,6 +99,11 @@ class MethodConfig:
         """Whether the method is also right if SGD's momentum does not start a round at zero."""
         return True
 
+    @property
+    def needs_float64(self) -> bool:
+        """Whether training computes in float64 on the device, which MPS cannot."""
+        return False
+
     def __post_init__(self) -> None:
         """Take the name of the file that defines the config, unless a name is given."""
         if not self.name:

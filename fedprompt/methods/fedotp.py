@@ -34,7 +34,7 @@ import torch
 from fedprompt.config.fields import option
 from fedprompt.config.search import Range, log_range
 from fedprompt.methods.base import Tensors
-from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport
+from fedprompt.methods.parts.optimal_transport import FLOAT32_EPS, SMALLEST_EPS, Transport
 from fedprompt.methods.parts.prompts import RandomPromptConfig
 from fedprompt.methods.plot import PLOT
 
@@ -51,6 +51,11 @@ class FedOTPConfig(RandomPromptConfig):
     )
     threshold: float = option(1e-3, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
+
+    @property
+    def needs_float64(self) -> bool:
+        """With a small eps, whose kernel would leave float32."""
+        return self.eps < FLOAT32_EPS
 
 
 class FedOTP(PLOT):

@@ -53,6 +53,8 @@ Projection = Literal["row_space", "complement"]
 class FedPHAConfig(MethodConfig):
     """Defaults: the public code's."""
 
+    needs_float64 = True  # the decomposition
+
     shared_tokens: int = option(16, "context tokens M of the global prompt", ge=1)
     local_tokens: list[int] = option([16], "tokens of local prompts, dealt to clients in turn")
     ratio: float = option(

@@ -34,7 +34,12 @@ from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.losses import cross_entropy
-from fedprompt.methods.parts.optimal_transport import SMALLEST_EPS, Transport, real_images
+from fedprompt.methods.parts.optimal_transport import (
+    FLOAT32_EPS,
+    SMALLEST_EPS,
+    Transport,
+    real_images,
+)
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 
@@ -49,6 +54,11 @@ class PLOTConfig(RandomPromptConfig):
     )
     threshold: float = option(0.01, "mean change at which the iteration stops", gt=0)
     max_iterations: int = option(100, "iterations at most", ge=1)
+
+    @property
+    def needs_float64(self) -> bool:
+        """With a small eps, whose kernel would leave float32."""
+        return self.eps < FLOAT32_EPS
 
 
 class PLOT(Method):

@@ -44,6 +44,7 @@ class ScaffoldConfig(WrapperConfig):
 
     default_strategy = MappingProxyType({"name": "scaffold"})
     supported_strategies = frozenset({"scaffold"})
+    needs_float64 = True  # the coefficients
     keeps_momentum = False  # `coefficients` counts from a momentum of zero
 
     def check(self) -> None:

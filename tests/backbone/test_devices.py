@@ -18,6 +18,7 @@ from fedprompt.errors import UserError
 from fedprompt.experiment import run as experiment
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.runtime import CUBLAS_WORKSPACE
+from tests.support.builders import small_config
 
 ASKED = BackboneConfig(device="cuda", deterministic=True)
 
@@ -90,3 +91,36 @@ def test_a_run_trains_with_ordered_sums_and_leaves_the_process_as_it_was(
     experiment.run(config, QuietDisplay(Console(quiet=True)))
     assert seen == [(True, False, False, True)]
     assert settings() == before
+
+
+def test_an_absent_device_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "mps", "tpu"):
+        with pytest.raises(UserError, match=f"'{device}'"):
+            devices.pick_device(device)
+    assert devices.pick_device("auto") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        ({"name": "promptfl"}, False),
+        ({"name": "plot", "eps": 0.1}, False),
+        ({"name": "plot", "eps": 0.02}, True),
+        ({"name": "fedotp", "eps": 0.01}, True),
+        ({"name": "fedpha"}, True),
+        ({"name": "scaffold"}, True),
+        ({"name": "ditto", "base": "fedotp", "options": {"eps": 0.01}}, True),
+    ],
+)
+def test_methods_in_float64_are_refused_on_mps(method: dict[str, Any], refused: bool) -> None:
+    def make(device: str) -> Config:
+        return small_config(method=method, strategy={"name": "auto"}, backbone={"device": device})
+
+    make("cpu")
+    if refused:
+        with pytest.raises(UserError, match=f"'{method['name']}'.*mps"):
+            make("mps")
+    else:
+        assert make("mps").backbone.device == "mps"

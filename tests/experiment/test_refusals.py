@@ -123,7 +123,7 @@ REFUSED_FILES: dict[str, str | bytes] = {
     "no experiment 'quickstar'. Did you mean 'quickstart'?": "extends: quickstar\n",
     "no file": "extends: nowhere.yaml\n",
     "no method 'None'": "method: {use: }\n",
-    "backbone.device is 'tpu'; it must be one of auto, cpu, cuda": (
+    "backbone.device is 'tpu'; it must be one of auto, cpu, cuda, mps": (
         "backbone: {use: tiny, device: tpu}\n"
     ),
     "training.lr is '${seed}'": "training: {lr: '${seed}'}\n",

@@ -105,7 +105,7 @@ class Calibration(Reported):
         total = Reliability.of([], [], self.options.bins)
         first = 0
         for logits_BC in logits_of(method, encoded, inputs_N, memo):
-            confidence_B, predicted_B = logits_BC.double().softmax(-1).max(-1)
+            confidence_B, predicted_B = logits_BC.cpu().double().softmax(-1).max(-1)
             correct_B = predicted_B == labels_N[first : first + len(logits_BC)]
             # Rounding can put a probability slightly above 1.
             total += Reliability.of(

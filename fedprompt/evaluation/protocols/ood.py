@@ -281,7 +281,7 @@ def _highest(logits_BC: Tensor, scale: float) -> Tensor:
         logits_BC: cosines times CLIP's logit scale.
         scale: the temperature times CLIP's logit scale.
     """
-    return (logits_BC.double() / scale).softmax(-1).amax(-1)
+    return (logits_BC.cpu().double() / scale).softmax(-1).amax(-1)
 
 
 def _pairs(

@@ -68,6 +68,11 @@ class WrapperConfig(MethodConfig):
         """The base's."""
         return self._base().supported_strategies
 
+    @property
+    def needs_float64(self) -> bool:
+        """The base's."""
+        return self._base().needs_float64
+
     def check(self) -> None:
         """Check the base's config, and complete `options` with its defaults."""
         try:
