@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -59,7 +60,10 @@ from fedprompt.workspace import Workspace
 log = logging.getLogger("fedprompt.server")
 
 CLIENTS_AT_ONCE = 1000
-"""Clients evaluated in one exchange; it bounds the memory for messages when all are evaluated."""
+"""The most clients evaluated in one exchange; their test images are in memory at the same time."""
+MESSAGE_BYTES_AT_ONCE = 1 << 30
+"""The most bytes of messages in one exchange of an evaluation. Some methods send a client the
+prompts of several others, and a thousand such messages do not fit into the memory of a machine."""
 
 
 class TestRecord(Protocol):
@@ -283,7 +287,17 @@ class Federation:
     @property
     def tests_in_parts(self) -> bool:
         """Whether a test of everyone takes several exchanges."""
-        return len(self.strategy.clients) > CLIENTS_AT_ONCE
+        return len(self.strategy.clients) > self.clients_at_once
+
+    @cached_property
+    def clients_at_once(self) -> int:
+        """Clients evaluated in one exchange.
+
+        It follows from the tensors' shapes, so a resumed run asks the same clients together.
+        """
+        shapes = [*self.workspace.shared_shapes.values(), *self.workspace.extras_shapes.values()]
+        message = 4 * sum(map(math.prod, shapes))  # all are float32
+        return min(CLIENTS_AT_ONCE, max(1, MESSAGE_BYTES_AT_ONCE // max(1, message)))
 
     def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
         """Evaluate the global and the personal models.
@@ -364,7 +378,7 @@ class Federation:
         ranges: Ranges,
         settings: Mapping[str, bool] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Row]]:
-        """Evaluate on clients, at most `CLIENTS_AT_ONCE` in one exchange.
+        """Evaluate on clients, at most `clients_at_once` in one exchange.
 
         Args:
             server_round: the round that the messages belong to.
@@ -376,10 +390,11 @@ class Federation:
         Yields:
             A client's id and its checked metrics.
         """
-        record = self.tested if len(clients) > CLIENTS_AT_ONCE else None
+        at_once = self.clients_at_once
+        record = self.tested if len(clients) > at_once else None
         test = f"{server_round} {sorted(settings)} {_digest(arrays)}" if record else ""
-        for first in range(0, len(clients), CLIENTS_AT_ONCE):
-            part = clients[first : first + CLIENTS_AT_ONCE]
+        for first in range(0, len(clients), at_once):
+            part = clients[first : first + at_once]
             rows = record.find(test, part) if record else None
             if rows is None:
                 config = ConfigRecord({**settings})

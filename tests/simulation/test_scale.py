@@ -5,6 +5,7 @@ Counted, not timed: messages, reads of the private store, bytes written, memory 
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -266,16 +267,23 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     assert len(list((broken / PRIVATE).iterdir())) == len(list((path / PRIVATE).iterdir()))
 
 
-@pytest.mark.parametrize("tested", [0, 1, 3])
+@pytest.mark.parametrize(("tested", "bound"), [(0, "clients"), (1, "bytes"), (3, "clients")])
 def test_a_test_of_everyone_goes_on_where_it_was(
     make_workspace: MakeWorkspace,
     play: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     tested: int,
+    bound: str,
 ) -> None:
     """Killed between the exchanges of the last round's test: no client trains or answers again."""
-    monkeypatch.setattr("fedprompt.federation.server_app.CLIENTS_AT_ONCE", 64)
     workspace = make_workspace(FEW)
+    shapes = {**workspace.shared_shapes, **workspace.extras_shapes}
+    message = 4 * sum(math.prod(shape) for shape in shapes.values())
+    name, limit = {
+        "clients": ("CLIENTS_AT_ONCE", 64),
+        "bytes": ("MESSAGE_BYTES_AT_ONCE", 65 * message - 1),
+    }[bound]
+    monkeypatch.setattr(f"fedprompt.federation.server_app.{name}", limit)
     _, whole, log, path = play(workspace, "whole")
     # In each round before the last, participants train and are tested; in the last one they train,
     # and everyone is tested in four exchanges.
