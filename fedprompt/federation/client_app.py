@@ -23,7 +23,7 @@ from flwr.app import (
 
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
-from fedprompt.federation.personal_test import count_correct
+from fedprompt.federation.personal_evaluation import count_correct
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
@@ -37,7 +37,7 @@ PROTOCOLS = "protocols"
 clients, and the personal models are not tested."""
 COMMON = "common-test"
 """Key in the settings of an evaluation message. If it is set, the personal models are also tested
-on the server's test images; see `fedprompt.federation.common_test`."""
+on the server's test images; see `fedprompt.federation.common_evaluation`."""
 
 
 def handle(

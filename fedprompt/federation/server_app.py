@@ -26,10 +26,10 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.client_app import COMMON, PROTOCOLS
-from fedprompt.federation.common_test import CommonTest, decide
+from fedprompt.federation.common_evaluation import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
-from fedprompt.federation.personal_test import reported_counts
+from fedprompt.federation.personal_evaluation import reported_counts
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.scores import finite, personal_scores
 from fedprompt.federation.screening import (

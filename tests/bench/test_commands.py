@@ -184,7 +184,7 @@ def test_a_mismatch_is_one_line_and_exit_status_1(
         (["step", "--backbone", "tny", "--classes", "5"], "'tiny'"),
         (["scale", "--axes", "clases"], "'classes'"),
         (["step", "--json", "/nowhere/rows.json"], "/nowhere/rows.json"),
-        (["scale", "--methods", "promptfll", "--clients", "5"], "promptfl"),
+        (["scale", "--axes", "methods", "--methods", "promptfll"], "promptfl"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_status_2(

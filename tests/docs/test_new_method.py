@@ -74,7 +74,9 @@ def test_the_example_is_found_and_is_the_papers(task_res: None, clip: FrozenCLIP
     ]
     encoded = method.encode({"residual": x[None]}, {})
     data = batch_of(v, torch.zeros(1, 1, dtype=torch.long))
-    assert method.logits(encoded, data.inputs)[0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    # Class features are packed in another order here, and a cosine near 0 is exact to 1e-7 only.
+    approximately = pytest.approx(expected, rel=1e-5, abs=1e-7 * float(clip.logit_scale))
+    assert method.logits(encoded, data.inputs)[0, 0].tolist() == approximately
 
 
 def test_the_example_federates(task_res: None, run_config: Callable[..., Config]) -> None:

@@ -53,11 +53,11 @@ def _wires(
     seen: list[tuple[int, bytes]] = []
     run_block = grid_module.run_block
 
-    def recording(workspace: Any, block: Any, private: Any, answer: Any) -> Any:
-        replies, changed = run_block(workspace, block, private, answer)
-        if from_wire(replies[0]).metadata.message_type == MessageType.TRAIN:
-            seen.extend((p.client, r) for p, r in zip(block, replies, strict=True))
-        return replies, changed
+    def recording(workspace: Any, block: Any, private: Any, answer: Any, **options: Any) -> Any:
+        answered = run_block(workspace, block, private, answer, **options)
+        if from_wire(answered.replies[0]).metadata.message_type == MessageType.TRAIN:
+            seen.extend((p.client, r) for p, r in zip(block, answered.replies, strict=True))
+        return answered
 
     monkeypatch.setattr(grid_module, "run_block", recording)
     federate(grid, rounds)

@@ -20,9 +20,8 @@ from fedprompt.cli.main import main
 from fedprompt.config.search import Choices, log_range
 from fedprompt.data.dataset import TEST
 from fedprompt.errors import UserError
-from fedprompt.experiment import rounds
+from fedprompt.experiment.logs import Logs
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.reports.figure import Bars, Lines
 from fedprompt.reports.run_data import CHECKPOINT, SUMMARY
 from fedprompt.sweeps.plan import expand, load_sweep
@@ -78,18 +77,18 @@ def test_an_interrupted_search_ends_with_the_same_trials(
     for path in gone:
         shutil.rmtree(path)
     again = tmp_path / "out"
-    save = rounds._save
+    save = Logs.save
 
-    def killed(checkpoint: Checkpoint, *arguments: Any) -> None:
-        save(checkpoint, *arguments)
-        if checkpoint.server_round == 1:
+    def killed(logs: Logs, federation: Any, server_round: int, *arguments: Any) -> None:
+        save(logs, federation, server_round, *arguments)
+        if server_round == 1:
             raise Killed
 
     # The process ends in the middle of a trial, which has a checkpoint.
-    monkeypatch.setattr(rounds, "_save", killed)
+    monkeypatch.setattr(Logs, "save", killed)
     with pytest.raises(Killed):
         search(plan, again, serial=True, quiet=True)
-    monkeypatch.setattr(rounds, "_save", save)
+    monkeypatch.setattr(Logs, "save", save)
     (begun,) = (p for p in (again / "trials").iterdir() if not (p / SUMMARY).exists())
     assert (begun / CHECKPOINT).exists()
     planned: list[str] = []

@@ -10,7 +10,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.partition import make_partition
-from fedprompt.federation.common_test import count_positions
+from fedprompt.federation.common_evaluation import count_positions
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import Method
 from fedprompt.simulation.inline_grid import InlineGrid

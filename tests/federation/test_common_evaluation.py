@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedprompt.federation import common_test
-from fedprompt.federation.common_test import KEY, CommonTest, Positions, decide
+from fedprompt.federation import common_evaluation
+from fedprompt.federation.common_evaluation import KEY, CommonTest, Positions, decide
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
@@ -74,13 +74,13 @@ def test_a_test_may_cost_what_the_training_costs(
     expected: list[int],
     key: str,
 ) -> None:
-    monkeypatch.setattr(common_test, "FREE_POSITIONS", 0)
+    monkeypatch.setattr(common_evaluation, "FREE_POSITIONS", 0)
     workspace = make_workspace()
     tests = len(workspace.partition.server_test)
     # Scaled, so that a test costs `models` where training costs 492.
     scale = 4 * tests
     counted = Positions(model=scale, image=scale, private=models)
-    monkeypatch.setattr(common_test, "count_positions", lambda _: counted)
+    monkeypatch.setattr(common_evaluation, "count_positions", lambda _: counted)
     test = decided(workspace)
     assert rounds(test) == expected
     assert key in test.note
@@ -90,7 +90,7 @@ def test_small_tests_are_always_affordable(
     make_workspace: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Positions(model=1, image=1, private=1000)
-    monkeypatch.setattr(common_test, "count_positions", lambda _: counted)
+    monkeypatch.setattr(common_evaluation, "count_positions", lambda _: counted)
     assert rounds(decided(make_workspace())) == list(range(7))
 
 
