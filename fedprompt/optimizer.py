@@ -34,7 +34,7 @@ State = list[dict[str, Tensor]]
 def build_optimizer(
     config: TrainingConfig, leaves: Tensors, lr: float, lr_scale: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """Create the optimiser, with one parameter group per tensor for its learning-rate factor.
+    """Create the optimiser, with one parameter group per learning rate.
 
     Args:
         config: the optimiser's name and its settings.
@@ -42,18 +42,38 @@ def build_optimizer(
         lr: the round's learning rate.
         lr_scale: factors of the learning rate by name of the tensor; 1 for all others.
     """
-    groups = [
-        {"params": [leaf], "lr": lr * lr_scale.get(name, 1.0)} for name, leaf in leaves.items()
-    ]
+    by_lr: dict[float, list[Tensor]] = {}
+    for name, leaf in leaves.items():
+        by_lr.setdefault(lr * lr_scale.get(name, 1.0), []).append(leaf)
+    groups = [{"params": of_one_lr, "lr": rate} for rate, of_one_lr in by_lr.items()]
+    # One kernel updates all tensors of a group. On CPUs nothing would be gained, and the last bits
+    # would differ.
+    fused = any(leaf.device.type != "cpu" for leaf in leaves.values())
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            groups, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay
+            groups,
+            lr=lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=fused or None,
         )
     adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     first, second = config.betas
     return adam(
-        groups, lr=lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay
+        groups,
+        lr=lr,
+        betas=(first, second),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=fused or None,
     )
+
+
+def fusable(gradient: Tensor | None) -> Tensor | None:
+    """A gradient as a fused step takes it: laid out as its tensor. CPUs take any layout."""
+    if gradient is None or gradient.device.type == "cpu":
+        return gradient
+    return gradient.contiguous()
 
 
 def clip_gradients(
@@ -117,24 +137,44 @@ def keeps_momentum(config: TrainingConfig) -> bool:
     return config.momentum_state == "keep" and config.optimizer == "sgd" and config.momentum > 0
 
 
-def kept_momentum(trained: Tensors, kept: Sequence[Tensors]) -> Tensors:
+def stored_momentum(stored: Sequence[Tensors]) -> Tensors:
+    """The momentum that a block's clients have stored.
+
+    Args:
+        stored: per client, its momentum by name of the tensor, without a client axis; empty before
+            the client's first training.
+
+    Returns:
+        The momentum by the same names, (K, ...); zeros where a client has none. Empty if none has.
+    """
+    known = {name: t for own in stored for name, t in own.items()}
+    complete = [{n: own.get(n, torch.zeros_like(t)) for n, t in known.items()} for own in stored]
+    return stack(complete) if known else {}
+
+
+def kept_momentum(trained: Tensors, stored_K: Tensors) -> Tensors:
     """The momentum of a block's clients at the start of a round.
 
     Args:
         trained: the tensors that will be trained, (K, ...).
-        kept: per client, its momentum by the same names, without a client axis; empty before the
-            client's first training.
+        stored_K: what `stored_momentum` returned, on the device of `trained`.
 
     Returns:
-        The momentum of each tensor, (K, ...); zeros where a client has none.
+        The momentum of each tensor, (K, ...); zeros where no client has any.
     """
     return {
-        name: stack(
-            [{name: own[name].to(t) if name in own else torch.zeros_like(t[0])} for own in kept],
-            t.device,
-        )[name]
-        for name, t in trained.items()
+        n: _padded(stored_K[n], t) if n in stored_K else torch.zeros_like(t)
+        for n, t in trained.items()
     }
+
+
+def _padded(momentum_K: Tensor, trained_K: Tensor) -> Tensor:
+    """Pad with zeros to the shape of a tensor whose longest client has no momentum yet."""
+    if momentum_K.shape == trained_K.shape:
+        return momentum_K
+    padded_K = torch.zeros_like(trained_K)
+    padded_K[:, : momentum_K.shape[1]] = momentum_K
+    return padded_K
 
 
 def with_momentum(private: Tensors, momentum: Tensors) -> Tensors:

@@ -17,23 +17,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedprompt.config.schema import TrainingConfig
+from fedprompt.data.features.feed import Feed, resident
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, row_of, stack
+from fedprompt.methods.parts.draws import StepDraws
+from fedprompt.methods.parts.schedule import draw_batches, local_steps
 from fedprompt.optimizer import (
     MOMENTUM,
     State,
     build_optimizer,
     clip_gradients,
+    fusable,
     keeps_momentum,
     kept_momentum,
     restore,
+    stored_momentum,
 )
-from fedprompt.rng import generator
+from fedprompt.runtime.transfer import moved_by_name
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,6 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
     return config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / max(rounds, 1)))
 
 
-def local_steps(images: int, config: TrainingConfig) -> int:
-    """Optimiser steps that a client takes in one round.
-
-    Args:
-        images: the number of its training images.
-        config: the `training` section.
-    """
-    # Rounded up: with `drop_last`, a client smaller than a batch would never train.
-    return config.local_epochs * math.ceil(images / config.batch_size)
-
-
 def train_clients(
     method: Method,
     received: Sequence[Tensors],
@@ -129,47 +122,70 @@ def train_clients(
     order = sorted(range(len(data)), key=lambda k: -local_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
-    schedule = _batches(ordered, config, seed, server_round)
+    schedule = draw_batches(ordered, config, seed, server_round)
+    steps = tuple(local_steps(len(d), config) for d in ordered)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
-    # Features are moved once. Pixels would fill a GPU, so they are moved batch by batch.
-    if inputs_N.pixels is None:
-        inputs_N = inputs_N.on(device)
-    # The inputs of a client hold all images of view 0, then all of view 1, and so on.
-    labels_N = torch.cat([d.labels_N.repeat(d.views) for d in ordered]).to(device)
-    received_K = stack([received[k] for k in order], device)
+    there_N = resident(inputs_N, device)
+    # Everything that the round needs, in as few copies as possible.
+    received_K, private_K, kept_K, numbers, columns_N = moved_by_name(
+        [
+            stack([received[k] for k in order]),
+            stack([private[k] for k in order]),
+            stored_momentum([momentum[k] for k in order])
+            if momentum and keeps_momentum(config)
+            else {},
+            {
+                "index_SKB": schedule.index_SKB,
+                "mask_SKB": schedule.mask_SKB,
+                "images_SK": schedule.mask_SKB.sum(-1).float(),
+                # A client's inputs hold all images of view 0, then all of view 1, and so on.
+                "labels_N": torch.cat([d.labels_N.repeat(d.views) for d in ordered]),
+                "steps_K": torch.tensor(steps),
+                "class_counts_KC": _class_counts(ordered, len(method.task.class_names)),
+            },
+            there_N.columns(),
+        ],
+        device,
+    )
+    images = _Images(
+        Feed(
+            Inputs(**columns_N),
+            numbers["index_SKB"],
+            None if there_N.pixels is inputs_N.pixels else inputs_N.pixels,
+            schedule.index_SKB,
+        ),
+        numbers,
+    )
+    clients = tuple(d.client for d in ordered)
     round_info = RoundInfo(
-        clients=tuple(d.client for d in ordered),
+        clients=clients,
         seed=seed,
         server_round=server_round,
         rounds=rounds,
         lr=learning_rate(config, server_round, rounds),
         received=received_K,
-        steps_K=torch.tensor([local_steps(len(d), config) for d in ordered], device=device),
-        class_counts_KC=_class_counts(ordered, len(method.task.class_names)).to(device),
+        steps_K=numbers["steps_K"],
+        class_counts_KC=numbers["class_counts_KC"],
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
+        ahead=StepDraws(clients, steps, device),
     )
     # Extras are sent by the server beside the shared tensors. They are inputs of `encode`, but
     # they are neither trained nor uploaded.
     extra = method.init_extras(seed).keys()
     shared_K, private_K = method.start_round(
-        {n: v for n, v in received_K.items() if n not in extra},
-        stack([private[k] for k in order], device),
-        round_info,
+        {n: v for n, v in received_K.items() if n not in extra}, private_K, round_info
     )
     at_rest = method.at_rest(private_K, round_info)
     names = _named(shared_K, private_K)
     trained = {n: v for n, v in names.items() if n not in method.frozen}
     fixed = {n: v for n, v in names.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
-    kept = None
-    if keeps_momentum(config):
-        kept = kept_momentum(trained, [momentum[k] if momentum else {} for k in order])
+    kept = kept_momentum(trained, kept_K) if keeps_momentum(config) else None
     final, totals, velocity = _descend(
         method,
         config,
-        schedule,
-        inputs_N,
-        labels_N,
+        schedule.segments,
+        images,
         round_info,
         trained=trained,
         fixed=fixed,
@@ -178,10 +194,9 @@ def train_clients(
     )
     frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
     shared_K, private_K = method.end_round(*_containers(final | frozen), round_info)
-    shared_K = {n: v.cpu() for n, v in shared_K.items()}
-    private_K = {n: v.cpu() for n, v in private_K.items()}
-    velocity = {n: v.cpu() for n, v in velocity.items()}
-    totals = {n: v.cpu() for n, v in totals.items()}
+    shared_K, private_K, velocity, totals = moved_by_name(
+        [shared_K, private_K, velocity, totals], torch.device("cpu")
+    )
     # Undo the sorting: the results are in the order of the arguments.
     place = {k: row for row, k in enumerate(order)}
     results = []
@@ -200,12 +215,33 @@ def train_clients(
     return results
 
 
+@dataclass(frozen=True)
+class _Images:
+    """The images of all steps.
+
+    Attributes:
+        feed: gives every step its inputs.
+        numbers: labels of all images (N,), and of every step and client its rows `index_SKB`, its
+            `mask_SKB` and its number of images `images_SK`; on the device.
+    """
+
+    feed: Feed
+    numbers: Tensors
+
+    def batch(self, step: int, round_info: RoundInfo) -> Batch:
+        """The batch of one step, of the clients that still train."""
+        active = len(round_info.clients)
+        index_AB = self.numbers["index_SKB"][step, :active]
+        labels_AB = self.numbers["labels_N"][index_AB]
+        mask_AB = self.numbers["mask_SKB"][step, :active]
+        return Batch(self.feed.batch(step, active), labels_AB, mask_AB, round_info, step)
+
+
 def _descend(
     method: Method,
     config: TrainingConfig,
-    schedule: _Schedule,
-    inputs_N: Inputs,
-    labels_N: Tensor,
+    segments: Sequence[tuple[int, int, int]],
+    images: _Images,
     round_info: RoundInfo,
     *,
     trained: Tensors,
@@ -215,12 +251,14 @@ def _descend(
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Take all local steps.
 
+    Nothing in a step waits for the device, or copies anything to or from it, unless the method
+    does.
+
     Args:
         method: supplies encoding, loss and gradients.
         config: the optimiser and its settings.
-        schedule: which images each client sees in each step.
-        inputs_N: images of all clients; pixels are on the CPU, features on the device.
-        labels_N: class indices (N,), on the device.
+        segments: first step, last step + 1 and number of clients, as in `Schedule`.
+        images: the images of all steps, on the device.
         round_info: the round, with clients in the order of the schedule.
         trained: tensors (K, ...) that the optimiser updates, with names as in `_named`.
         fixed: tensors (K, ...) that are used and not changed, with names as in `_named`.
@@ -232,12 +270,12 @@ def _descend(
         The `trained` tensors (K, ...) after the last step; the sum over all images seen of every
         loss term (K,); and the momentum of each trained tensor (K, ...), if it is kept.
     """
-    device = method.clip.device
     final = {n: v.clone() for n, v in trained.items()}
-    totals: dict[str, Tensor] = {}
+    terms: tuple[str, ...] = ()
+    totals_TK: Tensor | None = None
     velocity = {n: v.clone() for n, v in (momentum or {}).items()}
     state: State | None = None if momentum is None else [{MOMENTUM: momentum[n]} for n in trained]
-    for first, stop, active in schedule.segments:
+    for first, stop, active in segments:
         # Within a segment the same A clients train. New leaves and a new optimiser per segment
         # drop the clients that are done: with a zero gradient, momentum and weight decay would
         # keep moving their prompts.
@@ -247,10 +285,7 @@ def _descend(
         optimizer = build_optimizer(config, leaves, round_info.lr, method.lr_scale)
         restore(optimizer, list(leaves.values()), state, active)
         for step in range(first, stop):
-            index_KB = schedule.index_SKB[step, :active]
-            mask_KB = schedule.mask_SKB[step, :active].to(device)
-            inputs_KB = inputs_N[index_KB].on(device)
-            batch = Batch(inputs_KB, labels_N[index_KB], mask_KB, present, step)
+            batch = images.batch(step, present)
             # The class prompts are encoded in every step, since the gradient flows through them.
             encoded = method.encode(shared_A, private_A)
             loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
@@ -259,18 +294,20 @@ def _descend(
                 gradients = clip_gradients(gradients, config.clip_grad_norm, at_rest)
             # The method may have clipped, projected or noised them, so `backward` is not used.
             for name, leaf in leaves.items():
-                leaf.grad = gradients[name]
+                leaf.grad = fusable(gradients[name])
             optimizer.step()
             # One optimiser step updates the tensors of all clients, so those at rest are put back.
             for name, rest_K in at_rest.items():
                 _put_back(leaves[name], trained[name][:active], rest_K[:active])
-            loss_K = torch.stack(list(loss_terms.values())).sum(0)
-            images_K = mask_KB.sum(-1)
-            for term, term_K in (*loss_terms.items(), ("loss", loss_K)):
-                # Terms are means over a batch, and the last batch may be smaller: weighted by
-                # images, the round's value is a mean over images and not over batches.
-                total_K = totals.setdefault(term, loss_K.new_zeros(len(round_info.clients)))
-                total_K[:active] += term_K.detach() * images_K
+            terms_TA = torch.stack([term.detach() for term in loss_terms.values()])
+            terms_TA = torch.cat([terms_TA, terms_TA.sum(0, keepdim=True)])
+            if totals_TK is None:
+                terms = (*loss_terms, "loss")
+                totals_TK = terms_TA.new_zeros(len(terms), len(round_info.clients))
+            # Terms are means over a batch, and the last batch may be smaller: weighted by images,
+            # the round's value is a mean over images and not over batches.
+            totals_TK[:, :active] += terms_TA * images.numbers["images_SK"][step, :active]
+            images.feed.prefetch(step + 1, active)
         # The next segment has fewer clients; `final` keeps the values of those that leave here.
         trained = {n: v.detach() for n, v in leaves.items()}
         for name, value in trained.items():
@@ -282,7 +319,7 @@ def _descend(
     if momentum is not None:
         for name, rest_K in at_rest.items():
             _put_back(velocity[name], momentum[name], rest_K)
-    return final, totals, velocity
+    return final, {} if totals_TK is None else dict(zip(terms, totals_TK, strict=True)), velocity
 
 
 def _rows(stacked_K: Tensors, row: int, own: Tensors) -> Tensors:
@@ -315,61 +352,3 @@ def _containers(named: Tensors) -> tuple[Tensors, Tensors]:
 def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
     """Training images per client and class (K, C)."""
     return torch.stack([torch.bincount(d.labels_N, minlength=classes) for d in data])
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    """The batches of a block.
-
-    Attributes:
-        index_SKB: rows in `inputs_N` of the images of each step and client.
-        mask_SKB: True for images, False for padding, whose index is 0.
-        segments: (first step, last step + 1, number of clients that take these steps), in order.
-    """
-
-    index_SKB: Tensor
-    mask_SKB: Tensor
-    segments: tuple[tuple[int, int, int], ...]
-
-
-def _batches(
-    data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
-) -> _Schedule:
-    """Draw the batches of all clients and pad them to one shape.
-
-    Args:
-        data: per client, its images and labels, most steps first.
-        config: batch size and epochs.
-        seed: the experiment's seed.
-        server_round: the round, counted from 1.
-
-    Returns:
-        The schedule. The last batch of an epoch may be smaller than `config.batch_size`.
-    """
-    steps_K = [local_steps(len(d), config) for d in data]
-    width = min(config.batch_size, max(len(d) for d in data))
-    index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
-    mask = np.zeros(index.shape, dtype=bool)
-    offset = 0
-    for k, client in enumerate(data):
-        step, n = 0, len(client)
-        for epoch in range(config.local_epochs):
-            # The key names the client and not its place in the block, so that a client sees the
-            # same batches in any block, on any worker, and after a resume.
-            draw = generator(seed, "shuffle", server_round, client.client, epoch)
-            shuffled = draw.permutation(n) + offset
-            # Each image appears once per epoch, in a view drawn at random; views are n rows apart.
-            if client.views > 1:
-                views = generator(seed, "view", server_round, client.client, epoch)
-                shuffled += n * views.integers(client.views, size=n)
-            for begin in range(0, n, config.batch_size):
-                part = shuffled[begin : begin + config.batch_size]
-                index[step, k, : len(part)] = part
-                mask[step, k, : len(part)] = True
-                step += 1
-        offset += n * client.views
-    segments, first = [], 0
-    for stop in sorted(set(steps_K)):
-        segments.append((first, stop, sum(s >= stop for s in steps_K)))
-        first = stop
-    return _Schedule(torch.from_numpy(index), torch.from_numpy(mask), tuple(segments))

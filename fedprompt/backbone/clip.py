@@ -39,7 +39,8 @@ class FrozenCLIP:
         name: the model's name, e.g. `ViT-B-16`.
         weights_hash: identifies weights and architecture; it becomes part of `fingerprint`.
         device: a PyTorch device.
-        precision: `float32`, or `bf16` for matrix products in bfloat16.
+        precision: `float32`; `tf32`, which `use_precision` sets for the process; or `bf16` for
+            matrix products in bfloat16.
         image_batch: images to encode in one call when features are cached.
 
     Attributes:

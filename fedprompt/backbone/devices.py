@@ -42,6 +42,26 @@ def pick_device(requested: str) -> str:
     return requested
 
 
+def use_precision(precision: str, device: str) -> None:
+    """Set how CUDA multiplies float32 matrices in this process: `tf32` rounds factors to 10 bits.
+
+    Args:
+        precision: `backbone.precision`.
+        device: what `pick_device` returned.
+
+    Raises:
+        UserError: `tf32` on another device, where it would change nothing.
+    """
+    if precision == "tf32" and device != "cuda":
+        raise UserError(
+            f"backbone: precision 'tf32' is for NVIDIA GPUs, and the device is '{device}'; use "
+            "'float32' or 'bf16'."
+        )
+    if device == "cuda":
+        # Set in both cases: one process may run one experiment after another.
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 @contextlib.contextmanager
 def ordered_sums(config: BackboneConfig) -> Iterator[None]:
     """Add in a fixed order inside the block, if `backbone.deterministic` asks for it.

@@ -81,7 +81,8 @@ class FrozenLayer:
         norm_2: the layer norm before the MLP.
         up: weight (4 d, d) and bias (4 d) of the MLP's first product, for the usual MLP ratio.
         down: weight (d, 4 d) and bias (d) of its second product.
-        slope: 1.702 for QuickGELU, x * sigmoid(slope * x); None for GELU.
+        slope: 1.702 for QuickGELU, x * sigmoid(slope * x), or 1 where the weights contain it; None
+            for GELU.
         approximate: which GELU, `none` or `tanh`, as in `torch.nn.functional.gelu`.
     """
 
@@ -105,6 +106,12 @@ class FrozenLayer:
         attn, up, down = block.attn, block.mlp.c_fc, block.mlp.c_proj
         activation = block.mlp.gelu
         is_exact = isinstance(activation, nn.GELU)
+        slope = None if is_exact else 1.702
+        # x * sigmoid(s x) = silu(s x) / s. CPUs apply s within the products, to weights that stay
+        # open_clip's own. On GPUs autograd would multiply once more for each product, so the
+        # factors are part of the weights there.
+        folded = slope is not None and up.weight.device.type != "cpu"
+        inner, outer = (slope, 1 / slope) if slope and folded else (1.0, 1.0)
 
         def scaled(weight: Tensor, bias: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
             # Layer scale multiplies a product's output, so it is folded into the product.
@@ -113,14 +120,16 @@ class FrozenLayer:
                 weight, bias = gamma[:, None] * weight, gamma * bias
             return weight.detach().to(dtype), bias.detach().to(dtype)
 
+        up_weight, up_bias = scaled(up.weight, up.bias, None)
+        down_weight, down_bias = scaled(down.weight, down.bias, block.ls_2)
         return cls(
             norm_1=_norm(block.ln_1),
             qkv=scaled(attn.in_proj_weight, attn.in_proj_bias, None),
             out=scaled(attn.out_proj.weight, attn.out_proj.bias, block.ls_1),
             norm_2=_norm(block.ln_2),
-            up=scaled(up.weight, up.bias, None),
-            down=scaled(down.weight, down.bias, block.ls_2),
-            slope=None if is_exact else 1.702,
+            up=(up_weight * inner, up_bias * inner) if folded else (up_weight, up_bias),
+            down=(down_weight * outer, down_bias) if folded else (down_weight, down_bias),
+            slope=1.0 if folded else slope,
             approximate=activation.approximate if is_exact else "none",
         )
 

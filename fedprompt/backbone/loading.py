@@ -16,7 +16,7 @@ from torch import nn
 
 from fedprompt.backbone.architecture import adopt_weights, empty_model, model_settings
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.devices import pick_device
+from fedprompt.backbone.devices import pick_device, use_precision
 from fedprompt.backbone.fingerprint import digest, file_digest
 from fedprompt.backbone.tiny import tiny_card, tiny_model_config, tiny_state_dict
 from fedprompt.backbone.tokenizer import load_tokenizer
@@ -40,9 +40,11 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
 
     Raises:
         UserError: the model or tag is unknown, the weights cannot be downloaded, read or loaded
-            into the model, learned prompts cannot pass through its text tower, or there is no GPU.
+            into the model, learned prompts cannot pass through its text tower, there is no GPU, or
+            the precision is not for this device.
     """
     device = pick_device(config.device)
+    use_precision(config.precision, device)
     if config.model == "tiny":
         return _load_tiny(config, device)
     model_cfg, tag_cfg = model_settings(config)

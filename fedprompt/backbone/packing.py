@@ -24,6 +24,8 @@ _ATTENTION = 0.7
 CPU. It only decides between bin sizes, never a result."""
 _LARGEST = 96
 """Slots of the largest bin that is tried, unless one class alone needs more."""
+_LARGEST_WITH_PREFIX = 240
+"""The same where every bin repeats the prefix, which is then a small part of it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Packing:
     tokens: int
 
 
-def pack(suffixes: Sequence[Sequence[int]], prefix: int, width: int) -> Packing:
+def pack(
+    suffixes: Sequence[Sequence[int]], prefix: int, width: int, *, repeats_prefix: bool = False
+) -> Packing:
     """Pack the suffixes of C classes into bins of the size that costs least.
 
     Args:
@@ -56,6 +60,7 @@ def pack(suffixes: Sequence[Sequence[int]], prefix: int, width: int) -> Packing:
         prefix: number P of tokens before them, which every slot sees.
         width: d of the transformer. Small bins have fewer keys per slot, large bins fewer free
             slots; P and d decide which matters more.
+        repeats_prefix: whether every bin computes the prefix again, as `text_bins.py` does.
 
     Returns:
         The position of every token; bins of one size, classes in the order of `suffixes`.
@@ -67,11 +72,11 @@ def pack(suffixes: Sequence[Sequence[int]], prefix: int, width: int) -> Packing:
     unique = sorted(set(paths))
     trees = [list(tree) for _, tree in groupby(unique, key=lambda p: p[0])]
     total = sum(_nodes(tree) for tree in trees)
-    largest = max(longest, min(total, _LARGEST))
+    largest = max(longest, min(total, _LARGEST_WITH_PREFIX if repeats_prefix else _LARGEST))
     sizes = range(max(longest, min(16, largest)), largest + 1)
 
     def cost(size: int) -> float:
-        slots = size * len(_fill(trees, size))
+        slots = (size + prefix * repeats_prefix) * len(_fill(trees, size))
         return slots * (1 + _ATTENTION * (prefix + size) / width)
 
     best = min(sizes, key=cost)

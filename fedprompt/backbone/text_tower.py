@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.packing import pack
+from fedprompt.backbone.text_bins import BinTransformer, prefers_bins
 from fedprompt.backbone.text_sequences import (
     Adapt,
     SequenceTransformer,
@@ -108,7 +109,7 @@ class TextTower:
     def positions(self) -> int:
         """Text positions that go through the tower for one prompt, all classes together."""
         if self.transformer is not None:
-            return self.transformer.layout.rows
+            return self.transformer.rows
         return self._sequence_positions
 
     @property
@@ -151,7 +152,7 @@ class TextTower:
             )
         prompts = max(clients, context_N.shape[0])
         if self.transformer is not None and adapt is None:
-            self.clip.positions_encoded += prompts * self.transformer.layout.rows
+            self.clip.positions_encoded += prompts * self.transformer.rows
             features_NCD = self._packed(context_N, deep_N)
         else:
             self.clip.positions_encoded += prompts * self._sequence_positions
@@ -188,19 +189,20 @@ class TextTower:
     # The packed path
 
     @torch.no_grad()
-    def _prepare(self) -> PromptTransformer:
+    def _prepare(self) -> PromptTransformer | BinTransformer:
         parts, ids = self.clip.text, self.token_ids_CL
         start, device = self.first + self.context_tokens, self.clip.device
         suffixes = [
             row[start : end + 1].tolist()
             for row, end in zip(ids, self._tokens.pooled_C.tolist(), strict=True)
         ]
-        packing = pack(suffixes, start, parts.width)
+        kind = BinTransformer if prefers_bins(device) else PromptTransformer
+        packing = pack(suffixes, start, parts.width, repeats_prefix=kind is BinTransformer)
         embedding, position_Ld = parts.token_embedding, parts.positional_embedding_Ld
         suffix_BSd = embedding(packing.token_BS.to(device))
         suffix_BSd = suffix_BSd + position_Ld[start + packing.depth_BS.to(device)]
         before_Fd = embedding(ids[0, : self.first].to(device)) + position_Ld[: self.first]
-        return PromptTransformer(
+        return kind(
             self.clip.text_layers,
             packing,
             suffix_BSd.float(),

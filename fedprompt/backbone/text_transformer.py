@@ -120,6 +120,11 @@ class PromptTransformer:
         with torch.no_grad():
             return self.forward(context, deep, None)
 
+    @property
+    def rows(self) -> int:
+        """Positions that one prompt takes."""
+        return self.layout.rows
+
     # Forward
 
     def forward(

@@ -31,7 +31,9 @@ class BackboneConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = option(
         "auto", "auto = cuda, also for ROCm, when there is a GPU; mps = Apple's, on request only"
     )
-    precision: Literal["float32", "bf16"] = option("float32", "bf16 = matrix products in bfloat16")
+    precision: Literal["float32", "tf32", "bf16"] = option(
+        "float32", "matrix products in TensorFloat-32 (NVIDIA GPUs only) or in bfloat16"
+    )
     deterministic: bool = option(
         False, "on a GPU, add in a fixed order: the same bits again, more slowly; no effect on CPUs"
     )

@@ -21,7 +21,7 @@ import torch
 
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.methods.base import Tensors, stack
-from fedprompt.training import local_steps
+from fedprompt.methods.parts.schedule import local_steps
 from fedprompt.workspace import Workspace
 
 FREE_POSITIONS = 1_000_000

@@ -51,10 +51,11 @@ from fedprompt.messages import (
     to_record,
 )
 from fedprompt.methods.base import Tensors
+from fedprompt.methods.parts.schedule import local_steps
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
 from fedprompt.scoring import score_global
-from fedprompt.training import learning_rate, local_steps
+from fedprompt.training import learning_rate
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")

@@ -327,11 +327,13 @@ class Method(ABC):
         Returns:
             A gradient (K, ...) per leaf, or None where the loss does not depend on it.
         """
-        # Clients are independent, so the gradient of the sum over clients is each client's own.
-        total = torch.stack(list(loss_terms.values())).sum(0).sum()
+        # Clients are independent, so the gradient of the sum over clients is each client's own. The
+        # sum itself is not needed: its gradient is one everywhere.
+        terms = [t for t in loss_terms.values() if t.requires_grad]
+        ones = [torch.ones_like(terms[0])] * len(terms) if terms else []
         # A leaf that the loss does not reach gets None, not zeros: torch's optimisers skip None, so
         # that neither weight decay nor momentum moves it.
-        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        gradients = torch.autograd.grad(terms, list(leaves.values()), ones, allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:

@@ -8,13 +8,14 @@ Shape suffixes: K clients, N images of one client, B images of a batch, C classe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.data.features.inputs import Inputs
+from fedprompt.methods.parts.draws import Draw, StepDraws
 from fedprompt.rng import normal, uniform
 
 Tensors = dict[str, Tensor]
@@ -75,6 +76,8 @@ class RoundInfo:
         steps_K: number of local steps that each client makes in this round.
         class_counts_KC: number of training images of each client and class.
         momentum: momentum of SGD; 0 with any other optimiser.
+        ahead: makes the draws of many local steps at once; None draws them step by step. The
+            numbers are the same.
     """
 
     clients: tuple[int, ...]
@@ -86,6 +89,7 @@ class RoundInfo:
     steps_K: Tensor
     class_counts_KC: Tensor
     momentum: float = 0.0
+    ahead: StepDraws | None = field(default=None, compare=False)
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Draws (K, *shape) from N(0, 1), keyed by purpose, round and client.
@@ -96,7 +100,7 @@ class RoundInfo:
         """
         key = (*purpose, self.server_round)
         # One draw per client id, so that a client's numbers do not depend on who trains beside it.
-        return self._rows([normal(shape, 1.0, self.seed, *key, c) for c in self.clients])
+        return self._rows([standard_normal(shape, self.seed, *key, c) for c in self.clients])
 
     def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Draws (K, *shape) from U[0, 1), keyed as in `normal`."""
@@ -143,11 +147,26 @@ class Batch:
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Like `RoundInfo.normal`, but with different draws in every step."""
         # The step's index is part of the key, so a repeated step repeats its draws.
-        return self.round_info.normal(shape, *purpose, self.step)
+        if self.round_info.ahead is None:
+            return self.round_info.normal(shape, *purpose, self.step)
+        return self._ahead(standard_normal, shape, purpose)
 
     def uniform(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Like `RoundInfo.uniform`, but with different draws in every step."""
-        return self.round_info.uniform(shape, *purpose, self.step)
+        if self.round_info.ahead is None:
+            return self.round_info.uniform(shape, *purpose, self.step)
+        return self._ahead(uniform, shape, purpose)
+
+    def _ahead(self, draw: Draw, shape: tuple[int, ...], purpose: tuple[str | int, ...]) -> Tensor:
+        info = self.round_info
+        assert info.ahead is not None
+        rows_K = info.ahead.rows(draw, shape, info.seed, purpose, info.server_round, self.step)
+        return rows_K[: len(info.clients)]
+
+
+def standard_normal(shape: tuple[int, ...], seed: int, *purpose: str | int) -> Tensor:
+    """Draw a float32 tensor from N(0, 1) for one purpose, on the CPU."""
+    return normal(shape, 1.0, seed, *purpose)
 
 
 def stack(items: list[Tensors], device: torch.device | str = "cpu") -> Tensors:

@@ -31,7 +31,7 @@ in each round in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource
+from fedprompt.methods.parts.remembered import Remembered
+from fedprompt.runtime.transfer import moved
 
 Projection = Literal["row_space", "complement"]
 
@@ -76,6 +78,18 @@ class FedPHAConfig(MethodConfig):
             raise UserError("local_tokens must be a list of whole numbers of at least 1.")
 
 
+class _Groups(NamedTuple):
+    """Clients by the lengths of their prompts.
+
+    Attributes:
+        rows: each length, and the rows of the clients that have it.
+        place: where each client stands among these rows.
+    """
+
+    rows: list[tuple[int, Tensor]]
+    place: Tensor
+
+
 class FedPHA(Method):
     """`ctx` of the shared container is averaged; the private `ctx` has `length` real rows."""
 
@@ -94,6 +108,7 @@ class FedPHA(Method):
         }
         self.shared_prompts = self.sources[config.shared_tokens]
         self.longest = self.sources[max(config.local_tokens)]
+        self._groups = Remembered[_Groups]()
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d), the global prompt."""
@@ -142,17 +157,27 @@ class FedPHA(Method):
 
     def _local_classes(self, ctx_KLd: Tensor, length_K: Tensor) -> Tensor:
         """Class features (K, C, D) of prompts of unequal lengths; equal lengths share a pass."""
-        lengths = [int(n) for n in length_K.tolist()]
-        order: list[int] = []
-        features: list[Tensor] = []
-        for length in sorted(set(lengths)):
-            rows = [k for k, n in enumerate(lengths) if n == length]
-            # Rows behind the length are cut off, so they get no gradient and stay zero.
-            features.append(self.sources[length].classes(ctx_KLd[rows, :length]))
-            order += rows
-        # The inverse permutation returns the features to the order of the client axis.
-        place = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(features)[place]
+        groups = self._groups((length_K,), lambda: _groups(length_K))
+        # Rows behind the length are cut off, so they get no gradient and stay zero.
+        features = [
+            self.sources[length].classes(ctx_KLd[rows, :length]) for length, rows in groups.rows
+        ]
+        return torch.cat(features)[groups.place]
+
+
+def _groups(length_K: Tensor) -> _Groups:
+    """The clients of each length."""
+    lengths, device = [int(n) for n in length_K.tolist()], length_K.device
+    order: list[int] = []
+    rows: list[tuple[int, Tensor]] = []
+    for length in sorted(set(lengths)):
+        same = [k for k, n in enumerate(lengths) if n == length]
+        rows.append((length, torch.tensor(same)))
+        order += same
+    # The inverse permutation returns the features to the order of the client axis.
+    place = sorted(range(len(order)), key=order.__getitem__)
+    place_K, *rows_of = moved([torch.tensor(place), *(r for _, r in rows)], device)
+    return _Groups([(n, r) for (n, _), r in zip(rows, rows_of, strict=True)], place_K)
 
 
 def project(local_KLd: Tensor, global_KMd: Tensor, ratio: float, onto: Projection) -> Tensor:

@@ -54,6 +54,7 @@ from fedprompt.methods.parts.alignment import (
     pair_contrast,
     pair_distance,
 )
+from fedprompt.methods.parts.contrast import mean_image_text_contrast
 from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource
@@ -178,7 +179,7 @@ class FedRSCLIP(Method):
         if self.cfg.composition == "two_branch":
             s_KCD, p_KCD = self._branches(s, p)
             # t = (1 - theta) t(S) + theta t(P), which is not normalised again (PromptFolio's mix).
-            mixed = (1 - self.cfg.theta) * s_KCD + self.cfg.theta * p_KCD
+            mixed = self._mixed(s_KCD, p_KCD)
             return {"classes": mixed, "shared": s_KCD, "private": p_KCD}
         # Evaluation only predicts, so the branches' passes through the text tower are saved there.
         needed = torch.is_grad_enabled() and self._needs_branches()
@@ -224,8 +225,16 @@ class FedRSCLIP(Method):
         # The shared contexts may have a client axis of 1, so the result is divided at their length.
         if s_KMd.shape[-2] == p_KMd.shape[-2]:
             both = self.shared_prompts.classes(torch.cat([s_KMd, p_KMd]))
-            return both[: len(s_KMd)], both[len(s_KMd) :]
+            s_KCD, p_KCD = both.split([len(s_KMd), len(p_KMd)])
+            return s_KCD, p_KCD
         return self.shared_prompts.classes(s_KMd), self.private_prompts.classes(p_KMd)
+
+    def _mixed(self, s: Tensor, p: Tensor) -> Tensor:
+        """(1 - theta) s + theta p; a single kernel on GPUs, other last bits."""
+        theta = self.cfg.theta
+        if s.device.type == "cpu" or s.shape != p.shape:
+            return (1 - theta) * s + theta * p
+        return torch.lerp(s, p, theta)
 
     def _needs_branches(self) -> bool:
         # `mse` compares the prompts themselves, not their class features.
@@ -310,17 +319,22 @@ class FedRSCLIP(Method):
         branches = (
             ("shared", "private") if self.cfg.cmfa_branch == "both" else (self.cfg.cmfa_branch,)
         )
+        present = [b for b in branches if b in encoded]
+        temperature = self.cfg.cmfa_temperature or 1 / self.clip.logit_scale
+        # After one pass through the image tower both branches share its features.
+        one_pass = not any(b in images for b in present)
+        if self.cfg.cmfa == "contrastive" and one_pass and self.clip.device.type != "cpu":
+            classes = [encoded[b] for b in present]
+            return mean_image_text_contrast(images["images"], classes, batch, temperature)
         losses = []
-        for branch in (b for b in branches if b in encoded):
-            # After one pass through the image tower both branches share its features.
+        for branch in present:
             images_KBD = images.get(branch, images["images"])
             if self.cfg.cmfa == "cosine":
                 losses.append(image_text_distance(images_KBD, encoded[branch], batch))
             else:
-                temperature = self.cfg.cmfa_temperature or 1 / self.clip.logit_scale
                 losses.append(image_text_contrast(images_KBD, encoded[branch], batch, temperature))
         return _mean(losses)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).mean(0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)

@@ -51,6 +51,7 @@ from fedprompt.methods.parts import local_copy as local_copy
 from fedprompt.methods.parts.linear import linear, linear_start
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
+from fedprompt.methods.parts.remembered import Remembered
 
 PARTS = ("q", "k", "v", "o")
 """The gate's projections, W_q, W_k, W_v, W_o."""
@@ -101,9 +102,8 @@ class PFedMoAP(Method):
             for part in PARTS
             for kind in ("weight", "bias")
         }
-        # The last peers and their features (`_experts`). This is a cache of a pure function, not
-        # state: results do not depend on it.
-        self._encoded: tuple[Tensor, Tensor] | None = None
+        # Both hold for all steps of a round.
+        self._in_use, self._features = Remembered[bool](), Remembered[Tensor]()
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (M, d)."""
@@ -150,7 +150,8 @@ class PFedMoAP(Method):
         classes_KCD = self.prompts.classes(local_copy.model(shared, private)["ctx"])
         known_KE = shared["peers.known"].expand(len(private["visits"]), -1)
         gated_K1 = self._gated(private, known_KE)
-        if not gated_K1.any():
+        asked = (private["visits"], shared["peers.known"])
+        if not self._in_use(asked, lambda: bool(gated_K1.any())):
             return {"classes": classes_KCD}
         peers_KECd = self._experts(shared["peers.ctx"]).expand(len(known_KE), -1, -1, -1)
         # r(t): the client's own expert carries a gradient to its prompt, the peers' do not.
@@ -233,13 +234,8 @@ class PFedMoAP(Method):
 
         Peers do not change during a round, so the last result is reused in all of its steps.
         """
-        if self._encoded is None or not _same(self._encoded[0], peers_KEMd):
-            features = self.prompts.classes(peers_KEMd)[..., :: self.stride]
-            # A clone, so that a change of the caller's tensor in place cannot look like equality.
-            self._encoded = (peers_KEMd.clone(), features.contiguous())
-        return self._encoded[1]
 
+        def encoded() -> Tensor:
+            return self.prompts.classes(peers_KEMd)[..., :: self.stride].contiguous()
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    # `torch.equal` raises an error for tensors on different devices.
-    return a.device == b.device and torch.equal(a, b)
+        return self._features((peers_KEMd,), encoded)

@@ -85,6 +85,9 @@ class ProDA(Method):
         at_the_end = config.contexts - 2 * quarter
         self.positions = ["front"] * quarter + ["middle"] * quarter + ["end"] * at_the_end
         # `[SOS][context].` without a class name, for the orthogonality.
+        pairs_PP = ~torch.eye(config.contexts, dtype=torch.bool)
+        # As indices: with a mask, the host would wait for the number of its entries.
+        self.pairs_R = pairs_PP.flatten().nonzero().flatten().to(clip.device)
         self.nameless = TextTower(clip, [""], tokens)
 
     def init_shared(self, seed: int) -> Tensors:
@@ -121,10 +124,8 @@ class ProDA(Method):
             nameless_KPD = F.normalize(self.nameless(shared["ctx"])[..., 0, :], dim=-1)
             cosine_KPP = nameless_KPD @ nameless_KPD.transpose(-1, -2)
             # The diagonal is each context with itself, whose cosine is always 1.
-            pairs = ~torch.eye(count, dtype=torch.bool, device=cosine_KPP.device)
-            loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KPP[:, pairs].abs().mean(
-                -1
-            )
+            cosine_KR = cosine_KPP.flatten(1).index_select(1, self.pairs_R)
+            loss_terms["orthogonality"] = self.cfg.orthogonality * cosine_KR.abs().mean(-1)
         return loss_terms
 
     def step_contexts(self, batch: Batch) -> list[int]:
@@ -151,7 +152,8 @@ class ProDA(Method):
         for position, prompts in self.prompts.items():
             indices = [p for p in contexts if self.positions[p] == position]
             if indices:
-                some_KPMd = context_KPMd[:, indices]
+                # Views: a list of indices would be copied to the device in every step.
+                some_KPMd = torch.stack([context_KPMd[:, p] for p in indices], dim=1)
                 classes_NCD = prompts.classes_of_many(some_KPMd.flatten(0, 1))
                 features.append(classes_NCD.unflatten(0, some_KPMd.shape[:2]))
         return torch.cat(features, dim=1)

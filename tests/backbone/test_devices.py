@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from rich.console import Console
 
 from fedprompt.backbone import devices
-from fedprompt.backbone.devices import ordered_sums
+from fedprompt.backbone.devices import ordered_sums, use_precision
+from fedprompt.backbone.loading import load_clip
 from fedprompt.config.schema import BackboneConfig, Config
 from fedprompt.errors import UserError
 from fedprompt.experiment import run as experiment
@@ -124,3 +126,18 @@ def test_methods_in_float64_are_refused_on_mps(method: dict[str, Any], refused: 
             make("mps")
     else:
         assert make("mps").backbone.device == "mps"
+
+
+def test_tf32_is_set_for_cuda_and_refused_elsewhere() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_precision("tf32", "cuda")
+        assert torch.get_float32_matmul_precision() == "high"
+        use_precision("float32", "cuda")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(UserError, match="tf32"):
+        use_precision("tf32", "cpu")
+    with pytest.raises(UserError, match="tf32"):
+        load_clip(BackboneConfig(device="cpu", precision="tf32"), Path())

@@ -31,42 +31,48 @@ class Budget:
 
 
 STEP = {
-    "clip_adapter": Budget(70, 4),
-    "cocoop": Budget(195, 4),
-    "coop_csc": Budget(155, 6, 0),
-    "coop_local": Budget(170, 4),
-    "ditto": Budget(345, 4),
-    "dp2fl": Budget(300, 6, 0),
-    "dp_fpl": Budget(280, 5, 0),
-    "fedclip": Budget(110, 4),
-    "fedcocoop": Budget(195, 4),
-    "feddda": Budget(300, 8, 0),
-    "fedkgcoop": Budget(200, 4),
-    "fedmaple": Budget(290, 6, 0),
-    "fedmgp": Budget(940, 6, 0),
-    "fedotp": Budget(570, 5, 20),
-    "fedper": Budget(175, 4),
-    "fedpgp": Budget(395, 5, 0),
-    "fedpha": Budget(550, 10, 2),
-    "fedprox": Budget(185, 4),
-    "fedrsclip": Budget(325, 4),
-    "fedtpg": Budget(295, 4),
-    "ivlp": Budget(280, 6, 0),
-    "kgcoop": Budget(200, 4),
-    "maple": Budget(290, 6, 0),
-    "pfedmma": Budget(445, 8, 0),
-    "pfedmoap": Budget(345, 4, 1),
-    "pfedprompt": Budget(170, 4),
-    "plot": Budget(725, 5, 30),
-    "proda": Budget(605, 11, 1),
-    "prograd": Budget(275, 4),
-    "promptfl": Budget(170, 4),
-    "promptfolio": Budget(180, 4),
-    "promptsrc": Budget(340, 6),
-    "scaffold": Budget(185, 4),
-    "vpt": Budget(135, 6, 0),
+    "clip_adapter": Budget(60),
+    "cocoop": Budget(105),
+    "coop_csc": Budget(145),
+    "coop_local": Budget(90),
+    "ditto": Budget(175),
+    "dp2fl": Budget(225),
+    "dp_fpl": Budget(200),
+    "fedclip": Budget(95),
+    "fedcocoop": Budget(105),
+    "feddda": Budget(200),
+    "fedkgcoop": Budget(115),
+    "fedmaple": Budget(215),
+    "fedmgp": Budget(845),
+    "fedotp": Budget(500, 0, 2),
+    "fedper": Budget(90),
+    "fedpgp": Budget(170),
+    "fedpha": Budget(310),
+    "fedprox": Budget(100),
+    "fedrsclip": Budget(140),
+    "fedtpg": Budget(165),
+    "ivlp": Budget(205),
+    "kgcoop": Budget(115),
+    "maple": Budget(215),
+    "pfedmma": Budget(410),
+    "pfedmoap": Budget(180),
+    "pfedprompt": Budget(90),
+    "plot": Budget(590, 0, 3),
+    "proda": Budget(375, 2),  # a tower plans its classes once per number of contexts
+    "prograd": Budget(155),
+    "promptfl": Budget(90),
+    "promptfolio": Budget(95),
+    "promptsrc": Budget(255),
+    "scaffold": Budget(100),
+    "vpt": Budget(130),
 }
 """By method; methods that learn nothing have no steps."""
+COPIES_PER_ROUND = 4
+"""What the local training of a round may copy in both directions, whatever its number of steps."""
+MORE_COPIES = {"proda": 10, "promptsrc": 30}
+"""Methods with many text towers, whose indices are copied once per process."""
+DEEP_STEP = 350
+"""Launches of a step of PromptFL and FedRSCLIP on text towers of twelve layers, as in ViT-B/16."""
 
 
 def exceeded(cost: Cost, budget: Budget) -> list[str]:

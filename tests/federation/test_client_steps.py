@@ -9,6 +9,7 @@ import torch
 
 from fedprompt import training
 from fedprompt.federation.server_app import Federation
+from fedprompt.methods.parts.schedule import local_steps
 from fedprompt.privacy.secure_aggregation import COLLECT
 from fedprompt.simulation.attacks import attackers, handle
 from fedprompt.simulation.inline_grid import InlineGrid
@@ -57,7 +58,7 @@ def test_dropped_clients_are_counted_if_they_have_trained(
     line = federation.train_round(1)
     assert list(line["dropped"]) == [str(bad)]
     # An error in place of a reply does not tell how far the client has come.
-    lost = training.local_steps(len(workspace.partition.train(bad)), workspace.config.training)
+    lost = local_steps(len(workspace.partition.train(bad)), workspace.config.training)
     assert line["client_steps"] == len(taken) - (lost if kind == "crash" else 0)
 
 
@@ -68,5 +69,5 @@ def test_masked_updates_are_counted(make_workspace: MakeWorkspace, taken: list[N
     grid.spoil = lambda stage, m: None if stage == COLLECT and is_from(silent, m) else m
     line = federation.train_round(1)
     assert [*line["dropped"]] == [str(silent)]
-    lost = training.local_steps(len(workspace.partition.train(silent)), workspace.config.training)
+    lost = local_steps(len(workspace.partition.train(silent)), workspace.config.training)
     assert 0 < line["client_steps"] == len(taken) - lost

@@ -8,7 +8,7 @@ Shape suffixes: N images of a set, K clients, B images of a batch, D joint embed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,19 @@ class Inputs:
     def __getitem__(self, index: Any) -> Inputs:
         """Index every part along the leading axes."""
         return self._each(lambda part: part[index])
+
+    def columns(self) -> dict[str, Tensor]:
+        """Every part that is there, by its name; the inverse is `Inputs(**columns)`."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def without_pixels(self) -> Inputs:
+        """Return the same images without their pixels."""
+        return replace(self, pixels=None)
+
+    def with_pixels(self, pixels: Tensor) -> Inputs:
+        """Return the same images with pixels, which have the same leading axes."""
+        return replace(self, pixels=pixels)
 
     def of_one(self) -> Inputs:
         """Return a set (N, ...) as the batch (1, N, ...) of one client."""

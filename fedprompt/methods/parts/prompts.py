@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
@@ -22,6 +21,7 @@ from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.fields import option
 from fedprompt.methods.base import MethodConfig
 from fedprompt.methods.batch import Task
+from fedprompt.methods.parts.normalised import normalised
 from fedprompt.rng import normal
 
 POSITIONS_AT_ONCE = 8192
@@ -110,7 +110,7 @@ class PromptSource:
     def classes(self, context: Tensor) -> Tensor:
         """L2-normalised class features (..., C, D) of contexts (..., M, d)."""
         # The tower returns raw features, whose lengths only PromptSRC's template mean needs.
-        return F.normalize(self.tower(context), dim=-1)
+        return normalised(self.tower(context))
 
     def classes_of_many(self, context_NMd: Tensor) -> Tensor:
         """L2-normalised class features (N, C, D) of many contexts, a bounded number at a time.

@@ -24,9 +24,10 @@ from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.methods.base import ClientData, Task
+from fedprompt.methods.parts.schedule import draw_batches
 from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
-from fedprompt.training import _batches, train_clients
+from fedprompt.training import train_clients
 from tests.support.builders import small_config
 from tests.support.fake_data import FakeClip, flat_dataset, plain_features
 
@@ -124,7 +125,7 @@ def client(number: int, n: int, views: int, dim: int = 32) -> ClientData:
 def test_every_image_once_per_epoch_in_a_drawn_view() -> None:
     config = small_config(training={"local_epochs": 3, "batch_size": 4}).training
     data = [client(5, 7, 3), client(6, 9, 3)]
-    schedule = _batches(data, config, seed=1, server_round=2)
+    schedule = draw_batches(data, config, seed=1, server_round=2)
     seen: set[tuple[int, int]] = set()
     for k, (first, n, steps) in enumerate([(0, 7, 2), (21, 9, 3)]):
         for epoch in range(3):
@@ -136,9 +137,9 @@ def test_every_image_once_per_epoch_in_a_drawn_view() -> None:
             assert sorted(chosen % n) == list(range(n))
             seen |= {(int(c) // n, epoch) for c in chosen}
     assert {view for view, _ in seen} == {0, 1, 2}
-    again = _batches(data, config, seed=1, server_round=2)
+    again = draw_batches(data, config, seed=1, server_round=2)
     assert torch.equal(again.index_SKB, schedule.index_SKB)
-    later = _batches(data, config, seed=1, server_round=3)
+    later = draw_batches(data, config, seed=1, server_round=3)
     assert not torch.equal(later.index_SKB, schedule.index_SKB)
 
 

@@ -1,0 +1,91 @@
+"""Which images each client of a block sees in which local step.
+
+Batches of unequal size are padded and masked. Clients are sorted by their number of steps; one that
+has taken its last step leaves the block.
+
+Shape suffixes: K clients, S steps, B images of a batch, N images of all clients, A clients that are
+still training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedprompt.config.schema import TrainingConfig
+from fedprompt.methods.batch import ClientData
+from fedprompt.rng import generator
+
+
+def local_steps(images: int, config: TrainingConfig) -> int:
+    """Optimiser steps that a client takes in one round.
+
+    Args:
+        images: the number of its training images.
+        config: the `training` section.
+    """
+    # Rounded up: with `drop_last`, a client smaller than a batch would never train.
+    return config.local_epochs * math.ceil(images / config.batch_size)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The batches of a block.
+
+    Attributes:
+        index_SKB: rows among the images of all clients (N), of each step and client.
+        mask_SKB: True for images, False for padding, whose index is 0.
+        segments: (first step, last step + 1, number of clients that take these steps), in order.
+    """
+
+    index_SKB: Tensor
+    mask_SKB: Tensor
+    segments: tuple[tuple[int, int, int], ...]
+
+
+def draw_batches(
+    data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
+) -> Schedule:
+    """Draw the batches of all clients and pad them to one shape.
+
+    Args:
+        data: per client, its images and labels, most steps first.
+        config: batch size and epochs.
+        seed: the experiment's seed.
+        server_round: the round, counted from 1.
+
+    Returns:
+        The schedule. The last batch of an epoch may be smaller than `config.batch_size`.
+    """
+    steps_K = [local_steps(len(d), config) for d in data]
+    width = min(config.batch_size, max(len(d) for d in data))
+    index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
+    mask = np.zeros(index.shape, dtype=bool)
+    offset = 0
+    for k, client in enumerate(data):
+        step, n = 0, len(client)
+        for epoch in range(config.local_epochs):
+            # The key names the client and not its place in the block, so that a client sees the
+            # same batches in any block, on any worker, and after a resume.
+            draw = generator(seed, "shuffle", server_round, client.client, epoch)
+            shuffled = draw.permutation(n) + offset
+            # Each image appears once per epoch, in a view drawn at random; views are n rows apart.
+            if client.views > 1:
+                views = generator(seed, "view", server_round, client.client, epoch)
+                shuffled += n * views.integers(client.views, size=n)
+            for begin in range(0, n, config.batch_size):
+                part = shuffled[begin : begin + config.batch_size]
+                index[step, k, : len(part)] = part
+                mask[step, k, : len(part)] = True
+                step += 1
+        offset += n * client.views
+    segments, first = [], 0
+    for stop in sorted(set(steps_K)):
+        segments.append((first, stop, sum(s >= stop for s in steps_K)))
+        first = stop
+    return Schedule(torch.from_numpy(index), torch.from_numpy(mask), tuple(segments))
