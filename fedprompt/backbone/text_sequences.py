@@ -20,6 +20,7 @@ such a sequence, C classes, M context tokens, J deep layers, d width, h heads, e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -154,6 +155,11 @@ def chunks(lengths_C: Tensor, most: int) -> list[Tensor]:
     return [torch.tensor(chunk) for chunk in found]
 
 
+Observer = Callable[[Callable[[], Tensor]], None]
+observer_of_recomputed: ContextVar[Observer | None] = ContextVar("recomputed", default=None)
+"""Is given what `checkpointed` will compute again; no forward pass shows the memory for it."""
+
+
 def checkpointed(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`call(*arguments)`, of which autograd keeps the arguments only and computes the rest again.
 
@@ -162,6 +168,9 @@ def checkpointed(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return call(*arguments)
+    observer = observer_of_recomputed.get()
+    if observer is not None:
+        observer(lambda: call(*arguments))
     out: Tensor = checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)
     return out
 

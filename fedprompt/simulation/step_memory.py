@@ -15,7 +15,8 @@ and dropped at once, so the trial itself needs far less than a step. The estimat
     kept      saved by `encode` + by `loss_terms` for one image + (batch - 1) x what each further
               image adds: text and image towers, logits, plans, memories
     working   temporaries: those of the forward pass, or four tensors as large as its largest,
-              which cover the backward pass of a layer; whichever are more
+              which cover the backward pass of a layer, or what the backward pass computes again
+              for one part of a long class list (`checkpointed`); whichever are more
 
 and that of an evaluation, which keeps nothing for a gradient,
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -39,6 +40,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.text_sequences import observer_of_recomputed
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, RoundInfo, Tensors, stack
 from fedprompt.runtime.allocations import Allocations
@@ -115,6 +117,7 @@ class _Scales(Allocations):
         self._saved: dict[int, int] = {}
         self._dropped = 0
         self._largest = 0
+        self.recomputed = 0.0
         self._hooks: Any = saved_tensors_hooks(self._save, self._cannot)
 
     @property
@@ -137,12 +140,28 @@ class _Scales(Allocations):
         """The part of the pass since `begin`, while its results exist."""
         return _Weight(self.held - before, self.peak - self.held, self._largest)
 
+    def again(self, call: Callable[[], Tensor]) -> None:
+        """Weigh what the backward pass will compute again: one part; the others are as large."""
+        if self.recomputed:
+            return
+        peak, largest, dropped = self.peak, self._largest, self._dropped
+        token = observer_of_recomputed.set(None)  # a part may have parts of its own
+        before = self.begin()
+        out = call()
+        weight = self.weigh(before)
+        del out
+        observer_of_recomputed.reset(token)
+        self.peak, self._largest, self._dropped = peak, largest, dropped
+        self.recomputed = weight.kept + weight.working
+
     def __enter__(self) -> Self:
         super().__enter__()
         self._hooks.__enter__()
+        self._token = observer_of_recomputed.set(self.again)
         return self
 
     def __exit__(self, *error: object) -> None:
+        observer_of_recomputed.reset(self._token)
         self._hooks.__exit__(*error)
         super().__exit__(*error)
 
@@ -214,7 +233,7 @@ def _estimate(workspace: Workspace, client: int, tests: int) -> StepMemory:
     private = workspace.start_private(client)
     images = workspace.views[0].rows(np.resize(train, 2))  # the client's only one twice
     image = images[:1]
-    first, second, encoding = _trial(method, shared, extras, private, images)
+    first, second, encoding, recomputed = _trial(method, shared, extras, private, images)
     batch = min(training.batch_size, len(train))
     head, per_image = first.grown(second, batch - 1), second.kept - first.kept
     stored = _bytes(_parts(image))
@@ -228,18 +247,19 @@ def _estimate(workspace: Workspace, client: int, tests: int) -> StepMemory:
         inputs=2 * stored * len(train) * len(workspace.views) + _batch_bytes(image, stored) * batch,
         kept_by_prompts=encoding.kept + first.kept - per_image,
         kept_by_images=batch * per_image,
-        working=max(encoding.working, head.working),
+        working=max(encoding.working, head.working, recomputed),
         evaluation=2 * received + 2 * stored * tests + evaluated,
     )
 
 
 def _trial(
     method: Method, shared: Tensors, extras: Tensors, private: Tensors, images: Inputs
-) -> tuple[_Weight, _Weight, _Weight]:
+) -> tuple[_Weight, _Weight, _Weight, float]:
     """Run a step's forward pass on one image and on two.
 
     Returns:
-        What `loss_terms` makes for one image and for two, and what `encode` makes.
+        What `loss_terms` makes for one image and for two, what `encode` makes, and the bytes of
+        what the backward pass computes again at one time.
     """
     device = method.clip.device
     round_info = RoundInfo(
@@ -272,7 +292,7 @@ def _trial(
             terms = method.loss_terms(shared_K, private_K, encoded, batch)
             heads.append(scales.weigh(before))
             del terms
-    return heads[0], heads[1], encoding
+    return heads[0], heads[1], encoding, scales.recomputed
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import MessageType
 
+from fedprompt.backbone import text_sequences
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.bench.estimates import (
     EstimateOptions,
@@ -19,6 +20,7 @@ from fedprompt.bench.estimates import (
     workspace_of,
 )
 from fedprompt.errors import UserError
+from fedprompt.methods.parts import prompts
 from fedprompt.simulation.blocks import choose_size
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.step_memory import StepMemory, step_memory
@@ -39,6 +41,19 @@ def sized(clip: FrozenCLIP, name: str) -> tuple[Workspace, StepMemory]:
 )
 def test_the_estimate_is_close_to_a_counted_step(clip: FrozenCLIP, name: str) -> None:
     workspace, need = sized(clip, name)
+    assert 0.9 < need.training / measured_step(workspace) < 2
+
+
+@pytest.mark.parametrize("name", ["coop_csc", "proda"])
+def test_parts_that_are_computed_again_count(
+    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Long class lists keep no activations; those of one part exist during the backward pass."""
+    monkeypatch.setattr(text_sequences, "BYTES_AT_ONCE", {"cpu": 2**20})
+    monkeypatch.setattr(prompts, "POSITIONS_AT_ONCE", 300)
+    workspace = workspace_of(clip, name, EstimateOptions([name], classes=60, images=4, batch=4))
+    need = step_memory(workspace)
+    assert need is not None
     assert 0.9 < need.training / measured_step(workspace) < 2
 
 
