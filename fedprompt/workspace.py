@@ -297,7 +297,8 @@ class Workspace:
         return describe(self.dataset, self.partition)
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
-        return self.views[0].rows(index), self._labels(index)
+        # What only training reads, such as local features of all patches, is left on disk.
+        return self.views[0].rows(index, self.method.needs), self._labels(index)
 
     def _labels(self, index: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self.dataset.labels_N[index])

@@ -39,7 +39,7 @@ def compute_rows(names: Sequence[str]) -> list[Row]:
                 _tensors(method.init_shared(0)),
                 _tensors(method.init_private(0, 0)),
                 f"{uploaded_numbers(method):,}",
-                ", ".join(sorted(method.needs)),
+                _needs(method),
                 _strategy(method),
                 _protocols(method),
             )
@@ -58,6 +58,12 @@ def _tensors(tensors: dict[str, Tensor]) -> str:
     return ", ".join(
         f"{n} {'x'.join(str(s or 'images') for s in t.shape) or '1'}" for n, t in tensors.items()
     )
+
+
+def _needs(method: Method) -> str:
+    """Format what the method needs of an image, and what it needs in training only."""
+    in_training = sorted(method.needs_to_train - method.needs)
+    return ", ".join([*sorted(method.needs), *(f"{name} in training" for name in in_training)])
 
 
 def _strategy(method: Method) -> str:

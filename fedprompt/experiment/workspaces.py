@@ -163,7 +163,7 @@ def open_workspace(
             clip,
             dataset,
             cache_dir,
-            workspace.method.needs,
+            workspace.method.needs | workspace.method.needs_to_train,
             view=view,
             crop_scale=config.data.crop_scale,
             progress=progress,

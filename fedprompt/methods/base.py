@@ -160,7 +160,9 @@ class Method(ABC):
     """The method's `MethodConfig`."""
 
     needs: frozenset[str] = frozenset({"features"})
-    """What `logits` reads of an image: `features`, and optionally `patches` or `pixels`."""
+    """What `logits` reads of an image: `features`, optionally `patches`, `local` or `pixels`."""
+    needs_to_train: frozenset[str] = frozenset()
+    """What only `loss_terms` reads besides; test images come without it."""
     frozen: frozenset[str] = frozenset()
     """Tensors that the optimiser does not update, such as `private.keys` or `shared.counts`."""
     lr_scale: Mapping[str, float] = MappingProxyType({})

@@ -55,7 +55,12 @@ def close(ours: Tensor, theirs: Tensor, what: str = "", rtol: float = 1e-4) -> N
 
 
 def batch(
-    clip: FrozenCLIP, *, patches: bool = False, step: int = 0, server_round: int = 1
+    clip: FrozenCLIP,
+    *,
+    patches: bool = False,
+    local: bool = False,
+    step: int = 0,
+    server_round: int = 1,
 ) -> Batch:
     """Images of K clients; the padding repeats other images and labels, not zeros."""
     draws = generator(0, "twins")
@@ -65,7 +70,11 @@ def batch(
         return F.normalize(drawn, dim=-1)
 
     mask = torch.arange(B)[None] < torch.tensor(REAL)[:, None]
-    inputs = Inputs(vectors(K, B), vectors(K, B, P) if patches else None)
+    inputs = Inputs(
+        vectors(K, B),
+        vectors(K, B, P) if patches else None,
+        local=vectors(K, B, P) if local else None,
+    )
     return batch_of(inputs, torch.tensor(LABELS), mask, step=step, server_round=server_round)
 
 

@@ -27,6 +27,8 @@ class Inputs:
             are not normalised yet. The cache stores bytes; `on` turns them into floats.
         mean_std: (2, 3), mean and standard deviation that normalise pixels; required with bytes.
         norms: (...,), lengths of the features before they were L2-normalised; None where unknown.
+        local: (..., P, D), L2-normalised local features, each of one patch alone, or None. How they
+            differ from `patches` is in `fedprompt.backbone.patch_features`.
     """
 
     features: Tensor
@@ -34,6 +36,7 @@ class Inputs:
     pixels: Tensor | None = None
     mean_std: Tensor | None = None
     norms: Tensor | None = None
+    local: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the length of the first axis."""
@@ -69,7 +72,7 @@ class Inputs:
         assert self.mean_std is not None
         mean, std = self.mean_std.to(device)[:, :, None, None]
         pixels = (moved.pixels.float() / 255).sub_(mean).div_(std)
-        return Inputs(moved.features, moved.patches, pixels, norms=moved.norms)
+        return replace(moved, pixels=pixels, mean_std=None)
 
     @staticmethod
     def cat(parts: Sequence[Inputs]) -> Inputs:
@@ -88,6 +91,7 @@ class Inputs:
             None if self.pixels is None else change(self.pixels),
             self.mean_std,
             None if self.norms is None else change(self.norms),
+            None if self.local is None else change(self.local),
         )
 
 
@@ -98,4 +102,11 @@ def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inp
         return None if tensors[0] is None else how(tensors)
 
     features = how([part.features for part in parts])
-    return Inputs(features, one("patches"), one("pixels"), parts[0].mean_std, one("norms"))
+    return Inputs(
+        features,
+        one("patches"),
+        one("pixels"),
+        parts[0].mean_std,
+        one("norms"),
+        one("local"),
+    )

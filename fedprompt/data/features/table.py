@@ -8,7 +8,7 @@ Suffixes: N images, D joint embedding, P patches, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder
+from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder, local_encoder
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
 from fedprompt.data.features.encoding import Encoding, augmented
@@ -42,6 +42,7 @@ class FeatureTable:
         pixels_N3HW: pixels before they are normalised, or None.
         mean_std: (2, 3), mean and standard deviation that normalise pixels; given with them.
         readable_N: the images that may be read, or None for all.
+        local_NPD: L2-normalised local features of patches, or None.
     """
 
     features_ND: Rows
@@ -49,9 +50,14 @@ class FeatureTable:
     pixels_N3HW: Rows | None = None
     mean_std: Tensor | None = None
     readable_N: NDArray[np.bool_] | None = None
+    local_NPD: Rows | None = None
 
-    def rows(self, index: NDArray[np.int64]) -> Inputs:
+    def rows(self, index: NDArray[np.int64], needs: Collection[str] | None = None) -> Inputs:
         """Read the images of the given row numbers into memory.
+
+        Args:
+            index: row numbers.
+            needs: the columns to read beside features; None for all that the table has.
 
         Raises:
             ValueError: an image is withheld. No correct program asks for one.
@@ -59,12 +65,19 @@ class FeatureTable:
         if self.readable_N is not None and not self.readable_N[index].all():
             raise ValueError("an image that is withheld was asked for")
 
-        def read(column: Rows | None) -> Tensor | None:
-            return None if column is None else torch.from_numpy(np.array(column[index]))
+        def read(name: str, column: Rows | None) -> Tensor | None:
+            if column is None or (needs is not None and name not in needs):
+                return None
+            return torch.from_numpy(np.array(column[index]))
 
         features, norms = _normalised(_rows(self.features_ND, index))
         return Inputs(
-            features, read(self.patches_NPD), read(self.pixels_N3HW), self.mean_std, norms
+            features,
+            read("patches", self.patches_NPD),
+            read("pixels", self.pixels_N3HW),
+            self.mean_std,
+            norms,
+            read("local", self.local_NPD),
         )
 
 
@@ -85,7 +98,7 @@ def open_feature_table(
         clip: the frozen backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        needs: what the method needs beside features: `patches`, `pixels`, or nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, or nothing.
         view: number of the view; 0 is the whole image, others are random crops.
         crop_scale: smallest share of an image's area in a crop.
         index_R: the images to open, in this order; None for all of them.
@@ -112,6 +125,8 @@ def open_feature_table(
     encodings = [plain]
     if "patches" in needs:
         encodings.append(_patches(clip, plain))
+    if "local" in needs:
+        encodings.append(_local(clip, plain))
     if "pixels" in needs:
         encodings.append(_pixels(clip, plain))
     columns = cached(clip, dataset, cache_dir, encodings, index_R=index_R, progress=progress)
@@ -121,6 +136,7 @@ def open_feature_table(
         found.get(f"patches-{plain.view}"),
         found.get(f"pixels-{plain.view}"),
         clip.mean_std if "pixels" in needs else None,
+        local_NPD=found.get(f"local-{plain.view}"),
     )
 
 
@@ -131,7 +147,7 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
     Args:
         clip: the frozen backbone.
         images_B3HW: images as `clip.preprocess` returns them.
-        needs: what the method needs beside features: `patches`, `pixels`, or nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, or nothing.
 
     Returns:
         The images as a set of B.
@@ -140,8 +156,10 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
         UserError: the backbone has no patch features.
     """
     features, norms = _normalised(clip.encode_images(images_B3HW))
-    patches = _dense(clip)[0](images_B3HW) if "patches" in needs else None
-    return Inputs(features, patches, images_B3HW if "pixels" in needs else None, norms=norms)
+    patches = _of_patches(clip, dense_encoder)[0](images_B3HW) if "patches" in needs else None
+    local = _of_patches(clip, local_encoder)[0](images_B3HW) if "local" in needs else None
+    pixels = images_B3HW if "pixels" in needs else None
+    return Inputs(features, patches, pixels, norms=norms, local=local)
 
 
 def _normalised(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,19 +216,32 @@ def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
         return _Stack(tuple(columns), np.concatenate(([0], ends[:-1])))
 
     return FeatureTable(
-        stack("features_ND"), stack("patches_NPD"), stack("pixels_N3HW"), parts[0].mean_std
+        stack("features_ND"),
+        stack("patches_NPD"),
+        stack("pixels_N3HW"),
+        parts[0].mean_std,
+        local_NPD=stack("local_NPD"),
     )
 
 
 def _patches(clip: FrozenCLIP, plain: Encoding) -> Encoding:
     """Return the encoding of images into L2-normalised patch features (P, D)."""
-    encode, patches = _dense(clip)
+    encode, patches = _of_patches(clip, dense_encoder)
     shape = (patches, clip.embed_dim)
     return replace(plain, view=f"patches-{plain.view}", shape=shape, encode=encode)
 
 
-def _dense(clip: FrozenCLIP) -> tuple[LocalEncoder, int]:
-    found = dense_encoder(clip)
+def _local(clip: FrozenCLIP, plain: Encoding) -> Encoding:
+    """Return the encoding of images into L2-normalised local features (P, D)."""
+    encode, patches = _of_patches(clip, local_encoder)
+    shape = (patches, clip.embed_dim)
+    return replace(plain, view=f"local-{plain.view}", shape=shape, encode=encode)
+
+
+def _of_patches(
+    clip: FrozenCLIP, encoder: Callable[[FrozenCLIP], tuple[LocalEncoder, int] | None]
+) -> tuple[LocalEncoder, int]:
+    found = encoder(clip)
     if found is None:
         raise UserError(
             f"backbone: {clip.name} gives no patch features; take one of open_clip's plain ViT or "

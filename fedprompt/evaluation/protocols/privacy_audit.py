@@ -120,7 +120,8 @@ class PrivacyAudit(Reported):
         # The attacker trains on many imagined images per client, so only a few are attacked. It
         # reconstructs a feature vector, so the update may depend on nothing else.
         few = sorted(workspace.partition.trainable)[: self.options.images]
-        if client not in few or workspace.method.needs != {"features"}:
+        method = workspace.method
+        if client not in few or method.needs | method.needs_to_train != {"features"}:
             return {}
         data = workspace.train_data(client)
         label, true_D = int(data.labels_N[0]), data.inputs.features[0].double().numpy()

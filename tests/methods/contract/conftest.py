@@ -55,7 +55,7 @@ def columns(
 ) -> FeatureTable:
     """Everything that a method may need of these pictures, from the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    return open_feature_table(clip, dataset, cache, {"patches", "pixels"}, progress=False)
+    return open_feature_table(clip, dataset, cache, {"patches", "local", "pixels"}, progress=False)
 
 
 @pytest.fixture(params=list(all_methods()))

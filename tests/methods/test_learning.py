@@ -1,0 +1,44 @@
+"""On the embedded scenes, a method is better after a few rounds than it is at its start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedprompt.experiment.workspaces import ResourceCache, open_workspace
+from fedprompt.federation.server_app import Federation
+from fedprompt.scoring import score_global
+from fedprompt.simulation.inline_grid import InlineGrid
+from tests.support.builders import small_config
+
+METHODS: dict[str, dict[str, Any]] = {
+    "locoop": {"context_tokens": 4},
+}
+"""The methods, with the keys that make a run short."""
+ROUNDS = 4
+RESOURCES = ResourceCache()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_global_model_learns(name: str) -> None:
+    config = small_config(
+        method={"name": name, **METHODS[name]},
+        strategy={"name": "auto"},
+        data={"images_per_class": 8, "domains": ["delta"], "test_fraction": 0.5},
+        partition={"clients": 2, "alpha": 10.0, "local_test_fraction": 0.0},
+        training={"lr": 0.03, "batch_size": 20},
+        federation={"rounds": ROUNDS},
+    )
+    workspace = open_workspace(config, resources=RESOURCES)
+    federation = Federation(workspace, InlineGrid(workspace))
+    federation.join()
+    inputs, labels = workspace.server_test()
+    first = score_global(workspace.method, federation.shared, inputs, labels)
+    for server_round in range(1, ROUNDS + 1):
+        federation.train_round(server_round)
+    last = score_global(workspace.method, federation.shared, inputs, labels)
+    assert first is not None
+    assert last is not None
+    assert last.correct > first.correct
+    assert last.loss_sum < first.loss_sum
