@@ -14,6 +14,7 @@ from tests.support.builders import small_config
 
 METHODS: dict[str, dict[str, Any]] = {
     "locoop": {"context_tokens": 4},
+    "mocoop": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4

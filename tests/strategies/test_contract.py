@@ -24,13 +24,14 @@ CLIENTS, ROUNDS = 7, 4
 USUAL = {"ctx": (3, 4), "other": (3,)}
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "per_class": {"class_shares": (3,), "ctx": (3, 4)},
+    "per_expert": {"expert_shares": (2,), "ctx": (3, 4), "w.0": (3,), "w.1": (2, 2)},
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
 OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fedavg": {"clip": 0.2}}
 """Where the defaults would leave out what is to be tested."""
 NOISY = {"dp_fedavg": {"noise": 0.0}}
 """What takes the noise away from a strategy that adds some."""
-OWN_STEP = {"fedadam", "fedyogi", "dp_fedavg", "per_class"}
+OWN_STEP = {"fedadam", "fedyogi", "dp_fedavg", "per_class", "per_expert"}
 """Strategies whose step is not the clients' own, even where all of them agree."""
 STRATEGIES = sorted(all_strategies())
 Replies = list[tuple[Arrays, int]]
