@@ -201,7 +201,7 @@ class MoCoOp(Method):
         # t_e = norm(f(ctx_e) + w), on the features as the tower gives them.
         experts_KGCD = torch.stack(features, dim=1) + shared["correction"][:, None, None]
         both = shared | (private or {})
-        gate = {n: both[n] for n in ("gate.weight", "gate.bias") if n in both}
+        gate: Tensors = {n: t for n, t in both.items() if n in ("gate.weight", "gate.bias")}
         return {"experts": F.normalize(experts_KGCD, dim=-1), **gate}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
