@@ -21,6 +21,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.memo import Memo
 from fedprompt.config.schema import Config, TrainingConfig
 from fedprompt.data.dataset import ImageDataset
+from fedprompt.data.descriptions import load_descriptions
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.held_out import HeldOut
@@ -69,7 +70,15 @@ class Workspace:
         self.partition = partition
         self.views = tuple(views)
         self.held_out = held_out
-        self.task = Task(dataset.class_names, tuple(config.data.templates))
+        self.task = Task(
+            dataset.class_names,
+            tuple(config.data.templates),
+            # Those of held-out classes are checked now, and not after training.
+            load_descriptions(
+                config.data.descriptions,
+                (*dataset.class_names, *(held_out.class_names if held_out else ())),
+            ),
+        )
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}

@@ -128,6 +128,12 @@ class DataConfig:
     class_names: list[str] = option(
         [], "class names in label order; empty = the names of the data set"
     )
+    descriptions: str | None = option(
+        None,
+        "sentences about each class, for methods that read them: a YAML file, or a shipped one's "
+        "name; null = the templates stand in",
+        path=True,
+    )
     views: int = option(
         1, "views per training image: the image itself and views - 1 random crops",
         ge=1, le=64,

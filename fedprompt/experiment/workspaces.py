@@ -6,6 +6,7 @@ partition open their data here, so all of them agree on which images each client
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,8 @@ from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition.copies import warn_of_copies
 from fedprompt.evaluation.registry import hold_out
 from fedprompt.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 MAX_OPEN_DATASETS = 8
 """How many data sets a `ResourceCache` keeps open. A sweep over seeds may need another split of the
@@ -157,6 +160,12 @@ def open_workspace(
     clip = resources.clip(config.backbone, cache_dir)
     shown = dataset if readable_N is None else withheld(dataset, readable_N)
     workspace = Workspace(config, clip, shown, partition, (), held_out)
+    if workspace.method.reads_descriptions and config.data.descriptions is None:
+        log.warning(
+            "data.descriptions is not set: the data set's %d templates stand in for the sentences "
+            "that method %s learns from.",
+            len(workspace.task.templates), workspace.method.name,
+        )  # fmt: skip
     # Which columns a feature table needs is known only once the workspace has created its method.
     workspace.views = tuple(
         open_feature_table(

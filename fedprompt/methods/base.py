@@ -167,6 +167,8 @@ class Method(ABC):
     """Tensors that the optimiser does not update, such as `private.keys` or `shared.counts`."""
     lr_scale: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate by tensor, such as `private.gate: 5.0`; 1 for all others."""
+    reads_descriptions: bool = False
+    """Whether it learns from `Task.sentences`; a run without `data.descriptions` then says so."""
     trainable: bool = True
     """Whether there is anything to learn; if not, a run has no rounds."""
     has_global: bool = True

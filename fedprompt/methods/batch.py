@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedprompt.data.descriptions import Descriptions, plain
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.parts.draws import Draw, StepDraws
 from fedprompt.rng import normal, uniform
@@ -29,10 +30,24 @@ class Task:
     Attributes:
         class_names: names in label order; underscores are read as spaces.
         templates: sentences for zero-shot CLIP, each with one `{}` for the class name.
+        descriptions: sentences about classes, of `data.descriptions`; there may be none, and there
+            may be some of other classes.
     """
 
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    descriptions: Descriptions = ()
+
+    def sentences(self) -> tuple[tuple[str, ...], ...]:
+        """The sentences of each class, in label order.
+
+        A class without descriptions has the templates with its name in them.
+        """
+        described = dict(self.descriptions)
+        return tuple(
+            described.get(name) or tuple(template.format(name) for template in self.templates)
+            for name in map(plain, self.class_names)
+        )
 
 
 @dataclass(frozen=True)

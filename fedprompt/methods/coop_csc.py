@@ -32,6 +32,7 @@ from fedprompt.backbone.text_tower import TextTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, RoundInfo, Task, Tensors
+from fedprompt.methods.parts.class_shares import SHARES, class_shares
 from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.methods.parts.prompts import PromptConfig
 from fedprompt.rng import normal
@@ -54,7 +55,7 @@ class CoOpCSC(Method):
     name = "coop_csc"
     source = "Zhou et al., IJCV 2022"
     Config = CoOpCSCConfig
-    frozen = frozenset({"shared.class_shares"})
+    frozen = frozenset({f"shared.{SHARES}"})
     no_transfer_reason = "a context belongs to the class that it was trained for"
 
     def __init__(self, config: CoOpCSCConfig, clip: FrozenCLIP, task: Task) -> None:
@@ -75,17 +76,14 @@ class CoOpCSC(Method):
         draw = normal(shape, self.cfg.init_std, seed, "init", "shared")
         # With start words, every class gets the same embeddings and its draw is not used.
         starts = [context_init(self.clip, self.cfg.context_init, tokens, d) for d in draw]
-        return {"ctx": torch.stack(starts), "class_shares": torch.zeros(classes)}
+        return {"ctx": torch.stack(starts), SHARES: torch.zeros(classes)}
 
     def end_round(
         self, shared: Tensors, private: Tensors, round_info: RoundInfo
     ) -> tuple[Tensors, Tensors]:
         """Add each class's share of the client's training images."""
-        # The strategy `per_class` multiplies the shares by the client's number of images.
-        counts_KC = round_info.class_counts_KC.float()
-        shares_KC = counts_KC / counts_KC.sum(-1, keepdim=True)
         # The received zeros are replaced: what a client uploads does not depend on earlier rounds.
-        return {**shared, "class_shares": shares_KC}, private
+        return {**shared, SHARES: class_shares(round_info)}, private
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Class features (K, C, D) of the contexts (K, C, M, d)."""

@@ -15,9 +15,19 @@ from tests.support.builders import small_config
 METHODS: dict[str, dict[str, Any]] = {
     "locoop": {"context_tokens": 4},
     "mocoop": {},
+    "biomedcoop": {},
+    "pre": {},
+    "ove_pg": {},
+    "palm": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4
+DATA = {
+    "images_per_class": 8,
+    "domains": ["delta"],
+    "test_fraction": 0.5,
+    "descriptions": "aerial_scenes",
+}
 RESOURCES = ResourceCache()
 
 
@@ -26,9 +36,9 @@ def test_the_global_model_learns(name: str) -> None:
     config = small_config(
         method={"name": name, **METHODS[name]},
         strategy={"name": "auto"},
-        data={"images_per_class": 8, "domains": ["delta"], "test_fraction": 0.5},
+        data=DATA,
         partition={"clients": 2, "alpha": 10.0, "local_test_fraction": 0.0},
-        training={"lr": 0.03, "batch_size": 20},
+        training={"lr": 0.01, "batch_size": 20, "optimizer": "adam", "weight_decay": 0.0},
         federation={"rounds": ROUNDS},
     )
     workspace = open_workspace(config, resources=RESOURCES)

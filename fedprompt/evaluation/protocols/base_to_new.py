@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -233,10 +233,10 @@ def _tests(workspace: Workspace, options: BaseToNewOptions) -> list[_Test]:
     new_inputs, new_labels = workspace.held_out_test()
     tests = [
         _Test("base", task, base_inputs, base_labels),
-        _Test("new", Task(held.class_names, task.templates), new_inputs, new_labels),
+        _Test("new", replace(task, class_names=held.class_names), new_inputs, new_labels),
     ]
     if options.all_classes:
-        every = Task((*task.class_names, *held.class_names), task.templates)
+        every = replace(task, class_names=(*task.class_names, *held.class_names))
         # In the joint list of names, the new classes follow the base classes.
         shifted = new_labels + len(task.class_names)
         tests.append(_Test("base_of_all", every, base_inputs, base_labels))

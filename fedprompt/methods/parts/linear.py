@@ -72,12 +72,15 @@ def linear_start(
         `name.weight` (o, i) and `name.bias` (o,), uniform between -1/sqrt(i) and 1/sqrt(i).
     """
     bound = 1 / math.sqrt(inputs)
-    start = {f"{name}.weight": _uniform((outputs, inputs), bound, seed, *purpose, name, "weight")}
+    start = {
+        f"{name}.weight": uniform_start((outputs, inputs), bound, seed, *purpose, name, "weight")
+    }
     if bias:
-        start[f"{name}.bias"] = _uniform((outputs,), bound, seed, *purpose, name, "bias")
+        start[f"{name}.bias"] = uniform_start((outputs,), bound, seed, *purpose, name, "bias")
     return start
 
 
-def _uniform(shape: tuple[int, ...], bound: float, seed: int, *purpose: str | int) -> Tensor:
+def uniform_start(shape: tuple[int, ...], bound: float, seed: int, *purpose: str | int) -> Tensor:
+    """Draws of `shape`, uniform between -bound and bound, keyed by `seed` and `purpose`."""
     draw = generator(seed, *purpose).random(shape, dtype=np.float32)
     return torch.from_numpy((2 * draw - 1) * np.float32(bound))

@@ -148,6 +148,7 @@ class WrappedMethod(Method):
         # These are read from the instance: a base may set them in its constructor, by its config.
         self.needs = base.needs
         self.needs_to_train = base.needs_to_train
+        self.reads_descriptions = base.reads_descriptions
         self.frozen = base.frozen
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
