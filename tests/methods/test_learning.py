@@ -1,4 +1,7 @@
-"""On the embedded scenes, a method is better after a few rounds than it is at its start."""
+"""On the embedded scenes, the test loss of a method falls within a few rounds.
+
+The loss decides, because accuracies on 80 images differ by several images by chance.
+"""
 
 from __future__ import annotations
 
@@ -51,5 +54,4 @@ def test_the_global_model_learns(name: str) -> None:
     last = score_global(workspace.method, federation.shared, inputs, labels)
     assert first is not None
     assert last is not None
-    assert last.correct > first.correct
-    assert last.loss_sum < first.loss_sum
+    assert last.loss_sum < 0.95 * first.loss_sum

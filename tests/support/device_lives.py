@@ -104,7 +104,8 @@ def images(clip: FrozenCLIP, count: int) -> Inputs:
     size = clip.model.visual.image_size
     pixels = torch.randint(256, (count, 3, *size), generator=draws, dtype=torch.uint8)
     norms = 1 + torch.rand(count, generator=draws)
-    return Inputs(vectors(count), vectors(count, 4), pixels, clip.mean_std.cpu(), norms)
+    features, patches, local = vectors(count), vectors(count, 4), vectors(count, 4)
+    return Inputs(features, patches, pixels, clip.mean_std.cpu(), norms, local)
 
 
 def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
@@ -118,6 +119,7 @@ def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
             all_of_them.pixels if "pixels" in needs else None,
             all_of_them.mean_std,
             all_of_them.norms,
+            all_of_them.local if "local" in needs else None,
         )
         data.append(ClientData(client, inputs, torch.arange(size) % len(TASK.class_names)))
     return data
@@ -136,7 +138,7 @@ def live(
     """
     life = Life()
     method = twins.build(clip, name, TASK, **options)
-    data = clients(clip, method.needs)
+    data = clients(clip, method.needs | method.needs_to_train)
     server, private = Server(method, data), first_private(method, data)
     momentum: list[Tensors] = [{} for _ in data]
     for server_round in (1, 2) if method.trainable else ():
