@@ -86,7 +86,7 @@ class BiomedCoOp(PromptFL):
                     f"{len(sentences[0])}."
                 )
         # Frozen, so they are encoded once per class list: the i-th sentences of all classes.
-        columns = [clip.encode_text_raw(of_i) for of_i in zip(*sentences, strict=True)]
+        columns = [clip.encode_texts(of_i) for of_i in zip(*sentences, strict=True)]
         self.sentences_NCD = F.normalize(torch.stack(columns), dim=-1)
         self.mean_CD = F.normalize(self.sentences_NCD.mean(0), dim=-1)
 

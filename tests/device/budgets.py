@@ -31,6 +31,7 @@ class Budget:
 
 
 STEP = {
+    "biomedcoop": Budget(225),
     "clip_adapter": Budget(60),
     "cocoop": Budget(105),
     "coop_csc": Budget(145),
@@ -53,11 +54,16 @@ STEP = {
     "fedtpg": Budget(165),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),
+    "locoop": Budget(205),
     "maple": Budget(215),
+    "mocoop": Budget(500),
+    "ove_pg": Budget(230),
+    "palm": Budget(70),
     "pfedmma": Budget(410),
     "pfedmoap": Budget(180),
     "pfedprompt": Budget(90),
     "plot": Budget(590, 0, 3),
+    "pre": Budget(435),
     "proda": Budget(375, 2),  # a tower plans its classes once per number of contexts
     "prograd": Budget(155),
     "promptfl": Budget(90),

@@ -56,6 +56,7 @@ class Positions:
 
 
 BUDGET = {
+    "biomedcoop": Positions(59, 58, 116),
     "clip_adapter": Positions(59, 0, 0),
     "cocoop": Positions(0, 232, 696),
     "coop_csc": Positions(0, 222, 444),
@@ -78,11 +79,16 @@ BUDGET = {
     "fedtpg": Positions(43, 58, 116),
     "ivlp": Positions(0, 98, 224),
     "kgcoop": Positions(59, 58, 116),
+    "locoop": Positions(0, 70, 140),
     "maple": Positions(0, 98, 182),
+    "mocoop": Positions(723, 354, 708),
+    "ove_pg": Positions(59, 58, 116),
+    "palm": Positions(59, 0, 0),
     "pfedmma": Positions(0, 122, 132),
     "pfedmoap": Positions(0, 700, 140),
     "pfedprompt": Positions(0, 70, 140),
     "plot": Positions(0, 280, 560),
+    "pre": Positions(0, 58, 116),
     "proda": Positions(0, 1312, 9344),
     "prograd": Positions(59, 70, 140),
     "promptfl": Positions(0, 70, 140),
