@@ -271,7 +271,7 @@ class Workspace:
     @cached_property
     def _held_out_test(self) -> tuple[Inputs, Tensor]:
         assert self.held_out is not None
-        inputs = self.views[0].rows(self.held_out.index_N)
+        inputs = self.views[0].rows(self.held_out.index_N, self.method.needs)
         return inputs, torch.from_numpy(self.held_out.labels_N)
 
     def held_out_test(self) -> tuple[Inputs, Tensor]:
