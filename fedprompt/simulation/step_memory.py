@@ -314,8 +314,7 @@ def _leaves(container: str, tensors: Tensors, method: Method) -> Tensors:
 
 
 def _parts(inputs: Inputs) -> list[Tensor]:
-    parts = (inputs.features, inputs.patches, inputs.pixels, inputs.norms)
-    return [part for part in parts if part is not None]
+    return [part for name, part in inputs.columns().items() if name != "mean_std"]
 
 
 def _batch_bytes(image: Inputs, stored: int) -> int:

@@ -31,7 +31,7 @@ class Budget:
 
 
 STEP = {
-    "biomedcoop": Budget(225),
+    "biomedcoop": Budget(135),
     "clip_adapter": Budget(60),
     "cocoop": Budget(105),
     "coop_csc": Budget(145),
@@ -54,16 +54,16 @@ STEP = {
     "fedtpg": Budget(165),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),
-    "locoop": Budget(205),
+    "locoop": Budget(120),
     "maple": Budget(215),
-    "mocoop": Budget(500),
-    "ove_pg": Budget(230),
-    "palm": Budget(70),
+    "mocoop": Budget(280),
+    "ove_pg": Budget(145),
+    "palm": Budget(60),
     "pfedmma": Budget(410),
     "pfedmoap": Budget(180),
     "pfedprompt": Budget(90),
     "plot": Budget(590, 0, 3),
-    "pre": Budget(435),
+    "pre": Budget(335),
     "proda": Budget(375, 2),  # a tower plans its classes once per number of contexts
     "prograd": Budget(155),
     "promptfl": Budget(90),
