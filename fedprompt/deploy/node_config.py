@@ -35,6 +35,7 @@ from typing import Any
 
 from fedprompt.backbone.devices import KINDS
 from fedprompt.config.schema import Config
+from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.experiment.paths import named_paths, without_paths
@@ -193,16 +194,18 @@ def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
             f"data.source=client_folders, but this one has data.source={config.data.source}."
         )
     _check_weights(config, node)
+    sentences = _shipped_descriptions(config)
     config = without_paths(config)
     data: Any = config.data  # of client folders, as checked above
     folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
-    return replace(config, data=replace(data, folders=folders))
+    return replace(config, data=replace(data, folders=folders, descriptions=sentences))
 
 
 def _with_own_root(config: Config, node: NodeSettings) -> Config:
     """The experiment on a node that opens the whole data set, with no path of the server in it."""
     _check_weights(config, node)
-    named = named_paths(config.data)
+    sentences = _shipped_descriptions(config)
+    named = {k: v for k, v in named_paths(config.data).items() if k != "descriptions"}
     # An id on the hub is the same on every machine; only a folder with such a name is not.
     hub = str(named.get("hub_id", ""))
     kept = {"hub_id": hub} if re.fullmatch(HUB_ID, hub) and not Path(hub).exists() else {}
@@ -219,7 +222,22 @@ def _with_own_root(config: Config, node: NodeSettings) -> Config:
         )
     config = without_paths(config)
     data: Any = config.data  # which of these keys it has depends on the source
-    return replace(config, data=replace(data, **kept, **own))
+    return replace(config, data=replace(data, **kept, **own, descriptions=sentences))
+
+
+def _shipped_descriptions(config: Config) -> str | None:
+    """The name in `data.descriptions`: a shipped file is the same on every machine, a path is not.
+
+    Raises:
+        UserError: it is a path. Without the sentences, a node would learn from other texts.
+    """
+    name = config.data.descriptions
+    if name is not None and name not in (shipped := shipped_names("descriptions")):
+        raise UserError(
+            "the experiment's data.descriptions is a file on the server, and this node opens no "
+            f"path that the server names; name a file that is shipped ({', '.join(shipped)})."
+        )
+    return name
 
 
 def _check_weights(config: Config, node: NodeSettings) -> None:

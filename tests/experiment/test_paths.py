@@ -31,7 +31,8 @@ NO_PATH = {
     "validation_split",
 }  # fmt: skip
 PATHS = {
-    "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "partition.file",
+    "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "data.descriptions",
+    "partition.file",
     "output.root", "output.dir", "output.cache",
 }  # fmt: skip
 SECRET = "/server/secret"
@@ -113,8 +114,8 @@ def named(value: Any, place: str = "") -> set[str]:
 
 
 def test_a_node_that_lends_a_folder_follows_no_path() -> None:
-    config = experiment()
-    expected = PATHS - {"data.hub_id"} | {
+    config = experiment("data.descriptions")
+    expected = PATHS - {"data.hub_id", "data.descriptions"} | {
         "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.hub_id"
     }  # fmt: skip
     assert named(dataclasses.asdict(config)) == expected, "the test names them all"
@@ -125,12 +126,28 @@ def test_a_node_that_lends_a_folder_follows_no_path() -> None:
     assert [t["title"] for t in there.protocol_options["cross_data_set"].targets] == ["eurosat"]
 
 
+def test_sentences_about_classes_are_shipped_or_refused() -> None:
+    """A node without them would silently learn from the templates instead."""
+    for config in (experiment("data.descriptions"), whole()):
+        node = NodeSettings(1, None if config.data.source == "aerial_scenes" else "/mine",
+                            checkpoint="/weights.pt")  # fmt: skip
+        for name, known in (("aerial_scenes", True), (f"{SECRET}/sentences.yaml", False)):
+            data = dataclasses.replace(config.data, descriptions=name)
+            named = dataclasses.replace(config, data=data)
+            if known:
+                assert on_node(named, node).data.descriptions == name
+                continue
+            with pytest.raises(UserError, match=r"data\.descriptions") as caught:
+                on_node(hidden(named), node)
+            assert "aerial_scenes" in str(caught.value)
+
+
 def test_weights_are_the_nodes_own() -> None:
     with pytest.raises(UserError) as caught:
         on_node(experiment(), NodeSettings(1, "/mine"))
     assert "--checkpoint" in str(caught.value)
     assert SECRET not in str(caught.value)
-    plain = experiment("backbone.checkpoint")
+    plain = experiment("backbone.checkpoint", "data.descriptions")
     assert on_node(plain, NodeSettings(1, "/mine")).backbone.checkpoint is None
     backbone = dataclasses.replace(plain.backbone, model="ViT-B-32", pretrained="openai")
     tagged = dataclasses.replace(plain, backbone=backbone)
