@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.loading import load_clip
+from fedprompt.config.schema import BackboneConfig
 from tests.support.small_models import (
     TEXTS,
     _built,
@@ -138,3 +140,14 @@ def test_bf16_stays_close(tmp_path: Path) -> None:
         assert close.dtype == torch.float32
         assert not torch.equal(exact, close), "bf16 must really be used"
         assert torch.cosine_similarity(exact, close).min() > 0.99
+
+
+def test_an_image_has_the_same_features_in_every_batch(tmp_path: Path) -> None:
+    clip = load_clip(BackboneConfig(model="tiny"), tmp_path)
+    height, width = clip.model.visual.image_size
+    images = torch.randn(16, 3, height, width, generator=torch.Generator().manual_seed(1))
+    together = clip.encode_images(images)
+    for count in (1, 2, 5, 8):
+        some = clip.encode_images(images[-count:])
+        assert some.shape == (count, clip.embed_dim)
+        assert torch.equal(some, together[-count:]), count
