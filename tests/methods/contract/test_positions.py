@@ -142,6 +142,8 @@ def test_positions_stay_within_the_budget(
     # PromptSRC's sixty templates, each a text tower of its own, would take most of the time.
     monkeypatch.setattr(promptsrc, "imagenet_templates", lambda: imagenet_templates()[:2])
     found = spent(name, clip)
+    if name not in BUDGET:
+        pytest.skip(f'write it into BUDGET: "{name}": {found}')  # the last test asks for it
     for count, most in zip(astuple(found), astuple(BUDGET[name]), strict=True):
         assert count <= most, f"{found} instead of {BUDGET[name]}"
 
