@@ -19,6 +19,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 from flwr.app import Message, MessageType, RecordDict
@@ -52,7 +53,7 @@ from fedprompt.runtime.device_memory import free_memory
 from fedprompt.simulation.answer_block import Handler
 from fedprompt.simulation.blocks import choose_size, group, refuse_large
 from fedprompt.simulation.memory_store import MemoryStore
-from fedprompt.simulation.step_memory import step_memory
+from fedprompt.simulation.step_memory import StepMemory, step_memory
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.grid")
@@ -118,6 +119,7 @@ class BlockGrid(CountingGrid):
         self._secrets = {}
         # What the last method needed says nothing about this one.
         self._fitted = {}
+        self.__dict__.pop("_need", None)
 
     def close(self) -> None:
         """Release processes and memory. The grid cannot be used afterwards."""
@@ -249,11 +251,16 @@ class BlockGrid(CountingGrid):
             )
         return size
 
+    @cached_property
+    def _need(self) -> StepMemory | None:
+        """The estimate for one client. Kept, because it looks at the images of every client."""
+        return step_memory(self.workspace)
+
     def _client_bytes(self, kind: str) -> float:
         """Estimated bytes that one client needs; 0 where blocks have a fixed size."""
         if self.workspace.config.simulation.clients_per_block:
             return 0.0
-        need = step_memory(self.workspace)
+        need = self._need
         if need is None:
             return 0.0
         return need.evaluation if kind == MessageType.EVALUATE else need.training
@@ -268,9 +275,8 @@ class BlockGrid(CountingGrid):
         """
         if self.workspace.config.simulation.clients_per_block:
             return
-        need = step_memory(self.workspace)
-        if need is not None:
-            refuse_large(self.workspace, need, self._free_bytes, self.workers)
+        if self._need is not None:
+            refuse_large(self.workspace, self._need, self._free_bytes, self.workers)
 
     def at_once(self, kind: str) -> int | None:
         """How many clients fitted together after a block had been too large; None if none was.
