@@ -24,6 +24,7 @@ from fedprompt.errors import UserError
 from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
+from strategies.parts.required import require_shared
 
 SHARES = "class_shares"
 """The shared tensor (C,) that says how a client's training images spread over classes."""
@@ -47,11 +48,7 @@ class PerClass(SharedPromptStrategy):
     Config = PerClassConfig
 
     def __init__(self, config: Any, *, shapes: Mapping[str, tuple[int, ...]], **rest: Any) -> None:
-        if shapes and SHARES not in shapes:
-            raise UserError(
-                f"strategy per_class needs a method that shares '{SHARES}', e.g. coop_csc; this "
-                f"one shares {', '.join(sorted(shapes))}."
-            )
+        require_shared(self.name, SHARES, shapes, example="coop_csc")
         for name, shape in sorted(shapes.items()):
             if shape[:1] != shapes[SHARES]:
                 raise UserError(

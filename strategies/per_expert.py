@@ -24,6 +24,7 @@ from fedprompt.federation.screening import Update
 from fedprompt.federation.strategy import SharedPromptStrategy, StrategyConfig
 from fedprompt.messages import Arrays
 from strategies.fedavg import weighted_mean
+from strategies.parts.required import require_shared
 
 SHARES = "expert_shares"
 """The shared tensor (G,): the mean weight that a client's gate gives each expert."""
@@ -47,11 +48,7 @@ class PerExpert(SharedPromptStrategy):
     Config = PerExpertConfig
 
     def __init__(self, config: Any, *, shapes: Mapping[str, tuple[int, ...]], **rest: Any) -> None:
-        if shapes and SHARES not in shapes:
-            raise UserError(
-                f"strategy per_expert needs a method that shares '{SHARES}', e.g. mocoop; this "
-                f"one shares {', '.join(sorted(shapes))}."
-            )
+        require_shared(self.name, SHARES, shapes, example="mocoop")
         for name in sorted(shapes):
             expert = _expert(name)
             if expert is not None and expert >= shapes[SHARES][0]:

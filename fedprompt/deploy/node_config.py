@@ -194,21 +194,21 @@ def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
             f"data.source=client_folders, but this one has data.source={config.data.source}."
         )
     _check_weights(config, node)
-    sentences = _shipped_descriptions(config)
+    kept = _shipped_descriptions(config)
     config = without_paths(config)
     data: Any = config.data  # of client folders, as checked above
     folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
-    return replace(config, data=replace(data, folders=folders, descriptions=sentences))
+    return replace(config, data=replace(data, folders=folders, **kept))
 
 
 def _with_own_root(config: Config, node: NodeSettings) -> Config:
     """The experiment on a node that opens the whole data set, with no path of the server in it."""
     _check_weights(config, node)
-    sentences = _shipped_descriptions(config)
-    named = {k: v for k, v in named_paths(config.data).items() if k != "descriptions"}
+    named = named_paths(config.data)
     # An id on the hub is the same on every machine; only a folder with such a name is not.
     hub = str(named.get("hub_id", ""))
     kept = {"hub_id": hub} if re.fullmatch(HUB_ID, hub) and not Path(hub).exists() else {}
+    kept |= _shipped_descriptions(config)
     own = {"root": node.root} if node.root and hasattr(config.data, "root") else {}
     for key in sorted(named.keys() - kept.keys() - own.keys()):
         raise UserError(
@@ -222,22 +222,24 @@ def _with_own_root(config: Config, node: NodeSettings) -> Config:
         )
     config = without_paths(config)
     data: Any = config.data  # which of these keys it has depends on the source
-    return replace(config, data=replace(data, **kept, **own, descriptions=sentences))
+    return replace(config, data=replace(data, **kept, **own))
 
 
-def _shipped_descriptions(config: Config) -> str | None:
-    """The name in `data.descriptions`: a shipped file is the same on every machine, a path is not.
+def _shipped_descriptions(config: Config) -> dict[str, str]:
+    """`data.descriptions`, if it is set: a shipped file is the same on every machine.
 
     Raises:
         UserError: it is a path. Without the sentences, a node would learn from other texts.
     """
     name = config.data.descriptions
-    if name is not None and name not in (shipped := shipped_names("descriptions")):
+    if name is None:
+        return {}
+    if name not in (shipped := shipped_names("descriptions")):
         raise UserError(
             "the experiment's data.descriptions is a file on the server, and this node opens no "
             f"path that the server names; name a file that is shipped ({', '.join(shipped)})."
         )
-    return name
+    return {"descriptions": name}
 
 
 def _check_weights(config: Config, node: NodeSettings) -> None:

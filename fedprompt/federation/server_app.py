@@ -7,7 +7,6 @@ ServerApp. The loop over the rounds, with everything that is written to disk, is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -41,6 +40,7 @@ from fedprompt.federation.screening import (
     count_ranges,
     screen_evaluations,
 )
+from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import (
     Arrays,
     Exchanged,
@@ -393,7 +393,10 @@ class Federation:
         """
         at_once = self.clients_at_once
         record = self.tested if len(clients) > at_once else None
-        test = f"{server_round} {sorted(settings)} {_digest(arrays)}" if record else ""
+        test = ""
+        if record:
+            tensors = array_checksum(to_arrays(arrays))[:16]
+            test = f"{server_round} {sorted(settings)} {tensors}"
         for first in range(0, len(clients), at_once):
             part = clients[first : first + at_once]
             rows = record.find(test, part) if record else None
@@ -530,15 +533,6 @@ class Federation:
         # Drawn again: which clients train depends on the seed and the round only.
         for server_round in range(1, checkpoint.server_round + 1):
             self.asked.update(self.strategy.sample(server_round))
-
-
-def _digest(arrays: ArrayRecord) -> str:
-    """16 hexadecimal digits that identify tensors bit for bit."""
-    hashed = hashlib.sha256()
-    for name, array in sorted(to_arrays(arrays).items()):
-        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        hashed.update(array.tobytes())
-    return hashed.hexdigest()[:16]
 
 
 def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:

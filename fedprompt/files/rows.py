@@ -16,10 +16,9 @@ checksum of everything but the rows, each of which is verified when it is read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fedprompt.files import publish
+from fedprompt.files.tensors import array_checksum
 
 HEADER = 1024
 """Bytes before the first row, the eight of the header's length included."""
@@ -122,7 +122,7 @@ class RowWriter:
         # `rows` is filled up first: a file that grows by seeking would have a hole.
         self._write(HEADER + self.size, b"\0" * (rows - self.size))
         entries: dict[str, object] = {
-            "__metadata__": {CHECKSUM: _checksum(parts)},
+            "__metadata__": {CHECKSUM: array_checksum(parts)},
             ROWS: {"dtype": "U8", "shape": [rows], "data_offsets": [0, rows]},
         }
         for name, array in parts.items():
@@ -173,7 +173,7 @@ def read_index(path: Path) -> Index | None:
             stored = (reader.metadata() or {}).get(CHECKSUM)
     except SafetensorError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    if stored != _checksum(parts):
+    if stored != array_checksum(parts):
         raise ValueError("its checksum does not match")
     texts = json.loads(parts.pop(NAMES).tobytes())
     return Index(texts, sums=parts.pop(SUMS), **parts)
@@ -193,11 +193,3 @@ def read_row(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as stream:
         stream.seek(HEADER + offset)
         return stream.read(size)
-
-
-def _checksum(parts: Mapping[str, NDArray[np.int64] | NDArray[np.uint8]]) -> str:
-    hashed = hashlib.sha256()
-    for name, array in sorted(parts.items()):
-        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        hashed.update(array.tobytes())
-    return hashed.hexdigest()

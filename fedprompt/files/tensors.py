@@ -45,6 +45,22 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None =
     return hashed.hexdigest()
 
 
+def array_checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Compute the SHA-256 of arrays, with their names, types and shapes.
+
+    Args:
+        arrays: arrays by name.
+
+    Returns:
+        64 hexadecimal digits, which differ from `checksum` of equal tensors.
+    """
+    hashed = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        hashed.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hashed.update(array.tobytes())
+    return hashed.hexdigest()
+
+
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Serialise tensors as the content of a safetensors file with a checksum.
 
