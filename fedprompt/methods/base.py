@@ -11,7 +11,7 @@ class features are L2-normalised, and `clip.logit_scale` multiplies their cosine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -339,6 +339,21 @@ class Method(ABC):
         # that neither weight decay nor momentum moves it.
         gradients = torch.autograd.grad(terms, list(leaves.values()), ones, allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
+
+    def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
+        """The shared tensors without what they hold of some classes, for unlearning.
+
+        Called on the server after training. Nothing may be trained and no image read.
+
+        Args:
+            shared: shared tensors, without a client axis; they are not changed.
+            classes: label indices of the classes to forget.
+
+        Returns:
+            Tensors for `encode`, whose shapes may differ from those of `init_shared`. None, the
+            default, if the tensors are not separated by class.
+        """
+        return None
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """Vectors (C, D) whose products with plain CLIP image features are the logits.

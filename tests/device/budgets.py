@@ -64,6 +64,7 @@ STEP = {
     "pfedprompt": Budget(90),
     "plot": Budget(590, 0, 3),
     "pre": Budget(335),
+    "pre_forgettable": Budget(295),
     "proda": Budget(375, 2),  # a tower plans its classes once per number of contexts
     "prograd": Budget(155),
     "promptfl": Budget(90),

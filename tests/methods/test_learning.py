@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pre": {},
     "ove_pg": {},
     "palm": {},
+    "pre_forgettable": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4

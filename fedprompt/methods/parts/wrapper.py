@@ -10,7 +10,7 @@ Suffix: K clients.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -255,6 +255,12 @@ class WrappedMethod(Method):
         total = torch.stack(extra_terms).sum()
         extra = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {n: add(gradients[n], more) for n, more in zip(leaves, extra, strict=True)}
+
+    def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
+        """The base's; the wrapper's parts stay as they are."""
+        parts = self.shared_layout.nest(shared)
+        kept = self.base.without_classes(parts[BASE], classes)
+        return None if kept is None else self.shared_layout.flatten({**parts, BASE: kept})
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """The base's."""

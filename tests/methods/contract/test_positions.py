@@ -89,6 +89,7 @@ BUDGET = {
     "pfedprompt": Positions(0, 70, 140),
     "plot": Positions(0, 280, 560),
     "pre": Positions(0, 58, 116),
+    "pre_forgettable": Positions(59, 72, 180),
     "proda": Positions(0, 1312, 9344),
     "prograd": Positions(59, 70, 140),
     "promptfl": Positions(0, 70, 140),

@@ -117,12 +117,17 @@ def test_the_order_of_clients_never_matters(
             assert torch.equal(a.private[n], b.private[n]), n
 
 
+LARGE_STARTS = {"pre_forgettable": 0.1}
+"""Methods whose tensors start from N(0, 1), and a learning rate that moves these in few steps."""
+
+
 def test_loss_falls(trainable: Method, columns: FeatureTable, dataset: ImageDataset) -> None:
     method, data = trainable, clients(columns, dataset)[1:2]
     server, private = Server(method, data), first_private(method, data)
     losses = []
     for server_round in range(1, 13):
-        settings = {"optimizer": "adam", "lr": 0.003, "batch_size": 12}
+        lr = LARGE_STARTS.get(method.name, 0.003)
+        settings = {"optimizer": "adam", "lr": lr, "batch_size": 12}
         received = server.send(server_round, data)
         results = train(method, data, received, private, server_round, **settings)
         server.collect(server_round, results)
