@@ -10,6 +10,7 @@ import typer
 
 from fedprompt.cli.completion import complete_experiment
 from fedprompt.cli.data import Overrides
+from fedprompt.cli.deploy_site import audit_app, check, ledger
 from fedprompt.cli.deploy_use import export, predict
 from fedprompt.errors import UserError
 
@@ -21,6 +22,9 @@ deploy_app = typer.Typer(
 
 deploy_app.command()(predict)
 deploy_app.command()(export)
+deploy_app.command()(check)
+deploy_app.command()(ledger)
+deploy_app.add_typer(audit_app, name="audit")
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 Experiment = Annotated[
@@ -154,6 +158,16 @@ def node(
         Path | None,
         typer.Option("--cache", help="Folder for cached features (default: NODE/cache)."),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", help="YAML file with what this node answers and reveals."),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records", help="Folder for audit log and privacy ledger (default: NODE/records)."
+        ),
+    ] = None,
     superlink: Annotated[
         str | None,
         typer.Option("--server", help="The server's address, host:port (default: as set by init)."),
@@ -181,6 +195,7 @@ def node(
     """Run one node until it is stopped; processes that exit are restarted."""
     from fedprompt.deploy.addresses import check_port, check_server
     from fedprompt.deploy.folders import read_node_folder
+    from fedprompt.deploy.governance.policy import read_policy
     from fedprompt.deploy.node_config import read_node_settings
     from fedprompt.deploy.supervise import run_node
 
@@ -194,8 +209,10 @@ def node(
         superlink = check_server(superlink, "--server")
     if port is not None:
         check_port(port, "--port")
-    paths = {"data": data, "root": root, "checkpoint": checkpoint}
-    paths |= {"state-dir": state, "cache-dir": cache}
+    if policy is not None:
+        read_policy(policy)  # a mistake in it is reported at the start
+    paths = {"data": data, "root": root, "checkpoint": checkpoint, "policy": policy}
+    paths |= {"state-dir": state, "cache-dir": cache, "records": records}
     settings = {
         **{k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None},
         "device": device, "threads": threads,

@@ -6,7 +6,8 @@ is then read there by `deploy server`, `deploy node` and `deploy run`:
 server/      ca.crt server.crt server.key nodes/node-<k>.pub federation.json
              added later: state.db nodes.json flower/ logs/ submitted/ owner.json
 node-<k>/    ca.crt node.key node.pub federation.json
-             added later: state/ (private prompts) cache/ flower/ logs/ worker.sock owner.json
+             added later: state/ (private prompts) records/ (audit log, privacy ledger) cache/
+             flower/ logs/ worker.sock owner.json
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ class NodeFolder:
             "partition-id": self.client,
             "state-dir": str(self.path / "state"),
             "cache-dir": str(self.path / "cache"),
+            "records": str(self.path / "records"),
+            "server": self.server,
             "worker": str(self.worker_socket),
         } | {k: v for k, v in settings.items() if v is not None}
         return [

@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from fedprompt.backbone.devices import order_sums
 from fedprompt.config.schema import Config, to_dict, to_yaml
+from fedprompt.deploy.governance.gate import Gate, open_gate
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
 from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
@@ -65,38 +66,88 @@ def answer(
     _log_to_stderr()
     is_query = message.metadata.message_type == MessageType.QUERY
     node: NodeSettings | None = None
+    gate: Gate | None = None
+    config: Config | None = None
+    run = str(run_config.get("run", ""))
     try:
         node = read_node_settings(node_config)
+        gate = _gate(node)
+        gate.asked(message, run, run_id)
         check_server(str(run_config.get(VERSIONS, "")))
-        workspace = _workspace(experiment_text(run_config, node), node)
+        config = _parsed(experiment_text(run_config, node))
+        # Before anything is opened: what the policy forbids must not even be looked at.
+        gate.admit(message, config)
+        workspace = _workspace(config, node)
+        gate.check_classes(workspace.dataset.class_names)
         if is_query:
-            return _report(workspace, node, message)
-        run = str(run_config.get("run", ""))
-
-        def work() -> Message:
-            return _work(workspace, node, message, run, run_id)
-
-        trains = message.metadata.message_type == MessageType.TRAIN
-        if not (trains and workspace.config.secure_aggregation.enabled):
-            return work()
-        require_flower()
-        return masked_answer(
-            workspace.config,
-            message,
-            RecordDict() if state is None else state,
-            work,
-            clients=workspace.round_size,
-            log_of_sums=FileSumLog(_client_folder(node, run, run_id)),
-        )
+            reply = _report(workspace, node, message, gate)
+        else:
+            state = RecordDict() if state is None else state
+            reply = _answer(workspace, node, message, run, run_id, state, gate)
+        return gate.release(message, reply, run, config)
     except UserError as error:
         log.error("this node cannot take part: %s", error)
         reason = _without_paths(str(error), node)
-        if is_query:
-            return fault_reply(reason, message)
-        return Message(Error(CLIENT_FAILED, reason), reply_to=message)
+        refusal = (
+            fault_reply(reason, message)
+            if is_query
+            else Message(Error(CLIENT_FAILED, reason), reply_to=message)
+        )
+        return _refused(gate, message, refusal, run, config)
 
 
-def _report(workspace: Workspace, node: NodeSettings, message: Message) -> Message:
+def _gate(node: NodeSettings) -> Gate:
+    """What applies this node's policy, and keeps its audit log and ledger."""
+    data = str(Path(node.data or node.root or "the data set").expanduser().resolve())
+    return open_gate(node.policy, node.records, data, node.server)
+
+
+def _refused(
+    gate: Gate | None, message: Message, refusal: Message, run: str, config: Config | None
+) -> Message:
+    """The refusal, recorded if that is possible; it holds nothing but versions and a reason."""
+    try:
+        return refusal if gate is None else gate.release(message, refusal, run, config)
+    except UserError as error:
+        # The reason may be just this: a log that cannot be written.
+        log.error("%s", error)
+        return refusal
+
+
+def _answer(
+    workspace: Workspace,
+    node: NodeSettings,
+    message: Message,
+    run: str,
+    run_id: int,
+    state: RecordDict,
+    gate: Gate,
+) -> Message:
+    """The reply to a training or evaluation message."""
+
+    def work() -> Message:
+        return _work(workspace, node, message, run, run_id)
+
+    if message.metadata.message_type != MessageType.TRAIN:
+        return work()
+
+    def train() -> Message:
+        return gate.train(message, workspace.config, run, work)
+
+    if not workspace.config.secure_aggregation.enabled:
+        return train()
+    require_flower()
+    return masked_answer(
+        workspace.config,
+        message,
+        state,
+        train,
+        clients=workspace.round_size,
+        log_of_sums=FileSumLog(_client_folder(node, run, run_id)),
+    )
+
+
+def _report(workspace: Workspace, node: NodeSettings, message: Message, gate: Gate) -> Message:
     report = make_report(workspace, node.client)
     log.info(
         "client %d: %d training and %d test images",
@@ -106,7 +157,7 @@ def _report(workspace: Workspace, node: NodeSettings, message: Message) -> Messa
     )
     for warning in report.warnings(workspace.dataset.class_names):
         log.warning("client %d: %s", node.client, warning)
-    return report_reply(report, message)
+    return report_reply(gate.revealed(report), message)
 
 
 def _work(
@@ -163,13 +214,13 @@ def _composed(experiment: str, overrides: str) -> str:
     return to_yaml(compose(experiment, shlex.split(overrides)))
 
 
-def _workspace(text: str, node: NodeSettings) -> Workspace:
+def _workspace(experiment: Config, node: NodeSettings) -> Workspace:
     """This process's workspace, which is opened once per experiment and not per message.
 
     A process of Flower's simulation answers for many clients in turn. Their settings differ in the
     client's number alone, which the workspace does not depend on, so they all use the same one.
     """
-    config = on_node(_parsed(text), node)
+    config = on_node(experiment, node)
     return _opened(json.dumps(to_dict(config), sort_keys=True))
 
 
@@ -196,6 +247,8 @@ def _without_paths(text: str, node: NodeSettings | None) -> str:
             ("state-dir", node.state_dir),
             ("cache-dir", node.cache_dir),
             ("checkpoint", node.checkpoint),
+            ("policy", node.policy),
+            ("records", node.records),
         ):
             if folder:
                 text = text.replace(folder, f"<{name}>")

@@ -18,6 +18,10 @@ pretrained tag or those that it names itself. The only exception are nodes on th
     same-machine   true: this node runs on the server's machine, so paths that the experiment names
                    mean the same here and are opened, unless the node has `data`
 
+    policy         YAML file with what this node answers (governance/policy.py)
+    records        folder for the audit log and the privacy ledger; without it none is kept
+    server         the server's address, for the audit log
+
     require-secure-aggregation   true: refuse experiments in which the server sees this node's
                                  update and not only a sum
     require-noise                least noise multiplier that the node adds to its update
@@ -42,7 +46,8 @@ from fedprompt.experiment.paths import named_paths, without_paths
 
 KEYS = {
     "partition-id", "data", "root", "state-dir", "cache-dir", "device", "threads", "checkpoint",
-    "worker", "same-machine", "require-secure-aggregation", "require-noise",
+    "worker", "same-machine", "policy", "records", "server", "require-secure-aggregation",
+    "require-noise",
 }  # fmt: skip
 SIMULATED = "num-partitions"
 """Key that Flower's simulation engine sets, whose clients run on the server's machine."""
@@ -66,6 +71,9 @@ class NodeSettings:
     require_noise: float = 0.0
     root: str | None = None
     same_machine: bool = False
+    policy: str | None = None
+    records: str | None = None
+    server: str = ""
 
 
 def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
@@ -112,7 +120,7 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     return NodeSettings(
         client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
         path("checkpoint"), flags["require-secure-aggregation"], float(noise), path("root"),
-        flags["same-machine"],
+        flags["same-machine"], path("policy"), path("records"), str(node_config.get("server", "")),
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from fedprompt.reports.run_data import PARTITION
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
+SITES = "sites.json"
+"""File in the run folder: the policy and the last audit entry of every client's node."""
 
 
 class NodeFederation(Federation):
@@ -47,6 +49,7 @@ class NodeFederation(Federation):
         self.nodes = NodeRegistry(grid, workspace.num_clients, names, registered, sample_2D)
         path = folder.path / PARTITION
         self.recorded = json.loads(path.read_text()) if path.is_file() else None
+        self.sites: dict[str, dict[str, Any]] = {}
 
     def join(self) -> None:
         """Wait for nodes to join: until all have, or `federation.node_wait_s` has passed.
@@ -80,7 +83,9 @@ class NodeFederation(Federation):
     def train_round(self, server_round: int) -> dict[str, Any]:
         """One round with the nodes that are connected now."""
         self._update_nodes(server_round)
-        return super().train_round(server_round)
+        line = super().train_round(server_round)
+        self._record_sites(server_round)
+        return line
 
     def describe(self) -> dict[str, Any]:
         """The content of `partition.json`, with the counts that nodes have reported."""
@@ -93,7 +98,7 @@ class NodeFederation(Federation):
         """The number of a client's training images, as its node has reported it."""
         if self.workspace.dataset.owners_N is None:
             return super().training_images(client)
-        return sum(self.nodes.reports[client].train_C)
+        return self.nodes.reports[client].num_train
 
     @property
     def clients_hold_server_test(self) -> bool:
@@ -119,6 +124,19 @@ class NodeFederation(Federation):
             self.folder.write_json(PARTITION, self.recorded)
         if self.nodes.missing:
             log.warning("round %d: without clients %s", server_round, self.nodes.missing)
+
+    def _record_sites(self, server_round: int) -> None:
+        """Write which policy every node applies, and the hash of its last audit entry."""
+        assert isinstance(self.grid, NodeGrid)
+        for client, node in sorted(self.nodes.node_of_client.items()):
+            if (site := self.grid.sites.get(node)) is None:
+                continue
+            before = self.sites.get(str(client))
+            if before is not None and before["policy"] != site["policy"]:
+                log.warning("client %d now applies the policy %s", client, site["policy"])
+            self.sites[str(client)] = site | {"round": server_round}
+        if self.sites:
+            self.folder.write_json(SITES, self.sites)
 
     def _set_nodes(self) -> None:
         self.strategy.set_nodes(self.nodes.node_of_client, self.nodes.trainable)

@@ -17,11 +17,11 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 
-from flwr.app import Error, Message
+from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp import Grid
 
 from fedprompt.federation.grid import CountingGrid, Traffic
-from fedprompt.messages import CLIENT_FAILED, error_reason, to_wire
+from fedprompt.messages import CLIENT_FAILED, SITE, error_reason, to_wire
 from fedprompt.runtime.peer_text import sanitised
 
 log = logging.getLogger("fedprompt.server")
@@ -33,12 +33,20 @@ GRACE_S = 5.0
 """
 
 
-def pull_replies(grid: Grid, asked: Mapping[str, Message]) -> dict[str, Message]:
+Sites = dict[int, dict[str, str]]
+"""What nodes have last said about themselves, by node id: the SHA-256 of their `policy` and the
+hash of their last `audit` entry."""
+
+
+def pull_replies(
+    grid: Grid, asked: Mapping[str, Message], sites: Sites | None = None
+) -> dict[str, Message]:
     """The replies that have arrived.
 
     Args:
         grid: how to reach the nodes.
         asked: the messages that were sent, by their ids.
+        sites: updated by what the replies say about their nodes' policies; None ignores it.
 
     Returns:
         The reply to each message that was answered, by the id of the message. Its metadata are
@@ -46,7 +54,18 @@ def pull_replies(grid: Grid, asked: Mapping[str, Message]) -> dict[str, Message]
         is untrusted. A reply that is not one is replaced by an error with the reason.
     """
     pulled = {message_id: _pull(grid, message) for message_id, message in asked.items()}
-    return {message_id: reply for message_id, reply in pulled.items() if reply is not None}
+    replies = {message_id: reply for message_id, reply in pulled.items() if reply is not None}
+    for message_id, reply in replies.items():
+        if not reply.has_error() and (site := reply.content.pop(SITE, None)) is not None:
+            if sites is not None:
+                sites[asked[message_id].metadata.dst_node_id] = _site(site)
+    return replies
+
+
+def _site(record: object) -> dict[str, str]:
+    """Policy and audit hash of a node, as short texts; every byte of them is untrusted."""
+    values = record if isinstance(record, ConfigRecord) else {}
+    return {key: sanitised(str(values.get(key, "none")))[:64] for key in ("policy", "audit")}
 
 
 def _pull(grid: Grid, asked: Message) -> Message | None:
@@ -87,6 +106,7 @@ class NodeGrid(CountingGrid):
     def __init__(self, inner: Grid) -> None:
         super().__init__(inner.run)
         self.inner = inner
+        self.sites: Sites = {}
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the nodes that are connected."""
@@ -110,6 +130,8 @@ class NodeGrid(CountingGrid):
     ) -> Iterable[Message]:
         """Send all messages and wait for the replies.
 
+        What a node says about its policy is kept in `sites`; it is in no reply and not counted.
+
         Args:
             messages: one message per node.
             timeout: seconds to wait; None waits until every node has replied or is lost.
@@ -130,7 +152,7 @@ class NodeGrid(CountingGrid):
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
-            for message_id, reply in pull_replies(self, waiting).items():
+            for message_id, reply in pull_replies(self, waiting, self.sites).items():
                 del waiting[message_id]
                 replies.append(reply)
             # The deadline is checked after a look, so that replies that came in time always count.

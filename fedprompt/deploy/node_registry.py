@@ -110,7 +110,7 @@ class NodeRegistry:
             rows["train_counts"][client] = _sparse(report.train_C)
             rows["test_counts"][client] = _sparse(report.test_C)
             # Every node's folder counts as a separate domain.
-            rows["domain_counts"][client] = [client, sum(report.train_C) + sum(report.test_C)]
+            rows["domain_counts"][client] = [client, report.num_train + report.num_test]
         return rows
 
     def _forget_disconnected(self, connected: set[int]) -> None:
@@ -169,7 +169,7 @@ class NodeRegistry:
             self.reports[client] = report
             log.info(
                 "client %d has joined (node %d): %d training and %d test images",
-                client, node, sum(report.train_C), sum(report.test_C),
+                client, node, report.num_train, report.num_test,
             )  # fmt: skip
             for warning in report.warnings(self.class_names):
                 log.warning("client %d: %s", client, warning)

@@ -38,12 +38,13 @@ class NodeReport:
 
     Args:
         client: the client's number, 0 .. K - 1.
-        train_C: training images per class.
-        test_C: test images per class.
+        train_C: training images per class; empty if the node's policy withholds them.
+        test_C: test images per class; likewise.
         bad_images: images that cannot be read.
         labelled: whether the training images have labels.
         sample: the backbone's features of the sample, 2 D numbers.
         versions: version of each package of `versions.py`, as pairs; empty on the node itself.
+        totals: number of training and of test images where `train_C` and `test_C` are withheld.
     """
 
     client: int
@@ -53,15 +54,27 @@ class NodeReport:
     labelled: bool
     sample: tuple[float, ...]
     versions: tuple[tuple[str, str], ...] = ()
+    totals: tuple[int, int] | None = None
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return sum(self.train_C) if self.totals is None else self.totals[0]
+
+    @property
+    def num_test(self) -> int:
+        """Number of test images."""
+        return sum(self.test_C) if self.totals is None else self.totals[1]
 
     @property
     def trains(self) -> bool:
         """Whether the client has labelled training images."""
-        return self.labelled and sum(self.train_C) > 0
+        return self.labelled and self.num_train > 0
 
     def warnings(self, class_names: Sequence[str]) -> list[str]:
         """What the administrators of both sides should know about the node's images."""
-        rows = zip(class_names, self.train_C, self.test_C, strict=True)
+        counted = self.totals is None
+        rows = zip(class_names, self.train_C, self.test_C, strict=counted)
         empty = [name for name, train, test in rows if train + test == 0]
         warnings = []
         if empty:
@@ -101,8 +114,8 @@ def report_reply(report: NodeReport, message: Message) -> Message:
     metrics = MetricRecord(
         {
             "client-id": report.client,
-            "num-train": sum(report.train_C),
-            "num-test": sum(report.test_C),
+            "num-train": report.num_train,
+            "num-test": report.num_test,
             "train-counts": list(report.train_C),
             "test-counts": list(report.test_C),
             "bad-images": report.bad_images,
@@ -117,6 +130,15 @@ def fault_reply(fault: str, message: Message) -> Message:
     """The reply of a node that cannot take part, with the reason in one line."""
     record = ConfigRecord({"fault": sanitised(fault)})
     return Message(RecordDict({CONFIG: record, VERSIONS: versions_record()}), reply_to=message)
+
+
+def fault_of(content: RecordDict) -> str | None:
+    """Why the node that sent this reply to a query cannot take part; None if it can."""
+    settings = content.get(CONFIG)
+    if not isinstance(settings, ConfigRecord):
+        return None
+    fault = settings.get("fault")
+    return fault if isinstance(fault, str) and fault else "no reason given"
 
 
 def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
@@ -135,10 +157,8 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
     """
     # First of all: another version is often the true reason of whatever else is wrong.
     versions = read_versions(content)
-    settings = content.get(CONFIG)
-    if isinstance(settings, ConfigRecord):
-        fault = settings.get("fault")
-        raise Refused(fault if isinstance(fault, str) and fault else "no reason given")
+    if (fault := fault_of(content)) is not None:
+        raise Refused(fault)
     metrics = content.get(METRICS)
     if not isinstance(metrics, MetricRecord):
         raise Refused("its report cannot be read")
@@ -148,6 +168,10 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
         raise Refused(f"it claims to be client {client!r}, but there are {clients} clients")
     train_C = _counts(metrics, "train-counts", classes)
     test_C = _counts(metrics, "test-counts", classes)
+    totals = None
+    if metrics.get("train-counts") == metrics.get("test-counts") == []:
+        totals = _withheld(metrics)
+        train_C = test_C = () if totals is not None else None
     bad_images, labelled = metrics.get("bad-images"), metrics.get("labelled")
     if train_C is None or test_C is None or not _is_count(bad_images) or labelled not in (0, 1):
         raise Refused(f"its report does not fit the experiment's {classes} classes")
@@ -158,8 +182,9 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
     assert isinstance(bad_images, int)
     features = tuple(map(float, sample))
     return NodeReport(
-        client, train_C, test_C, bad_images, bool(labelled), features, tuple(versions.items())
-    )
+        client, train_C, test_C, bad_images, bool(labelled), features, tuple(versions.items()),
+        totals,
+    )  # fmt: skip
 
 
 def _counts(metrics: MetricRecord, name: str, classes: int) -> tuple[int, ...] | None:
@@ -167,6 +192,12 @@ def _counts(metrics: MetricRecord, name: str, classes: int) -> tuple[int, ...] |
     if not isinstance(values, list) or len(values) != classes or not all(map(_is_count, values)):
         return None
     return tuple(values)
+
+
+def _withheld(metrics: MetricRecord) -> tuple[int, int] | None:
+    """The totals of a node that withholds its counts; None if they are no counts."""
+    train, test = metrics.get("num-train"), metrics.get("num-test")
+    return (int(train), int(test)) if _is_count(train) and _is_count(test) else None  # type: ignore[arg-type]
 
 
 def _is_count(value: Any) -> bool:

@@ -22,6 +22,8 @@ Arrays = dict[str, NDArray[Any]]
 
 ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `EXTRAS` holds what a single client is sent."""
+SITE = "site"
+"""Name of the record in which a node of a deployment names its policy and its last audit entry."""
 
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""

@@ -6,6 +6,8 @@ on the server, which reports epsilon in every round's line in `metrics.jsonl`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
 
 from fedprompt.errors import UserError
@@ -28,7 +30,23 @@ def epsilon(noise: float, releases: int, delta: float) -> float | None:
     Raises:
         UserError: the accountant is not installed.
     """
-    if noise == 0:
+    return composed_epsilon({noise: releases}, delta)
+
+
+def composed_epsilon(releases: Mapping[float, int], delta: float) -> float | None:
+    """Epsilon of Gaussian releases with several noise multipliers, all about the same data.
+
+    Args:
+        releases: number of releases by noise multiplier.
+        delta: the delta that epsilon is given for.
+
+    Returns:
+        Epsilon, or None if it is infinite because a release has no noise.
+
+    Raises:
+        UserError: the accountant is not installed.
+    """
+    if 0 in releases:
         return None
     try:
         # Flower imports dp-accounting when this name is first used.
@@ -46,8 +64,8 @@ def epsilon(noise: float, releases: int, delta: float) -> float | None:
         raise UserError(
             "differential privacy needs its accountant: pip install 'fedprompt[dp]'."
         ) from None
-    if releases:
-        event = GaussianPrivacyEvent(noise, sample_size=1, population_size=1)
-        accountant.compose(event, releases)
+    counted = {noise: count for noise, count in releases.items() if count}
+    for noise, count in sorted(counted.items()):
+        accountant.compose(GaussianPrivacyEvent(noise, sample_size=1, population_size=1), count)
     # Before the first release nothing has been revealed.
-    return accountant.get_epsilon(delta) if releases else 0.0
+    return accountant.get_epsilon(delta) if counted else 0.0

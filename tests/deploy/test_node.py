@@ -290,10 +290,10 @@ def test_clients_of_one_simulation_process_share_its_workspace(
     config = small_config(seed=7)
     for client in (0, 1, 2, 0, 3):
         node = read_node_settings({"partition-id": client, "num-partitions": 4})
-        node_module._workspace(to_yaml(config), node)
+        node_module._workspace(config, node)
     assert opened == [config]
     # Nodes that lend a folder have workspaces of their own.
-    lending = to_yaml(config_for(images, Path("run")))
+    lending = config_for(images, Path("run"))
     for client in (0, 1):
         settings = {"partition-id": client, "data": str(images / f"client-{client}")}
         node_module._workspace(lending, read_node_settings(settings))

@@ -1,0 +1,285 @@
+"""A hostile server against a node with a policy, a ledger and an audit log.
+
+The tests play the server: they call `fedprompt.deploy.node.answer` with its messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedprompt.config.protection import PrivacyConfig
+from fedprompt.config.schema import Config, to_yaml
+from fedprompt.deploy import node as node_module
+from fedprompt.deploy.governance import audit, gate, ledger
+from fedprompt.deploy.governance.journal import verify
+from fedprompt.deploy.governance.ledger import Ledger, spent_epsilon
+from fedprompt.deploy.node import answer
+from fedprompt.deploy.node_grid import pull_replies
+from fedprompt.deploy.node_report import read_report
+from fedprompt.errors import UserError
+from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.messages import ARRAYS, METRICS, SITE, become_server, to_arrays, to_record
+from fedprompt.privacy.accountant import epsilon
+from tests.support.federations import CLASSES, config_for, write_clients
+
+NOISE = PrivacyConfig(noise=4.0, clip=0.5)
+
+
+class Node:
+    """A node as a server sees it, and its folder of records."""
+
+    def __init__(self, folder: Path, policy: str = "", **sections: Any) -> None:
+        self.images, self.records = folder / "images", folder / "records"
+        self.config: Config = replace(config_for(self.images, folder / "run"), **sections)
+        self.settings: dict[str, Any] = {
+            "partition-id": 1,
+            "data": str(self.images / "client-1"),
+            "device": "cpu",
+            "state-dir": str(folder / "state"),
+            "records": str(self.records),
+            "server": "fed.example.org:9092",
+        }
+        if policy:
+            path = folder / f"policy-{hashlib.sha256(policy.encode()).hexdigest()[:8]}.yaml"
+            path.write_text(policy)
+            self.settings["policy"] = str(path)
+
+    def ask(self, kind: str, server_round: int = 1, run: str = "r", shift: float = 0.0) -> Message:
+        become_server()
+        content = RecordDict({"config": ConfigRecord({"server-round": server_round})})
+        shared = open_workspace(self.config).method.init_shared(self.config.seed)
+        content[ARRAYS] = to_record({n: t.numpy() + shift for n, t in shared.items()})
+        message = Message(content, dst_node_id=5, message_type=kind)
+        message.metadata.__dict__["_message_id"] = "m"
+        # A restart of the node forgets everything but its files.
+        gate.open_gate.cache_clear()
+        text = to_yaml(self.config).replace(str(self.images), "/not/here")
+        return answer(message, self.settings, {"config": text, "run": run}, 7)
+
+    def entries(self) -> list[dict[str, Any]]:
+        return verify(self.records / audit.FILE, audit.WHAT)
+
+
+def reason(reply: Message) -> str:
+    if reply.has_error():
+        return str(reply.error.reason)
+    return str(reply.content["config"]["fault"])  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    write_clients(tmp_path / "images")
+    yield tmp_path
+    node_module._opened.cache_clear()
+
+
+def test_without_a_policy_everything_is_answered_and_recorded(folder: Path) -> None:
+    node = Node(folder)
+    report = node.ask(MessageType.QUERY)
+    trained = node.ask(MessageType.TRAIN)
+    tested = node.ask(MessageType.EVALUATE)
+    entries = node.entries()
+    assert [(e["event"], e["kind"]) for e in entries] == [
+        (event, kind) for kind in ("query", "train", "evaluate") for event in ("asked", "sent")
+    ]
+    for reply, sent in zip((report, trained, tested), entries[1::2], strict=True):
+        assert reply.content[SITE] == ConfigRecord({"policy": "none", "audit": sent["hash"]})
+    # Exactly what has left is described: names, sizes and hashes.
+    arrays = to_arrays(trained.content[ARRAYS])  # type: ignore[arg-type]
+    described = entries[3]["content"][ARRAYS]
+    assert {n: tuple(d["shape"]) for n, d in described.items()} == {
+        n: a.shape for n, a in arrays.items()
+    }
+    for name, values in arrays.items():
+        assert described[name]["sha256"] == hashlib.sha256(values.tobytes()).hexdigest()
+    assert set(entries[5]["content"][METRICS]) == set(tested.content[METRICS])
+    assert entries[2]["server"] == "fed.example.org:9092"
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [
+        ("methods: [promptfl]", MessageType.QUERY),
+        ("max_rounds: 2", MessageType.TRAIN),
+        ("classes: [river, beach]", MessageType.TRAIN),
+        ("min_noise: 1", MessageType.EVALUATE),
+        ("secure_aggregation: true", MessageType.TRAIN),
+        ("tensors: [nothing]", MessageType.TRAIN),
+        ("max_numbers: 7", MessageType.TRAIN),
+        ("max_change: 1.0e-9", MessageType.TRAIN),
+        ("test_accuracy: false", MessageType.EVALUATE),
+        ("max_epsilon: 3", MessageType.TRAIN),
+    ],
+)
+def test_a_node_does_not_do_what_its_policy_forbids(folder: Path, policy: str, kind: str) -> None:
+    node = Node(folder, policy)
+    reply = node.ask(kind)
+    assert policy.partition(":")[0] in reason(reply)
+    last = node.entries()[-1]
+    assert last["event"] == audit.REFUSED
+    assert policy.partition(":")[0] in last["reason"]
+    assert last["policy"] != gate.NO_POLICY
+
+
+def test_what_is_forbidden_is_not_even_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(folder, "experiments: [other]")
+    monkeypatch.setattr(node_module, "open_workspace", lambda _: pytest.fail("opened"))
+    node_module._opened.cache_clear()
+    assert "experiments" in reason(node.ask(MessageType.QUERY))
+
+
+def test_counts_are_revealed_as_the_policy_says(folder: Path) -> None:
+    exact = read_report(Node(folder).ask(MessageType.QUERY).content, len(CLASSES), 3)
+    rounded = Node(folder, "class_counts: rounded").ask(MessageType.QUERY)
+    withheld = Node(folder, "class_counts: withheld").ask(MessageType.QUERY)
+    report = read_report(rounded.content, len(CLASSES), 3)
+    assert all(a % 10 == 0 and a >= b for a, b in zip(report.train_C, exact.train_C, strict=True))
+    report = read_report(withheld.content, len(CLASSES), 3)
+    assert (report.train_C, report.num_train) == ((), exact.num_train)
+    assert report.trains
+    assert report.warnings(CLASSES) == exact.warnings(CLASSES)
+
+
+def test_no_server_makes_a_node_spend_more_than_its_ledger_allows(folder: Path) -> None:
+    one, two = (epsilon(NOISE.noise / 2, n, 1e-5) for n in (1, 2))
+    assert one is not None
+    assert two is not None
+    policy = f"max_epsilon: {(two + 0.01):.6f}"
+    node = Node(folder, policy, privacy=NOISE)
+    assert not node.ask(MessageType.TRAIN, 1, "r").has_error()
+    # Another run, or the same round with other prompts, is another release.
+    assert not node.ask(MessageType.TRAIN, 1, "another").has_error()
+    for server_round, run, shift in [(1, "third", 0.0), (2, "r", 0.0), (1, "r", 0.1)]:
+        reply = node.ask(MessageType.TRAIN, server_round, run, shift)
+        assert "max_epsilon" in reason(reply)
+    spent = spent_epsilon(node.records, 1e-5)
+    assert spent == {str((folder / "images" / "client-1").resolve()): (2, two)}
+
+
+def test_the_same_question_gets_the_same_bytes_and_is_counted_once(folder: Path) -> None:
+    node = Node(folder, "max_epsilon: 100", privacy=NOISE)
+    first = node.ask(MessageType.TRAIN)
+    again = node.ask(MessageType.TRAIN)
+    other = node.ask(MessageType.TRAIN, shift=0.1)
+    assert first.content[ARRAYS] == again.content[ARRAYS]
+    assert first.content[ARRAYS] != other.content[ARRAYS]
+    ((releases, _),) = spent_epsilon(node.records, 1e-5).values()
+    assert releases == 2
+
+
+@pytest.mark.parametrize("step", ["write_bytes", "append"])
+def test_a_kill_before_the_ledger_is_written_spends_nothing_and_after_it_not_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    node = Node(folder, "max_epsilon: 100", privacy=NOISE)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if step == "write_bytes":
+            patch.setattr(ledger, "write_bytes", die)
+        else:
+            patch.setattr(ledger.Journal, "append", die)
+            patch.setattr(audit.AuditLog, "asked", lambda *_, **__: "")
+        with pytest.raises(Killed):
+            node.ask(MessageType.TRAIN)
+    assert spent_epsilon(node.records, 1e-5) == {}
+    assert not node.ask(MessageType.TRAIN).has_error()
+    with monkeypatch.context() as patch:
+        # After the release is counted, but before the reply has left.
+        patch.setattr(audit.AuditLog, "sent", die)
+        with pytest.raises(Killed):
+            node.ask(MessageType.TRAIN, 2)
+    assert not node.ask(MessageType.TRAIN, 2).has_error()
+    ((releases, _),) = spent_epsilon(node.records, 1e-5).values()
+    assert releases == 2
+
+
+def test_a_changed_log_stops_the_node(folder: Path) -> None:
+    node = Node(folder, "max_epsilon: 100", privacy=NOISE)
+    assert not node.ask(MessageType.TRAIN).has_error()
+    path = node.records / ledger.FILE
+    path.write_bytes(path.read_bytes().replace(b'"noise":2.0', b'"noise":9.0'))
+    assert "privacy ledger" in reason(node.ask(MessageType.TRAIN, 2))
+    path = node.records / audit.FILE
+    path.write_bytes(b"")
+    reply = node.ask(MessageType.TRAIN, 2)
+    assert "audit log" in reason(reply)
+    assert str(folder) not in reason(reply), "the server must not learn the node's paths"
+
+
+def test_a_limit_on_epsilon_needs_a_ledger(folder: Path) -> None:
+    node = Node(folder, "max_epsilon: 100", privacy=NOISE)
+    del node.settings["records"]
+    assert "records" in reason(node.ask(MessageType.TRAIN))
+
+
+def test_epsilon_of_several_noises_is_composed(tmp_path: Path) -> None:
+    book = Ledger(tmp_path, "data")
+    for k, noise in enumerate((2.0, 2.0, 8.0)):
+        book.spend(f"{k}", b"reply", replace(NOISE, noise=noise), run=f"{k}")
+    assert dict(book.releases()) == {1.0: 2, 4.0: 1}
+    two = epsilon(1.0, 2, 1e-5)
+    assert two is not None
+    assert two < book.epsilon(1e-5) < two + 3
+    assert Ledger(tmp_path, "other data").epsilon(1e-5) == 0
+
+
+def test_the_egress_statement_says_what_has_left(folder: Path) -> None:
+    node = Node(folder)
+    for kind in (MessageType.QUERY, MessageType.TRAIN, MessageType.TRAIN, MessageType.EVALUATE):
+        node.ask(kind)
+    page = audit.egress_statement(node.entries(), "r")
+    (name,) = to_arrays(node.ask(MessageType.TRAIN).content[ARRAYS])  # type: ignore[arg-type]
+    assert f"| {name} |" in page
+    assert "answered 2 times" in page
+    assert "fedrsclip" in page
+    assert "fed.example.org" in page
+    with pytest.raises(UserError, match=r"'other'.*: r\."):
+        audit.egress_statement(node.entries(), "other")
+
+
+def test_the_server_takes_the_record_of_a_node_out_of_its_replies() -> None:
+    class Fake(Grid):
+        def __init__(self, replies: dict[str, Message]) -> None:
+            self.replies = replies
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            return [self.replies[i] for i in message_ids]
+
+    Fake.__abstractmethods__ = frozenset()
+    become_server()
+    asked, replies = {}, {}
+    for node, site in enumerate(
+        ({"policy": "a" * 64, "audit": "b" * 64}, {"policy": "x\n" * 500}, None)
+    ):
+        message = Message(RecordDict(), dst_node_id=node, message_type=MessageType.TRAIN)
+        message.metadata.__dict__["_message_id"] = str(node)
+        content = RecordDict({ARRAYS: to_record({"s": np.zeros(2, np.float32)})})
+        if site is not None:
+            content[SITE] = ConfigRecord(site)  # type: ignore[arg-type]
+        reply = Message(content, reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = node
+        asked[str(node)], replies[str(node)] = message, reply
+    sites: dict[int, dict[str, str]] = {}
+    pulled = pull_replies(Fake(replies), asked, sites)
+    assert all(set(reply.content) == {ARRAYS} for reply in pulled.values())
+    assert sites[0] == {"policy": "a" * 64, "audit": "b" * 64}
+    assert len(sites[1]["policy"]) <= 64
+    assert sites[1]["policy"].isprintable()
+    assert 2 not in sites
