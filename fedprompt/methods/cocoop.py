@@ -65,12 +65,18 @@ class CoCoOp(Method):
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C), each image with its own class features."""
-        features_KBD = inputs.features
-        hidden = F.relu(linear(features_KBD, encoded["linear1.weight"], encoded["linear1.bias"]))
-        shift_KBd = linear(hidden, encoded["linear2.weight"], encoded["linear2.bias"])
-        # v_m(x) = v_m + pi: one shift pi per image, the same for all M tokens.
-        context_KBMd = encoded["ctx"][:, None] + shift_KBd[:, :, None]
+        context_KBMd = self.contexts(encoded, inputs)
         # Clients and images are flattened into one axis of prompts for the text tower.
         classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD = classes_NCD.unflatten(0, shift_KBd.shape[:2])
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", features_KBD, classes_KBCD)
+        classes_KBCD = classes_NCD.unflatten(0, context_KBMd.shape[:2])
+        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", inputs.features, classes_KBCD)
+
+    def contexts(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """The context of every image, (K, B, M, d)."""
+        # v_m(x) = v_m + pi: one shift pi per image, the same for all M tokens.
+        return encoded["ctx"][:, None] + self.meta_net(encoded, inputs.features)[:, :, None]
+
+    def meta_net(self, encoded: Tensors, features: Tensor) -> Tensor:
+        """h: (K, ..., d) of features (K, ..., D)."""
+        hidden = F.relu(linear(features, encoded["linear1.weight"], encoded["linear1.bias"]))
+        return linear(hidden, encoded["linear2.weight"], encoded["linear2.bias"])

@@ -36,6 +36,7 @@ STEP = {
     "cocoop": Budget(105),
     "coop_csc": Budget(145),
     "coop_local": Budget(90),
+    "copl": Budget(115),
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),

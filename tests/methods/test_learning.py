@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ove_pg": {},
     "palm": {},
     "pre_forgettable": {},
+    "copl": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4
