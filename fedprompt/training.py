@@ -23,7 +23,16 @@ from torch import Tensor
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.feed import Feed, resident
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.methods.base import Batch, ClientData, Method, RoundInfo, Tensors, row_of, stack
+from fedprompt.methods.base import (
+    UNLABELLED,
+    Batch,
+    ClientData,
+    Method,
+    RoundInfo,
+    Tensors,
+    row_of,
+    stack,
+)
 from fedprompt.methods.parts.draws import StepDraws
 from fedprompt.methods.parts.schedule import draw_batches, local_steps
 from fedprompt.optimizer import (
@@ -350,5 +359,6 @@ def _containers(named: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
-    """Training images per client and class (K, C)."""
-    return torch.stack([torch.bincount(d.labels_N, minlength=classes) for d in data])
+    """Labelled training images per client and class (K, C)."""
+    known = [d.labels_N[d.labels_N != UNLABELLED] for d in data]
+    return torch.stack([torch.bincount(labels_N, minlength=classes) for labels_N in known])

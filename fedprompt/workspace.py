@@ -27,7 +27,7 @@ from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe
 from fedprompt.errors import UserError
-from fedprompt.methods.base import ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
 from fedprompt.methods.registry import method_class
 
 
@@ -132,19 +132,23 @@ class Workspace:
         """Number of clients K; their ids are 0 .. K - 1."""
         return self.config.partition.clients
 
+    @cached_property
+    def trainable(self) -> list[int]:
+        """Clients that can train here, ascending.
+
+        They have training images, and labels of these unless the method learns without.
+        """
+        return self.partition.able_to_train(self.config.method.learns_without_labels)
+
     @property
     def round_size(self) -> int:
         """Number of clients that train in a round in which all can be reached.
 
         The server and all nodes compute the same number, even if a node holds only its own images.
         """
-        partition, settings = self.config.partition, self.config
+        settings = self.config
         # Images with owners are spread over the nodes, so a node knows of no other's.
-        able = (
-            len(self.partition.trainable)
-            if self.dataset.owners_N is None
-            else partition.clients - partition.unlabelled_clients
-        )
+        able = len(self.trainable) if self.dataset.owners_N is None else settings.able_to_train
         # As `federation.sampling.draw_clients` does.
         return max(1, round(settings.federation.fraction * able))
 
@@ -211,17 +215,21 @@ class Workspace:
 
         Returns:
             Its n images in V views, (V * n, ...), all images of one view before the next view,
-            and their labels (n,).
+            and their labels (n,), which are all `UNLABELLED` if the client has none.
 
         Raises:
-            UserError: the client has no labelled images. The server does not ask such a client to
-                train.
+            UserError: the client has no images, or no labels and a method that needs them. The
+                server does not ask such a client to train.
         """
         train = self.partition.train(client)
-        if client in self.partition.unlabelled or not len(train):
+        if not self._trains(client):
             raise UserError(f"client {client} has no labelled training images and cannot train.")
         inputs = Inputs.cat([view.rows(train) for view in self.views])
-        return ClientData(client, inputs, self._labels(train), views=len(self.views))
+        labels_N = self._labels(train)
+        # Withheld here, so that no method can learn from them by mistake.
+        if client in self.partition.unlabelled:
+            labels_N = torch.full_like(labels_N, UNLABELLED)
+        return ClientData(client, inputs, labels_N, views=len(self.views))
 
     def test_data(self, client: int) -> tuple[Inputs, Tensor]:
         """A client's local test images (n, ...) and their labels (n,); n may be 0.
@@ -285,7 +293,7 @@ class Workspace:
         """A client's private tensors before its first training.
 
         Methods that initialise them from the client's images (`init_private_from_data`) do so
-        here. A client without labelled images keeps the values of `init_private`.
+        here. A client that cannot train keeps the values of `init_private`.
 
         Args:
             client: client id, 0 .. K - 1.
@@ -295,15 +303,20 @@ class Workspace:
         """
         start = self.method.init_private(self.config.seed, client)
         fills = type(self.method).init_private_from_data is not Method.init_private_from_data
-        labelled = client not in self.partition.unlabelled and len(self.partition.train(client))
         # `train_data` copies all of a client's images, which most methods would not look at.
-        if not (fills and labelled):
+        if not (fills and self._trains(client)):
             return start
         return self.method.init_private_from_data(start, self.train_data(client), self.config.seed)
 
     def describe(self) -> dict[str, Any]:
         """Counts of clients x classes and domains, for `partition.json` and its plot."""
         return describe(self.dataset, self.partition)
+
+    def _trains(self, client: int) -> bool:
+        """Whether a client has what the method learns from."""
+        labelled = client not in self.partition.unlabelled
+        able = labelled or self.config.method.learns_without_labels
+        return bool(able and len(self.partition.train(client)))
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         # What only training reads, such as local features of all patches, is left on disk.

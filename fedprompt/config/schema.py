@@ -90,7 +90,10 @@ class PartitionConfig:
         0.0, "share of the server's test images on which choices are made instead", ge=0, lt=1
     )
     unlabelled_clients: int = option(
-        0, "clients, drawn at random, whose training images have no labels: they never train", ge=0
+        0,
+        "clients, drawn at random, whose training images have no labels: they train only with "
+        "methods that learn without",
+        ge=0,
     )
     file: str | None = option(
         None,
@@ -99,17 +102,16 @@ class PartitionConfig:
     )
 
     def check(self) -> None:
-        """Refuse a federation in which no client has labels, or none could have training images."""
+        """Refuse a federation in which no client could have training images."""
         if self.local_test_fraction + self.local_validation_fraction >= 1:
             raise UserError(
                 f"'local_test_fraction' ({self.local_test_fraction:g}) and "
                 f"'local_validation_fraction' ({self.local_validation_fraction:g}) leave no "
                 "training images; their sum must be below 1."
             )
-        if self.unlabelled_clients >= self.clients:
+        if self.unlabelled_clients > self.clients:
             raise UserError(
-                f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients; at "
-                "least one must have labels."
+                f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients."
             )
 
 
@@ -325,6 +327,13 @@ class Config:
     output: OutputConfig
     protocols: list[str]  # names of modules of fedprompt.evaluation.protocols
     protocol_options: dict[str, Any]  # the config dataclass of each of these protocols
+
+    @property
+    def able_to_train(self) -> int:
+        """Number of clients that can train, provided that each has training images."""
+        partition = self.partition
+        without_labels = self.method.learns_without_labels
+        return partition.clients - (0 if without_labels else partition.unlabelled_clients)
 
 
 # `data`, `method` and `strategy` are missing: their classes depend on the names that are selected.

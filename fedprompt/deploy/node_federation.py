@@ -139,4 +139,6 @@ class NodeFederation(Federation):
             self.folder.write_json(SITES, self.sites)
 
     def _set_nodes(self) -> None:
-        self.strategy.set_nodes(self.nodes.node_of_client, self.nodes.trainable)
+        without_labels = self.config.method.learns_without_labels
+        able = self.nodes.able_to_train(without_labels)
+        self.strategy.set_nodes(self.nodes.node_of_client, able)

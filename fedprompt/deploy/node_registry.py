@@ -64,10 +64,16 @@ class NodeRegistry:
         """Clients without a node."""
         return sorted(set(range(self.clients)) - set(self.node_of_client))
 
-    @property
-    def trainable(self) -> list[int]:
-        """Clients that have a node with labelled training images."""
-        return sorted(c for c in self.node_of_client if self.reports[c].trains)
+    def able_to_train(self, without_labels: bool) -> list[int]:
+        """Clients that have a node and can train, ascending.
+
+        Args:
+            without_labels: whether the method learns from training images without labels.
+        """
+        reports = {c: self.reports[c] for c in self.node_of_client}
+        return sorted(
+            c for c, r in reports.items() if r.num_train and (r.labelled or without_labels)
+        )
 
     def update(self) -> bool:
         """Update to the nodes that are connected now; returns whether clients have joined or left.

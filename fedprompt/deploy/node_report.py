@@ -66,11 +66,6 @@ class NodeReport:
         """Number of test images."""
         return sum(self.test_C) if self.totals is None else self.totals[1]
 
-    @property
-    def trains(self) -> bool:
-        """Whether the client has labelled training images."""
-        return self.labelled and self.num_train > 0
-
     def warnings(self, class_names: Sequence[str]) -> list[str]:
         """What the administrators of both sides should know about the node's images."""
         counted = self.totals is None

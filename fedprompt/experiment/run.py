@@ -219,7 +219,7 @@ def _local_only(
     It uses the same grid, and therefore the same processes, after the method under test is done.
 
     Returns:
-        The reported accuracies, or None if no client has trained in any round.
+        The reported accuracies, or None if no client has trained in any round or has labels.
     """
     display.phase("local-only baseline")
     reference = method_class("coop_local")
@@ -233,6 +233,9 @@ def _local_only(
     alone = workspace.with_method(reference.Config(context_tokens=tokens), training)
     # Nothing is uploaded that would have to be hidden.
     alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
+    if not alone.trainable:
+        display.message("no client has labels, so there is no local-only baseline")
+        return None
     grid.use(alone)
 
     def record(line: dict[str, Any]) -> None:

@@ -99,6 +99,9 @@ def finish(
         "skipped_images": len(workspace.dataset.bad_images),
     }
     summary["few_test_images"] = few_test_images(federation.describe())
+    if unlabelled := sorted(workspace.partition.unlabelled):
+        learns = config.method.learns_without_labels
+        summary["unlabelled_clients"] = {"clients": unlabelled, "train": learns}
     if marked := marks(recorded, federation.asked):
         summary["marks"] = marked
     if line["round"] < rounds:

@@ -119,16 +119,17 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Check what concerns several sections: validation images, momentum and secure aggregation.
+    """Check what concerns several sections: validation images, labels, momentum, secure sums.
 
     Args:
         config: the whole experiment.
 
     Raises:
         UserError: the server would have validation images of two kinds; a round is to be chosen
-            without any; the method needs a momentum that starts at zero, or float64 on a device
-            without it; or, with secure aggregation, the strategy needs single replies, the attack
-            is one that only checks of single replies detect, or a round has too few clients.
+            without any; no client has labels and the method needs them; the method needs a momentum
+            that starts at zero, or float64 on a device without it; or, with secure aggregation, the
+            strategy needs single replies, the attack is one that only checks of single replies
+            detect, or a round has too few clients.
     """
     partition, official = config.partition, config.data.official_validation
     if official and partition.server_validation_fraction:
@@ -143,6 +144,12 @@ def check_config(config: Config) -> None:
         raise UserError(
             "config: evaluation.select=best_validation needs validation images: set "
             "partition.local_validation_fraction and partition.server_validation_fraction."
+        )
+    if not config.able_to_train:
+        raise UserError(
+            f"config: 'unlabelled_clients' is {partition.unlabelled_clients} of "
+            f"{partition.clients} clients, and method '{config.method.name}' needs labels; at "
+            "least one client must have them."
         )
     if config.training.momentum_state == "keep" and not config.method.keeps_momentum:
         raise UserError(
@@ -171,15 +178,13 @@ def _check_secure_aggregation(config: Config) -> None:
             f"config: attack.kind={kind} is caught by checks of single replies, which "
             f"secure_aggregation hides; use {', '.join(SEEN_THROUGH[:-1])} or {SEEN_THROUGH[-1]}."
         )
-    # Clients without labels never train, so they are not sampled.
-    partition, fraction = config.partition, config.federation.fraction
-    able_to_train = partition.clients - partition.unlabelled_clients
-    asked = max(1, round(fraction * able_to_train))
+    fraction = config.federation.fraction
+    asked = max(1, round(fraction * config.able_to_train))
     if asked < FEWEST_CLIENTS:
         raise UserError(
             f"config: secure_aggregation needs {FEWEST_CLIENTS} clients in a round, and "
-            f"federation.fraction={fraction:g} of {able_to_train} clients that train are {asked}; "
-            "from a sum of two, each client can compute the other's update."
+            f"federation.fraction={fraction:g} of {config.able_to_train} clients that train are "
+            f"{asked}; from a sum of two, each client can compute the other's update."
         )
 
 

@@ -103,7 +103,12 @@ def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut |
             partition.
     """
     dataset, held_out = hold_out(config, dataset)
-    partition = make_partition(dataset, config.partition, config.seed)
+    partition = make_partition(
+        dataset,
+        config.partition,
+        config.seed,
+        without_labels=config.method.learns_without_labels,
+    )
     warn_of_copies(dataset, partition)
     return dataset, held_out, partition
 

@@ -139,7 +139,7 @@ class Federation:
             self._send,
             self.config,
             weights_by_examples=self.strategy.weights_by_examples,
-            images=[len(partition.train(client)) for client in partition.trainable],
+            images=[len(partition.train(client)) for client in self.workspace.trainable],
             clients=self.workspace.round_size,
         )
 
@@ -177,7 +177,7 @@ class Federation:
     def join(self) -> None:
         """Tell the strategy which node is which client; in a simulation, the id determines it."""
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}
-        self.strategy.set_nodes(nodes, self.workspace.partition.trainable)
+        self.strategy.set_nodes(nodes, self.workspace.trainable)
 
     def describe(self) -> dict[str, Any]:
         """Number of images by client and class, for `partition.json`."""
@@ -201,8 +201,7 @@ class Federation:
         """When the personal models are tested on the server's test images, decided once."""
         if not self.clients_hold_server_test:
             return CommonTest()
-        trainable = self.workspace.partition.trainable
-        images = [self.training_images(client) for client in trainable]
+        images = [self.training_images(client) for client in self.workspace.trainable]
         return decide(self.workspace, self.strategy, images)
 
     def zero_shot_elsewhere(self) -> dict[str, Any]:
@@ -256,6 +255,7 @@ class Federation:
                 "sampled": len(self.strategy.sampled),
                 "accepted": exchanged.accepted,
                 "rejected": len(exchanged.dropped),
+                **self._without_labels(),
             },
             "bytes_up": exchanged.traffic.up,
             "bytes_down": exchanged.traffic.down,
@@ -276,6 +276,13 @@ class Federation:
             spent = local_epsilon(config.privacy, times)
             remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
         return line | {name: part for name, part in remarks.items() if part}
+
+    def _without_labels(self) -> dict[str, int]:
+        """How many of the sampled clients have no labels, in a run in which such clients train."""
+        unlabelled = self.workspace.partition.unlabelled
+        if not (unlabelled and self.config.method.learns_without_labels):
+            return {}
+        return {"unlabelled": len(unlabelled & set(self.strategy.sampled))}
 
     def _send(self, messages: Sequence[Message]) -> tuple[list[Message], Traffic]:
         """Send messages and wait for replies, at most `federation.timeout_s` seconds."""

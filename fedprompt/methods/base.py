@@ -25,6 +25,7 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import Range, Space, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.batch import (
+    UNLABELLED,
     Batch,
     ClientData,
     RoundInfo,
@@ -37,6 +38,7 @@ from fedprompt.methods.parts.losses import cross_entropy
 
 __all__ = [
     "UNIFORM_AVERAGE",
+    "UNLABELLED",
     "Batch",
     "ClientData",
     "Method",
@@ -102,6 +104,11 @@ class MethodConfig:
     @property
     def needs_float64(self) -> bool:
         """Whether training computes in float64 on the device, which MPS cannot."""
+        return False
+
+    @property
+    def learns_without_labels(self) -> bool:
+        """Whether clients without labels train as well, on labels that are all `UNLABELLED`."""
         return False
 
     def __post_init__(self) -> None:
@@ -216,7 +223,8 @@ class Method(ABC):
 
         Args:
             private: the result of `init_private`, without a client axis.
-            data: the client's labelled training images.
+            data: the client's training images; they have labels unless the method's config says
+                `learns_without_labels`.
             seed: the seed of the run.
 
         Returns:

@@ -19,6 +19,8 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.parts.draws import Draw, StepDraws
 from fedprompt.rng import normal, uniform
 
+UNLABELLED = -1
+"""The label of an image whose class is not known."""
 Tensors = dict[str, Tensor]
 """Named tensors, for example the shared or the private prompts of a client."""
 
@@ -52,13 +54,14 @@ class Task:
 
 @dataclass(frozen=True)
 class ClientData:
-    """The labelled training images of one client.
+    """The training images of one client.
 
     Attributes:
         client: the client's id.
         inputs: features, patches or pixels of `views * n` images. Row `v * n + i` is view v of
             image i; training draws one view per image and epoch.
-        labels_N: class index of each of the n images.
+        labels_N: class index of each of the n images; `UNLABELLED` where it is not known, which
+            only methods whose config says `learns_without_labels` ever see.
         views: number of views per image; view 0 is not augmented.
     """
 
@@ -89,7 +92,7 @@ class RoundInfo:
         received: the shared tensors and the extras (`Method.init_extras`), (K, ...), as the server
             sent them. They do not change while the clients train.
         steps_K: number of local steps that each client makes in this round.
-        class_counts_KC: number of training images of each client and class.
+        class_counts_KC: number of labelled training images of each client and class.
         momentum: momentum of SGD; 0 with any other optimiser.
         ahead: makes the draws of many local steps at once; None draws them step by step. The
             numbers are the same.
@@ -147,7 +150,8 @@ class Batch:
 
     Attributes:
         inputs: features, patches or pixels, (K, B, ...).
-        labels_KB: class index of each image.
+        labels_KB: class index of each image; `UNLABELLED` where it is not known, which only methods
+            whose config says `learns_without_labels` ever see.
         mask_KB: false where a client has fewer than B images and the row is padding.
         round_info: the round that the step belongs to.
         step: the step's index within the round, from 0.
@@ -158,6 +162,11 @@ class Batch:
     mask_KB: Tensor
     round_info: RoundInfo
     step: int
+
+    @property
+    def labelled_KB(self) -> Tensor:
+        """Which rows are images with a label, neither unlabelled ones nor padding."""
+        return self.mask_KB & (self.labels_KB != UNLABELLED)
 
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Like `RoundInfo.normal`, but with different draws in every step."""

@@ -85,7 +85,7 @@ def _without_labels(clients: Sequence[int]) -> str:
     if not clients:
         return ""
     if len(clients) > LISTED:
-        return f" {len(clients)} clients train without labels."
+        return f" {len(clients)} clients have no labels."
     return f" Without labels: {', '.join(map(str, clients))}."
 
 
@@ -96,7 +96,7 @@ def _totals(
 
     Args:
         train_KC: Training images per client and class.
-        unlabelled: Ids of clients that train without labels.
+        unlabelled: Ids of clients without labels.
         description: The content of `partition.json`, which may have counts of domains.
     """
     total_K = train_KC.sum(axis=1)

@@ -67,7 +67,7 @@ def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Say where rows are not matched, and which accuracies rest on few images.
+    """Say where rows are not matched, who has no labels, and what rests on few images.
 
     Args:
         summary: The content of `summary.json`.
@@ -80,15 +80,25 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         found.append(
             f"not matched: local-only has prompts of {plural(alone, 'token')}, {method} has {has}"
         )
+    unlabelled = summary.get("unlabelled_clients") or {}
+    if clients := unlabelled.get("clients"):
+        found.append(
+            f"{len(clients)} of {plural(summary.get('clients') or 0, 'client')} without labels "
+            f"({_listed(clients)}): "
+            + ("trained without them" if unlabelled.get("train") else "tested, but not trained")
+        )
     few = summary.get("few_test_images") or {}
     if clients := few.get("clients"):
-        which = ", ".join(map(str, clients[:LISTED])) + (", ..." if len(clients) > LISTED else "")
         verb = "has" if len(clients) == 1 else "have"
         found.append(
             f"{plural(len(clients), 'client')} {verb} fewer than {few.get('below')} test images "
-            f"({which}): their accuracies are coarse"
+            f"({_listed(clients)}): their accuracies are coarse"
         )
     return found
+
+
+def _listed(clients: Sequence[int]) -> str:
+    return ", ".join(map(str, clients[:LISTED])) + (", ..." if len(clients) > LISTED else "")
 
 
 def _cells(row: ResultRow) -> tuple[str, ...]:

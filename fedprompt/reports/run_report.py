@@ -53,7 +53,8 @@ PROTOCOL = "protocol_"
 class ClientRow:
     """One client's line in the table; None means unknown or not tested.
 
-    `diverged` says that the personal model behind `accuracy` is not finite.
+    `diverged` says that the personal model behind `accuracy` is not finite, and `labelled` that the
+    training images have labels.
     """
 
     client: int
@@ -64,6 +65,7 @@ class ClientRow:
     alone: float | None
     zero_shot: float | None
     diverged: bool
+    labelled: bool
 
     @property
     def few(self) -> bool:
@@ -167,6 +169,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
     classes = len(partition.get("class_names") or [])
     train_KC = dense(partition.get("train_counts") or [], classes)
     test_KC = dense(partition.get("test_counts") or [], classes)
+    unlabelled = set(partition.get("unlabelled_clients") or ())
     clients = range(max(len(train_KC), max(personal, default=-1) + 1))
     listed = list(clients)
     if len(clients) > MANY:
@@ -182,6 +185,7 @@ def client_rows(run: RunData, summary: Mapping[str, Any]) -> list[ClientRow]:
             alone=alone.get(k),
             zero_shot=zero_shot.get(k),
             diverged=k in diverged,
+            labelled=k not in unlabelled,
         )
         for k in listed
     ]

@@ -26,8 +26,10 @@ CLASSES = ("river", "beach")
 SAMPLE = (0.0, 1.0, 0.6, 0.8)
 
 
-def client(k: int, bad: int = 0, train: tuple[int, ...] = (3, 4)) -> NodeReport:
-    return NodeReport(k, train, (1, 0), bad, True, SAMPLE)
+def client(
+    k: int, bad: int = 0, train: tuple[int, ...] = (3, 4), labelled: bool = True
+) -> NodeReport:
+    return NodeReport(k, train, (1, 0), bad, labelled, SAMPLE)
 
 
 class Nodes(Grid):
@@ -223,7 +225,12 @@ def test_counts_of_clients_without_a_node_stay_as_recorded(nodes: Nodes) -> None
     assert rows["domain_counts"] == [[0, 4], [], []]
     recorded = {"train_counts": [[9, 9], [1, 5], []], "test_counts": [[], [], []]}
     assert registry.partition_rows(recorded)["train_counts"] == [[0, 3], [1, 5], []]
-    assert registry.trainable == [0]
+    assert registry.able_to_train(without_labels=False) == [0]
+    nodes.answers[12] = client(1, train=(0, 2), labelled=False)
+    nodes.answers[13] = client(2, train=(0, 0))
+    registry.update()
+    assert registry.able_to_train(without_labels=False) == [0]
+    assert registry.able_to_train(without_labels=True) == [0, 1]
 
 
 GOOD = {

@@ -33,7 +33,9 @@ FEW_SHOT_VALIDATION = 4
 """Most validation images per class and client in few-shot splits: min(shots, 4), as in CoOp."""
 
 
-def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
+def make_partition(
+    dataset: ImageDataset, config: PartitionConfig, seed: int, *, without_labels: bool = False
+) -> Partition:
     """Divide the images of a data set among the clients. The result is the same on every machine.
 
     Args:
@@ -41,6 +43,7 @@ def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) ->
             scheme nor a partition file is used.
         config: the config's `partition` section.
         seed: seed of the experiment.
+        without_labels: whether clients without labels train as well.
 
     Returns:
         The partition: local train, validation and test images of each client, and the server's.
@@ -57,15 +60,18 @@ def make_partition(dataset: ImageDataset, config: PartitionConfig, seed: int) ->
         partition = read_partition(Path(config.file).expanduser(), dataset, config.clients)
     # A data set with owners was returned above: on a node, most clients have no images because
     # other nodes hold them, so a warning about idle clients would be wrong there.
-    idle = sorted(set(range(partition.num_clients)) - set(partition.trainable))
-    if len(idle) == partition.num_clients:
-        raise UserError("partition: no client has labelled training images.")
+    able = partition.able_to_train(without_labels)
+    idle = sorted(set(range(partition.num_clients)) - set(able))
+    what = "training images" if without_labels else "labelled training images"
+    if not able:
+        raise UserError(f"partition: no client has {what}.")
     if idle:
         first = ", ".join(map(str, idle[:10])) + (", ..." if len(idle) > 10 else "")
         log.warning(
-            "partition: %d of %d clients have no labelled training images and never train: %s",
+            "partition: %d of %d clients have no %s and never train: %s",
             len(idle),
             partition.num_clients,
+            what,
             first,
         )
     return partition

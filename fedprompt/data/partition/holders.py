@@ -35,7 +35,7 @@ class Partition:
         test_flat: local test images of all clients.
         test_offsets: (K + 1,), likewise for `test_flat`.
         server_test: test images of the server.
-        unlabelled: clients whose training images have no labels, so that they never train.
+        unlabelled: clients whose training images have no labels.
         validation_flat: local validation images of all clients: empty unless the config asks for
             them.
         validation_offsets: (K + 1,), likewise for `validation_flat`.
@@ -110,9 +110,17 @@ class Partition:
 
     @property
     def trainable(self) -> list[int]:
-        """Clients that can train, ascending: those with labelled training images."""
+        """Clients with labelled training images, ascending."""
+        return self.able_to_train(without_labels=False)
+
+    def able_to_train(self, without_labels: bool) -> list[int]:
+        """Clients that can train, ascending.
+
+        Args:
+            without_labels: whether the method learns from training images without labels.
+        """
         holding = np.flatnonzero(np.diff(self.train_offsets))
-        return [int(k) for k in holding if int(k) not in self.unlabelled]
+        return [int(k) for k in holding if without_labels or int(k) not in self.unlabelled]
 
     def train(self, client: int) -> Indices:
         """Return the indices of a client's local training images, ascending."""

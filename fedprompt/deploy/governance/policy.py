@@ -154,8 +154,7 @@ def _protection_objections(policy: Policy, config: Config) -> list[str]:
 
 def _round_size(config: Config) -> int:
     """As `Workspace.round_size` of nodes that hold images of their own, before one is opened."""
-    able = config.partition.clients - config.partition.unlabelled_clients
-    return max(1, round(config.federation.fraction * able))
+    return max(1, round(config.federation.fraction * config.able_to_train))
 
 
 def reply_objections(

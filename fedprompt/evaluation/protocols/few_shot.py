@@ -50,7 +50,7 @@ class FewShot(Reported):
         zero = summary["zero_shot"]
         return {
             "shots": self.config.partition.shots,
-            # Clients without labels never train, so their images do not count.
+            # Shots are labelled images, so those of clients without labels do not count.
             "train_images": sum(
                 len(partition.train(k))
                 for k in range(partition.num_clients)

@@ -36,6 +36,16 @@ def cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
     return masked_mean(loss_KB.view_as(batch.mask_KB), batch.mask_KB)
 
 
+def labelled_cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy (K,) of each client over its labelled images; 0 where it has none."""
+    labelled_KB = batch.labelled_KB
+    # An unlabelled image has no class index, so any class takes its place and the mask removes it.
+    labels_KB = batch.labels_KB.clamp(min=0)
+    loss_KB = F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none")
+    weight_KB = labelled_KB.to(loss_KB.dtype)
+    return (loss_KB.view_as(weight_KB) * weight_KB).sum(-1) / weight_KB.sum(-1).clamp(min=1)
+
+
 def masked_mean(values_KB: Tensor, mask_KB: Tensor) -> Tensor:
     """Mean (K,) over the images for which the mask is true."""
     weight_KB = mask_KB.to(values_KB.dtype)

@@ -73,6 +73,11 @@ class WrapperConfig(MethodConfig):
         """The base's."""
         return self._base().needs_float64
 
+    @property
+    def learns_without_labels(self) -> bool:
+        """The base's."""
+        return self._base().learns_without_labels
+
     def check(self) -> None:
         """Check the base's config, and complete `options` with its defaults."""
         try:

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord
 from rich.console import Console
 
 from fedprompt.cli.data_views import partition_table
@@ -22,7 +24,13 @@ from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
 from fedprompt.federation.server_app import Federation
+from fedprompt.files.tensors import array_checksum
+from fedprompt.messages import to_arrays
+from fedprompt.methods.base import UNLABELLED, Batch, Tensors
+from fedprompt.methods.parts.losses import labelled_cross_entropy, masked_mean
+from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 from fedprompt.reports.partition_figure import partition_figure
+from fedprompt.reports.result_tables import remarks
 from fedprompt.reports.run_checks import check_partition
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
@@ -79,6 +87,69 @@ def test_unlabelled_clients_never_train_and_are_tested(make_workspace: MakeWorks
         assert grid.private.get(client) is None
 
 
+@pytest.fixture
+def agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PromptFL, but clients without labels train as well, by the entropy of their answers."""
+
+    def loss_terms(
+        self: PromptFL, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> Tensors:
+        logits_KBC = self.logits(encoded, batch.inputs)
+        entropy_KB = -(logits_KBC.softmax(-1) * logits_KBC.log_softmax(-1)).sum(-1)
+        return {
+            "ce": labelled_cross_entropy(logits_KBC, batch),
+            "entropy": masked_mean(entropy_KB, batch.mask_KB),
+        }
+
+    monkeypatch.setattr(PromptFL, "loss_terms", loss_terms)
+    monkeypatch.setattr(PromptFLConfig, "learns_without_labels", True)
+
+
+HALF: dict[str, Any] = {
+    "method": {"name": "promptfl"}, "partition": {"clients": 6, "unlabelled_clients": 3}
+}  # fmt: skip
+
+
+def test_methods_that_learn_without_labels_train_everyone(
+    make_workspace: MakeWorkspace, agreement: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = make_workspace(**HALF)
+    assert workspace.trainable == list(range(6))
+    assert workspace.round_size == 6
+    hidden = sorted(workspace.partition.unlabelled)[0]
+    assert (workspace.train_data(hidden).labels_N == UNLABELLED).all()
+    federation = Federation(workspace, InlineGrid(workspace))
+    federation.join()
+    line = federation.train_round(1)
+    assert line["clients"] == {"sampled": 6, "accepted": 6, "rejected": 0, "unlabelled": 3}
+    assert line["train"]["loss-entropy"] > 0
+    wrapped = make_workspace(**(HALF | {"method": {"name": "fedprox", "base": "promptfl"}}))
+    assert wrapped.trainable == list(range(6))
+
+
+def test_hidden_labels_do_not_reach_the_method(
+    make_workspace: MakeWorkspace, agreement: None
+) -> None:
+    """Other labels of the images of clients that have none: equal bits."""
+
+    def trained(shuffled: bool) -> ArrayRecord:
+        workspace = make_workspace(**HALF)
+        if shuffled:
+            partition = workspace.partition
+            own = np.concatenate([partition.train(k) for k in partition.unlabelled])
+            labels_N = workspace.dataset.labels_N.copy()
+            labels_N[own] = (labels_N[own] + 1) % len(workspace.dataset.class_names)
+            workspace.dataset = replace(workspace.dataset, labels_N=labels_N)
+        federation = Federation(workspace, InlineGrid(workspace))
+        federation.join()
+        for server_round in (1, 2):
+            federation.train_round(server_round)
+        return federation.arrays
+
+    first, second = trained(False), trained(True)
+    assert array_checksum(to_arrays(first)) == array_checksum(to_arrays(second))
+
+
 def test_all_labelled_clients_are_sampled_as_before(make_workspace: MakeWorkspace) -> None:
     workspace = make_workspace(federation={"fraction": 0.5})
     federation = Federation(workspace, InlineGrid(workspace))
@@ -112,9 +183,26 @@ def test_table_and_figure_show_who_lacks_labels_or_images(tmp_path: Path) -> Non
         check_partition({**description, "unlabelled_clients": [3]}, tmp_path / "partition.json")
 
 
-def test_somebody_must_have_labels() -> None:
-    with pytest.raises(UserError, match="'unlabelled_clients' is 4 of 4 clients"):
-        small_config(partition={"clients": 4, "unlabelled_clients": 4})
+def test_somebody_must_have_labels_if_the_method_needs_them(
+    make_workspace: MakeWorkspace, request: pytest.FixtureRequest
+) -> None:
+    none: dict[str, Any] = {"clients": 4, "unlabelled_clients": 4}
+    with pytest.raises(UserError, match=r"'unlabelled_clients' is 4 of 4 clients.*'promptfl'"):
+        small_config(partition=none, method={"name": "promptfl"})
+    with pytest.raises(UserError, match="'unlabelled_clients' is 5 of 4 clients"):
+        small_config(partition=none | {"unlabelled_clients": 5})
+    request.getfixturevalue("agreement")
+    config = small_config(partition=none, method={"name": "promptfl"})
+    assert config.able_to_train == 4
+
+
+def test_results_say_who_trained_without_labels() -> None:
+    summary = {"clients": 6, "unlabelled_clients": {"clients": [1, 4], "train": True}}
+    [line] = remarks(summary)
+    assert "2 of 6 clients" in line
+    assert "(1, 4): trained" in line
+    summary["unlabelled_clients"] = {"clients": [1, 4], "train": False}
+    assert "not trained" in remarks(summary)[0]
 
 
 @pytest.fixture
@@ -157,6 +245,8 @@ def test_a_whole_run_with_clients_that_lack_something(
     assert partition.trainable == [2, 4]
 
     summary = quick(f"partition.file='{path}'", "partition.clients=5")
+    assert summary["unlabelled_clients"] == {"clients": [0], "train": False}
+    assert "‡" in (tmp_path / "run" / "report.html").read_text()
     assert summary["personal"]["clients"] == [0, 1, 4]
     assert summary["local_only"]["personal"]["clients"] == [0, 1, 4]
     assert summary["zero_shot"]["personal"]["clients"] == [0, 1, 4]

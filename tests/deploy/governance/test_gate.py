@@ -147,7 +147,7 @@ def test_counts_are_revealed_as_the_policy_says(folder: Path) -> None:
     assert all(a % 10 == 0 and a >= b for a, b in zip(report.train_C, exact.train_C, strict=True))
     report = read_report(withheld.content, len(CLASSES), 3)
     assert (report.train_C, report.num_train) == ((), exact.num_train)
-    assert report.trains
+    assert report.labelled
     assert report.warnings(CLASSES) == exact.warnings(CLASSES)
 
 
