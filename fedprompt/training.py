@@ -135,6 +135,7 @@ def train_clients(
     steps = tuple(local_steps(len(d), config) for d in ordered)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
     there_N = resident(inputs_N, device)
+    second = "second_view" in method.needs_to_train
     # Everything that the round needs, in as few copies as possible.
     received_K, private_K, kept_K, numbers, columns_N = moved_by_name(
         [
@@ -145,6 +146,7 @@ def train_clients(
             else {},
             {
                 "index_SKB": schedule.index_SKB,
+                **({"second_SKB": schedule.second_SKB} if second else {}),
                 "mask_SKB": schedule.mask_SKB,
                 "images_SK": schedule.mask_SKB.sum(-1).float(),
                 # A client's inputs hold all images of view 0, then all of view 1, and so on.
@@ -164,6 +166,7 @@ def train_clients(
             schedule.index_SKB,
         ),
         numbers,
+        columns_N["features"],
     )
     clients = tuple(d.client for d in ordered)
     round_info = RoundInfo(
@@ -231,11 +234,14 @@ class _Images:
     Attributes:
         feed: gives every step its inputs.
         numbers: labels of all images (N,), and of every step and client its rows `index_SKB`, its
-            `mask_SKB` and its number of images `images_SK`; on the device.
+            `mask_SKB` and its number of images `images_SK`; on the device. `second_SKB` has the
+            rows of second views, if the method needs them.
+        features_ND: features of all views of all images, on the device.
     """
 
     feed: Feed
     numbers: Tensors
+    features_ND: Tensor
 
     def batch(self, step: int, round_info: RoundInfo) -> Batch:
         """The batch of one step, of the clients that still train."""
@@ -243,7 +249,11 @@ class _Images:
         index_AB = self.numbers["index_SKB"][step, :active]
         labels_AB = self.numbers["labels_N"][index_AB]
         mask_AB = self.numbers["mask_SKB"][step, :active]
-        return Batch(self.feed.batch(step, active), labels_AB, mask_AB, round_info, step)
+        inputs = self.feed.batch(step, active)
+        second_ABD = None
+        if "second_SKB" in self.numbers:
+            second_ABD = self.features_ND[self.numbers["second_SKB"][step, :active]]
+        return Batch(inputs, labels_AB, mask_AB, round_info, step, second_ABD)
 
 
 def _descend(

@@ -171,6 +171,11 @@ def open_workspace(
             "that method %s learns from.",
             len(workspace.task.templates), workspace.method.name,
         )  # fmt: skip
+    if "second_view" in workspace.method.needs_to_train and config.data.views == 1:
+        log.warning(
+            "data.views is 1: method %s compares each image with itself and not with another view.",
+            workspace.method.name,
+        )
     # Which columns a feature table needs is known only once the workspace has created its method.
     workspace.views = tuple(
         open_feature_table(

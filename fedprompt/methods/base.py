@@ -169,7 +169,8 @@ class Method(ABC):
     needs: frozenset[str] = frozenset({"features"})
     """What `logits` reads of an image: `features`, optionally `patches`, `local` or `pixels`."""
     needs_to_train: frozenset[str] = frozenset()
-    """What only `loss_terms` reads besides; test images come without it."""
+    """What only `loss_terms` reads besides; test images come without it. `second_view` asks for the
+    features of another view of each image (`Batch.second_KBD`)."""
     frozen: frozenset[str] = frozenset()
     """Tensors that the optimiser does not update, such as `private.keys` or `shared.counts`."""
     lr_scale: Mapping[str, float] = MappingProxyType({})

@@ -155,6 +155,8 @@ class Batch:
         mask_KB: false where a client has fewer than B images and the row is padding.
         round_info: the round that the step belongs to.
         step: the step's index within the round, from 0.
+        second_KBD: frozen features of another view of each image, drawn as the first view is, for
+            methods with `second_view` in `needs_to_train`. None for others.
     """
 
     inputs: Inputs
@@ -162,6 +164,7 @@ class Batch:
     mask_KB: Tensor
     round_info: RoundInfo
     step: int
+    second_KBD: Tensor | None = None
 
     @property
     def labelled_KB(self) -> Tensor:

@@ -36,9 +36,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.config.search import Range, log_range
-from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
+from fedprompt.methods.parts.sentences import sentence_features
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
 
@@ -77,17 +77,7 @@ class BiomedCoOp(PromptFL):
     def __init__(self, config: BiomedCoOpConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        sentences = task.sentences()
-        for name, own in zip(task.class_names, sentences, strict=True):
-            if len(own) != len(sentences[0]):
-                raise UserError(
-                    f"method biomedcoop needs equally many sentences of each class in "
-                    f"data.descriptions: '{name}' has {len(own)}, '{task.class_names[0]}' has "
-                    f"{len(sentences[0])}."
-                )
-        # Frozen, so they are encoded once per class list: the i-th sentences of all classes.
-        columns = [clip.encode_texts(of_i) for of_i in zip(*sentences, strict=True)]
-        self.sentences_NCD = F.normalize(torch.stack(columns), dim=-1)
+        self.sentences_NCD = sentence_features(clip, task, self.name)
         self.mean_CD = F.normalize(self.sentences_NCD.mean(0), dim=-1)
 
     def loss_terms(

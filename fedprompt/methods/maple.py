@@ -135,11 +135,14 @@ class MaPLe(Method):
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the prompted image and text features."""
-        images_KBD = inputs.features
-        if "visual" in encoded:
-            assert inputs.pixels is not None
-            images_KBD = self.vision.features(inputs.pixels, encoded["visual"])
-        return cosine_logits(self.clip, images_KBD, encoded["classes"])
+        return cosine_logits(self.clip, self.images(encoded, inputs), encoded["classes"])
+
+    def images(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """L2-normalised image features (K, B, D), prompted if there are visual prompts."""
+        if "visual" not in encoded:
+            return inputs.features
+        assert inputs.pixels is not None
+        return self.vision.features(inputs.pixels, encoded["visual"])
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """None if prompts change the image features."""

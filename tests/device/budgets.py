@@ -37,6 +37,7 @@ STEP = {
     "coop_csc": Budget(145),
     "coop_local": Budget(90),
     "copl": Budget(115),
+    "coprompt": Budget(315),
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),

@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "palm": {},
     "pre_forgettable": {},
     "copl": {},
+    "coprompt": {"context_tokens": 2, "depth": 2},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4

@@ -1,6 +1,7 @@
 """Small networks on image features that several methods share, for K clients together.
 
-CLIP-Adapter, FedCLIP, FedDDA and Tip-Adapter use them on clients, in training and in evaluation.
+CLIP-Adapter, CoPrompt, FedCLIP, FedDDA and Tip-Adapter use them on clients, in training and in
+evaluation.
 
 Suffixes: K clients, B images, D joint embedding, H hidden width, C classes.
 """
@@ -19,7 +20,7 @@ from fedprompt.methods.parts.linear import linear, linear_start
 
 
 def bottleneck_start(
-    width: int, reduction: int, seed: int, *purpose: str | int
+    width: int, reduction: int, seed: int, *purpose: str | int, name: str = "adapter"
 ) -> dict[str, Tensor]:
     """Starting weights of a bottleneck without biases, without a client axis.
 
@@ -28,17 +29,20 @@ def bottleneck_start(
         reduction: divides D to give the hidden width H, at least 1.
         seed: seed of the run.
         purpose: keys the draw, together with `seed`.
+        name: prefix of the tensors' names.
 
     Returns:
-        `adapter.down.weight` (H, D) and `adapter.up.weight` (D, H).
+        `<name>.down.weight` (H, D) and `<name>.up.weight` (D, H).
     """
     hidden = max(1, width // reduction)
-    return linear_start("adapter.down", hidden, width, seed, *purpose, bias=False) | linear_start(
-        "adapter.up", width, hidden, seed, *purpose, bias=False
+    return linear_start(f"{name}.down", hidden, width, seed, *purpose, bias=False) | linear_start(
+        f"{name}.up", width, hidden, seed, *purpose, bias=False
     )
 
 
-def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def bottleneck(
+    features_KBD: Tensor, tensors: Mapping[str, Tensor], name: str = "adapter"
+) -> Tensor:
     """CLIP-Adapter's network ReLU(W_up ReLU(W_down v)): (K, B, D).
 
     Without biases the network is positively homogeneous: for an L2-normalised v it gives the result
@@ -46,8 +50,8 @@ def bottleneck(features_KBD: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     lead to the same direction as the raw features of the public code.
     """
     # The public code has a ReLU behind the second layer as well.
-    hidden_KBH = F.relu(linear(features_KBD, tensors["adapter.down.weight"]))
-    return F.relu(linear(hidden_KBH, tensors["adapter.up.weight"]))
+    hidden_KBH = F.relu(linear(features_KBD, tensors[f"{name}.down.weight"]))
+    return F.relu(linear(hidden_KBH, tensors[f"{name}.up.weight"]))
 
 
 def raw_features(inputs: Inputs) -> Tensor:

@@ -39,11 +39,14 @@ class Schedule:
 
     Attributes:
         index_SKB: rows among the images of all clients (N), of each step and client.
+        second_SKB: rows of another view of the same images; the same rows for clients with one
+            view.
         mask_SKB: True for images, False for padding, whose index is 0.
         segments: (first step, last step + 1, number of clients that take these steps), in order.
     """
 
     index_SKB: Tensor
+    second_SKB: Tensor
     mask_SKB: Tensor
     segments: tuple[tuple[int, int, int], ...]
 
@@ -65,6 +68,7 @@ def draw_batches(
     steps_K = [local_steps(len(d), config) for d in data]
     width = min(config.batch_size, max(len(d) for d in data))
     index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
+    second = np.zeros_like(index)
     mask = np.zeros(index.shape, dtype=bool)
     offset = 0
     for k, client in enumerate(data):
@@ -73,19 +77,27 @@ def draw_batches(
             # The key names the client and not its place in the block, so that a client sees the
             # same batches in any block, on any worker, and after a resume.
             draw = generator(seed, "shuffle", server_round, client.client, epoch)
-            shuffled = draw.permutation(n) + offset
+            images = draw.permutation(n) + offset
+            view_n = other_n = np.zeros(n, dtype=np.int64)
             # Each image appears once per epoch, in a view drawn at random; views are n rows apart.
             if client.views > 1:
-                views = generator(seed, "view", server_round, client.client, epoch)
-                shuffled += n * views.integers(client.views, size=n)
+                key = (server_round, client.client, epoch)
+                view_n = generator(seed, "view", *key).integers(client.views, size=n)
+                # One of the other views, so that the two always differ.
+                further_n = generator(seed, "second view", *key).integers(client.views - 1, size=n)
+                other_n = (view_n + 1 + further_n) % client.views
+            shuffled, others = images + n * view_n, images + n * other_n
             for begin in range(0, n, config.batch_size):
-                part = shuffled[begin : begin + config.batch_size]
-                index[step, k, : len(part)] = part
-                mask[step, k, : len(part)] = True
+                part = slice(begin, begin + config.batch_size)
+                size = len(shuffled[part])
+                index[step, k, :size] = shuffled[part]
+                second[step, k, :size] = others[part]
+                mask[step, k, :size] = True
                 step += 1
         offset += n * client.views
     segments, first = [], 0
     for stop in sorted(set(steps_K)):
         segments.append((first, stop, sum(s >= stop for s in steps_K)))
         first = stop
-    return Schedule(torch.from_numpy(index), torch.from_numpy(mask), tuple(segments))
+    index_SKB, second_SKB, mask_SKB = map(torch.from_numpy, (index, second, mask))
+    return Schedule(index_SKB, second_SKB, mask_SKB, tuple(segments))

@@ -136,7 +136,11 @@ def test_every_image_once_per_epoch_in_a_drawn_view() -> None:
             assert chosen.max() < 3 * n
             assert sorted(chosen % n) == list(range(n))
             seen |= {(int(c) // n, epoch) for c in chosen}
+            others = schedule.second_SKB[epoch * steps : (epoch + 1) * steps, k][mask] - first
+            assert (others.numpy() % n == chosen % n).all(), "the same images"
+            assert (others.numpy() // n != chosen // n).all(), "in other views"
     assert {view for view, _ in seen} == {0, 1, 2}
+    assert 0 <= int(schedule.second_SKB.min()) <= int(schedule.second_SKB.max()) < 3 * (7 + 9)
     again = draw_batches(data, config, seed=1, server_round=2)
     assert torch.equal(again.index_SKB, schedule.index_SKB)
     later = draw_batches(data, config, seed=1, server_round=3)
