@@ -58,19 +58,20 @@ def columns(
     return open_feature_table(clip, dataset, cache, {"patches", "local", "pixels"}, progress=False)
 
 
-@pytest.fixture(params=list(all_methods()))
+# Built once for all tests of a file: to build a method, its hand-written prompts are encoded.
+@pytest.fixture(scope="module", params=list(all_methods()))
 def method(request: pytest.FixtureRequest, clip: FrozenCLIP) -> Method:
     return twins.build(clip, request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trainable(method: Method) -> Method:
     if not method.trainable:
         pytest.skip(f"{method.name} learns nothing")
     return method
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workspace(
     method: Method, clip: FrozenCLIP, dataset: ImageDataset, columns: FeatureTable
 ) -> Workspace:
@@ -79,7 +80,8 @@ def workspace(
         strategy={"name": "auto"},
         partition={"clients": 3, "alpha": 10.0},
         training={"lr": 0.01, "batch_size": 8},
-        federation={"rounds": 4, "fraction": 0.7},
+        federation={"rounds": 3, "fraction": 0.7},
+        evaluation={"every": 3},
     )
     partition = make_partition(dataset, config.partition, config.seed)
     return Workspace(config, clip, dataset, partition, [columns])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
-from fedprompt.config.schema import Config
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.rounds import run_server
@@ -20,37 +20,69 @@ from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import ARRAYS
 from fedprompt.methods.base import Method, uploaded_numbers
-from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
+from fedprompt.reports.run_data import CHECKPOINT, METRICS, PRIVATE
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
-from tests.support.method_contract import (
-    shapes,
-)
+from tests.support.method_contract import shapes
 
 
 class Spying(InlineGrid):
-    """Keeps every train reply."""
+    """Keeps every reply."""
 
-    replies: list[Message]
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.replies: list[Message] = []
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
         replies = list(super().send_and_receive(messages, timeout=timeout))
-        self.replies = getattr(self, "replies", []) + replies
+        self.replies += replies
         return replies
 
 
-def test_only_declared_shared_tensors_leave_a_client(
-    trainable: Method, workspace: Workspace
-) -> None:
-    grid = Spying(workspace)
-    federation = Federation(workspace, grid)
-    federation.join()
-    for server_round in (1, 2):
-        federation.train_round(server_round)
+class CopyAfter(QuietDisplay):
+    """Copies the run folder after a round, as a process that is killed there leaves it."""
+
+    def __init__(self, server_round: int, folder: Path, copy: Path) -> None:
+        self.last, self.folder, self.copy = server_round, folder, copy
+
+    def round(self, line: Mapping[str, Any], eta_s: float) -> None:
+        if line["round"] == self.last:
+            shutil.copytree(self.folder, self.copy)
+
+
+class Run(NamedTuple):
+    """Three rounds of two of three clients: the run, and what was there after two rounds."""
+
+    whole: Path
+    part: Path
+    replies: list[Message]
+
+
+def continued(workspace: Workspace, folder: RunFolder, display: QuietDisplay) -> list[Message]:
+    """Run the rounds that a folder lacks, and return all replies."""
+    private = PrivateLog(folder.path / PRIVATE, 3)
+    grid = Spying(workspace, private)
+    try:
+        run_server(Federation(workspace, grid), folder, display, folder.load_checkpoint(), private)
+    finally:
+        folder.close()
+    return grid.replies
+
+
+@pytest.fixture(scope="module")
+def run(trainable: Method, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp(trainable.name)
+    whole, part = root / "whole", root / "part"
+    output = replace(workspace.config.output, dir=str(whole))
+    folder = RunFolder.create(replace(workspace.config, output=output))
+    return Run(whole, part, continued(workspace, folder, CopyAfter(2, whole, part)))
+
+
+def test_only_declared_shared_tensors_leave_a_client(trainable: Method, run: Run) -> None:
     expected = shapes(trainable.init_shared(1))
-    trained = [r for r in grid.replies if ARRAYS in r.content]
-    assert len(trained) == 4, "two of three clients in two rounds"
+    trained = [r for r in run.replies if ARRAYS in r.content]
+    assert len(trained) == 6, "two of three clients in three rounds"
     for reply in trained:
         record = reply.content[ARRAYS]
         assert isinstance(record, ArrayRecord)
@@ -63,43 +95,16 @@ def test_only_declared_shared_tensors_leave_a_client(
             assert sum(len(v) if isinstance(v, list) else 1 for v in other.values()) < 20
 
 
-class StopAfter(QuietDisplay):
-    """Interrupts a run when a round is recorded."""
-
-    def __init__(self, server_round: int) -> None:
-        self.last = server_round
-
-    def round(self, line: Mapping[str, Any], eta_s: float) -> None:
-        if line["round"] == self.last:
-            raise KeyboardInterrupt
-
-
-def test_resume_goes_on_bit_for_bit(
-    trainable: Method, workspace: Workspace, tmp_path: Path
-) -> None:
-    def run(folder: RunFolder, display: QuietDisplay, checkpoint: Any = None) -> None:
-        private = PrivateLog(folder.path / PRIVATE, 3)
-        federation = Federation(workspace, InlineGrid(workspace, private))
-        try:
-            run_server(federation, folder, display, checkpoint, private)
-        finally:
-            folder.close()
-
-    def into(name: str) -> Config:
-        output = replace(workspace.config.output, dir=str(tmp_path / name))
-        return replace(workspace.config, output=output)
-
-    run(RunFolder.create(into("whole")), QuietDisplay())
-    with pytest.raises(KeyboardInterrupt):
-        run(RunFolder.create(into("part")), StopAfter(2))
-    run(RunFolder.resume(tmp_path / "part")[0], QuietDisplay(), read(tmp_path / "part"))
-    ours, theirs = read(tmp_path / "part"), read(tmp_path / "whole")
+def test_resume_goes_on_bit_for_bit(run: Run, workspace: Workspace) -> None:
+    assert read(run.part).server_round == 2
+    replies = continued(workspace, RunFolder.resume(run.part)[0], QuietDisplay())
+    assert sum(ARRAYS in r.content for r in replies) == 2, "it trains the last round only"
+    ours, theirs = read(run.part), read(run.whole)
     for mine, other in ((ours.shared, theirs.shared), (ours.strategy, theirs.strategy)):
         assert mine.keys() == other.keys()
         for n, t in other.items():
             assert torch.equal(mine[n], t), n
-    lines = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("part", "whole")]
-    assert lines[0] == lines[1]
+    assert (run.part / METRICS).read_text() == (run.whole / METRICS).read_text()
 
 
 def read(folder: Path) -> Checkpoint:

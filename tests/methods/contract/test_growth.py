@@ -18,15 +18,15 @@ from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def federation(
     method: Method, clip: FrozenCLIP, dataset: ImageDataset, columns: FeatureTable
 ) -> Federation:
-    """Eight clients, each of them a block, as on a large backbone."""
+    """Four clients, each of them a block, as on a large backbone."""
     config = small_config(
         method={"name": method.name},
         strategy={"name": "auto"},
-        partition={"clients": 8, "scheme": "iid"},
+        partition={"clients": 4, "scheme": "iid"},
         simulation={"clients_per_block": 1},
     )
     partition = make_partition(dataset, config.partition, config.seed)
@@ -53,23 +53,26 @@ def test_only_own_images_and_private_tensors_cost_more_with_more_clients(
         own = sum(len(workspace.partition.test(client)) for client in range(clients))
         return workspace.clip.positions_encoded - before - own * one.image
 
-    two, four, eight = (positions(clients) for clients in (2, 4, 8))
+    one_client, two, four = (positions(clients) for clients in (1, 2, 4))
     images = len(workspace.partition.server_test)
     if test.is_global:
         # The model is encoded once and scored once on the server's images, for all clients.
-        assert two == four == eight == one.model + images * one.image
+        assert one_client == two == four == one.model + images * one.image
     else:
         each = one.model + images * (one.private or one.image)
-        assert (four - two, eight - four) == (2 * each, 4 * each)
+        assert (two - one_client, four - two) == (each, 2 * each)
 
 
-def test_one_model_of_everyone_has_one_score(federation: Federation) -> None:
+def test_one_model_of_everyone_has_one_score(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clients who are asked answer what the server writes without asking them, bit for bit."""
     if not federation.common_test.is_global:
         pytest.skip("every client has a model of its own")
     lines = []
     for is_global in (True, False):
-        federation.common_test = replace(federation.common_test, is_global=is_global)
+        asked = replace(federation.common_test, is_global=is_global)
+        monkeypatch.setattr(federation, "common_test", asked)
         lines.append(federation.evaluate(0))
     assert lines[0] == lines[1]
     assert set(lines[0]["personal_on_global"]["accuracy"]) == {lines[0]["global"]["accuracy"]}

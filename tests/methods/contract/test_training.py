@@ -1,8 +1,11 @@
-"""What every method promises about local training."""
+"""What every method promises about local training.
+
+Most tests read one training of three clients for two rounds, alone and in blocks of several.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,102 +22,121 @@ from tests.support.method_contract import (
     clients,
     first_private,
     shapes,
-    starts,
     train,
     weights_hash,
 )
 
 
-def test_training_moves_prompts_and_nothing_else(
+class Round(NamedTuple):
+    """A round: what the clients had, each one's result alone, those of blocks, and plain ones."""
+
+    received: list[Tensors]
+    private: list[Tensors]
+    alone: dict[int, LocalResult]
+    blocks: list[list[LocalResult]]
+    plain: list[LocalResult]
+
+
+@pytest.fixture(scope="module")
+def two_rounds(
     trainable: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
-) -> None:
+) -> list[Round]:
+    """In round 2 a client trains for the first time, beside two that train for the second.
+
+    The sizes differ, so blocks have padded batches. Weight decay and the momentum that clients keep
+    move every tensor of a block that the optimiser is given, also where only one client trains it.
+    The others of round 2 train once more without both.
+    """
     method, data = trainable, clients(columns, dataset)
     before = weights_hash(clip)
     server, private = Server(method, data), first_private(method, data)
-    start, empty = [shapes(tensors) for tensors in private], shapes(method.init_private(1, 0))
-    # An axis of 0 becomes as long as a client has images.
-    assert all(
-        {n: shape if empty[n][:1] != (0,) else (0, *shape[1:]) for n, shape in own.items()} == empty
-        for own in start
-    )
-    shared = method.init_shared(1)
-    first = [
-        {f"shared.{n}": t for n, t in shared.items()}
-        | {f"private.{n}": t for n, t in private[k].items()}
-        for k in range(len(data))
-    ]
-    for server_round in (1, 2):
-        results = train(method, data, server.send(server_round, data), private, server_round)
-        server.collect(server_round, results)
-        private = [r.private for r in results]
-    for k, result in enumerate(results):
-        assert shapes(result.shared) == shapes(method.init_shared(1))
-        assert shapes(result.private) == start[k]
-        last = {f"shared.{n}": t for n, t in result.shared.items()}
-        last |= {f"private.{n}": t for n, t in result.private.items()}
-        for n, t in last.items():
-            assert t.dtype == torch.float32
-            assert torch.isfinite(t).all(), n
-            assert n in method.frozen or not torch.equal(t, first[k][n]), f"{n} does not learn"
-        assert next(iter(result.losses)) == "ce"
-        assert all(np.isfinite(v) for v in result.losses.values())
-    assert weights_hash(clip) == before
-    assert all(p.grad is None for p in clip.model.parameters())
-
-
-def test_results_are_equal_for_every_block_size(
-    trainable: Method, columns: FeatureTable, dataset: ImageDataset
-) -> None:
-    """In round 2 a client trains for the first time, beside two that train for the second.
-
-    The sizes differ, so this also shows that padded batches change nothing. Weight decay and the
-    momentum that clients keep move every tensor of a block that the optimiser is given, also where
-    only one client trains it.
-    """
-    method, data = trainable, clients(columns, dataset)
-    server, private = Server(method, data), first_private(method, data)
     momentum: list[Tensors] = [{} for _ in data]
-    for server_round, blocks in ((1, [[0, 2]]), (2, [[0, 1, 2], [1, 0]])):
+    rounds = []
+    for server_round, blocks in ((1, [[0, 2]]), (2, [[0, 1, 2], [2, 1, 0]])):
         received = server.send(server_round, data)
         start = (data, received, private, momentum)
-        alone = [_block(method, [k], start, server_round)[0] for k in range(3)]
-        results = [_block(method, clients_, start, server_round) for clients_ in blocks]
-        for clients_, block in zip(blocks, results, strict=True):
-            for k, ours in zip(clients_, block, strict=True):
-                assert alone[k].losses == pytest.approx(ours.losses, rel=1e-3, abs=1e-5)
-                assert_close(ours.shared, alone[k].shared, received[k], 1e-3)
-                assert_close(ours.private, alone[k].private, private[k], 1e-3)
-        server.collect(server_round, results[0])
-        trained = {r.client: r for r in results[0]}
+        alone = {k: _block(method, [k], start, server_round)[0] for k in blocks[0]}
+        together = [_block(method, of, start, server_round) for of in blocks]
+        plain = _block(method, [0, 2], (data, received, private, []), server_round)
+        rounds.append(Round(received, private, alone, together, plain))
+        trained = {r.client: r for r in together[0]}
+        server.collect(server_round, list(trained.values()))
         private = [trained[k].private if k in trained else p for k, p in enumerate(private)]
         momentum = [trained[k].momentum if k in trained else m for k, m in enumerate(momentum)]
+    assert weights_hash(clip) == before
+    assert all(p.grad is None for p in clip.model.parameters())
+    return rounds
 
 
 def _block(
     method: Method, of: list[int], start: tuple[list[Any], ...], server_round: int
 ) -> list[LocalResult]:
-    """Train some clients together, from their data, received and private tensors and momentum."""
-    data, received, private, momentum = ([values[k] for k in of] for values in start)
-    state = "keep" if method.config.keeps_momentum else "reset"
-    return train(
-        method, data, received, private, server_round, momentum, weight_decay=0.1,
-        momentum_state=state,
-    )  # fmt: skip
+    """Train some clients together, from everyone's data, received and private tensors and momentum.
+
+    Without momentum there is no weight decay either, and only the loss moves tensors.
+    """
+    data, received, private = ([values[k] for k in of] for values in start[:3])
+    changes: dict[str, Any] = {"batch_size": 8}
+    if start[3]:
+        changes |= {"momentum": [start[3][k] for k in of], "weight_decay": 0.1}
+        changes["momentum_state"] = "keep" if method.config.keeps_momentum else "reset"
+    return train(method, data, received, private, server_round, **changes)
 
 
-def test_the_order_of_clients_never_matters(
-    trainable: Method, columns: FeatureTable, dataset: ImageDataset
+WITHOUT_GRADIENT = {"pfedmoap": {"private.gate.k.bias"}}
+"""Tensors that no loss depends on: a bias that all keys share leaves an attention as it is."""
+
+
+def test_training_moves_prompts_and_nothing_else(
+    trainable: Method, two_rounds: list[Round]
 ) -> None:
-    method, data = trainable, clients(columns, dataset)
-    received, private = starts(method, data)
-    forth = train(method, data, received, private)
-    back = train(method, data[::-1], received[::-1], private[::-1])[::-1]
-    for a, b in zip(forth, back, strict=True):
+    """Those who train for the second time; the fixture has looked at the backbone's weights."""
+    method, (first, second) = trainable, two_rounds
+    still = method.frozen | WITHOUT_GRADIENT.get(method.name, set())
+    empty = shapes(method.init_private(1, 0))
+    for own in first.private:
+        # An axis of 0 becomes as long as a client has images.
+        assert empty == {
+            n: s if empty[n][:1] != (0,) else (0, *s[1:]) for n, s in shapes(own).items()
+        }
+    for result in second.plain:
+        k = result.client
+        received, private = second.received[k], second.private[k]
+        assert shapes(result.shared) == shapes(method.init_shared(1))
+        assert shapes(result.private) == shapes(private) == shapes(first.private[k])
+        start = {f"shared.{n}": received[n] for n in result.shared}
+        start |= {f"private.{n}": t for n, t in private.items()}
+        last = {f"shared.{n}": t for n, t in result.shared.items()}
+        last |= {f"private.{n}": t for n, t in result.private.items()}
+        for n, t in last.items():
+            assert t.dtype == torch.float32
+            assert torch.isfinite(t).all(), n
+            assert n in still or not torch.equal(t, start[n]), f"{n} does not learn"
+        assert next(iter(result.losses)) == "ce"
+        assert all(np.isfinite(v) for v in result.losses.values())
+
+
+def test_results_are_equal_for_every_block_size(two_rounds: list[Round]) -> None:
+    for received, private, alone, blocks, _ in two_rounds:
+        for ours in (result for block in blocks for result in block):
+            k = ours.client
+            assert alone[k].losses == pytest.approx(ours.losses, rel=1e-3, abs=1e-5)
+            assert_close(ours.shared, alone[k].shared, received[k], 1e-3)
+            assert_close(ours.private, alone[k].private, private[k], 1e-3)
+
+
+def test_the_order_of_clients_never_matters(two_rounds: list[Round]) -> None:
+    forth, back = two_rounds[1].blocks
+    for a, b in zip(forth, back[::-1], strict=True):
         assert a.client == b.client
-        for n in a.shared:
-            assert torch.equal(a.shared[n], b.shared[n]), n
-        for n in a.private:
-            assert torch.equal(a.private[n], b.private[n]), n
+        for ours, theirs in (
+            (a.shared, b.shared),
+            (a.private, b.private),
+            (a.momentum, b.momentum),
+        ):
+            assert ours.keys() == theirs.keys()
+            for n in ours:
+                assert torch.equal(ours[n], theirs[n]), n
 
 
 LARGE_STARTS = {"pre_forgettable": 0.1}
