@@ -78,7 +78,18 @@ def recall(
     Returns:
         Votes (K, B, C), not negative.
     """
-    affinity_KBN = features_KBD @ keys_KND.transpose(-1, -2)
+    return vote(features_KBD @ keys_KND.transpose(-1, -2), owners_KN, beta, classes)
+
+
+def vote(affinity_KBN: Tensor, owners_KN: Tensor, beta: float, classes: int) -> Tensor:
+    """The votes (K, B, C) of a memory's rows for their classes.
+
+    Args:
+        affinity_KBN: how near each image is to each row; 1 gives a whole vote.
+        owners_KN: 1 + the class of each row; 0 where there is none.
+        beta: sharpness.
+        classes: C.
+    """
     votes_KBN = (-beta * (1 - affinity_KBN)).exp()
     # A product with one-hot owners adds in a fixed order on a GPU as well, which a scatter does
     # not. Its first column takes the votes of padding: a zero key votes exp(-beta).

@@ -14,8 +14,8 @@ from fedprompt.methods.registry import all_methods
 def test_the_papers_values_are_in_the_space(name: str) -> None:
     method = all_methods()[name]
     config = method.Config()
-    # Only these two train nothing at their default settings.
-    assert (config.lr_space is None) == (name in ("zero_shot", "tip_adapter"))
+    # Only these train nothing at their default settings.
+    assert (config.lr_space is None) == (name in ("zero_shot", "tip_adapter", "tfup"))
     assert config.lr_space is None or 0.002 in config.lr_space
     searched = config.search_spaces
     for field in dataclasses.fields(config):

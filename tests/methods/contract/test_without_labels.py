@@ -27,12 +27,13 @@ def test_hidden_labels_change_nothing_and_clients_without_learn(
 ) -> None:
     if not method.trainable:
         pytest.skip(f"{method.name} learns nothing")
-    workspace.partition = replace(workspace.partition, unlabelled=frozenset(hidden))
+    partition = replace(workspace.partition, unlabelled=frozenset(hidden))
 
     def trained(labels_N: np.ndarray) -> tuple[str, list[dict[str, torch.Tensor] | None]]:
-        workspace.dataset = replace(workspace.dataset, labels_N=labels_N)
+        dataset = replace(workspace.dataset, labels_N=labels_N)
+        own = Workspace(workspace.config, workspace.clip, dataset, partition, workspace.views)
         log = PrivateLog(tmp_path_factory.mktemp("private") / "log", 3)
-        federation = Federation(workspace, InlineGrid(workspace, log))
+        federation = Federation(own, InlineGrid(own, log))
         federation.join()
         for server_round in (1, 2, 3):
             line = federation.train_round(server_round)
