@@ -10,6 +10,7 @@ import typer
 
 from fedprompt.cli.completion import complete_experiment
 from fedprompt.cli.data import Overrides
+from fedprompt.cli.deploy_join import approve, join, request, revoke
 from fedprompt.cli.deploy_site import audit_app, check, ledger
 from fedprompt.cli.deploy_use import export, predict
 from fedprompt.errors import UserError
@@ -22,6 +23,8 @@ deploy_app = typer.Typer(
 
 deploy_app.command()(predict)
 deploy_app.command()(export)
+for command in (request, approve, join, revoke):
+    deploy_app.command()(command)
 deploy_app.command()(check)
 deploy_app.command()(ledger)
 deploy_app.add_typer(audit_app, name="audit")
@@ -78,13 +81,20 @@ def init(
         list[str],
         typer.Option("--host", help="Name or address by which nodes reach the server; repeatable."),
     ],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")],
+    nodes: Annotated[
+        int,
+        typer.Option(
+            "--nodes",
+            min=0,
+            help="Nodes whose keys are all made here, for trials (default: none; see 'request').",
+        ),
+    ] = 0,
     port: Annotated[int, typer.Option("--port", help="The server's port for the nodes.")] = 9092,
     days: Annotated[
         int, typer.Option("--days", help="How long the server's certificate is valid.")
     ] = 365,
 ) -> None:
-    """Create certificates and keys for one server and N nodes, and print the next steps."""
+    """Create the certificates of a server, and for trials the keys of N nodes; print next steps."""
     from fedprompt.deploy.new_federation import create_federation, instructions
 
     create_federation(folder, host, nodes, port, days)

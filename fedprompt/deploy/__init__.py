@@ -3,6 +3,8 @@
 Where each module runs:
 
 On the administrator's terminal
+    joining             `deploy request, approve, join, revoke`: nodes with keys of their own
+    governance          a node's policy, privacy ledger and audit log
     new_federation      `deploy init`: keys, certificates and settings of a new federation
     credentials         the only module that knows about certificates and keys
     folders             the server's and a node's folder, and the commands that run in them

@@ -10,28 +10,56 @@ from __future__ import annotations
 import binascii
 import datetime
 from base64 import b64decode
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from fedprompt.deploy.credentials import has_signed, key_to_pem, read_public_key
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedprompt.deploy.credentials import has_signed
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
 TOLERANCE_S = 305.0
 """How old Flower lets a timestamp be, in seconds."""
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Public keys, in the form in which Flower's SuperNode sends them.
+
+    Attributes:
+        approved: the nodes' keys.
+        shut_out: keys that are revoked, or whose approval has expired.
+    """
+
+    approved: Mapping[bytes, ec.EllipticCurvePublicKey]
+    shut_out: frozenset[bytes] = frozenset()
+
+
 class Callers:
     """The callers whose signature is known.
 
     Args:
-        keys: the files with the nodes' public keys.
+        read: returns the keys as they are at present.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file with a key is damaged.
     """
 
-    def __init__(self, keys: Iterable[Path]) -> None:
-        self._keys = {key_to_pem(key): key for key in map(read_public_key, keys)}
+    def __init__(self, read: Callable[[], Keys]) -> None:
+        self._read = read
+        read()  # a damaged file is reported at the start
+
+    def refuses(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether these headers name a key that is shut out.
+
+        Args:
+            headers: names in lower case, and values; they are untrusted. A caller that names a key
+                of somebody else gains nothing.
+        """
+        try:
+            return b64decode(dict(headers)[PUBLIC_KEY]) in self._read().shut_out
+        except (KeyError, ValueError, binascii.Error):
+            return False
 
     def knows(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """Whether a node of the federation has signed these headers within the last minutes.
@@ -41,7 +69,7 @@ class Callers:
         """
         values = dict(headers)
         try:
-            key = self._keys[b64decode(values[PUBLIC_KEY], validate=True)]
+            key = self._read().approved[b64decode(values[PUBLIC_KEY], validate=True)]
             signature = b64decode(values[SIGNATURE], validate=True)
             timestamp = values[TIMESTAMP]
             signed = datetime.datetime.fromisoformat(timestamp.decode("ascii"))

@@ -10,9 +10,10 @@ with mode 0600.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
     load_ssh_public_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -193,13 +195,83 @@ def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
         UserError: the file cannot be read, or holds no elliptic-curve key.
     """
     try:
-        key = load_ssh_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged"
-        raise UserError(f"cannot read the public key {path}: {reason}.") from None
+        return parse_public_key(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read the public key {path}: {error.strerror}.") from None
+
+
+def parse_public_key(text: bytes, path: Path) -> ec.EllipticCurvePublicKey:
+    """A node's public key in OpenSSH's format.
+
+    Args:
+        text: the key; it may come from a peer.
+        path: the file that it is from, for messages.
+
+    Raises:
+        UserError: it is no elliptic-curve key.
+    """
+    try:
+        key = load_ssh_public_key(text)
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError(f"cannot read the public key {path}: it is damaged.") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise UserError(f"{path} is not an elliptic-curve key; 'deploy init' did not create it.")
     return key
+
+
+def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a node's private key, `node.key`.
+
+    Raises:
+        UserError: the file cannot be read, or holds no elliptic-curve key.
+    """
+    return _private_key(path, lambda content: load_ssh_private_key(content, None))
+
+
+def read_server_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read the key of the server's certificate, `server.key`.
+
+    Raises:
+        UserError: the file cannot be read, or holds no elliptic-curve key.
+    """
+    return _private_key(path, lambda content: load_pem_private_key(content, None))
+
+
+def _private_key(path: Path, load: Callable[[bytes], object]) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = load(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
+        raise UserError(f"cannot read the private key {path}: {reason}.") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{path} is not an elliptic-curve key.")
+    return key
+
+
+def certificate_key(certificate: bytes, authority: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a server's certificate, if the authority has issued it.
+
+    Args:
+        certificate: the server's certificate, PEM; it is untrusted.
+        authority: the authority's certificate, PEM; it is untrusted as well.
+
+    Raises:
+        UserError: one is damaged, or the authority has not issued the other.
+    """
+    try:
+        issued, issuer = map(x509.load_pem_x509_certificate, (certificate, authority))
+        issued.verify_directly_issued_by(issuer)
+        key = issued.public_key()
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise UserError("the server's certificate is not one of the authority beside it.")
+    return key
+
+
+def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of a public key, in hexadecimal."""
+    return hashlib.sha256(key_to_pem(key)).hexdigest()
 
 
 def key_to_pem(key: ec.EllipticCurvePublicKey) -> bytes:

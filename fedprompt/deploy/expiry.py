@@ -6,7 +6,7 @@ An expired certificate cuts every node off at once, so it is said weeks before.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedprompt.deploy.credentials import validity
@@ -16,6 +16,10 @@ WARN = datetime.timedelta(days=30)
 """How long before its end a certificate is mentioned."""
 AGAIN = datetime.timedelta(days=1)
 """Time between two mentions."""
+APPROVE = (
+    "renew it with 'fedprompt deploy approve' of the same request on the server, and 'fedprompt "
+    "deploy join' on the node"
+)
 RENEW = "renew it with 'fedprompt deploy renew' on the machine with the authority"
 
 
@@ -36,6 +40,7 @@ class Expiry:
         certificates: their files.
         report: is called with each line for the administrator.
         now: returns the present time.
+        approvals: returns what else expires, such as "the approval of client 3", and when.
     """
 
     def __init__(
@@ -43,8 +48,11 @@ class Expiry:
         certificates: Sequence[Path],
         report: Callable[[str], None],
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+        *,
+        approvals: Callable[[], Mapping[str, datetime.datetime]] = dict,
     ) -> None:
         self._certificates, self._report, self._now = certificates, report, now
+        self._approvals = approvals
         self._last: datetime.datetime | None = None
 
     def check(self) -> None:
@@ -74,3 +82,9 @@ class Expiry:
             if end - now < WARN:
                 days = max(0, (end - now).days)
                 self._report(f"{path} expires on {end:%Y-%m-%d}, in {days} days; {RENEW}")
+        for what, end in self._approvals().items():
+            if now > end:
+                self._report(f"{what} has expired on {end:%Y-%m-%d}; {APPROVE}")
+            elif end - now < WARN:
+                days = (end - now).days
+                self._report(f"{what} expires on {end:%Y-%m-%d}, in {days} days; {APPROVE}")

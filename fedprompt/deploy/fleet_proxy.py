@@ -28,7 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedprompt.deploy.callers import Callers
 from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY
-from fedprompt.deploy.folders import public_keys
+from fedprompt.deploy.joining.member_keys import MemberKeys
 
 FLEET = "/v1/fleet/"
 HOP_BY_HOP = {b"host", b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
@@ -110,6 +110,9 @@ class FleetProxy:
         # A percent-encoded path could mean another path to the SuperLink than it does here.
         if scope["method"] != "POST" or not is_fleet_call(path) or raw != path.encode():
             await self._refuse(scope, send, 404, "is no call of the Fleet API")
+            return
+        if self.callers.refuses(scope["headers"]):
+            await self._refuse(scope, send, 403, "is of a node that has been shut out")
             return
         limit = self.node if self.callers.knows(scope["headers"]) else self.stranger
         try:
@@ -218,7 +221,7 @@ def serve(folder: Path, host: str, port: int, superlink_port: int) -> None:
         port: port to listen on, the only one that nodes use.
         superlink_port: the SuperLink's port on the loopback interface.
     """
-    callers = Callers(public_keys(folder).values())
+    callers = Callers(MemberKeys(folder).read)
     proxy = FleetProxy(f"https://127.0.0.1:{superlink_port}", folder / CA_CERTIFICATE, callers)
     uvicorn.run(
         proxy,

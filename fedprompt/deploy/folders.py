@@ -12,6 +12,7 @@ node-<k>/    ca.crt node.key node.pub federation.json
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedprompt.deploy.addresses import check_port, check_server
@@ -120,11 +122,13 @@ class NodeFolder:
         path: the folder.
         server: the server's address, `host:port`.
         client: the number of the client that this node is, 0 .. K - 1.
+        approved_until: until when the server lets the node in, if it has said so.
     """
 
     path: Path
     server: str
     client: int
+    approved_until: datetime.datetime | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -227,7 +231,12 @@ def read_node_folder(path: Path) -> NodeFolder:
     """
     settings = _read_settings(path, {"server": str, "client": int})
     server = check_server(settings["server"], f"{path / SETTINGS}: server")
-    return NodeFolder(path.resolve(), server, settings["client"])
+    until = _read_settings(path, {}, {"approved_until": str}).get("approved_until")
+    try:
+        approved = None if until is None else datetime.datetime.fromisoformat(until)
+    except ValueError:
+        raise UserError(f"{path / SETTINGS} is damaged: approved_until is no date.") from None
+    return NodeFolder(path.resolve(), server, settings["client"], approved)
 
 
 def public_keys(server: Path) -> dict[int, Path]:
@@ -236,13 +245,16 @@ def public_keys(server: Path) -> dict[int, Path]:
     return {int(m.group(1)): path for m, path in sorted(matches, key=lambda x: x[1].name) if m}
 
 
-def _read_settings(folder: Path, types: Mapping[str, type]) -> dict[str, Any]:
+def _read_settings(
+    folder: Path, types: Mapping[str, type], optional: Mapping[str, type] = MappingProxyType({})
+) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         # Values of a wrong type fall through to the error at the end, like damaged JSON.
         if all(isinstance(settings[name], kind) for name, kind in types.items()):
-            return {name: settings[name] for name in types}
+            present = {n for n, kind in optional.items() if isinstance(settings.get(n), kind)}
+            return {name: settings[name] for name in {**types, **dict.fromkeys(present)}}
     except OSError as error:
         raise UserError(
             f"cannot read {path}: {error.strerror}; {folder} must be a folder that 'fedprompt "

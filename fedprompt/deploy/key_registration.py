@@ -11,12 +11,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from filelock import FileLock
+
 from fedprompt.deploy.flower_commands import last_words, run_flwr
 from fedprompt.deploy.folders import CONNECTION, ServerFolder, public_keys
+from fedprompt.deploy.joining.server_side import shut_out
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 
 REGISTERED = "nodes.json"
+NODE_ID = r'"node-id":\s*"?(\d+)'
+"""Where the id of a node is in the output of Flower's commands."""
 
 
 def register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[int, int]:
@@ -32,7 +37,14 @@ def register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[
     Raises:
         UserError: the SuperLink refuses a key.
     """
+    # `deploy server`, `approve` and `revoke` may run at the same time.
+    with FileLock(server.path / f"{REGISTERED}.lock"):
+        return _register_keys(server, environment)
+
+
+def _register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[int, int]:
     entries = _read(server)
+    _unregister_revoked(server, entries, environment)
     for client, public in public_keys(server.path).items():
         key = public.read_text()
         # Keys are compared, not clients, so that a node with a new key is registered again.
@@ -41,13 +53,37 @@ def register_keys(server: ServerFolder, environment: Mapping[str, str]) -> dict[
         output = run_flwr(
             ["supernode", "register", str(public), CONNECTION, "--format", "json"], environment
         )
-        node = re.search(r'"node-id":\s*"?(\d+)', output)
-        if not node:
+        found = re.findall(NODE_ID, output)
+        if not found:
+            # A process that was killed here may have registered the key and not noted it.
+            found = _unnoted(entries, environment)
+        if len(found) != 1:
             raise UserError(f"the SuperLink did not register {public}: {last_words(output)}")
-        entries[str(client)] = {"key": key, "node": int(node.group(1))}
-        # Written after every key: a key that is registered twice is refused by the SuperLink.
+        entries[str(client)] = {"key": key, "node": int(found[0])}
+        # After every key, so that at most one key is registered and not noted.
         write_bytes(server.path / REGISTERED, json.dumps(entries, indent=2).encode())
     return _client_of_node(entries)
+
+
+def _unnoted(entries: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> list[str]:
+    """Ids of nodes that the SuperLink knows and `nodes.json` does not."""
+    listed = run_flwr(["supernode", "list", CONNECTION, "--format", "json"], environment)
+    noted = {str(entry["node"]) for entry in entries.values()}
+    return [node for node in re.findall(NODE_ID, listed) if node not in noted]
+
+
+def _unregister_revoked(
+    server: ServerFolder, entries: dict[str, dict[str, Any]], environment: Mapping[str, str]
+) -> None:
+    """Make the SuperLink forget nodes whose keys are revoked; the proxy refuses them already."""
+    revoked = set(shut_out(server.path))
+    for client, entry in list(entries.items()):
+        if entry["key"].strip() not in revoked:
+            continue
+        # Its answer does not matter: that it does not know the node is just as good.
+        run_flwr(["supernode", "unregister", str(entry["node"]), CONNECTION], environment)
+        del entries[client]
+        write_bytes(server.path / REGISTERED, json.dumps(entries, indent=2).encode())
 
 
 def registered_clients(server: ServerFolder) -> dict[int, int]:

@@ -5,7 +5,8 @@ server/      for the server, see folders.py
 node-<k>/    for node k, see folders.py
 README.md    which folder belongs on which machine, and the commands to run there
 
-All keys are created on this one machine and are then copied to the others.
+The keys of these nodes are all created on this one machine and are then copied to the others, which
+suits a trial. Nodes that make their own keys join later (`fedprompt.deploy.joining`).
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ def instructions(host: str, port: int, nodes: int) -> str:
         port: the server's port for the nodes.
         nodes: number of nodes.
     """
-    text = resources.files("fedprompt.deploy").joinpath("federation.md").read_text("utf-8")
+    page = "federation.md" if nodes else "joining.md"
+    text = resources.files("fedprompt.deploy").joinpath(page).read_text("utf-8")
     copies = "\n".join(f"scp -pr node-{k} NODE{k}:federation/node-{k}" for k in range(nodes))
     starts = "\n".join(
         f"fedprompt deploy node federation/node-{k} --data /path/to/images   # on NODE{k}"

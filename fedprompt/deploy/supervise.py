@@ -6,8 +6,10 @@ a service manager, until it is stopped.
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedprompt.deploy.addresses import check_host
@@ -16,6 +18,7 @@ from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE
 from fedprompt.deploy.diagnosis import find_fault
 from fedprompt.deploy.expiry import Expiry
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
+from fedprompt.deploy.joining.server_side import members
 from fedprompt.deploy.key_registration import register_keys
 from fedprompt.deploy.processes import Processes, free_port, listens
 from fedprompt.deploy.reach import UNAVAILABLE, call, proxy_variable
@@ -51,7 +54,7 @@ def serve(server: ServerFolder, host: str) -> None:
             f"{server.path / SETTINGS}; choose another --port."
         )
     certificates = [server.path / CERTIFICATE, server.path / CA_CERTIFICATE]
-    expiry = Expiry(certificates, _print)
+    expiry = Expiry(certificates, _print, approvals=lambda: _approvals(server.path))
     expiry.check()
     server.prepare()
     # Checked first: later, a program of somebody else would be taken for ours that listens.
@@ -136,7 +139,9 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
     if port is not None:
         _refuse_used_port(port, "set another --port, or leave it out to use any free one")
     authority = node.path / CA_CERTIFICATE
-    expiry = Expiry([authority], _print)
+    until = node.approved_until
+    approval = {} if until is None else {"the approval of this node": until}
+    expiry = Expiry([authority], _print, approvals=lambda: approval)
     expiry.check()
     again = f"start it again with: {command_line()}"
     with advice(lambda: again), Processes(node.path) as processes:
@@ -168,6 +173,15 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
             processes.restart_exited(NODE_PAUSE_S, report)
             connection.update()
             time.sleep(LOOK_S)
+
+
+def _approvals(server: Path) -> dict[str, datetime.datetime]:
+    """Until when the nodes are approved that are not approved for ever."""
+    return {
+        f"the approval of client {member.client} ({member.name})": member.expires
+        for member in members(server)
+        if member.expires is not None
+    }
 
 
 def _refuse_used_port(port: int, advice: str, host: str = "127.0.0.1") -> None:

@@ -29,7 +29,7 @@ from fedprompt.deploy.fleet_proxy import (
     Limit,
     is_fleet_call,
 )
-from fedprompt.deploy.folders import public_keys
+from fedprompt.deploy.joining.member_keys import MemberKeys
 from fedprompt.deploy.new_federation import create_federation
 from fedprompt.errors import UserError
 
@@ -80,7 +80,7 @@ class Gate:
 
     def __init__(self, federation: Path, **limits: Limit) -> None:
         server = federation / "server"
-        known = Callers(public_keys(server).values())
+        known = Callers(MemberKeys(server).read)
         self.proxy = FleetProxy("https://superlink", server / CA_CERTIFICATE, known, **limits)
         self.forwarded: list[bytes] = []
         self.pieces_read = 0
@@ -156,7 +156,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(federation: Path, who: str)
 def test_only_a_nodes_own_fresh_signature_counts(
     federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Callers(public_keys(federation / "server").values())
+    known = Callers(MemberKeys(federation / "server").read)
     good = dict(signed(federation / "node-0"))
     assert known.knows(good.items())
     write_node_key(tmp_path)
@@ -181,9 +181,10 @@ def test_only_a_nodes_own_fresh_signature_counts(
 
 
 def test_a_damaged_key_is_named(tmp_path: Path) -> None:
-    (tmp_path / "node-0.pub").write_text("nothing")
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "node-0.pub").write_text("nothing")
     with pytest.raises(UserError, match=r"node-0\.pub"):
-        Callers([tmp_path / "node-0.pub"])
+        Callers(MemberKeys(tmp_path).read)
 
 
 def test_a_nodes_look_at_certificate_and_clock_is_no_refusal(
