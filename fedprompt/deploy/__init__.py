@@ -4,7 +4,6 @@ Where each module runs:
 
 On the administrator's terminal
     joining             `deploy request, approve, join, revoke`: nodes with keys of their own
-    governance          a node's policy, privacy ledger and audit log
     new_federation      `deploy init`: keys, certificates and settings of a new federation
     credentials         the only module that knows about certificates and keys
     folders             the server's and a node's folder, and the commands that run in them
@@ -34,6 +33,7 @@ In processes that they start on a node
     worker_client       passes the message from there to the worker
     worker, node        the process that holds PyTorch and CLIP and answers the message
     node_config         what the node decides for itself
+    governance          its policy, its privacy ledger and its audit log
     private_store       the node's private prompts on disk
     node_model          the rest of its personal model, for `deploy predict` and `deploy export`
 

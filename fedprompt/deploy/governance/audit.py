@@ -27,6 +27,24 @@ WHAT = "audit log"
 ASKED, SENT, REFUSED = "asked", "sent", "refused"
 MAX_LISTED = 32
 """Longest list of numbers that an entry repeats; of a longer one it gives length and SHA-256."""
+WORDS = {
+    "num-train": "the number of training images",
+    "num-test": "the number of test images",
+    "train-counts": "the number of training images of each class, or an empty list if withheld",
+    "test-counts": "the number of test images of each class, or an empty list if withheld",
+    "bad-images": "the number of image files that could not be read",
+    "labelled": "whether the training images have labels",
+    "client-id": "the number under which this site takes part",
+    "sample": "what the site's frozen model computes for a drawn picture and a sentence of the "
+    "program itself, to show that it is the same model everywhere",
+    "num-examples": "the number of images that were trained or tested on",
+    "correct": "how many test images were classified correctly",
+    "loss": "the mean training loss, a measure of how well the training images are fitted",
+    "fedprompt": "the version of this program",
+    "flwr": "the version of its library Flower",
+    "torch": "the version of its library PyTorch",
+}
+"""What a value of a reply is, for readers who do not know our names."""
 KINDS = {"train": "to train", "evaluate": "to test its model", "query": "which data it has"}
 """What a server asks a node for, by the kind of the message."""
 
@@ -137,8 +155,8 @@ def egress_statement(entries: Sequence[Entry], run: str | None) -> str:
     for kind, words in KINDS.items():
         counts = Counter(entry["event"] for entry in of_run if entry["kind"] == kind)
         lines.append(
-            f"- The server asked {counts[ASKED]} times {words}; the site answered {counts[SENT]} "
-            f"times and refused {counts[REFUSED]} times."
+            f"- The server asked {words}: {counts[ASKED]} requests, of which the site answered "
+            f"{counts[SENT]} and refused {counts[REFUSED]}."
         )
     lines += ["", "## Learned numbers (tensors) that have left", ""]
     lines += _tensor_table(sent) or ["None."]
@@ -191,6 +209,16 @@ def _value_lines(sent: Sequence[Entry]) -> list[str]:
         if not (isinstance(value, dict) and "norm" in value)
     )
     return [
-        f"- `{name}`, {count} times, when asked {KINDS.get(kind, kind)}"
+        f"- when asked {KINDS.get(kind, kind)}, {_times(count)}: {_in_words(name)}"
         for (kind, name), count in sorted(found.items())
     ]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _in_words(name: str) -> str:
+    plain = name.rpartition(".")[2]
+    words = WORDS.get(plain, "a part of the mean training loss" if "loss-" in plain else "")
+    return f"{words} (`{name}`)" if words else f"`{name}`"

@@ -247,7 +247,7 @@ def test_the_egress_statement_says_what_has_left(folder: Path) -> None:
     page = audit.egress_statement(node.entries(), "r")
     (name,) = to_arrays(node.ask(MessageType.TRAIN).content[ARRAYS])  # type: ignore[arg-type]
     assert f"| {name} |" in page
-    assert "answered 2 times" in page
+    assert "2 requests, of which the site answered 2" in page
     assert "fedrsclip" in page
     assert "fed.example.org" in page
     with pytest.raises(UserError, match=r"'other'.*: r\."):
