@@ -18,8 +18,10 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
+from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.frozen_layer import FrozenLayer
 from fedprompt.backbone.hard_text import packed_features
 from fedprompt.backbone.text_parts import text_parts
+from fedprompt.backbone.text_pass import HuggingFacePass
 from fedprompt.backbone.token_rows import end_of_text, token_rows
 
 SMALLEST_BATCH = 8
@@ -66,7 +69,7 @@ class FrozenCLIP:
 
     def __init__(
         self,
-        model: CLIP | CustomTextCLIP,
+        model: CLIP | CustomTextCLIP | CoCa,
         tokenizer: Callable[..., Tensor],
         *,
         name: str,
@@ -97,9 +100,14 @@ class FrozenCLIP:
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
 
     @property
-    def needs_timm(self) -> bool:
-        """Whether the image tower is one of timm's."""
-        return isinstance(self.model.visual, TimmModel)
+    def libraries(self) -> frozenset[str]:
+        """Those of `runtime.OPTIONAL_LIBRARIES` that the towers or the tokenizer come from."""
+        hugging_face = isinstance(self.tokenizer, HFTokenizer | SigLipTokenizer)
+        used = {
+            "timm": isinstance(self.model.visual, TimmModel),
+            "transformers": hugging_face or isinstance(self.text.own_pass, HuggingFacePass),
+        }
+        return frozenset(name for name, uses in used.items() if uses)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -137,7 +145,11 @@ class FrozenCLIP:
         if more > 0:
             images_B3HW = torch.cat([images_B3HW, images_B3HW[:1].expand(more, -1, -1, -1)])
         with self.autocast():
-            features_BD: Tensor = self.model.encode_image(images_B3HW.to(self.device))
+            features_BD: Tensor = self.model.encode_image(
+                # CoCa's models would normalise them otherwise.
+                images_B3HW.to(self.device),
+                normalize=False,
+            )
         return features_BD[:count].float().cpu()
 
     @torch.no_grad()
@@ -147,9 +159,11 @@ class FrozenCLIP:
         Raises:
             UserError: a text is longer than the text tower, or contains a special token.
         """
-        tokens = token_rows(self.tokenizer, self.text, texts, self.name).to(self.device)
+        return self._encode_rows(token_rows(self.tokenizer, self.text, texts, self.name))
+
+    def _encode_rows(self, ids_TL: Tensor) -> Tensor:
         with self.autocast():
-            features: Tensor = self.model.encode_text(tokens)
+            features: Tensor = self.model.encode_text(ids_TL.to(self.device), normalize=False)
         return features.float()
 
     @torch.no_grad()
@@ -161,11 +175,14 @@ class FrozenCLIP:
         Raises:
             UserError: a text is longer than the text tower, or contains a special token.
         """
-        if not self.text.packable:
-            self.positions_encoded += len(texts) * self.text.context_length
-            return self.encode_text_raw(texts)
         ids_TL = token_rows(self.tokenizer, self.text, texts, self.name)
         ends_T = end_of_text(self.text, ids_TL)
+        if not self.text.packable:
+            if self.text.pad_id is not None:
+                # Towers of Hugging Face read texts of any length; nobody sees the padding.
+                ids_TL = ids_TL[:, : int(ends_T.max()) + 1]
+            self.positions_encoded += ids_TL.numel()
+            return self._encode_rows(ids_TL)
         features_TD, positions = packed_features(self.text, self.text_layers, ids_TL, ends_T)
         self.positions_encoded += positions
         return features_TD

@@ -14,10 +14,17 @@ import torch
 from open_clip.model import CLIP
 from torch import nn
 
-from fedprompt.backbone.architecture import adopt_weights, empty_model, model_settings
+from fedprompt.backbone.architecture import (
+    adopt_weights,
+    empty_model,
+    model_settings,
+    with_text_model,
+)
+from fedprompt.backbone.checkpoint_files import files_of
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.devices import pick_device, use_precision
 from fedprompt.backbone.fingerprint import digest, file_digest
+from fedprompt.backbone.model_folder import find_folder
 from fedprompt.backbone.tiny import tiny_card, tiny_model_config, tiny_state_dict
 from fedprompt.backbone.tokenizer import load_tokenizer
 from fedprompt.backbone.weights import find_weights, map_weights, mappable_weights
@@ -39,22 +46,26 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
         The model on the configured device, its weights memory-mapped on a CPU.
 
     Raises:
-        UserError: the model or tag is unknown, the weights cannot be downloaded, read or loaded
-            into the model, learned prompts cannot pass through its text tower, there is no GPU, or
-            the precision is not for this device.
+        UserError: the model or tag is unknown, needs a package that is not installed, the weights
+            cannot be downloaded, read or loaded into the model, there is no GPU, or the precision
+            is not for this device.
     """
     device = pick_device(config.device)
     use_precision(config.precision, device)
     if config.model == "tiny":
         return _load_tiny(config, device)
-    model_cfg, tag_cfg = model_settings(config)
+    folder = find_folder(config.model)
+    # The name of a local folder without its path, which differs between machines.
+    name = config.model if folder is None else folder.name
+    model_cfg, tag_cfg = model_settings(config, folder)
     # Before the weights: a tokenizer that is missing should not cost a download.
-    tokenizer = load_tokenizer(config.model)
-    source = find_weights(config, tag_cfg)
-    weights_hash = digest(
-        file_digest(source, cache_dir) + json.dumps(model_cfg, sort_keys=True),
-    )
-    weights = mappable_weights(config.model, model_cfg, source, weights_hash, cache_dir)
+    tokenizer = load_tokenizer(config.model, model_cfg["text_cfg"])
+    buildable_cfg = with_text_model(model_cfg, name, folder)
+    source = find_weights(config, tag_cfg, folder)
+    contents = "".join(file_digest(file, cache_dir) for file in files_of(source))
+    weights_hash = digest(contents + json.dumps(model_cfg, sort_keys=True))
+    model_cfg = buildable_cfg
+    weights = mappable_weights(name, model_cfg, source, weights_hash, cache_dir)
     model = empty_model(model_cfg, meta=True)
     adopt_weights(model, map_weights(weights))
     preprocess_cfg = open_clip.transform.merge_preprocess_dict(
@@ -66,7 +77,7 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     return FrozenCLIP(
         model,
         tokenizer,
-        name=config.model,
+        name=name,
         weights_hash=weights_hash,
         device=device,
         precision=config.precision,
@@ -107,4 +118,6 @@ def shape_only_clip(name: str) -> FrozenCLIP:
     model = empty_model(cfg, meta=False)
     for tower, count in zip((model.visual, getattr(model, "text", model)), layers, strict=True):
         tower.transformer.resblocks = nn.ModuleList([*tower.transformer.resblocks] * count)
-    return FrozenCLIP(model, load_tokenizer(name), name=name, weights_hash="random")
+    return FrozenCLIP(
+        model, load_tokenizer(name, cfg["text_cfg"]), name=name, weights_hash="random"
+    )

@@ -36,13 +36,14 @@ class ClassTokens:
     Attributes:
         ids_CL: ids of `[SOS] X X ... name. [EOT]`, padded.
         name_end_C: position after the last token of each class name.
-        pooled_C: position at which each prompt's feature is read, end-of-text in CLIP.
+        end_C: position of each prompt's last token, end-of-text in CLIP. Where the tower reads its
+            feature at the last of all positions, it is that one.
         first: position of the first context token, 1 in CLIP.
     """
 
     ids_CL: Tensor
     name_end_C: Tensor
-    pooled_C: Tensor
+    end_C: Tensor
     first: int
 
 
@@ -67,8 +68,9 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
 
     ids_CL = token_rows(clip.tokenizer, clip.text, texts, clip.name, describe)
     first = specials_before(clip.tokenizer)
-    run = ids_CL[:, first : first + context_tokens]
-    if not bool((run == ids_CL[:1, first : first + 1]).all()) and context_tokens:
+    # Not compared with one another: some tokenizers give the first word of a text another id.
+    alone = token_rows(clip.tokenizer, clip.text, [placeholders], clip.name)
+    if int(end_of_text(clip.text, alone)[0]) != first + context_tokens:
         raise UserError(
             f"the tokenizer of {clip.name} does not turn '{PLACEHOLDER}' into one token, so "
             "prompts cannot be placed."
@@ -77,7 +79,7 @@ def tokenise(clip: FrozenCLIP, class_names: Sequence[str], context_tokens: int) 
     # Some tokenizers (SigLIP's) drop the full stop; then the name ends where the text ends.
     dropped_C = (bare_CL == ids_CL).all(dim=-1)
     name_end_C = end_of_text(clip.text, ids_CL) - (~dropped_C).long()
-    return ClassTokens(ids_CL, name_end_C, _pooled(clip.text, ids_CL), first)
+    return ClassTokens(ids_CL, name_end_C, _ends(clip.text, ids_CL), first)
 
 
 def in_order(
@@ -171,7 +173,7 @@ def context_init(clip: FrozenCLIP, text: str | None, context_tokens: int, draw: 
     return embedded.detach().float().cpu()
 
 
-def _pooled(parts: TextParts, ids_CL: Tensor) -> Tensor:
-    if parts.pools_at_end:
+def _ends(parts: TextParts, ids_CL: Tensor) -> Tensor:
+    if parts.pools_at_end or parts.cut_at_end:
         return end_of_text(parts, ids_CL)
     return torch.full((ids_CL.shape[0],), ids_CL.shape[1] - 1)

@@ -13,8 +13,8 @@ Where classes share nothing (other positions of the class name, class-specific c
 every class is a sequence of its own, of which only the needed positions are computed, and a bounded
 number of classes at a time (`text_sequences.py`).
 
-The plain path runs open_clip's own blocks. It serves towers that are not causal or whose blocks
-have parts of their own.
+The plain path runs the tower's own blocks (`text_pass.py`). It serves towers that are not causal,
+that have a class embedding or blocks with parts of their own, or that come from Hugging Face.
 
 Shape suffixes: N prompts (all leading dimensions flattened), M context tokens, C classes, G classes
 of a group, L text positions, d text width, D joint embedding, J deep layers, F special tokens
@@ -99,9 +99,8 @@ class TextTower:
         ids_CL, slots_CM = in_order(self._tokens, context_tokens, position)
         self._ids_CL, self._slots_CM = ids_CL.to(clip.device), slots_CM.to(clip.device)
         self._plans: dict[int, _Plan] = {}
-        longest = torch.full_like(self._tokens.pooled_C, self.token_ids_CL.shape[1])
-        self._lengths_C = self._tokens.pooled_C + 1 if parts.truncates else longest
-        self.fast = parts.truncates and parts.plain_blocks
+        self._lengths_C = parts.lengths(self._tokens.end_C)
+        self.fast = parts.fast
         packed = parts.packable and position == "end" and not class_specific
         self.transformer = self._prepare() if packed else None
 
@@ -139,7 +138,8 @@ class TextTower:
             (..., C, D), float32, not normalised.
 
         Raises:
-            UserError: there are deep prompts for more layers than follow the first.
+            UserError: there are deep prompts for more layers than follow the first, or adapters for
+                blocks that have no place for them.
         """
         tail = 3 if self.class_specific else 2
         lead = context.shape[:-tail]
@@ -150,6 +150,8 @@ class TextTower:
                 f"{deep_N.shape[1]} deep prompts were given, but {self.clip.name}'s text tower has "
                 f"room for {len(self.clip.text.blocks) - 1} after its first layer."
             )
+        if adapt is not None:
+            self.clip.text.check_adapters(self.clip.name)
         prompts = max(clients, context_N.shape[0])
         if self.transformer is not None and adapt is None:
             self.clip.positions_encoded += prompts * self.transformer.rows
@@ -180,7 +182,7 @@ class TextTower:
         if most not in self._plans:
             found, in_turn = [], chunks(self._lengths_C, most)
             for classes in in_turn:
-                ends, counts = self._tokens.pooled_C[classes].unique_consecutive(return_counts=True)
+                ends, counts = self._tokens.end_C[classes].unique_consecutive(return_counts=True)
                 groups = classes.to(device).split(counts.tolist())
                 found.append(list(zip(groups, ends.tolist(), strict=True)))
             self._plans[most] = _Plan(found, torch.cat(in_turn).argsort().to(device))
@@ -194,7 +196,7 @@ class TextTower:
         start, device = self.first + self.context_tokens, self.clip.device
         suffixes = [
             row[start : end + 1].tolist()
-            for row, end in zip(ids, self._tokens.pooled_C.tolist(), strict=True)
+            for row, end in zip(ids, self._tokens.end_C.tolist(), strict=True)
         ]
         kind = BinTransformer if prefers_bins(device) else PromptTransformer
         packing = pack(suffixes, start, parts.width, repeats_prefix=kind is BinTransformer)
@@ -252,32 +254,22 @@ class TextTower:
     ) -> Tensor:
         """Features (N, G, D) of classes whose prompts end at the same position.
 
-        Positions after the end of the text are not computed where attention is causal.
+        Positions after the end of the text are not computed where no other position sees them.
         """
         parts = self.clip.text
-        n, g = context_N.shape[0], len(classes)
-        length = end + 1 if parts.truncates else self.token_ids_CL.shape[1]
+        length = int(parts.lengths(torch.tensor(end)))
         embedded_NGLd, slots_GM = self.assemble(context_N, classes, length)
-        x, mask = embedded_NGLd.flatten(0, 1), None
-        if parts.attn_mask_LL is not None:
-            mask = parts.attn_mask_LL[:length, :length].to(x)
-        for i, block in enumerate(parts.blocks):
-            if deep_NJMd is not None and 0 < i <= deep_NJMd.shape[1]:
-                deep = deep_NJMd[:, i - 1, None].expand(n, g, -1, -1).to(x)
-                x = place(x.unflatten(0, (n, g)), slots_GM, deep).flatten(0, 1)
-            added = None if adapt is None else adapt(i, block, x.unflatten(0, (n, g)))
-            x = block(x, attn_mask=mask)
-            if added is not None:
-                # An adapter may turn the prompts of one client into those of several.
-                n = added.shape[0]
-                x = (x.unflatten(0, (-1, g)) + added).flatten(0, 1)
-        if parts.pools_at_end:
-            pooled = x[:, end]
-        else:
-            pooled = {"first": x[:, 0], "last": x[:, -1]}[parts.pool_type]
-        # ln_final works on each position by itself, so it may follow the pooling.
-        features_NGD: Tensor = parts.project(parts.ln_final(pooled)).unflatten(0, (n, g))
-        return features_NGD
+
+        def enter(i: int, x_NGLd: Tensor) -> Tensor:
+            if deep_NJMd is None or not 0 < i <= deep_NJMd.shape[1]:
+                return x_NGLd
+            deep_NGMd = deep_NJMd[:, i - 1, None].expand(*x_NGLd.shape[:2], -1, -1)
+            return place(x_NGLd, slots_GM, deep_NGMd.to(x_NGLd))
+
+        ids_GL, deep = self._ids_CL[classes, :length], None if deep_NJMd is None else enter
+        pooled_NGd = parts.own_pass(embedded_NGLd, ids_GL, end, deep, adapt)
+        # ln_final works on each position by itself: it may follow the pooling.
+        return parts.project(parts.ln_final(pooled_NGd))
 
     def assemble(self, context_N: Tensor, classes: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Build the embeddings at the input of the first layer.

@@ -100,6 +100,9 @@ def specials_before(tokenizer: Tokenizer) -> int:
 
 def end_of_text(parts: TextParts, ids_CL: Tensor) -> Tensor:
     """Index of the end-of-text token of each row (C,)."""
+    if parts.pad_id is not None:
+        # Hugging Face's tokenizers pad on the right with an id that no text has.
+        return ids_CL.ne(parts.pad_id).sum(dim=-1) - 1
     if parts.pool_type == "eos":
         assert parts.eos_id is not None
         return ids_CL.eq(parts.eos_id).int().argmax(dim=-1)

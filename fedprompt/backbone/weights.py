@@ -8,6 +8,7 @@ process reads what it does not use.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedprompt.backbone.architecture import empty_model
+from fedprompt.backbone.architecture import Model, empty_model
+from fedprompt.backbone.checkpoint_files import files_of, read_tensors
+from fedprompt.backbone.model_folder import ModelFolder
+from fedprompt.backbone.wrong_weights import wrong_weights
 from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
 from fedprompt.files import replacing, stand_in
 from fedprompt.hub import stay_offline_if_unreachable
 
 
-def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
-    """Locate the weights: the file `config.checkpoint`, or a download of the pretrained tag.
+def find_weights(
+    config: BackboneConfig, tag_cfg: dict[str, Any], folder: ModelFolder | None = None
+) -> Path:
+    """Locate the weights.
+
+    They are the file `config.checkpoint` if it is given, or else those of the model's folder, or a
+    download of the pretrained tag.
 
     Args:
         config: the config's `backbone` section.
         tag_cfg: the tag's settings from `architecture.model_settings`.
+        folder: the folder that `config.model` names, if it names one.
+
+    Returns:
+        A checkpoint file, or the index of several.
 
     Raises:
         UserError: there is no such file, it holds something else, or the download fails.
@@ -40,8 +53,9 @@ def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
         source = Path(config.checkpoint).expanduser()
         if not source.is_file():
             raise UserError(f"backbone: no checkpoint file {source}.")
-        _refuse_stand_in(source)
-        return source
+        return _checked(source)
+    if folder is not None:
+        return _checked(folder.weights())
     stay_offline_if_unreachable()
     try:
         source = Path(download_pretrained(tag_cfg))
@@ -51,19 +65,20 @@ def find_weights(config: BackboneConfig, tag_cfg: dict[str, Any]) -> Path:
             f"({type(error).__name__}); fetch them on a machine with a connection and add "
             "backbone.checkpoint=FILE, or copy its Hugging Face cache."
         ) from None
-    _refuse_stand_in(source)
+    return _checked(source)
+
+
+def _checked(source: Path) -> Path:
+    """Refuse files that hold no weights, such as the pointer that Git LFS leaves."""
+    for file in files_of(source):
+        try:
+            with file.open("rb") as stream:
+                instead = stand_in(stream.read(512))
+        except OSError as error:
+            raise UserError(f"backbone: cannot read {file}: {error.strerror}.") from None
+        if instead is not None:
+            raise UserError(f"backbone: {file} holds no weights: {instead}.")
     return source
-
-
-def _refuse_stand_in(source: Path) -> None:
-    """Refuse a file that is none of weights, such as the pointer that Git LFS leaves."""
-    try:
-        with source.open("rb") as stream:
-            instead = stand_in(stream.read(512))
-    except OSError as error:
-        raise UserError(f"backbone: cannot read {source}: {error.strerror}.") from None
-    if instead is not None:
-        raise UserError(f"backbone: {source} holds no weights: {instead}.")
 
 
 def mappable_weights(
@@ -118,21 +133,36 @@ def map_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _convert(name: str, model_cfg: Mapping[str, Any], source: Path, target: Path) -> None:
-    """Let open_clip read and convert `source`, and keep the result as float32 safetensors."""
+    """Read `source` into the model, and keep the result as float32 safetensors."""
     model = empty_model(model_cfg, meta=False)
+    tensors: dict[str, Tensor] = {}
     try:
-        # weights_only: a pickle could otherwise execute code when it is opened.
-        open_clip.load_checkpoint(model, str(source), strict=True, weights_only=True)
+        if source.suffix in (".npz", ".npy"):  # SigLIP as Google publishes it
+            open_clip.load_checkpoint(model, str(source))
+        else:
+            tensors = read_tensors(source)
+            _load(model, tensors, target.parent)
     except Exception as error:  # unpickling, key and shape errors come in many types
-        raise UserError(
-            f"backbone: {source} does not hold weights of {name}: {_why_not(error)}"
-        ) from None
+        reason = wrong_weights(name, model, tensors) or _why_not(error)
+        raise UserError(f"backbone: {source} does not hold weights of {name}: {reason}") from None
     state = {
         k: (v.float() if v.is_floating_point() else v).contiguous().clone()
         for k, v in model.state_dict().items()
     }
     with replacing(target) as temporary:
         save_file(state, temporary)
+
+
+def _load(model: Model, tensors: Mapping[str, Tensor], scratch: Path) -> None:
+    """Put tensors into the model, in its own layout or in one that open_clip converts."""
+    own = model.state_dict()
+    if {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in own.items()}:
+        model.load_state_dict(tensors, strict=True)
+        return
+    # open_clip converts what it reads from a file, and reads fewer kinds of files than we do.
+    with tempfile.NamedTemporaryFile(dir=scratch, suffix=".safetensors") as file:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file.name)
+        open_clip.load_checkpoint(model, file.name, strict=True)
 
 
 def _is_mappable(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -158,7 +158,8 @@ def node(
         typer.Option("--threads", help="CPU threads (default: as in the experiment)."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Local file with the backbone's weights.")
+        Path | None,
+        typer.Option("--checkpoint", help="The backbone's weights, a local file or folder."),
     ] = None,
     state: Annotated[
         Path | None,
@@ -213,8 +214,8 @@ def node(
     for option, path in (("--data", data), ("--root", root)):
         if path is not None and not path.is_dir():
             raise UserError(f"{option}: there is no folder {path}.")
-    if checkpoint is not None and not checkpoint.is_file():
-        raise UserError(f"--checkpoint: there is no file {checkpoint}.")
+    if checkpoint is not None and not checkpoint.exists():
+        raise UserError(f"--checkpoint: there is no file or folder {checkpoint}.")
     if superlink is not None:
         superlink = check_server(superlink, "--server")
     if port is not None:

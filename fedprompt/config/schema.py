@@ -16,12 +16,19 @@ from fedprompt.config.fields import option
 from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
 
+LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"
+"""How `backbone.model` begins where it names a folder or a model on the hub, as in open_clip."""
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
     """The frozen CLIP model, its device and its precision."""
 
-    model: str = option("tiny", "open_clip model name, or 'tiny' for the embedded one")
+    model: str = option(
+        "tiny",
+        "open_clip model name, 'local-dir:FOLDER' or 'hf-hub:OWNER/NAME' for a model in the hub's "
+        "layout, or 'tiny' for the embedded one",
+    )
     pretrained: str | None = option(None, "open_clip pretrained tag, e.g. 'openai'")
     checkpoint: str | None = option(
         None,
@@ -41,6 +48,13 @@ class BackboneConfig:
 
     def check(self) -> None:
         """Refuse a model without weights."""
+        if self.model.startswith((LOCAL_FOLDER, ON_HUB)):
+            if self.pretrained:
+                raise UserError(
+                    f"'{self.model}' comes with its own weights, so backbone.pretrained "
+                    f"({self.pretrained}) would be ignored; leave one of the two out."
+                )
+            return
         if self.model != "tiny" and not (self.pretrained or self.checkpoint):
             raise UserError(
                 f"'{self.model}' needs weights: set backbone.pretrained (a tag) or "

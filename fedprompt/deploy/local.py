@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy import submit
 from fedprompt.deploy.credentials import CERTIFICATE
@@ -214,7 +214,10 @@ def _run(
     folder: Path,
     display: Display,
 ) -> Path:
-    clients, weights = config.partition.clients, config.backbone.checkpoint
+    clients, backbone = config.partition.clients, config.backbone
+    weights = backbone.checkpoint
+    if backbone.model.startswith(LOCAL_FOLDER):
+        weights = backbone.model.removeprefix(LOCAL_FOLDER)
     # The folder is named in any case, so that a path of the user's choice is not forgotten.
     resume = command_line("deploy", "local", "--resume", str(path), "--folder", str(folder))
     again = command_line()

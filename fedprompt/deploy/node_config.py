@@ -13,7 +13,7 @@ pretrained tag or those that it names itself. The only exception are nodes on th
     cache-dir      folder for cached features; default $FEDPROMPT_CACHE, ~/.cache/fedprompt
     device         auto, cpu or cuda
     threads        CPU threads; default as in the experiment
-    checkpoint     local file with the backbone's weights
+    checkpoint     local file with the backbone's weights, or the model's folder (local-dir)
     worker         socket of the node's worker
     same-machine   true: this node runs on the server's machine, so paths that the experiment names
                    mean the same here and are opened, unless the node has `data`
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import KINDS
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
@@ -159,7 +159,10 @@ def on_node(config: Config, node: NodeSettings) -> Config:
     if node.device is not None:
         backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
     if node.checkpoint is not None:
-        backbone = replace(backbone, checkpoint=node.checkpoint)
+        if backbone.model.startswith(LOCAL_FOLDER):
+            backbone = replace(backbone, model=f"{LOCAL_FOLDER}{node.checkpoint}")
+        else:
+            backbone = replace(backbone, checkpoint=node.checkpoint)
     simulation = config.simulation
     if node.threads is not None:
         simulation = replace(simulation, threads=node.threads)
@@ -251,6 +254,11 @@ def _shipped_descriptions(config: Config) -> dict[str, str]:
 
 
 def _check_weights(config: Config, node: NodeSettings) -> None:
+    if config.backbone.model.startswith(LOCAL_FOLDER) and node.checkpoint is None:
+        raise UserError(
+            "the experiment's model (backbone.model) is a folder on the server; start this node "
+            "with its own copy of the folder: --checkpoint FOLDER."
+        )
     if config.backbone.checkpoint is not None and node.checkpoint is None:
         raise UserError(
             "the experiment's weights (backbone.checkpoint) are a file on the server; start this "

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprompt.config.schema import Config
+from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.data.sources.registry import source_keys
 
 ELSEWHERE = "(on the server)"
@@ -42,7 +42,7 @@ def absolute(config: Config) -> Config:
     def change(value: Any, field: Field[Any]) -> Any:
         return [resolve(v) for v in value] if isinstance(value, list) else value and resolve(value)
 
-    return _changed(config, change)
+    return _with_folder(_changed(config, change), resolve)
 
 
 def hidden(config: Config) -> Config:
@@ -56,7 +56,7 @@ def hidden(config: Config) -> Config:
     def change(value: Any, field: Field[Any]) -> Any:
         return [hide(v) for v in value] if isinstance(value, list) else value and hide(value)
 
-    return _changed(config, change)
+    return _with_folder(_changed(config, change), lambda _: ELSEWHERE)
 
 
 def named_paths(section: Any) -> dict[str, Any]:
@@ -69,6 +69,14 @@ def named_paths(section: Any) -> dict[str, Any]:
 def without_paths(config: Config) -> Config:
     """Set every path to its default value, as if the experiment did not set it."""
     return _changed(config, lambda value, field: _default(field))
+
+
+def _with_folder(config: Config, change: Callable[[str], str]) -> Config:
+    """Apply `change` to the folder that `backbone.model` may name besides models by their names."""
+    if not config.backbone.model.startswith(LOCAL_FOLDER):
+        return config
+    folder = change(config.backbone.model.removeprefix(LOCAL_FOLDER))
+    return replace(config, backbone=replace(config.backbone, model=f"{LOCAL_FOLDER}{folder}"))
 
 
 def _changed(section: T, change: Change) -> T:

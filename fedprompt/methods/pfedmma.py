@@ -78,6 +78,7 @@ class PFedMMA(Method):
 
     def __init__(self, config: PFedMMAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
+        clip.text.check_adapters(clip.name)
         self.vision = VisionTower(clip)
         # No learned tokens: the words "a photo of a" are a part of every class name.
         self.text = TextTower(clip, [f"{config.words} {c}".strip() for c in task.class_names], 0)

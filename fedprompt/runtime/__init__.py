@@ -30,6 +30,8 @@ DEFAULTS = {
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
+OPTIONAL_LIBRARIES = frozenset({"timm", "transformers"})
+"""Libraries that open_clip imports where they are installed, and that few backbones need."""
 PACKAGES = {
     "fedprompt": "fedprompt",
     "torch": "torch",

@@ -95,7 +95,7 @@ class RayGrid(BlockGrid):
             self.pool = WorkerPool(
                 workspace.config,
                 opener,
-                needs_timm=workspace.clip.needs_timm,
+                libraries=workspace.clip.libraries,
                 gpus=gpus_per_worker(
                     workspace.config.simulation, workspace.config.backbone.device, _cluster_cards()
                 ),

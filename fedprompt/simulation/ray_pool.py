@@ -94,7 +94,8 @@ class WorkerPool:
         config: the experiment that the workers open.
         opener: the function that opens the workspace of a config in a worker. Ray pickles it by
             reference, so it must be importable there.
-        needs_timm: whether the backbone needs timm, which costs a worker about 25 MB.
+        libraries: what the backbone needs of `runtime.OPTIONAL_LIBRARIES`; timm costs a worker
+            about 25 MB, transformers about 20 MB.
         gpus: the GPUs that each worker reserves, at most 1.
 
     Raises:
@@ -102,13 +103,13 @@ class WorkerPool:
     """
 
     def __init__(
-        self, config: Config, opener: Opener, *, needs_timm: bool, gpus: float = 0.0
+        self, config: Config, opener: Opener, *, libraries: frozenset[str], gpus: float = 0.0
     ) -> None:
         self.config = config
         self._gpus = gpus
         self.slots: list[Slot] = []
         self._opener = opener
-        self._needs_timm = needs_timm
+        self._libraries = libraries
         settings = self._settings
         # On a cluster, SPREAD distributes the workers over the nodes; Ray's default packs them.
         self._new_actor = (
@@ -203,7 +204,7 @@ class WorkerPool:
     def _spawn(self, number: int, failed_starts: int = 0) -> Slot:
         # `placed` returns at once, so it tells when Ray has created the process. `open` may take
         # minutes, because it encodes images that no cache holds.
-        actor = self._new_actor(self._needs_timm)
+        actor = self._new_actor(self._libraries)
         steps = [actor.placed.remote(), actor.open.remote(self.config, self._opener)]
         return Slot(number, actor, steps, time.monotonic(), failed_starts)
 

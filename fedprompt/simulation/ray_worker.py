@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedprompt.runtime import set_defaults
+from fedprompt.runtime import OPTIONAL_LIBRARIES, set_defaults
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,16 +64,16 @@ class Worker:
     """The actor class. Creating an actor is cheap; `open` then loads CLIP, features and data.
 
     Args:
-        needs_timm: whether the backbone needs timm.
+        libraries: what the backbone needs of `runtime.OPTIONAL_LIBRARIES`.
     """
 
-    def __init__(self, needs_timm: bool) -> None:
+    def __init__(self, libraries: frozenset[str]) -> None:
         set_defaults()
-        if not needs_timm:
-            # open_clip also works where timm is not installed. A None in `sys.modules` makes the
-            # import fail, which saves about 25 MB per worker. It must happen before Ray unpickles
-            # the arguments of `open`, because that imports open_clip.
-            sys.modules.setdefault("timm", None)  # type: ignore[arg-type]
+        for name in OPTIONAL_LIBRARIES - libraries:
+            # open_clip also works where these are not installed. A None in `sys.modules` makes the
+            # import fail, which saves memory and time per worker. It must happen before Ray
+            # unpickles the arguments of `open`, because that imports open_clip.
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
         self._workspace: Workspace
 
     def placed(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ LOADABLE = [
     "small-rn",
     "small-custom",
     "small-last",
+    "small-coca",
 ]
 
 
@@ -76,13 +78,20 @@ def test_unknown_models_and_tags_name_the_nearest(tmp_path: Path) -> None:
     assert "'openai'" in line
 
 
-@pytest.mark.parametrize("name", ["small-hf", "small-coca"])
-def test_towers_that_take_no_prompts_are_refused_before_any_download(
-    tmp_path: Path, name: str
+def test_a_text_tower_without_settings_is_one_line_before_any_weights(tmp_path: Path) -> None:
+    line = refused(lambda: load("small-hf", tmp_path / "not even there.pt", tmp_path))
+    assert "small-hf" in line
+    assert "no/such-text-tower" in line
+    assert "config.json" in line
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = refused(lambda: load(name, tmp_path / "not even there.pt", tmp_path))
-    assert name in line
-    assert "learned prompts" in line
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("small-hf", "small-tokenizer"):
+        line = refused(lambda n=name: load(n, tmp_path / "not even there.pt", tmp_path))
+        assert "fedprompt[hf]" in line
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:

@@ -155,6 +155,22 @@ def test_weights_are_the_nodes_own() -> None:
     assert (own.pretrained, own.checkpoint) == ("openai", "/weights.pt")
 
 
+def test_a_models_folder_is_the_nodes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = experiment("backbone.checkpoint", "data.descriptions")
+    backbone = dataclasses.replace(plain.backbone, model=f"local-dir:{SECRET}/BiomedCLIP")
+    config = hidden(dataclasses.replace(plain, backbone=backbone))
+    assert config.backbone.model == f"local-dir:{ELSEWHERE}"
+    with pytest.raises(UserError, match="--checkpoint FOLDER"):
+        on_node(config, NodeSettings(1, "/mine"))
+    own = on_node(config, NodeSettings(1, "/mine", checkpoint="/model")).backbone
+    assert (own.model, own.checkpoint) == ("local-dir:/model", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    backbone = dataclasses.replace(plain.backbone, model="local-dir:model")
+    there = absolute(dataclasses.replace(plain, backbone=backbone))
+    assert there.backbone.model == f"local-dir:{tmp_path / 'model'}"
+
+
 def whole(**data: Any) -> Config:
     """An experiment in which every node opens the whole data set."""
     return small_config(data=data, partition={"clients": 2})

@@ -22,6 +22,7 @@ from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import uploaded_numbers
+from fedprompt.runtime import OPTIONAL_LIBRARIES
 from fedprompt.simulation import ray_grid, ray_pool
 from fedprompt.simulation.block_grid import Opener
 from fedprompt.simulation.inline_grid import InlineGrid
@@ -107,9 +108,9 @@ def on_fake_ray(
         workspace: Workspace, trouble: Callable[[str, int], Exception | None] = lambda *_: None
     ) -> tuple[RayGrid, FakeRay]:
         class LocalWorker(Worker):
-            def __init__(self, needs_timm: bool) -> None:
-                # This process has imported timm already, and other tests may need it.
-                super().__init__(needs_timm=True)
+            def __init__(self, libraries: frozenset[str]) -> None:
+                # This process has imported them already, and other tests may need them.
+                super().__init__(OPTIONAL_LIBRARIES)
 
             def open(self, config: Config, opener: Opener) -> Place:
                 del config, opener

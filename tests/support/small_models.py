@@ -40,8 +40,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "init_logit_bias": -10,
         "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
-    "small-hf": {**SMALL, "text_cfg": {"hf_model_name": "roberta-base"}},
-    "small-coca": {**SMALL, "multimodal_cfg": {"layers": 1}},
+    "small-hf": {**SMALL, "text_cfg": {"hf_model_name": "no/such-text-tower"}},
+    "small-coca": {
+        **SMALL,
+        "custom_text": True,
+        "vision_cfg": {**VISION, "output_tokens": True},
+        "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 76, "width": 64, "heads": 4, "layers": 1},
+    },
     "small-tokenizer": {**SMALL, "text_cfg": {**TEXT, "hf_tokenizer_name": "no/such-tokenizer"}},
 }
 TEXTS = ["a photo of a river.", "beach"]
@@ -100,7 +106,9 @@ def images(count: int = 3) -> Tensor:
 def assert_same_outputs(clip: FrozenCLIP, model: CLIP | CustomTextCLIP) -> None:
     tokens = open_clip.get_tokenizer(clip.name)(TEXTS)
     with torch.no_grad():
-        image_BD, text_BD = model.encode_image(images()), model.encode_text(tokens)
+        # CoCa's models normalise unless told otherwise.
+        image_BD = model.encode_image(images(), normalize=False)
+        text_BD = model.encode_text(tokens, normalize=False)
     torch.testing.assert_close(clip.encode_images(images()), image_BD, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(clip.encode_text_raw(TEXTS), text_BD, rtol=1e-5, atol=1e-5)
     assert clip.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
