@@ -109,6 +109,17 @@ class Workspace:
             self.held_out,
         )
 
+    def with_partition(self, partition: Partition) -> Workspace:
+        """A workspace with the same data, backbone and method, divided differently among clients.
+
+        Args:
+            partition: which images each client and the server hold.
+
+        Returns:
+            A new workspace, which shares the backbone, the data and the feature tables.
+        """
+        return Workspace(self.config, self.clip, self.dataset, partition, self.views, self.held_out)
+
     def method_for(self, task: Task) -> Method:
         """The experiment's method for other class names, for example those of a held-out split.
 
@@ -237,7 +248,7 @@ class Workspace:
         Args:
             client: client id, 0 .. K - 1.
         """
-        return self._rows(self.partition.test(client))
+        return self.images(self.partition.test(client))
 
     def validation_data(self, client: int) -> tuple[Inputs, Tensor]:
         """A client's local validation images (n, ...) and their labels (n,); n may be 0.
@@ -245,7 +256,7 @@ class Workspace:
         Args:
             client: client id, 0 .. K - 1.
         """
-        return self._rows(self.partition.validation(client))
+        return self.images(self.partition.validation(client))
 
     @property
     def validates_locally(self) -> bool:
@@ -270,11 +281,11 @@ class Workspace:
 
     @cached_property
     def _server_test(self) -> tuple[Inputs, Tensor]:
-        return self._rows(self.partition.server_test)
+        return self.images(self.partition.server_test)
 
     @cached_property
     def _server_validation(self) -> tuple[Inputs, Tensor]:
-        return self._rows(self.partition.server_validation)
+        return self.images(self.partition.server_validation)
 
     @cached_property
     def _held_out_test(self) -> tuple[Inputs, Tensor]:
@@ -318,7 +329,12 @@ class Workspace:
         able = labelled or self.config.method.learns_without_labels
         return bool(able and len(self.partition.train(client)))
 
-    def _rows(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+    def images(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
+        """Images of the data set as tests read them (n, ...), and their labels (n,).
+
+        Args:
+            index: indices of the images in the data set.
+        """
         # What only training reads, such as local features of all patches, is left on disk.
         return self.views[0].rows(index, self.method.needs), self._labels(index)
 

@@ -42,6 +42,7 @@ from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
+from fedprompt.evaluation.registry import protocol_class
 from fedprompt.experiment.paths import named_paths, without_paths
 
 KEYS = {
@@ -172,7 +173,19 @@ def on_node(config: Config, node: NodeSettings) -> Config:
 
 
 def on_server(config: Config) -> Config:
-    """The experiment as the server runs it: it opens its own test folder and no client's folder."""
+    """The experiment as the server runs it: it opens its own test folder and no client's folder.
+
+    Raises:
+        UserError: a protocol trains the federation again with other images, as only a simulation
+            can.
+    """
+    for name in config.protocols:
+        if protocol_class(name).retrains:
+            raise UserError(
+                f"config: protocol '{name}' trains the federation again without some of the "
+                "clients' images, which only a simulation can ('fedprompt run'); leave it out of "
+                "protocols."
+            )
     if not isinstance(config.data, ClientFoldersConfig):
         return config
     data = replace(config.data, folders=[""] * config.partition.clients)

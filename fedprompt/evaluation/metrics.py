@@ -68,6 +68,27 @@ def fpr_at_tpr(known: ArrayLike, other: ArrayLike, tpr: float = 0.95) -> float:
     return float((other_N >= known_N[-accepted]).mean())
 
 
+def tpr_at_fpr(known: ArrayLike, other: ArrayLike, fpr: float = 0.01) -> float:
+    """True positive rate at the lowest threshold with a false positive rate of at most `fpr`.
+
+    Args:
+        known: scores of the positives (N,).
+        other: scores of all others (N,).
+        fpr: fraction of the others that may be accepted. With fewer than 1 / fpr of them, it is
+            none.
+
+    Returns:
+        The fraction of the positives whose score exceeds the threshold.
+
+    Raises:
+        ValueError: the scores are empty, not one-dimensional, or contain NaN.
+    """
+    known_N, other_N = _scores(known), np.sort(_scores(other))[::-1]
+    # As many of the others may lie above the threshold; equal scores are on the same side.
+    allowed = min(math.floor(round(fpr * len(other_N), 9)), len(other_N) - 1)
+    return float((known_N > other_N[allowed]).mean())
+
+
 def average_precision(known: ArrayLike, other: ArrayLike) -> float:
     """Area under the precision-recall curve, as a sum of steps without interpolation.
 

@@ -12,8 +12,8 @@ a report can be drawn at any later time, without data, weights or the process th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedprompt.data.dataset import ImageDataset
@@ -44,6 +44,7 @@ class Finished:
         clients: what `measure_clients` returned for each client, by client id.
         rounds: the lines of `metrics.jsonl` of all rounds.
         summary: the run's summary, before the results of the protocols are added.
+        references: the final shared tensors of the protocol's `references`, by name.
     """
 
     workspace: Workspace
@@ -51,6 +52,7 @@ class Finished:
     clients: Mapping[int, Mapping[str, int | float]]
     rounds: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    references: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Protocol(ABC):
     """Whether the server asks the clients to run `measure_clients` after the last round."""
     needs_global: ClassVar[bool] = False
     """Whether the protocol needs a model that consists of the shared tensors alone."""
+    retrains: ClassVar[bool] = False
+    """Whether `references` has anything to train, which only a simulation can do."""
     needs_new_names: ClassVar[bool] = False
     """Whether the protocol needs prompts that can be used with other class names."""
 
@@ -149,6 +153,20 @@ class Protocol(ABC):
         Raises:
             UserError: something cannot be found, downloaded or read.
         """
+
+    def references(self, workspace: Workspace) -> Iterator[tuple[str, Workspace]]:
+        """Federations that are trained like the run, after its last round, to compare it with.
+
+        Called on the server of a simulation if `retrains` is set. The reference has the strategy,
+        the rounds and the seed of the run; `measure` finds its final shared tensors under its name.
+
+        Args:
+            workspace: the server's workspace.
+
+        Yields:
+            A name, and the workspace in which the reference is trained.
+        """
+        yield from ()
 
     def measure_round(
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]

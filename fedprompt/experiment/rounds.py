@@ -36,6 +36,7 @@ from fedprompt.experiment.selection import ends_early, select
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.scores import finite
 from fedprompt.federation.server_app import Federation
+from fedprompt.methods.base import Tensors
 from fedprompt.privacy.releases import FILE as RELEASES
 from fedprompt.reports.marks import mark_texts, marks
 from fedprompt.reports.run_data import CONFIG, METRICS, PARTITION, STRATEGY, TIMINGS, read_object
@@ -219,6 +220,25 @@ def run_reference(
     if federation.config.evaluation.select == "best_validation":
         return recorded[-1] | select(recorded)
     return recorded[-1]
+
+
+def train_reference(federation: Federation) -> Tensors:
+    """Run all rounds of a federation that a protocol compares the run with, without evaluation.
+
+    Like a baseline, it starts from round 0 again after an interruption.
+
+    Args:
+        federation: the reference's federation.
+
+    Returns:
+        Its final shared tensors, without a client axis.
+    """
+    federation.join()
+    for server_round in range(1, _last_round(federation) + 1):
+        check_signals()
+        federation.train_round(server_round)
+    federation.close_faults()
+    return federation.shared
 
 
 def _last_round(federation: Federation) -> int:

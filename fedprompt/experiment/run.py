@@ -21,7 +21,7 @@ from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.paths import absolute
 from fedprompt.experiment.resuming import changed, schedule_note
-from fedprompt.experiment.rounds import run_reference, run_server
+from fedprompt.experiment.rounds import run_reference, run_server, train_reference
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
@@ -43,6 +43,7 @@ from fedprompt.runtime.endings import advice, command_line
 from fedprompt.runtime.peak_memory import reset_peak_memory
 from fedprompt.simulation.block_grid import BlockGrid
 from fedprompt.simulation.grids import check_grid, open_grid
+from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 
@@ -168,6 +169,7 @@ def _run(
         grid.check_memory()
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
+        _train_references(federation, grid, display)
         local_only = None
         # The baseline is tested on the clients' own images, and is `coop_local` itself.
         baseline = config.evaluation.local_only and "personalised" in config.protocols
@@ -205,6 +207,25 @@ def _refuse_absent_folders(config: Config) -> None:
             "data.folders must name the folder of every client for a run on this machine; on nodes "
             "with folders of their own, use 'fedprompt deploy run'."
         )
+
+
+def _train_references(federation: Federation, grid: BlockGrid, display: Display) -> None:
+    """Train the federations that protocols compare the run with, in this process.
+
+    Ray's workers hold the partition of the run; these federations have others.
+    """
+    for protocol in federation.protocols:
+        if not protocol.retrains:
+            continue
+        trained = federation.references.setdefault(protocol.name, {})
+        for name, workspace in protocol.references(federation.workspace):
+            display.phase(f"{protocol.name}: {name}")
+            # The sum is the same without masks, and there may be too few clients for them.
+            workspace.config = replace(
+                workspace.config, secure_aggregation=SecureAggregationConfig()
+            )
+            reference = Federation(workspace, InlineGrid(workspace, answer=grid.answer))
+            trained[name] = train_reference(reference)
 
 
 def _local_only(

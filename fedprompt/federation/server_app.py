@@ -90,6 +90,8 @@ class Federation:
         rejected: number of training replies that have been rejected since the run began.
         asked: how often each client has been asked to train since the run began.
         releases: what has been released with noise since the run began.
+        references: by protocol and name, the shared tensors of the federations that it compares the
+            run with; `fedprompt.experiment.run` trains them.
         tested: records the results of a test of many clients while it goes on; None for no record.
 
     Raises:
@@ -117,6 +119,7 @@ class Federation:
         self.releases = self.strategy.releases
         self.protocols = open_protocols(config)
         self.protocol_rows: dict[int, Row] = {}
+        self.references: dict[str, dict[str, Tensors]] = {}
         self.tested: TestRecord | None = None
         has_validation = workspace.partition.has_validation or workspace.validates_locally
         if config.evaluation.select == "best_validation" and not has_validation:
@@ -479,7 +482,10 @@ class Federation:
                 client: {n.removeprefix(prefix): v for n, v in row.items() if n.startswith(prefix)}
                 for client, row in sorted(self.protocol_rows.items())
             }
-            part = protocol.measure(Finished(self.workspace, self.shared, clients, rounds, summary))
+            references = self.references.get(protocol.name, {})
+            part = protocol.measure(
+                Finished(self.workspace, self.shared, clients, rounds, summary, references)
+            )
             if part is not None:
                 parts[protocol.name] = finite(part)
         return parts

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "cross_data_set": {"targets": TARGETS},
     "ood": {"local": True},
     "leave_one_domain_out": {"domain": "highland"},
+    "unlearning": {"shadows": 0, "subsets": 2},
 }
 
 

@@ -8,6 +8,7 @@ Suffixes: N images, K clients, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,6 +104,27 @@ class Partition:
             server_test=self.server_test[:0],
         )
 
+    def trained_on(self, train: Sequence[Indices]) -> Partition:
+        """The same partition with other training images.
+
+        Args:
+            train: the training images of each client, without repetition. Local test images among
+                them are no test images any more.
+
+        Returns:
+            The partition; its new arrays are read-only.
+        """
+        tests = [np.setdiff1d(self.test(k), own) for k, own in enumerate(train)]
+        parts = [_joined([np.sort(own) for own in train]), _joined(tests)]
+        (train_flat, train_offsets), (test_flat, test_offsets) = parts
+        return replace(
+            self,
+            train_flat=train_flat,
+            train_offsets=train_offsets,
+            test_flat=test_flat,
+            test_offsets=test_offsets,
+        )
+
     @property
     def num_clients(self) -> int:
         """Number of clients K."""
@@ -171,6 +193,14 @@ def _group(holder_N: Indices, mask_N: NDArray[np.bool_], clients: int) -> tuple[
     chosen = chosen[np.argsort(holder_N[chosen], kind="stable")]
     sizes_K = np.bincount(holder_N[chosen], minlength=clients)
     return chosen, np.concatenate(([0], np.cumsum(sizes_K))).astype(np.int64)
+
+
+def _joined(parts: Sequence[Indices]) -> tuple[Indices, Indices]:
+    """The images of all clients: (flat, offsets), as in `Partition`."""
+    flat = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    offsets = np.concatenate(([0], np.cumsum([len(part) for part in parts]))).astype(np.int64)
+    flat.flags.writeable = offsets.flags.writeable = False
+    return flat, offsets
 
 
 def count_values(flat: Indices, offsets: Indices, values_N: Indices, num_values: int) -> Indices:
