@@ -263,6 +263,39 @@ def run(
 
 
 @deploy_app.command()
+def status(
+    folder: ServerPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--serve",
+            help="Show a page, status.json and Prometheus' metrics on this port of 127.0.0.1.",
+        ),
+    ] = None,
+) -> None:
+    """Show nodes, newest run, disk and GPUs of the server that runs on this machine."""
+    import json
+
+    from fedprompt.deploy.addresses import check_port
+    from fedprompt.deploy.folders import read_server_folder
+    from fedprompt.deploy.monitoring.collect import collect
+    from fedprompt.deploy.monitoring.serve import serve
+    from fedprompt.deploy.monitoring.views import as_text
+    from fedprompt.deploy.processes import listens
+
+    settings = read_server_folder(folder)
+    if port is not None:
+        if listens(check_port(port, "--serve")):
+            raise UserError(f"--serve: port {port} is in use; choose another.")
+        print(f"the state is shown at http://127.0.0.1:{port}/ until Ctrl-C", flush=True)
+        serve(settings, port)
+        return
+    state = collect(settings)
+    print(json.dumps(state.as_json(), indent=2) if as_json else as_text(state))
+
+
+@deploy_app.command()
 def fleet_proxy(
     folder: ServerPath,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",

@@ -27,7 +27,7 @@ from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
 SITES = "sites.json"
-"""File in the run folder: the policy and the last audit entry of every client's node."""
+"""File in the run folder: policy, last audit entry and versions of every client's node."""
 
 
 class NodeFederation(Federation):
@@ -126,7 +126,7 @@ class NodeFederation(Federation):
             log.warning("round %d: without clients %s", server_round, self.nodes.missing)
 
     def _record_sites(self, server_round: int) -> None:
-        """Write which policy every node applies, and the hash of its last audit entry."""
+        """Write every node's policy, the hash of its last audit entry, and its versions."""
         assert isinstance(self.grid, NodeGrid)
         for client, node in sorted(self.nodes.node_of_client.items()):
             if (site := self.grid.sites.get(node)) is None:
@@ -134,7 +134,8 @@ class NodeFederation(Federation):
             before = self.sites.get(str(client))
             if before is not None and before["policy"] != site["policy"]:
                 log.warning("client %d now applies the policy %s", client, site["policy"])
-            self.sites[str(client)] = site | {"round": server_round}
+            versions = dict(self.nodes.reports[client].versions)
+            self.sites[str(client)] = {**site, "round": server_round, "versions": versions}
         if self.sites:
             self.folder.write_json(SITES, self.sites)
 

@@ -78,7 +78,7 @@ def load_run(run_dir: Path, *, history: bool = True, describe: bool = True) -> R
         raise UserError(f"{run_dir} is not a run folder: there is no such folder.")
     metrics = run_dir / "metrics.jsonl"
     lines: dict[str, list[dict[str, Any]]] = {"round": [], "local_only": []}
-    for number, line in enumerate(_each_line(metrics), start=1):
+    for number, line in enumerate(each_line(metrics), start=1):
         check_metrics(line, f"{metrics}, line {number}")
         of_kind = lines.setdefault(line["kind"], [])
         if not history:
@@ -88,7 +88,7 @@ def load_run(run_dir: Path, *, history: bool = True, describe: bool = True) -> R
     if not rounds:
         raise UserError(f"{metrics} holds no round yet; let the run finish a round first.")
     timings_path = run_dir / "timings.jsonl"
-    timings = list(_each_line(timings_path)) if timings_path.exists() else []
+    timings = list(each_line(timings_path)) if timings_path.exists() else []
     for number, line in enumerate(timings, start=1):
         check_numbers(
             line, ("train_s", "evaluate_s", "peak_memory_bytes"), f"{timings_path}, line {number}"
@@ -145,7 +145,7 @@ def _parse(text: str, where: str, first_line: int = 1) -> dict[str, Any]:
     return value
 
 
-def _each_line(path: Path) -> Iterator[dict[str, Any]]:
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
     """Read every complete line; a last one without newline is being written or was cut off."""
     try:
         verify(path)
