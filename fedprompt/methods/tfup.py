@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
-from fedprompt.config.search import log_range
+from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
 from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
@@ -41,13 +41,17 @@ class TFUPConfig(MethodConfig):
     """Defaults: the public code's."""
 
     learns_without_labels = True
-    lr_space = None
 
     share: float = option(0.3, "share of a client's images that its memory holds", gt=0, le=1)
     fewest: int = option(9, "images of each class in the memory, at least", ge=1)
     most: int = option(16, "images of each class in the memory, at most", ge=1)
     alpha: float = option(0.3, "weight of the memory", ge=0, search=log_range(0.05, 5))
     beta: float = option(1.0, "sharpness of the memory", gt=0, search=log_range(0.2, 10))
+
+    @property
+    def lr_space(self) -> Range | None:
+        """None: nothing is trained."""
+        return None
 
     def check(self) -> None:
         """Refuse limits that exclude each other."""

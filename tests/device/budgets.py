@@ -73,6 +73,7 @@ STEP = {
     "promptfolio": Budget(95),
     "promptsrc": Budget(255),
     "scaffold": Budget(100),
+    "tfup_t": Budget(95),
     "vpt": Budget(130),
 }
 """By method; methods that learn nothing have no steps."""

@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pre_forgettable": {},
     "copl": {},
     "coprompt": {"context_tokens": 2, "depth": 2},
+    "tfup_t": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4

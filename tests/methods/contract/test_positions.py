@@ -99,6 +99,7 @@ BUDGET = {
     "promptsrc": Positions(0, 94, 224),
     "scaffold": Positions(0, 70, 140),
     "tfup": Positions(59, 0, 0),
+    "tfup_t": Positions(59, 0, 0),
     "tip_adapter": Positions(59, 0, 0),
     "vpt": Positions(59, 52, 156),
     "zero_shot": Positions(59, 0, 0),
