@@ -10,7 +10,7 @@ import typer
 
 from fedprompt.cli.completion import complete_experiment
 from fedprompt.cli.data import Overrides
-from fedprompt.cli.deploy_join import approve, join, request, revoke
+from fedprompt.cli.deploy_join import approve, join, request, revoke, withdraw
 from fedprompt.cli.deploy_site import audit_app, check, ledger
 from fedprompt.cli.deploy_use import export, predict
 from fedprompt.errors import UserError
@@ -23,7 +23,7 @@ deploy_app = typer.Typer(
 
 deploy_app.command()(predict)
 deploy_app.command()(export)
-for command in (request, approve, join, revoke):
+for command in (request, approve, join, revoke, withdraw):
     deploy_app.command()(command)
 deploy_app.command()(check)
 deploy_app.command()(ledger)

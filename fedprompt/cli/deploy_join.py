@@ -1,4 +1,4 @@
-"""`fedprompt deploy request`, `approve`, `join` and `revoke`: who belongs to a federation."""
+"""`fedprompt deploy request`, `approve`, `join`, `revoke` and `withdraw`: who belongs to it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,33 @@ def revoke(
     member = revoke(settings, node)
     print(f"client {member.client} ({member.name or 'no name'}) is shut out")
     _register(settings)
+
+
+def withdraw(
+    server: ServerFolderPath,
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN")],
+    client: Annotated[
+        int, typer.Option("--client", min=0, help="The client whose contribution is removed.")
+    ],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")] = False,
+) -> None:
+    """On the server: repeat a run without a site that has been shut out, and compare the two."""
+    from fedprompt.deploy.folders import read_server_folder
+    from fedprompt.deploy.withdraw import FILE, withdraw
+    from fedprompt.experiment.display import make_display
+
+    display = make_display(quiet)
+    try:
+        found = withdraw(read_server_folder(server), run, client, display)
+    finally:
+        display.close()
+    for part in ("global", "personal"):
+        before, after = (
+            "-" if value is None else f"{100 * value:.1f} %" for value in found[f"{part}_accuracy"]
+        )
+        print(f"{part} accuracy: {before} with client {client}, {after} without")
+    print(f"distance of the shared prompts: {found['distance_of_shared_prompts']:.4g}")
+    print(f"wrote {Path(found['repeated']) / FILE}")
 
 
 def _register(server: object) -> None:

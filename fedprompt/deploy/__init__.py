@@ -3,12 +3,14 @@
 Where each module runs:
 
 On the administrator's terminal
+    monitoring          `deploy status`: the state as text, page and metrics
     joining             `deploy request, approve, join, revoke`: nodes with keys of their own
     new_federation      `deploy init`: keys, certificates and settings of a new federation
     credentials         the only module that knows about certificates and keys
     folders             the server's and a node's folder, and the commands that run in them
     addresses           checks of host names, IP addresses and ports
     submit, bundle      `deploy run`: hands an experiment to the SuperLink and follows it
+    withdraw            `deploy withdraw`: repeats a run without one site
     submission          what the server app needs to know and nodes must not, in a file
     flower_commands     calls of Flower's own `flwr` command
     local, example      `deploy local` and `deploy example`: everything on one machine

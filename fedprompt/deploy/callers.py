@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedprompt.deploy.credentials import has_signed
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
+SHUT_OUT = 403
+"""The fleet proxy's status for a node that is shut out."""
 TOLERANCE_S = 305.0
 """How old Flower lets a timestamp be, in seconds."""
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import datetime
 import ssl
 import time
+from base64 import b64encode
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 
 from fedprompt.deploy.addresses import split_address
+from fedprompt.deploy.callers import PUBLIC_KEY, SHUT_OUT
+from fedprompt.deploy.credentials import key_to_pem, read_public_key
 
 TIMEOUT_S = 5.0
 AHEAD_S, BEHIND_S = 5.0, 300.0
@@ -27,12 +30,14 @@ EXPIRED, NOT_YET_VALID, OTHER_HOST = 10, 9, 62
 """OpenSSL's numbers of reasons for which it rejects a certificate."""
 
 
-def find_fault(server: str, authority: Path) -> str | None:
+def find_fault(server: str, authority: Path, key: Path | None = None) -> str | None:
     """Call the server's port once, and find out why it and this node would refuse each other.
 
     Args:
         server: the server's address, `host:port`.
         authority: the certificate of this federation's authority, `ca.crt`.
+        key: this node's public key, `node.pub`; without it, the server is not asked whether the
+            node has been shut out.
 
     Returns:
         One line, or None if there is no fault or the server cannot be reached.
@@ -41,16 +46,24 @@ def find_fault(server: str, authority: Path) -> str | None:
         context = ssl.create_default_context(cafile=str(authority))
     except (OSError, ValueError) as error:
         return f"{authority} cannot be read: {getattr(error, 'strerror', None) or error}"
+    headers = {}
+    if key is not None and key.is_file():
+        headers = {PUBLIC_KEY: b64encode(key_to_pem(read_public_key(key)))}
     try:
         # With httpx, as Flower calls it: a proxy that the environment names is used here as well.
         with httpx.Client(verify=context, timeout=TIMEOUT_S) as client:
-            date = client.get(f"https://{server}/").headers.get("date", "")
+            answer = client.get(f"https://{server}/", headers=headers)
     except httpx.HTTPError as error:
         rejected = _certificate_error(error)
         host = split_address(server)[0]
         return None if rejected is None else _rejected(server, host, rejected.verify_code)
+    if answer.status_code == SHUT_OUT:
+        return (
+            f"the server {server} has shut this node out: its approval was revoked or has expired; "
+            "ask the server's administrator"
+        )
     try:
-        theirs = parsedate_to_datetime(date).timestamp()
+        theirs = parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
     except (ValueError, TypeError):
         return None
     return _clock_fault(time.time() - theirs, server)

@@ -26,7 +26,7 @@ import httpx
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedprompt.deploy.callers import Callers
+from fedprompt.deploy.callers import SHUT_OUT, Callers
 from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY
 from fedprompt.deploy.joining.member_keys import MemberKeys
 
@@ -103,8 +103,9 @@ class FleetProxy:
             return
         path = str(scope["path"])
         if scope["method"] == "GET" and path == "/":
-            # A node that looks at the certificate and the date of the answer (diagnosis.py).
-            await _respond(send, 404, b"")
+            # A node that looks at the certificate, the date and the status (diagnosis.py).
+            is_out = self.callers.refuses(scope["headers"])
+            await _respond(send, SHUT_OUT if is_out else 404, b"")
             return
         raw = bytes(scope.get("raw_path") or path.encode())
         # A percent-encoded path could mean another path to the SuperLink than it does here.
@@ -112,7 +113,7 @@ class FleetProxy:
             await self._refuse(scope, send, 404, "is no call of the Fleet API")
             return
         if self.callers.refuses(scope["headers"]):
-            await self._refuse(scope, send, 403, "is of a node that has been shut out")
+            await self._refuse(scope, send, SHUT_OUT, "is of a node that has been shut out")
             return
         limit = self.node if self.callers.knows(scope["headers"]) else self.stranger
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedprompt.deploy.addresses import check_host
 from fedprompt.deploy.connection import Connection
-from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE
+from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, NODE_PUBLIC
 from fedprompt.deploy.diagnosis import find_fault
 from fedprompt.deploy.expiry import Expiry
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder
@@ -29,6 +29,8 @@ START_S = 300.0
 """Seconds that a process may take until it listens."""
 LOOK_S = 0.5
 """Seconds between two looks at the processes."""
+ASK_S = 60.0
+"""Seconds between two questions of a node whether the server still lets it in."""
 SERVER_PAUSE_S, NODE_PAUSE_S = 3.0, 10.0
 """Seconds before a process is restarted. The SuperLink rejects a node that has crashed for most of
 a minute, so a node need not hurry."""
@@ -151,7 +153,7 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
             node.server,
             _print,
             answers=lambda: call(node.server, authority) is not None,
-            find_fault=lambda: find_fault(node.server, authority),
+            find_fault=lambda: find_fault(node.server, authority, node.path / NODE_PUBLIC),
             proxy=proxy_variable(node.server),
         )
 
@@ -167,11 +169,16 @@ def run_node(node: NodeFolder, settings: Mapping[str, Any], port: int | None) ->
         processes.start("supernode", command, node.environment)
         _print(f"client {node.client} connects to {node.server}; logs are in {processes.logs}")
         connection.report_fault()
+        asked = time.monotonic()
         while True:
             check_signals()
             expiry.mention()
             processes.restart_exited(NODE_PAUSE_S, report)
             connection.update()
+            if time.monotonic() - asked > ASK_S:
+                # The SuperNode says nothing about calls that the proxy refuses.
+                asked = time.monotonic()
+                connection.report_fault()
             time.sleep(LOOK_S)
 
 

@@ -94,6 +94,7 @@ def test_a_revoked_node_is_shut_out_at_once_and_for_ever(
     assert revoke(server, "bad").client == 1
     # The same proxy, which has not been restarted.
     assert [gate.call(signed(node), [b"body", b""]) for node in (good, bad)] == [200, 403]
+    assert [gate.call(signed(node), [], "/", "GET") for node in (good, bad)] == [404, 403]
     with pytest.raises(UserError, match="revoked"):
         approve(server, bad / "request.json", tmp_path / "package.json")
     for unknown in ("bad", "7"):
