@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import json
 import logging
 
 import pytest
 
-from fedprompt.runtime.peer_text import LONGEST_REASON, SafeFormatter, sanitised
+from fedprompt.runtime.peer_text import (
+    FORMAT,
+    LONGEST_REASON,
+    SafeFormatter,
+    sanitised,
+    stderr_formatter,
+)
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\u202e\u2028\ud800\x00\x9b31m"
 
@@ -57,3 +65,26 @@ def test_every_line_of_a_log_is_safe() -> None:
     assert '\n  File "' in text, "tracebacks keep their indents"
     assert "\n    second ?[2J" in text
     assert len(formatted("", ValueError("\n" * 10**6)).split("\n")) < 250
+
+
+def test_logs_are_json_lines_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = logging.LogRecord(
+        "fedprompt.node", logging.WARNING, "f.py", 1, "a\x1b\n%s", ("b",), None
+    )
+    assert not json_or_none(stderr_formatter("%(message)s").format(record))
+    monkeypatch.setenv(FORMAT, "json")
+    line = stderr_formatter("%(message)s").format(record)
+    assert "\n" not in line
+    event = json.loads(line)
+    assert (event["level"], event["source"]) == ("WARNING", "fedprompt.node")
+    assert event["text"] == "a?\nb"
+    assert datetime.datetime.fromisoformat(event["time"]).timestamp() == pytest.approx(
+        record.created, abs=1e-3
+    )
+
+
+def json_or_none(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

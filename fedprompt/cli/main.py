@@ -37,6 +37,7 @@ from fedprompt.cli.tune import tune
 from fedprompt.errors import RunFailed, UserError, did_you_mean
 from fedprompt.reports.terminal import LOOK
 from fedprompt.runtime.endings import run_command
+from fedprompt.runtime.peer_text import JsonLines, wants_json
 
 REFUSED_BY_SYSTEM = (
     errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
@@ -283,11 +284,14 @@ def main() -> None:
     `fedprompt.runtime.endings`.
     """
     use_lasting_output()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    handler: logging.Handler = (
+        logging.StreamHandler()
+        if wants_json()
+        else RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     )
+    # `SafeFormatter` is for text of peers, of which only `deploy` has any.
+    handler.setFormatter(JsonLines() if wants_json() else logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     run_command(_command)
 
 

@@ -37,7 +37,7 @@ from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation import require_flower
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
 from fedprompt.runtime import use_threads
-from fedprompt.runtime.peer_text import SafeFormatter
+from fedprompt.runtime.peer_text import stderr_formatter
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.node")
@@ -260,7 +260,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("fedprompt")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(SafeFormatter("%(levelname)s fedprompt: %(message)s"))
+        handler.setFormatter(stderr_formatter("%(levelname)s fedprompt: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -34,9 +34,10 @@ from fedprompt.experiment.validate import unsuited_backbone
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.reports.run_data import SUMMARY
 from fedprompt.runtime import use_threads
-from fedprompt.runtime.peer_text import SafeFormatter, sanitised
+from fedprompt.runtime.peer_text import SafeFormatter, sanitised, stderr_formatter
 
 log = logging.getLogger("fedprompt.server")
+STYLE = "%(asctime)s %(levelname)s %(message)s"
 
 app = ServerApp()
 
@@ -49,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         UserError: something that the administrator has to fix. The message is one line in the logs,
             and Flower marks the run as failed.
     """
-    _add_log_handler(logging.StreamHandler(sys.stderr))
+    _add_log_handler(logging.StreamHandler(sys.stderr), stderr_formatter(STYLE))
     try:
         # Whoever starts a run with `flwr run` may write numbers; all of our values are texts.
         settings = {k: str(v) for k, v in context.run_config.items()}
@@ -59,7 +60,8 @@ def main(grid: Grid, context: Context) -> None:
         folder, config = _open_run_folder(submission, context.run_id)
         try:
             # `deploy run` follows the run by reading this file.
-            _add_log_handler(logging.FileHandler(folder.path / LOG, encoding="utf-8"))
+            file = logging.FileHandler(folder.path / LOG, encoding="utf-8")
+            _add_log_handler(file, SafeFormatter(STYLE))
             _run(folder, config, grid, submission.registered)
         finally:
             folder.close()
@@ -131,9 +133,9 @@ def _drop_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def _add_log_handler(handler: logging.Handler) -> None:
+def _add_log_handler(handler: logging.Handler, formatter: logging.Formatter) -> None:
     """Add a place for our log lines; Flower sends those on stderr to whoever follows the run."""
-    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(formatter)
     logger = logging.getLogger("fedprompt")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -24,6 +24,7 @@ from fedprompt.deploy.processes import Processes, free_port, listens
 from fedprompt.deploy.reach import UNAVAILABLE, call, proxy_variable
 from fedprompt.errors import UserError
 from fedprompt.runtime.endings import advice, check_signals, command_line
+from fedprompt.runtime.peer_text import json_line, wants_json
 
 START_S = 300.0
 """Seconds that a process may take until it listens."""
@@ -197,4 +198,6 @@ def _refuse_used_port(port: int, advice: str, host: str = "127.0.0.1") -> None:
 
 
 def _print(line: str) -> None:
+    if wants_json():
+        line = json_line(line, "INFO", "fedprompt.deploy", time.time())
     print(line, flush=True)  # without flush, a service manager's journal would lag behind

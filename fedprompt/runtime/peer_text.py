@@ -6,8 +6,14 @@ control characters with which a terminal changes what it shows.
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
+import os
 
+FORMAT = "FEDPROMPT_LOG_FORMAT"
+"""Environment variable that makes logs on stderr, and the lines of `deploy server` and `deploy
+node`, JSON objects if it is `json`."""
 LONGEST_REASON = 500
 """Largest number of characters of a peer's text that are logged or stored."""
 
@@ -46,3 +52,38 @@ class SafeFormatter(logging.Formatter):
             " " * min(indent, 80) + sanitised(line, self.LONGEST_LINE)
             for indent, line in zip(indents, lines, strict=True)
         )
+
+
+class JsonLines(SafeFormatter):
+    """Formats each log record as one JSON object, for programs that collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record with its time (UTC), level, logger and text, tracebacks included."""
+        return json_line(super().format(record), record.levelname, record.name, record.created)
+
+
+def json_line(text: str, level: str, source: str, seconds: float) -> str:
+    """One event as a JSON object on one line.
+
+    Args:
+        text: what has happened.
+        level: for example `INFO`.
+        source: the logger or command that says so.
+        seconds: when it happened, as `time.time()` tells it.
+    """
+    when = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": when, "level": level, "source": source, "text": text})
+
+
+def wants_json() -> bool:
+    """Whether this process's logs are to be JSON lines."""
+    return os.environ.get(FORMAT) == "json"
+
+
+def stderr_formatter(style: str) -> logging.Formatter:
+    """The formatter of a log on stderr: JSON lines if they are wanted, else text.
+
+    Args:
+        style: the text's format, for `logging.Formatter`.
+    """
+    return JsonLines() if wants_json() else SafeFormatter(style)
