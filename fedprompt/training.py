@@ -14,7 +14,7 @@ clients that are still training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,9 @@ from fedprompt.methods.base import (
     stack,
 )
 from fedprompt.methods.parts.draws import StepDraws
+from fedprompt.methods.parts.local_step import LocalStep, containers, named, new_leaves
 from fedprompt.methods.parts.schedule import draw_batches, local_steps
+from fedprompt.methods.parts.step_graphs import StepGraphs
 from fedprompt.optimizer import (
     MOMENTUM,
     State,
@@ -105,6 +107,7 @@ def train_clients(
     server_round: int,
     rounds: int,
     momentum: Sequence[Tensors] | None = None,
+    graphs: StepGraphs | None = None,
 ) -> list[LocalResult]:
     """Train K clients for `config.local_epochs` passes over their own images.
 
@@ -123,6 +126,8 @@ def train_clients(
         rounds: number of rounds of the experiment, for the learning-rate schedule.
         momentum: per client, the `momentum` of its last result, or nothing before its first; used
             if the config keeps it. None if no client has any.
+        graphs: recordings of this method's steps, which are replayed where they can be; None takes
+            every step plainly. The results are the same.
 
     Returns:
         One result per client, in the order given. The arguments are not changed.
@@ -188,9 +193,9 @@ def train_clients(
         {n: v for n, v in received_K.items() if n not in extra}, private_K, round_info
     )
     at_rest = method.at_rest(private_K, round_info)
-    names = _named(shared_K, private_K)
-    trained = {n: v for n, v in names.items() if n not in method.frozen}
-    fixed = {n: v for n, v in names.items() if n in method.frozen}
+    both = named(shared_K, private_K)
+    trained = {n: v for n, v in both.items() if n not in method.frozen}
+    fixed = {n: v for n, v in both.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
     kept = kept_momentum(trained, kept_K) if keeps_momentum(config) else None
     final, totals, velocity = _descend(
@@ -203,9 +208,10 @@ def train_clients(
         fixed=fixed,
         at_rest=at_rest,
         momentum=kept,
+        graphs=graphs,
     )
     frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
-    shared_K, private_K = method.end_round(*_containers(final | frozen), round_info)
+    shared_K, private_K = method.end_round(*containers(final | frozen), round_info)
     shared_K, private_K, velocity, totals = moved_by_name(
         [shared_K, private_K, velocity, totals], torch.device("cpu")
     )
@@ -267,6 +273,7 @@ def _descend(
     fixed: Tensors,
     at_rest: Tensors,
     momentum: Tensors | None,
+    graphs: StepGraphs | None,
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Take all local steps.
 
@@ -279,11 +286,12 @@ def _descend(
         segments: first step, last step + 1 and number of clients, as in `Schedule`.
         images: the images of all steps, on the device.
         round_info: the round, with clients in the order of the schedule.
-        trained: tensors (K, ...) that the optimiser updates, with names as in `_named`.
-        fixed: tensors (K, ...) that are used and not changed, with names as in `_named`.
+        trained: tensors (K, ...) that the optimiser updates, with names as in `named`.
+        fixed: tensors (K, ...) that are used and not changed, with names as in `named`.
         at_rest: what `Method.at_rest` returned.
         momentum: the momentum of each trained tensor before the first step, (K, ...), or None if
             it starts at zero and is not kept.
+        graphs: as in `train_clients`.
 
     Returns:
         The `trained` tensors (K, ...) after the last step; the sum over all images seen of every
@@ -298,17 +306,20 @@ def _descend(
         # Within a segment the same A clients train. New leaves and a new optimiser per segment
         # drop the clients that are done: with a zero gradient, momentum and weight decay would
         # keep moving their prompts.
-        leaves = {n: v[:active].clone().requires_grad_() for n, v in trained.items()}
+        start = {n: v[:active] for n, v in trained.items()}
+        fixed_A = {n: v[:active] for n, v in fixed.items()}
         present = round_info.first(active)
-        shared_A, private_A = _containers(leaves | {n: v[:active] for n, v in fixed.items()})
+        compute = (
+            LocalStep(method, new_leaves(start), fixed_A)
+            if graphs is None
+            else graphs.step(start, fixed_A, present)
+        )
+        leaves = compute.leaves
         optimizer = build_optimizer(config, leaves, round_info.lr, method.lr_scale)
         restore(optimizer, list(leaves.values()), state, active)
         for step in range(first, stop):
-            batch = images.batch(step, present)
-            # The class prompts are encoded in every step, since the gradient flows through them.
-            encoded = method.encode(shared_A, private_A)
-            loss_terms = method.loss_terms(shared_A, private_A, encoded, batch)
-            gradients = method.gradients(loss_terms, leaves, batch)
+            computed = compute(images.batch(step, present))
+            gradients: Mapping[str, Tensor | None] = computed.gradients
             if config.clip_grad_norm is not None:
                 gradients = clip_gradients(gradients, config.clip_grad_norm, at_rest)
             # The method may have clipped, projected or noised them, so `backward` is not used.
@@ -317,15 +328,14 @@ def _descend(
             optimizer.step()
             # One optimiser step updates the tensors of all clients, so those at rest are put back.
             for name, rest_K in at_rest.items():
-                _put_back(leaves[name], trained[name][:active], rest_K[:active])
-            terms_TA = torch.stack([term.detach() for term in loss_terms.values()])
-            terms_TA = torch.cat([terms_TA, terms_TA.sum(0, keepdim=True)])
+                _put_back(leaves[name], start[name], rest_K[:active])
             if totals_TK is None:
-                terms = (*loss_terms, "loss")
-                totals_TK = terms_TA.new_zeros(len(terms), len(round_info.clients))
+                terms = computed.terms
+                totals_TK = computed.values_TA.new_zeros(len(terms), len(round_info.clients))
             # Terms are means over a batch, and the last batch may be smaller: weighted by images,
             # the round's value is a mean over images and not over batches.
-            totals_TK[:, :active] += terms_TA * images.numbers["images_SK"][step, :active]
+            weight_A = images.numbers["images_SK"][step, :active]
+            totals_TK[:, :active] += computed.values_TA * weight_A
             images.feed.prefetch(step + 1, active)
         # The next segment has fewer clients; `final` keeps the values of those that leave here.
         trained = {n: v.detach() for n, v in leaves.items()}
@@ -350,22 +360,6 @@ def _rows(stacked_K: Tensors, row: int, own: Tensors) -> Tensors:
 def _put_back(tensor: Tensor, start: Tensor, rest_A: Tensor) -> None:
     """Return the rows of `tensor` (A, ...) where `rest_A` is true to their values in `start`."""
     tensor.copy_(torch.where(rest_A.view(-1, *[1] * (tensor.dim() - 1)), start, tensor))
-
-
-def _named(shared: Tensors, private: Tensors) -> Tensors:
-    """Both containers in one dict; names are `shared.<name>` and `private.<name>`."""
-    return {f"shared.{n}": v for n, v in shared.items()} | {
-        f"private.{n}": v for n, v in private.items()
-    }
-
-
-def _containers(named: Tensors) -> tuple[Tensors, Tensors]:
-    """Split tensors with names as in `_named` into the shared and the private container."""
-    shared, private = (
-        {n.removeprefix(f"{kind}."): v for n, v in named.items() if n.startswith(f"{kind}.")}
-        for kind in ("shared", "private")
-    )
-    return shared, private
 
 
 def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:

@@ -28,7 +28,9 @@ from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe
 from fedprompt.errors import UserError
 from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.parts.step_graphs import StepGraphs
 from fedprompt.methods.registry import method_class
+from fedprompt.runtime.step_recorder import step_recorder
 
 
 class Workspace:
@@ -36,8 +38,8 @@ class Workspace:
 
     The server and the simulated clients of a process use the same workspace. On a node of a
     deployment it holds the images of that node's client alone. Nothing that training changes is
-    stored here but for the `memo`, which holds results of shared tensors only; so private tensors
-    cannot leak from one client to another through it.
+    stored here but for the `memo`, which holds results of shared tensors only, and the buffers of
+    `graphs`; so private tensors cannot leak from one client to another through it.
 
     Args:
         config: the whole experiment.
@@ -50,6 +52,8 @@ class Workspace:
 
     Attributes:
         memo: what has been computed from the shared tensors that are evaluated now.
+        graphs: recordings of local steps, if `backbone.cuda_graphs` asks for them and the backbone
+            is on a GPU that can. Whatever their buffers hold is written over before it is read.
 
     Raises:
         UserError: the method does not fit the backbone or the class names.
@@ -83,6 +87,8 @@ class Workspace:
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
         self.memo = Memo()
+        recorder = step_recorder(clip.device, config.backbone.cuda_graphs)
+        self.graphs = None if recorder is None else StepGraphs(self.method, recorder)
 
     def with_method(self, method_config: Any, training: TrainingConfig | None = None) -> Workspace:
         """A workspace with the same data and backbone and another method, such as a baseline.

@@ -51,8 +51,12 @@ from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.validate import validate
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace
 from fedprompt.federation.server_app import Federation
+from fedprompt.methods.base import Batch, Tensors
+from fedprompt.methods.parts.step_graphs import StepGraphs
+from fedprompt.methods.promptfl import PromptFL
 from fedprompt.methods.registry import all_methods
 from fedprompt.reports.run_data import PROMPTS, SUMMARY
+from fedprompt.runtime.step_recorder import CudaRecorder
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.step_memory import step_memory
 from fedprompt.training import LocalResult, train_clients
@@ -114,7 +118,9 @@ def seconds(call: Callable[[], Any], repeats: int = 3) -> float:
     return min(times)
 
 
-def local_round(workspace: Workspace, clients: int, steps: int) -> Callable[[], list[LocalResult]]:
+def local_round(
+    workspace: Workspace, clients: int, steps: int, graphs: StepGraphs | None = None
+) -> Callable[[], list[LocalResult]]:
     """A call in which copies of a workspace's client train together for some epochs of a batch."""
     method, config = workspace.method, workspace.config
     received = method.init_shared(config.seed) | method.init_extras(config.seed)
@@ -131,6 +137,7 @@ def local_round(workspace: Workspace, clients: int, steps: int) -> Callable[[], 
             seed=config.seed,
             server_round=1,
             rounds=5,
+            graphs=graphs,
         )
 
     return call
@@ -279,6 +286,47 @@ def waits(visit: Visit) -> None:
     expect(not over, f"steps wait for the device: {over}")
 
 
+class _Waits(PromptFL):
+    """PromptFL with a number that the host reads in every step, which no graph can repeat."""
+
+    def loss_terms(
+        self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
+    ) -> dict[str, Tensor]:
+        terms = super().loss_terms(shared, private, encoded, batch)
+        return {"ce": terms["ce"] * float(terms["ce"].detach().isfinite().any().item())}
+
+
+def cuda_graphs(visit: Visit) -> None:
+    """Replayed steps have the bits of plain ones; a step that waits is taken plainly."""
+    visit.only_cuda()
+    clip = random_clip(visit.large, device=visit.device)
+    for method in ("promptfl", "fedrsclip", "kgcoop"):
+        for clients in (1, 16):
+            workspace = example(clip, method)
+            graphs = StepGraphs(workspace.method, CudaRecorder(clip.device))
+            times = {}
+            for name, recordings in (("plain", None), ("replayed", graphs)):
+                long, short = (
+                    seconds(local_round(workspace, clients, steps, recordings)) for steps in (6, 2)
+                )
+                times[f"{name}_ms"] = round(1e3 * (long - short) / 4, 3)
+            plain = tensors_of(local_round(workspace, clients, 3)())
+            replayed = tensors_of(local_round(workspace, clients, 3, graphs)())
+            differ = [n for n, t in plain.items() if not torch.equal(t, replayed[n])]
+            visit.facts[f"{method} K={clients}"] = times | {"refused": graphs.refused}
+            expect(graphs.refused is None, f"{method} was not recorded: {graphs.refused}")
+            expect(not differ, f"{method}: replayed steps have other bits: {differ[:3]}")
+    workspace = example(clip, "promptfl")
+    workspace.method = _Waits(workspace.config.method, clip, workspace.task)
+    graphs = StepGraphs(workspace.method, CudaRecorder(clip.device))
+    found = tensors_of(local_round(workspace, 2, 3, graphs)())
+    visit.facts["a step that waits"] = graphs.refused
+    expect(graphs.refused is not None, "a step that waits was recorded")
+    expected = tensors_of(local_round(workspace, 2, 3)())
+    equal = all(torch.equal(t, found[n]) for n, t in expected.items())
+    expect(equal, "after a recording that failed, plain steps have other bits")
+
+
 def memory(visit: Visit) -> None:
     """A step of several clients takes no more than the estimate that sizes blocks."""
     visit.only_cuda()
@@ -393,8 +441,8 @@ def _federated(visit: Visit, device: str, method: str) -> tuple[dict[str, Tensor
 
 
 CHECKS: tuple[Callable[[Visit], None], ...] = (
-    environment, towers, whole_run, same_bits, waits, memory, out_of_memory, speed, encoding,
-    methods,
+    environment, towers, whole_run, same_bits, waits, memory, out_of_memory, speed, cuda_graphs,
+    encoding, methods,
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ class TextTower:
             return self.transformer.rows
         return self._sequence_positions
 
-    @property
+    @cached_property
     def _sequence_positions(self) -> int:
         """Positions of all classes where each is a sequence of its own."""
         return int(self._lengths_C.sum())

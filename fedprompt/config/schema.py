@@ -44,6 +44,11 @@ class BackboneConfig:
     deterministic: bool = option(
         False, "on a GPU, add in a fixed order: the same bits again, more slowly; no effect on CPUs"
     )
+    cuda_graphs: bool = option(
+        False,
+        "on an NVIDIA GPU, record a local step once and replay it: less time between kernels; no "
+        "effect elsewhere",
+    )
     image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
 
     def check(self) -> None:

@@ -96,6 +96,7 @@ def _train(
         server_round=server_round(messages[0]),
         rounds=config.federation.rounds,
         momentum=[momentum[c] for c in clients],
+        graphs=workspace.graphs,
     )
     replies = []
     for message, result in zip(messages, results, strict=True):

@@ -183,6 +183,9 @@ class Method(ABC):
     """Whether the shared tensors alone are a model, so that `encode(shared, None)` works."""
     no_transfer_reason: str | None = None
     """Why the tensors mean nothing for other class names; None if they do transfer."""
+    no_graph_reason: str | None = None
+    """Why a local step cannot be recorded and replayed (`parts/step_graphs.py`); None if it can, or
+    if the recording itself finds out, as it does of draws and of the number of the step."""
     images_at_once: int = 4096
     """Largest number of images in one call of `logits` in evaluation; it bounds the memory."""
 

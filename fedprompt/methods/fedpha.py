@@ -97,6 +97,7 @@ class FedPHA(Method):
     source = "Fang et al., ICML 2025"
     Config = FedPHAConfig
     frozen = frozenset({"private.length"})
+    no_graph_reason = "clients are grouped by the lengths of their private prompts"
 
     def __init__(self, config: FedPHAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

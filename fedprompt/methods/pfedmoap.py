@@ -83,6 +83,7 @@ class PFedMoAP(Method):
     name = "pfedmoap"
     source = "Luo et al., ICLR 2025"
     Config = PFedMoAPConfig
+    no_graph_reason = "whether gates are in use decides how a step computes"
     images_at_once = 512
 
     def __init__(self, config: PFedMoAPConfig, clip: FrozenCLIP, task: Task) -> None:

@@ -68,6 +68,7 @@ class PLOT(Method):
     source = "Chen et al., ICLR 2023"
     Config: ClassVar[type[Any]] = PLOTConfig
     needs = frozenset({"features", "patches"})
+    no_graph_reason = "the transport iterates until the device reports that it has converged"
     images_at_once = 128
     """Costs and plans of 100 classes, 4 prompts and 196 patches take 314 kB each per image."""
 

@@ -103,6 +103,9 @@ def run_block(
         # Out of the handler: while an error is handled, its traceback keeps every tensor of the
         # failed call, and the next call would have to fit beside them.
         if short:
+            # Smaller blocks need recordings of their own.
+            if workspace.graphs is not None:
+                workspace.graphs.clear()
             give_back()
         if len(part) == 1:
             replies.append(failure(messages[0], reason))

@@ -114,6 +114,7 @@ class BlockGrid(CountingGrid):
         Args:
             workspace: the workspace of the other method, as `Workspace.with_method` makes it.
         """
+        self._drop_graphs()
         self.workspace = workspace
         self.private = MemoryStore()
         self._secrets = {}
@@ -123,6 +124,11 @@ class BlockGrid(CountingGrid):
 
     def close(self) -> None:
         """Release processes and memory. The grid cannot be used afterwards."""
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        if self.workspace.graphs is not None:
+            self.workspace.graphs.clear()
 
     # Flower's Grid
 

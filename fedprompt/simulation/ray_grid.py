@@ -128,6 +128,7 @@ class RayGrid(BlockGrid):
 
     def close(self) -> None:
         """Stop the actors, and also Ray if this grid started it."""
+        super().close()
         self.pool.close()
         self._stop_ray()
 

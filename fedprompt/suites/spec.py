@@ -107,7 +107,7 @@ def _setting(config: Config) -> dict[str, Any]:
     content = _changed(config)
     for key in ("experiment", "seed", "method", "output", "simulation"):
         content.pop(key, None)
-    for key in ("device", "deterministic", "image_batch"):
+    for key in ("device", "deterministic", "cuda_graphs", "image_batch"):
         content.get("backbone", {}).pop(key, None)
     return content
 

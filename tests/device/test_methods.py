@@ -145,7 +145,7 @@ def test_a_wait_or_a_copy_in_a_step_exceeds_the_budget(
     generous = Budget(budget.launches + 10, budget.copies, budget.waits)
     faults = exceeded(live("promptfl", on_device, device).steps[1], generous)
     assert [f.partition(":")[0] for f in faults] == [fault]
-    assert "training.py" in faults[0]
+    assert "local_step.py" in faults[0]
 
 
 def test_a_tensor_left_on_the_cpu_is_refused(

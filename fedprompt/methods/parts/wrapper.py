@@ -158,6 +158,7 @@ class WrappedMethod(Method):
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
         self.no_transfer_reason = base.no_transfer_reason
+        self.no_graph_reason = base.no_graph_reason
         self.images_at_once = base.images_at_once
         # Only names are needed here, and they do not depend on the seed or the client.
         shared = base.init_shared(0)

@@ -18,8 +18,8 @@ CONDITIONS = ("data", "partition", "backbone", "protocol_options")
 CHOICES = ("method", "strategy")
 """Sections that are compared, even where a sweep varies them in its grid."""
 COMPUTING = (
-    "backbone.device", "backbone.precision", "backbone.deterministic", "backbone.image_batch",
-    "data.views", "data.crop_scale",
+    "backbone.device", "backbone.precision", "backbone.deterministic", "backbone.cuda_graphs",
+    "backbone.image_batch", "data.views", "data.crop_scale",
 )  # fmt: skip
 """Settings of these sections that do not change what is measured."""
 FIRST = ("data.title", "backbone.model", "partition.scheme")
