@@ -99,7 +99,8 @@ def test_recorded_steps_are_plain_steps_or_the_page_names_the_method(
         r"^Methods whose steps are not recorded.*$", (DOCS / "gpu.md").read_text(), re.M
     )
     assert line
-    assert (f"`{name}`" in line[0]) == (graphs.refused is not None), graphs.refused
+    is_named = f"`{name}`" in line[0]
+    assert is_named == (graphs.refused is not None), f"correct docs/gpu.md: {graphs.refused}"
     if graphs.refused is None:
         assert [tape.replays for tape in recorder.tapes] == [4], "two steps in each of two rounds"
 
