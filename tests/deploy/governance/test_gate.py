@@ -6,8 +6,9 @@ The tests play the server: they call `fedprompt.deploy.node.answer` with its mes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedprompt.config.protection import PrivacyConfig
+from fedprompt.config.protection import PrivacyConfig, SecureAggregationConfig
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node as node_module
 from fedprompt.deploy.governance import audit, gate, ledger
@@ -27,11 +28,26 @@ from fedprompt.deploy.node_grid import pull_replies
 from fedprompt.deploy.node_report import read_report
 from fedprompt.errors import UserError
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.messages import ARRAYS, METRICS, SITE, become_server, to_arrays, to_record
+from fedprompt.federation.server_app import Federation
+from fedprompt.messages import (
+    ARRAYS,
+    METRICS,
+    SITE,
+    become_server,
+    client_of,
+    from_wire,
+    to_arrays,
+    to_record,
+    to_wire,
+)
 from fedprompt.privacy.accountant import epsilon
+from fedprompt.privacy.secure_aggregation import RECORD
+from fedprompt.simulation.inline_grid import InlineGrid
+from fedprompt.workspace import Workspace
 from tests.support.federations import CLASSES, config_for, write_clients
 
 NOISE = PrivacyConfig(noise=4.0, clip=0.5)
+MASKED = SecureAggregationConfig(enabled=True, max_weight=100, clip=1000.0)
 
 
 class Node:
@@ -283,3 +299,64 @@ def test_the_server_takes_the_record_of_a_node_out_of_its_replies() -> None:
     assert len(sites[1]["policy"]) <= 64
     assert sites[1]["policy"].isprintable()
     assert 2 not in sites
+
+
+class MaskedNodes(InlineGrid):
+    """A grid whose messages nodes with policies answer; what they say of these is taken out."""
+
+    def __init__(self, workspace: Workspace, nodes: list[Node]) -> None:
+        super().__init__(workspace)
+        self.nodes = nodes
+        self.states: dict[int, RecordDict] = {}
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = []
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"m{number}"
+            client = client_of(message.metadata.dst_node_id)
+            node = self.nodes[client]
+            state = self.states.setdefault(client, RecordDict())
+            text = to_yaml(node.config).replace(str(node.images), "/not/here")
+            asked = from_wire(to_wire(message))
+            reply = answer(asked, node.settings, {"config": text, "run": "r"}, 7, state)
+            if not reply.has_error():
+                del reply.content[SITE]
+            replies.append(from_wire(to_wire(reply)))
+        return replies
+
+
+def test_under_secure_aggregation_a_repeated_round_is_counted_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A node has one workspace; here three nodes share a process.
+    monkeypatch.setattr(node_module, "_opened", lru_cache(3)(node_module._opened.__wrapped__))
+    policy = "secure_aggregation: true\nmin_peers: 2\nmax_epsilon: 100\nmax_change: 1000"
+    nodes = []
+    for client in range(3):
+        path = folder / f"site-{client}"
+        path.mkdir()
+        (path / "images").symlink_to(folder / "images")
+        node = Node(path, policy, privacy=NOISE, secure_aggregation=MASKED)
+        node.settings |= {
+            "partition-id": client,
+            "data": str(folder / "images" / f"client-{client}"),
+        }
+        nodes.append(node)
+    workspace = open_workspace(nodes[0].config)
+    grid = MaskedNodes(workspace, nodes)
+    ends = []
+    for _ in range(2):  # the server is killed after the round, and repeats it with new keys
+        federation = Federation(workspace, grid)
+        federation.join()
+        line = federation.train_round(1)
+        assert line["clients"]["accepted"] == 3, line
+        ends.append({n: t.numpy().tobytes() for n, t in federation.shared.items()})
+    assert ends[0] == ends[1], "the noise of a repeated round is that of the first"
+    for node in nodes:
+        ((releases, _),) = spent_epsilon(node.records, 1e-5).values()
+        assert releases == 1
+        sent = [e["content"] for e in node.entries() if e["event"] == audit.SENT]
+        assert len(sent) == 10, "five stages, twice"
+        assert all(set(content) == {RECORD} for content in sent)
