@@ -100,7 +100,8 @@ class VisionTower:
 
         Args:
             pixels: (K, B, 3, H, W), normalised as by CLIP's preprocessing. A client axis of 1
-                broadcasts, here and in the prompts.
+                broadcasts, here and in the prompts. If they require a gradient, as in an attack on
+                the image, the plain path is taken.
             prompts: (K, M, w).
             deep: (K, J, M, w); entry j replaces the prompts at the input of layer j + 1.
             patches: also return the output tokens of the patches, which pass through `ln_post` and
@@ -116,15 +117,16 @@ class VisionTower:
                 the first.
         """
         self._check(prompts, deep)
-        # The embedded image is constant: no gradient is needed before the prompts enter.
-        with torch.no_grad(), self.clip.autocast():
+        # An image is constant in training: no gradient is needed before the prompts enter.
+        attacked = pixels.requires_grad and torch.is_grad_enabled()
+        with torch.set_grad_enabled(attacked), self.clip.autocast():
             embedded = self.visual._embeds(pixels.to(self.clip.device).flatten(0, 1))
         image_KBTw = embedded.unflatten(0, pixels.shape[:2])
         if prompts is not None:
             prompts = self.visual.ln_pre(prompts)
             clients = max(t.shape[0] for t in (pixels, prompts, deep) if t is not None)
             image_KBTw = image_KBTw.expand(clients, -1, -1, -1)
-        if self.fast and adapt is None:
+        if self.fast and adapt is None and not attacked:
             x_KBTw = self._fast(image_KBTw, prompts, deep, patches)
         else:
             with self.clip.autocast():

@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "cross_data_set": {"targets": TARGETS},
     "ood": {"local": True},
     "leave_one_domain_out": {"domain": "highland"},
+    "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
     "unlearning": {"shadows": 0, "subsets": 2},
 }
 
