@@ -29,7 +29,8 @@ def open_pixels(clip: FrozenCLIP, dataset: ImageDataset, index: Sequence[int]) -
     """Images as the backbone sees them, (B, 3, H, W), with pixels from 0 to 1."""
     images = torch.stack([clip.preprocess(dataset.open_image(i)) for i in index])
     mean, std = clip.mean_std[:, :, None, None]
-    return (images * std + mean).clamp(0, 1)
+    pixels: Tensor = (images * std + mean).clamp(0, 1)
+    return pixels
 
 
 def starts(pixels_B3HW: Tensor, index: Sequence[int], seed: int) -> Tensor:
