@@ -17,7 +17,7 @@ from flwr.app import Error, Message, RecordDict
 
 from fedprompt.deploy.node import answer
 from fedprompt.deploy.worker_client import receive_block, send_block
-from fedprompt.errors import UserError
+from fedprompt.errors import DeviceFault, UserError
 from fedprompt.messages import (
     CLIENT_FAILED,
     become_server,
@@ -26,6 +26,7 @@ from fedprompt.messages import (
     records_to_wire,
     to_wire,
 )
+from fedprompt.runtime.device_memory import DEVICE_ERRORS
 
 log = logging.getLogger("fedprompt.node")
 
@@ -35,6 +36,7 @@ def serve(path: Path) -> None:
 
     Raises:
         UserError: the socket cannot be created.
+        DeviceFault: the GPU has failed. `deploy node` then starts another worker.
     """
     # Flower builds no Message without an identity; the ClientApp sets the right one on the reply.
     become_server()
@@ -73,7 +75,13 @@ def listen(path: Path) -> socket.socket:
 
 
 def answer_one(connection: socket.socket) -> None:
-    """Answer one message; a failure becomes an error reply, so that the worker keeps running."""
+    """Answer one message; a failure becomes an error reply, so that the worker keeps running.
+
+    Raises:
+        DeviceFault: the GPU has failed. The message has its error reply, but this process cannot
+            answer another one.
+    """
+    fault: DeviceFault | None = None
     header = json.loads(receive_block(connection))
     message = from_wire(receive_block(connection))
     stored, state = receive_block(connection), RecordDict()
@@ -85,5 +93,12 @@ def answer_one(connection: socket.socket) -> None:
         log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         reply = Message(Error(CLIENT_FAILED, reason), reply_to=message)
-    send_block(connection, to_wire(reply))
-    send_block(connection, records_to_wire(state))
+        if isinstance(error, DEVICE_ERRORS):
+            fault = DeviceFault(f"the device has failed ({reason}), and this worker ends.")
+    try:
+        send_block(connection, to_wire(reply))
+        send_block(connection, records_to_wire(state))
+    finally:
+        # Also if nobody waits for the reply any more.
+        if fault is not None:
+            raise fault

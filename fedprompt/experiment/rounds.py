@@ -182,9 +182,13 @@ def _most_often(lines: Sequence[Mapping[str, Any]]) -> str:
     return f" (most often: {reasons.most_common(1)[0][0]})" if reasons else ""
 
 
+class NoBaseline(RunFailed):
+    """The local-only baseline has no result; that of the run itself is whole."""
+
+
 def run_reference(
     federation: Federation, record: Callable[[dict[str, Any]], None]
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Run a baseline. It has no checkpoints: after an interruption it starts from round 0 again.
 
     Args:
@@ -193,8 +197,11 @@ def run_reference(
 
     Returns:
         The last argument of `record`, with the accuracies of the chosen rounds if
-        `evaluation.select` asks for them. None if no client has trained in any round: accuracies
-        of prompts at their start are no result.
+        `evaluation.select` asks for them.
+
+    Raises:
+        NoBaseline: no client has trained in any round; accuracies of prompts at their start are no
+            result.
     """
     rounds = _last_round(federation)
     federation.join()
@@ -210,13 +217,11 @@ def run_reference(
         record(recorded[-1])
     federation.close_faults()
     if rounds and len(failed) == rounds:
-        log.error(
-            "the local-only baseline has no result: no client's update was accepted in any of %d "
-            "rounds%s",
-            rounds,
-            _most_often(failed),
+        raise NoBaseline(
+            f"the local-only baseline has no result: no client's update was accepted in any of "
+            f"{rounds} rounds{_most_often(failed)}. The run's own result is not concerned and has "
+            "been saved; evaluation.local_only=false leaves the baseline out."
         )
-        return None
     if federation.config.evaluation.select == "best_validation":
         return recorded[-1] | select(recorded)
     return recorded[-1]

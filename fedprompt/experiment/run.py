@@ -21,7 +21,7 @@ from fedprompt.errors import StopRun, UserError
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.paths import absolute
 from fedprompt.experiment.resuming import changed, schedule_note
-from fedprompt.experiment.rounds import run_reference, run_server, train_reference
+from fedprompt.experiment.rounds import NoBaseline, run_reference, run_server, train_reference
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
@@ -170,12 +170,17 @@ def _run(
         federation = Federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         _train_references(federation, grid, display)
-        local_only = None
+        local_only, fault = None, None
         # The baseline is tested on the clients' own images, and is `coop_local` itself.
         baseline = config.evaluation.local_only and "personalised" in config.protocols
         if baseline and config.method.name != "coop_local":
-            local_only = _local_only(workspace, grid, folder, display, loggers)
+            try:
+                local_only = _local_only(workspace, grid, folder, display, loggers)
+            except NoBaseline as error:
+                fault = error
         finish(federation, folder, display, line, totals, started, loggers, local_only=local_only)
+        if fault is not None:
+            raise fault
     except StopRun:
         display.message(f"stopped; 'fedprompt run --resume {folder.path}' continues the run")
     except UserError:
@@ -240,7 +245,10 @@ def _local_only(
     It uses the same grid, and therefore the same processes, after the method under test is done.
 
     Returns:
-        The reported accuracies, or None if no client has trained in any round or has labels.
+        The reported accuracies, or None if no client has labels.
+
+    Raises:
+        NoBaseline: no client has trained in any round.
     """
     display.phase("local-only baseline")
     reference = method_class("coop_local")
@@ -265,7 +273,7 @@ def _local_only(
         loggers.line(whole)
 
     last = run_reference(Federation(alone, grid), record)
-    return None if last is None else {**last, "context_tokens": tokens}
+    return {**last, "context_tokens": tokens}
 
 
 def _tokens(workspace: Workspace) -> int | None:

@@ -18,14 +18,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node as node_module
-from fedprompt.deploy import worker_client
+from fedprompt.deploy import worker, worker_client
 from fedprompt.deploy.folders import NodeFolder
 from fedprompt.deploy.node import answer, experiment_text
 from fedprompt.deploy.node_config import read_node_settings
 from fedprompt.deploy.node_report import NodeReport, read_report
 from fedprompt.deploy.worker import answer_one, listen
 from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
-from fedprompt.errors import UserError
+from fedprompt.errors import DeviceFault, UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.messages import Refused, become_server, to_arrays, to_record, to_wire
@@ -223,6 +223,32 @@ def test_a_message_that_the_worker_fails_on_is_an_error_reply(short: Path) -> No
         worker_client.send_block(near, b"")  # no state of secure aggregation
         answer_one(far)
         assert b"TypeError" in worker_client.receive_block(near)
+
+
+def test_a_worker_ends_when_its_device_has_failed(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its reply; `deploy node` starts another one, as after any exit."""
+
+    class Sticky(RuntimeError):
+        """Stands for `torch.AcceleratorError`, which older releases of PyTorch do not have."""
+
+    def failing(*_: object) -> None:
+        raise Sticky("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(worker, "DEVICE_ERRORS", (Sticky,))
+    monkeypatch.setattr(worker, "answer", failing)
+    path, replies = short / "worker.sock", []
+    asking = threading.Thread(
+        target=lambda: replies.append(
+            ask_worker(str(path), message(MessageType.TRAIN), {}, {}, 7, patience_s=60)
+        )
+    )
+    asking.start()
+    with pytest.raises(DeviceFault, match="unspecified launch failure"):
+        worker.serve(path)
+    asking.join()
+    assert "unspecified launch failure" in str(replies[0].error.reason)
 
 
 def test_the_socket_of_a_deep_folder_is_elsewhere(tmp_path: Path, short: Path) -> None:

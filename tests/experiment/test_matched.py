@@ -23,7 +23,7 @@ def baseline(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any,
 
     def with_method(*sections: Any) -> Any:
         built.append(sections)
-        return SimpleNamespace(config=config)
+        return SimpleNamespace(config=config, trainable=(0,))
 
     monkeypatch.setattr(experiments, "Federation", lambda *_: None)
     monkeypatch.setattr(experiments, "run_reference", lambda *_: {"round": 3})

@@ -95,8 +95,8 @@ def test_rounds_that_all_have_too_few_updates(
     assert "ZeroDivisionError: no such luck" in errors
 
 
-def test_a_baseline_whose_clients_all_fail_is_not_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_baseline_whose_clients_all_fail_ends_the_run_with_status_1_after_its_own_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = client_app.train_clients
 
@@ -108,8 +108,11 @@ def test_a_baseline_whose_clients_all_fail_is_not_reported(
     monkeypatch.setattr(client_app, "train_clients", only_promptfl)
     folder = tmp_path / "run"
     changes = ("method=promptfl", "evaluation.local_only=true", f"output.dir={folder}")
-    assert status_of(monkeypatch, *changes) == 0
-    assert "local-only baseline has no result" in caplog.text
+    assert status_of(monkeypatch, *changes) == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fedprompt: ")]
+    assert len(lines) == 1
+    assert "local-only baseline has no result" in lines[0]
+    assert "ZeroDivisionError: no such luck" in lines[0]
     summary = load_run(folder).summary
     assert summary is not None
     assert summary["local_only"] is None
