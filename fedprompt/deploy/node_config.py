@@ -176,15 +176,13 @@ def on_server(config: Config) -> Config:
     """The experiment as the server runs it: it opens its own test folder and no client's folder.
 
     Raises:
-        UserError: a protocol trains the federation again with other images, as only a simulation
-            can.
+        UserError: a protocol needs what only a simulation can do.
     """
     for name in config.protocols:
-        if protocol_class(name).retrains:
+        if what := protocol_class(name).simulation_only:
             raise UserError(
-                f"config: protocol '{name}' trains the federation again without some of the "
-                "clients' images, which only a simulation can ('fedprompt run'); leave it out of "
-                "protocols."
+                f"config: protocol '{name}' {what}, which only a simulation can ('fedprompt "
+                "run'); leave it out of protocols."
             )
     if not isinstance(config.data, ClientFoldersConfig):
         return config

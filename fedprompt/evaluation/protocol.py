@@ -84,6 +84,8 @@ class Protocol(ABC):
     """Whether the server asks the clients to run `measure_clients` after the last round."""
     needs_global: ClassVar[bool] = False
     """Whether the protocol needs a model that consists of the shared tensors alone."""
+    simulation_only: ClassVar[str] = ""
+    """What it does that only a simulation can do; a deployment refuses the protocol then."""
     retrains: ClassVar[bool] = False
     """Whether `references` has anything to train, which only a simulation can do."""
     needs_new_names: ClassVar[bool] = False

@@ -87,6 +87,7 @@ class Unlearning(Reported):
     Options = UnlearningOptions
     needs_global = True
     retrains = True
+    simulation_only = "trains the federation again without some of the clients' images"
     options: UnlearningOptions
 
     @classmethod
