@@ -38,6 +38,7 @@ STEP = {
     "coop_local": Budget(90),
     "copl": Budget(115),
     "coprompt": Budget(315),
+    "ctp_tft": Budget(230),
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),

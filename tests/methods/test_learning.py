@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "copl": {},
     "coprompt": {"context_tokens": 2, "depth": 2},
     "tfup_t": {},
+    "ctp_tft": {},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4
