@@ -42,6 +42,7 @@ STEP = {
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),
+    "fdbpl": Budget(210),
     "fedclip": Budget(95),
     "fedcocoop": Budget(105),
     "feddda": Budget(200),

@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "coprompt": {"context_tokens": 2, "depth": 2},
     "tfup_t": {},
     "ctp_tft": {},
+    "fdbpl": {"label_weight": 1.0},
 }
 """The methods, with the keys that make a run short."""
 ROUNDS = 4

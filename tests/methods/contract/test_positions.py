@@ -67,6 +67,7 @@ BUDGET = {
     "ditto": Positions(0, 140, 140),
     "dp2fl": Positions(0, 224, 224),
     "dp_fpl": Positions(0, 70, 140),
+    "fdbpl": Positions(451, 116, 116),
     "fedclip": Positions(47, 0, 0),
     "fedcocoop": Positions(0, 232, 696),
     "feddda": Positions(0, 422, 422),
