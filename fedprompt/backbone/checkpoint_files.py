@@ -8,6 +8,7 @@ may carry the prefixes of PyTorch's wrappers.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,8 @@ WRAPPED = ("state_dict", "model_state_dict", "model", "module", "clip")
 """Keys below which training code keeps the model's tensors, the most specific first."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip.", "clip_model.")
 """What wrappers put before every name: DataParallel, torch.compile, Lightning and others."""
-OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
-"""Numbers, no weights, that OpenAI's archives hold as tensors."""
+CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+"""What archives of TorchScript hold as tensors besides the weights."""
 
 
 def files_of(source: Path) -> list[Path]:
@@ -54,8 +55,10 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     elif source.suffix == ".safetensors":
         content = load_file(source)
     elif _is_torchscript(source):
-        content = torch.jit.load(source, map_location="cpu").state_dict()
-        content = {k: v for k, v in content.items() if k not in OPENAI_NUMBERS}
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            # Deprecated for new models; OpenAI's files stay as they are.
+            content = torch.jit.load(source, map_location="cpu").state_dict()
+        content = {k: v for k, v in content.items() if k not in CONSTANTS}
     else:
         # weights_only: a pickle could otherwise execute code when it is opened.
         content = torch.load(source, map_location="cpu", weights_only=True)

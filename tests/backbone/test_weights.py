@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.small_models import (
@@ -41,12 +43,28 @@ def test_float32_safetensors_are_mapped_where_they_lie(tmp_path: Path) -> None:
     assert copies(tmp_path / "cache") == []
 
 
+def in_shards(path: Path, state: dict[str, Tensor]) -> Path:
+    """Two files and their index, as Hugging Face's libraries write large models."""
+    names = sorted(state)
+    parts = {f"model-{i + 1}-of-2.safetensors": names[i::2] for i in range(2)}
+    for name, keys in parts.items():
+        save_file({k: state[k] for k in keys}, path.parent / name)
+    index = path.parent / "model.safetensors.index.json"
+    files = {k: name for name, keys in parts.items() for k in keys}
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
 CHECKPOINTS: dict[str, Callable[[Path, dict[str, Tensor]], Path]] = {
     "pickle": as_pickle,
     "training checkpoint": lambda path, state: as_pickle(
         path,
         {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
     ),
+    "pickle under another key": lambda path, state: as_pickle(
+        path, {"epoch": 3, "model": {f"_orig_mod.module.{k}": v for k, v in state.items()}}
+    ),
+    "shards with an index": lambda path, state: in_shards(path, half(state)),
     "half-precision pickle": lambda path, state: as_pickle(path, half(state)),
     "half-precision safetensors": lambda path, state: as_safetensors(path, half(state)),
 }
@@ -75,6 +93,69 @@ def test_other_checkpoints_are_converted_once(
     assert second.fingerprint == first.fingerprint
     assert torch.equal(second.encode_images(images()), first.encode_images(images()))
     assert sorted(p.suffix for p in (cache / "weights").glob("*.*")) == [".lock", ".safetensors"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_bfloat16_weights_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
+    state = {
+        k: v.bfloat16() if v.is_floating_point() else v for k, v in weights("small-vit").items()
+    }
+    write = as_pickle if suffix == ".pt" else as_safetensors
+    clip = load("small-vit", write(tmp_path / "w", state), tmp_path / "cache")
+    for name, tensor in clip.model.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_archive_of_torchscript_as_openai_publishes_it(tmp_path: Path) -> None:
+    model, tokens = plain("small-vit"), open_clip.get_tokenizer("small-vit")(["a river"] * 3)
+    with warnings.catch_warnings(action="ignore"):  # tracing is deprecated, the archives stay
+        traced = torch.jit.trace(copy.deepcopy(model), (images(), tokens), check_trace=False)
+    traced.half().save(tmp_path / "ViT.pt")
+    clip = load("small-vit", tmp_path / "ViT.pt", tmp_path / "cache")
+    assert_same_outputs(clip, model)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "an image tower": (
+        lambda state: {k: v for k, v in state.items() if k.startswith("visual.")},
+        "an image tower alone",
+    ),
+    "a text tower": (
+        lambda state: {k: v for k, v in state.items() if not k.startswith("visual.")},
+        "a text tower alone",
+    ),
+    "another model": (lambda _: weights("small-vit-16"), "small-vit-16"),
+    "another model with its own text tower": (lambda _: weights("small-custom"), "small-custom"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_file_of_something_else_says_what_it_is(tmp_path: Path, kind: str) -> None:
+    change, words = WRONG[kind]
+    path = as_pickle(tmp_path / "w", change(weights("small-vit")))
+    model = "small-vit-wide" if "with its own" in kind else "small-vit"
+    line = refused(lambda: load(model, path, tmp_path / "cache"))
+    assert str(path) in line
+    assert words in line
+    assert copies(tmp_path / "cache") == []
+
+
+BROKEN_INDEX = {"no JSON": "{", "no map": "{}", "elsewhere": '{"weight_map": {"a": "../w.bin"}}'}
+
+
+@pytest.mark.parametrize("kind", BROKEN_INDEX)
+def test_a_bad_index_of_shards_is_one_line(tmp_path: Path, kind: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(BROKEN_INDEX[kind])
+    assert str(index) in refused(lambda: load("small-vit", index, tmp_path / "cache"))
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    index = in_shards(tmp_path / "w", weights("small-vit"))
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    line = refused(lambda: load("small-vit", index, tmp_path / "cache"))
+    assert str(tmp_path / "model-2-of-2.safetensors") in line
 
 
 def test_a_new_file_under_an_old_name_is_seen(tmp_path: Path) -> None:
