@@ -1,14 +1,14 @@
 """Images and visual prompts -> image features, with gradients to the prompts alone.
 
 Methods with visual prompts or image adapters call `VisionTower` in every training step; all others
-use cached image features. Prompts stand behind the patches of open_clip's plain vision transformer,
-without a positional embedding and before `ln_pre`; deep prompts replace them at the input of later
-layers. This is how MaPLe's and PromptSRC's public code (Khattak et al., CVPR 2023, ICCV 2023) adds
-VPT (Jia et al., ECCV 2022) to CLIP. Without prompts the features are open_clip's own.
+use cached image features. Prompts stand behind the patches of a vision transformer, without a
+positional embedding and before `ln_pre`; deep prompts replace them at the input of later layers.
+This is how MaPLe's and PromptSRC's public code (Khattak et al., CVPR 2023, ICCV 2023) adds VPT (Jia
+et al., ECCV 2022) to CLIP. Without prompts the features are open_clip's own.
 
-`vision_transformer.py` is the fast path. The plain path goes through open_clip's own blocks; it
-serves adapters and blocks of another kind, and `tests/backbone/test_vision_tower.py` compares the
-two.
+`vision_transformer.py` is the fast path, for open_clip's plain vision transformer. The plain path
+goes through the tower's own blocks (`image_pass.py`); it serves adapters and other transformers,
+timm's among them, and `tests/backbone/test_vision_tower.py` compares the two.
 
 Shape suffixes: K clients, B images of each, H x W pixels, N = K * B images, T positions of an image
 (class token, P patches, prompts), M prompt tokens, J deep layers, w tower width, D joint embedding.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.frozen_layer import FrozenLayer
+from fedprompt.backbone.image_pass import image_pass
 from fedprompt.backbone.patch_features import is_plain
 from fedprompt.backbone.vision_transformer import ImageTransformer
 from fedprompt.errors import UserError
@@ -45,25 +46,40 @@ class VisionTower:
         width: w.
         layers: number of layers of the tower.
         patches: P.
+        patch_size: height and width of a patch, pixels.
         fast: whether calls without `adapt` take the fast path.
 
     Raises:
-        UserError: the image tower is not open_clip's plain vision transformer.
+        UserError: the image tower is no vision transformer, so that prompts have no place in it.
     """
 
     def __init__(self, clip: FrozenCLIP) -> None:
         visual: Any = clip.model.visual
-        if not (isinstance(visual, VisionTransformer) and is_plain(visual)):
+        own = image_pass(visual)
+        if own is None:
+            kind = type(getattr(visual, "trunk", visual)).__name__
             raise UserError(
                 "visual prompts need a plain vision transformer, but the image tower of "
-                f"{clip.name} is of another kind ({type(visual).__name__}); choose a ViT backbone."
+                f"{clip.name} is of another kind ({kind}); choose a ViT backbone."
             )
-        self.clip, self.visual = clip, visual
-        self.blocks = tuple(visual.transformer.resblocks)
-        self.width: int = visual.positional_embedding.shape[1]
-        self.layers = len(self.blocks)
-        self.patches: int = visual.positional_embedding.shape[0] - 1
-        self.fast = all(FrozenLayer.supports(block) for block in self.blocks)
+        self.clip, self.visual, self._own = clip, visual, own
+        self.blocks, self.width, self.patches = own.blocks, own.width, own.patches
+        self.layers, self.patch_size = len(own.blocks), own.patch_size
+        self._plain_kind = isinstance(visual, VisionTransformer) and is_plain(visual)
+        self.fast = self._plain_kind and all(FrozenLayer.supports(block) for block in self.blocks)
+
+    def check_adapters(self) -> None:
+        """Check that adapters can stand beside the blocks.
+
+        Raises:
+            UserError: the blocks are of another kind.
+        """
+        if not self._own.adaptable:
+            kind = type(self.blocks[0]).__name__
+            raise UserError(
+                f"backbone: adapters need image blocks of open_clip, but those of {self.clip.name} "
+                f"are of another kind ({kind}); choose another backbone."
+            )
 
     @overload
     def __call__(
@@ -114,16 +130,20 @@ class VisionTower:
 
         Raises:
             UserError: there are deep prompts without shallow ones, or for more layers than follow
-                the first.
+                the first; adapters or patches are asked for that the tower does not have.
         """
         self._check(prompts, deep)
+        if adapt is not None:
+            self.check_adapters()
+        if patches and not self._plain_kind:
+            raise UserError(f"{self.clip.name} gives no features of patches under visual prompts.")
         # An image is constant in training: no gradient is needed before the prompts enter.
         attacked = pixels.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(attacked), self.clip.autocast():
-            embedded = self.visual._embeds(pixels.to(self.clip.device).flatten(0, 1))
+            embedded = self._own.embed(pixels.to(self.clip.device).flatten(0, 1))
         image_KBTw = embedded.unflatten(0, pixels.shape[:2])
         if prompts is not None:
-            prompts = self.visual.ln_pre(prompts)
+            prompts = self._own.enter(prompts)
             clients = max(t.shape[0] for t in (pixels, prompts, deep) if t is not None)
             image_KBTw = image_KBTw.expand(clients, -1, -1, -1)
         if self.fast and adapt is None and not attacked:
@@ -134,7 +154,13 @@ class VisionTower:
         tokens = 0 if prompts is None else prompts.shape[1]
         images = x_KBTw.shape[0] * x_KBTw.shape[1]
         # Counted as if every position ran in every layer, on both paths.
-        self.clip.positions_encoded += images * (1 + self.patches + tokens)
+        self.clip.positions_encoded += images * (self._own.positions + tokens)
+        if not self._plain_kind:
+            with self.clip.autocast():
+                x_NTw = x_KBTw[:, :, : self._own.positions].flatten(0, 1)
+                features_ND = self._own.read(x_NTw).float()
+            features_KBD: Tensor = features_ND.unflatten(0, x_KBTw.shape[:2])
+            return features_KBD
         used = 1 + self.patches if patches else 1
         with self.clip.autocast():
             out = (self.visual.ln_post(x_KBTw[:, :, :used]) @ self.visual.proj).float()
@@ -172,26 +198,19 @@ class VisionTower:
     def _plain(
         self, x: Tensor, prompts: Tensor | None, deep: Tensor | None, adapt: Adapt | None
     ) -> Tensor:
-        """Hidden states (K, B, T, w) after the last layer, through open_clip's own blocks."""
+        """Hidden states (K, B, T, w) after the last layer, through the tower's own blocks."""
         # Prompts come last, so the class token and the patches keep their positions.
         if prompts is not None:
             x = torch.cat([x, _per_image(prompts, x)], dim=2)
         for i, block in enumerate(self.blocks):
             if deep is not None and 0 < i <= deep.shape[1]:
-                x = torch.cat([x[:, :, : 1 + self.patches], _per_image(deep[:, i - 1], x)], dim=2)
+                images = x[:, :, : self._own.positions]
+                x = torch.cat([images, _per_image(deep[:, i - 1], x)], dim=2)
             added = None if adapt is None else adapt(i, block, x)
-            x = self._block(block, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            x = self._own.block(i, x.flatten(0, 1)).unflatten(0, x.shape[:2])
             if added is not None:
                 x = x + added
         return x
-
-    def _block(self, block: Any, x_NTw: Tensor) -> Tensor:
-        # open_clip's transformer takes the batch as first or second axis, as it was built.
-        if self.visual.transformer.batch_first:
-            out: Tensor = block(x_NTw)
-            return out
-        swapped: Tensor = block(x_NTw.transpose(0, 1)).transpose(0, 1)
-        return swapped
 
 
 def _per_image(prompts_KMw: Tensor, x_KBTw: Tensor) -> Tensor:

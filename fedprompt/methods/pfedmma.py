@@ -80,6 +80,7 @@ class PFedMMA(Method):
         super().__init__(config, clip, task)
         clip.text.check_adapters(clip.name)
         self.vision = VisionTower(clip)
+        self.vision.check_adapters()
         # No learned tokens: the words "a photo of a" are a part of every class name.
         self.text = TextTower(clip, [f"{config.words} {c}".strip() for c in task.class_names], 0)
         self.depth = {"text": len(clip.text.blocks), "visual": self.vision.layers}

@@ -80,7 +80,7 @@ class VPT(Method):
         if self.config.init == "normal":
             return {"visual": normal(self.shape, self.config.init_std, *key)}
         # VPT's bound sqrt(6 / (3 p^2 + w)), for patches that need not be square.
-        height, width = self.vision.visual.patch_size
+        height, width = self.vision.patch_size
         bound = math.sqrt(6 / (3 * height * width + self.vision.width))
         return {"visual": bound * (2 * uniform(self.shape, *key) - 1)}
 
