@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fedprompt.cli.backbone_table import with_backbone_table
 from fedprompt.cli.method_rows import compute_rows
 from fedprompt.cli.method_table import methods_json, methods_markdown
 from fedprompt.cli.reference_pages import config_markdown, strategies_markdown
@@ -22,14 +23,15 @@ from fedprompt.evaluation.protocols import PROTOCOLS
 from fedprompt.methods.registry import METHODS
 
 PROTOCOL_PAGE, SWEEP = "docs/protocols.md", "configs/sweep/all_methods.yaml"
+BACKBONE_PAGE = "docs/backbones.md"
 
 
 def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
     """Return for each generated file, by its path in the checkout, a function that makes its text.
 
     Args:
-        checkout: The folder of the checkout. Two files are written by hand except for the rows of
-            new methods and protocols, so their present text is read from it.
+        checkout: The folder of the checkout. Three files are written by hand except for a table or
+            the rows of new methods and protocols, so their present text is read from it.
     """
     # Two files have the rows, and building every method takes seconds.
     rows = cache(lambda: compute_rows(shipped(METHODS)))
@@ -41,6 +43,9 @@ def generated_files(checkout: Path) -> dict[str, Callable[[], str]]:
         SWEEP: lambda: with_sweep_rows((checkout / SWEEP).read_text(encoding="utf-8")),
         PROTOCOL_PAGE: lambda: with_protocol_rows(
             (checkout / PROTOCOL_PAGE).read_text(encoding="utf-8")
+        ),
+        BACKBONE_PAGE: lambda: with_backbone_table(
+            (checkout / BACKBONE_PAGE).read_text(encoding="utf-8")
         ),
     }
 

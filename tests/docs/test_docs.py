@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import nbformat
+import open_clip
 import pytest
 import typer
 from click.exceptions import ClickException, Exit
 
-from fedprompt.cli.generated_files import generated_files
+from fedprompt.cli.generated_files import BACKBONE_PAGE, generated_files
 from fedprompt.cli.main import app
 from fedprompt.config.schema import PartitionConfig
 from fedprompt.data.sections import available
@@ -36,7 +37,10 @@ TAKES_EXPERIMENT = ("run", "data show", "data sheet", "data partition")
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_files_are_up_to_date(name: str) -> None:
-    assert (ROOT / name).read_text() == GENERATED[name](), "run 'make docs-pages'"
+    text = (ROOT / name).read_text()
+    if name == BACKBONE_PAGE and f"open_clip {open_clip.__version__} " not in text:
+        pytest.skip("the page lists the architectures of another version of open_clip")
+    assert text == GENERATED[name](), "run 'make docs-pages'"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -15,7 +15,7 @@ def sizes(name: str) -> dict[str, Any]:
     if name.startswith("vitamin"):
         return {"depth": 2, "img_size": 64}
     if name.startswith("vit_base_mci"):
-        return {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+        return {"depth": 2, "img_size": 64}
     if name.startswith("vit"):
         return TRANSFORMER
     if name.startswith("eva"):
@@ -24,6 +24,9 @@ def sizes(name: str) -> dict[str, Any]:
         return {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
     if name.startswith("swin"):
         return {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
+    if name.startswith("fastvit"):
+        stages = 5 if name.endswith(("mci3", "mci4")) else 4
+        return {"layers": (1,) * stages, "embed_dims": (8, 16, 32, 64, 128)[:stages]}
     return {}
 
 
