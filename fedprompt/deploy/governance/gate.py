@@ -33,6 +33,7 @@ from fedprompt.deploy.node_report import NodeReport
 from fedprompt.errors import UserError
 from fedprompt.messages import ARRAYS, SITE, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import RECORD
+from fedprompt.runtime.peer_text import sanitised
 
 NO_POLICY = "none"
 """What stands in place of a policy's hash where a node has none."""
@@ -61,7 +62,8 @@ class Gate:
     def asked(self, message: Message, run: str, run_id: int) -> None:
         """Record a request, before it is looked at any further."""
         if self.audit is not None:
-            self.audit.asked(message, run=run, run_id=run_id, server=self._server)
+            # The name comes from the server, and could be megabytes long.
+            self.audit.asked(message, run=sanitised(run), run_id=run_id, server=self._server)
 
     def admit(self, message: Message, config: Config) -> None:
         """Refuse a request that the policy does not allow.
@@ -153,10 +155,15 @@ class Gate:
         if self.audit is None:
             return reply
         names = {} if config is None else {
-            "experiment": config.experiment, "method": config.method.name,
+            "experiment": sanitised(config.experiment), "method": config.method.name,
         }  # fmt: skip
         entry = self.audit.sent(
-            message, reply, run=run, server=self._server, policy=self.policy_hash, **names
+            message,
+            reply,
+            run=sanitised(run),
+            server=self._server,
+            policy=self.policy_hash,
+            **names,
         )
         if not reply.has_error():
             reply.content[SITE] = ConfigRecord({"policy": self.policy_hash, "audit": entry})

@@ -24,6 +24,8 @@ from fedprompt.config.fields import build, option
 from fedprompt.config.schema import Config
 from fedprompt.config.shipped import load_yaml
 from fedprompt.errors import UserError
+from fedprompt.evaluation.registry import protocol_class
+from fedprompt.methods.parts.class_shares import SHARES
 from fedprompt.privacy.secure_aggregation.params import Terms
 
 ROUNDED_TO = 10
@@ -38,6 +40,11 @@ class Policy:
     experiments: list[str] = option([], "names of experiments that are answered; * and ? match")
     methods: list[str] = option([], "names of methods that are answered; * and ? match")
     strategies: list[str] = option([], "names of strategies that are answered; * and ? match")
+    protocols: list[str] = option(
+        [],
+        "protocols that may ask the node for numbers; * and ? match. Empty: all, but none if "
+        "class_counts is not exact",
+    )
     classes: list[str] = option([], "class names that an experiment may ask about")
     max_rounds: int | None = option(None, "most rounds of an experiment", ge=1)
     tensors: list[str] = option([], "names of tensors that may leave; * and ? match")
@@ -114,9 +121,20 @@ def objections(policy: Policy, config: Config) -> list[str]:
     rounds = config.federation.rounds
     if policy.max_rounds is not None and rounds > policy.max_rounds:
         found.append(f"max_rounds: {rounds} rounds, more than {policy.max_rounds}")
+    found += _protocol_objections(policy, config)
     found += class_objections(policy, getattr(config.data, "class_names", None) or [])
     found += _protection_objections(policy, config)
     return found
+
+
+def _protocol_objections(policy: Policy, config: Config) -> list[str]:
+    # The numbers of a protocol can be those of single classes, whose counts are not to be known.
+    allowed = policy.protocols or (["*"] if policy.class_counts == "exact" else [])
+    asking = [name for name in config.protocols if protocol_class(name).asks_clients]
+    others = [name for name in asking if not _matches(name, allowed)]
+    if not others:
+        return []
+    return [f"protocols: {', '.join(others)} would ask for numbers about the images of this node"]
 
 
 def class_objections(policy: Policy, class_names: Sequence[str]) -> list[str]:
@@ -174,6 +192,8 @@ def reply_objections(
     others = [n for n in sorted(sent) if policy.tensors and not _matches(n, policy.tensors)]
     if others:
         found.append(f"tensors: {', '.join(others)} may not leave")
+    if policy.class_counts != "exact" and SHARES in sent:
+        found.append(f"class_counts: {SHARES} says how the images divide among the classes")
     numbers = sum(values.size for values in sent.values())
     if policy.max_numbers is not None and numbers > policy.max_numbers:
         found.append(f"max_numbers: {numbers} numbers, more than {policy.max_numbers}")

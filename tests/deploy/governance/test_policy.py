@@ -35,6 +35,11 @@ NOISY = PrivacyConfig(noise=2.0, clip=1.0)
         ({"strategies": ["median"]}, {"strategies": ["fed*"]}, {}),
         ({"classes": list(CLASSES[1:])}, {"classes": [*CLASSES, "lake"]}, {}),
         ({"max_rounds": 2}, {"max_rounds": 3}, {}),
+        (
+            {"protocols": ["calibration"]},
+            {"protocols": ["per_*"]},
+            {"protocols": ["global", "per_class"]},
+        ),
         ({"secure_aggregation": True}, {"secure_aggregation": False}, {}),
         (
             {"secure_aggregation": True, "min_peers": 3},
@@ -61,6 +66,18 @@ def test_a_clause_refuses_what_it_forbids_and_nothing_else(
 def test_all_violated_clauses_are_named_at_once() -> None:
     policy = Policy(methods=["promptfl"], max_rounds=1, min_noise=1.0)
     assert len(objections(policy, config_for(Path("images"), Path("run")))) == 3
+
+
+def test_what_reveals_classes_is_refused_where_their_counts_are_not_exact() -> None:
+    config = replace(config_for(Path("images"), Path("run")), protocols=["global", "per_class"])
+    for counts in ("rounded", "withheld"):
+        assert "per_class" in objections(Policy(class_counts=counts), config)[0]  # type: ignore[arg-type]
+        named = Policy(class_counts=counts, protocols=["per_class"])  # type: ignore[arg-type]
+        assert objections(named, config) == []
+    assert objections(Policy(), config) == []
+    sent = {"class_shares": np.zeros(4, np.float32)}
+    assert "class_shares" in reply_objections(Policy(class_counts="rounded"), sent, 0.0)[0]
+    assert reply_objections(Policy(), sent, 0.0) == []
 
 
 def test_replies() -> None:
