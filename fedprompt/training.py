@@ -67,7 +67,7 @@ class LocalResult:
         num_examples: the number of its training images, each counted once whatever the number of
             epochs and views. It is the client's weight in an average over examples.
         losses: every loss term, averaged over all images seen in the round, and the sum of these
-            terms as `loss`.
+            terms as `loss`; empty if the method trains no tensor.
     """
 
     client: int
@@ -201,7 +201,8 @@ def train_clients(
     final, totals, velocity = _descend(
         method,
         config,
-        schedule.segments,
+        # A method without trained tensors has nothing to descend.
+        schedule.segments if trained else (),
         images,
         round_info,
         trained=trained,
@@ -223,7 +224,8 @@ def train_clients(
         results.append(
             LocalResult(
                 client=client.client,
-                shared={n: v[row].clone() for n, v in shared_K.items()},
+                shared={n: v[row].clone() for n, v in shared_K.items()}
+                | method.shared_from_data(client),
                 private=_rows(private_K, row, private[k]),
                 momentum=_rows(velocity, row, {f"private.{n}": v for n, v in private[k].items()}),
                 num_examples=len(client),

@@ -44,12 +44,20 @@ class FedAvg(SharedPromptStrategy):
 
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """The weighted mean, float32."""
-        by_samples = self.config.weights == "samples"
-        weights = [u.num_examples if by_samples else 1 for u in updates]
-        return weighted_mean(shared, updates, weights)
+        return weighted_mean(shared, updates, self.weights(updates))
+
+    def weights(self, updates: Sequence[Update]) -> list[int]:
+        """What each update counts, relative to the others."""
+        return [u.num_examples if self.weights_by_examples else 1 for u in updates]
 
 
 def weighted_mean(shared: Arrays, updates: Sequence[Update], weights: Sequence[float]) -> Arrays:
+    """The means of `exact_means`, float32."""
+    means = exact_means(shared, updates, weights)
+    return {name: mean.astype(np.float32) for name, mean in means.items()}
+
+
+def exact_means(shared: Arrays, updates: Sequence[Update], weights: Sequence[float]) -> Arrays:
     """Weighted means of the updates' tensors.
 
     Args:
@@ -58,15 +66,15 @@ def weighted_mean(shared: Arrays, updates: Sequence[Update], weights: Sequence[f
         weights: one weight per update; their sum is positive.
 
     Returns:
-        The means, float32.
+        The means, float64.
     """
     total = float(sum(weights))
-    mean: Arrays = {}
+    means: Arrays = {}
     for name, last in shared.items():
         sums = np.zeros(last.shape, dtype=np.float64)
         for update, weight in zip(updates, weights, strict=True):
             # w <- sum_k (n_k / n) w_k, algorithm 1. In float64, because float32 sums over a
             # thousand clients lose digits.
             sums += update.arrays[name].astype(np.float64) * (weight / total)
-        mean[name] = sums.astype(np.float32)
-    return mean
+        means[name] = sums
+    return means

@@ -50,7 +50,7 @@ from fedprompt.messages import (
     to_arrays,
     to_record,
 )
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, takes_steps
 from fedprompt.methods.parts.schedule import local_steps
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
@@ -114,6 +114,7 @@ class Federation:
             rounds=config.federation.rounds,
         )
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
+        self.takes_steps = takes_steps(self.method)
         self.rejected = 0
         self.asked: Counter[int] = Counter()
         self.releases = self.strategy.releases
@@ -265,6 +266,7 @@ class Federation:
             "client_steps": sum(
                 local_steps(self.training_images(client), config.training)
                 for client in exchanged.trained
+                if self.takes_steps
             ),
         }
         remarks: dict[str, Any] = {

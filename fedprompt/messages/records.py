@@ -24,6 +24,8 @@ ARRAYS, METRICS, CONFIG, EXTRAS = "arrays", "metrics", "config", "received"
 """Names of the records in our messages; `EXTRAS` holds what a single client is sent."""
 SITE = "site"
 """Name of the record in which a node of a deployment names its policy and its last audit entry."""
+REST = ".rest"
+"""Ends the name of a tensor that holds what float32 leaves of float64 numbers in another one."""
 
 NUMPY = "numpy.ndarray"
 """Flower's name for an array in NumPy's own file format."""

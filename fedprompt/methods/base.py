@@ -48,6 +48,7 @@ __all__ = [
     "Tensors",
     "row_of",
     "stack",
+    "takes_steps",
     "uploaded_numbers",
 ]
 
@@ -139,6 +140,7 @@ class Method(ABC):
                terms = loss_terms(shared, private, encoded, batch)
                gradients(terms, leaves, batch)         the optimiser then updates the leaves
            shared, private = end_round(shared, private, round_info)
+           shared_from_data(data)                  what is computed and not trained
 
        The client uploads the `shared` tensors that `end_round` returns and stores `private`.
     3. In evaluation, `encode` is called once per model and `logits` once per batch of images.
@@ -352,6 +354,21 @@ class Method(ABC):
         gradients = torch.autograd.grad(terms, list(leaves.values()), ones, allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
 
+    def shared_from_data(self, data: ClientData) -> Tensors:
+        """Shared tensors that a client computes from its images instead of training them.
+
+        The default is none. Called at the end of each round in which the client takes part. If
+        all tensors of a method are `frozen`, its clients take no local steps and report no losses.
+
+        Args:
+            data: the client's training images.
+
+        Returns:
+            Some of the tensors of `init_shared`, with their names and shapes, which the client
+            uploads in place of those that `end_round` returned.
+        """
+        return {}
+
     def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
         """The shared tensors without what they hold of some classes, for unlearning.
 
@@ -376,6 +393,13 @@ class Method(ABC):
         classes = encoded.get("classes")
         # One model is exported at a time, so the client axis has length 1.
         return None if classes is None else classes[0]
+
+
+def takes_steps(method: Method) -> bool:
+    """Whether clients take local steps: whether there is a tensor that is not `frozen`."""
+    names = {f"shared.{n}" for n in method.init_shared(0)}
+    names |= {f"private.{n}" for n in method.init_private(0, 0)}
+    return not names <= method.frozen
 
 
 def uploaded_numbers(method: Method) -> int:

@@ -16,6 +16,7 @@ from fedprompt.simulation.inline_grid import InlineGrid
 from tests.support.builders import small_config
 
 METHODS: dict[str, dict[str, Any]] = {
+    "afl": {},
     "locoop": {"context_tokens": 4},
     "mocoop": {},
     "biomedcoop": {},

@@ -159,8 +159,9 @@ def live(
         )
         if device and before:
             life.rounds.append(Cost.until_now(device) - before)
-            # The first step may fill caches that serve the whole round.
-            life.steps.append(moments[2] - moments[1])
+            if moments:  # a method that trains nothing takes no steps
+                # The first step may fill caches that serve the whole round.
+                life.steps.append(moments[2] - moments[1])
         server.collect(server_round, results)
         private, momentum = [r.private for r in results], [r.momentum for r in results]
         for r in results:

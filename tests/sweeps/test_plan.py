@@ -166,4 +166,4 @@ class TestPlan:
         assert ("not measured" in told) == real
         runs = expand(load_sweep(path, quick=True), Path("out"))
         assert all(r.config.backbone.model == "tiny" for r in runs)
-        assert all(r.config.federation.rounds == 2 for r in runs)
+        assert all(r.config.federation.rounds <= 2 for r in runs)

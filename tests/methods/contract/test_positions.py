@@ -56,6 +56,7 @@ class Positions:
 
 
 BUDGET = {
+    "afl": Positions(0, 0, 0),
     "biomedcoop": Positions(59, 58, 116),
     "clip_adapter": Positions(59, 0, 0),
     "cocoop": Positions(0, 232, 696),

@@ -112,7 +112,7 @@ def test_training_moves_prompts_and_nothing_else(
             assert t.dtype == torch.float32
             assert torch.isfinite(t).all(), n
             assert n in still or not torch.equal(t, start[n]), f"{n} does not learn"
-        assert next(iter(result.losses)) == "ce"
+        assert [*result.losses][:1] == (["ce"] if start.keys() - method.frozen else [])
         assert all(np.isfinite(v) for v in result.losses.values())
 
 
@@ -154,5 +154,7 @@ def test_loss_falls(trainable: Method, columns: FeatureTable, dataset: ImageData
         results = train(method, data, received, private, server_round, **settings)
         server.collect(server_round, results)
         private = [r.private for r in results]
+        if not results[0].losses:
+            pytest.skip(f"{method.name} computes its tensors and trains none")
         losses.append(results[0].losses["loss"])
     assert np.mean(losses[-3:]) < np.mean(losses[:3]), losses
