@@ -299,6 +299,24 @@ def vision(
 
 
 @app.command()
+def encode(
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 256,
+    size: Annotated[int, typer.Option(min=16, help="Height and width of the files.")] = 256,
+    backbone: Backbone = "ViT-B-16",
+    repeats: Repeats = 3,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """Measure images per second from files on the disk to cached features, and from the cache."""
+    from fedprompt.bench.encode import EncodeOptions, bench_encode
+
+    out = _open("encode", threads, json, device)
+    clip = random_clip(backbone, device=out.machine["device"])
+    bench_encode(clip, EncodeOptions(images, size, repeats), out)
+
+
+@app.command()
 def sweep(
     runs: Annotated[int, typer.Option(min=8, help="Number of runs, a multiple of 8.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 30,

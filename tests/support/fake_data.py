@@ -102,6 +102,7 @@ class FakeClip:
     def __init__(self, embed_dim: int = 4, image_batch: int = 3, fingerprint: str = "fake") -> None:
         self.fingerprint = fingerprint
         self.preprocess_fingerprint = "mean colour"
+        self.device = torch.device("cpu")
         self.embed_dim = embed_dim
         self.image_batch = image_batch
         self.batches: list[int] = []

@@ -29,6 +29,7 @@ from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.encoding import Encoding, ImageEncoder
 from fedprompt.data.features.rows import Rows
 from fedprompt.data.features.segments import Keys, Kind
+from fedprompt.data.features.staging import staged
 from fedprompt.data.features.store import Store, remove_unused
 from fedprompt.data.progress import announce, progress_bar
 from fedprompt.data.threads import in_threads
@@ -190,13 +191,21 @@ class _Pass:
             for writer in writers:
                 stack.callback(writer.close)
             advance = stack.enter_context(progress_bar(f"encoding {name}", total, self.progress))
-            for first in range(0, total, size):
-                batch_B = places[first : first + size]
-                images_BCHW = torch.stack(list(islice(images, len(batch_B))))
+            in_turn = [places[first : first + size] for first in range(0, total, size)]
+            loaded = (torch.stack(list(islice(images, len(batch_B)))) for batch_B in in_turn)
+            # Pixels alone need no device.
+            towers = any(
+                w.any() and c.encoding.of_weights for c, w in zip(self.columns, wanted, strict=True)
+            )
+            batches = staged(loaded, self.clip.device if towers else torch.device("cpu"))
+            for batch_B, batch in zip(in_turn, batches, strict=True):
                 for column, writer, wanted_R in zip(self.columns, writers, wanted, strict=True):
                     asked_B = wanted_R[batch_B]
                     if asked_B.any():
                         numbers = self.numbers_R[batch_B[asked_B]]
+                        # What needs no tower is computed on the CPU.
+                        tower = column.encoding.of_weights
+                        images_BCHW = batch.there_BCHW if tower else batch.here_BCHW
                         # A batch of all images is not copied.
                         some = images_BCHW if asked_B.all() else images_BCHW[asked_B]
                         rows = _encoded(column.encoding, some, numbers)

@@ -31,6 +31,10 @@ class ImageEncoder(Protocol):
         """Hash that changes when the preprocessing changes."""
 
     @property
+    def device(self) -> torch.device:
+        """Where images are encoded."""
+
+    @property
     def embed_dim(self) -> int:
         """Number of features D."""
 
@@ -42,7 +46,10 @@ class ImageEncoder(Protocol):
         """Resize, crop and normalise one RGB image to a (3, H, W) tensor."""
 
     def encode_images(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Encode a batch as features (B, D), not normalised, float32, on the CPU."""
+        """Encode a batch as features (B, D), not normalised, float32, on the CPU.
+
+        The batch may be on the device already.
+        """
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Encoding:
         shape: shape of one row.
         load: opens the image of a given number and returns the encoder's input, (C, H, W). It is
             called from several threads. Encodings that share it are computed in one pass.
-        encode: turns a batch of inputs (B, C, H, W) into B rows of `shape`, on the CPU.
+        encode: turns a batch of inputs (B, C, H, W) into B rows of `shape`, on the CPU. The inputs
+            are on the backbone's device if `of_weights`, else on the CPU.
         dtype: NumPy type in which rows are stored.
         of_weights: whether rows depend on the backbone's weights, and not on its preprocessing
             alone.
