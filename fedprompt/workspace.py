@@ -26,10 +26,12 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe
+from fedprompt.data.partition.queries import select
 from fedprompt.errors import UserError
 from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
 from fedprompt.methods.parts.step_graphs import StepGraphs
 from fedprompt.methods.registry import method_class
+from fedprompt.rng import generator
 from fedprompt.runtime.step_recorder import step_recorder
 
 
@@ -224,28 +226,33 @@ class Workspace:
         self.clip.positions_encoded = before
         return per_step, per_image
 
-    def train_data(self, client: int) -> ClientData:
+    def train_data(self, client: int, asked_N: Tensor | None = None) -> ClientData:
         """A client's local training images and labels.
 
         Args:
             client: client id, 0 .. K - 1.
+            asked_N: in active learning, above 0 for images whose labels it has asked for; None if
+                for none.
 
         Returns:
             Its n images in V views, (V * n, ...), all images of one view before the next view,
-            and their labels (n,), which are all `UNLABELLED` if the client has none.
+            and their labels (n,), `UNLABELLED` where they are not known. Only methods that learn
+            without labels are given such images.
 
         Raises:
             UserError: the client has no images, or no labels and a method that needs them. The
                 server does not ask such a client to train.
         """
         train = self.partition.train(client)
-        if not self._trains(client):
+        known_N = self._known(client, asked_N)
+        if not self._trains(client, asked_N):
             raise UserError(f"client {client} has no labelled training images and cannot train.")
+        if not self.config.method.learns_without_labels:
+            train, known_N = train[known_N], known_N[known_N]
         inputs = Inputs.cat([view.rows(train) for view in self.views])
         labels_N = self._labels(train)
         # Withheld here, so that no method can learn from them by mistake.
-        if client in self.partition.unlabelled:
-            labels_N = torch.full_like(labels_N, UNLABELLED)
+        labels_N[~torch.from_numpy(known_N)] = UNLABELLED
         return ClientData(client, inputs, labels_N, views=len(self.views))
 
     def test_data(self, client: int) -> tuple[Inputs, Tensor]:
@@ -306,7 +313,7 @@ class Workspace:
         """
         return self._held_out_test
 
-    def start_private(self, client: int) -> Tensors:
+    def start_private(self, client: int, asked_N: Tensor | None = None) -> Tensors:
         """A client's private tensors before its first training.
 
         Methods that initialise them from the client's images (`init_private_from_data`) do so
@@ -314,6 +321,7 @@ class Workspace:
 
         Args:
             client: client id, 0 .. K - 1.
+            asked_N: see `train_data`.
 
         Returns:
             The private tensors by name, without a client axis.
@@ -321,19 +329,56 @@ class Workspace:
         start = self.method.init_private(self.config.seed, client)
         fills = type(self.method).init_private_from_data is not Method.init_private_from_data
         # `train_data` copies all of a client's images, which most methods would not look at.
-        if not (fills and self._trains(client)):
+        if not (fills and self._trains(client, asked_N)):
             return start
-        return self.method.init_private_from_data(start, self.train_data(client), self.config.seed)
+        data = self.train_data(client, asked_N)
+        return self.method.init_private_from_data(start, data, self.config.seed)
 
     def describe(self) -> dict[str, Any]:
         """Counts of clients x classes and domains, for `partition.json` and its plot."""
         return describe(self.dataset, self.partition)
 
-    def _trains(self, client: int) -> bool:
+    def _trains(self, client: int, asked_N: Tensor | None) -> bool:
         """Whether a client has what the method learns from."""
-        labelled = client not in self.partition.unlabelled
-        able = labelled or self.config.method.learns_without_labels
-        return bool(able and len(self.partition.train(client)))
+        if self.config.method.learns_without_labels:
+            return bool(len(self.partition.train(client)))
+        return bool(self._known(client, asked_N).any())
+
+    def _known(self, client: int, asked_N: Tensor | None) -> NDArray[np.bool_]:
+        """Which of a client's training images have labels that it knows, (n,)."""
+        images = len(self.partition.train(client))
+        if client in self.partition.unlabelled:
+            return np.zeros(images, dtype=bool)
+        if not self.config.partition.labels_per_round:
+            return np.ones(images, dtype=bool)
+        asked = torch.zeros(images) if asked_N is None else asked_N
+        known_N: NDArray[np.bool_] = (asked > 0).numpy()
+        return known_N
+
+    def ask(self, client: int, answers_NC: Tensor, asked_N: Tensor, active_round: int) -> Tensor:
+        """Let a client ask for the labels of further training images.
+
+        Args:
+            client: client id, 0 .. K - 1.
+            answers_NC: the model's probabilities for its n training images.
+            asked_N: in which active round, from 1, each label was asked for; 0 for hidden ones.
+            active_round: the present active round.
+
+        Returns:
+            A new `asked_N`.
+        """
+        train = self.partition.train(client)
+        labels_N = np.where((asked_N > 0).numpy(), self.dataset.labels_N[train], UNLABELLED)
+        rows = select(
+            self.config.partition,
+            self.views[0].rows(train, {"features"}).features.double().numpy(),
+            answers_NC.double().numpy(),
+            labels_N,
+            generator(self.config.seed, "query", active_round, client),
+        )
+        asked_N = asked_N.clone()
+        asked_N[torch.from_numpy(rows)] = active_round
+        return asked_N
 
     def images(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         """Images of the data set as tests read them (n, ...), and their labels (n,).

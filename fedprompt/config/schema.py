@@ -114,6 +114,23 @@ class PartitionConfig:
         "methods that learn without",
         ge=0,
     )
+    labels_per_round: int = option(
+        0,
+        "labels that each client asks for in every active round; 0 = all labels are known",
+        ge=0,
+    )
+    active_rounds: int = option(
+        8, "with labels_per_round: active rounds, into which federation.rounds is divided", ge=1
+    )
+    query: Literal["random", "entropy", "coreset", "badge"] = option(
+        "random", "with labels_per_round: which images a client asks about, after the first time"
+    )
+    query_balanced: bool = option(
+        True, "with labels_per_round: PCB, which balances the classes of what is asked"
+    )
+    query_candidates: float = option(
+        0.1, "share of a client's images among which PCB chooses", gt=0, le=1
+    )
     file: str | None = option(
         None,
         "a partition file that takes the place of the scheme and of the keys that shape it",

@@ -170,9 +170,10 @@ def refuse_other_names(federation: Federation, private: PrivateLog) -> None:
     Raises:
         UserError: the tensors are not those that the method has.
     """
-    stored = (private.get(client) for client in range(federation.workspace.num_clients))
+    clients = range(federation.workspace.num_clients)
+    stored = (without_momentum(private.get(client) or {})[0] for client in clients)
     if first := next((tensors for tensors in stored if tensors), None):
-        check_private(federation.method, without_momentum(first)[0], federation.config.seed)
+        check_private(federation.method, first, federation.config.seed)
 
 
 def remove_tested(run_dir: Path) -> None:

@@ -126,10 +126,11 @@ def check_config(config: Config) -> None:
 
     Raises:
         UserError: the server would have validation images of two kinds; a round is to be chosen
-            without any; no client has labels and the method needs them; the method needs a momentum
-            that starts at zero, or float64 on a device without it; or, with secure aggregation, the
-            strategy needs single replies, the attack is one that only checks of single replies
-            detect, or a round has too few clients.
+            without any; the rounds cannot be divided into active rounds, or a protocol needs the
+            labels that are hidden; no client has labels and the method needs them; the method needs
+            a momentum that starts at zero, or float64 on a device without it; or, with secure
+            aggregation, the strategy needs single replies, the attack is one that only checks of
+            single replies detect, or a round has too few clients.
     """
     partition, official = config.partition, config.data.official_validation
     if official and partition.server_validation_fraction:
@@ -151,6 +152,8 @@ def check_config(config: Config) -> None:
             f"{partition.clients} clients, and method '{config.method.name}' needs labels; at "
             "least one client must have them."
         )
+    if partition.labels_per_round:
+        _check_active_learning(config)
     if config.training.momentum_state == "keep" and not config.method.keeps_momentum:
         raise UserError(
             f"config: method '{config.method.name}' needs a momentum that starts each round at "
@@ -163,6 +166,20 @@ def check_config(config: Config) -> None:
         )
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)
+
+
+def _check_active_learning(config: Config) -> None:
+    rounds, stages = config.federation.rounds, config.partition.active_rounds
+    if not rounds or rounds % stages:
+        raise UserError(
+            f"config: federation.rounds={rounds} cannot be divided into partition.active_rounds="
+            f"{stages} equal parts; use a multiple."
+        )
+    if others := {"privacy_audit", "unlearning"} & set(config.protocols):
+        raise UserError(
+            f"config: protocol {min(others)} trains clients on all their labels, which "
+            "partition.labels_per_round hides; leave one of them out."
+        )
 
 
 def _check_secure_aggregation(config: Config) -> None:

@@ -21,6 +21,7 @@ from flwr.app import (
     RecordDict,
 )
 
+from fedprompt.data.partition.queries import ASKED, stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
 from fedprompt.federation.personal_evaluation import count_correct
@@ -29,6 +30,7 @@ from fedprompt.methods.base import Tensors
 from fedprompt.optimizer import with_momentum, without_momentum
 from fedprompt.privacy.local_noise import protected
 from fedprompt.runtime.peer_text import sanitised
+from fedprompt.scoring import encode_personal, logits_of
 from fedprompt.training import train_clients
 from fedprompt.workspace import Workspace
 
@@ -38,6 +40,12 @@ clients, and the personal models are not tested."""
 COMMON = "common-test"
 """Key in the settings of an evaluation message. If it is set, the personal models are also tested
 on the server's test images; see `fedprompt.federation.common_evaluation`."""
+
+QUERY = "query"
+"""Key in the settings of an evaluation message. In active learning, the number of the active round
+for which the clients ask for labels, instead of being tested."""
+LABELS = "labels"
+"""The metric with which a client answers a query: how many labels it has asked for so far."""
 
 
 def handle(
@@ -67,8 +75,11 @@ def handle(
     if kind == MessageType.TRAIN:
         return _train(workspace, clients, messages, private)
     if kind == MessageType.EVALUATE:
-        evaluate = _measure if _settings(messages[0]).get(PROTOCOLS) else _evaluate
-        models = {c: without_momentum(stored)[0] for c, stored in private.items()}
+        settings = _settings(messages[0])
+        models = [model_of_client(workspace, c, private.get(c, {})) for c in clients]
+        if settings.get(QUERY):
+            return _ask_labels(workspace, clients, messages, private, models)
+        evaluate = _measure if settings.get(PROTOCOLS) else _evaluate
         return evaluate(workspace, clients, messages, models), {}
     raise UserError(f"clients do not answer messages of type '{kind}'.")
 
@@ -83,19 +94,18 @@ def _train(
     config = workspace.config
     # The models that it remembers will not be evaluated again.
     workspace.memo.clear()
-    private, momentum = {}, {}
-    for client in clients:
-        private[client], momentum[client] = without_momentum(stored.get(client, {}))
+    kept = {c: stored.get(c, {}) for c in clients}
+    stage = stage_of(config, server_round(messages[0]))
     results = train_clients(
         workspace.method,
         [received(workspace, m) for m in messages],
-        [private[c] or workspace.start_private(c) for c in clients],
-        [workspace.train_data(c) for c in clients],
+        [model_of_client(workspace, c, kept[c]) for c in clients],
+        [workspace.train_data(c, kept[c].get(ASKED)) for c in clients],
         config.training,
-        seed=config.seed,
-        server_round=server_round(messages[0]),
-        rounds=config.federation.rounds,
-        momentum=[momentum[c] for c in clients],
+        seed=stage.seed,
+        server_round=stage.server_round,
+        rounds=stage.rounds,
+        momentum=[without_momentum(kept[c])[1] for c in clients],
         graphs=workspace.graphs,
     )
     replies = []
@@ -120,22 +130,57 @@ def _train(
         metrics = MetricRecord({"num-examples": examples, **named})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         replies.append(Message(content, reply_to=message))
-    changed = {r.client: with_momentum(r.private, r.momentum) for r in results}
+    changed = {
+        r.client: with_momentum(r.private, r.momentum)
+        | {n: t for n, t in kept[r.client].items() if n == ASKED}
+        for r in results
+    }
     return replies, {c: tensors for c, tensors in changed.items() if tensors}
+
+
+def model_of_client(workspace: Workspace, client: int, stored: Tensors) -> Tensors:
+    """A client's private tensors: what it has stored of them, else its seeded start."""
+    return without_momentum(stored)[0] or workspace.start_private(client, stored.get(ASKED))
+
+
+def _ask_labels(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    stored: Mapping[int, Tensors],
+    private: Sequence[Tensors],
+) -> tuple[list[Message], dict[int, Tensors]]:
+    """Ask for labels, reply with their number alone, and forget the model of the last ones."""
+    method, changed, replies = workspace.method, {}, []
+    active_round = int(str(_settings(messages[0])[QUERY]))
+    for client, message, own in zip(clients, messages, private, strict=True):
+        train = workspace.partition.train(client)
+        asked_N = stored.get(client, {}).get(ASKED, torch.zeros(len(train)))
+        # A message that comes again, after the server was interrupted, finds its answer.
+        if not (asked_N == active_round).any():
+            encoded = encode_personal(method, [received(workspace, message)], [own])
+            inputs = workspace.views[0].rows(train, method.needs)
+            logits_NC = torch.cat(list(logits_of(method, encoded, inputs)))
+            answers_NC = logits_NC.double().softmax(-1)
+            asked_N = workspace.ask(client, answers_NC, asked_N, active_round)
+            changed[client] = {ASKED: asked_N}
+        metrics = MetricRecord({LABELS: int((asked_N > 0).sum())})
+        replies.append(Message(RecordDict({METRICS: metrics}), reply_to=message))
+    return replies, changed
 
 
 def _evaluate(
     workspace: Workspace,
     clients: Sequence[int],
     messages: Sequence[Message],
-    private: Mapping[int, Tensors],
+    private: Sequence[Tensors],
 ) -> list[Message]:
     """Test the personal models, and reply with counts of correct answers."""
     rows = count_correct(
         workspace,
         clients,
         [received(workspace, m) for m in messages],
-        [private.get(c) or workspace.start_private(c) for c in clients],
+        private,
         common=bool(_settings(messages[0]).get(COMMON)),
     )
     return [
@@ -148,15 +193,14 @@ def _measure(
     workspace: Workspace,
     clients: Sequence[int],
     messages: Sequence[Message],
-    private: Mapping[int, Tensors],
+    private: Sequence[Tensors],
 ) -> list[Message]:
     """Reply with what the protocols measure on clients, as `<protocol>.<name>`."""
     shared = [received(workspace, m) for m in messages]
-    privates = [private.get(c) or workspace.start_private(c) for c in clients]
     rows: list[dict[str, int | float]] = [{} for _ in clients]
     for protocol in open_protocols(workspace.config):
         if protocol.asks_clients:
-            results = protocol.measure_clients(workspace, clients, shared, privates)
+            results = protocol.measure_clients(workspace, clients, shared, private)
             for row, result in zip(rows, results, strict=True):
                 # Prefixed, so that two protocols may use the same name for different values.
                 row.update({f"{protocol.name}.{n}": v for n, v in result.items()})

@@ -21,10 +21,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from fedprompt.data.features.inputs import Inputs
+from fedprompt.data.partition.queries import Stage, stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.federation.client_app import COMMON, PROTOCOLS
+from fedprompt.federation.client_app import COMMON, LABELS, PROTOCOLS, QUERY
 from fedprompt.federation.common_evaluation import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
@@ -40,8 +41,10 @@ from fedprompt.federation.screening import (
     count_ranges,
     screen_evaluations,
 )
+from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import (
+    MAX_EXAMPLES,
     Arrays,
     Exchanged,
     Ranges,
@@ -132,7 +135,29 @@ class Federation:
         if config.privacy.noise:
             # Without the accountant, this refuses the run before anything is trained.
             local_epsilon(config.privacy, 0)
+        if config.partition.labels_per_round:
+            self._check_active_learning()
+        # From here every active round starts again.
+        self._start = self.arrays
         self.exchange = self._open_exchange()
+
+    def _check_active_learning(self) -> None:
+        """Refuse what cannot start again in every active round.
+
+        Raises:
+            UserError: the method trains nothing, or the strategy has a state.
+        """
+        rule, plain = type(self.strategy), SharedPromptStrategy
+        kept = (rule.state, rule.changed_client_states)
+        if kept != (plain.state, plain.changed_client_states):
+            raise UserError(
+                f"partition.labels_per_round: strategy '{self.strategy.name}' keeps something from "
+                "round to round, which cannot start again in every active round; use fedavg."
+            )
+        if not self.method.trainable:
+            raise UserError(
+                f"partition.labels_per_round: method '{self.method.name}' trains nothing."
+            )
 
     def _open_exchange(self) -> Exchange:
         """The exchange of training messages that the config asks for."""
@@ -225,6 +250,7 @@ class Federation:
         """
         # The tensors that have been evaluated so far will not be evaluated again.
         self.workspace.memo.clear()
+        labels = self._begin_active_round(server_round)
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
         if self.config.privacy.noise:
@@ -239,7 +265,34 @@ class Federation:
             self.arrays = arrays
         self.rejected += len(exchanged.dropped)
         self.asked.update(self.strategy.sampled)
-        return self._training_line(server_round, exchanged)
+        return self._training_line(server_round, exchanged) | labels
+
+    def _begin_active_round(self, server_round: int) -> dict[str, Any]:
+        """In active learning, have all clients ask for labels, and start prompts again.
+
+        Returns:
+            The entry `labels` of the round's line, if an active round begins.
+        """
+        stage = stage_of(self.config, server_round)
+        if not (self.config.partition.labels_per_round and stage.begins):
+            return {}
+        unlabelled = self.workspace.partition.unlabelled
+        asked = [c for c in self.strategy.known.trainable if c not in unlabelled]
+        # They select with the model of the round before, which a node has stored under its number.
+        rows = dict(
+            self._client_rows(
+                server_round - 1,
+                asked,
+                self._eval_arrays(),
+                {LABELS: (0, MAX_EXAMPLES)},
+                {QUERY: stage.active_round},
+            )
+        )
+        self.arrays = self._start
+        total = sum(int(row[LABELS]) for row in rows.values())
+        return {
+            "labels": {"active_round": stage.active_round, "clients": len(rows), "asked": total}
+        }
 
     def _sample(self, server_round: int) -> dict[int, Message]:
         """The training messages of a round, by client id."""
@@ -252,8 +305,9 @@ class Federation:
     def _training_line(self, server_round: int, exchanged: Exchanged) -> dict[str, Any]:
         """The training part of a round's line, in the order in which it is written."""
         config = self.config
+        stage = stage_of(config, server_round)
         line = {
-            "lr": learning_rate(config.training, server_round, config.federation.rounds),
+            "lr": learning_rate(config.training, stage.server_round, stage.rounds),
             "train": exchanged.losses or None,
             "clients": {
                 "sampled": len(self.strategy.sampled),
@@ -264,7 +318,7 @@ class Federation:
             "bytes_up": exchanged.traffic.up,
             "bytes_down": exchanged.traffic.down,
             "client_steps": sum(
-                local_steps(self.training_images(client), config.training)
+                local_steps(self._images_in(client, stage), config.training)
                 for client in exchanged.trained
                 if self.takes_steps
             ),
@@ -281,6 +335,13 @@ class Federation:
             spent = local_epsilon(config.privacy, times)
             remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
         return line | {name: part for name, part in remarks.items() if part}
+
+    def _images_in(self, client: int, stage: Stage) -> int:
+        """The number of images that a client trains on in a round."""
+        images, per_round = self.training_images(client), self.config.partition.labels_per_round
+        if not per_round or self.config.method.learns_without_labels:
+            return images
+        return min(images, stage.active_round * per_round)
 
     def _without_labels(self) -> dict[str, int]:
         """How many of the sampled clients have no labels, in a run in which such clients train."""
@@ -389,7 +450,7 @@ class Federation:
         clients: Sequence[int],
         arrays: ArrayRecord,
         ranges: Ranges,
-        settings: Mapping[str, bool] = MappingProxyType({}),
+        settings: Mapping[str, bool | int] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Row]]:
         """Evaluate on clients, at most `clients_at_once` in one exchange.
 
@@ -404,7 +465,8 @@ class Federation:
             A client's id and its checked metrics.
         """
         at_once = self.clients_at_once
-        record = self.tested if len(clients) > at_once else None
+        # A query changes what clients know, so a resumed run must ask again.
+        record = self.tested if len(clients) > at_once and QUERY not in settings else None
         test = ""
         if record:
             tensors = array_checksum(to_arrays(arrays))[:16]

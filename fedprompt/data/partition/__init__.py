@@ -8,8 +8,9 @@ schemes are in `schemes`. A partition file (`file`) replaces the scheme if the c
 then also determines which images the server tests on.
 
 Every image has at most one holder, so no image can be in two places. A client may be unlabelled: it
-holds training images without their labels and never trains. A client without training images does
-not train either. Both are tested like any other client. A client without test images is not tested.
+holds training images without their labels, and trains only with methods that learn without. A
+client without training images never trains. Both are tested like any other client. A client without
+test images is not tested. In active learning (`queries`), labels become known over time.
 """
 
 from fedprompt.data.partition.assign import make_partition
