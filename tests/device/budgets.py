@@ -31,6 +31,7 @@ class Budget:
 
 
 STEP = {
+    "bbt": Budget(100),
     "biomedcoop": Budget(135),
     "clip_adapter": Budget(60),
     "cocoop": Budget(105),

@@ -57,6 +57,7 @@ class Positions:
 
 BUDGET = {
     "afl": Positions(0, 0, 0),
+    "bbt": Positions(0, 1218, 116),  # 21 forward passes: the loss, and 20 queries
     "biomedcoop": Positions(59, 58, 116),
     "clip_adapter": Positions(59, 0, 0),
     "cocoop": Positions(0, 232, 696),
