@@ -31,7 +31,7 @@ def test_twin(clip: FrozenCLIP) -> None:
     matrix = normal((5, start.numel()), 1.0, 0, "black box", "projection")
 
     def loss(z: torch.Tensor, k: int) -> torch.Tensor:
-        context = start + (z @ matrix) / 5 ** (0.5).view_as(start)
+        context = start + ((z @ matrix) / 5**0.5).view_as(start)
         images, labels = twins.images_of(batch, k)
         logits = clip.logit_scale * images @ twins.class_features(clip, context).T
         return F.cross_entropy(logits, labels)
