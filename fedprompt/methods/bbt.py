@@ -108,7 +108,8 @@ class BBT(Method):
 
     def _contexts(self, z: Tensor) -> Tensor:
         """Contexts (..., M, d) of points (..., d)."""
-        return self.start_Md + (z @ self.projection).unflatten(-1, self.start_Md.shape)
+        change: Tensor = (z @ self.projection).unflatten(-1, self.start_Md.shape)
+        return self.start_Md + change
 
 
 def _losses(logits_KQBC: Tensor, batch: Batch) -> Tensor:
