@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,17 +194,23 @@ def test_killed_again_and_again(tmp_path: Path, unbroken: Path) -> None:
     assert_same_results(folder, unbroken)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after round 7, two rounds after its checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    config = config_for(folder)
+    _run_until(replace(config, output=replace(config.output, checkpoint_every=5)), 7)
+    assert metric_lines(folder, "round") == 8
+    return folder
+
+
 @pytest.mark.parametrize("torn", ["line without a checkpoint", "half a line", "stray file"])
-def test_every_state_a_kill_can_leave(tmp_path: Path, unbroken: Path, torn: str) -> None:
+def test_every_state_a_kill_can_leave(
+    tmp_path: Path, unbroken: Path, stopped: Path, torn: str
+) -> None:
     """Between a metrics line and its checkpoint, in the middle of a line, in a file's writing."""
     folder = tmp_path / "run"
-    config = config_for(folder)
-    short = replace(
-        config, output=replace(config.output, checkpoint_every=5), federation=config.federation
-    )
-    _run_until(short, 7)
-    # The checkpoint is that of round 5; lines 6 and 7 are ahead of it.
-    assert metric_lines(folder, "round") == 8
+    shutil.copytree(stopped, folder)
     if torn == "half a line":
         with (folder / "metrics.jsonl").open("a") as stream:
             stream.write('{"kind": "round", "roun')

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,32 +18,34 @@ from tests.support import ROOT
 SWEEP = ROOT / "configs" / "sweep" / "all_methods.yaml"
 
 
-def rows() -> dict[str, list[str]]:
-    table = OmegaConf.to_container(OmegaConf.load(SWEEP))
-    assert isinstance(table, dict)
-    return table["rows"]  # type: ignore[no-any-return]
+def table() -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(SWEEP))
+    assert isinstance(content, dict)
+    return content  # type: ignore[return-value]
 
 
-def test_every_method_has_a_row() -> None:
-    configs = [compose("all_methods", overrides) for overrides in rows().values()]
+def test_every_method_has_a_row_and_three_seeds() -> None:
+    configs = [compose("all_methods", overrides) for overrides in table()["rows"].values()]
     assert {c.method.name for c in configs} == set(all_methods())
+    assert table()["seeds"] == [1, 2, 3]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_one_command_runs_all_methods_over_three_seeds(tmp_path: Path) -> None:
+def test_one_command_runs_all_methods_over_several_seeds(tmp_path: Path) -> None:
     few = ["federation.rounds=2", "evaluation.every=2", "data.images_per_class=8"]
     few += ["partition.shots=4", "partition.clients=4", "simulation.threads=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment, out = os.environ | {"OMP_NUM_THREADS": "1"}, ["--out", str(tmp_path)]
     fedprompt = [sys.executable, "-m", "fedprompt"]
     for command in (
-        [*fedprompt, "sweep", str(SWEEP), *few, "--serial", "--out", str(tmp_path)],
+        # A standard deviation takes two seeds.
+        [*fedprompt, "sweep", str(SWEEP), *few, "--seeds", "1,2", "--serial", *out],
         [*fedprompt, "compare", str(tmp_path), "--format", "markdown"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     named = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines[2:]}
-    assert list(named) == list(rows())
+    assert list(named) == list(table()["rows"])
     for name, cells in named.items():
         assert any("±" in cell for cell in cells), f"{name} has no result: {cells}"

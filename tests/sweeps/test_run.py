@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -255,11 +255,24 @@ def _holder(path: Path) -> int:
     return 0
 
 
+def once_each(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Runs in which every row and every grid value of a sweep occurs, with the values in turn."""
+    of_row: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        of_row.setdefault(run.row, []).append(run)
+    rows = list(of_row.values())
+    return [rows[i % len(rows)][i % len(rows[0])] for i in range(max(len(rows), len(rows[0])))]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n != "all_methods"])
 def test_quick_variants_run(name: str, tmp_path: Path) -> None:
-    runs = expand(load_sweep(sweep_path(name), quick=True), tmp_path)
+    planned = expand(load_sweep(sweep_path(name), quick=True), tmp_path)
+    runs = once_each(planned)
+    assert {r.row for r in runs} == {r.row for r in planned}
+    for key in planned[0].values:
+        assert {r.values[key] for r in runs} == {r.values[key] for r in planned}
     board = Board(runs, 1, Console(quiet=True))
     run_serial(runs, board)
     assert not board.failures
