@@ -67,7 +67,12 @@ class LocalResult:
         num_examples: the number of its training images, each counted once whatever the number of
             epochs and views. It is the client's weight in an average over examples.
         losses: every loss term, averaged over all images seen in the round, and the sum of these
+<<<<<<< HEAD
             terms as `loss`; empty if the method trains no tensor.
+=======
+            terms as `loss`.
+        statistics: what the method measures besides (`Method.measured`), averaged likewise.
+>>>>>>> df99921 (RESTORE: both towers shift alike, calibrators stay private; what a method measures on clients reaches metrics.jsonl and the report)
     """
 
     client: int
@@ -76,6 +81,7 @@ class LocalResult:
     momentum: Tensors
     num_examples: int
     losses: dict[str, float]
+    statistics: dict[str, float]
 
 
 def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> float:
@@ -221,6 +227,7 @@ def train_clients(
     results = []
     for k, client in enumerate(data):
         row, seen = place[k], len(client) * config.local_epochs
+        means = {n: float(v[row]) / seen for n, v in totals.items()}
         results.append(
             LocalResult(
                 client=client.client,
@@ -229,7 +236,8 @@ def train_clients(
                 private=_rows(private_K, row, private[k]),
                 momentum=_rows(velocity, row, {f"private.{n}": v for n, v in private[k].items()}),
                 num_examples=len(client),
-                losses={n: float(v[row]) / seen for n, v in totals.items()},
+                losses={n: v for n, v in means.items() if n not in method.measured},
+                statistics={n: v for n, v in means.items() if n in method.measured},
             )
         )
     return results

@@ -168,8 +168,12 @@ class VisionTower:
 
     def features(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
         """Compute L2-normalised features (K, B, D) under prompts of the first J layers."""
+        return F.normalize(self.raw(pixels, prompts_KJMw), dim=-1)
+
+    def raw(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
+        """Compute features (K, B, D) under prompts of the first J layers, not normalised."""
         first, deep = prompts_KJMw[:, 0], prompts_KJMw[:, 1:]
-        return F.normalize(self(pixels, first, deep if deep.shape[1] else None), dim=-1)
+        return self(pixels, first, deep if deep.shape[1] else None)
 
     def _check(self, prompts: Tensor | None, deep: Tensor | None) -> None:
         if deep is None:

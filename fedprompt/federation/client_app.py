@@ -110,10 +110,10 @@ def _train(
     )
     replies = []
     for message, result in zip(messages, results, strict=True):
-        shared, losses = result.shared, result.losses
+        shared, losses, statistics = result.shared, result.losses, result.statistics
         examples = result.num_examples
         if config.privacy.noise:
-            # A noisy reply reveals nothing else: neither losses nor the number of images.
+            # A noisy reply reveals nothing else: neither losses, statistics nor number of images.
             shared = protected(
                 received(workspace, message),
                 shared,
@@ -121,11 +121,12 @@ def _train(
                 server_round=server_round(message),
                 client=result.client,
             )
-            examples, losses = 1, {}
+            examples, losses, statistics = 1, {}, {}
         # `to_record` copies, so the reply does not share memory with the training results.
         arrays = to_record({n: t.numpy() for n, t in shared.items()})
         # The server reads as losses the metrics whose names start with `loss`, see screening.py.
         named = {n if n == "loss" else f"loss-{n}": v for n, v in losses.items()}
+        named |= {f"statistic-{n}": v for n, v in statistics.items()}
         # `num-examples` is the name that Flower's own strategies use.
         metrics = MetricRecord({"num-examples": examples, **named})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})

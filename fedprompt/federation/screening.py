@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -38,9 +38,11 @@ __all__ = ["Limits", "Row", "Update", "read_training", "screen_evaluations", "sc
 MAX_METRICS = 100
 """Largest number of metrics that are read from a reply."""
 MAX_LOSS = 1e30
-"""Larger losses are left out: their weighted sum over clients could overflow."""
+"""Larger losses and statistics are left out: their weighted sum over clients could overflow."""
 LOSS = re.compile(r"loss(-[A-Za-z0-9_.-]{1,40})?")
 """Names of the metrics that are read as losses; they become keys of files and of trackers."""
+STATISTIC = re.compile(r"statistic-[A-Za-z0-9_.-]{1,40}")
+"""Names of the metrics that are read as the method's own statistics."""
 HEADER_BYTES = 4096
 """An upper bound of the header that NumPy writes before an array."""
 # `num-examples` is the name that Flower's own strategies use.
@@ -88,12 +90,14 @@ class Training:
         arrays: trained shared tensors by name.
         num_examples: number of images they were trained on, at least 1.
         losses: finite losses by name.
+        statistics: finite statistics by name.
         diverged: which loss is not finite; empty if all are.
     """
 
     arrays: Arrays
     num_examples: int
     losses: dict[str, float]
+    statistics: dict[str, float]
     diverged: str = ""
 
 
@@ -133,7 +137,8 @@ def screen_replies(
     dropped |= _inflated_counts(read, limits.max_examples_ratio)
     dropped, diverged = dict(sorted(dropped.items())), dict(sorted(diverged.items()))
     accepted = {client: t for client, t in sorted(read.items()) if client not in dropped}
-    losses = _mean_losses(list(accepted.values()))
+    losses = {n: v["mean"] for n, v in _spread(accepted.values(), "losses").items()}
+    statistics = _spread(accepted.values(), "statistics")
     trained = sorted(
         {client_of_node[m.metadata.dst_node_id] for m in asked}
         - {client_of_node[n] for n in answers.absent}
@@ -145,7 +150,9 @@ def screen_replies(
         )
         return Exchanged([], len(accepted), dropped, losses, trained, diverged=diverged, void=void)
     updates = [Update(client, t.arrays, t.num_examples) for client, t in accepted.items()]
-    return Exchanged(updates, len(updates), dropped, losses, trained, diverged=diverged)
+    return Exchanged(
+        updates, len(updates), dropped, losses, trained, diverged=diverged, statistics=statistics
+    )
 
 
 def _inflated_counts(read: Mapping[int, Training], max_ratio: float) -> dict[int, str]:
@@ -161,19 +168,22 @@ def _inflated_counts(read: Mapping[int, Training], max_ratio: float) -> dict[int
     }
 
 
-def _mean_losses(accepted: Sequence[Training]) -> dict[str, float]:
-    """Means of the losses that most clients report, over these clients and weighted by images.
+def _spread(
+    accepted: Collection[Training], kind: Literal["losses", "statistics"]
+) -> dict[str, dict[str, float]]:
+    """The losses or statistics that most clients report: `mean`, weighted by images, `std`, `max`.
 
-    Most and not all, so that a single client can neither remove a loss nor add one.
+    Most and not all, so that a single client can neither remove a name nor add one.
     """
-    counts = Counter(name for t in accepted for name in t.losses)
-    means = {}
+    counts = Counter(name for t in accepted for name in getattr(t, kind))
+    spread = {}
     for name in sorted(n for n, count in counts.items() if 2 * count > len(accepted)):
-        reporting = [t for t in accepted if name in t.losses]
+        reporting = [t for t in accepted if name in getattr(t, kind)]
         weights = np.array([t.num_examples for t in reporting], dtype=np.float64)
-        values = np.array([t.losses[name] for t in reporting], dtype=np.float64)
-        means[name] = float((values * weights).sum() / weights.sum())
-    return means
+        values = np.array([getattr(t, kind)[name] for t in reporting], dtype=np.float64)
+        mean = float((values * weights).sum() / weights.sum())
+        spread[name] = {"mean": mean, "std": float(values.std()), "max": float(values.max())}
+    return spread
 
 
 def read_training(content: RecordDict, limits: Limits) -> Training:
@@ -208,15 +218,20 @@ def read_training(content: RecordDict, limits: Limits) -> Training:
         raise Refused(f"num-examples is {examples!r}, not a whole number")
     if not 0 < examples <= MAX_EXAMPLES:
         raise Refused(f"num-examples is {examples}, outside 1..{MAX_EXAMPLES}")
-    named = {
-        name: float(value)
-        for name, value in metrics.items()
-        if LOSS.fullmatch(name) and isinstance(value, (int, float))
-    }
+
+    def named(pattern: re.Pattern[str]) -> dict[str, float]:
+        numbers = {n: v for n, v in metrics.items() if isinstance(v, (int, float))}
+        return {n: float(v) for n, v in numbers.items() if pattern.fullmatch(n)}
+
     # A comparison with NaN is false.
-    losses = {name: value for name, value in named.items() if abs(value) <= MAX_LOSS}
-    diverged = [f"'{name}' is {value:g}" for name, value in named.items() if name not in losses]
-    return Training(arrays, examples, losses, ", ".join(diverged[:1]))
+    losses = {name: value for name, value in named(LOSS).items() if abs(value) <= MAX_LOSS}
+    diverged = [f"'{n}' is {value:g}" for n, value in named(LOSS).items() if n not in losses]
+    statistics = {
+        name.removeprefix("statistic-"): value
+        for name, value in named(STATISTIC).items()
+        if abs(value) <= MAX_LOSS
+    }
+    return Training(arrays, examples, losses, statistics, ", ".join(diverged[:1]))
 
 
 def _read_array(name: str, array: Array, shape: tuple[int, ...], max_norm: float) -> Any:

@@ -324,6 +324,7 @@ class Federation:
             ),
         }
         remarks: dict[str, Any] = {
+            "statistics": exchanged.statistics,
             "strategy": self.strategy.metrics(),
             "dropped": {str(client): reason for client, reason in exchanged.dropped.items()},
             "diverged": {str(client): what for client, what in exchanged.diverged.items()},

@@ -55,6 +55,8 @@ class Exchanged:
         diverged: what is not finite in a client's training, by client id in ascending order,
             whether it counts or not.
         void: why nothing may be aggregated although clients have replied; empty if something may.
+        statistics: of every statistic of the method by name, over the accepted clients, the `mean`
+            weighted by their images, the `std` and the `max`.
     """
 
     updates: list[Update]
@@ -66,6 +68,7 @@ class Exchanged:
     remarks: Mapping[str, Any] = field(default_factory=dict)
     diverged: dict[int, str] = field(default_factory=dict)
     void: str = ""
+    statistics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 Send = Callable[[Sequence[Message]], tuple[list[Message], Traffic]]

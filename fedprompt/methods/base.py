@@ -175,6 +175,8 @@ class Method(ABC):
     features of another view of each image (`Batch.second_KBD`)."""
     frozen: frozenset[str] = frozenset()
     """Tensors that the optimiser does not update, such as `private.keys` or `shared.counts`."""
+    measured: frozenset[str] = frozenset()
+    """Entries of `loss_terms` that are reported and not minimised, such as a drift; detached."""
     lr_scale: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate by tensor, such as `private.gate: 5.0`; 1 for all others."""
     reads_descriptions: bool = False
@@ -314,7 +316,8 @@ class Method(ABC):
     ) -> dict[str, Tensor]:
         """The weighted terms of the loss by name, each (K,); their sum is minimised.
 
-        The default is the cross-entropy `ce` alone. Other methods return `ce` first as well.
+        Entries that `measured` names come last and are no part of the sum. The default is the
+        cross-entropy `ce` alone. Other methods return `ce` first as well.
 
         Args:
             shared: shared tensors and extras, (K, ...).

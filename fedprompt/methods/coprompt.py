@@ -102,17 +102,16 @@ class CoPrompt(MaPLe):
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D), `visual` if there are visual prompts, and the image adapter."""
-        encoded = super().encode(shared, private)
         tensors = shared | (private or {})
-        if "text_adapter.down.weight" not in tensors:
-            return encoded  # the global model, if adapters are private
-        encoded["classes"] = _adapted(
-            encoded["classes"], tensors, "text_adapter", self.cfg.text_ratio
-        )
-        return encoded | {n: t for n, t in tensors.items() if n.startswith("image_adapter.")}
+        classes_KCD = self.text.classes(shared["text"])
+        # Without the tensors it is the global model, whose adapters are private.
+        if "text_adapter.down.weight" in tensors:
+            classes_KCD = _adapted(classes_KCD, tensors, "text_adapter", self.cfg.text_ratio)
+        adapter = {n: t for n, t in tensors.items() if n.startswith("image_adapter.")}
+        return {"classes": classes_KCD} | self.visual(shared, private) | adapter
 
     def images(self, encoded: Tensors, inputs: Inputs) -> Tensor:
-        """L2-normalised image features (K, B, D) behind the adapter."""
+        """L2-normalised image features (K, B, D) behind the adapter, if there is one."""
         images_KBD = super().images(encoded, inputs)
         if "image_adapter.down.weight" not in encoded:
             return images_KBD

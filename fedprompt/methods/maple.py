@@ -126,12 +126,15 @@ class MaPLe(Method):
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """`classes` (K, C, D) and, where there are any, `visual` (K, J, M, w)."""
-        encoded = {"classes": self.text.classes(shared["text"])}
+        return {"classes": self.text.classes(shared["text"])} | self.visual(shared, private)
+
+    def visual(self, shared: Tensors, private: Tensors | None) -> Tensors:
+        """The visual prompts (K, J, M, w) as `visual`; nothing if the model has none."""
         if self.sharing == "factors":
-            return encoded | {"visual": visual_prompts(shared, shared)}
+            return {"visual": visual_prompts(shared, shared)}
         if self.sharing == "materialised":
-            return encoded | {"visual": self._materialised(shared, private)}
-        return encoded if private is None else encoded | {"visual": visual_prompts(shared, private)}
+            return {"visual": self._materialised(shared, private)}
+        return {} if private is None else {"visual": visual_prompts(shared, private)}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the prompted image and text features."""

@@ -38,12 +38,21 @@ def check_metrics(line: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where} is damaged: it needs a 'kind' and a whole-number 'round'.")
     check_numbers(line, ("bytes_up", "bytes_down", "client_steps"), where)
     _check_parts(line, _NUMBERS, where)
+    for name, statistic in _statistics(line, where).items():
+        check_numbers(statistic, ("mean", "std", "max"), f"{where}, statistics, {name}")
     for name in ("dropped", "diverged"):
         reasons = line.get(name, {})
         if not isinstance(reasons, dict) or not all(
             client.isdecimal() and isinstance(why, str) for client, why in reasons.items()
         ):
             raise UserError(f"{where} is damaged: '{name}' must hold a text per client.")
+
+
+def _statistics(line: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    statistics: Any = line.get("statistics", {})
+    if isinstance(statistics, dict) and all(isinstance(s, dict) for s in statistics.values()):
+        return statistics
+    raise UserError(f"{where} is damaged: 'statistics' must hold an object per statistic.")
 
 
 def check_summary(summary: Mapping[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ CROSS_ENTROPY = "loss-ce"
 
 def run_figures(run: RunData) -> list[Figure]:
     """Describe every figure that the run has data for."""
-    figures = [accuracy_figure(run), clients_figure(run), loss_figure(run)]
+    figures = [accuracy_figure(run), clients_figure(run), loss_figure(run), statistics_figure(run)]
     if run.partition is not None:
         figures.append(partition_figure(run.partition))
     return [figure for figure in figures if figure is not None]
@@ -114,6 +114,41 @@ def loss_figure(run: RunData) -> Figure | None:
     if not panels:
         return None
     return Figure(name="loss_per_round", title="Loss per round", caption=caption, panels=panels)
+
+
+def statistics_figure(run: RunData) -> Figure | None:
+    """Describe what the method measures on clients in training, one panel for each statistic.
+
+    Args:
+        run: The run, finished or not.
+
+    Returns:
+        The figure, None if the method has no statistics.
+    """
+    names = sorted({name for line in run.rounds for name in line.get("statistics", {})})
+    panels: list[Lines] = []
+    for name in names:
+        lines = [
+            {"round": line["round"], name: line["statistics"][name]}
+            for line in run.rounds
+            if name in line.get("statistics", {})
+        ]
+        curves = [
+            _curve(lines, name, "mean", "Mean over clients", "own", band=True),
+            _curve(lines, name, "max", "Largest client", "own", width=1.0),
+        ]
+        axis = Axis(label=name.replace("_", " ").capitalize())
+        shown = [curve for curve in curves if curve is not None]
+        panels.append(Lines(curves=shown, x=ROUND, y=axis, named_at_ends=True, small=bool(panels)))
+    if not panels:
+        return None
+    return Figure(
+        name="statistics_per_round",
+        title="Statistics of the method per round",
+        caption="What the method measures in the training of a round, over the clients that "
+        "trained. Band: ± 1 standard deviation over clients.",
+        panels=panels,
+    )
 
 
 def _curve(

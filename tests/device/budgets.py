@@ -75,6 +75,7 @@ STEP = {
     "promptfl": Budget(90),
     "promptfolio": Budget(95),
     "promptsrc": Budget(255),
+    "restore": Budget(340),
     "scaffold": Budget(100),
     "tfup_t": Budget(95),
     "vpt": Budget(130),

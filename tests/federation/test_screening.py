@@ -321,6 +321,23 @@ def test_one_client_cannot_spoil_the_losses(
     assert {n: v for n, v in metrics.items() if n.startswith("loss")} == expected
 
 
+def test_statistics_are_spread_over_clients_and_one_client_cannot_add_any() -> None:
+    strategy = strategy_of_clients(3)
+    messages = send(strategy, {"ctx": full(0.0)})
+    reported: list[dict[str, float]] = [
+        {"statistic-shift": 1.0, "statistic-own": 1.0},
+        {"statistic-shift": 4.0, "statistic-\x1b[2J": 1.0},
+        {"statistic-shift": float("nan")},
+    ]
+    replies = [
+        Message(content({"ctx": full(1)}, **{"num-examples": n}, **named), reply_to=m)
+        for m, named, n in zip(messages, reported, (10, 20, 30), strict=True)
+    ]
+    exchanged = strategy.screen(1, messages, replies)
+    assert not exchanged.dropped
+    assert exchanged.statistics == {"shift": {"mean": 3.0, "std": 1.5, "max": 4.0}}
+
+
 def test_too_few_valid_replies_change_nothing(caplog: pytest.LogCaptureFixture) -> None:
     for min_replies, counts in ((2, True), (3, False)):
         strategy = strategy_of_clients(3, min_replies=min_replies)

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tfup_t": {},
     "ctp_tft": {},
     "fdbpl": {"label_weight": 1.0},
+    "restore": {"depth": 2},
 }
 """The methods, with the keys that make a run short."""
 RATES = {"bbt": 0.05}

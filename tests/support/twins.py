@@ -224,11 +224,13 @@ def template_features(clip: FrozenCLIP, template: str = "a photo of a {}.") -> T
         return F.normalize(model.encode_text(texts), dim=-1)
 
 
-def plain_text(clip: FrozenCLIP, prefix: str, prompts_JMd: list[Tensor]) -> Tensor:
+def plain_text(
+    clip: FrozenCLIP, prefix: str, prompts_JMd: list[Tensor], *, raw: bool = False
+) -> Tensor:
     """Features (C, D) under deep prompts, as the public MaPLe and PromptSRC code computes them.
 
-    Tokens 1 .. M of "{prefix} {class}." are replaced, and so are the hidden states that the layer
-    before has left for them.
+    With `raw` they are not normalised. Tokens 1 .. M of "{prefix} {class}." are replaced, and so
+    are the hidden states that the layer before has left for them.
     """
     model, tokens = clip.model, prompts_JMd[0].shape[0]
     rows = []
@@ -242,12 +244,14 @@ def plain_text(clip: FrozenCLIP, prefix: str, prompts_JMd: list[Tensor]) -> Tens
                 x = torch.cat([x[:, :1], prompts_JMd[layer][None], x[:, 1 + tokens :]], dim=1)
             x = block(x, attn_mask=model.attn_mask)
         x = model.ln_final(x)[0, int(ids.argmax())] @ model.text_projection
-        rows.append(x / x.norm())
+        rows.append(x if raw else x / x.norm())
     return torch.stack(rows)
 
 
-def plain_images(clip: FrozenCLIP, pixels_B3HW: Tensor, prompts_JMw: list[Tensor]) -> Tensor:
-    """Features (B, D) under deep visual prompts, of which there may be none."""
+def plain_images(
+    clip: FrozenCLIP, pixels_B3HW: Tensor, prompts_JMw: list[Tensor], *, raw: bool = False
+) -> Tensor:
+    """Features (B, D), or un-normalised ones if `raw`, under deep visual prompts, if any."""
     visual = clip.model.visual
     rows = []
     for image in pixels_B3HW:
@@ -263,7 +267,7 @@ def plain_images(clip: FrozenCLIP, pixels_B3HW: Tensor, prompts_JMw: list[Tensor
                 x = torch.cat([x[:, :seen], prompts_JMw[layer][None]], dim=1)
             x = block(x)
         x = visual.ln_post(x[0, 0]) @ visual.proj
-        rows.append(x / x.norm())
+        rows.append(x if raw else x / x.norm())
     return torch.stack(rows)
 
 

@@ -72,8 +72,12 @@ class DeepText:
 
     def classes(self, prompts_KJMd: Tensor) -> Tensor:
         """L2-normalised class features (K, C, D)."""
+        return F.normalize(self.raw(prompts_KJMd), dim=-1)
+
+    def raw(self, prompts_KJMd: Tensor) -> Tensor:
+        """Class features (K, C, D) as the text tower gives them, not normalised."""
         first, deep = split_layers(prompts_KJMd)
-        return F.normalize(self.source.tower(first, deep), dim=-1)
+        return self.source.tower(first, deep)
 
 
 @cache  # so that the warning is logged once per process and not on every call

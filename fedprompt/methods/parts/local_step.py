@@ -21,7 +21,8 @@ class Computed:
 
     Attributes:
         terms: names of the loss terms, and `loss`.
-        values_TA: their values, without a gradient; the last row is the sum of the others.
+        values_TA: their values, without a gradient; the last row is the sum of those that are
+            minimised.
         gradients: the gradient (A, ...) of each trained tensor, None where there is none.
     """
 
@@ -55,7 +56,9 @@ class LocalStep:
         terms = self.method.loss_terms(self._shared, self._private, encoded, batch)
         gradients = self.method.gradients(terms, self.leaves, batch)
         values_TA = torch.stack([term.detach() for term in terms.values()])
-        values_TA = torch.cat([values_TA, values_TA.sum(0, keepdim=True)])
+        # What is only measured comes last and is no part of the sum.
+        minimised_TA = values_TA[: len(terms) - len(self.method.measured)]
+        values_TA = torch.cat([values_TA, minimised_TA.sum(0, keepdim=True)])
         return Computed((*terms, "loss"), values_TA, gradients)
 
 

@@ -150,13 +150,14 @@ class _RecordedStep(LocalStep):
 
     def _record(self, tensors: Tensors) -> _Recording | None:
         buffers = {name: value.clone() for name, value in tensors.items()}
-        columns = {n: v for n, v in buffers.items() if n not in ("labels", "mask")}
+        columns = {n: v for n, v in buffers.items() if n not in ("labels", "mask", "second view")}
         steady = Batch(
             Inputs(**columns),
             buffers["labels"],
             buffers["mask"],
             self._round_info,
             cast("int", _Changing("the number of the step")),
+            buffers.get("second view"),
         )
         compute = super().__call__
         replay = self._graphs.record(lambda: compute(steady))
@@ -217,7 +218,10 @@ def _of_round(round_info: RoundInfo) -> Tensors:
 
 
 def _of_batch(batch: Batch) -> Tensors:
-    return {**batch.inputs.columns(), "labels": batch.labels_KB, "mask": batch.mask_KB}
+    second = {} if batch.second_KBD is None else {"second view": batch.second_KBD}
+    return {
+        **batch.inputs.columns(), **second, "labels": batch.labels_KB, "mask": batch.mask_KB
+    }  # fmt: skip
 
 
 def _shapes(tensors: Tensors) -> Shapes:

@@ -155,6 +155,7 @@ class WrappedMethod(Method):
         self.needs_to_train = base.needs_to_train
         self.reads_descriptions = base.reads_descriptions
         self.frozen = base.frozen
+        self.measured = base.measured
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
         self.no_transfer_reason = base.no_transfer_reason

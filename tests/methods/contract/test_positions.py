@@ -101,6 +101,7 @@ BUDGET = {
     "promptfl": Positions(0, 70, 140),
     "promptfolio": Positions(0, 124, 186),
     "promptsrc": Positions(0, 94, 224),
+    "restore": Positions(0, 98, 224),
     "scaffold": Positions(0, 70, 140),
     "tfup": Positions(59, 0, 0),
     "tfup_t": Positions(59, 0, 0),
