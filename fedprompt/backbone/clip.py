@@ -31,6 +31,7 @@ from fedprompt.backbone.hard_text import packed_features
 from fedprompt.backbone.text_parts import text_parts
 from fedprompt.backbone.text_pass import HuggingFacePass
 from fedprompt.backbone.token_rows import end_of_text, token_rows
+from fedprompt.errors import UserError
 
 SMALLEST_BATCH = 8
 """Matrix products of very few rows take other kernels, with other last bits. With PyTorch 2.14 on a
@@ -60,6 +61,8 @@ class FrozenCLIP:
         logit_scale: exp(logit_scale), about 100 for OpenAI's models.
         text: the pieces of the text tower that prompts pass through.
         embed_dim: D.
+        companions: further frozen models that methods read beside this one, by the name of their
+            backbone config.
         positions_encoded: how many positions text and image towers have sent through the model so
             far; a run derives its cost figures from it.
 
@@ -94,10 +97,21 @@ class FrozenCLIP:
         self.fingerprint = digest(f"{name}|{weights_hash}|{precision}")
         self.logit_scale = float(model.logit_scale.exp())
         self.text = text_parts(model)
+        self.companions: dict[str, FrozenCLIP] = {}
         self.positions_encoded = 0
         # open_clip's settings state D in several places, and some towers change it, so it is read
         # from an encoded text.
         self.embed_dim = int(self.encode_text_raw(["a"]).shape[-1])
+
+    def companion(self, name: str) -> FrozenCLIP:
+        """The further frozen model that was opened beside this one.
+
+        Raises:
+            UserError: it has not been opened.
+        """
+        if name not in self.companions:
+            raise UserError(f"backbone '{name}' has not been opened beside {self.name}.")
+        return self.companions[name]
 
     @property
     def libraries(self) -> frozenset[str]:

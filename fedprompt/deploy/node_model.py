@@ -22,6 +22,7 @@ from fedprompt.config.schema import Config, to_yaml
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.deploy.private_store import FileStore
 from fedprompt.errors import UserError
+from fedprompt.experiment.companions import with_companions
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.predict import PromptModel
 from fedprompt.files import write_bytes
@@ -132,7 +133,8 @@ def load_model(kept: KeptModel) -> PromptModel:
         UserError: the weights or the private tensors cannot be read.
     """
     config = kept.config
-    clip = load_clip(config.backbone, default_cache_dir(config.output.cache))
+    cache_dir = default_cache_dir(config.output.cache)
+    clip = with_companions(load_clip(config.backbone, cache_dir), config, cache_dir)
     task = Task(kept.class_names, tuple(config.data.templates))
     method = method_class(config.method.name)(config.method, clip, task)
     # A client that has never trained has the values that it would start from.

@@ -27,6 +27,7 @@ from fedprompt.data.sources.base import StoredImagesConfig
 from fedprompt.data.threads import in_threads
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint, read_tensors
+from fedprompt.experiment.companions import with_companions
 from fedprompt.experiment.logs import StrategyLog, load_client_states
 from fedprompt.experiment.resuming import read_config
 from fedprompt.federation.registry import strategy_class
@@ -203,7 +204,8 @@ class Classifier(PromptModel):
         # The cheap reads come before the weights.
         names = _class_names(run_dir / PARTITION)
         tensors, _ = read_tensors(run_dir / PROMPTS)
-        clip = load_clip(config.backbone, default_cache_dir(config.output.cache))
+        cache_dir = default_cache_dir(config.output.cache)
+        clip = with_companions(load_clip(config.backbone, cache_dir), config, cache_dir)
         task = Task(tuple(names), tuple(config.data.templates))
         method: Method = method_class(config.method.name)(config.method, clip, task)
         shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}

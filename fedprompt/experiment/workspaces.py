@@ -24,6 +24,7 @@ from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition.copies import warn_of_copies
 from fedprompt.evaluation.registry import hold_out
+from fedprompt.experiment.companions import with_companions
 from fedprompt.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def open_workspace(
     if config.evaluation.withhold_tests:
         partition = partition.without_tests()
         readable_N = partition.held(len(dataset))
-    clip = resources.clip(config.backbone, cache_dir)
+    clip = with_companions(resources.clip(config.backbone, cache_dir), config, cache_dir)
     shown = dataset if readable_N is None else withheld(dataset, readable_N)
     workspace = Workspace(config, clip, shown, partition, (), held_out)
     if workspace.method.reads_descriptions and config.data.descriptions is None:
@@ -189,6 +190,23 @@ def open_workspace(
         )
         for view in range(config.data.views)
     )
+    if (teacher := workspace.method.teacher) is not None:
+        # The same crops of the same images, as the teacher sees them.
+        workspace.views = tuple(
+            replace(
+                table,
+                teacher_NT=open_feature_table(
+                    teacher,
+                    dataset,
+                    cache_dir,
+                    {"features"},
+                    view=view,
+                    crop_scale=config.data.crop_scale,
+                    progress=progress,
+                ).features_ND,
+            )
+            for view, table in enumerate(workspace.views)
+        )
     if readable_N is not None:
         # The features of all images are in one file, so the table itself refuses the others.
         workspace.views = tuple(replace(view, readable_N=readable_N) for view in workspace.views)

@@ -112,6 +112,11 @@ class MethodConfig:
         """Whether clients without labels train as well, on labels that are all `UNLABELLED`."""
         return False
 
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Backbone configs of further frozen models, which are `clip.companion(name)`."""
+        return ()
+
     def __post_init__(self) -> None:
         """Take the name of the file that defines the config, unless a name is given."""
         if not self.name:
@@ -179,6 +184,9 @@ class Method(ABC):
     """Entries of `loss_terms` that are reported and not minimised, such as a drift; detached."""
     lr_scale: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate by tensor, such as `private.gate: 5.0`; 1 for all others."""
+    teacher: FrozenCLIP | None = None
+    """A further frozen model whose image features are `Inputs.teacher` in training; None for none.
+    """
     reads_descriptions: bool = False
     """Whether it learns from `Task.sentences`; a run without `data.descriptions` then says so."""
     trainable: bool = True
@@ -317,7 +325,7 @@ class Method(ABC):
         """The weighted terms of the loss by name, each (K,); their sum is minimised.
 
         Entries that `measured` names come last and are no part of the sum. The default is the
-        cross-entropy `ce` alone. Other methods return `ce` first as well.
+        cross-entropy `ce` alone. Other methods return `ce` first as well, unless they use no label.
 
         Args:
             shared: shared tensors and extras, (K, ...).

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ctp_tft": {},
     "fdbpl": {"label_weight": 1.0},
     "restore": {"depth": 2},
+    "promptkd": {"visual_depth": 2},
 }
 """The methods, with the keys that make a run short."""
 RATES = {"bbt": 0.05}

@@ -29,6 +29,7 @@ class Inputs:
         norms: (...,), lengths of the features before they were L2-normalised; None where unknown.
         local: (..., P, D), L2-normalised local features, each of one patch alone, or None. How they
             differ from `patches` is in `fedprompt.backbone.patch_features`.
+        teacher: (..., T), L2-normalised image features of another frozen model, or None.
     """
 
     features: Tensor
@@ -37,6 +38,7 @@ class Inputs:
     mean_std: Tensor | None = None
     norms: Tensor | None = None
     local: Tensor | None = None
+    teacher: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the length of the first axis."""
@@ -92,6 +94,7 @@ class Inputs:
             self.mean_std,
             None if self.norms is None else change(self.norms),
             None if self.local is None else change(self.local),
+            None if self.teacher is None else change(self.teacher),
         )
 
 
@@ -109,4 +112,5 @@ def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inp
         parts[0].mean_std,
         one("norms"),
         one("local"),
+        one("teacher"),
     )

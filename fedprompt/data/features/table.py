@@ -43,6 +43,7 @@ class FeatureTable:
         mean_std: (2, 3), mean and standard deviation that normalise pixels; given with them.
         readable_N: the images that may be read, or None for all.
         local_NPD: L2-normalised local features of patches, or None.
+        teacher_NT: image features of another frozen model, not normalised, or None.
     """
 
     features_ND: Rows
@@ -51,6 +52,7 @@ class FeatureTable:
     mean_std: Tensor | None = None
     readable_N: NDArray[np.bool_] | None = None
     local_NPD: Rows | None = None
+    teacher_NT: Rows | None = None
 
     def rows(self, index: NDArray[np.int64], needs: Collection[str] | None = None) -> Inputs:
         """Read the images of the given row numbers into memory.
@@ -71,6 +73,7 @@ class FeatureTable:
             return torch.from_numpy(np.array(column[index]))
 
         features, norms = _normalised(_rows(self.features_ND, index))
+        teacher = read("teacher", self.teacher_NT)
         return Inputs(
             features,
             read("patches", self.patches_NPD),
@@ -78,6 +81,7 @@ class FeatureTable:
             self.mean_std,
             norms,
             read("local", self.local_NPD),
+            None if teacher is None else F.normalize(teacher, dim=-1),
         )
 
 

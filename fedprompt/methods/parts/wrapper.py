@@ -78,6 +78,11 @@ class WrapperConfig(MethodConfig):
         """The base's."""
         return self._base().learns_without_labels
 
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The base's."""
+        return self._base().companions
+
     def check(self) -> None:
         """Check the base's config, and complete `options` with its defaults."""
         try:
@@ -156,6 +161,7 @@ class WrappedMethod(Method):
         self.reads_descriptions = base.reads_descriptions
         self.frozen = base.frozen
         self.measured = base.measured
+        self.teacher = base.teacher
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
         self.no_transfer_reason = base.no_transfer_reason
