@@ -67,12 +67,8 @@ class LocalResult:
         num_examples: the number of its training images, each counted once whatever the number of
             epochs and views. It is the client's weight in an average over examples.
         losses: every loss term, averaged over all images seen in the round, and the sum of these
-<<<<<<< HEAD
             terms as `loss`; empty if the method trains no tensor.
-=======
-            terms as `loss`.
         statistics: what the method measures besides (`Method.measured`), averaged likewise.
->>>>>>> df99921 (RESTORE: both towers shift alike, calibrators stay private; what a method measures on clients reaches metrics.jsonl and the report)
     """
 
     client: int

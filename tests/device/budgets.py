@@ -74,6 +74,7 @@ STEP = {
     "prograd": Budget(155),
     "promptfl": Budget(90),
     "promptfolio": Budget(95),
+    "promptkd": Budget(165),
     "promptsrc": Budget(255),
     "restore": Budget(340),
     "scaffold": Budget(100),
