@@ -324,7 +324,7 @@ class Method(ABC):
     ) -> dict[str, Tensor]:
         """The weighted terms of the loss by name, each (K,); their sum is minimised.
 
-        Entries that `measured` names come last and are no part of the sum. The default is the
+        Entries that `measured` names are no part of the sum. The default is the
         cross-entropy `ce` alone. Other methods return `ce` first as well, unless they use no label.
 
         Args:

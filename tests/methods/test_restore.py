@@ -17,7 +17,7 @@ from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.errors import UserError
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
-from fedprompt.methods.base import uploaded_numbers
+from fedprompt.methods.base import ClientData, uploaded_numbers
 from fedprompt.reports.run_data import load_run
 from fedprompt.reports.run_figures import statistics_figure
 from tests.support import twins
@@ -145,6 +145,18 @@ def test_the_global_model_is_maple_if_calibrators_are_private(clip: FrozenCLIP) 
     ours = method.logits(method.encode(shared, None), inputs)
     twins.close(ours, maple.logits(maple.encode(shared, None), inputs))
     assert (method.logits(method.encode(shared, private), inputs) - ours).abs().max() > 1e-3
+
+
+def test_a_wrapper_minimises_the_terms_alone(clip: FrozenCLIP) -> None:
+    method = twins.build(clip, "fedprox", base="restore", options={"depth": 2})
+    assert method.measured == {"text_shift", "visual_shift"}
+    inputs = twins.pictures(clip, 1, B)[0]
+    data = ClientData(0, inputs, torch.arange(B))
+    start = [method.init_shared(1)], [method.init_private(1, 0)]
+    (result,) = twins.train(method, *start, [data], twins.config(), 1)
+    parts = [value for name, value in result.losses.items() if name != "loss"]
+    assert result.losses["loss"] == pytest.approx(sum(parts))
+    assert set(result.statistics) == method.measured
 
 
 def test_shifts_reach_the_metrics_and_the_report(tmp_path: Path) -> None:

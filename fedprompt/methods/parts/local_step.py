@@ -56,8 +56,9 @@ class LocalStep:
         terms = self.method.loss_terms(self._shared, self._private, encoded, batch)
         gradients = self.method.gradients(terms, self.leaves, batch)
         values_TA = torch.stack([term.detach() for term in terms.values()])
-        # What is only measured comes last and is no part of the sum.
-        minimised_TA = values_TA[: len(terms) - len(self.method.measured)]
+        minimised_TA = values_TA
+        if measured := self.method.measured:
+            minimised_TA = torch.stack([t.detach() for n, t in terms.items() if n not in measured])
         values_TA = torch.cat([values_TA, minimised_TA.sum(0, keepdim=True)])
         return Computed((*terms, "loss"), values_TA, gradients)
 
