@@ -21,13 +21,15 @@ among the first C; we have one prompt, the code's own default. The code also enc
 does not use it; we do not. A start from words fails in the code, so it is not offered. The public
 code's first round trains all clients whatever the fraction; ours samples them. One optimiser serves
 all clients and rounds there, so that momentum passes from client to client; ours starts at zero in
-each round (docs/concepts.md, "Momentum between rounds").
+each round (docs/concepts.md, "Momentum between rounds"). `composition: attention` is an alternative
+of ours, in which every token of sigma attends to the rows of U V (`parts/composition.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
+from fedprompt.methods.parts.composition import attended
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import normal
@@ -52,6 +55,7 @@ class FedPGPConfig(RandomPromptConfig):
     temperature: float = option(
         0.5, "temperature tau of the contrast", gt=0, search=log_range(0.1, 2)
     )
+    composition: Literal["sum", "attention"] = option("sum", "how sigma and U V join")
     init_std: float = option(0.02, "standard deviation of sigma's, U's and V's start", gt=0)
 
 
@@ -82,7 +86,9 @@ class FedPGP(Method):
         context = shared["sigma"]
         if private is not None:
             # p_k = sigma + U V; a client axis of 1 of sigma broadcasts.
-            context = context + private["U"] @ private["V"]
+            own_KMd = private["U"] @ private["V"]
+            crosses = self.cfg.composition == "attention"
+            context = attended(context, own_KMd) if crosses else context + own_KMd
         return {"classes": self.prompts.classes(context)}
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:

@@ -16,6 +16,7 @@ How prompts compose (`composition`), with S shared, P private, g the text tower 
     two_branch  t = (1 - theta) t(S) + theta t(P)        (PromptFolio's mix, arXiv 2409.19610)
     concat      t = t([S][P])
     sum         t = t(S + P)                             (FedPGP's form, arXiv 2405.09771)
+    attention   t = t(S + softmax(S P^T / sqrt(d)) P)    (`parts/composition.py`)
 The global model is t(S) alone. `prompts` selects shared, private or both for ablations.
 
 The abstract says that CMFA aligns "text and image prompts". Both readings are available:
@@ -24,9 +25,10 @@ The abstract says that CMFA aligns "text and image prompts". Both readings are a
                      learned tokens after the image's patches, S' aggregated, P' private; v = v/|v|
                      is then the feature of the image under them, in prediction and in CMFA
 With `both` they compose as the text prompts do: v = (1 - theta) v(S') + theta v(P') from two passes
-(each text branch is then paired with its own v in DPA's `kl` and in CMFA), v([S'][P']) or
-v(S' + P'); DPA is then the mean of its text and its image part. With one kind there is one v. The
-global model uses v(S'), or the frozen features where no image prompts are shared.
+(each text branch is then paired with its own v in DPA's `kl` and in CMFA), v([S'][P']), v(S' + P'),
+or by attention layer by layer; DPA is then the mean of its text and its image part. With one kind
+there is one v. The global model uses v(S'), or the frozen features where no image prompts are
+shared.
 
 The default weights were chosen on the embedded scenes with separate seeds (11 and 12), as a
 compromise between personal accuracy, which falls with them, and global accuracy, which rises.
@@ -54,6 +56,7 @@ from fedprompt.methods.parts.alignment import (
     pair_contrast,
     pair_distance,
 )
+from fedprompt.methods.parts.composition import attended
 from fedprompt.methods.parts.contrast import mean_image_text_contrast
 from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
@@ -68,7 +71,9 @@ class FedRSCLIPConfig(MethodConfig):
     prompts: Literal["both", "shared", "private"] = option("both", "which prompts exist")
     shared_tokens: int = option(4, "shared context tokens (4 x 512 = 2,048 numbers)", ge=1)
     private_tokens: int = option(4, "private context tokens", ge=1)
-    composition: Literal["two_branch", "concat", "sum"] = option("two_branch", "how they join")
+    composition: Literal["two_branch", "concat", "sum", "attention"] = option(
+        "two_branch", "how they join"
+    )
     theta: float = option(
         0.5, "two_branch: weight of the private branch", ge=0, le=1, search=Range(0.1, 0.9)
     )
@@ -98,7 +103,7 @@ class FedRSCLIPConfig(MethodConfig):
         if self.prompts == "both" and not same:
             if self.composition == "sum":
                 raise UserError("composition 'sum' needs shared_tokens equal to private_tokens.")
-            if self.dpa == "mse":
+            if self.dpa == "mse" and self.composition != "attention":
                 raise UserError("dpa 'mse' needs shared_tokens equal to private_tokens.")
         if self.prompts == "private" and self.visual in ("shared", "both"):
             raise UserError("prompts=private shares no text prompt: set visual=none or private.")
@@ -183,9 +188,9 @@ class FedRSCLIP(Method):
             return {"classes": mixed, "shared": s_KCD, "private": p_KCD}
         # Evaluation only predicts, so the branches' passes through the text tower are saved there.
         needed = torch.is_grad_enabled() and self._needs_branches()
-        if self.cfg.composition == "sum":
+        if self._adds:
             # t(S + P) takes the part of the private branch: P alone is a residual, not a prompt.
-            joint = self.shared_prompts.classes(s + p)
+            joint = self.shared_prompts.classes(self._added(s, p))
             encoded = {"classes": joint, "private": joint}
             return encoded | ({"shared": self.shared_prompts.classes(s)} if needed else {})
         joint = self.joint_prompts.classes(torch.cat([s.expand(len(p), -1, -1), p], dim=-2))
@@ -229,6 +234,15 @@ class FedRSCLIP(Method):
             return s_KCD, p_KCD
         return self.shared_prompts.classes(s_KMd), self.private_prompts.classes(p_KMd)
 
+    @property
+    def _adds(self) -> bool:
+        """Whether the private prompt is a residual of the shared one."""
+        return self.cfg.composition in ("sum", "attention")
+
+    def _added(self, s: Tensor, p: Tensor) -> Tensor:
+        """The shared prompt with its residual, (..., M, d)."""
+        return attended(s, p) if self.cfg.composition == "attention" else s + p
+
     def _mixed(self, s: Tensor, p: Tensor) -> Tensor:
         """(1 - theta) s + theta p; a single kernel on GPUs, other last bits."""
         theta = self.cfg.theta
@@ -252,8 +266,8 @@ class FedRSCLIP(Method):
             return {} if only is None else {"visual": only}
         if self.cfg.composition == "two_branch":
             return {"visual_shared": s, "visual_private": p}
-        if self.cfg.composition == "sum":
-            return {"visual": s + p}
+        if self._adds:
+            return {"visual": self._added(s, p)}
         return {"visual": torch.cat([s.expand(len(p), -1, -1, -1), p], dim=-2)}
 
     def _images(self, encoded: Tensors, inputs: Inputs) -> Tensors:
@@ -303,7 +317,11 @@ class FedRSCLIP(Method):
 
     def _prompt_distance(self, s: Tensor, p: Tensor) -> Tensor:
         """Mean squared difference (K,) of prompts (K, ..., M, d); of a residual, its square."""
-        difference = p if self.cfg.composition == "sum" else self._fixed(s) - p
+        s = self._fixed(s)
+        if self.cfg.composition == "attention":
+            difference = self._added(s, p) - s
+        else:
+            difference = p if self.cfg.composition == "sum" else s - p
         return difference.square().flatten(1).mean(-1)
 
     def _fixed(self, shared_side: Tensor) -> Tensor:

@@ -99,3 +99,16 @@ def test_containers_and_upload(clip: FrozenCLIP) -> None:
     for options in ({"bottleneck": 0}, {"temperature": 0.0}):
         with pytest.raises(UserError):
             twins.build(clip, "fedpgp", **options)
+
+
+def test_composition_by_attention(clip: FrozenCLIP) -> None:
+    """Every token of sigma attends to the rows of U V; the default stays their sum."""
+    method = twins.build(clip, "fedpgp", composition="attention", context_tokens=4, bottleneck=2)
+    shared, private = twins.tensors(method, 0.2)
+    classes = method.encode(shared, private)["classes"]
+    for k in range(K):
+        own = private["U"][k] @ private["V"][k]
+        context = twins.cross_attended(shared["sigma"][k], own)
+        twins.close(classes[k], twins.class_features(clip, context))
+    with pytest.raises(UserError, match="composition"):
+        twins.build(clip, "fedpgp", composition="concat")

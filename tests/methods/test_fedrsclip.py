@@ -17,6 +17,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, Task, Tensors, stack, uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.rng import generator
+from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
 
 TASK = Task(CLASS_NAMES)
@@ -39,6 +40,8 @@ FEDRSCLIP_CELLS += [
     for m in ("none", "cosine")
 ]
 FEDRSCLIP_CELLS += [{"private_tokens": 2}, {"private_tokens": 2, "composition": "concat"}]
+FEDRSCLIP_CELLS += [{"composition": "attention"}]
+FEDRSCLIP_CELLS += [{"private_tokens": 2, "composition": "attention", "dpa": "mse"}]
 
 
 def build_method(clip: FrozenCLIP, name: str, **options: Any) -> Method:
@@ -203,6 +206,11 @@ def test_compositions_by_hand(clip: FrozenCLIP) -> None:
     assert torch.allclose(ours(composition="concat"), joined, atol=1e-5)
     added = classes(s["ctx"] + p["ctx"])
     assert torch.allclose(ours(composition="sum"), added, atol=1e-5)
+    found = [
+        classes(twins.cross_attended(own_s, own_p)[None])
+        for own_s, own_p in zip(s["ctx"], p["ctx"], strict=True)
+    ]
+    assert torch.allclose(ours(composition="attention"), torch.cat(found), atol=1e-5)
 
 
 def test_dpa_forms_by_hand(clip: FrozenCLIP) -> None:

@@ -21,7 +21,7 @@ from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of, random_clip
 
 K, B, THETA = 2, 5, 0.3
-COMPOSITIONS = ("two_branch", "concat", "sum")
+COMPOSITIONS = ("two_branch", "concat", "sum", "attention")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,9 @@ class ByHand:
             return self.logits(self.images(torch.cat([vs, vp], dim=1)), classes)
         if composition == "sum":
             return self.logits(self.images(vs + vp), self.text(s + p))
+        if composition == "attention":
+            images = torch.stack([twins.cross_attended(a, b) for a, b in zip(vs, vp, strict=True)])
+            return self.logits(self.images(images), self.text(twins.cross_attended(s, p)))
         classes = (1 - THETA) * self.text(s) + THETA * self.text(p)
         return self.logits((1 - THETA) * self.images(vs) + THETA * self.images(vp), classes)
 
@@ -190,8 +193,19 @@ def test_cmfa_aligns_text_with_the_prompted_images(deep_clip: FrozenCLIP, compos
             "two_branch": lambda vs=vs, vp=vp, h=hand: (h.images(vs), h.images(vp)),
             "concat": lambda vs=vs, vp=vp, h=hand: (h.images(torch.cat([vs, vp], 1)),) * 2,
             "sum": lambda vs=vs, vp=vp, h=hand: (h.images(vs + vp),) * 2,
+            "attention": lambda vs=vs, vp=vp, h=hand: (
+                (
+                    h.images(
+                        torch.stack(
+                            [twins.cross_attended(a, b) for a, b in zip(vs, vp, strict=True)]
+                        )
+                    ),
+                )
+                * 2
+            ),
         }[composition]()
-        texts = hand.text(s), hand.text(s + p if composition == "sum" else p)
+        joint = {"sum": s + p, "attention": twins.cross_attended(s, p)}.get(composition, p)
+        texts = hand.text(s), hand.text(joint)
         parts = [
             1 - (v * t[hand.labels]).sum(-1).mean().item()
             for v, t in zip(images, texts, strict=True)

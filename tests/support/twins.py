@@ -180,6 +180,19 @@ def assert_clients_alone_agree(
             close(ours[k], theirs[0])
 
 
+# Prompts
+
+
+def cross_attended(shared_Md: Tensor, private_Nd: Tensor) -> Tensor:
+    """S + softmax(S P^T / sqrt(d)) P (M, d) of one client, token by token."""
+    rows = []
+    for token in shared_Md:
+        weights = torch.stack([(token @ p / token.numel() ** 0.5).exp() for p in private_Nd])
+        added = [w * p for w, p in zip(weights / weights.sum(), private_Nd, strict=True)]
+        rows.append(token + torch.stack(added).sum(0))
+    return torch.stack(rows)
+
+
 # CLIP's towers
 
 
