@@ -57,6 +57,7 @@ STEP = {
     "fedprox": Budget(100),
     "fedrsclip": Budget(140),
     "fedtpg": Budget(165),
+    "gram": Budget(180),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),
     "locoop": Budget(120),
@@ -68,6 +69,7 @@ STEP = {
     "pfedmoap": Budget(180),
     "pfedprompt": Budget(90),
     "plot": Budget(590, 0, 3),
+    "plpp": Budget(225),
     "pre": Budget(335),
     "pre_forgettable": Budget(295),
     "proda": Budget(375, 2),  # a tower plans its classes once per number of contexts

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fdbpl": {"label_weight": 1.0},
     "restore": {"depth": 2},
     "promptkd": {"visual_depth": 2},
+    "plpp": {"options": {"context_tokens": 4}},
+    "gram": {"options": {"context_tokens": 4}},
 }
 """The methods, with the keys that make a run short."""
 RATES = {"bbt": 0.05}

@@ -1,6 +1,6 @@
 """Containers that consist of parts, and the flat names under which they leave a method.
 
-Only wrappers (FedProx, SCAFFOLD, Ditto, FedPer) use this module, on the server as well as on
+Only wrappers (such as FedProx and SCAFFOLD) use this module, on the server as well as on
 clients. A wrapper adds tensors to those of the method that it wraps. Inside the wrapper a container
 is nested: it maps the name of a part to the tensors of that part, for example `{"base": {"ctx":
 ...}, "control": {"ctx": ...}}`. Training, messages, private stores and checkpoints hold flat

@@ -1,8 +1,8 @@
 """The common part of methods that turn any prompt method into a variant of itself.
 
-FedProx, SCAFFOLD, Ditto and FedPer derive from `WrappedMethod`. A wrapper holds a `base` method and
-delegates to it; a subclass overrides what it changes. Tensors that a wrapper adds form parts of
-their own beside the base's tensors (`nested.py`), and the base never sees them.
+FedProx, SCAFFOLD, Ditto, FedPer, PLPP and GRAM derive from `WrappedMethod`. A wrapper holds a
+`base` method and delegates to it; a subclass overrides what it changes. Tensors that a wrapper adds
+form parts of their own beside the base's tensors (`nested.py`), and the base never sees them.
 
 Suffix: K clients.
 """
