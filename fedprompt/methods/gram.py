@@ -25,7 +25,8 @@ for a and b.
 How we differ: in the paper the query set is of another domain cluster than the support set, which
 no client has; here both are the client's, and other domains enter by the mean over clients. Its
 clustering of unlabelled pairs is left out. alpha is our choice. The global model, and a client's
-personal one, use theta without an inner step: fine-tuning on new images starts from it.
+personal one, use theta without an inner step: fine-tuning on new images starts from it. The
+optimiser's weight decay acts on a and b as on theta.
 """
 
 from __future__ import annotations
