@@ -79,7 +79,8 @@ class PLPP(WrappedMethod):
                 f"method plpp regularises the shared context 'ctx', which method.base "
                 f"'{config.base}' does not learn; choose one with text prompts, e.g. promptfl."
             )
-        self.words_Vd: Any = parts.token_embedding.weight.detach().float()
+        words: Any = parts.token_embedding.weight
+        self.words_Vd: Tensor = words.detach().float()
         self.unit_words_dV = F.normalize(self.words_Vd, dim=-1).T
         if config.top_k > len(self.words_Vd):
             raise UserError(
