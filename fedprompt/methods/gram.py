@@ -105,7 +105,8 @@ class GRAM(WrappedMethod):
         terms = self.base.loss_terms(theta, own, encoded, support)
         # Clients are independent, so the gradient of their sum is each client's own. It carries no
         # graph: that is the first-order approximation.
-        total = torch.stack([t.sum() for t in terms.values()]).sum()
+        minimised = [t.sum() for n, t in terms.items() if n not in self.base.measured]
+        total = torch.stack(minimised).sum()
         found = torch.autograd.grad(total, [theta[n] for n in self.learned], allow_unused=True)
         moved = dict(theta)
         for n, gradient in zip(self.learned, found, strict=True):
