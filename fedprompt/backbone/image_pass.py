@@ -50,8 +50,8 @@ class ImagePass(Protocol):
         """Prompts (..., w) at the input of the first block."""
         ...
 
-    def block(self, i: int, x: Tensor) -> Tensor:
-        """Block i on (N, T + M, w)."""
+    def block(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Block i on (N, T + M, w); `bias` (T + M, T + M) is added to its attention scores."""
         ...
 
     def read(self, x_NTw: Tensor) -> Tensor:
@@ -86,13 +86,13 @@ class OpenClipImages:
         normed: Tensor = self.visual.ln_pre(prompts)
         return normed
 
-    def block(self, i: int, x: Tensor) -> Tensor:
+    def block(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As `ImagePass` says."""
         # open_clip's transformer takes the batch as first or second axis, as it was built.
         if self.visual.transformer.batch_first:
-            out: Tensor = self.blocks[i](x)
+            out: Tensor = self.blocks[i](x, attn_mask=bias)
             return out
-        swapped: Tensor = self.blocks[i](x.transpose(0, 1)).transpose(0, 1)
+        swapped: Tensor = self.blocks[i](x.transpose(0, 1), attn_mask=bias).transpose(0, 1)
         return swapped
 
     def read(self, x_NTw: Tensor) -> Tensor:
@@ -138,8 +138,9 @@ class TimmImages:
         normed: Tensor = self.trunk.norm_pre(prompts)
         return normed
 
-    def block(self, i: int, x: Tensor) -> Tensor:
-        """As `ImagePass` says."""
+    def block(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As `ImagePass` says, but without a bias, which `VisionTower` refuses for these."""
+        assert bias is None
         if self.rotation is None:
             out: Tensor = self.blocks[i](x)
             return out

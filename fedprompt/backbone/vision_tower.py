@@ -17,6 +17,7 @@ Shape suffixes: K clients, B images of each, H x W pixels, N = K * B images, T p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
@@ -28,7 +29,7 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.frozen_layer import FrozenLayer
 from fedprompt.backbone.image_pass import image_pass
 from fedprompt.backbone.patch_features import is_plain
-from fedprompt.backbone.vision_transformer import ImageTransformer
+from fedprompt.backbone.vision_transformer import ImageTransformer, gain_bias
 from fedprompt.errors import UserError
 
 Adapt = Callable[[int, Any, Tensor], Tensor | None]
@@ -41,6 +42,8 @@ class VisionTower:
 
     Args:
         clip: the frozen backbone.
+        prompt_gain: how many times an image's class token and patches see each prompt: a factor of
+            the prompts' exponentials in the softmax of their attention.
 
     Attributes:
         width: w.
@@ -53,7 +56,7 @@ class VisionTower:
         UserError: the image tower is no vision transformer, so that prompts have no place in it.
     """
 
-    def __init__(self, clip: FrozenCLIP) -> None:
+    def __init__(self, clip: FrozenCLIP, prompt_gain: float = 1.0) -> None:
         visual: Any = clip.model.visual
         own = image_pass(visual)
         if own is None:
@@ -62,11 +65,18 @@ class VisionTower:
                 "visual prompts need a plain vision transformer, but the image tower of "
                 f"{clip.name} is of another kind ({kind}); choose a ViT backbone."
             )
-        self.clip, self.visual, self._own = clip, visual, own
+        self.clip, self.visual, self._own, self.prompt_gain = clip, visual, own, prompt_gain
         self.blocks, self.width, self.patches = own.blocks, own.width, own.patches
         self.layers, self.patch_size = len(own.blocks), own.patch_size
         self._plain_kind = isinstance(visual, VisionTransformer) and is_plain(visual)
         self.fast = self._plain_kind and all(FrozenLayer.supports(block) for block in self.blocks)
+
+        if prompt_gain != 1 and not self._plain_kind:
+            raise UserError(
+                f"backbone: prompt_attn_gain changes the attention of open_clip's plain vision "
+                f"transformer, but the image tower of {clip.name} is of another kind; choose "
+                "another backbone, or a gain of 1."
+            )
 
     def check_adapters(self) -> None:
         """Check that adapters can stand beside the blocks.
@@ -186,11 +196,16 @@ class VisionTower:
                 f"{self.clip.name} has room for {self.layers - 1} after its first layer."
             )
 
+    @cached_property
+    def _transformer(self) -> ImageTransformer:
+        heads = self.blocks[0].attn.num_heads
+        return ImageTransformer(self.clip.image_layers, heads, self.prompt_gain)
+
     def _fast(
         self, image: Tensor, prompts: Tensor | None, deep: Tensor | None, patches: bool
     ) -> Tensor:
         """Hidden states (K, B, 1 or 1 + P, w) after the last layer."""
-        transformer = ImageTransformer(self.clip.image_layers, self.blocks[0].attn.num_heads)
+        transformer = self._transformer
         if prompts is not None:
             # One kind of prompt may be the same for all clients; the fast path takes one K.
             clients = max(t.shape[0] for t in (prompts, deep) if t is not None)
@@ -204,14 +219,18 @@ class VisionTower:
     ) -> Tensor:
         """Hidden states (K, B, T, w) after the last layer, through the tower's own blocks."""
         # Prompts come last, so the class token and the patches keep their positions.
+        seen, bias = x.shape[2], None
         if prompts is not None:
             x = torch.cat([x, _per_image(prompts, x)], dim=2)
+            if self.prompt_gain != 1:
+                rows, tokens = x[0], x.shape[2] - seen
+                bias = gain_bias(self.prompt_gain, rows, x.shape[2], seen, tokens)
         for i, block in enumerate(self.blocks):
             if deep is not None and 0 < i <= deep.shape[1]:
                 images = x[:, :, : self._own.positions]
                 x = torch.cat([images, _per_image(deep[:, i - 1], x)], dim=2)
             added = None if adapt is None else adapt(i, block, x)
-            x = self._own.block(i, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            x = self._own.block(i, x.flatten(0, 1), bias).unflatten(0, x.shape[:2])
             if added is not None:
                 x = x + added
         return x

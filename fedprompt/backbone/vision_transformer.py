@@ -17,6 +17,7 @@ M prompt tokens, J deep layers, w width, h heads, e = w / h; q, k, v are (N, h, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,11 +56,13 @@ class ImageTransformer:
     Args:
         layers: the tower's layers, at least one.
         heads: h.
+        prompt_gain: as in `VisionTower`.
     """
 
-    def __init__(self, layers: Sequence[FrozenLayer], heads: int) -> None:
+    def __init__(self, layers: Sequence[FrozenLayer], heads: int, prompt_gain: float = 1.0) -> None:
         self.layers = tuple(layers)
-        self.heads = heads
+        self.heads, self.prompt_gain = heads, prompt_gain
+        self._biases: dict[tuple[Any, ...], Tensor] = {}
         self.width = self.layers[0].out[0].shape[0]
 
     def __call__(
@@ -137,7 +140,8 @@ class ImageTransformer:
             *prompt_q, prompt_k, prompt_v = self._heads(parts)
             q = torch.cat([q, *prompt_q], dim=1)
             k, v = torch.cat([k, prompt_k], dim=1), torch.cat([v, prompt_v], dim=1)
-        attention = _attend(q, k, v, keep=states is not None)
+        bias = self._bias(queries, q, k, layout)
+        attention = _attend(q, k, v, bias, keep=states is not None)
         mixed = attention.out.detach().transpose(1, 2).flatten(2)
         at_queries = x.view(n, -1, w)[:, :queries].reshape(-1, w)
         x_1 = layer.add_attention(at_queries, mixed[:, :queries].reshape(-1, w))
@@ -151,6 +155,16 @@ class ImageTransformer:
             image_norm = None if plan.first else norm
             states.append(_LayerState(attention, mlp, image_norm, prompt_norm, prompt_mlp))
         return x_2, prompt_2
+
+    def _bias(self, images: int, q: Tensor, k: Tensor, layout: ImageLayout) -> Tensor | None:
+        """`gain_bias` of a layer's attention, of which a tower has few shapes; None without one."""
+        prompts = k.shape[1] - layout.positions
+        if self.prompt_gain == 1 or not prompts:
+            return None
+        key = (images, q.shape[1], k.shape[1], q.dtype)
+        if key not in self._biases:
+            self._biases[key] = gain_bias(self.prompt_gain, q, k.shape[1], images, prompts)
+        return self._biases[key]
 
     def _project_image(
         self, layer: FrozenLayer, plan: LayerPlan, layout: ImageLayout, x: Tensor
@@ -282,14 +296,34 @@ class ImageTransformer:
         return d_prompt.add_(d_residual)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, keep: bool) -> _Attention:
+def gain_bias(gain: float, q: Tensor, columns: int, images: int, prompts: int) -> Tensor:
+    """What is added to attention scores, so that queries of images see prompts `gain` times.
+
+    Args:
+        gain: factor of the prompts' exponentials in the softmax of an image's query.
+        q: queries (N, rows, ...).
+        columns: number of keys.
+        images: how many of the queries, the first ones, belong to the class token and patches.
+        prompts: how many of the keys, the last ones, belong to prompts.
+
+    Returns:
+        (rows, columns), log(gain) where it applies and 0 elsewhere.
+    """
+    bias = q.new_zeros(q.shape[1], columns)
+    bias[:images, columns - prompts :] = math.log(gain)
+    return bias
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, keep: bool) -> _Attention:
     """Attention of q, k and v (N, positions, h, e); `keep` records a graph of it alone.
+
+    `bias` (queries, keys) is added to the scaled scores.
 
     PyTorch's fused kernel has no public backward function, so autograd calls it.
     """
     q, k, v = (t.transpose(1, 2).detach().requires_grad_(keep) for t in (q, k, v))
     with torch.set_grad_enabled(keep):
-        return _Attention(F.scaled_dot_product_attention(q, k, v), q, k, v)
+        return _Attention(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), q, k, v)
 
 
 class _Differentiable(torch.autograd.Function):

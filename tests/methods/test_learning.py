@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "promptkd": {"visual_depth": 2},
     "plpp": {"options": {"context_tokens": 4}},
     "gram": {"options": {"context_tokens": 4}},
+    "decoupled_dpl": {"text_depth": 2, "visual_depth": 2},
 }
 """The methods, with the keys that make a run short."""
 RATES = {"bbt": 0.05}

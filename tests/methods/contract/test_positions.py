@@ -66,6 +66,7 @@ BUDGET = {
     "copl": Positions(0, 232, 696),
     "coprompt": Positions(59, 94, 224),
     "ctp_tft": Positions(59, 408, 1224),
+    "decoupled_dpl": Positions(0, 98, 224),
     "ditto": Positions(0, 140, 140),
     "dp2fl": Positions(0, 224, 224),
     "dp_fpl": Positions(0, 70, 140),
