@@ -40,6 +40,7 @@ STEP = {
     "copl": Budget(115),
     "coprompt": Budget(315),
     "ctp_tft": Budget(230),
+    "decoupled_dpl": Budget(205),
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),
