@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedprompt.config.cycles import place_of
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.feed import Feed, resident
 from fedprompt.data.features.inputs import Inputs
@@ -80,8 +81,8 @@ class LocalResult:
     statistics: dict[str, float]
 
 
-def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> float:
-    """Learning rate of a round; the cosine falls over all rounds and is never restarted.
+def learning_rate(config: TrainingConfig, server_round: int, rounds: int, cycles: int = 1) -> float:
+    """Learning rate of a round; the cosine falls over all rounds, or over those of a cycle.
 
     Source: CoOp's cosine schedule, with one step per communication round.
 
@@ -89,13 +90,16 @@ def learning_rate(config: TrainingConfig, server_round: int, rounds: int) -> flo
         config: the `training` section.
         server_round: the round, 1 .. `rounds`.
         rounds: number of rounds of the experiment.
+        cycles: how often the cosine runs through (`MethodConfig.lr_cycles`).
 
     Returns:
-        The learning rate. It is `config.lr` in round 1, and still above 0 in the last round.
+        The learning rate. It is `config.lr` in the first round of a cycle, and still above 0 in the
+        last one.
     """
     if config.schedule == "constant":
         return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / max(rounds, 1)))
+    place = place_of(server_round, rounds, cycles)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * place.position / place.length))
 
 
 def train_clients(
@@ -181,7 +185,7 @@ def train_clients(
         seed=seed,
         server_round=server_round,
         rounds=rounds,
-        lr=learning_rate(config, server_round, rounds),
+        lr=learning_rate(config, server_round, rounds, method.config.lr_cycles),
         received=received_K,
         steps_K=numbers["steps_K"],
         class_counts_KC=numbers["class_counts_KC"],

@@ -246,6 +246,7 @@ def _sent_to(run_dir: Path, config: Config, method: Method, client: int) -> Tens
         shapes={n: tuple(t.shape) for n, t in checkpoint.shared.items()},
         seed=config.seed,
         extras={n: t.numpy() for n, t in method.init_extras(config.seed).items()},
+        rounds=config.federation.rounds,
     )
     strategy.load_state({n: t.numpy() for n, t in checkpoint.strategy.items()})
     if checkpoint.clients:

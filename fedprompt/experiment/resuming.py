@@ -111,12 +111,14 @@ def schedule_note(old: Config, new: Config, done: int) -> str:
     text = f"the run now has {after} rounds instead of {before}"
     if done < 1:
         return text
-    rate = learning_rate(old.training, done, before)
+    cycles = new.method.lr_cycles
+    rate = learning_rate(old.training, done, before, cycles)
     if new.training.schedule == "constant":
         return f"{text}; the learning rate stays {rate:g}"
+    next_rate = learning_rate(new.training, done + 1, after, cycles)
     return (
-        f"{text}; the learning rate of round {done + 1} is "
-        f"{learning_rate(new.training, done + 1, after):.3g} after {rate:.3g} in round {done}, "
+        f"{text}; the learning rate of round {done + 1} is {next_rate:.3g} after {rate:.3g} in "
+        f"round {done}, "
         f"because the {new.training.schedule} schedule of {after} rounds holds from now on and "
         f"rounds 1 to {done} had that of {before}: the result differs from that of a new run of "
         f"{after} rounds"

@@ -128,7 +128,7 @@ def check_config(config: Config) -> None:
         UserError: the server would have validation images of two kinds; a round is to be chosen
             without any; the rounds cannot be divided into active rounds, or a protocol needs the
             labels that are hidden; no client has labels and the method needs them; the method needs
-            a momentum that starts at zero, or float64 on a device without it; or, with secure
+            a momentum that starts at zero, SGD, or float64 on a device without it; or, with secure
             aggregation, the strategy needs single replies, the attack is one that only checks of
             single replies detect, or a round has too few clients.
     """
@@ -158,6 +158,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"config: method '{config.method.name}' needs a momentum that starts each round at "
             "zero; set training.momentum_state=reset."
+        )
+    if config.training.optimizer != "sgd" and config.method.needs_sgd:
+        raise UserError(
+            f"config: method '{config.method.name}' is about the steps of SGD; set "
+            f"training.optimizer=sgd, not {config.training.optimizer}."
         )
     if config.backbone.device == "mps" and config.method.needs_float64:
         raise UserError(

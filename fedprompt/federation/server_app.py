@@ -174,8 +174,9 @@ class Federation:
 
     @property
     def shared(self) -> Tensors:
-        """The shared tensors that are evaluated, and saved at the end of the run."""
+        """The tensors of the global model, which is evaluated and saved at the end of the run."""
         tensors = self.strategy.eval_tensors(to_arrays(self.arrays))
+        tensors = {**tensors, **self.strategy.eval_extras()}
         # Copied, because a strategy may return arrays that it keeps as its state.
         return {n: torch.from_numpy(a.copy()) for n, a in tensors.items()}
 
@@ -307,7 +308,9 @@ class Federation:
         config = self.config
         stage = stage_of(config, server_round)
         line = {
-            "lr": learning_rate(config.training, stage.server_round, stage.rounds),
+            "lr": learning_rate(
+                config.training, stage.server_round, stage.rounds, config.method.lr_cycles
+            ),
             "train": exchanged.losses or None,
             "clients": {
                 "sampled": len(self.strategy.sampled),

@@ -69,8 +69,8 @@ class SharedPromptStrategy(Strategy):
     """Server strategy on shared tensors by name; it knows no CLIP, data or private tensors.
 
     A subclass must define `name`, `Config` and `aggregate`. It may override `client_extras`,
-    `client_shared`, `before_exchange`, `eval_tensors`, `metrics`, `sample`, `state` with
-    `load_state`, `changed_client_states` with `load_client_state` and `common_state`,
+    `client_shared`, `before_exchange`, `eval_tensors`, `eval_extras`, `metrics`, `sample`, `state`
+    with `load_state`, `changed_client_states` with `load_client_state` and `common_state`,
     `weights_by_examples`, and `__init__` in order to check `shapes`. In every round the hooks are
     called in this order:
 
@@ -78,7 +78,7 @@ class SharedPromptStrategy(Strategy):
        client. The last three are also called for the clients that are asked to test a model.
     2. `aggregate`, if enough valid replies came.
     3. `metrics`, also if nothing was aggregated.
-    4. `eval_tensors`, as often as the model is evaluated.
+    4. `eval_tensors` and `eval_extras`, as often as the model is evaluated.
     5. `common_state` and `changed_client_states`, if a checkpoint is written. A resumed run calls
        `load_state` once, then `load_client_state` for each client, before step 1.
 
@@ -236,6 +236,15 @@ class SharedPromptStrategy(Strategy):
             Tensors with the names and shapes of `shared`, float32; by default `shared` itself.
         """
         return shared
+
+    def eval_extras(self) -> Arrays:
+        """Extras that belong to the global model, which is evaluated and saved with them.
+
+        Returns:
+            Some of `self.extras` with values, of the same names and shapes, float32; none by
+            default.
+        """
+        return {}
 
     def state(self) -> Arrays:
         """Everything that a resumed run needs besides the shared tensors.

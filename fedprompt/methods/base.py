@@ -103,6 +103,16 @@ class MethodConfig:
         return True
 
     @property
+    def lr_cycles(self) -> int:
+        """How often the cosine of `training.schedule` runs through in a run; 1 never restarts."""
+        return 1
+
+    @property
+    def needs_sgd(self) -> bool:
+        """Whether the method is about SGD's steps, so that no other optimiser may replace it."""
+        return False
+
+    @property
     def needs_float64(self) -> bool:
         """Whether training computes in float64 on the device, which MPS cannot."""
         return False
@@ -230,7 +240,8 @@ class Method(ABC):
         A strategy fills in the values in `client_extras`; until it has any, the client receives
         the tensors that this member returns. In `encode` and `loss_terms` the extras appear among
         the shared tensors, so their names must differ from those. They are neither trained nor
-        uploaded, and the global model is encoded without them.
+        uploaded, and the global model is encoded without them, except for those that the strategy
+        names in `eval_extras`.
         """
         return {}
 

@@ -80,6 +80,7 @@ STEP = {
     "promptkd": Budget(165),
     "promptsrc": Budget(255),
     "restore": Budget(340),
+    "rebapl": Budget(250),
     "scaffold": Budget(100),
     "tfup_t": Budget(95),
     "vpt": Budget(130),

@@ -40,8 +40,12 @@ def on_device() -> FrozenCLIP:
         return clip_on(DEVICE)
 
 
-FEWER: dict[str, dict[str, int]] = {"fedotp": {"max_iterations": 20}}
-"""Options that spare the test time, by method."""
+FEWER: dict[str, dict[str, int]] = {
+    "fedotp": {"max_iterations": 20},
+    # Both rounds have noise, and the second repels.
+    "rebapl": {"cycles": 10, "exploration": 0},
+}
+"""Options that spare the test time, or show all of a method in two rounds."""
 
 
 @pytest.fixture(autouse=True)

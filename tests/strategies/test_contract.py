@@ -27,6 +27,12 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "per_expert": {"expert_shares": (2,), "ctx": (3, 4), "w.0": (3,), "w.1": (2, 2)},
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
+EXTRAS: dict[str, Arrays] = {
+    "posterior_samples": {
+        "samples.known": np.zeros(2, np.float32),
+        "samples.ctx": np.zeros((2, 3, 4), np.float32),
+    }
+}
 OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fedavg": {"clip": 0.2}}
 """Where the defaults would leave out what is to be tested."""
 NOISY = {"dp_fedavg": {"noise": 0.0}}
@@ -40,7 +46,7 @@ Replies = list[tuple[Arrays, int]]
 def make(name: str, **options: Any) -> SharedPromptStrategy:
     cls = strategy_class(name)
     config = cls.Config(**{"name": name, **OPTIONS.get(name, {}), **options})
-    strategy = cls(config, shapes=shapes_of(name), seed=1, rounds=ROUNDS)
+    strategy = cls(config, shapes=shapes_of(name), seed=1, rounds=ROUNDS, extras=EXTRAS.get(name))
     strategy.set_nodes({c: NODE + c for c in range(CLIENTS)})
     return strategy
 

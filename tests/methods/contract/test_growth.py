@@ -58,6 +58,9 @@ def test_only_own_images_and_private_tensors_cost_more_with_more_clients(
     if test.is_global:
         # The model is encoded once and scored once on the server's images, for all clients.
         assert one_client == two == four == one.model + images * one.image
+    elif not private:
+        # What the server sends beside the shared tensors is the same for all clients.
+        assert one_client == two == four
     else:
         each = one.model + images * (one.private or one.image)
         assert (two - one_client, four - two) == (each, 2 * each)

@@ -106,6 +106,7 @@ BUDGET = {
     "promptkd": Positions(59, 36, 108),
     "promptsrc": Positions(0, 94, 224),
     "restore": Positions(0, 98, 224),
+    "rebapl": Positions(0, 70, 210),
     "scaffold": Positions(0, 70, 140),
     "tfup": Positions(59, 0, 0),
     "tfup_t": Positions(59, 0, 0),

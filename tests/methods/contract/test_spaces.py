@@ -39,7 +39,7 @@ def test_weights_of_losses_are_searched() -> None:
     assert {*config.search_spaces} == {"theta", "dpa_weight", "cmfa_weight"}
 
 
-@pytest.mark.parametrize("name", ["fedprox", "scaffold", "ditto", "fedper"])
+@pytest.mark.parametrize("name", ["fedprox", "scaffold", "ditto", "fedper", "rebapl"])
 def test_a_wrapper_searches_the_options_of_its_base(name: str) -> None:
     wrapper, base = (all_methods()[n].Config for n in (name, "prograd"))
     of_base = {f"options.{key}": space for key, space in base().search_spaces.items()}
