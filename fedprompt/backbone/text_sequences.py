@@ -176,8 +176,11 @@ def checkpointed(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def place(x_NGLd: Tensor, slots_GM: Tensor, values_NGMd: Tensor) -> Tensor:
-    """`x` with `values` at the context slots; a copy, because autograd needs the original."""
-    index = slots_GM[None, :, :, None].expand_as(values_NGMd)
+    """`x` with `values` at the context slots; a copy, because autograd needs the original.
+
+    Fewer values than slots take the first ones.
+    """
+    index = slots_GM[None, :, : values_NGMd.shape[2], None].expand_as(values_NGMd)
     return x_NGLd.scatter(2, index, values_NGMd)
 
 

@@ -129,7 +129,8 @@ class TextTower:
         Args:
             context: (..., M, d), or (..., C, M, d) when `class_specific`.
             deep: (..., J, M, d); entry j replaces the context positions at the input of layer
-                j + 1 (deep text prompts as in MaPLe; Khattak et al., CVPR 2023).
+                j + 1 (deep text prompts as in MaPLe; Khattak et al., CVPR 2023). Where contexts are
+                class-specific, it may have fewer than M tokens, which replace the first ones.
             adapt: adds to the output of blocks. It may turn the context of one client (1, M, d)
                 into those of K: then the features are (K, C, D).
             clients: this K.

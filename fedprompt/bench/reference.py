@@ -61,7 +61,8 @@ def reference_class_features(
             if flat_deep is not None and 0 < layer <= flat_deep.shape[1]:
                 x = x.clone()  # autograd needs the block's output unchanged
                 for c in classes.tolist():
-                    x[c, slots_CM[c]] = flat_deep[i, layer - 1]
+                    # Fewer tokens than the context has replace the first ones.
+                    x[c, slots_CM[c, : flat_deep.shape[2]]] = flat_deep[i, layer - 1]
             x = block(x, attn_mask=mask)
         x = parts.ln_final(x)
         pooled = text_global_pool(

@@ -406,6 +406,18 @@ class Method(ABC):
         """
         return None
 
+    def novelty(self, encoded: Tensors, inputs: Inputs) -> Tensor | None:
+        """How little each image looks like an image of any known class, for the `ood` protocol.
+
+        Args:
+            encoded: the result of `encode`.
+            inputs: images, as for `logits`.
+
+        Returns:
+            Scores (K, B), the larger the more novel, or None if the method has no head for it.
+        """
+        return None
+
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """Vectors (C, D) whose products with plain CLIP image features are the logits.
 

@@ -32,6 +32,7 @@ class Budget:
 
 STEP = {
     "bbt": Budget(100),
+    "anomalyclip": Budget(180),
     "biomedcoop": Budget(135),
     "clip_adapter": Budget(60),
     "cocoop": Budget(105),
@@ -83,6 +84,7 @@ STEP = {
     "rebapl": Budget(250),
     "scaffold": Budget(100),
     "tfup_t": Budget(95),
+    "spg": Budget(365),
     "vpt": Budget(130),
 }
 """By method; methods that learn nothing have no steps."""

@@ -4,8 +4,9 @@ Sources: MCM (Delving into Out-of-Distribution Detection with Vision-Language Re
 et al., NeurIPS 2022, arXiv 2211.13445): the highest softmax probability over the cosines of image
 and class names, at temperature 1; GL-MCM (Miyai et al., IJCV 2025, arXiv 2304.04521): MCM plus
 `local_weight` times the highest such probability of any patch. The settings are those of the
-authors' code. How we differ: their code takes FPR95 where the recall is nearest to 95 %; we take
-it at the highest threshold that keeps 95 % of the known images, as is usual.
+authors' code. How we differ: their code takes FPR95 where the recall is nearest to 95 %; we take it
+at the highest threshold that keeps 95 % of the known images, as is usual. A method with a head of
+its own for novelty (`Method.novelty`) has a third score.
 
 Known images are the server's test images. The other images are those of the data sets in `out`, by
 name or as `{use: name, key: value}`. If `out` is empty, they are test images of held-out classes:
@@ -256,8 +257,9 @@ class Ood(Reported):
                 for x in logits_of(method, encoded, images.inputs_N, workspace.memo)
             ]
         )
+        scores = {"MCM": whole_N, **_novelty_head(method, encoded, images.inputs_N)}
         if not local:
-            return {"MCM": whole_N}
+            return scores
         local_NPD = self._local_features(workspace, images)
         # In batches, which bounds the memory for float32 features of all patches.
         parts = []
@@ -269,7 +271,7 @@ class Ood(Reported):
             )
             parts.append(flat.view(some.shape[:2]).amax(-1).numpy())
         return {
-            "MCM": whole_N,
+            **scores,
             "GL-MCM": whole_N + self.options.local_weight * np.concatenate(parts),
         }
 
@@ -282,6 +284,19 @@ def _highest(logits_BC: Tensor, scale: float) -> Tensor:
         scale: the temperature times CLIP's logit scale.
     """
     return (logits_BC.cpu().double() / scale).softmax(-1).amax(-1)
+
+
+@torch.no_grad()
+def _novelty_head(method: Method, encoded: Tensors, inputs_N: Inputs) -> dict[str, Floats]:
+    """The method's own score (n,), higher for known images; empty if it has none."""
+    found = []
+    for first in range(0, len(inputs_N), method.images_at_once):
+        some = inputs_N[first : first + method.images_at_once].of_one().on(method.clip.device)
+        novelty_1B = method.novelty(encoded, some)
+        if novelty_1B is None:
+            return {}
+        found.append(-novelty_1B[0].cpu().double().numpy())
+    return {"novelty head": np.concatenate(found)}
 
 
 def _pairs(

@@ -275,6 +275,10 @@ class WrappedMethod(Method):
         kept = self.base.without_classes(parts[BASE], classes)
         return None if kept is None else self.shared_layout.flatten({**parts, BASE: kept})
 
+    def novelty(self, encoded: Tensors, inputs: Inputs) -> Tensor | None:
+        """The base's."""
+        return self.base.novelty(encoded, inputs)
+
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """The base's."""
         return self.base.class_embeddings(encoded)

@@ -11,6 +11,7 @@ import pytest
 from fedprompt.evaluation.registry import (
     result_tables,
 )
+from fedprompt.scoring import encode_global
 from tests.support.protocol_runs import (
     TARGETS,
     logits,
@@ -63,3 +64,24 @@ def test_ood_against_other_data_and_without_patches(
 def test_base_to_new_shares_its_new_classes_with_ood(runs: Callable[..., Path]) -> None:
     part = summary_of(runs("ood", "base_to_new"))["protocols"]
     assert part["ood"]["out_images"] == {"held-out classes": part["base_to_new"]["new_images"]}
+
+
+def test_a_method_s_own_novelty_head_is_a_further_score(runs: Callable[..., Path]) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    method = {"name": "anomalyclip", "context_tokens": 4}
+    folder = runs("ood", method=method, protocol_options={"ood": {"local": False}})
+    part = summary_of(folder)["protocols"]["ood"]
+    workspace, shared, _ = models_of(folder)
+    assert workspace.held_out is not None
+    encoded = encode_global(workspace.method, shared)
+    novelty = []
+    for inputs in (workspace.server_test()[0], workspace.held_out_test()[0]):
+        found = workspace.method.novelty(encoded, inputs.of_one())
+        assert found is not None
+        novelty.append(found[0].numpy())
+    truth = [0] * len(novelty[0]) + [1] * len(novelty[1])
+    rows = {(row["model"], row["score"]): row for row in part["rows"]}
+    assert {score for model, score in rows if model == "zero-shot"} == {"MCM"}
+    expected = roc_auc_score(truth, np.concatenate(novelty))
+    assert rows["global", "novelty head"]["auroc"] == pytest.approx(expected, abs=1e-4)

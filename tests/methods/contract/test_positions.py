@@ -58,6 +58,7 @@ class Positions:
 BUDGET = {
     "afl": Positions(0, 0, 0),
     "bbt": Positions(0, 1218, 116),  # 21 forward passes: the loss, and 20 queries
+    "anomalyclip": Positions(59, 33, 66),
     "biomedcoop": Positions(59, 58, 116),
     "clip_adapter": Positions(59, 0, 0),
     "cocoop": Positions(0, 232, 696),
@@ -110,6 +111,7 @@ BUDGET = {
     "scaffold": Positions(0, 70, 140),
     "tfup": Positions(59, 0, 0),
     "tfup_t": Positions(59, 0, 0),
+    "spg": Positions(0, 58, 696),
     "tip_adapter": Positions(59, 0, 0),
     "vpt": Positions(59, 52, 156),
     "zero_shot": Positions(59, 0, 0),
