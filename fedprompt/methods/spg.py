@@ -144,8 +144,9 @@ class SPG(Method):
         # Each of both sides is a constant for the other's loss.
         fixed = {n: t.detach() for n, t in private.items()}
         # One draw for all dropout of a step: two layers of D, in each of its three uses.
-        drawn = batch.uniform((3, 2, v_KBD.shape[1], JUDGE), "dropout")
-        kept = (drawn >= self.cfg.dropout) / (1 - self.cfg.dropout)
+        # Images first: those of a client get the same draws however far its batch is padded.
+        drawn_KB32J = batch.uniform((v_KBD.shape[1], 3, 2, JUDGE), "dropout")
+        kept = ((drawn_KB32J >= self.cfg.dropout) / (1 - self.cfg.dropout)).permute(0, 2, 3, 1, 4)
         real_KB = self._judge(private, label_KBMd, v_KBD, kept[:, 0])
         fake_KB = self._judge(private, made_KBMd.detach(), v_KBD, kept[:, 1])
         passed_KB = self._judge(fixed, made_KBMd, v_KBD, kept[:, 2])
