@@ -77,8 +77,15 @@ def test_a_text_that_is_no_experiment_is_refused() -> None:
             parse(text)
 
 
+def documented_experiment() -> str:
+    """The experiment of the page on deployments."""
+    yaml = [b.text for b in blocks(DOCS / "deployment.md") if b.language == "yaml"]
+    (text,) = (text for text in yaml if text.startswith("experiment:"))
+    return text
+
+
 def test_the_documented_experiment_runs_on_nodes_with_their_own_folders(tmp_path: Path) -> None:
-    (text,) = (b.text for b in blocks(DOCS / "deployment.md") if b.language == "yaml")
+    text = documented_experiment()
     (tmp_path / "experiment.yaml").write_text(text)
     config = compose(str(tmp_path / "experiment.yaml"), [])
     there = on_node(new_run(config), NodeSettings(2, "/srv/images"))
@@ -90,7 +97,7 @@ def test_the_documented_resume_names_the_experiments_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (text,) = (b.text for b in blocks(DOCS / "deployment.md") if b.language == "yaml")
+    text = documented_experiment()
     (tmp_path / "experiment.yaml").write_text(text)
     example = write_example(tmp_path / "images", nodes=3, images_per_class=4)
     resumed = {c.split()[-1] for c in commands(DOCS / "deployment.md") if "deploy run" in c}

@@ -28,7 +28,8 @@ NO_PATH = {
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
     "token_tensors", "domain", "source", "chosen_by",
-    "validation_split",
+    "validation_split", "negative_init", "teacher_templates", "classes",
+    "teacher",  # the name of a shipped backbone, and nothing else
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "data.descriptions",
