@@ -49,7 +49,7 @@ class DecoupledDPL(IVLP):
     """IVLP's `text` and `visual`, shared."""
 
     name = "decoupled_dpl"
-    source = "Xu et al., arXiv 2023"
+    source = "Xu et al., arXiv 2023 (reconstructed from the abstract)"
     Config = DecoupledDPLConfig
 
     def __init__(self, config: DecoupledDPLConfig, clip: FrozenCLIP, task: Task) -> None:
