@@ -43,8 +43,7 @@ def check(
     if found:
         raise typer.Exit(1)
     print(f"yes: the policy {digest[:16]} allows this experiment")
-    if rules.classes or rules.hours or rules.max_epsilon or not rules.test_accuracy:
-        print("the node itself checks what depends on its data, its ledger and the time of day")
+    print("the node itself checks its replies, its data, its ledger and the time of day")
 
 
 def ledger(

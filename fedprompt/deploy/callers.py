@@ -52,14 +52,19 @@ class Callers:
         read()  # a damaged file is reported at the start
 
     def refuses(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether these headers name a key that is shut out.
+        """Whether these headers name a key that is shut out, or name anything twice.
 
         Args:
             headers: names in lower case, and values; they are untrusted. A caller that names a key
-                of somebody else gains nothing.
+                of somebody else gains nothing. Of two values, this proxy and the SuperLink could
+                each believe another one.
         """
+        pairs = list(headers)
+        names = [name for name, _ in pairs if name in (PUBLIC_KEY, TIMESTAMP, SIGNATURE)]
+        if len(set(names)) < len(names):
+            return True
         try:
-            return b64decode(dict(headers)[PUBLIC_KEY]) in self._read().shut_out
+            return b64decode(dict(pairs)[PUBLIC_KEY]) in self._read().shut_out
         except (KeyError, ValueError, binascii.Error):
             return False
 

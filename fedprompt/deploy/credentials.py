@@ -279,6 +279,11 @@ def key_to_pem(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def key_to_ssh(key: ec.EllipticCurvePublicKey) -> str:
+    """A public key in OpenSSH's format, without a comment."""
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
 def has_signed(key: ec.EllipticCurvePublicKey, text: bytes, signature: bytes) -> bool:
     """Whether the owner of a public key has signed a text as Flower's SuperNode signs it."""
     try:

@@ -234,6 +234,8 @@ def read_node_folder(path: Path) -> NodeFolder:
     until = _read_settings(path, {}, {"approved_until": str}).get("approved_until")
     try:
         approved = None if until is None else datetime.datetime.fromisoformat(until)
+        if approved is not None and approved.tzinfo is None:
+            raise ValueError("no time zone")
     except ValueError:
         raise UserError(f"{path / SETTINGS} is damaged: approved_until is no date.") from None
     return NodeFolder(path.resolve(), server, settings["client"], approved)

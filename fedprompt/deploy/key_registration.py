@@ -93,7 +93,15 @@ def registered_clients(server: ServerFolder) -> dict[int, int]:
 
 def _read(server: ServerFolder) -> dict[str, dict[str, Any]]:
     path = server.path / REGISTERED
-    entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        if not all({"key", "node"} <= set(entry) for entry in entries.values()):
+            raise ValueError("incomplete")
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise UserError(
+            f"{path} is damaged. It says which node has which key; restore it, or remove it "
+            f"together with {server.path / 'state.db'} and let the server register all nodes again."
+        ) from None
     return entries
 
 

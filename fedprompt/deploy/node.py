@@ -94,6 +94,11 @@ def answer(
             else Message(Error(CLIENT_FAILED, reason), reply_to=message)
         )
         return _refused(gate, message, refusal, run, config)
+    except Exception as error:
+        # The worker answers with the error's name; what the name says is recorded before it leaves.
+        refusal = Message(Error(CLIENT_FAILED, type(error).__name__), reply_to=message)
+        _refused(gate, message, refusal, run, config)
+        raise
 
 
 def _gate(node: NodeSettings) -> Gate:

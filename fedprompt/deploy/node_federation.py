@@ -49,7 +49,10 @@ class NodeFederation(Federation):
         self.nodes = NodeRegistry(grid, workspace.num_clients, names, registered, sample_2D)
         path = folder.path / PARTITION
         self.recorded = json.loads(path.read_text()) if path.is_file() else None
-        self.sites: dict[str, dict[str, Any]] = {}
+        sites = folder.path / SITES
+        self.sites: dict[str, dict[str, Any]] = (
+            json.loads(sites.read_text()) if sites.is_file() else {}
+        )
 
     def join(self) -> None:
         """Wait for nodes to join: until all have, or `federation.node_wait_s` has passed.

@@ -20,13 +20,18 @@ import torch
 from fedprompt.config.schema import Config
 from fedprompt.deploy.folders import ServerFolder
 from fedprompt.deploy.joining.server_side import members
-from fedprompt.deploy.submit import is_complete, run_on_server, settings_to_resume
+from fedprompt.deploy.submit import (
+    is_complete,
+    resume_on_server,
+    run_on_server,
+    settings_to_resume,
+)
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.display import Display
 from fedprompt.files import write_bytes
-from fedprompt.reports.run_data import CHECKPOINT, SUMMARY
+from fedprompt.reports.run_data import CHECKPOINT, CONFIG, SUMMARY
 
 FILE = "withdrawal.json"
 """File in the new run's folder: of what it is the repetition, and how the results differ."""
@@ -60,7 +65,14 @@ def withdraw(server: ServerFolder, run: Path, client: int, display: Display) -> 
             f"client {client} may still take part; shut its node out first: "
             f"fedprompt deploy revoke {server.path} {client}"
         )
-    repeated = run_on_server(server, without_client(config, run, client), display)
+    new = without_client(config, run, client)
+    assert new.output.dir is not None
+    repeated = Path(new.output.dir)
+    # A command that was killed goes on where it was.
+    if not (repeated / CONFIG).is_file():
+        run_on_server(server, new, display)
+    elif not is_complete(repeated):
+        resume_on_server(server, repeated, display)
     found = _difference(run, repeated, client)
     write_bytes(repeated / FILE, (json.dumps(found, indent=2) + "\n").encode())
     return found

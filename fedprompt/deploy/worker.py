@@ -92,7 +92,8 @@ def answer_one(connection: socket.socket) -> None:
     except Exception as error:
         log.exception("a message could not be answered")
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        reply = Message(Error(CLIENT_FAILED, reason), reply_to=message)
+        # The text stays here: it can quote paths and values of this node.
+        reply = Message(Error(CLIENT_FAILED, type(error).__name__), reply_to=message)
         if isinstance(error, DEVICE_ERRORS):
             fault = DeviceFault(f"the device has failed ({reason}), and this worker ends.")
     try:

@@ -66,6 +66,7 @@ class AFLConfig(MethodConfig):
     """`ridge` is ours: the paper has no penalty in the end."""
 
     lr_space = None
+    reveals_classes = True
 
     ridge: float = option(
         1e-3, "penalty, per training image of all clients", gt=0, search=log_range(1e-6, 1)

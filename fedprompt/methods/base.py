@@ -118,6 +118,11 @@ class MethodConfig:
         return False
 
     @property
+    def reveals_classes(self) -> bool:
+        """Whether the method sends sums over a client's images of single classes."""
+        return False
+
+    @property
     def learns_without_labels(self) -> bool:
         """Whether clients without labels train as well, on labels that are all `UNLABELLED`."""
         return False

@@ -161,14 +161,18 @@ def egress_statement(entries: Sequence[Entry], run: str | None) -> str:
     lines += ["", "## Learned numbers (tensors) that have left", ""]
     lines += _tensor_table(sent) or ["None."]
     lines += ["", "## Other values that have left", "", *(_value_lines(sent) or ["None."])]
+    reasons = sorted({str(e["reason"]) for e in of_run if e["event"] == REFUSED})
+    lines += ["", "## Reasons of refusals that have left", ""]
+    lines += [f"- {reason}" for reason in reasons] or ["None."]
     lines += [
         "",
         "## What has not left",
         "",
-        "No reply in this log contains an image, a file name of an image, an image's features, or "
-        "a private prompt of this site. The learned numbers are computed from the images, so they "
-        "carry some information about them; the documentation on privacy says how much is known "
-        "about that.",
+        "No reply in this log contains an image or a private prompt of this site. A reason of a "
+        "refusal can name a file that cannot be read; all reasons are listed above. The learned "
+        "numbers are computed from the images (with the method afl, they are sums of image "
+        "features), so they carry some information about them; the documentation on privacy says "
+        "how much is known about that.",
         "",
         f"The audit log has {len(entries)} entries; its last hash is `{entries[-1]['hash']}`.",
         "",

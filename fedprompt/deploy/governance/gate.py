@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.governance.audit import AuditLog
-from fedprompt.deploy.governance.ledger import Ledger
+from fedprompt.deploy.governance.ledger import Budget, Ledger
 from fedprompt.deploy.governance.policy import (
     Policy,
     class_objections,
@@ -31,7 +31,7 @@ from fedprompt.deploy.governance.policy import (
 )
 from fedprompt.deploy.node_report import NodeReport
 from fedprompt.errors import UserError
-from fedprompt.messages import ARRAYS, SITE, from_wire, to_arrays, to_wire
+from fedprompt.messages import ARRAYS, CONFIG, SITE, from_wire, to_arrays, to_wire
 from fedprompt.privacy.secure_aggregation import RECORD
 from fedprompt.runtime.peer_text import sanitised
 
@@ -75,6 +75,8 @@ class Gate:
         found = objections(policy, config)
         if (opens := closed_until(policy, datetime.datetime.now().time())) is not None:
             found.append(f"hours: this node answers from {opens} on ({policy.hours})")
+        if (asked := _round(message)) is not None and not 0 <= asked <= config.federation.rounds:
+            found.append(f"max_rounds: the experiment has no round {asked}")
         kind = message.metadata.message_type
         if kind == MessageType.EVALUATE and not policy.test_accuracy:
             found.append("test_accuracy: this node answers no evaluations")
@@ -119,17 +121,20 @@ class Gate:
             self._check_reply(message, reply)
             return reply
         assert self.ledger is not None  # `open_gate` refuses a limit without records
+        budget = Budget(limit, self.policy.delta)
         question = _question(message, config, run)
         kept = self.ledger.kept_reply(question)
         if kept is None:
-            self.ledger.check(config.privacy, limit, self.policy.delta)
+            self.ledger.check(config.privacy, budget)
             reply = work()
             if reply.has_error():
                 return reply
-            self._check_reply(message, reply)
             kept = to_wire(reply)
-        self.ledger.spend(question, kept, config.privacy, run)
-        return Message(from_wire(kept).content, reply_to=message)
+        # Counted before it is compared with the policy: that it is refused says something as well.
+        self.ledger.spend(question, kept, config.privacy, run, budget)
+        reply = Message(from_wire(kept).content, reply_to=message)
+        self._check_reply(message, reply)
+        return reply
 
     def _check_reply(self, message: Message, reply: Message) -> None:
         """Refuse a trained reply that violates the policy."""
@@ -187,6 +192,15 @@ def open_gate(policy: str | None, records: str | None, data: str, server: str) -
     if read.max_epsilon is not None and records is None:
         raise UserError("policy: max_epsilon needs a ledger; set 'records' in --node-config.")
     return Gate(read, digest, None if records is None else Path(records), data, server)
+
+
+def _round(message: Message) -> int | None:
+    """The round that a message is for; None if it names none, and -1 if it is no number."""
+    settings = message.content.get(CONFIG)
+    if not isinstance(settings, ConfigRecord) or "server-round" not in settings:
+        return None
+    value = settings["server-round"]
+    return value if isinstance(value, int) and not isinstance(value, bool) else -1
 
 
 def _refuse(found: Sequence[str]) -> None:

@@ -130,8 +130,9 @@ def verify(path: Path, what: str, known: str | None = None) -> list[Entry]:
             the message names the line.
     """
     try:
-        content = path.read_bytes() if path.is_file() else b""
+        # The head first: an entry that is added meanwhile comes after it.
         head = json.loads(_head(path).read_bytes()) if _head(path).is_file() else None
+        content = path.read_bytes() if path.is_file() else b""
         head_seq, head_hash = (0, START) if head is None else (head["seq"], head["hash"])
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}.") from None

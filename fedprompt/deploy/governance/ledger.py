@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from fedprompt.config.protection import PrivacyConfig
 from fedprompt.deploy.governance.journal import Journal, verify
@@ -25,6 +28,14 @@ from fedprompt.privacy.accountant import composed_epsilon
 FILE = "privacy.jsonl"
 WHAT = "privacy ledger"
 SPENT = "spent"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most epsilon that may be spent, at a delta."""
+
+    epsilon: float
+    delta: float
 
 
 class Ledger:
@@ -66,18 +77,20 @@ class Ledger:
         assert epsilon is not None  # only releases with noise are spent
         return epsilon
 
-    def check(self, privacy: PrivacyConfig, limit: float, delta: float) -> None:
-        """Refuse a release that would exceed a limit.
+    def check(self, privacy: PrivacyConfig, budget: Budget) -> None:
+        """Refuse a release that would exceed the budget.
 
         Raises:
             UserError: it would, the ledger has been changed, or the accountant is not installed.
         """
+        delta = budget.delta
         after = self.epsilon(delta, more=multiplier(privacy))
-        if after > limit:
+        # Written with `not`, so that a NaN is refused: comparisons with NaN are false.
+        if not after <= budget.epsilon:
             raise UserError(
                 f"this node's data have spent epsilon {self.epsilon(delta):.3g} at delta "
                 f"{delta:g}, and one more round would make it {after:.3g}, above the policy's "
-                f"max_epsilon={limit:g}."
+                f"max_epsilon={budget.epsilon:g}."
             )
 
     def kept_reply(self, question: str) -> bytes | None:
@@ -95,7 +108,9 @@ class Ledger:
         except OSError as error:
             raise UserError(f"cannot read {self._reply(question)}: {error.strerror}.") from None
 
-    def spend(self, question: str, reply: bytes, privacy: PrivacyConfig, run: str) -> None:
+    def spend(
+        self, question: str, reply: bytes, privacy: PrivacyConfig, run: str, budget: Budget
+    ) -> None:
         """Count a release; when this returns, its reply may leave.
 
         The same question is counted once, because its reply is kept.
@@ -105,20 +120,38 @@ class Ledger:
             reply: the bytes that are about to leave, or of which only a masked form leaves.
             privacy: the experiment's noise.
             run: the name of the run.
+            budget: what may be spent.
 
         Raises:
-            UserError: the ledger or the reply cannot be written, or the ledger has been changed.
+            UserError: the budget would be exceeded, the ledger or the reply cannot be written, or
+                the ledger has been changed.
         """
         digest = hashlib.sha256(reply).hexdigest()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # First the reply: a release that is counted can then be repeated with the same bytes.
-            write_bytes(self._reply(question), reply, mode=0o600)
+            # One process of the node at a time: two that both check first would both spend.
+            with FileLock(self.folder / "spend.lock"):
+                self._spend(question, reply, digest, privacy, run, budget)
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; nothing was released."
             ) from None
+
+    def _spend(
+        self,
+        question: str,
+        reply: bytes,
+        digest: str,
+        privacy: PrivacyConfig,
+        run: str,
+        budget: Budget,
+    ) -> None:
         spent = {(e.get("question"), e.get("reply")) for e in self.journal.entries()}
+        if (question, digest) not in spent:
+            # Again, because other releases may have been counted while this one was trained.
+            self.check(privacy, budget)
+        # First the reply: a release that is counted can then be repeated with the same bytes.
+        write_bytes(self._reply(question), reply, mode=0o600)
         if (question, digest) not in spent:
             self.journal.append(
                 SPENT, data=self.data, noise=multiplier(privacy), question=question, reply=digest,

@@ -74,6 +74,13 @@ class Policy:
             raise UserError("'min_peers' needs secure_aggregation: true.")
         if self.hours is not None and not _HOURS.fullmatch(self.hours):
             raise UserError(f"'hours' is {self.hours!r}; write it as '18:00-06:00'.")
+        if self.hours is not None and self.hours[:5] == self.hours[6:]:
+            raise UserError(f"'hours' is {self.hours!r}; begin and end must differ.")
+        if self.class_counts != "exact" and self.test_accuracy:
+            raise UserError(
+                f"'class_counts' is {self.class_counts}, which needs test_accuracy: false: with "
+                "prompts of its own choice, a server could count the test images of each class."
+            )
 
     @property
     def requires_noise(self) -> bool:
@@ -121,6 +128,8 @@ def objections(policy: Policy, config: Config) -> list[str]:
     rounds = config.federation.rounds
     if policy.max_rounds is not None and rounds > policy.max_rounds:
         found.append(f"max_rounds: {rounds} rounds, more than {policy.max_rounds}")
+    if policy.class_counts != "exact" and config.method.reveals_classes:
+        found.append(f"class_counts: method '{config.method.name}' sends sums over single classes")
     found += _protocol_objections(policy, config)
     found += class_objections(policy, getattr(config.data, "class_names", None) or [])
     found += _protection_objections(policy, config)
@@ -199,7 +208,8 @@ def reply_objections(
         found.append(f"max_numbers: {numbers} numbers, more than {policy.max_numbers}")
     # Written with `not`, so that a NaN is refused: comparisons with NaN are false.
     if policy.max_change is not None and not change <= policy.max_change:
-        found.append(f"max_change: the change has norm {change:.3g}, above {policy.max_change:g}")
+        # Without the norm: it would be one more release.
+        found.append(f"max_change: the change has a norm above {policy.max_change:g}")
     return found
 
 

@@ -7,6 +7,7 @@ key it is, the administrators find out by comparing codes.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
@@ -65,6 +66,8 @@ def read_document(path: Path, kind: str, types: Mapping[str, type]) -> dict[str,
         if path.stat().st_size > MAX_BYTES:
             raise ValueError("too long")
         content = json.loads(read_regular(path))
+        # Half of a surrogate pair is no character, and could not be written to any file.
+        json.dumps(content, ensure_ascii=False).encode()
         complete = isinstance(content, dict) and content.get("kind") == kind
         if complete and all(
             type(content.get(k)) is t for k, t in {**types, "signature": str}.items()
@@ -90,6 +93,18 @@ def check_signature(path: Path, content: Mapping[str, Any], key: ec.EllipticCurv
         signature = b""
     if not has_signed(key, _canonical(signed), signature):
         raise UserError(f"{path} has been changed since it was signed; ask for the file again.")
+
+
+def parse_date(text: str) -> datetime.datetime:
+    """A date with its time zone, as we write it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    date = datetime.datetime.fromisoformat(text)
+    if date.tzinfo is None:
+        raise ValueError("no time zone")
+    return date
 
 
 def code_of(content: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from fedprompt.deploy.folders import SETTINGS
 from fedprompt.deploy.joining.documents import (
     check_signature,
     code_of,
+    parse_date,
     read_document,
     write_document,
 )
@@ -61,8 +62,10 @@ def make_request(folder: Path, name: str) -> Path:
         UserError: the name is empty or too long, or the folder belongs to a node that has joined or
             cannot be written.
     """
-    if not 0 < len(name) <= MAX_NAME or sanitised(name) != name:
-        raise UserError(f"--name must have 1 to {MAX_NAME} printable characters.")
+    if not 0 < len(name) <= MAX_NAME or sanitised(name) != name or name.isdecimal():
+        raise UserError(
+            f"--name must have 1 to {MAX_NAME} printable characters, and not be a number."
+        )
     if (folder / SETTINGS).exists():
         raise UserError(
             f"{folder} belongs to a node that has joined a federation; choose another folder."
@@ -92,6 +95,12 @@ def join(folder: Path, package: Path) -> str:
             belongs to another federation or cannot be written.
     """
     content = read_document(package, PACKAGE, PACKAGE_KEYS)
+    try:
+        parse_date(content["expires"])
+    except ValueError:
+        raise UserError(f"{package} is damaged: 'expires' is no date.") from None
+    if content["client"] < 0:
+        raise UserError(f"{package} is damaged: 'client' is {content['client']}.")
     authority = content["authority"].encode()
     check_signature(package, content, certificate_key(content["certificate"].encode(), authority))
     server = check_server(content["server"], f"{package}: server")

@@ -24,6 +24,7 @@ from fedprompt.deploy.credentials import (
     check_days,
     fingerprint,
     hosts_of,
+    key_to_ssh,
     parse_public_key,
     read_server_key,
 )
@@ -31,6 +32,7 @@ from fedprompt.deploy.folders import ServerFolder, public_keys
 from fedprompt.deploy.joining.documents import (
     check_signature,
     code_of,
+    parse_date,
     read_document,
     write_document,
 )
@@ -74,7 +76,8 @@ def members(server: Path) -> list[Member]:
 
 def shut_out(server: Path) -> list[str]:
     """The public keys, in OpenSSH's format, that have been revoked."""
-    return [p.read_text().strip() for p in sorted((server / "nodes" / REVOKED).glob("*.pub"))]
+    files = sorted((server / "nodes" / REVOKED).glob("*.pub"))
+    return [file.read_bytes().decode(errors="replace").strip() for file in files]
 
 
 def approve(
@@ -108,8 +111,14 @@ def approve(
     """
     check_days(days)
     content = read_document(request, REQUEST, REQUEST_KEYS)
-    check_signature(request, content, parse_public_key(content["public_key"].encode(), request))
-    name, public = sanitised(content["name"]), content["public_key"].strip()
+    key = parse_public_key(content["public_key"].encode(), request)
+    check_signature(request, content, key)
+    # A comment or white space beside the key must not make another one of it.
+    name, public = sanitised(content["name"]), key_to_ssh(key)
+    if name.isdecimal():
+        raise UserError(
+            f"{request}: a name that is a number, {name!r}, could be taken for a client."
+        )
     host = (
         check_host(host, "--host") if host is not None else hosts_of(server.path / CERTIFICATE)[0]
     )
@@ -121,6 +130,8 @@ def approve(
                 "('fedprompt deploy request' in a new folder)."
             )
         number = _number(server.path, public, client)
+        if any(m.name == name and m.client != number for m in members(server.path)):
+            raise UserError(f"{request}: another node is called {name!r}; ask for another name.")
         package = {
             "name": name,
             "public_key": public,
@@ -155,7 +166,8 @@ def revoke(server: ServerFolder, node: str) -> Member:
     """
     with _lock(server.path):
         known = members(server.path)
-        found = [m for m in known if node in (str(m.client), m.name)]
+        numbered = [m for m in known if node == str(m.client)]
+        found = numbered or [m for m in known if node == m.name]
         if len(found) != 1:
             names = ", ".join(f"{m.client} ({m.name or 'no name'})" for m in known) or "none"
             raise UserError(
@@ -197,7 +209,7 @@ def _member(client: int, public: Path) -> Member:
         if path.is_file():
             details = json.loads(path.read_bytes())
         expires = details.get("expires")
-        until = None if expires is None else datetime.datetime.fromisoformat(expires)
+        until = None if expires is None else parse_date(expires)
         return Member(client, str(details.get("name", "")), key, until)
     except OSError as error:
         raise UserError(f"cannot read {public}: {error.strerror}.") from None

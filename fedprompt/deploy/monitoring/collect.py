@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -121,7 +122,9 @@ def collect(server: ServerFolder) -> Status:
     nodes = []
     for member in members(server.path):
         state, seen = connected.get(node_of.get(member.client, 0), ("unknown", ""))
-        site = sites.get(str(member.client), {})
+        site = sites.get(str(member.client))
+        site = site if isinstance(site, dict) else {}
+        policy, versions = site.get("policy"), site.get("versions")
         nodes.append(
             NodeStatus(
                 member.client,
@@ -129,8 +132,8 @@ def collect(server: ServerFolder) -> Status:
                 state,
                 seen,
                 None if member.expires is None else member.expires.date().isoformat(),
-                site.get("policy"),
-                site.get("versions", {}),
+                policy if isinstance(policy, str) else None,
+                versions if isinstance(versions, dict) else {},
             )
         )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -158,7 +161,8 @@ def _connected(server: ServerFolder) -> dict[int, tuple[str, str]]:
 
 
 def _newest_run(server: ServerFolder) -> RunStatus | None:
-    submitted = sorted((server.path / FOLDER).glob("*.json"), key=lambda p: p.stat().st_mtime)
+    files = [p for p in (server.path / FOLDER).glob("*.json") if p.is_file()]
+    submitted = sorted(files, key=lambda p: p.stat().st_mtime)
     if not submitted:
         return None
     content = _json(submitted[-1])
@@ -171,7 +175,7 @@ def _newest_run(server: ServerFolder) -> RunStatus | None:
     # The server app creates the file when the first nodes have joined.
     written = each_line(metrics) if metrics.is_file() else iter(())
     lines = [line for line in written if line.get("kind") == "round"]
-    counted = [line["clients"] or {} for line in lines]
+    counted = [line.get("clients") or {} for line in lines]
     accepted = sum(c.get("accepted", 0) for c in counted)
     return RunStatus(
         str(folder),
@@ -192,12 +196,14 @@ def _newest_run(server: ServerFolder) -> RunStatus | None:
 
 def _curve(lines: list[dict[str, Any]], part: str, key: str) -> list[tuple[int, float]]:
     values = ((line["round"], (line.get(part) or {}).get(key)) for line in lines)
-    return [(server_round, float(value)) for server_round, value in values if value is not None]
+    known = ((server_round, value) for server_round, value in values if value is not None)
+    # JSON has no infinity, and a curve no place for it.
+    return [(server_round, float(value)) for server_round, value in known if math.isfinite(value)]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

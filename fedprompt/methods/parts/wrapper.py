@@ -74,6 +74,11 @@ class WrapperConfig(MethodConfig):
         return self._base().needs_float64
 
     @property
+    def reveals_classes(self) -> bool:
+        """The base's."""
+        return self._base().reveals_classes
+
+    @property
     def learns_without_labels(self) -> bool:
         """The base's."""
         return self._base().learns_without_labels

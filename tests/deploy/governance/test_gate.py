@@ -22,11 +22,13 @@ from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node as node_module
 from fedprompt.deploy.governance import audit, gate, ledger
 from fedprompt.deploy.governance.journal import verify
-from fedprompt.deploy.governance.ledger import Ledger, spent_epsilon
+from fedprompt.deploy.governance.ledger import Budget, Ledger, spent_epsilon
+from fedprompt.deploy.governance.policy import Policy, objections
 from fedprompt.deploy.node import answer
 from fedprompt.deploy.node_grid import pull_replies
 from fedprompt.deploy.node_report import read_report
 from fedprompt.errors import UserError
+from fedprompt.experiment.compose import compose
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import (
@@ -47,6 +49,7 @@ from fedprompt.workspace import Workspace
 from tests.support.federations import CLASSES, config_for, write_clients
 
 NOISE = PrivacyConfig(noise=4.0, clip=0.5)
+PLENTY = Budget(100.0, 1e-5)
 MASKED = SecureAggregationConfig(enabled=True, max_weight=100, clip=1000.0)
 
 
@@ -157,8 +160,8 @@ def test_what_is_forbidden_is_not_even_opened(
 
 def test_counts_are_revealed_as_the_policy_says(folder: Path) -> None:
     exact = read_report(Node(folder).ask(MessageType.QUERY).content, len(CLASSES), 3)
-    rounded = Node(folder, "class_counts: rounded").ask(MessageType.QUERY)
-    withheld = Node(folder, "class_counts: withheld").ask(MessageType.QUERY)
+    rounded = Node(folder, "class_counts: rounded\ntest_accuracy: false").ask(MessageType.QUERY)
+    withheld = Node(folder, "class_counts: withheld\ntest_accuracy: false").ask(MessageType.QUERY)
     report = read_report(rounded.content, len(CLASSES), 3)
     assert all(a % 10 == 0 and a >= b for a, b in zip(report.train_C, exact.train_C, strict=True))
     report = read_report(withheld.content, len(CLASSES), 3)
@@ -248,7 +251,7 @@ def test_a_limit_on_epsilon_needs_a_ledger(folder: Path) -> None:
 def test_epsilon_of_several_noises_is_composed(tmp_path: Path) -> None:
     book = Ledger(tmp_path, "data")
     for k, noise in enumerate((2.0, 2.0, 8.0)):
-        book.spend(f"{k}", b"reply", replace(NOISE, noise=noise), run=f"{k}")
+        book.spend(f"{k}", b"reply", replace(NOISE, noise=noise), f"{k}", PLENTY)
     assert dict(book.releases()) == {1.0: 2, 4.0: 1}
     two = epsilon(1.0, 2, 1e-5)
     assert two is not None
@@ -360,3 +363,56 @@ def test_under_secure_aggregation_a_repeated_round_is_counted_once(
         sent = [e["content"] for e in node.entries() if e["event"] == audit.SENT]
         assert len(sent) == 10, "five stages, twice"
         assert all(set(content) == {RECORD} for content in sent)
+
+
+def test_a_reply_that_the_policy_refuses_is_counted_and_tells_no_norm(folder: Path) -> None:
+    node = Node(folder, "max_epsilon: 3\nmax_change: 1.0e-6", privacy=NOISE)
+    reasons = {reason(node.ask(MessageType.TRAIN, 1, f"run{k}")) for k in range(4)}
+    assert any("max_change" in r for r in reasons)
+    assert any("max_epsilon" in r for r in reasons), "the budget ends although nothing has left"
+    assert not any("norm" in r and "above 1e-06" not in r for r in reasons)
+    ((_, spent),) = spent_epsilon(node.records, 1e-5).values()
+    assert 0 < spent <= 3
+
+
+def test_two_processes_do_not_spend_more_than_one_may(tmp_path: Path) -> None:
+    one = epsilon(NOISE.noise / 2, 1, 1e-5)
+    assert one is not None
+    budget = Budget(one + 0.01, 1e-5)
+    first, second = Ledger(tmp_path, "data"), Ledger(tmp_path, "data")
+    for book in (first, second):
+        book.check(NOISE, budget)
+    first.spend("a", b"reply", NOISE, "r", budget)
+    with pytest.raises(UserError, match="max_epsilon"):
+        second.spend("b", b"reply", NOISE, "s", budget)
+    # A reply that was kept and not counted is not free either.
+    files = [p for p in tmp_path.iterdir() if p.suffix == ".bin"]
+    assert len(files) == 1
+    assert second.releases().total() == 1
+
+
+def test_rounds_that_an_experiment_does_not_have_are_refused(folder: Path) -> None:
+    node = Node(folder)
+    for server_round in (4, 10**9, -7, 2**62):
+        assert "max_rounds" in reason(node.ask(MessageType.TRAIN, server_round))
+    assert not list((folder / "state").rglob("*.safetensors"))
+
+
+def test_a_message_that_fails_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(folder)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OverflowError("/srv/secret is too large")
+
+    monkeypatch.setattr(node_module, "_answer", broken)
+    with pytest.raises(OverflowError):
+        node.ask(MessageType.TRAIN)
+    last = node.entries()[-1]
+    assert (last["event"], last["reason"]) == (audit.REFUSED, "OverflowError")
+
+
+def test_a_method_that_sends_sums_over_classes_needs_exact_counts(folder: Path) -> None:
+    config = compose("quickstart", ["method=afl"])
+    policy = Policy(class_counts="withheld", test_accuracy=False)
+    assert any("afl" in found for found in objections(policy, config))
+    assert objections(Policy(), config) == []

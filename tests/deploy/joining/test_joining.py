@@ -148,6 +148,7 @@ def test_a_changed_file_is_refused(server: ServerFolder, tmp_path: Path) -> None
         lambda c: c.pop("name"),
         lambda c: c.update(kind="something else"),
         lambda c: c.update(name=3),
+        lambda c: c.update(public_key="\ud800"),
     ):
         make_request(node, "site")
         changed(request, change)
@@ -162,6 +163,8 @@ def test_a_changed_file_is_refused(server: ServerFolder, tmp_path: Path) -> None
     for change in (
         lambda c: c.update(server="evil.example.org:9555"),
         lambda c: c.update(client=7),
+        lambda c: c.update(client=-5),
+        lambda c: c.update(expires="2027-01-01"),
         lambda c: c.update(authority=(evil.path / "ca.crt").read_text()),
         lambda c: c.update(certificate=(evil.path / "server.crt").read_text()),
         lambda c: c.update(authority="nothing"),
@@ -264,3 +267,44 @@ def test_a_damaged_file_does_not_stop_the_proxy(
     assert "node-7.pub" in caplog.text or "damaged" in caplog.text
     with pytest.raises(UserError):
         Callers(MemberKeys(replace(server).path).read)
+
+
+def test_a_shut_out_node_does_not_get_in_by_naming_two_keys(
+    federation: Path, server: ServerFolder, tmp_path: Path
+) -> None:
+    good, bad = (joined(server, tmp_path / name, name) for name in ("good", "bad"))
+    gate = Gate(federation)
+    revoke(server, "bad")
+    own, others = signed(bad), [h for h in signed(good) if h[0] == b"flwr-public-key"]
+    for headers in (own + others, others + own, own + own):
+        assert gate.call(headers, [b"body", b""]) == 403
+    assert gate.forwarded == []
+
+
+def test_names_and_comments_make_no_other_node(server: ServerFolder, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    request = make_request(node, "site")
+    out = tmp_path / "package.json"
+    approve(server, request, out)
+    # The same key with a comment is the same node.
+    key = credentials.read_private_key(node / "node.key")
+    public = f"{(node / 'node.pub').read_text().strip()} a comment"
+    documents.write_document(
+        request, node_side.REQUEST, {"name": "site", "public_key": public}, key
+    )
+    assert approve(server, request, out)[0].client == 0
+    assert len(members(server.path)) == 1
+    for name in ("7", "site"):
+        other = make_request(tmp_path / "other", "other")
+        other_key = credentials.read_private_key(tmp_path / "other" / "node.key")
+        public = (tmp_path / "other" / "node.pub").read_text().strip()
+        documents.write_document(
+            other, node_side.REQUEST, {"name": name, "public_key": public}, other_key
+        )
+        with pytest.raises(UserError, match=name):
+            approve(server, other, out)
+    with pytest.raises(UserError, match="--name"):
+        make_request(tmp_path / "number", "7")
+    revoke(server, "0")
+    with pytest.raises(UserError, match="revoked"):
+        approve(server, request, out)
