@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedprompt.deploy.addresses import split_address
-from fedprompt.deploy.processes import listens
+from fedprompt.deploy.processes import listens, tail
 
 JOINED, RECONNECTED, FAILED = (
     "SuperNode ID:",
@@ -24,9 +24,23 @@ JOINED, RECONNECTED, FAILED = (
 last two as well, so they count only together with something else that is known."""
 NOT_ACTIVATED = "[code: 2004]"
 """Flower's answer to a key that it does not know, or whose previous connection is still open."""
+EXIT_LINES = 20
+"""How many of its last lines a SuperNode's log holds the reason of its exit in."""
 PROBE_S = 30.0
 """Seconds between two probes while the SuperNode retries by itself."""
 BROKEN_HANDSHAKE = ("_ssl.c", "handshake", "ssl:")
+
+
+def was_rejected(log: Path) -> bool:
+    """Whether a SuperNode has exited because the SuperLink would not have it yet.
+
+    The SuperLink rejects a key for most of a minute after a process with it was killed, so that
+    another start helps.
+
+    Args:
+        log: the SuperNode's log file.
+    """
+    return NOT_ACTIVATED in tail(log, EXIT_LINES)
 
 
 class Connection:

@@ -15,6 +15,7 @@ from typing import Any
 from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.deploy import submit
+from fedprompt.deploy.connection import was_rejected
 from fedprompt.deploy.credentials import CERTIFICATE
 from fedprompt.deploy.expiry import expires_soon
 from fedprompt.deploy.folders import SETTINGS, NodeFolder, ServerFolder, read_node_folder
@@ -118,10 +119,12 @@ class LocalFederation:
         """
         # Unlike `deploy server`, this command does not restart the server's processes.
         self.processes.check(SERVER_PROCESSES)
-        exit_line = self.processes.exit_line
-        self.processes.restart_exited(
-            NODE_PAUSE_S, lambda name, status: report(exit_line(name, status))
-        )
+
+        def exited(name: str, status: int) -> bool:
+            report(self.processes.exit_line(name, status))
+            return was_rejected(self.processes.log(name))
+
+        self.processes.restart_exited(NODE_PAUSE_S, exited)
 
     def submit(self, settings: Mapping[str, str], *, same_machine: bool = False) -> int:
         """Submit a run; returns Flower's id of it.

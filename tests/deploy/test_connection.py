@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprompt.deploy.connection import Connection
+from fedprompt.deploy.connection import Connection, was_rejected
 
 EXIT = """\x1b[91mERROR \x1b[0m:     Exit Code: 305
 Failed to initialize the connection to the SuperLink.
@@ -128,3 +128,12 @@ def test_a_clock_or_a_certificate_is_not_called_out_of_reach(log: Log) -> None:
     log.fault = None
     log.add("INFO :      SuperNode ID: 77\n")
     assert "connected" in log.lines[1]
+
+
+def test_a_rejected_node_is_started_again_as_often_as_needed(tmp_path: Path) -> None:
+    log = tmp_path / "node.log"
+    assert not was_rejected(log)
+    log.write_text("Exit Code: 305\n[code: 2004] Failed to activate SuperNode.\n" + "end\n" * 8)
+    assert was_rejected(log)
+    log.write_text("Exit Code: 1\n" + "end\n" * 8)
+    assert not was_rejected(log)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from fedprompt.config.schema import Config
 from fedprompt.deploy import submit
+from fedprompt.deploy.connection import was_rejected
 from fedprompt.deploy.local import LocalFederation
 from fedprompt.experiment.validate import validate
 from tests.support.fake_data import write_image_folder
@@ -204,7 +205,8 @@ class Running(Watched):
 
     def poll(self) -> None:
         super().poll()
-        self.local.processes.restart_exited(5, print)
+        processes = self.local.processes
+        processes.restart_exited(5, lambda name, _: was_rejected(processes.log(name)))
 
     def start_node(self, client: int, server: str = "", **settings: Any) -> None:
         data = self.config.data.folders[client] if self.config.data.folders else None
