@@ -27,6 +27,7 @@ from typing import Any
 
 from fedprompt.deploy.addresses import check_port, check_server
 from fedprompt.deploy.credentials import CA_CERTIFICATE, CERTIFICATE, KEY, NODE_KEY
+from fedprompt.deploy.joining.documents import parse_date
 from fedprompt.errors import UserError
 from fedprompt.files import write_bytes
 
@@ -233,9 +234,7 @@ def read_node_folder(path: Path) -> NodeFolder:
     server = check_server(settings["server"], f"{path / SETTINGS}: server")
     until = _read_settings(path, {}, {"approved_until": str}).get("approved_until")
     try:
-        approved = None if until is None else datetime.datetime.fromisoformat(until)
-        if approved is not None and approved.tzinfo is None:
-            raise ValueError("no time zone")
+        approved = None if until is None else parse_date(until)
     except ValueError:
         raise UserError(f"{path / SETTINGS} is damaged: approved_until is no date.") from None
     return NodeFolder(path.resolve(), server, settings["client"], approved)

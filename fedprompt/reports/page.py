@@ -26,6 +26,18 @@ MARKS = (b'<meta name="generator" content="fedprompt">', b"script-src 'sha256-")
 SCRIPT, STYLE = "charts.js", "report.css"
 
 
+def page_environment() -> jinja2.Environment:
+    """Jinja2 for the templates in `assets/`, with everything escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(asset(f"reports/assets/{STYLE}").parent),
+        autoescape=True,
+        # A name that is missing in the content is an error rather than an empty place in the page.
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any]) -> str:
     """Fill the template of a page.
 
@@ -37,14 +49,7 @@ def render(template: str, figures: Sequence[Figure], content: Mapping[str, Any])
     Returns:
         The HTML of the page.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(asset(f"reports/assets/{template}").parent),
-        autoescape=True,
-        # A name that is missing in `content` is an error rather than an empty place in the page.
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"percent": percent, "count": count, "unbroken": unbroken}
     script = asset(f"reports/assets/{SCRIPT}").read_text(encoding="utf-8")
     # The content security policy names, by its digest, the one script that may run.

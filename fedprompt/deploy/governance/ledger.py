@@ -147,17 +147,17 @@ class Ledger:
         budget: Budget,
     ) -> None:
         spent = {(e.get("question"), e.get("reply")) for e in self.journal.entries()}
-        if (question, digest) not in spent:
-            # Again, because other releases may have been counted while this one was trained.
-            self.check(privacy, budget)
+        if (question, digest) in spent:
+            return
+        # Again, because other releases may have been counted while this one was trained.
+        self.check(privacy, budget)
         # First the reply: a release that is counted can then be repeated with the same bytes.
         write_bytes(self._reply(question), reply, mode=0o600)
-        if (question, digest) not in spent:
-            self.journal.append(
-                SPENT, data=self.data, noise=multiplier(privacy), question=question, reply=digest,
-                run=run,
-            )  # fmt: skip
-            self._forget(run, question)
+        self.journal.append(
+            SPENT, data=self.data, noise=multiplier(privacy), question=question, reply=digest,
+            run=run,
+        )  # fmt: skip
+        self._forget(run, question)
 
     def _forget(self, run: str, question: str) -> None:
         """Remove the kept replies to earlier questions of a run, which are over."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
-
 from fedprompt.deploy.monitoring.collect import Status
-from fedprompt.files import asset
 from fedprompt.reports.format import percent
+from fedprompt.reports.page import page_environment
 from fedprompt.runtime.peer_text import sanitised
 
-TEMPLATE = "reports/assets/status.html.j2"
+TEMPLATE = "status.html.j2"
 REFRESH_S = 10
 """Seconds after which a browser loads the page again."""
 WIDTH, HEIGHT = 320.0, 120.0
@@ -45,19 +43,13 @@ def as_text(status: Status) -> str:
 
 def as_page(status: Status) -> str:
     """The state as one HTML page without scripts; it reloads itself."""
-    path = asset(TEMPLATE)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(path.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     curves = [] if status.run is None else [
         _drawn(name, points) for name, points in status.run.curves.items() if points
     ]  # fmt: skip
-    return environment.get_template(path.name).render(
-        status=status, curves=curves, refresh=REFRESH_S, width=WIDTH, height=HEIGHT
+    return (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(status=status, curves=curves, refresh=REFRESH_S, width=WIDTH, height=HEIGHT)
     )
 
 

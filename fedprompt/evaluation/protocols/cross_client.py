@@ -9,7 +9,7 @@ Measures, over the clients with test images: accuracy on own images (the diagona
 clients' images (the rest), their difference, and the same for the global model and for zero-shot,
 which are equal for all clients. Every client counts alike, however many images it has.
 
-Shape suffixes: K clients that are shown, B images of a batch.
+Shape suffix: K clients that are shown.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fedprompt.backbone.memo import Memo
 from fedprompt.config.fields import option
+from fedprompt.evaluation.predictions import hits
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
@@ -30,7 +31,7 @@ from fedprompt.methods.registry import method_class
 from fedprompt.reports.figure import Axis, Figure, Heat
 from fedprompt.reports.format import Table, percent
 from fedprompt.rng import generator
-from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
+from fedprompt.scoring import encode_global, encode_personal, model_of
 
 if TYPE_CHECKING:
     from fedprompt.reports.run_data import RunData
@@ -198,13 +199,4 @@ def _correct(
     workspace: Workspace, method: Method, encoded: Tensors, targets: Sequence[int]
 ) -> Mapping[int, int]:
     """Correct answers of one encoded model, by client whose test images they are on."""
-    right = {}
-    for client in targets:
-        inputs_N, labels_N = workspace.test_data(client)
-        first, count = 0, 0
-        for logits_BC in logits_of(method, encoded, inputs_N):
-            labels_B = labels_N[first : first + len(logits_BC)]
-            count += int((logits_BC.argmax(-1) == labels_B).sum())
-            first += len(logits_BC)
-        right[client] = count
-    return right
+    return {k: int(hits(method, encoded, *workspace.test_data(k)).sum()) for k in targets}

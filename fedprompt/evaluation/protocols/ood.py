@@ -19,7 +19,6 @@ Shape suffixes: N or n images, P patches, D joint embedding, B rows of a batch, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +36,8 @@ from fedprompt.data.features.cache import cached
 from fedprompt.data.features.encoding import Encoding
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.rows import Rows
-from fedprompt.data.held_out import HeldOut, hold_out_classes
-from fedprompt.errors import UserError
+from fedprompt.data.held_out import HeldOut
+from fedprompt.evaluation.held_classes import hold_out_last
 from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
 from fedprompt.evaluation.protocol import Finished, Part, Reported
@@ -115,18 +114,8 @@ class Ood(Reported):
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
         """Hold out the last classes; see `Protocol.hold_out`."""
-        classes = len(dataset.class_names)
-        held = math.ceil(round(self.options.held_share * classes, 9))
-        if classes - held < 2:
-            raise UserError(
-                f"protocol ood: {held} of {classes} classes would be held out; two or more must "
-                "stay. Lower protocol_options.ood.held_share, or name data sets in "
-                "protocol_options.ood.out."
-            )
-        view, found = hold_out_classes(dataset, list(range(classes - held, classes)))
-        if not len(found.index_N):
-            raise UserError("protocol ood: the held-out classes have no test images.")
-        return view, found
+        share, or_else = self.options.held_share, ", or name data sets in protocol_options.ood.out"
+        return hold_out_last(dataset, share, self.name, or_else)
 
     def open(self, workspace: Workspace) -> None:
         """Open the other data sets, and encode what no cache holds, including patch features."""

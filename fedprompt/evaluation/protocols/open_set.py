@@ -14,7 +14,6 @@ Shape suffixes: N images, C classes, K clients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,8 +25,9 @@ from torch import Tensor
 from fedprompt.config.fields import option
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.data.held_out import HeldOut, hold_out_classes
+from fedprompt.data.held_out import HeldOut
 from fedprompt.errors import UserError
+from fedprompt.evaluation.held_classes import hold_out_last
 from fedprompt.evaluation.metrics import Ints
 from fedprompt.evaluation.predictions import by_group, hits, shares
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
@@ -77,17 +77,7 @@ class OpenSet(Reported):
 
     def hold_out(self, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut]:
         """Hold out the last classes; see `Protocol.hold_out`."""
-        classes = len(dataset.class_names)
-        held = math.ceil(round(self.options.held_share * classes, 9))
-        if classes - held < 2:
-            raise UserError(
-                f"protocol open_set: {held} of {classes} classes would be held out; two or more "
-                "must stay. Lower protocol_options.open_set.held_share."
-            )
-        view, found = hold_out_classes(dataset, list(range(classes - held, classes)))
-        if not len(found.index_N):
-            raise UserError("protocol open_set: the held-out classes have no test images.")
-        return view, found
+        return hold_out_last(dataset, self.options.held_share, self.name)
 
     def open(self, workspace: Workspace) -> None:
         """Refuse a server that does not know the partition; see `Protocol.open`."""
