@@ -28,7 +28,6 @@ layers with deep tokens.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +43,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.deep_prompts import layers_within
 from fedprompt.methods.parts.losses import cosine_logits, masked_mean
+from fedprompt.methods.parts.regions import best_classes, without_label
 from fedprompt.rng import normal
 
 WORDS = ("object", "damaged object")
@@ -91,8 +91,7 @@ class AnomalyCLIP(Method):
         self.layers = layers_within("text", config.depth, len(clip.text.blocks)) - 1
         self.tower = TextTower(clip, WORDS, config.context_tokens, class_specific=True)
         self.classes_CD = clip.zero_shot_classifier(task.class_names, task.templates)
-        classes = len(task.class_names)
-        self.top_k = min(math.ceil(round(config.top_share * classes, 9)), classes - 1)
+        self.top_k = best_classes(config.top_share, len(task.class_names))
 
     def init_shared(self, seed: int) -> Tensors:
         """`ctx` (2, M, d), normal first, and `deep` (J, m, d) unless the depth is 1."""
@@ -143,7 +142,4 @@ class AnomalyCLIP(Method):
     @torch.no_grad()
     def _without_class(self, local_KBPD: Tensor, batch: Batch) -> Tensor:
         """1 for regions for which the label is not among the K best classes, (K, B, P)."""
-        cosine_KBPC = local_KBPD @ self.classes_CD.T
-        own_KBP1 = cosine_KBPC.take_along_dim(batch.labels_KB[:, :, None, None], dim=-1)
-        outside_KBP = (cosine_KBPC > own_KBP1).sum(-1) >= self.top_k
-        return (outside_KBP & batch.mask_KB[:, :, None]).to(local_KBPD.dtype)
+        return without_label(local_KBPD @ self.classes_CD.T, batch, self.top_k)

@@ -25,7 +25,6 @@ last partial batch of an epoch; ours does neither (docs/concepts.md, "Local trai
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +35,7 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import Range, log_range
 from fedprompt.methods.base import Batch, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.regions import best_classes, without_label
 from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 
 TINY = 1e-5
@@ -67,9 +67,7 @@ class LoCoOp(PromptFL):
     def __init__(self, config: LoCoOpConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        classes = len(task.class_names)
-        # 0.2 * 45 is 9.000000000000002; rounding keeps K at 9. With K = C, J would always be empty.
-        self.top_k = min(math.ceil(round(config.top_share * classes, 9)), classes - 1)
+        self.top_k = best_classes(config.top_share, len(task.class_names))
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
@@ -81,10 +79,7 @@ class LoCoOp(PromptFL):
         # Every region is scored as if it were an image.
         flat_KRC = cosine_logits(self.clip, local_KBPD.flatten(1, 2), encoded["classes"])
         p_KBPC = flat_KRC.softmax(-1).unflatten(1, tuple(local_KBPD.shape[1:3]))
-        own_KBP1 = p_KBPC.take_along_dim(batch.labels_KB[:, :, None, None], dim=-1)
-        # The label is among the K best if fewer than K classes are more probable.
-        in_J_KBP = (p_KBPC > own_KBP1).sum(-1) >= self.top_k
-        weight_KBP = (in_J_KBP & batch.mask_KB[:, :, None]).to(p_KBPC.dtype)
+        weight_KBP = without_label(p_KBPC, batch, self.top_k)
         entropy_KBP = -(p_KBPC * torch.log(p_KBPC + TINY)).sum(-1)
         # The sum is 0 if J is empty, whatever it is then divided by.
         regions_K = weight_KBP.sum((-2, -1)).clamp(min=1)
