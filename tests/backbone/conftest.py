@@ -17,10 +17,12 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("models")
     for name, cfg in MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps(cfg))
-    paths, configs = open_clip.factory._MODEL_CONFIG_PATHS, open_clip.factory._MODEL_CONFIGS
-    before_paths, before_configs = list(paths), dict(configs)
-    open_clip.add_model_config(folder)
-    yield
-    paths[:] = before_paths
-    configs.clear()
-    configs.update(before_configs)
+    factory = open_clip.factory
+    listed = open_clip.list_models()
+    with pytest.MonkeyPatch.context() as patch:
+        # open_clip binds a new dictionary at every addition, so both names are put back.
+        patch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+        patch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+        open_clip.add_model_config(folder)
+        yield
+    assert open_clip.list_models() == listed
