@@ -1,12 +1,11 @@
 """Out-of-distribution detection: does a model notice images of classes that it has no name for?
 
-Sources: MCM (Delving into Out-of-Distribution Detection with Vision-Language Representations, Ming
-et al., NeurIPS 2022, arXiv 2211.13445): the highest softmax probability over the cosines of image
-and class names, at temperature 1; GL-MCM (Miyai et al., IJCV 2025, arXiv 2304.04521): MCM plus
-`local_weight` times the highest such probability of any patch. The settings are those of the
-authors' code. How we differ: their code takes FPR95 where the recall is nearest to 95 %; we take it
-at the highest threshold that keeps 95 % of the known images, as is usual. A method with a head of
-its own for novelty (`Method.novelty`) has a third score.
+Scores: MSP, MCM, energy and NegLabel, see `fedprompt/evaluation/ood_scores.py`; GL-MCM (Miyai et
+al., IJCV 2025, arXiv 2304.04521): MCM plus `local_weight` times the highest such probability of any
+patch. The settings are those of the authors' codes. How we differ: MCM's and GL-MCM's code takes
+FPR95 where the recall is nearest to 95 %; we take it at the highest threshold that keeps 95 % of
+the known images, as is usual. A method with a head of its own for novelty (`Method.novelty`) has a
+further score.
 
 Known images are the server's test images. The other images are those of the data sets in `out`, by
 name or as `{use: name, key: value}`. If `out` is empty, they are test images of held-out classes:
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedprompt.backbone.negative_words import TEMPLATE, negative_words
 from fedprompt.backbone.patch_features import local_encoder
 from fedprompt.config.fields import option
 from fedprompt.data.cache_files import default_cache_dir
@@ -39,6 +39,7 @@ from fedprompt.data.features.rows import Rows
 from fedprompt.data.held_out import HeldOut
 from fedprompt.evaluation.held_classes import hold_out_last
 from fedprompt.evaluation.metrics import Floats, auroc, average_precision, fpr_at_tpr
+from fedprompt.evaluation.ood_scores import energy, highest_probability, neg_label, novelty_head
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
 from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Method, Tensors
@@ -59,13 +60,14 @@ NEEDS_MORE = "the method's logits need more than one feature vector per image"
 
 @dataclass(frozen=True)
 class OodOptions:
-    """Which images are out of distribution, and the settings of both scores."""
+    """Which images are out of distribution, and the settings of the scores."""
 
     out: list[Any] = option([], "data sets, by name or {use: name, ...}; empty = held-out classes")
     held_share: float = option(0.25, "share of classes held out for it, the last ones", gt=0, lt=1)
     temperature: float = option(1.0, "softmax temperature of the cosines", gt=0)
     local: bool = option(True, "also GL-MCM, where the backbone gives patch features")
     local_weight: float = option(1.0, "GL-MCM: weight of the local score", ge=0)
+    negatives: int = option(100, "NegLabel: words far from all class names; 0 = no NegLabel", ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class _Images:
 
 
 class Ood(Reported):
-    """MCM and GL-MCM: AUROC, FPR95 and AUPR."""
+    """AUROC, FPR95 and AUPR of every score."""
 
     name = "ood"
     title = "Out-of-distribution detection"
@@ -95,6 +97,7 @@ class Ood(Reported):
     Options = OodOptions
     options: OodOptions
     _others: list[TestSet]
+    _words_WD: Tensor
 
     @classmethod
     def prepare(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,6 +126,11 @@ class Ood(Reported):
         self._others = open_others(
             self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method.needs
         )
+        clip, names = workspace.clip, workspace.task.class_names
+        if self.options.negatives:
+            key = f"protocol_options.{self.name}.negatives"
+            words = negative_words(clip, names, self.options.negatives, key)
+            self._words_WD = clip.zero_shot_classifier(words, [TEMPLATE])
         # Patches are encoded now, so that an unreadable image ends the run before training.
         if self._why_not_local(workspace) is None:
             for images in self._images(workspace):
@@ -146,9 +154,10 @@ class Ood(Reported):
                 for images in (known, *others)
             ]
             rows += [
-                {"model": model, "score": score, "out": other.name} | _numbers(of_known, of_other)
+                {"model": model, "score": score, "out": other.name}
+                | _numbers(scores[0][score], of_other)
                 for other, found in zip(others, scores[1:], strict=True)
-                for score, of_known, of_other in _pairs(scores[0], found)
+                for score, of_other in found.items()
             ]
             histogram[model] = _histogram(
                 [images.name for images in (known, *others)], [s["MCM"] for s in scores]
@@ -234,19 +243,28 @@ class Ood(Reported):
         (rows,) = cached(clip, images.dataset, cache_dir, [encoding], index_R=images.index_N)
         return rows
 
+    def _negative_logits(self, workspace: Workspace, images: _Images) -> Tensor:
+        """CLIP's own logits of the negative words (n, W)."""
+        clip = workspace.clip
+        features_ND = images.inputs_N.features.to(clip.device).float()
+        return clip.logit_scale * (features_ND @ self._words_WD.T)
+
     def _scores(
         self, workspace: Workspace, method: Method, encoded: Tensors, images: _Images, local: bool
     ) -> dict[str, Floats]:
-        """The scores of every image (n,) by name: MCM, and GL-MCM if `local` is true."""
+        """The scores of every image (n,) by name; GL-MCM if `local` is true."""
         # A method's logits are cosines times CLIP's logit scale, which MCM does not use.
         at = self.options.temperature * workspace.clip.logit_scale
-        whole_N = np.concatenate(
-            [
-                _highest(x, at).numpy()
-                for x in logits_of(method, encoded, images.inputs_N, workspace.memo)
-            ]
-        )
-        scores = {"MCM": whole_N, **_novelty_head(method, encoded, images.inputs_N)}
+        logits_NC = torch.cat(list(logits_of(method, encoded, images.inputs_N, workspace.memo)))
+        whole_N = highest_probability(logits_NC, at)
+        scores = {
+            "MCM": whole_N,
+            "MSP": highest_probability(logits_NC),
+            "energy": energy(logits_NC),
+            **novelty_head(method, encoded, images.inputs_N),
+        }
+        if self.options.negatives:
+            scores["NegLabel"] = neg_label(logits_NC, self._negative_logits(workspace, images))
         if not local:
             return scores
         local_NPD = self._local_features(workspace, images)
@@ -255,43 +273,10 @@ class Ood(Reported):
         for first in range(0, len(local_NPD), 64):
             some = torch.from_numpy(local_NPD[first : first + 64].astype(np.float32))
             # To the method, every patch is an image with one feature vector.
-            flat = torch.cat(
-                [_highest(x, at) for x in logits_of(method, encoded, Inputs(some.flatten(0, 1)))]
-            )
-            parts.append(flat.view(some.shape[:2]).amax(-1).numpy())
-        return {
-            **scores,
-            "GL-MCM": whole_N + self.options.local_weight * np.concatenate(parts),
-        }
-
-
-def _highest(logits_BC: Tensor, scale: float) -> Tensor:
-    """The highest softmax probability of cosines divided by the temperature, as float64 (B,).
-
-    Args:
-        logits_BC: cosines times CLIP's logit scale.
-        scale: the temperature times CLIP's logit scale.
-    """
-    return (logits_BC.cpu().double() / scale).softmax(-1).amax(-1)
-
-
-@torch.no_grad()
-def _novelty_head(method: Method, encoded: Tensors, inputs_N: Inputs) -> dict[str, Floats]:
-    """The method's own score (n,), higher for known images; empty if it has none."""
-    found = []
-    for first in range(0, len(inputs_N), method.images_at_once):
-        some = inputs_N[first : first + method.images_at_once].of_one().on(method.clip.device)
-        novelty_1B = method.novelty(encoded, some)
-        if novelty_1B is None:
-            return {}
-        found.append(-novelty_1B[0].cpu().double().numpy())
-    return {"novelty head": np.concatenate(found)}
-
-
-def _pairs(
-    known: Mapping[str, Floats], other: Mapping[str, Floats]
-) -> list[tuple[str, Floats, Floats]]:
-    return [(score, known[score], other[score]) for score in known]
+            flat = torch.cat(list(logits_of(method, encoded, Inputs(some.flatten(0, 1)))))
+            parts.append(highest_probability(flat, at).reshape(some.shape[:2]).max(-1))
+        scores["GL-MCM"] = whole_N + self.options.local_weight * np.concatenate(parts)
+        return scores
 
 
 def _numbers(known_N: Floats, other_N: Floats) -> dict[str, float]:

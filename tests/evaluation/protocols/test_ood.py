@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedprompt.backbone.negative_words import negative_words
 from fedprompt.evaluation.registry import (
     result_tables,
 )
@@ -18,6 +19,9 @@ from tests.support.protocol_runs import (
     models_of,
     summary_of,
 )
+
+OF_LOGITS = {"MCM", "MSP", "energy", "NegLabel"}
+"""The scores that every method has."""
 
 
 def test_ood_by_a_second_way(runs: Callable[..., Path]) -> None:
@@ -45,6 +49,33 @@ def test_ood_by_a_second_way(runs: Callable[..., Path]) -> None:
         assert sum(share) == pytest.approx(1.0)
 
 
+def test_the_scores_of_the_logits_by_a_second_way(runs: Callable[..., Path]) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    folder = runs("ood")
+    part = summary_of(folder)["protocols"]["ood"]
+    workspace, shared, _ = models_of(folder)
+    clip, names = workspace.clip, workspace.task.class_names
+    assert workspace.held_out is not None
+    words = negative_words(clip, names, 100, "negatives")
+    words_WD = clip.zero_shot_classifier(words, ["The nice {}."])
+    tests = (workspace.partition.server_test, workspace.held_out.index_N)
+    found: dict[str, list[float]] = {"MSP": [], "energy": [], "NegLabel": []}
+    for index, inputs in zip(
+        tests, (workspace.server_test()[0], workspace.held_out_test()[0]), strict=True
+    ):
+        every = logits(workspace, names, shared, None, index).double().exp()
+        found["MSP"] += (every.amax(-1) / every.sum(-1)).tolist()
+        found["energy"] += every.sum(-1).log().tolist()
+        other = (clip.logit_scale * inputs.features @ words_WD.T).double().exp().sum(-1)
+        found["NegLabel"] += (every.sum(-1) / (every.sum(-1) + other)).tolist()
+    truth = [1] * len(tests[0]) + [0] * len(tests[1])
+    rows = {row["score"]: row for row in part["rows"] if row["model"] == "global"}
+    for score, values in found.items():
+        expected = roc_auc_score(truth, values)
+        assert rows[score]["auroc"] == pytest.approx(expected, abs=1e-4), score
+
+
 def test_ood_against_other_data_and_without_patches(
     runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,10 +86,10 @@ def test_ood_against_other_data_and_without_patches(
     summary = summary_of(folder)
     assert summary["classes"] == 20, "nothing is held out"
     assert list(summary["protocols"]["ood"]["out_images"]) == ["steppe", "oasis"]
-    assert {row["score"] for row in summary["protocols"]["ood"]["rows"]} == {"MCM"}
+    assert {row["score"] for row in summary["protocols"]["ood"]["rows"]} == OF_LOGITS
     (table,) = result_tables(summary, "here")
     assert "No GL-MCM: the backbone's image tower gives no patch features." in table.note
-    assert table.rows[-1][0] == "global, MCM, oasis"
+    assert table.rows[-1][0] == "global, NegLabel, oasis"
 
 
 def test_base_to_new_shares_its_new_classes_with_ood(runs: Callable[..., Path]) -> None:
@@ -82,6 +113,6 @@ def test_a_method_s_own_novelty_head_is_a_further_score(runs: Callable[..., Path
         novelty.append(found[0].numpy())
     truth = [0] * len(novelty[0]) + [1] * len(novelty[1])
     rows = {(row["model"], row["score"]): row for row in part["rows"]}
-    assert {score for model, score in rows if model == "zero-shot"} == {"MCM"}
+    assert {score for model, score in rows if model == "zero-shot"} == OF_LOGITS
     expected = roc_auc_score(truth, np.concatenate(novelty))
     assert rows["global", "novelty head"]["auroc"] == pytest.approx(expected, abs=1e-4)
