@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from fedprompt.config.conditions import ClockConfig, ConditionsConfig
 from fedprompt.config.fields import option
 from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
@@ -355,6 +356,8 @@ class Config:
     strategy: Any
     training: TrainingConfig
     federation: FederationConfig
+    conditions: ConditionsConfig
+    clock: ClockConfig
     simulation: SimulationConfig
     evaluation: EvaluationConfig
     attack: AttackConfig
@@ -378,6 +381,8 @@ SECTIONS: dict[str, type[Any]] = {
     "partition": PartitionConfig,
     "training": TrainingConfig,
     "federation": FederationConfig,
+    "conditions": ConditionsConfig,
+    "clock": ClockConfig,
     "simulation": SimulationConfig,
     "evaluation": EvaluationConfig,
     "attack": AttackConfig,

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import KINDS
+from fedprompt.config.conditions import ClockConfig, ConditionsConfig
 from fedprompt.config.schema import LOCAL_FOLDER, Config
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
@@ -176,8 +177,15 @@ def on_server(config: Config) -> Config:
     """The experiment as the server runs it: it opens its own test folder and no client's folder.
 
     Raises:
-        UserError: a protocol needs what only a simulation can do.
+        UserError: a protocol needs what only a simulation can do, or the config simulates what real
+            nodes do by themselves.
     """
+    for name, default in (("conditions", ConditionsConfig()), ("clock", ClockConfig())):
+        if getattr(config, name) != default:
+            raise UserError(
+                f"config: section '{name}' simulates what real nodes do by themselves; leave it "
+                "out of a deployment, or use 'fedprompt run'."
+            )
     for name in config.protocols:
         if what := protocol_class(name).simulation_only:
             raise UserError(

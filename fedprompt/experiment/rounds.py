@@ -178,7 +178,12 @@ def _refuse_untrained(federation: Federation, folder: RunFolder) -> None:
 
 def _most_often(lines: Sequence[Mapping[str, Any]]) -> str:
     """The most frequent reason for which updates were rejected, in brackets; or nothing."""
-    reasons = Counter(reason for line in lines for reason in line.get("dropped", {}).values())
+    reasons = Counter(
+        reason
+        for line in lines
+        for part in ("dropped", "absent")
+        for reason in line.get(part, {}).values()
+    )
     return f" (most often: {reasons.most_common(1)[0][0]})" if reasons else ""
 
 
@@ -294,7 +299,8 @@ def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
     # A trip through JSON turns tuples into lists and keys into strings, as in the file.
     if read_object(path) != json.loads(json.dumps(description)):
         raise UserError(
-            f"the data set or its partition is not what {path} says it was when the run began; "
+            f"the data set, its partition or conditions.trace is not what {path} says it was when "
+            "the run began; "
             "restore it, or start a new run with 'fedprompt run ... output.dir=...'."
         )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import ordered_sums
+from fedprompt.config.conditions import ClockConfig
 from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
@@ -260,8 +261,10 @@ def _local_only(
         settings.training, lr=settings.evaluation.local_only_lr or settings.training.lr
     )
     alone = workspace.with_method(reference.Config(context_tokens=tokens), training)
-    # Nothing is uploaded that would have to be hidden.
-    alone.config = replace(alone.config, secure_aggregation=SecureAggregationConfig())
+    # Nothing is uploaded that would have to be hidden or could come too late.
+    alone.config = replace(
+        alone.config, secure_aggregation=SecureAggregationConfig(), clock=ClockConfig()
+    )
     if not alone.trainable:
         display.message("no client has labels, so there is no local-only baseline")
         return None

@@ -95,6 +95,7 @@ def finish(
         "bytes_up": totals["bytes_up"],
         "bytes_down": totals["bytes_down"],
         "client_steps": client_steps(recorded),
+        **simulated_seconds(recorded),
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
     }
@@ -142,6 +143,16 @@ def client_steps(rounds: Sequence[Mapping[str, Any]]) -> int | None:
         return None
     steps: list[int] = [line["client_steps"] for line in rounds]
     return sum(steps)
+
+
+def simulated_seconds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The `simulated_seconds` of a run with a simulated clock; nothing for other runs.
+
+    Args:
+        rounds: the lines of rounds in `metrics.jsonl`.
+    """
+    clocks = [line["clock"]["seconds"] for line in rounds if "clock" in line]
+    return {"simulated_seconds": sum(clocks)} if clocks else {}
 
 
 def seconds_of(timings: Sequence[Mapping[str, Any]]) -> float:

@@ -200,6 +200,11 @@ def _check_secure_aggregation(config: Config) -> None:
             f"config: attack.kind={kind} is caught by checks of single replies, which "
             f"secure_aggregation hides; use {', '.join(SEEN_THROUGH[:-1])} or {SEEN_THROUGH[-1]}."
         )
+    if config.clock.enabled:
+        raise UserError(
+            "config: clock.enabled counts one message and one reply per client, and "
+            "secure_aggregation exchanges five; leave one of the two out."
+        )
     fraction = config.federation.fraction
     asked = max(1, round(fraction * config.able_to_train))
     if asked < FEWEST_CLIENTS:

@@ -6,6 +6,8 @@ Runs on the server. The grids of a simulation are in `fedprompt.simulation`; tha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -21,11 +23,17 @@ class CountingGrid(Grid):
 
     Args:
         run: Flower's description of the run.
+
+    Attributes:
+        traffic: the bytes of the last exchange.
+        silent: clients that receive training messages and answer none. Only a simulation's grid
+            heeds it; a deployment refuses the conditions that would set it.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.traffic = Traffic()
+        self.silent: Collection[int] = ()
 
     def set_run(self, run: Run) -> None:
         """Replace Flower's description of the run."""

@@ -19,10 +19,14 @@ class Clients:
     Args:
         node_of_client: Flower's node id of every client.
         trainable: ids of the clients that have labelled images; None if all of them have.
+        present: ids of the trainable clients that can be asked at present; None for all of them.
     """
 
     def __init__(
-        self, node_of_client: Mapping[int, int], trainable: Collection[int] | None = None
+        self,
+        node_of_client: Mapping[int, int],
+        trainable: Collection[int] | None = None,
+        present: Collection[int] | None = None,
     ) -> None:
         # Sorted, because draws are made by position and must not depend on the order of joining.
         self.node_of_client = dict(sorted(node_of_client.items()))
@@ -30,6 +34,7 @@ class Clients:
         self.ids = list(self.node_of_client)
         able = self.ids if trainable is None else trainable
         self.trainable = sorted(set(self.ids) & set(able))
+        self.present = self.trainable if present is None else sorted(set(present) & set(able))
 
 
 def draw_clients(clients: Clients, *, seed: int, server_round: int, fraction: float) -> list[int]:
@@ -42,13 +47,14 @@ def draw_clients(clients: Clients, *, seed: int, server_round: int, fraction: fl
         clients: the known clients.
         seed: seed of the run.
         server_round: the round, from 1.
-        fraction: share of the trainable clients, in (0, 1]; at least one client is drawn.
+        fraction: share of the trainable clients, in (0, 1]; at least one client is drawn. Fewer
+            are if so many are not present.
     """
     # Only trainable clients count, so that unlabelled ones do not enlarge the sample.
     count = max(1, round(fraction * len(clients.trainable)))
-    if count >= len(clients.trainable):
-        return list(clients.trainable)
+    if count >= len(clients.present):
+        return list(clients.present)
     # Keyed by the round, so that a resumed run draws the clients of an uninterrupted one.
     draw = generator(seed, "sample", server_round)
-    able = np.array(clients.trainable, dtype=np.int64)
+    able = np.array(clients.present, dtype=np.int64)
     return sorted(int(c) for c in draw.choice(able, size=count, replace=False))

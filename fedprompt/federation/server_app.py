@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -26,11 +27,13 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.client_app import COMMON, LABELS, PROTOCOLS, QUERY
+from fedprompt.federation.clock import Clock, message_bytes
 from fedprompt.federation.common_evaluation import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.personal_evaluation import reported_counts
 from fedprompt.federation.registry import strategy_class
+from fedprompt.federation.sampling import Clients
 from fedprompt.federation.scores import finite, personal_scores
 from fedprompt.federation.screening import (
     COMMON_COUNTS,
@@ -42,6 +45,7 @@ from fedprompt.federation.screening import (
     screen_evaluations,
 )
 from fedprompt.federation.strategy import SharedPromptStrategy
+from fedprompt.federation.trace import Trace
 from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import (
     MAX_EXAMPLES,
@@ -68,6 +72,7 @@ CLIENTS_AT_ONCE = 1000
 MESSAGE_BYTES_AT_ONCE = 1 << 30
 """The most bytes of messages in one exchange of an evaluation. Some methods send a client the
 prompts of several others, and a thousand such messages do not fit into the memory of a machine."""
+DROPPED_OUT = "dropped out, as conditions.dropout or conditions.trace has it"
 
 
 class TestRecord(Protocol):
@@ -116,6 +121,11 @@ class Federation:
             extras={n: t.numpy() for n, t in self.method.init_extras(config.seed).items()},
             rounds=config.federation.rounds,
         )
+        self.trace = Trace(config.conditions, config.seed, workspace.num_clients)
+        self.clock: Clock | None = None
+        if config.clock.enabled:
+            sizes = message_bytes(workspace.shared_shapes, workspace.extras_shapes)
+            self.clock = Clock(config.clock, config.seed, workspace.num_clients, sizes)
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.takes_steps = takes_steps(self.method)
         self.rejected = 0
@@ -210,8 +220,9 @@ class Federation:
         self.strategy.set_nodes(nodes, self.workspace.trainable)
 
     def describe(self) -> dict[str, Any]:
-        """Number of images by client and class, for `partition.json`."""
-        return self.workspace.describe()
+        """Number of images by client and class, for `partition.json`, and checksums of files."""
+        files = {"trace": self.trace.digest, "devices": self.clock.digest if self.clock else ""}
+        return self.workspace.describe() | {n: digest for n, digest in files.items() if digest}
 
     def training_images(self, client: int) -> int:
         """The number of a client's training images, from which its number of steps follows.
@@ -258,7 +269,11 @@ class Federation:
             # Recorded before clients are asked: their noise is new if a resumed run asks again.
             self.releases.add("clients", server_round, self.strategy.sampled)
         # 2. Send, and 3. check: the exchange returns what may be aggregated.
+        times = self._seconds(server_round, self.strategy.sampled)
+        absent = self._absent(server_round, times)
+        self.grid.silent = absent
         exchanged = self.exchange.train(server_round, self.strategy.shared, messages)
+        exchanged = exchanged.without(absent)
         # 4. Aggregate: the strategy computes the new shared tensors, if there is enough to do so.
         arrays = self.strategy.finish_round(server_round, exchanged)
         # With too few valid replies, the next round starts from the same tensors.
@@ -266,7 +281,11 @@ class Federation:
             self.arrays = arrays
         self.rejected += len(exchanged.dropped)
         self.asked.update(self.strategy.sampled)
-        return self._training_line(server_round, exchanged) | labels
+        line = self._training_line(server_round, exchanged) | labels
+        if self.clock is not None:
+            seconds = self.clock.round_seconds(times, absent)
+            line["clock"] = {"seconds": seconds, "clients": {str(c): s for c, s in times.items()}}
+        return line
 
     def _begin_active_round(self, server_round: int) -> dict[str, Any]:
         """In active learning, have all clients ask for labels, and start prompts again.
@@ -297,11 +316,61 @@ class Federation:
 
     def _sample(self, server_round: int) -> dict[int, Message]:
         """The training messages of a round, by client id."""
-        messages = self.strategy.configure_train(
-            server_round, self.arrays, self.exchange.settings(), self.grid
-        )
+        with self._only_present(server_round):
+            messages = list(
+                self.strategy.configure_train(
+                    server_round, self.arrays, self.exchange.settings(), self.grid
+                )
+            )
         client_of_node = self.strategy.known.client_of_node
         return {client_of_node[m.metadata.dst_node_id]: m for m in messages}
+
+    @contextmanager
+    def _only_present(self, server_round: int) -> Iterator[None]:
+        """Within it, the strategy knows who can be asked in a round; tests reach everyone."""
+        known = self.strategy.known
+        if not self.trace.trivial:
+            present = self.trace.present(server_round, known.trainable)
+            self.strategy.known = Clients(known.node_of_client, known.trainable, present)
+        try:
+            yield
+        finally:
+            self.strategy.known = known
+
+    def _seconds(self, server_round: int, clients: Sequence[int]) -> dict[int, float]:
+        """The simulated seconds of clients in a round; empty without a clock."""
+        if self.clock is None:
+            return {}
+        stage = stage_of(self.config, server_round)
+        return {c: self.clock.seconds(server_round, c, self._steps(c, stage)) for c in clients}
+
+    def _absent(self, server_round: int, times: Mapping[int, float]) -> dict[int, str]:
+        """Why sampled clients will not reply in time.
+
+        They are known before they are asked, so nobody trains in vain: a client that is late has
+        lost its work, and keeps its private tensors as they were.
+
+        Args:
+            server_round: the round.
+            times: the result of `_seconds`.
+
+        Returns:
+            The reasons by client id.
+        """
+        absent = {}
+        for client in self.strategy.sampled:
+            if self.trace.drops_out(server_round, client):
+                absent[client] = DROPPED_OUT
+            elif self.clock is not None and self.clock.is_late(times[client]):
+                deadline = self.config.clock.deadline_s
+                absent[client] = f"late: {times[client]:.3g} s, clock.deadline_s={deadline:g}"
+        return absent
+
+    def _steps(self, client: int, stage: Stage) -> int:
+        """The optimiser steps that a client takes in a round."""
+        if not self.takes_steps:
+            return 0
+        return local_steps(self._images_in(client, stage), self.config.training)
 
     def _training_line(self, server_round: int, exchanged: Exchanged) -> dict[str, Any]:
         """The training part of a round's line, in the order in which it is written."""
@@ -316,20 +385,18 @@ class Federation:
                 "sampled": len(self.strategy.sampled),
                 "accepted": exchanged.accepted,
                 "rejected": len(exchanged.dropped),
+                **({"absent": len(exchanged.absent)} if exchanged.absent else {}),
                 **self._without_labels(),
             },
             "bytes_up": exchanged.traffic.up,
             "bytes_down": exchanged.traffic.down,
-            "client_steps": sum(
-                local_steps(self._images_in(client, stage), config.training)
-                for client in exchanged.trained
-                if self.takes_steps
-            ),
+            "client_steps": sum(self._steps(client, stage) for client in exchanged.trained),
         }
         remarks: dict[str, Any] = {
             "statistics": exchanged.statistics,
             "strategy": self.strategy.metrics(),
             "dropped": {str(client): reason for client, reason in exchanged.dropped.items()},
+            "absent": {str(client): reason for client, reason in exchanged.absent.items()},
             "diverged": {str(client): what for client, what in exchanged.diverged.items()},
             **exchanged.remarks,
         }
@@ -613,7 +680,8 @@ class Federation:
         self.rejected = checkpoint.totals["rejected"]
         # Drawn again: which clients train depends on the seed and the round only.
         for server_round in range(1, checkpoint.server_round + 1):
-            self.asked.update(self.strategy.sample(server_round))
+            with self._only_present(server_round):
+                self.asked.update(self.strategy.sample(server_round))
 
 
 def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:

@@ -280,7 +280,7 @@ class SharedPromptStrategy(Strategy):
     def sample(self, server_round: int) -> list[int]:
         """Ids of the clients that train in a round, ascending.
 
-        An override must choose from `self.known.trainable` and may depend on `self.seed` and the
+        An override must choose from `self.known.present` and may depend on `self.seed` and the
         round only, so that a resumed run draws the same clients.
         """
         return draw_clients(
@@ -331,8 +331,9 @@ class SharedPromptStrategy(Strategy):
         Returns:
             The new shared tensors, or None if there is nothing to aggregate.
         """
-        self.rejected = dict(exchanged.dropped)
-        self.faults.add(self.rejected)
+        self.rejected = {**exchanged.dropped, **exchanged.absent}
+        # A simulated absence is no fault.
+        self.faults.add(exchanged.dropped)
         if exchanged.void:
             self.faults.add_round(server_round, exchanged.void)
         elif not exchanged.updates:

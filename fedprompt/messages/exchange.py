@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Message
@@ -57,6 +57,8 @@ class Exchanged:
         void: why nothing may be aggregated although clients have replied; empty if something may.
         statistics: of every statistic of the method by name, over the accepted clients, the `mean`
             weighted by their images, the `std` and the `max`.
+        absent: why a client has not replied, by client id in ascending order, where the experiment
+            simulates it (`conditions`). Such clients are not in `dropped`.
     """
 
     updates: list[Update]
@@ -69,6 +71,16 @@ class Exchanged:
     diverged: dict[int, str] = field(default_factory=dict)
     void: str = ""
     statistics: dict[str, dict[str, float]] = field(default_factory=dict)
+    absent: dict[int, str] = field(default_factory=dict)
+
+    def without(self, absent: Mapping[int, str]) -> Exchanged:
+        """The same result with some clients' silence explained.
+
+        Args:
+            absent: why clients have not replied, by client id in ascending order.
+        """
+        dropped = {client: why for client, why in self.dropped.items() if client not in absent}
+        return replace(self, dropped=dropped, absent=dict(absent))
 
 
 Send = Callable[[Sequence[Message]], tuple[list[Message], Traffic]]

@@ -168,14 +168,24 @@ class BlockGrid(CountingGrid):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         kind, stage = sent[0].metadata.message_type, stage_of(sent[0])
         parcels = to_parcels(sent)
-        replies = {} if stage in KEY_STAGES else self._in_blocks(kind, parcels, deadline)
+        reached = [k for k, p in enumerate(parcels) if not self._is_silent(p.client, kind, stage)]
+        replies: dict[int, bytes] = {}
+        if reached and stage not in KEY_STAGES:
+            trained = self._in_blocks(kind, [parcels[k] for k in reached], deadline)
+            replies = {reached[place]: reply for place, reply in trained.items()}
         # In the stage COLLECT the clients train in blocks as usual, and each then masks its reply.
         if stage is not None:
-            asked = replies if stage == COLLECT else range(len(parcels))
+            asked = replies if stage == COLLECT else reached
             replies = {k: self._secured(parcels[k], replies.get(k)) for k in asked}
         # Replies are ordered by message and not by arrival, since the server's sums depend on it.
         self.traffic = Traffic(sum(p.size for p in parcels), sum(map(len, replies.values())))
         return [from_wire(replies[place]) for place in sorted(replies)]
+
+    def _is_silent(self, client: int, kind: str, stage: str | None) -> bool:
+        """Whether a client has left the round: it is `silent`, and was sent the prompts."""
+        # Keys are exchanged before that.
+        before = stage in (SETUP, SHARE_KEYS)
+        return kind == MessageType.TRAIN and not before and client in self.silent
 
     def _in_blocks(self, kind: str, parcels: Sequence[Parcel], deadline: float) -> dict[int, bytes]:
         """Replies by position of their message; those of blocks not started in time are missing."""

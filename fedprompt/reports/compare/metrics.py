@@ -62,6 +62,7 @@ NEW_CLASSES = tuple(
 COSTS = (
     Metric("numbers_up", "numbers up", ("uploaded_numbers_per_client_round",), "count", None),
     Metric("bytes", "MiB sent", ("bytes_up", "bytes_down"), "bytes", None),
+    Metric("simulated_seconds", "simulated s", ("simulated_seconds",), "seconds", None),
 )
 ON_REQUEST = (
     Metric("client_steps", "client steps", ("client_steps",), "count", None),

@@ -16,7 +16,15 @@ TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
 MARK = "*"
 FEWEST_FOR_WILCOXON = 6
 """With fewer seeds than this, the smallest possible p, 2^(1 - n), is above 0.05."""
-BUDGET = ("training", "federation", "privacy", "secure_aggregation", "attack")
+BUDGET = (
+    "training",
+    "federation",
+    "conditions",
+    "clock",
+    "privacy",
+    "secure_aggregation",
+    "attack",
+)
 """Sections whose settings give a row an advantage or a handicap; they are named if they differ."""
 NAMED = 4
 """A value that more methods have than this is given with their number."""
