@@ -41,15 +41,21 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+NEEDS: dict[str, Any] = {"time_to_accuracy": {"clock": {"enabled": True}}}
+"""Sections without which a protocol refuses a run."""
+
+
 def config_of(*names: str, **sections: Any) -> Config:
     """A small experiment with these protocols beside the default ones."""
     options = {n: OPTIONS[n] for n in names if n in OPTIONS}
+    needed = {key: section for n in names for key, section in NEEDS.get(n, {}).items()}
     return small_config(
         **{
             "data": {"images_per_class": 8, "domains": ["savanna", "highland", "delta"]},
             "federation": {"rounds": 2},
             "protocols": [*DEFAULT, *names],
             "protocol_options": options,
+            **needed,
             **sections,
         }
     )
