@@ -88,6 +88,7 @@ BUDGET = {
     "gram": Positions(0, 140, 140),
     "ivlp": Positions(0, 98, 224),
     "kgcoop": Positions(59, 58, 116),
+    "latte": Positions(59, 0, 0),
     "locoop": Positions(0, 70, 140),
     "maple": Positions(0, 98, 182),
     "mocoop": Positions(723, 354, 708),
