@@ -47,7 +47,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
@@ -57,6 +56,7 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.float_pairs import joined, split
 from fedprompt.methods.parts.losses import cosine_logits
+from fedprompt.methods.parts.moments import moments, nonnegative, symmetric
 
 GRAM, TARGETS = "gram", "targets"
 
@@ -118,12 +118,8 @@ class AFL(Method):
 
     def shared_from_data(self, data: ClientData) -> Tensors:
         """G_k and B_k of the client's images in all their views."""
-        x_ND = data.inputs.features.cpu().double()
-        labels_N = data.labels_N.cpu().repeat(data.views)
-        y_NC = F.one_hot(labels_N, len(self.task.class_names)).to(x_ND)
-        upper = torch.triu_indices(*2 * [x_ND.shape[1]])
-        gram_DD, targets_CD = x_ND.T @ x_ND / len(x_ND), y_NC.T @ x_ND / len(x_ND)
-        return self._sent(gram_DD[upper[0], upper[1]], targets_CD)
+        own = moments(data, len(self.task.class_names))
+        return self._sent(own.gram_T, own.targets_CD)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The classifier W (K, C, D), solved in float64 on the CPU."""
@@ -160,15 +156,7 @@ def ridge_solution(gram_T: Tensor, targets_CD: Tensor, ridge: float) -> Tensor:
     Returns:
         W (C, D).
     """
-    width = targets_CD.shape[1]
-    upper = torch.triu_indices(width, width)
-    gram_DD = gram_T.new_zeros(width, width)
-    gram_DD[upper[0], upper[1]] = gram_T
-    gram_DD = gram_DD + gram_DD.triu(1).T
-    identity_DD = torch.eye(width, dtype=gram_DD.dtype)
-    # Moments have no negative eigenvalues, but noise may have given them some.
-    if torch.linalg.cholesky_ex(gram_DD + ridge / 2 * identity_DD).info:
-        values_D, vectors_DD = torch.linalg.eigh(gram_DD)
-        gram_DD = (vectors_DD * values_D.clamp(min=0)) @ vectors_DD.T
+    gram_DD = nonnegative(symmetric(gram_T, targets_CD.shape[1]), ridge / 2)
+    identity_DD = torch.eye(len(gram_DD), dtype=gram_DD.dtype)
     factor_DD = torch.linalg.cholesky(gram_DD + ridge * identity_DD)
     return torch.cholesky_solve(targets_CD.T, factor_DD).T

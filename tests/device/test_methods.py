@@ -99,7 +99,7 @@ def _assert_equal(ours: Life, theirs: Life) -> None:
 
 
 def test_there_is_a_budget_for_every_method_and_for_no_other() -> None:
-    without_steps = {"afl", "latte", "tfup", "tip_adapter", "zero_shot"}
+    without_steps = {"afl", "latte", "tfup", "tip_adapter", "tofa", "zero_shot"}
     assert set(STEP) == set(all_methods()) - without_steps
 
 

@@ -114,6 +114,7 @@ BUDGET = {
     "tfup_t": Positions(59, 0, 0),
     "spg": Positions(0, 58, 696),
     "tip_adapter": Positions(59, 0, 0),
+    "tofa": Positions(59, 0, 0),
     "vpt": Positions(59, 52, 156),
     "zero_shot": Positions(59, 0, 0),
 }

@@ -15,7 +15,7 @@ def test_the_papers_values_are_in_the_space(name: str) -> None:
     method = all_methods()[name]
     config = method.Config()
     # Only these train nothing at their default settings.
-    untrained = ("afl", "latte", "tfup", "tip_adapter", "zero_shot")
+    untrained = ("afl", "latte", "tfup", "tip_adapter", "tofa", "zero_shot")
     assert (config.lr_space is None) == (name in untrained)
     assert config.lr_space is None or 0.002 in config.lr_space
     searched = config.search_spaces
