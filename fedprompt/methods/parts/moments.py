@@ -68,4 +68,5 @@ def nonnegative(matrix_DD: Tensor, tolerance: float) -> Tensor:
     if not torch.linalg.cholesky_ex(matrix_DD + tolerance * identity_DD).info:
         return matrix_DD
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
-    return (vectors_DD * values_D.clamp(min=0)) @ vectors_DD.T
+    cleared_DD: Tensor = (vectors_DD * values_D.clamp(min=0)) @ vectors_DD.T
+    return cleared_DD
