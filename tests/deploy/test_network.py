@@ -236,19 +236,15 @@ def test_a_key_that_is_not_registered_is_rejected(machines: Machines) -> None:
     machines.shell.stop(stranger)
 
 
-def test_an_interruption_of_20_seconds_loses_nothing(machines: Machines, tmp_path: Path) -> None:
-    run = machines.run(rounds=3)
-    run.wait_until_training(2, 2)
-    machines.network.unplug("node-2")
-    run.pause(20)
-    machines.network.plug("node-2")
-    run.wait_for_end()
-    assert run.lost_and_nothing_else(tmp_path / "twin") == set()
-
-
-def test_delays_and_lost_packets_lose_nothing(machines: Machines, tmp_path: Path) -> None:
+def test_an_interruption_of_20_seconds_delays_and_lost_packets_lose_nothing(
+    machines: Machines, tmp_path: Path
+) -> None:
     with machines.network.poor_line("node-1"):
-        run = machines.run(rounds=2)
+        run = machines.run(rounds=3)
+        run.wait_until_training(2, 2)
+        machines.network.unplug("node-2")
+        run.pause(20)
+        machines.network.plug("node-2")
         run.wait_for_end()
     assert run.lost_and_nothing_else(tmp_path / "twin") == set()
 
