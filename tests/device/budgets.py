@@ -58,6 +58,7 @@ STEP = {
     "fedpha": Budget(310),
     "fedprox": Budget(100),
     "fedrsclip": Budget(140),
+    "fedsept": Budget(160),
     "fedtpg": Budget(165),
     "gram": Budget(180),
     "ivlp": Budget(205),

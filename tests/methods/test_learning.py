@@ -17,6 +17,8 @@ from tests.support.builders import small_config
 
 METHODS: dict[str, dict[str, Any]] = {
     "afl": {},
+    "tofa": {},
+    "fedsept": {"context_tokens": 4},
     "locoop": {"context_tokens": 4},
     "mocoop": {},
     "biomedcoop": {},

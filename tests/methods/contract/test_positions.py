@@ -84,6 +84,7 @@ BUDGET = {
     "fedpha": Positions(0, 210, 140),
     "fedprox": Positions(0, 70, 140),
     "fedrsclip": Positions(0, 116, 174),
+    "fedsept": Positions(0, 280, 560),
     "fedtpg": Positions(43, 58, 116),
     "gram": Positions(0, 140, 140),
     "ivlp": Positions(0, 98, 224),
