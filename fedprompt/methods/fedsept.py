@@ -22,7 +22,9 @@ have no effect and no gradient; what remains are the lines above. In training th
 the attention of a head, and with it a part of h, with probability 0.1; we do not. B_0 is drawn from
 a seed that all runs share, so that every reader of A knows it; the code draws it from the run's.
 The router starts from one draw on all clients. The README speaks of lambda_gate, which no line of
-the code has. By default the code clips the gradient of each image and adds noise (DP-SGD); nothing
+the code has. From the default start, contexts near zero, the residual learns what the experts do
+not: on the embedded scenes the global model's test loss does not fall within eight rounds, while
+from `init_std=0.2` it does (tests/methods/test_learning.py). By default the code clips the gradient of each image and adds noise (DP-SGD); nothing
 here is private in that sense.
 """
 
