@@ -24,8 +24,8 @@ a seed that all runs share, so that every reader of A knows it; the code draws i
 The router starts from one draw on all clients. The README speaks of lambda_gate, which no line of
 the code has. From the default start, contexts near zero, the residual learns what the experts do
 not: on the embedded scenes the global model's test loss does not fall within eight rounds, while
-from `init_std=0.2` it does (tests/methods/test_learning.py). By default the code clips the gradient of each image and adds noise (DP-SGD); nothing
-here is private in that sense.
+from `init_std=0.2` it does (tests/methods/test_learning.py). By default the code clips the gradient
+of each image and adds noise (DP-SGD); nothing here is private in that sense.
 """
 
 from __future__ import annotations
