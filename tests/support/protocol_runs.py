@@ -36,6 +36,12 @@ OPTIONS: dict[str, Any] = {
     "cross_data_set": {"targets": TARGETS},
     "ood": {"local": True},
     "leave_one_domain_out": {"domain": "highland"},
+    "corruptions": {
+        "kinds": ["jpeg_compression", "contrast"],
+        "severities": [1, 5],
+        "images": 10,
+        "client_images": 2,
+    },
     "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
     "unlearning": {"shadows": 0, "subsets": 2},
 }
