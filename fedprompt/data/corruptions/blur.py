@@ -19,7 +19,7 @@ SIDE = 224
 
 def scaled(length: float, image: Pixels) -> float:
     """A length for images of 224 pixels, in pixels of this image."""
-    return length * min(image.shape[:2]) / SIDE
+    return length * float(min(image.shape[:2])) / SIDE
 
 
 def convolved(image: Pixels, kernel: Pixels) -> Pixels:
@@ -35,8 +35,8 @@ def convolved(image: Pixels, kernel: Pixels) -> Pixels:
 
 def defocus_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
     """The mean over a disk with a soft edge; a pixel on the edge counts in part."""
-    radius, soft = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]
-    radius = scaled(radius, image_HW3)
+    pixels, soft = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]
+    radius = scaled(pixels, image_HW3)
     reach = math.ceil(radius) + 2
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = gaussian_filter((radius + 0.5 - np.hypot(x, y)).clip(0, 1), soft)
@@ -55,7 +55,7 @@ def glass_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> P
         move_2HW = draw.integers(-reach, reach + 1, (2, height, width))
         y, x = np.indices((height, width)) + move_2HW
         found = found[y.clip(0, height - 1), x.clip(0, width - 1)]
-    return gaussian_filter(found, (sigma, sigma, 0))
+    return np.asarray(gaussian_filter(found, (sigma, sigma, 0)))
 
 
 def motion_kernel(radius: float, sigma: float, angle: float) -> Pixels:
@@ -80,7 +80,7 @@ def motion_kernel(radius: float, sigma: float, angle: float) -> Pixels:
     for dy, part_y in ((0, 1 - (y - top)), (1, y - top)):
         for dx, part_x in ((0, 1 - (x - left)), (1, x - left)):
             np.add.at(kernel, (top + dy, left + dx), weights * part_y * part_x)
-    return kernel / kernel.sum()
+    return np.asarray(kernel / kernel.sum())
 
 
 def motion_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:

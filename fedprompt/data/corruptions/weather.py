@@ -44,7 +44,7 @@ def plasma(height: int, width: int, decay: float, draw: np.random.Generator) -> 
         found[half::step, ::step] = with_bumps(beside)
         step, bumps = half, bumps / decay
     found -= found.min()
-    return (found / found.max())[:height, :width]
+    return np.asarray(found / found.max())[:height, :width]
 
 
 def snow(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
@@ -61,22 +61,22 @@ def snow(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
     flakes_HW1 = convolved(flakes_HW, kernel)[:, :, None]
     grey_HW1 = (image_HW3 @ np.array(LUMA))[:, :, None]
     whitened = kept * image_HW3 + (1 - kept) * np.maximum(image_HW3, 1.5 * grey_HW1 + 0.5)
-    return whitened + flakes_HW1 + flakes_HW1[::-1, ::-1]
+    return np.asarray(whitened + flakes_HW1 + flakes_HW1[::-1, ::-1])
 
 
 def frost(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
     """The image, weakened, behind ice: bright ridges of a cloudy texture."""
     kept, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
-    clouds_HW = plasma(*image_HW3.shape[:2], 1.4, draw)
+    clouds_HW = plasma(image_HW3.shape[0], image_HW3.shape[1], 1.4, draw)
     ridges_HW = (1 - np.abs(2 * clouds_HW - 1)) ** 2
-    return kept * image_HW3 + ice * ridges_HW[:, :, None] * np.array(ICE)
+    return np.asarray(kept * image_HW3 + ice * ridges_HW[:, :, None] * np.array(ICE))
 
 
 def fog(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
     """A cloudy texture is added, and the sum brought back to the range of the image."""
     weight, decay = ((1.5, 2), (2.0, 2), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))[severity - 1]
     brightest = image_HW3.max()
-    clouds_HW1 = plasma(*image_HW3.shape[:2], decay, draw)[:, :, None]
+    clouds_HW1 = plasma(image_HW3.shape[0], image_HW3.shape[1], decay, draw)[:, :, None]
     return np.asarray((image_HW3 + weight * clouds_HW1) * brightest / (brightest + weight))
 
 
