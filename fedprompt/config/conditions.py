@@ -1,6 +1,7 @@
 """The sections of an experiment on what a simulation assumes about its clients' devices.
 
-`conditions` says who is there, and `clock` how long everything takes.
+`conditions` says who is there, `clock` how long everything takes, and `asynchronous` whether the
+server waits for a whole round.
 """
 
 from __future__ import annotations
@@ -76,3 +77,18 @@ class ClockConfig:
         for key in ("deadline_s", "devices"):
             if getattr(self, key) is not None and not self.enabled:
                 raise UserError(f"'{key}' has no effect without a clock; set clock.enabled=true.")
+
+
+@dataclass(frozen=True)
+class AsynchronousConfig:
+    """FedBuff: the server aggregates whenever its buffer is full; a round is one such step."""
+
+    # Buffer and exponent are those of FedBuff's paper.
+    enabled: bool = option(False, "whether clients train without waiting for each other")
+    buffer: int = option(10, "replies that the server aggregates in a step", ge=1)
+    concurrency: int | None = option(
+        None, "clients that train at a time; null = as many as federation.fraction asks for", ge=1
+    )
+    staleness_exponent: float = option(
+        0.5, "a reply that is t steps old counts (1 + t)^-exponent; 0 = all replies alike", ge=0
+    )

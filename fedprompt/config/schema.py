@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from fedprompt.config.conditions import ClockConfig, ConditionsConfig
+from fedprompt.config.conditions import AsynchronousConfig, ClockConfig, ConditionsConfig
 from fedprompt.config.fields import option
 from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
@@ -358,6 +358,7 @@ class Config:
     federation: FederationConfig
     conditions: ConditionsConfig
     clock: ClockConfig
+    asynchronous: AsynchronousConfig
     simulation: SimulationConfig
     evaluation: EvaluationConfig
     attack: AttackConfig
@@ -383,6 +384,7 @@ SECTIONS: dict[str, type[Any]] = {
     "federation": FederationConfig,
     "conditions": ConditionsConfig,
     "clock": ClockConfig,
+    "asynchronous": AsynchronousConfig,
     "simulation": SimulationConfig,
     "evaluation": EvaluationConfig,
     "attack": AttackConfig,

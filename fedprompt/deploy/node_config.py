@@ -38,8 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import KINDS
-from fedprompt.config.conditions import ClockConfig, ConditionsConfig
-from fedprompt.config.schema import LOCAL_FOLDER, Config
+from fedprompt.config.schema import LOCAL_FOLDER, SECTIONS, Config
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
@@ -180,8 +179,8 @@ def on_server(config: Config) -> Config:
         UserError: a protocol needs what only a simulation can do, or the config simulates what real
             nodes do by themselves.
     """
-    for name, default in (("conditions", ConditionsConfig()), ("clock", ClockConfig())):
-        if getattr(config, name) != default:
+    for name in ("conditions", "clock", "asynchronous"):
+        if getattr(config, name) != SECTIONS[name]():
             raise UserError(
                 f"config: section '{name}' simulates what real nodes do by themselves; leave it "
                 "out of a deployment, or use 'fedprompt run'."

@@ -31,7 +31,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         named, header = read_tensors(path)
-        groups: dict[str, dict[str, Tensor]] = {"shared": {}, "strategy": {}}
+        groups: dict[str, dict[str, Tensor]] = {"shared": {}, "strategy": {}, "flight": {}}
         for key, tensor in named.items():
             group, _, name = key.partition("/")
             groups[group][name] = tensor
@@ -44,6 +44,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             # Earlier versions have what is known about single clients among the strategy's state.
             clients=header.get("clients", ""),
             trained=header.get("trained", ""),
+            flight=groups["flight"],
         )
     except (KeyError, ValueError) as error:
         raise UserError(
@@ -58,7 +59,11 @@ def checkpoint_bytes(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> byt
         checkpoint: the checkpoint.
         metadata: further texts for the header of the file.
     """
-    groups = {"shared": checkpoint.shared, "strategy": checkpoint.strategy}
+    groups = {
+        "shared": checkpoint.shared,
+        "strategy": checkpoint.strategy,
+        "flight": checkpoint.flight,
+    }
     # Cloned, since safetensors refuses tensors that share memory, as a strategy's may.
     named = {
         f"{group}/{name}": tensor.detach().contiguous().clone()

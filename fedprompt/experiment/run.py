@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import ordered_sums
-from fedprompt.config.conditions import ClockConfig
+from fedprompt.config.conditions import AsynchronousConfig, ClockConfig
 from fedprompt.config.protection import SecureAggregationConfig
 from fedprompt.config.schema import Config
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
@@ -28,6 +28,7 @@ from fedprompt.experiment.summary import draw_report, finish, show_result
 from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.experiment.validate import unsuited_backbone
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace, opener_for
+from fedprompt.federation.asynchronous import open_federation
 from fedprompt.federation.server_app import Federation
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.page import is_whole
@@ -168,7 +169,7 @@ def _run(
             display.message(f"skipped {bad.where}: {bad.reason}")
         grid = open_grid(config, workspace, opener_for(config, resources), private)
         grid.check_memory()
-        federation = Federation(workspace, grid)
+        federation = open_federation(workspace, grid)
         line, totals = run_server(federation, folder, display, checkpoint, private, loggers.line)
         _train_references(federation, grid, display)
         local_only, fault = None, None
@@ -230,7 +231,7 @@ def _train_references(federation: Federation, grid: BlockGrid, display: Display)
             workspace.config = replace(
                 workspace.config, secure_aggregation=SecureAggregationConfig()
             )
-            reference = Federation(workspace, InlineGrid(workspace, answer=grid.answer))
+            reference = open_federation(workspace, InlineGrid(workspace, answer=grid.answer))
             trained[name] = train_reference(reference)
 
 
@@ -263,7 +264,10 @@ def _local_only(
     alone = workspace.with_method(reference.Config(context_tokens=tokens), training)
     # Nothing is uploaded that would have to be hidden or could come too late.
     alone.config = replace(
-        alone.config, secure_aggregation=SecureAggregationConfig(), clock=ClockConfig()
+        alone.config,
+        secure_aggregation=SecureAggregationConfig(),
+        clock=ClockConfig(),
+        asynchronous=AsynchronousConfig(),
     )
     if not alone.trainable:
         display.message("no client has labels, so there is no local-only baseline")

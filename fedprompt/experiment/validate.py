@@ -169,6 +169,8 @@ def check_config(config: Config) -> None:
             f"config: method '{config.method.name}' computes in float64 with these settings, which "
             "backbone.device=mps does not have; use cpu, or another method."
         )
+    if config.asynchronous.enabled:
+        _check_asynchronous(config)
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)
 
@@ -184,6 +186,34 @@ def _check_active_learning(config: Config) -> None:
         raise UserError(
             f"config: protocol {min(others)} trains clients on all their labels, which "
             "partition.labels_per_round hides; leave one of them out."
+        )
+
+
+def _check_asynchronous(config: Config) -> None:
+    if not config.clock.enabled:
+        raise UserError(
+            "config: asynchronous.enabled needs to know when clients are done; set "
+            "clock.enabled=true."
+        )
+    excluded = {
+        "clock.deadline_s, since nobody waits for a slow client": config.clock.deadline_s,
+        "secure_aggregation, whose sums are those of a round": config.secure_aggregation.enabled,
+        "privacy.noise, whose epsilon is counted by rounds": config.privacy.noise,
+        "partition.labels_per_round, for which all ask at once": config.partition.labels_per_round,
+        f"method '{config.method.name}', which counts rounds": config.method.lr_cycles > 1,
+    }
+    for what, there in excluded.items():
+        if there:
+            raise UserError(f"config: asynchronous.enabled excludes {what}; leave one of them out.")
+    if not strategy_class(config.strategy.name).works_without_rounds():
+        raise UserError(
+            f"config: strategy '{config.strategy.name}' treats the clients of a round as one "
+            "group, which asynchronous.enabled does not have; use fedavg."
+        )
+    if config.asynchronous.buffer > config.able_to_train:
+        raise UserError(
+            f"config: asynchronous.buffer={config.asynchronous.buffer} waits for more clients than "
+            f"the {config.able_to_train} that train; lower it."
         )
 
 

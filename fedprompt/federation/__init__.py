@@ -2,6 +2,9 @@
 
 server_app      the server's side: `Federation` trains and evaluates one round at a time
 sampling        which clients train in a round
+asynchronous    the same without rounds: FedBuff's steps
+trace           which clients of a simulation are there
+clock           how many seconds they take in a simulation
 strategy        the contract of all server strategies; the strategies are in `strategies/`
 registry        strategies by name
 exchange        sends the training messages and returns the updates

@@ -6,7 +6,7 @@ private tensors are not part of it; only their digest is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class Checkpoint:
         totals: `bytes_up`, `bytes_down` and `rejected` since the run began.
         trained: the training part of the line of `server_round` in `metrics.jsonl` and its seconds,
             as JSON, while its test of everyone goes on; "" once the round is complete.
+        flight: in an asynchronous run, who trains from which shared tensors at present; else empty.
         secret: whether the state must be kept secret; only the owner can read the file then.
         clients: digest of what the strategy knows about single clients, which is saved beside the
             checkpoint; "" if that is nothing.
@@ -36,3 +37,4 @@ class Checkpoint:
     clients: str = ""
     trained: str = ""
     secret: bool = False
+    flight: dict[str, Tensor] = field(default_factory=dict)

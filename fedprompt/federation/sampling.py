@@ -6,7 +6,7 @@ and `set_nodes`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -52,9 +52,20 @@ def draw_clients(clients: Clients, *, seed: int, server_round: int, fraction: fl
     """
     # Only trainable clients count, so that unlabelled ones do not enlarge the sample.
     count = max(1, round(fraction * len(clients.trainable)))
-    if count >= len(clients.present):
-        return list(clients.present)
     # Keyed by the round, so that a resumed run draws the clients of an uninterrupted one.
-    draw = generator(seed, "sample", server_round)
-    able = np.array(clients.present, dtype=np.int64)
-    return sorted(int(c) for c in draw.choice(able, size=count, replace=False))
+    return choose(clients.present, count, seed, "sample", server_round)
+
+
+def choose(among: Sequence[int], count: int, seed: int, *purpose: str | int) -> list[int]:
+    """Draw some of the clients, ascending; all of them if there are no more.
+
+    Args:
+        among: client ids, ascending.
+        count: how many to draw.
+        seed: seed of the run.
+        purpose: what the draw is for, as in `fedprompt.rng.generator`.
+    """
+    if count >= len(among):
+        return list(among)
+    drawn = generator(seed, *purpose).choice(np.array(among, np.int64), size=count, replace=False)
+    return sorted(int(c) for c in drawn)

@@ -181,6 +181,19 @@ class SharedPromptStrategy(Strategy):
         # `vars` ignores base classes, so that a subclass has to declare it again.
         return bool(vars(cls).get("linear_in_updates", False))
 
+    @classmethod
+    def works_without_rounds(cls) -> bool:
+        """Whether updates may be of different rounds, as in an asynchronous run.
+
+        They may not if the strategy chooses the clients of a round, sends single clients something
+        of its own, keeps something about them, or accounts for the privacy of a round.
+        """
+        by_round = (
+            "sample", "before_exchange", "client_extras", "client_shared", "changed_client_states"
+        )  # fmt: skip
+        plain = all(getattr(cls, n) is getattr(SharedPromptStrategy, n) for n in by_round)
+        return plain and not (cls.steps_without_replies or cls.secret_state)
+
     @property
     def weights_by_examples(self) -> bool:
         """Whether clients are weighed by their images, or all equally.
@@ -361,7 +374,20 @@ class SharedPromptStrategy(Strategy):
         # Kept for `aggregate`, which needs the tensors that the clients started from.
         self.shared = to_arrays(arrays)
         self.sampled = self.sample(server_round)
-        return self._messages(self.sampled, MessageType.TRAIN, server_round, arrays, config)
+        return self.training_messages(server_round, self.sampled, arrays, config)
+
+    def training_messages(
+        self, server_round: int, clients: Sequence[int], arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[Message]:
+        """Training messages to given clients, in their order; see `configure_train`.
+
+        Args:
+            server_round: the round, from 1.
+            clients: client ids.
+            arrays: the shared tensors that they train from.
+            config: settings that every message contains.
+        """
+        return self._messages(clients, MessageType.TRAIN, server_round, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -21,6 +21,7 @@ BUDGET = (
     "federation",
     "conditions",
     "clock",
+    "asynchronous",
     "privacy",
     "secure_aggregation",
     "attack",
