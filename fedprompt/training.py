@@ -114,6 +114,7 @@ def train_clients(
     rounds: int,
     momentum: Sequence[Tensors] | None = None,
     graphs: StepGraphs | None = None,
+    max_steps: int | None = None,
 ) -> list[LocalResult]:
     """Train K clients for `config.local_epochs` passes over their own images.
 
@@ -134,6 +135,7 @@ def train_clients(
             if the config keeps it. None if no client has any.
         graphs: recordings of this method's steps, which are replayed where they can be; None takes
             every step plainly. The results are the same.
+        max_steps: steps after which a client stops, at least 1; None for all of its epochs.
 
     Returns:
         One result per client, in the order given. The arguments are not changed.
@@ -142,8 +144,9 @@ def train_clients(
     order = sorted(range(len(data)), key=lambda k: -local_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
-    schedule = draw_batches(ordered, config, seed, server_round)
-    steps = tuple(local_steps(len(d), config) for d in ordered)
+    schedule = draw_batches(ordered, config, seed, server_round, max_steps)
+    limit = math.inf if max_steps is None else max_steps
+    steps = tuple(int(min(local_steps(len(d), config), limit)) for d in ordered)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
     there_N = resident(inputs_N, device)
     second = "second_view" in method.needs_to_train
@@ -224,9 +227,10 @@ def train_clients(
     )
     # Undo the sorting: the results are in the order of the arguments.
     place = {k: row for row, k in enumerate(order)}
+    seen_K = schedule.mask_SKB.sum((0, 2)).tolist()
     results = []
     for k, client in enumerate(data):
-        row, seen = place[k], len(client) * config.local_epochs
+        row, seen = place[k], seen_K[place[k]]
         means = {n: float(v[row]) / seen for n, v in totals.items()}
         results.append(
             LocalResult(

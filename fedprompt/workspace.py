@@ -153,11 +153,21 @@ class Workspace:
 
     @cached_property
     def trainable(self) -> list[int]:
-        """Clients that can train here, ascending.
+        """Clients that the server may ask to train, ascending.
 
-        They have training images, and labels of these unless the method learns without.
+        They have training images, and labels of these unless the method learns without, and do not
+        join late.
         """
-        return self.partition.able_to_train(self.config.method.learns_without_labels)
+        able = self.partition.able_to_train(self.config.method.learns_without_labels)
+        return [client for client in able if client not in self.late]
+
+    @cached_property
+    def late(self) -> frozenset[int]:
+        """Clients that join after the last round."""
+        partition = self.config.partition
+        # The head of one permutation: a larger `late_clients` only adds clients to the set.
+        draw = generator(self.config.seed, "partition", "late").permutation(partition.clients)
+        return frozenset(int(client) for client in draw[: partition.late_clients])
 
     @property
     def round_size(self) -> int:
@@ -336,7 +346,8 @@ class Workspace:
 
     def describe(self) -> dict[str, Any]:
         """Counts of clients x classes and domains, for `partition.json` and its plot."""
-        return describe(self.dataset, self.partition)
+        late = {"late_clients": sorted(self.late)} if self.late else {}
+        return describe(self.dataset, self.partition) | late
 
     def _trains(self, client: int, asked_N: Tensor | None) -> bool:
         """Whether a client has what the method learns from."""

@@ -115,6 +115,12 @@ class PartitionConfig:
         "methods that learn without",
         ge=0,
     )
+    late_clients: int = option(
+        0,
+        "clients, drawn at random, that are never asked to train: they join after the last round "
+        "(protocol late_joiners)",
+        ge=0,
+    )
     labels_per_round: int = option(
         0,
         "labels that each client asks for in every active round; 0 = all labels are known",
@@ -149,6 +155,16 @@ class PartitionConfig:
         if self.unlabelled_clients > self.clients:
             raise UserError(
                 f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients."
+            )
+        if self.late_clients >= self.clients:
+            raise UserError(
+                f"'late_clients' is {self.late_clients} of {self.clients} clients; at least one "
+                "must train."
+            )
+        if self.late_clients and self.unlabelled_clients:
+            raise UserError(
+                "'late_clients' need labels, and 'unlabelled_clients' may be the same; set one of "
+                "the two."
             )
 
 
@@ -373,7 +389,8 @@ class Config:
         """Number of clients that can train, provided that each has training images."""
         partition = self.partition
         without_labels = self.method.learns_without_labels
-        return partition.clients - (0 if without_labels else partition.unlabelled_clients)
+        unable = 0 if without_labels else partition.unlabelled_clients
+        return partition.clients - unable - partition.late_clients
 
 
 # `data`, `method` and `strategy` are missing: their classes depend on the names that are selected.

@@ -144,5 +144,5 @@ class NodeFederation(Federation):
 
     def _set_nodes(self) -> None:
         without_labels = self.config.method.learns_without_labels
-        able = self.nodes.able_to_train(without_labels)
+        able = set(self.nodes.able_to_train(without_labels)) - self.workspace.late
         self.strategy.set_nodes(self.nodes.node_of_client, able)

@@ -182,7 +182,7 @@ def _check_active_learning(config: Config) -> None:
             f"config: federation.rounds={rounds} cannot be divided into partition.active_rounds="
             f"{stages} equal parts; use a multiple."
         )
-    if others := {"privacy_audit", "unlearning"} & set(config.protocols):
+    if others := {"late_joiners", "privacy_audit", "unlearning"} & set(config.protocols):
         raise UserError(
             f"config: protocol {min(others)} trains clients on all their labels, which "
             "partition.labels_per_round hides; leave one of them out."

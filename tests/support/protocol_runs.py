@@ -44,10 +44,14 @@ OPTIONS: dict[str, Any] = {
     },
     "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
     "unlearning": {"shadows": 0, "subsets": 2},
+    "late_joiners": {"steps": [0, 2]},
 }
 
 
-NEEDS: dict[str, Any] = {"time_to_accuracy": {"clock": {"enabled": True}}}
+NEEDS: dict[str, Any] = {
+    "late_joiners": {"partition": {"late_clients": 1}},
+    "time_to_accuracy": {"clock": {"enabled": True}},
+}
 """Sections without which a protocol refuses a run."""
 
 

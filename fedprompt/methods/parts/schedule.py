@@ -52,7 +52,11 @@ class Schedule:
 
 
 def draw_batches(
-    data: Sequence[ClientData], config: TrainingConfig, seed: int, server_round: int
+    data: Sequence[ClientData],
+    config: TrainingConfig,
+    seed: int,
+    server_round: int,
+    max_steps: int | None = None,
 ) -> Schedule:
     """Draw the batches of all clients and pad them to one shape.
 
@@ -61,6 +65,7 @@ def draw_batches(
         config: batch size and epochs.
         seed: the experiment's seed.
         server_round: the round, counted from 1.
+        max_steps: steps after which a client stops; None for all of its epochs.
 
     Returns:
         The schedule. The last batch of an epoch may be smaller than `config.batch_size`.
@@ -95,6 +100,9 @@ def draw_batches(
                 mask[step, k, :size] = True
                 step += 1
         offset += n * client.views
+    if max_steps is not None:
+        index, second, mask = (a[:max_steps] for a in (index, second, mask))
+        steps_K = [min(steps, max_steps) for steps in steps_K]
     segments, first = [], 0
     for stop in sorted(set(steps_K)):
         segments.append((first, stop, sum(s >= stop for s in steps_K)))
