@@ -21,7 +21,7 @@ from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.selection import last_round, objective, select
 from fedprompt.experiment.trackers import Loggers
 from fedprompt.federation.scores import personal_part
-from fedprompt.federation.server_app import CLIENTS_AT_ONCE, Federation
+from fedprompt.federation.server_app import CLIENTS_AT_ONCE, LATE, Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.marks import marks
@@ -103,6 +103,9 @@ def finish(
     if unlabelled := sorted(workspace.partition.unlabelled):
         learns = config.method.learns_without_labels
         summary["unlabelled_clients"] = {"clients": unlabelled, "train": learns}
+    if workspace.late:
+        summary["late_clients"] = sorted(workspace.late)
+    summary |= absent_updates(recorded)
     if marked := marks(recorded, federation.asked):
         summary["marks"] = marked
     if line["round"] < rounds:
@@ -143,6 +146,25 @@ def client_steps(rounds: Sequence[Mapping[str, Any]]) -> int | None:
         return None
     steps: list[int] = [line["client_steps"] for line in rounds]
     return sum(steps)
+
+
+def absent_updates(rounds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """The updates that a simulation has left out, as `absent_updates`; nothing if there are none.
+
+    Args:
+        rounds: the lines of rounds in `metrics.jsonl`.
+
+    Returns:
+        The number of updates that were `asked` for, that have not come because their clients
+        `dropped_out`, and that have come `late`.
+    """
+    reasons = [why for line in rounds for why in line.get("absent", {}).values()]
+    if not reasons:
+        return {}
+    late = sum(why.startswith(LATE) for why in reasons)
+    asked = sum(line["clients"]["sampled"] for line in rounds if line.get("clients"))
+    counts = {"asked": asked, "dropped_out": len(reasons) - late, "late": late}
+    return {"absent_updates": counts}
 
 
 def simulated_seconds(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -73,6 +73,8 @@ MESSAGE_BYTES_AT_ONCE = 1 << 30
 """The most bytes of messages in one exchange of an evaluation. Some methods send a client the
 prompts of several others, and a thousand such messages do not fit into the memory of a machine."""
 DROPPED_OUT = "dropped out, as conditions.dropout or conditions.trace has it"
+LATE = "late: "
+"""How the reason begins for which a simulated reply that misses the deadline does not count."""
 
 
 class TestRecord(Protocol):
@@ -363,7 +365,7 @@ class Federation:
                 absent[client] = DROPPED_OUT
             elif self.clock is not None and self.clock.is_late(times[client]):
                 deadline = self.config.clock.deadline_s
-                absent[client] = f"late: {times[client]:.3g} s, clock.deadline_s={deadline:g}"
+                absent[client] = f"{LATE}{times[client]:.3g} s, clock.deadline_s={deadline:g}"
         return absent
 
     def _steps(self, client: int, stage: Stage) -> int:

@@ -67,7 +67,7 @@ def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Say where rows are not matched, who has no labels, and what rests on few images.
+    """Say where rows are not matched, who did not train, and what rests on few images.
 
     Args:
         summary: The content of `summary.json`.
@@ -86,6 +86,16 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             f"{len(clients)} of {plural(summary.get('clients') or 0, 'client')} without labels "
             f"({_listed(clients)}): "
             + ("trained without them" if unlabelled.get("train") else "tested, but not trained")
+        )
+    if clients := summary.get("late_clients"):
+        found.append(
+            f"{len(clients)} of {plural(summary.get('clients') or 0, 'client')} joined after the "
+            f"last round ({_listed(clients)}): tested, but not trained"
+        )
+    if absent := summary.get("absent_updates"):
+        found.append(
+            f"simulated: of {plural(absent['asked'], 'update')}, {absent['dropped_out']:,} were "
+            f"lost with clients that dropped out, and {absent['late']:,} came late"
         )
     few = summary.get("few_test_images") or {}
     if clients := few.get("clients"):

@@ -15,11 +15,12 @@ from fedprompt.config.conditions import ClockConfig
 from fedprompt.config.fields import build
 from fedprompt.deploy.node_config import on_server
 from fedprompt.errors import UserError
-from fedprompt.experiment.summary import simulated_seconds
+from fedprompt.experiment.summary import absent_updates, simulated_seconds
 from fedprompt.federation.clock import Clock, Device, message_bytes, parse_devices
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import Traffic, to_arrays
 from fedprompt.methods.parts.schedule import local_steps
+from fedprompt.reports.result_tables import remarks
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
@@ -116,6 +117,12 @@ def test_late_replies_are_those_of_clients_that_dropped_out(
     assert line["clients"]["absent"] == 1
     assert "deadline_s=1" in line["absent"]["2"]
     assert line["clock"]["seconds"] == 1.0, "the server has waited until then"
+    for lines, counts in (([line], (0, 1)), ([other], (1, 0)), ([line, other], (1, 1))):
+        (found,) = absent_updates([{"round": 0}, *lines]).values()
+        assert (found["dropped_out"], found["late"]) == counts
+        assert found["asked"] == 4 * len(lines)
+        assert "update" in remarks({"absent_updates": found})[0]
+    assert absent_updates([{"round": 0, "clients": None}]) == {}
     assert {n: a.tobytes() for n, a in to_arrays(late.arrays).items()} == {
         n: a.tobytes() for n, a in to_arrays(gone.arrays).items()
     }
