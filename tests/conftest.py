@@ -60,6 +60,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("FEDPROMPT_STATE", str(own / "fedprompt-state"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Files need not survive a loss of power in the middle of a test; a kill takes none of them.
+
+    Processes that a test starts do wait for it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_log_handlers() -> Iterator[None]:
     """Programs set up logging once per process; here many of them share one."""
