@@ -25,6 +25,9 @@ from fedprompt.reports.compare.table import (
     terminal,
 )
 from fedprompt.reports.draw import MARK, save_all
+from fedprompt.reports.figure import Figure
+from fedprompt.reports.format import Table
+from fedprompt.reports.result_tables import protocol_tables
 
 FORMS: dict[str, Callable[[Comparison], str]] = {
     "markdown": markdown,
@@ -119,15 +122,20 @@ def print_tables(tables: Sequence[Comparison], console: Console) -> None:
         console.print(terminal(table, console.width, bold=console.is_terminal))
 
 
-def print_sweep(folder: Path, console: Console) -> None:
-    """Print the table of a sweep's finished runs.
+def print_sweep(folder: Path, console: Console, protocol: str | None = None) -> None:
+    """Print the table of a sweep's finished runs, and a protocol's own comparison of them.
 
     Args:
         folder: The folder of the sweep.
         console: Where to print.
+        protocol: The protocol; None for none.
     """
     rows = load_rows([folder]).rows
     print_tables(tables_of(rows, choose(None, rows)), console)
+    if protocol is not None:
+        table, _ = _protocol_table(protocol, rows)
+        for one in protocol_tables([table], console.width):
+            console.print(one)
 
 
 def write_all(
@@ -179,11 +187,7 @@ def write_all(
 
 def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
     """Print and write the comparison that a protocol itself makes of single runs."""
-    # Protocols import PyTorch, which the other comparisons do not need.
-    from fedprompt.evaluation.registry import compare_runs
-
-    runs = [run for row in loaded.rows for run in row.runs.values()]
-    table, figure = compare_runs(name, runs)
+    table, figure = _protocol_table(name, loaded.rows)
     sys.stdout.write(f"{table.markdown()}\n\n{table.note}\n")
     if out is not None:
         refuse_foreign(out / f"{name}.md", b"| ")
@@ -195,6 +199,15 @@ def _compare_protocol(name: str, loaded: Loaded, out: Path | None) -> None:
                 sys.stderr.write(f"wrote {path}\n")
         except OSError as error:
             raise UserError(f"compare: cannot write to {out}: {error.strerror}.") from None
+
+
+def _protocol_table(name: str, rows: Sequence[Row]) -> tuple[Table, Figure]:
+    """The comparison that a protocol makes of the runs of some rows."""
+    # Protocols import PyTorch, which the other comparisons do not need.
+    from fedprompt.evaluation.registry import compare_runs
+
+    runs = [(run, row.label or run.path.name) for row in rows for run in row.runs.values()]
+    return compare_runs(name, [run for run, _ in runs], [label for _, label in runs])
 
 
 def _check(value: str, known: Sequence[str], option: str) -> None:

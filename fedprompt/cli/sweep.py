@@ -86,7 +86,7 @@ def sweep(
         failures = run_planned(
             table, planned, folder, jobs=jobs, serial=serial, address=ray_address
         )
-    _print_end(folder, planned, failures)
+    _print_end(folder, planned, failures, table.protocol)
     if failures:
         raise typer.Exit(1)
 
@@ -196,15 +196,17 @@ def _print_plan(
     )
 
 
-def _print_end(folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str]) -> None:
-    """Print the table of complete runs, the path of the report, and the runs that failed."""
+def _print_end(
+    folder: Path, planned: Sequence[PlannedRun], failures: dict[str, str], protocol: str | None
+) -> None:
+    """Print the tables of complete runs, the path of the report, and the runs that failed."""
     from fedprompt.cli.compare import print_sweep
     from fedprompt.reports.sweep_report import write_sweep_report
 
     console = Console(highlight=False)
     # With no complete run there is nothing to put into a table.
     if len(failures) < len(planned):
-        print_sweep(folder, console)
+        print_sweep(folder, console, protocol)
         page = write_sweep_report([folder], folder / "report.html", failed=[*failures.items()])
         console.print(f"report: {page}", markup=False, soft_wrap=True)
     for name, reason in failures.items():

@@ -30,6 +30,7 @@ __all__ = [
     "Table",
     "all_protocols",
     "build_options",
+    "comparable",
     "compare_runs",
     "figures",
     "hold_out",
@@ -207,12 +208,20 @@ def figures(run: RunData) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
+def comparable() -> list[str]:
+    """Names of the protocols that have a comparison of runs."""
+    return [name for name, cls in all_protocols().items() if "compare" in vars(cls)]
+
+
+def compare_runs(
+    name: str, runs: Sequence[RunData], labels: Sequence[str] = ()
+) -> tuple[Table, Figure]:
     """Compare the results of one protocol over several runs.
 
     Args:
         name: the name of the protocol.
         runs: the contents of the run folders.
+        labels: what each run is called, such as a sweep's row; by default the run's folder.
 
     Returns:
         One table and one figure of all runs.
@@ -222,16 +231,16 @@ def compare_runs(name: str, runs: Sequence[RunData]) -> tuple[Table, Figure]:
     """
     cls = protocol_class(name)
     parts = []
-    for run in runs:
+    called = labels or [run.path.name for run in runs]
+    for run, label in zip(runs, called, strict=True):
         part = (run.summary or {}).get("protocols", {}).get(name)
         if part is None:
             raise UserError(f"{run.path} holds no results of protocol '{name}'.")
-        parts.append((run.path.name, part))
+        parts.append((label, part))
     comparison = read(cls, "one of these runs", cls.compare, parts)
     if comparison is None:
-        comparable = [n for n, c in all_protocols().items() if "compare" in vars(c)]
         raise UserError(
-            f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable)}."
+            f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable())}."
         )
     return comparison
 

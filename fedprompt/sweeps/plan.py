@@ -10,6 +10,7 @@
     grid:                             every combination of these values, for each row
       partition.alpha: [0.1, 1]
     resources: {cpus: 1, gpus: 0, memory_gb: 0}    of one run; see `Resources`
+    protocol: few_shot                whose comparison of the runs is printed at the end [none]
     quick:                            what --quick changes: any of the above; `common` is added to,
       common: [federation.rounds=2]   `rows` may also list the names of the rows to keep
 
@@ -36,11 +37,12 @@ from fedprompt.config.fields import build, option
 from fedprompt.config.schema import Config, to_dict, to_yaml
 from fedprompt.config.shipped import load_yaml, refuse_unknown, yaml_file
 from fedprompt.errors import UserError
+from fedprompt.evaluation.registry import comparable
 from fedprompt.experiment.compose import compose
 from fedprompt.files import refuse_foreign, write_bytes
 from fedprompt.reports.compare.names import PLAN, describe, plain
 
-KEYS = ("name", "experiment", "seeds", "common", "rows", "grid", "resources", "quick")
+KEYS = ("name", "experiment", "seeds", "common", "rows", "grid", "resources", "protocol", "quick")
 MANY = 500
 """So many runs take seconds to plan, which a command says before it plans them."""
 SLUG = 60
@@ -73,6 +75,7 @@ class SweepFile:
     rows: Mapping[str, tuple[str, ...]]
     grid: Mapping[str, tuple[Any, ...]]
     resources: Resources
+    protocol: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ def load_sweep(path: Path, *, quick: bool = False) -> SweepFile:
         rows=_rows(values.get("rows"), path),
         grid=_grid(values.get("grid"), path),
         resources=build(Resources, values.get("resources") or {}, "resources"),
+        protocol=_protocol(without_texts(values.get("protocol")), path),
     )
 
 
@@ -191,6 +195,11 @@ def expand(sweep: SweepFile, out: Path, overrides: Sequence[str] = ()) -> list[P
             some = [*sweep.common, *changes, *cell, *overrides]
             # Composed once for all seeds, since their configs differ in nothing else.
             shared = _compose(sweep, some, label)
+            if sweep.protocol is not None and sweep.protocol not in shared.protocols:
+                raise UserError(
+                    f"sweep: {label}: 'protocol: {sweep.protocol}' compares what each run measures "
+                    "with it, so that it must be among the run's protocols."
+                )
             # A key that takes texts keeps the text, e.g. `yes`, so the table shows it too.
             point = {k: str(v) if _takes_text(shared, k) else point[k] for k, v in typed.items()}
             hashes = settings_hashes(shared, sweep.seeds)
@@ -432,6 +441,15 @@ def _grid(grid: Any, path: Path) -> dict[str, tuple[Any, ...]]:
         if key in grid:
             raise UserError(f"sweep: {path}: 'grid' cannot hold {key}; use 'seeds' and --out.")
     return {str(key): tuple(values) for key, values in grid.items()}
+
+
+def _protocol(name: Any, path: Path) -> str | None:
+    """The protocol whose comparison a sweep file asks for."""
+    if name is not None and name not in (known := comparable()):
+        raise UserError(
+            f"sweep: {path}: 'protocol' is {name!r}; these compare runs: {', '.join(known)}."
+        )
+    return None if name is None else str(name)
 
 
 def _texts(values: Any, where: str) -> tuple[str, ...]:

@@ -43,6 +43,15 @@ class TestPlan:
         )  # fmt: skip
         assert config.seed == 2
 
+    def test_a_protocol_that_compares_the_runs(self, tmp_path: Path) -> None:
+        name = "leave_one_domain_out"
+        with pytest.raises(UserError, match=rf"table.yaml: 'protocol' is 'ood'.*{name}"):
+            plan(tmp_path, protocol="ood")
+        with pytest.raises(UserError, match=f"PromptFL.*{name}.*among the run's protocols"):
+            plan(tmp_path, protocol=name)
+        protocols = [*TINY, f"protocols=[global,{name}]", "data.domains=[savanna,delta]"]
+        assert plan(tmp_path, protocol=name, common=protocols)
+
     def test_a_config_is_that_of_the_single_run(self, tmp_path: Path) -> None:
         run = plan(tmp_path)[3]
         folder = f"output.dir='{run.folder}'"

@@ -2,8 +2,9 @@
 
 Sources: Deeper, Broader and Artier Domain Generalization (Li et al., ICCV 2017, arXiv 1710.03077)
 for the protocol; FedCLIP (Lu et al., 2023, arXiv 2302.13485) for its federated form. One run holds
-out one domain; configs/sweep/leave_one_domain_out.yaml holds out each domain in turn, and
-`fedprompt compare --protocol leave_one_domain_out` puts these runs into one table.
+out one domain. `fedprompt sweep leave_one_domain_out` holds out each domain in turn, for several
+methods, and prints one table with the mean over the domains; `fedprompt compare --protocol
+leave_one_domain_out` prints the table of any runs.
 
 Zero-shot and the global model are tested on seen domains and on the unseen one, with accuracies
 over images. Personal models are tested on the unseen domain, with the mean over clients. Nothing is
@@ -12,13 +13,16 @@ selected on the unseen domain.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedprompt.config.fields import option
+from fedprompt.config.schema import OutputConfig, to_yaml
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.held_out import HeldOut, hold_out_domain
 from fedprompt.errors import UserError, did_you_mean
@@ -150,11 +154,20 @@ class LeaveOneDomainOut(Reported):
                 {"model": "personal", "by_domain": {}, "seen": None, "unseen": mean, "std": std}
             )
         return {
+            "method": self.config.method.name,
+            "settings": self._settings(),
             "unseen_domain": workspace.held_out.name,
             "seen_domains": list(workspace.dataset.domain_names),
             "unseen_images": len(workspace.held_out.index_N),
             "rows": rows,
         }
+
+    def _settings(self) -> str:
+        """A digest of the config that is the same whichever domain is held out, for all seeds."""
+        options = dict(self.config.protocol_options)
+        options.pop(self.name, None)
+        same = replace(self.config, seed=0, output=OutputConfig(), protocol_options=options)
+        return hashlib.sha256(to_yaml(same).encode()).hexdigest()[:10]
 
     @classmethod
     def table(cls, part: Part) -> Table:
@@ -191,28 +204,27 @@ class LeaveOneDomainOut(Reported):
     def compare(cls, runs: Sequence[tuple[str, Part]]) -> tuple[Table, Figure]:
         """The accuracy on each domain in the runs that held it out, and the mean over domains.
 
-        If several runs held out the same domain, for example with different seeds, their mean
-        counts.
+        Runs that differ in the domain and the seed only share a row. If several of them held out
+        the same domain, their mean counts. Zero-shot CLIP is the same in all runs.
         """
         domains = sorted({part["unseen_domain"] for _, part in runs})
-        models = list(dict.fromkeys(row["model"] for _, part in runs for row in part["rows"]))
-
-        def unseen(model: str, domain: str) -> float | None:
-            accuracies = [
-                row["unseen"]
-                for _, part in runs
-                if part["unseen_domain"] == domain
-                for row in part["rows"]
-                if row["model"] == model and row["unseen"] is not None
-            ]
-            return float(np.mean(accuracies)) if accuracies else None
-
-        values = {model: [unseen(model, domain) for domain in domains] for model in models}
-        for accuracies in values.values():
-            known = [v for v in accuracies if v is not None]
+        found: dict[str, dict[str, list[float]]] = {}
+        for (_, part), name in zip(runs, _row_names(runs), strict=True):
+            for row in part["rows"]:
+                zero_shot = row["model"] == "zero-shot"
+                model = row["model"] if zero_shot or not name else f"{name}: {row['model']}"
+                accuracies = found.setdefault(model, {domain: [] for domain in domains})
+                if row["unseen"] is not None:
+                    accuracies[part["unseen_domain"]].append(row["unseen"])
+        values = {
+            model: [float(np.mean(of[d])) if of[d] else None for d in domains]
+            for model, of in found.items()
+        }
+        for means in values.values():
+            known = [v for v in means if v is not None]
             # A mean over fewer domains could not be compared with the other models' means.
-            accuracies.append(float(np.mean(known)) if len(known) == len(domains) else None)
-        rows = tuple((model, *map(percent, accuracies)) for model, accuracies in values.items())
+            means.append(float(np.mean(known)) if len(known) == len(domains) else None)
+        rows = tuple((model, *map(percent, means)) for model, means in values.items())
         note = (
             f"Each domain's accuracy is from the runs that held it out ({len(runs)} runs in all); "
             "the last column is the mean over domains."
@@ -220,3 +232,19 @@ class LeaveOneDomainOut(Reported):
         table = Table(cls.title, ("model", *domains, "mean"), rows, note)
         title = f"{cls.title}: unseen domains"
         return table, model_bars(cls.name, title, cls.caption, [*domains, "mean"], values)
+
+
+def _row_names(runs: Sequence[tuple[str, Part]]) -> list[str]:
+    """What each run's models are called: nothing, the method, or its run's name.
+
+    Runs of equal settings have one name. Parts that an earlier version has written have no
+    settings and count as equal.
+    """
+    settings = [part.get("settings", "") for _, part in runs]
+    methods = {s: part.get("method", "") for s, (_, part) in zip(settings, runs, strict=True)}
+    if len(methods) == 1:
+        return [""] * len(runs)
+    # The first run's name tells variants of a method apart.
+    first = {s: name for s, (name, _) in reversed([*zip(settings, runs, strict=True)])}
+    several = {m for m, count in Counter(methods.values()).items() if count > 1}
+    return [first[s] if methods[s] in several else methods[s] for s in settings]

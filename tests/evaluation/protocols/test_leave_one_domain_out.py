@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from fedprompt.cli.compare import print_sweep
 from fedprompt.errors import UserError
-from fedprompt.evaluation.registry import (
-    compare_runs,
-)
+from fedprompt.evaluation.protocols.leave_one_domain_out import LeaveOneDomainOut
+from fedprompt.evaluation.registry import compare_runs
 from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.run_data import load_run
@@ -71,5 +73,29 @@ def test_domains_in_turn_are_one_table(runs: Callable[..., Path]) -> None:
         f"{100 * v:.1f} %" for v in (unseen[1], unseen[0], np.mean(unseen))
     )
     assert isinstance(figure, Figure)
+    console = Console(record=True, width=100)
+    print_sweep(folders[0], console, "leave_one_domain_out")
+    assert table.rows[1][2] in console.export_text()
     with pytest.raises(UserError, match="holds no results of protocol 'few_shot'"):
         compare_runs("few_shot", [load_run(folders[0])])
+
+
+def test_methods_and_variants_of_one_have_rows_of_their_own() -> None:
+    def part(method: str, settings: str, domain: str, accuracy: float) -> dict[str, Any]:
+        rows = [{"model": "zero-shot", "unseen": 0.5}, {"model": "global", "unseen": accuracy}]
+        return {"method": method, "settings": settings, "unseen_domain": domain, "rows": rows}
+
+    runs = [
+        ("short", part("promptfl", "s1", "sea", 0.6)),
+        ("short", part("promptfl", "s1", "sky", 0.7)),
+        ("long", part("promptfl", "s2", "sea", 0.8)),
+        ("other", part("trip", "s3", "sky", 0.9)),
+        ("other", part("trip", "s3", "sky", 0.7)),
+    ]
+    table, _ = LeaveOneDomainOut.compare(runs)
+    assert table.rows == (
+        ("zero-shot", "50.0 %", "50.0 %", "50.0 %"),
+        ("short: global", "60.0 %", "70.0 %", "65.0 %"),
+        ("long: global", "80.0 %", "-", "-"),
+        ("trip: global", "-", "80.0 %", "-"),
+    )
