@@ -5,7 +5,7 @@ Used on the server: `complete` when a config is composed, `open_others` before t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.sections import data_config
 from fedprompt.data.sources.registry import build_data
 from fedprompt.errors import UserError
+from fedprompt.methods.base import Method
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def open_others(
     seed: int,
     clip: FrozenCLIP,
     cache_dir: Path,
-    needs: Collection[str],
+    method: Method,
 ) -> list[TestSet]:
     """Open the data sets of `complete`, and encode their test images if no cache holds them.
 
@@ -93,7 +94,7 @@ def open_others(
         seed: the experiment's seed, which decides on generated images and random splits.
         clip: the frozen backbone.
         cache_dir: the folder for downloads and encoded features.
-        needs: which inputs of an image the method under test reads; see `Method.needs`.
+        method: the method under test, which says what it reads of an image.
 
     Returns:
         One test set per section, in order.
@@ -102,11 +103,11 @@ def open_others(
         UserError: a data set cannot be found, downloaded or read, or it has no test images.
     """
     configs = [build_data(section) for section in sections]
-    return [_open(config, seed, clip, cache_dir, needs) for config in configs]
+    return [_open(config, seed, clip, cache_dir, method) for config in configs]
 
 
 def _open(
-    config: DataConfig, seed: int, clip: FrozenCLIP, cache_dir: Path, needs: Collection[str]
+    config: DataConfig, seed: int, clip: FrozenCLIP, cache_dir: Path, method: Method
 ) -> TestSet:
     dataset = open_dataset(config, seed, cache_dir)
     index_N = np.flatnonzero(dataset.split_N == TEST)
@@ -116,6 +117,8 @@ def _open(
         dataset,
         tuple(config.templates),
         index_N,
-        open_feature_table(clip, dataset, cache_dir, needs).rows(index_N),
+        open_feature_table(clip, dataset, cache_dir, method.needs, routing=method.routing).rows(
+            index_N
+        ),
         torch.from_numpy(dataset.labels_N[index_N]),
     )

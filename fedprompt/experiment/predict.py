@@ -138,7 +138,7 @@ class PromptModel:
     @torch.no_grad()
     def _classify(self, paths: Sequence[Path], images_B3HW: Tensor, top: int) -> list[Prediction]:
         """The predictions of one batch."""
-        inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs)
+        inputs_B = encode_inputs(self.clip, images_B3HW, self.method.needs, self.method.routing)
         inputs_1B = inputs_B.of_one().on(self.clip.device)
         probabilities_BC = self.method.logits(self.encoded, inputs_1B)[0].softmax(-1)
         best = probabilities_BC.topk(min(top, len(self.task.class_names)), dim=-1)

@@ -23,6 +23,7 @@ from fedprompt.data.features.table import open_feature_table
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition.copies import warn_of_copies
+from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import hold_out
 from fedprompt.experiment.companions import with_companions
 from fedprompt.workspace import Workspace
@@ -166,6 +167,7 @@ def open_workspace(
     clip = with_companions(resources.clip(config.backbone, cache_dir), config, cache_dir)
     shown = dataset if readable_N is None else withheld(dataset, readable_N)
     workspace = Workspace(config, clip, shown, partition, (), held_out)
+    _check_domains(workspace)
     if workspace.method.reads_descriptions and config.data.descriptions is None:
         log.warning(
             "data.descriptions is not set: the data set's %d templates stand in for the sentences "
@@ -186,6 +188,7 @@ def open_workspace(
             workspace.method.needs | workspace.method.needs_to_train,
             view=view,
             crop_scale=config.data.crop_scale,
+            routing=workspace.method.routing,
             progress=progress,
         )
         for view in range(config.data.views)
@@ -211,3 +214,24 @@ def open_workspace(
         # The features of all images are in one file, so the table itself refuses the others.
         workspace.views = tuple(replace(view, readable_N=readable_N) for view in workspace.views)
     return workspace
+
+
+def _check_domains(workspace: Workspace) -> None:
+    """Refuse a method whose numbers of domains are not those of the clients' images.
+
+    With other partition schemes, clients stand for domains, whatever they hold.
+    """
+    told, options = workspace.method.domains, workspace.config.partition
+    if told is None or not options.scheme.startswith("domain"):
+        return
+    if options.domain_clients != "equal":
+        raise UserError(
+            f"config: method {workspace.method.name} numbers the domains of clients in turn; set "
+            "partition.domain_clients=equal."
+        )
+    names = workspace.dataset.domain_names
+    if told != len(names):
+        raise UserError(
+            f"config: method.domains={told}, but clients hold {len(names)} domains "
+            f"({', '.join(names)}); set method.domains={len(names)}."
+        )

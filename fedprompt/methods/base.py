@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import refuse_twins
+from fedprompt.backbone.token_routing import TokenRouting
 from fedprompt.config.fields import option
 from fedprompt.config.search import Range, Space, log_range
 from fedprompt.data.features.inputs import Inputs
@@ -189,7 +190,8 @@ class Method(ABC):
     """The method's `MethodConfig`."""
 
     needs: frozenset[str] = frozenset({"features"})
-    """What `logits` reads of an image: `features`, optionally `patches`, `local` or `pixels`."""
+    """What `logits` reads of an image: `features`, optionally `patches`, `local`, `pixels` or
+    `routing`."""
     needs_to_train: frozenset[str] = frozenset()
     """What only `loss_terms` reads besides; test images come without it. `second_view` asks for the
     features of another view of each image (`Batch.second_KBD`)."""
@@ -202,6 +204,11 @@ class Method(ABC):
     teacher: FrozenCLIP | None = None
     """A further frozen model whose image features are `Inputs.teacher` in training; None for none.
     """
+    routing: TokenRouting | None = None
+    """How the tokens of an image are routed to experts, for methods that need `routing`."""
+    domains: int | None = None
+    """How many domains the method tells apart, of which client k has number k modulo this; None for
+    methods that know of no domains."""
     reads_descriptions: bool = False
     """Whether it learns from `Task.sentences`; a run without `data.descriptions` then says so."""
     trainable: bool = True

@@ -48,6 +48,8 @@ STEP = {
     "fdbpl": Budget(210),
     "fedclip": Budget(95),
     "fedcocoop": Budget(105),
+    "fedapt": Budget(170),
+    "feddeap": Budget(405),
     "feddda": Budget(200),
     "fedkgcoop": Budget(115),
     "fedmaple": Budget(215),
@@ -86,6 +88,8 @@ STEP = {
     "scaffold": Budget(100),
     "tfup_t": Budget(95),
     "spg": Budget(365),
+    "plan": Budget(370),
+    "trip": Budget(110),
     "vpt": Budget(130),
 }
 """By method; methods that learn nothing have no steps."""

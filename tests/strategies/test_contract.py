@@ -28,10 +28,14 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
 EXTRAS: dict[str, Arrays] = {
+    "all_peers": {
+        "peers.known": np.zeros(CLIENTS, np.float32),
+        "peers.ctx": np.zeros((CLIENTS, 3, 4), np.float32),
+    },
     "posterior_samples": {
         "samples.known": np.zeros(2, np.float32),
         "samples.ctx": np.zeros((2, 3, 4), np.float32),
-    }
+    },
 }
 OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fedavg": {"clip": 0.2}}
 """Where the defaults would leave out what is to be tested."""

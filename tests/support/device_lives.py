@@ -105,7 +105,9 @@ def images(clip: FrozenCLIP, count: int) -> Inputs:
     pixels = torch.randint(256, (count, 3, *size), generator=draws, dtype=torch.uint8)
     norms = 1 + torch.rand(count, generator=draws)
     features, patches, local = vectors(count), vectors(count, 4), vectors(count, 4)
-    return Inputs(features, patches, pixels, clip.mean_std.cpu(), norms, local)
+    routing = torch.rand(count, 2, 8, generator=draws).softmax(-1)
+    mean_std = clip.mean_std.cpu()
+    return Inputs(features, patches, pixels, mean_std, norms, local, routing=routing)
 
 
 def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
@@ -120,6 +122,7 @@ def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
             all_of_them.mean_std,
             all_of_them.norms,
             all_of_them.local if "local" in needs else None,
+            routing=all_of_them.routing if "routing" in needs else None,
         )
         data.append(ClientData(client, inputs, torch.arange(size) % len(TASK.class_names)))
     return data

@@ -30,6 +30,8 @@ class Inputs:
         local: (..., P, D), L2-normalised local features, each of one patch alone, or None. How they
             differ from `patches` is in `fedprompt.backbone.patch_features`.
         teacher: (..., T), L2-normalised image features of another frozen model, or None.
+        routing: (..., 2, E), weights of experts in training and in tests, or None; see
+            `fedprompt.backbone.token_routing`.
     """
 
     features: Tensor
@@ -39,6 +41,7 @@ class Inputs:
     norms: Tensor | None = None
     local: Tensor | None = None
     teacher: Tensor | None = None
+    routing: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the length of the first axis."""
@@ -95,6 +98,7 @@ class Inputs:
             None if self.norms is None else change(self.norms),
             None if self.local is None else change(self.local),
             None if self.teacher is None else change(self.teacher),
+            None if self.routing is None else change(self.routing),
         )
 
 
@@ -113,4 +117,5 @@ def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inp
         one("norms"),
         one("local"),
         one("teacher"),
+        one("routing"),
     )

@@ -8,8 +8,8 @@ Suffixes: N images, D joint embedding, P patches, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder, local_encoder
+from fedprompt.backbone.patch_features import dense_encoder, local_encoder
+from fedprompt.backbone.token_routing import TokenRouting
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.cache import cached
-from fedprompt.data.features.encoding import Encoding, augmented
+from fedprompt.data.features.columns import (
+    local_of,
+    patch_encoder,
+    patches_of,
+    pixels_of,
+    router,
+    routing_of,
+)
+from fedprompt.data.features.encoding import augmented
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.rows import Rows
-from fedprompt.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +51,7 @@ class FeatureTable:
         readable_N: the images that may be read, or None for all.
         local_NPD: L2-normalised local features of patches, or None.
         teacher_NT: image features of another frozen model, not normalised, or None.
+        routing_N2E: weights of experts in training and in tests, or None.
     """
 
     features_ND: Rows
@@ -53,6 +61,7 @@ class FeatureTable:
     readable_N: NDArray[np.bool_] | None = None
     local_NPD: Rows | None = None
     teacher_NT: Rows | None = None
+    routing_N2E: Rows | None = None
 
     def rows(self, index: NDArray[np.int64], needs: Collection[str] | None = None) -> Inputs:
         """Read the images of the given row numbers into memory.
@@ -82,6 +91,7 @@ class FeatureTable:
             norms,
             read("local", self.local_NPD),
             None if teacher is None else F.normalize(teacher, dim=-1),
+            read("routing", self.routing_N2E),
         )
 
 
@@ -93,6 +103,7 @@ def open_feature_table(
     *,
     view: int = 0,
     crop_scale: float = 1.0,
+    routing: TokenRouting | None = None,
     index_R: NDArray[np.int64] | None = None,
     progress: bool = True,
 ) -> FeatureTable:
@@ -102,9 +113,11 @@ def open_feature_table(
         clip: the frozen backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        needs: what the method needs beside features: `patches`, `local`, `pixels`, or nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`, or
+            nothing.
         view: number of the view; 0 is the whole image, others are random crops.
         crop_scale: smallest share of an image's area in a crop.
+        routing: how tokens are routed, if that is needed.
         index_R: the images to open, in this order; None for all of them.
         progress: whether to report progress on stderr.
 
@@ -120,7 +133,14 @@ def open_feature_table(
     if dataset.owners_N is not None and index_R is None:
         parts = [
             open_feature_table(
-                clip, part, cache_dir, needs, view=view, crop_scale=crop_scale, progress=progress
+                clip,
+                part,
+                cache_dir,
+                needs,
+                view=view,
+                crop_scale=crop_scale,
+                routing=routing,
+                progress=progress,
             )
             for part in dataset.parts
         ]
@@ -128,11 +148,13 @@ def open_feature_table(
     plain = augmented(clip, dataset, view, crop_scale)
     encodings = [plain]
     if "patches" in needs:
-        encodings.append(_patches(clip, plain))
+        encodings.append(patches_of(clip, plain))
     if "local" in needs:
-        encodings.append(_local(clip, plain))
+        encodings.append(local_of(clip, plain))
     if "pixels" in needs:
-        encodings.append(_pixels(clip, plain))
+        encodings.append(pixels_of(clip, plain))
+    if "routing" in needs:
+        encodings.append(routing_of(clip, plain, routing))
     columns = cached(clip, dataset, cache_dir, encodings, index_R=index_R, progress=progress)
     found = dict(zip((encoding.view for encoding in encodings), columns, strict=True))
     return FeatureTable(
@@ -141,17 +163,25 @@ def open_feature_table(
         found.get(f"pixels-{plain.view}"),
         clip.mean_std if "pixels" in needs else None,
         local_NPD=found.get(f"local-{plain.view}"),
+        routing_N2E=None if routing is None else found.get(f"{routing.view}-{plain.view}"),
     )
 
 
 @torch.no_grad()
-def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str]) -> Inputs:
+def encode_inputs(
+    clip: FrozenCLIP,
+    images_B3HW: Tensor,
+    needs: Collection[str],
+    routing: TokenRouting | None = None,
+) -> Inputs:
     """Encode preprocessed images as `Inputs`, without the cache.
 
     Args:
         clip: the frozen backbone.
         images_B3HW: images as `clip.preprocess` returns them.
-        needs: what the method needs beside features: `patches`, `local`, `pixels`, or nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`, or
+            nothing.
+        routing: how tokens are routed, if that is needed.
 
     Returns:
         The images as a set of B.
@@ -160,10 +190,11 @@ def encode_inputs(clip: FrozenCLIP, images_B3HW: Tensor, needs: Collection[str])
         UserError: the backbone has no patch features.
     """
     features, norms = _normalised(clip.encode_images(images_B3HW))
-    patches = _of_patches(clip, dense_encoder)[0](images_B3HW) if "patches" in needs else None
-    local = _of_patches(clip, local_encoder)[0](images_B3HW) if "local" in needs else None
+    patches = patch_encoder(clip, dense_encoder)[0](images_B3HW) if "patches" in needs else None
+    local = patch_encoder(clip, local_encoder)[0](images_B3HW) if "local" in needs else None
     pixels = images_B3HW if "pixels" in needs else None
-    return Inputs(features, patches, pixels, norms=norms, local=local)
+    routed = router(clip, routing)(images_B3HW) if "routing" in needs else None
+    return Inputs(features, patches, pixels, norms=norms, local=local, routing=routed)
 
 
 def _normalised(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,55 +256,7 @@ def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
         stack("pixels_N3HW"),
         parts[0].mean_std,
         local_NPD=stack("local_NPD"),
-    )
-
-
-def _patches(clip: FrozenCLIP, plain: Encoding) -> Encoding:
-    """Return the encoding of images into L2-normalised patch features (P, D)."""
-    encode, patches = _of_patches(clip, dense_encoder)
-    shape = (patches, clip.embed_dim)
-    return replace(plain, view=f"patches-{plain.view}", shape=shape, encode=encode)
-
-
-def _local(clip: FrozenCLIP, plain: Encoding) -> Encoding:
-    """Return the encoding of images into L2-normalised local features (P, D)."""
-    encode, patches = _of_patches(clip, local_encoder)
-    shape = (patches, clip.embed_dim)
-    return replace(plain, view=f"local-{plain.view}", shape=shape, encode=encode)
-
-
-def _of_patches(
-    clip: FrozenCLIP, encoder: Callable[[FrozenCLIP], tuple[LocalEncoder, int] | None]
-) -> tuple[LocalEncoder, int]:
-    found = encoder(clip)
-    if found is None:
-        raise UserError(
-            f"backbone: {clip.name} gives no patch features; take one of open_clip's plain ViT or "
-            "ResNet models."
-        )
-    return found
-
-
-def _pixels(clip: FrozenCLIP, plain: Encoding) -> Encoding:
-    """Return the encoding of images into the bytes (3, H, W) that preprocessing normalises.
-
-    Bytes need a quarter of the space of floats and lose nothing: preprocessing resizes and crops
-    bytes before it normalises them, so rounding restores them exactly.
-    """
-    mean_3, std_3 = clip.mean_std
-
-    def encode(images_B3HW: Tensor) -> Tensor:
-        pixels = images_B3HW * std_3[:, None, None] + mean_3[:, None, None]
-        rounded: Tensor = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-        return rounded
-
-    return replace(
-        plain,
-        view=f"pixels-{plain.view}",
-        shape=tuple(clip.preprocess(Image.new("RGB", (64, 64))).shape),
-        encode=encode,
-        dtype="|u1",
-        of_weights=False,
+        routing_N2E=stack("routing_N2E"),
     )
 
 

@@ -84,7 +84,7 @@ class CrossDataSet(Reported):
             self.config.seed,
             workspace.clip,
             cache_dir,
-            workspace.method.needs,
+            workspace.method,
         )
 
     def measure(self, run: Finished) -> dict[str, Any]:

@@ -46,6 +46,16 @@ def labelled_cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:
     return (loss_KB.view_as(weight_KB) * weight_KB).sum(-1) / weight_KB.sum(-1).clamp(min=1)
 
 
+def distillation(logits_KBC: Tensor, teacher_KBC: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy (K,) with a teacher's probabilities as targets.
+
+    It is KL(teacher || student) plus the teacher's entropy, so that its gradient is that of the
+    divergence if the teacher is fixed.
+    """
+    loss_KB = -(teacher_KBC.softmax(-1) * logits_KBC.log_softmax(-1)).sum(-1)
+    return masked_mean(loss_KB, batch.mask_KB)
+
+
 def masked_mean(values_KB: Tensor, mask_KB: Tensor) -> Tensor:
     """Mean (K,) over the images for which the mask is true."""
     weight_KB = mask_KB.to(values_KB.dtype)

@@ -12,6 +12,7 @@ from fedprompt.data.features.table import FeatureTable, open_feature_table
 from fedprompt.data.partition import make_partition
 from fedprompt.methods.base import Method
 from fedprompt.methods.registry import all_methods
+from fedprompt.methods.trip import TRIPConfig
 from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
 from tests.support import twins
@@ -55,7 +56,8 @@ def columns(
 ) -> FeatureTable:
     """Everything that a method may need of these pictures, from the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    return open_feature_table(clip, dataset, cache, {"patches", "local", "pixels"}, progress=False)
+    needs, routing = {"patches", "local", "pixels", "routing"}, TRIPConfig().routing
+    return open_feature_table(clip, dataset, cache, needs, routing=routing, progress=False)
 
 
 # Built once for all tests of a file: to build a method, its hand-written prompts are encoded.

@@ -43,7 +43,7 @@ def test_cached_equals_uncached(
 ) -> None:
     index = np.arange(3, 10)
     images = torch.stack([clip.preprocess(dataset.open_image(int(i))) for i in index])
-    fresh = encode_inputs(clip, images, method.needs)
+    fresh = encode_inputs(clip, images, method.needs, method.routing)
     received, private = starts(method, clients(columns, dataset)[:1])
     encoded = encode_personal(method, received, private)
     ours, theirs = (

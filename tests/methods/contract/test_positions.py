@@ -73,7 +73,9 @@ BUDGET = {
     "dp_fpl": Positions(0, 70, 140),
     "fdbpl": Positions(451, 116, 116),
     "fedclip": Positions(47, 0, 0),
+    "fedapt": Positions(0, 302, 2114),
     "fedcocoop": Positions(0, 232, 696),
+    "feddeap": Positions(0, 382, 382),
     "feddda": Positions(0, 422, 422),
     "fedkgcoop": Positions(59, 58, 116),
     "fedmaple": Positions(0, 98, 224),
@@ -116,6 +118,8 @@ BUDGET = {
     "spg": Positions(0, 58, 696),
     "tip_adapter": Positions(59, 0, 0),
     "tofa": Positions(59, 0, 0),
+    "plan": Positions(59, 114, 280),
+    "trip": Positions(59, 280, 840),
     "vpt": Positions(59, 52, 156),
     "zero_shot": Positions(59, 0, 0),
 }

@@ -83,8 +83,13 @@ def _block(
     return train(method, data, received, private, server_round, **changes)
 
 
-WITHOUT_GRADIENT = {"pfedmoap": {"private.gate.k.bias"}}
-"""Tensors that no loss depends on: a bias that all keys share leaves an attention as it is."""
+WITHOUT_GRADIENT = {
+    # A bias that all keys share leaves an attention as it is.
+    "pfedmoap": {"private.gate.k.bias"},
+    # Even rounds train the aggregators.
+    "plan": {"shared.text", "shared.visual"},
+}
+"""Tensors on which no loss of a second round depends."""
 
 
 def test_training_moves_prompts_and_nothing_else(
