@@ -169,7 +169,7 @@ class TestPlan:
         comment = [x for x in path.read_text().splitlines() if x.startswith("#")]
         assert any(f"fedprompt sweep {name}" in line for line in comment)
         (told,) = (line for line in comment if line.startswith("# Time:"))
-        photographs = path.stem in ("fedrsclip_main", "paper_settings")
+        photographs = path.stem in ("fedrsclip_main", "office_home_domains", "paper_settings")
         real = path.stem.startswith("fed_") or photographs  # needs other data
         assert re.search(r"\bmin", told) or real
         assert ("not measured" in told) == real
