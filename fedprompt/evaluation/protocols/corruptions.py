@@ -204,7 +204,12 @@ class Corruptions(Reported):
         )
         cache_dir = default_cache_dir(self.config.output.cache)
         table = open_feature_table(
-            clip, dataset, cache_dir, workspace.method.needs, progress=progress
+            clip,
+            dataset,
+            cache_dir,
+            workspace.method.needs,
+            routing=workspace.method.routing,
+            progress=progress,
         )
         return table.rows(np.arange(len(dataset)))
 
