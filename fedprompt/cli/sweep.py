@@ -134,9 +134,9 @@ def compare(
     Rows are compared only under the same conditions: data set, partition, backbone and the values
     of a sweep's grid. Runs under several conditions also give tables of methods by conditions.
 
-    Columns (--metrics a,b): global, personal, worst, p10, personal_on_global, base, new, harmonic,
-    numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min, where :min means
-    that smaller values are better.
+    Columns (--metrics a,b): global, personal, worst, p10, personal_on_global, attack_success, base,
+    new, harmonic, numbers_up, bytes; or a path such as protocols.calibration.rows.global.ece:min,
+    where :min means that smaller values are better.
 
     Examples:
 

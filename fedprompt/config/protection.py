@@ -24,6 +24,7 @@ class AttackConfig:
         "label_flip",
         "random_noise",
         "many_examples",
+        "backdoor",
         "nan",
         "inf",
         "wrong_name",
@@ -34,6 +35,20 @@ class AttackConfig:
     ] = option("none", "what attackers send, see fedprompt/simulation/attacks.py")
     share: float = option(0.3, "share of the clients that attack, drawn from the seed", ge=0, le=1)
     scale: float = option(1.0, "size of an attack, in sizes of an honest change", gt=0)
+    target: int = option(0, "backdoor: number of the class that triggered images get", ge=0)
+    eps: float = option(
+        2.0, "backdoor: largest change of a pixel by the trigger, of 255", gt=0, le=255
+    )
+    steps: int = option(
+        3, "backdoor: steps of the trigger in each round, before the prompts'", ge=1
+    )
+    poison: float = option(
+        0.5, "backdoor: share of an attacker's images with the trigger and the target's label",
+        gt=0, le=1,
+    )  # fmt: skip
+    images: int = option(
+        128, "backdoor: server's test images on which its success is measured", ge=1
+    )
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,8 @@ def on_server(config: Config) -> Config:
     """The experiment as the server runs it: it opens its own test folder and no client's folder.
 
     Raises:
-        UserError: a protocol needs what only a simulation can do, or the config simulates what real
-            nodes do by themselves.
+        UserError: a protocol or an attack needs what only a simulation can do, or the config
+            simulates what real nodes do by themselves.
     """
     for name in ("conditions", "clock", "asynchronous"):
         if getattr(config, name) != SECTIONS[name]():
@@ -185,6 +185,11 @@ def on_server(config: Config) -> Config:
                 f"config: section '{name}' simulates what real nodes do by themselves; leave it "
                 "out of a deployment, or use 'fedprompt run'."
             )
+    if config.attack.kind == "backdoor":
+        raise UserError(
+            "config: attack.kind=backdoor is measured by the attackers of a simulation ('fedprompt "
+            "run'); a deployment has none: set attack.kind=none."
+        )
     for name in config.protocols:
         if what := protocol_class(name).simulation_only:
             raise UserError(

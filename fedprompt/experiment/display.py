@@ -105,6 +105,8 @@ def _fields(
     yield "loss", MISSING if loss is None else f"{loss:.3f}"
     yield "global", percent((record.get("global") or {}).get("accuracy"))
     yield "personal", percent((record.get("personal") or {}).get("mean"))
+    if "backdoor" in record:
+        yield "attack success", percent((record["backdoor"] or {}).get("success"))
     yield "up", human_bytes(traffic.up)
     yield "down", human_bytes(traffic.down)
     rejected = (record.get("clients") or {}).get("rejected")

@@ -23,6 +23,7 @@ def last_round(lines: Sequence[Line]) -> dict[str, Any]:
         "global": line.get("global") or {"accuracy": None, "loss": None},
         "personal": line.get("personal"),
         "personal_on_global": line.get("personal_on_global"),
+        **({"backdoor": line["backdoor"]} if "backdoor" in line else {}),
     }
 
 

@@ -185,7 +185,7 @@ def open_workspace(
             clip,
             dataset,
             cache_dir,
-            workspace.method.needs | workspace.method.needs_to_train,
+            workspace.method.needs | workspace.method.needs_to_train | _read_by_attackers(config),
             view=view,
             crop_scale=config.data.crop_scale,
             routing=workspace.method.routing,
@@ -235,3 +235,8 @@ def _check_domains(workspace: Workspace) -> None:
             f"config: method.domains={told}, but clients hold {len(names)} domains "
             f"({', '.join(names)}); set method.domains={len(names)}."
         )
+
+
+def _read_by_attackers(config: Config) -> frozenset[str]:
+    """What the attackers of a simulation read of an image, beside what the method does."""
+    return frozenset({"pixels"} if config.attack.kind == "backdoor" else ())

@@ -41,6 +41,10 @@ COMMON = "common-test"
 """Key in the settings of an evaluation message. If it is set, the personal models are also tested
 on the server's test images; see `fedprompt.federation.common_evaluation`."""
 
+BACKDOOR = "backdoor"
+"""Key in the settings of an evaluation message to an attacker of a simulation, who then measures
+how often its backdoor works (`fedprompt/simulation/backdoor.py`); honest clients never see it."""
+
 QUERY = "query"
 """Key in the settings of an evaluation message. In active learning, the number of the active round
 for which the clients ask for labels, instead of being tested."""
@@ -216,6 +220,11 @@ def server_round(message: Message) -> int:
     value = _settings(message)["server-round"]
     assert isinstance(value, int)
     return value
+
+
+def asks_for_backdoor(message: Message) -> bool:
+    """Whether the server of a simulation asks attackers how often their backdoor works."""
+    return message.metadata.message_type == MessageType.EVALUATE and BACKDOOR in _settings(message)
 
 
 def _settings(message: Message) -> ConfigRecord:

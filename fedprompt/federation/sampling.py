@@ -1,7 +1,7 @@
-"""Which clients a federation has, which of them can train, and which train in a round.
+"""Which clients a federation has, which can train, which train in a round, and which attack.
 
 Runs on the server, at the start of every round, through the strategy (`SharedPromptStrategy.sample`
-and `set_nodes`).
+and `set_nodes`). The attackers are those of a simulation.
 """
 
 from __future__ import annotations
@@ -69,3 +69,20 @@ def choose(among: Sequence[int], count: int, seed: int, *purpose: str | int) -> 
         return list(among)
     drawn = generator(seed, *purpose).choice(np.array(among, np.int64), size=count, replace=False)
     return sorted(int(c) for c in drawn)
+
+
+def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
+    """Draw the clients of a simulation that attack; they are the same in every round.
+
+    Args:
+        seed: the experiment's seed.
+        clients: number of clients K.
+        share: fraction of the clients that attack; their number is rounded.
+
+    Returns:
+        The ids of the attackers.
+    """
+    count = round(share * clients)
+    # Drawn once per seed: an attacker stays an attacker in every round and after a resume.
+    draw = generator(seed, "attackers")
+    return frozenset(int(c) for c in draw.choice(clients, size=count, replace=False))

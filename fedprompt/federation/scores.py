@@ -9,6 +9,34 @@ from typing import Any
 from fedprompt.federation.screening import NOT_FINITE, Row
 from fedprompt.scoring import personal_statistics
 
+BACKDOOR_COUNTS = ("backdoor-tested", "backdoor-hits", "backdoor-clean-hits")
+"""Evaluation metrics of an attacker of a simulation: test images of other classes, how many of
+them get the target class with its trigger, and how many without."""
+
+
+def backdoor_part(rows: Mapping[int, Row]) -> dict[str, Any] | None:
+    """How often the backdoor of a simulation's attackers works.
+
+    Args:
+        rows: the metrics `BACKDOOR_COUNTS` by attacker.
+
+    Returns:
+        The attack `success` rate, the mean over attackers of the share of test images of other
+        classes that get the target class with the attacker's trigger; the share `without_trigger`;
+        and the number of `attackers` that have a trigger. None if none of them has.
+    """
+    tested, hits, clean = BACKDOOR_COUNTS
+    armed = [row for row in rows.values() if row[tested]]
+    if not armed:
+        return None
+    # All attackers test the same images, so the pooled share is the mean over attackers.
+    images = sum(row[tested] for row in armed)
+    return {
+        "success": sum(row[hits] for row in armed) / images,
+        "without_trigger": sum(row[clean] for row in armed) / images,
+        "attackers": len(armed),
+    }
+
 
 def personal_part(
     clients: Sequence[int], accuracy: Sequence[float], not_finite: Collection[int] = ()

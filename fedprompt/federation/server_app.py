@@ -26,15 +26,15 @@ from fedprompt.data.partition.queries import Stage, stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
-from fedprompt.federation.client_app import COMMON, LABELS, PROTOCOLS, QUERY
+from fedprompt.federation.client_app import BACKDOOR, COMMON, LABELS, PROTOCOLS, QUERY
 from fedprompt.federation.clock import Clock, message_bytes
 from fedprompt.federation.common_evaluation import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.personal_evaluation import reported_counts
 from fedprompt.federation.registry import strategy_class
-from fedprompt.federation.sampling import Clients
-from fedprompt.federation.scores import finite, personal_scores
+from fedprompt.federation.sampling import Clients, attackers
+from fedprompt.federation.scores import BACKDOOR_COUNTS, backdoor_part, finite, personal_scores
 from fedprompt.federation.screening import (
     COMMON_COUNTS,
     NOT_FINITE,
@@ -456,7 +456,8 @@ class Federation:
         Returns:
             The parts `global`, `personal` and `personal_on_global` of the round's line; a part is
             None if the config does not ask for it, not in this round (`common_test`) or nothing
-            could be tested. If there are validation images, `validation` has the parts `global` and
+            could be tested. With attackers that plant a backdoor, `backdoor` says how often it
+            works. If there are validation images, `validation` has the parts `global` and
             `personal` on those.
         """
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
@@ -482,7 +483,18 @@ class Federation:
             validation["personal"] = personal_scores(rows, VALIDATION_COUNTS)
         if any(validation.values()):
             line["validation"] = validation
+        if self.config.attack.kind == "backdoor" and self.method.has_global:
+            line["backdoor"] = self._backdoor_part(server_round)
         return line
+
+    def _backdoor_part(self, server_round: int) -> dict[str, Any] | None:
+        """How often the attackers' backdoor works on the global model; only they know a trigger."""
+        bad = attackers(self.config.seed, self.config.partition.clients, self.config.attack.share)
+        tested, *hits = BACKDOOR_COUNTS
+        ranges: Ranges = {tested: (0, MAX_EXAMPLES), **dict.fromkeys(hits, (0, tested))}
+        asked = [client for client in self.strategy.clients if client in bad]
+        rows = self._client_rows(server_round, asked, self._eval_arrays(), ranges, {BACKDOOR: True})
+        return backdoor_part(dict(rows))
 
     def _global_part(self, inputs_N: Inputs, labels_N: Tensor) -> dict[str, Any] | None:
         """Accuracy and mean loss of the global model on some of the server's images.

@@ -62,6 +62,7 @@ class ResultRow:
         p10: Their 10th percentile.
         on_global_mean: Mean over clients of the accuracy of their models on the server's test set.
         on_global_std: Standard deviation of the latter over clients.
+        attack_success: Share of triggered test images that get the attackers' target class.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ResultRow:
     p10: float | None
     on_global_mean: float | None
     on_global_std: float | None
+    attack_success: float | None = None
 
     @classmethod
     def of(cls, name: str, part: Mapping[str, Any]) -> ResultRow:
@@ -93,6 +95,7 @@ class ResultRow:
             p10=personal.get("p10"),
             on_global_mean=on_global.get("mean"),
             on_global_std=on_global.get("std"),
+            attack_success=(part.get("backdoor") or {}).get("success"),
         )
 
 

@@ -44,8 +44,15 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     """
     rows = result_rows(summary)
     cells = [(row.name, *_cells(row)) for row in rows]
-    first, *others = fields(("", *COLUMNS), cells)
-    for field, name in zip(others, COMPARED_BY, strict=True):
+    columns: tuple[str, ...] = COLUMNS
+    if any(row.attack_success is not None for row in rows):
+        # Only runs with a backdoor have this column.
+        columns = (*COLUMNS, "attack\nsuccess")
+        cells = [
+            (*cell, percent(row.attack_success)) for cell, row in zip(cells, rows, strict=True)
+        ]
+    first, *others = fields(("", *columns), cells)
+    for field, name in zip(others, COMPARED_BY, strict=False):
         for i in best_of([getattr(row, name) for row in rows]):
             field.cells[i].stylize("bold")
     return fitted(

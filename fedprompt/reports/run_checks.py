@@ -21,6 +21,7 @@ _NUMBERS = {
     "global": ("accuracy", "loss", "unanswered"),
     "personal": ("mean", "std", "worst", "p10", "clients", "accuracy", "not_finite"),
     "personal_on_global": ("mean", "std"),
+    "backdoor": ("success", "without_trigger", "attackers"),
 }
 
 
@@ -70,7 +71,7 @@ def check_summary(summary: Mapping[str, Any], path: Path) -> None:
     marks = summary.get("marks", [])
     if not isinstance(marks, list) or not all(isinstance(m, dict) and _is_mark(m) for m in marks):
         raise UserError(f"{where} is damaged: 'marks' must hold an object per marked client.")
-    results = ("global", "personal", "personal_on_global")
+    results = ("global", "personal", "personal_on_global", "backdoor")
     _check_parts(summary, results, where)
     for baseline in ("zero_shot", "local_only"):
         part = summary.get(baseline)

@@ -50,6 +50,7 @@ def accuracy_figure(run: RunData) -> Figure | None:
         _curve(all_rounds_end, "personal", "mean", "Personalised, all", "own", band=True),
         _curve(alone, "personal", "mean", f"Local-only{among}", "alone"),
         _curve(alone_end, "personal", "mean", "Local-only, all", "alone"),
+        _curve(run.rounds, "backdoor", "success", "Attack success", "bars"),
     ]  # fmt: skip
     curves = [curve for curve in candidates if curve is not None]
     if not curves:
@@ -67,7 +68,8 @@ def accuracy_figure(run: RunData) -> Figure | None:
         name="accuracy_per_round",
         title="Test accuracy per round",
         caption="Orange: the server's test set. Blue and grey: the clients' own test images. Band: "
-        "± 1 standard deviation over clients. Round 0 is before training.",
+        "± 1 standard deviation over clients. Round 0 is before training."
+        + (" Attack success: a backdoor's." if any("backdoor" in x for x in run.rounds) else ""),
         panels=[panel],
     )
 

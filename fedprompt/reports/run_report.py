@@ -144,6 +144,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "global": run.last("global"),
         "personal": run.last("personal"),
         "personal_on_global": run.last("personal_on_global"),
+        "backdoor": run.last("backdoor"),
         "local_only": last_alone,
         "marks": marks(run.rounds),
         "bytes_up": sum(line.get("bytes_up") or 0 for line in run.rounds),
@@ -238,6 +239,10 @@ def _results(rows: Sequence[ResultRow]) -> list[tuple[str, list[tuple[str, bool]
             for value, row in zip(values, rows, strict=True)
         ]
         results.append((label, [(text, i in best) for i, text in enumerate(texts)]))
+    success = [row.attack_success for row in rows]
+    if any(value is not None for value in success):
+        # Only runs with a backdoor have this line; no model is best in it.
+        results.append(("Attack success", [(percent(value), False) for value in success]))
     return results
 
 

@@ -13,6 +13,8 @@ s = `attack.scale`. An attacker sends the received tensors plus
                                                             arXiv 1911.11815)
     random_noise    Gaussian noise of norm s |Delta|        Blanchard et al. (NeurIPS 2017)
     many_examples  -s Delta, and claims to have been trained on 10^9 images
+    backdoor        s Delta'', trained on some images with a trigger and the target's label
+                                                            (`backdoor.py`)
 or a broken reply: NaN, infinity, wrong names, shapes or types, 64 MB of zeros, or none at all.
 """
 
@@ -27,9 +29,11 @@ from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedprompt.federation import client_app
+from fedprompt.federation.sampling import attackers
 from fedprompt.messages import ARRAYS, METRICS, Arrays, to_arrays, to_record
 from fedprompt.methods.base import Tensors
 from fedprompt.rng import generator
+from fedprompt.simulation import backdoor
 from fedprompt.workspace import Workspace
 
 MANY = 10**9
@@ -95,6 +99,7 @@ SPOILED: dict[str, Callable[[Training], Arrays]] = {
     "label_flip": lambda t: t.plus(t.scale),
     "random_noise": Training.noise,
     "many_examples": lambda t: t.plus(-t.scale),
+    "backdoor": lambda t: t.plus(t.scale),
     "nan": _filled(float("nan")),
     "inf": _filled(float("inf")),
     "wrong_name": lambda t: {f"{n}_": a for n, a in t.trained.items()},
@@ -105,24 +110,7 @@ SPOILED: dict[str, Callable[[Training], Arrays]] = {
 }
 """What an attacker of each kind sends. `attack.kind` is one of these keys or `none`.
 
-`label_flip` only scales here: its labels are already flipped when the attacker trains."""
-
-
-def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
-    """Draw the clients that attack; they are the same in every round.
-
-    Args:
-        seed: the experiment's seed.
-        clients: number of clients K.
-        share: fraction of the clients that attack; their number is rounded.
-
-    Returns:
-        The ids of the attackers.
-    """
-    count = round(share * clients)
-    # Drawn once per seed: an attacker stays an attacker in every round and after a resume.
-    draw = generator(seed, "attackers")
-    return frozenset(int(c) for c in draw.choice(clients, size=count, replace=False))
+`label_flip` and `backdoor` only scale here: what the attacker trains on is already changed."""
 
 
 def handle(
@@ -134,18 +122,23 @@ def handle(
     """Answer as `client_app.handle` does, but corrupt what attackers send after training.
 
     Arguments and return values are those of `client_app.handle`. Attackers evaluate honestly, so
-    that the reported accuracies are true.
+    that the reported accuracies are true. Those with a backdoor also measure how often it works.
     """
     config = workspace.config
+    if client_app.asks_for_backdoor(messages[0]):
+        return backdoor.measured(workspace, clients, messages, private), {}
     attacking = attackers(config.seed, workspace.num_clients, config.attack.share)
     bad = [k for k, client in enumerate(clients) if client in attacking]
     if messages[0].metadata.message_type != MessageType.TRAIN or not bad:
         return client_app.handle(workspace, clients, messages, private)
-    # Attackers train in a group of their own, since `label_flip` shows them other labels.
+    # Attackers train in a group of their own, since some see other labels or other images.
     replies: dict[int, Message] = {}
     changed: dict[int, Tensors] = {}
     honest = [k for k in range(len(clients)) if k not in bad]
-    for places, seen in ((honest, workspace), (bad, _as_attackers_see(workspace))):
+    seen_by_attackers, hidden = _as_attackers_see(
+        workspace, [clients[k] for k in bad], [messages[k] for k in bad], private
+    )
+    for places, seen in ((honest, workspace), (bad, seen_by_attackers)):
         if not places:
             continue
         group = [clients[k] for k in places]
@@ -154,19 +147,31 @@ def handle(
         changed |= states
     for k in bad:
         replies[k] = _spoiled(workspace, clients[k], messages[k], replies[k])
+    for client, tensors in hidden.items():
+        changed[client] = changed.get(client, {}) | tensors
     return [replies[k] for k in range(len(clients))], changed
 
 
-def _as_attackers_see(workspace: Workspace) -> Workspace:
-    """The workspace on which attackers train; its labels are reversed for `label_flip`."""
+def _as_attackers_see(
+    workspace: Workspace,
+    clients: Sequence[int],
+    messages: Sequence[Message],
+    stored: Mapping[int, Tensors],
+) -> tuple[Workspace, dict[int, Tensors]]:
+    """The workspace on which attackers train, and what they store beside their private tensors.
+
+    Its labels are reversed for `label_flip`; for `backdoor`, some images have a trigger.
+    """
+    if workspace.config.attack.kind == "backdoor":
+        return backdoor.poisoned(workspace, clients, messages, stored)
     if workspace.config.attack.kind != "label_flip":
-        return workspace
+        return workspace, {}
     # A shallow copy: backbone, method and feature tables are shared, only the labels differ.
     flipped = copy.copy(workspace)
     last = len(workspace.dataset.class_names) - 1
     labels_N: NDArray[np.int64] = last - workspace.dataset.labels_N
     flipped.dataset = replace(workspace.dataset, labels_N=labels_N)
-    return flipped
+    return flipped, {}
 
 
 def _spoiled(workspace: Workspace, client: int, message: Message, reply: Message) -> Message:

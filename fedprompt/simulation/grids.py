@@ -7,7 +7,7 @@ import importlib
 from fedprompt.config.schema import Config
 from fedprompt.federation.client_app import handle
 from fedprompt.runtime import cards
-from fedprompt.simulation import attacks
+from fedprompt.simulation import attacks, backdoor
 from fedprompt.simulation.block_grid import BlockGrid, Opener, PrivateStore
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.ray_gpus import gpus_per_worker
@@ -48,8 +48,11 @@ def open_grid(
         The grid, which the caller must close.
 
     Raises:
-        UserError: Ray or its workers do not start.
+        UserError: Ray or its workers do not start, or the method cannot have the backdoor that
+            attackers are to plant.
     """
+    if config.attack.kind == "backdoor":
+        backdoor.check(workspace)
     answer = handle if config.attack.kind == "none" else attacks.handle
     if config.simulation.kind == "inline":
         return InlineGrid(workspace, private, answer=answer)

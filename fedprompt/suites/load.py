@@ -160,7 +160,9 @@ def _scenario(name: str, part: Any, common: Sequence[str], path: Path) -> Scenar
     if experiment.endswith((".yaml", ".yml")) and beside.is_file():
         experiment = str(beside.absolute())
     metric = values.get("metric", "personal")
-    accuracies = [one.name for one in KNOWN.values() if one.kind == "share"]
+    accuracies = [
+        one.name for one in KNOWN.values() if one.kind == "share" and one.higher_is_better
+    ]
     if metric not in accuracies:
         raise UserError(f"{where}: no metric {metric!r}.{did_you_mean(str(metric), accuracies)}")
     objective = values.get("objective", "personal")

@@ -220,6 +220,14 @@ def test_live_display_of_a_run_without_rounds() -> None:
     assert "0/0" in out.getvalue()
 
 
+def test_a_backdoor_has_a_column_of_its_own() -> None:
+    backdoor = {"success": 0.125, "without_trigger": 0.0, "attackers": 2}
+    assert cells(summary_table(SUMMARY | {"backdoor": backdoor}, 100))[-1][-1] == "12.5 %"
+    display, out = plain()
+    display.round(record(1, backdoor=backdoor), None)
+    assert "attack success 12.5 %" in out.getvalue()
+
+
 def test_summary_table_holds_the_numbers() -> None:
     table = summary_table(SUMMARY, 80)
     assert cells(table) == [

@@ -52,6 +52,12 @@ def test_results_table_holds_the_summary_numbers(tmp_path: Path) -> None:
     ]
 
 
+def test_a_backdoor_has_a_line_of_its_own(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    edit_summary(folder, backdoor={"success": 0.125, "without_trigger": 0.0, "attackers": 2})
+    assert report(folder).tables["results"][-1] == ["Attack success", "-", "-", "12.5 %"]
+
+
 def test_headlines_title_and_command(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "my run")
     edit_summary(folder, bytes_up=1_572_864, bytes_down=2048)

@@ -39,9 +39,9 @@ EXTRAS: dict[str, Arrays] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fedavg": {"clip": 0.2}}
 """Where the defaults would leave out what is to be tested."""
-NOISY = {"dp_fedavg": {"noise": 0.0}}
+NOISY = {"dp_fedavg": {"noise": 0.0}, "flame": {"noise": 0.0}}
 """What takes the noise away from a strategy that adds some."""
-OWN_STEP = {"fedadam", "fedyogi", "dp_fedavg", "per_class", "per_expert"}
+OWN_STEP = {"fedadam", "fedyogi", "dp_fedavg", "flame", "per_class", "per_expert"}
 """Strategies whose step is not the clients' own, even where all of them agree."""
 STRATEGIES = sorted(all_strategies())
 Replies = list[tuple[Arrays, int]]

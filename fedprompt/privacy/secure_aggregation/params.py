@@ -19,7 +19,7 @@ MOST_LEVELS = 2**30
 """Largest number of rounding steps: Flower rounds to signed integers of 32 bits."""
 FEWEST_CLIENTS = 3
 """Smallest number of clients in a round: from the sum of two, each learns the other's part."""
-SEEN_THROUGH = ("sign_flip", "scaling", "label_flip", "random_noise", "crash")
+SEEN_THROUGH = ("sign_flip", "scaling", "label_flip", "random_noise", "backdoor", "crash")
 """Simulated attacks that do not rely on the check of single replies to be stopped."""
 
 

@@ -49,6 +49,7 @@ USUAL = (
     Metric("worst", "worst client", ("personal.worst",)),
     Metric("p10", "10th pct.", ("personal.p10",)),
     Metric("personal_on_global", "personal on global test", ("personal_on_global.mean",)),
+    Metric("attack_success", "attack success", ("backdoor.success",), higher_is_better=False),
 )
 NEW_CLASSES = tuple(
     Metric(
