@@ -33,7 +33,7 @@ NO_PATH = {
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "data.descriptions",
-    "partition.file",
+    "partition.file", "conditions.trace", "clock.devices",
     "output.root", "output.dir", "output.cache",
 }  # fmt: skip
 SIMULATED = {"conditions.trace", "clock.devices"}
