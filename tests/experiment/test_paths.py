@@ -28,7 +28,7 @@ NO_PATH = {
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
     "token_tensors", "domain", "source", "chosen_by",
-    "validation_split", "negative_init", "teacher_templates", "classes",
+    "validation_split", "negative_init", "teacher_templates", "classes", "kinds",
     "teacher",  # the name of a shipped backbone, and nothing else
 }  # fmt: skip
 PATHS = {
@@ -91,6 +91,7 @@ def experiment(*without: str) -> Config:
         "data": {"source": "client_folders", "class_names": ["a", "b"]},
         "partition": {"clients": 3},
         "method": {"name": "fedprox", "base": "promptfl"},
+        "clock": {"enabled": True},  # refuses devices without one
         "protocols": ["global", "cross_data_set", "ood"],
         "protocol_options": {
             "cross_data_set": {"targets": [{"use": "eurosat", "root": f"{SECRET}/eurosat"}]},
