@@ -38,9 +38,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "promptkd": {"visual_depth": 2},
     "plpp": {"options": {"context_tokens": 4}},
     "gram": {"options": {"context_tokens": 4}},
-    "plan": {"text_depth": 2, "visual_depth": 2},
+    "plan": {"text_depth": 1, "visual_depth": 1, "text_tokens": 2, "visual_tokens": 2},
     "fedapt": {"context_tokens": 4, "domains": 2},
-    "trip": {"context_tokens": 4, "experts": 4},
+    "trip": {"context_tokens": 2, "experts": 2},
     "decoupled_dpl": {"text_depth": 2, "visual_depth": 2},
 }
 """The methods, with the keys that make a run short."""

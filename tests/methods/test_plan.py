@@ -25,6 +25,7 @@ OPTIONS = {
     "peers": 3, "heads": 2,
 }  # fmt: skip
 CLIENTS = 2
+DATA = {"images_per_class": 4, "domains": ["delta"]}
 
 
 def plain_aggregate(
@@ -170,7 +171,7 @@ def test_prompts_and_aggregators_take_turns_in_a_federation() -> None:
     config = small_config(
         method={"name": "plan", **OPTIONS, "peers": 2, "heads": 8},
         strategy={"name": "auto"},
-        data={"images_per_class": 4, "domains": ["delta"]},
+        data=DATA,
         partition={"clients": 2, "alpha": 10.0},
         training={"lr": 0.01},
     )
@@ -199,10 +200,15 @@ def test_prompts_and_aggregators_take_turns_in_a_federation() -> None:
 def test_refusals(clip: FrozenCLIP) -> None:
     with pytest.raises(UserError, match="heads=7"):
         twins.build(clip, "plan", heads=7)
-    config = small_config(method={"name": "plan", **OPTIONS, "peers": 3}, strategy={"name": "auto"})
+    config = small_config(
+        method={"name": "plan", **OPTIONS, "peers": 1, "heads": 8},
+        strategy={"name": "auto"},
+        data=DATA,
+        partition={"clients": 2, "alpha": 10.0},
+    )
     workspace = open_workspace(config)
     federation = Federation(workspace, InlineGrid(workspace))
-    with pytest.raises(UserError, match=r"method\.peers=4"):
+    with pytest.raises(UserError, match=r"method\.peers=2"):
         federation.join()
 
 
