@@ -181,6 +181,7 @@ def train_clients(
         ),
         numbers,
         columns_N["features"],
+        columns_N.get("statistics"),
     )
     clients = tuple(d.client for d in ordered)
     round_info = RoundInfo(
@@ -257,11 +258,13 @@ class _Images:
             `mask_SKB` and its number of images `images_SK`; on the device. `second_SKB` has the
             rows of second views, if the method needs them.
         features_ND: features of all views of all images, on the device.
+        statistics_N: their statistics, if the method needs them.
     """
 
     feed: Feed
     numbers: Tensors
     features_ND: Tensor
+    statistics_N: Tensor | None
 
     def batch(self, step: int, round_info: RoundInfo) -> Batch:
         """The batch of one step, of the clients that still train."""
@@ -270,10 +273,13 @@ class _Images:
         labels_AB = self.numbers["labels_N"][index_AB]
         mask_AB = self.numbers["mask_SKB"][step, :active]
         inputs = self.feed.batch(step, active)
-        second_ABD = None
+        second_ABD = second_statistics = None
         if "second_SKB" in self.numbers:
-            second_ABD = self.features_ND[self.numbers["second_SKB"][step, :active]]
-        return Batch(inputs, labels_AB, mask_AB, round_info, step, second_ABD)
+            second_AB = self.numbers["second_SKB"][step, :active]
+            second_ABD = self.features_ND[second_AB]
+            if self.statistics_N is not None:
+                second_statistics = self.statistics_N[second_AB]
+        return Batch(inputs, labels_AB, mask_AB, round_info, step, second_ABD, second_statistics)
 
 
 def _descend(

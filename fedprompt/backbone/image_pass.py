@@ -33,6 +33,8 @@ class ImagePass(Protocol):
         patches: those of T that are patches.
         patch_size: height and width of a patch, pixels.
         adaptable: whether the blocks have the parts that adapters use.
+        image_axis: the axis of images in what the tower itself passes to its blocks; the tokens'
+            is the other of the first two.
     """
 
     blocks: Sequence[Any]
@@ -41,9 +43,14 @@ class ImagePass(Protocol):
     patches: int
     patch_size: tuple[int, int]
     adaptable: bool
+    image_axis: int
 
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Class token and patches (N, T, w) at the input of the first block."""
+        ...
+
+    def patch_embeddings(self, pixels_N3HW: Tensor) -> Tensor:
+        """Patches (N, patches, w) with their positions, before any norm: where prompts enter."""
         ...
 
     def enter(self, prompts: Tensor) -> Tensor:
@@ -75,11 +82,19 @@ class OpenClipImages:
         self.patches = self.positions - 1
         height, width = self.visual.patch_size
         self.patch_size = (height, width)
+        # open_clip's transformer takes the batch as first or second axis, as it was built.
+        self.image_axis = 0 if self.visual.transformer.batch_first else 1
 
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
         """As `ImagePass` says."""
         embedded: Tensor = self.visual._embeds(pixels_N3HW)
         return embedded
+
+    def patch_embeddings(self, pixels_N3HW: Tensor) -> Tensor:
+        """As `ImagePass` says."""
+        patches: Tensor = self.visual.conv1(pixels_N3HW).flatten(2).transpose(1, 2)
+        placed: Tensor = patches + self.visual.positional_embedding[1:].to(patches.dtype)
+        return placed
 
     def enter(self, prompts: Tensor) -> Tensor:
         """As `ImagePass` says."""
@@ -88,8 +103,7 @@ class OpenClipImages:
 
     def block(self, i: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As `ImagePass` says."""
-        # open_clip's transformer takes the batch as first or second axis, as it was built.
-        if self.visual.transformer.batch_first:
+        if self.image_axis == 0:
             out: Tensor = self.blocks[i](x, attn_mask=bias)
             return out
         swapped: Tensor = self.blocks[i](x.transpose(0, 1), attn_mask=bias).transpose(0, 1)
@@ -109,6 +123,7 @@ class TimmImages:
     """
 
     adaptable = False
+    image_axis = 0
 
     def __init__(self, visual: TimmModel) -> None:
         self.head, trunk = visual.head, visual.trunk
@@ -125,13 +140,22 @@ class TimmImages:
 
     def _embedded(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (N, T, w), and what the blocks rotate queries and keys of patches by."""
+        x, rotation = self._placed(pixels_N3HW)
+        return self.trunk.norm_pre(x), rotation
+
+    def _placed(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`_embedded` before its norm."""
         found = self.trunk._pos_embed(self.trunk.patch_embed(pixels_N3HW))
         x, rotation = found if isinstance(found, tuple) else (found, None)
-        return self.trunk.norm_pre(x), rotation
+        return x, rotation
 
     def embed(self, pixels_N3HW: Tensor) -> Tensor:
         """As `ImagePass` says."""
         return self._embedded(pixels_N3HW)[0]
+
+    def patch_embeddings(self, pixels_N3HW: Tensor) -> Tensor:
+        """As `ImagePass` says."""
+        return self._placed(pixels_N3HW)[0][:, -self.patches :]
 
     def enter(self, prompts: Tensor) -> Tensor:
         """As `ImagePass` says."""

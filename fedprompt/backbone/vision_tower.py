@@ -176,6 +176,31 @@ class VisionTower:
             out = (self.visual.ln_post(x_KBTw[:, :, :used]) @ self.visual.proj).float()
         return (out[:, :, 0], out[:, :, 1:]) if patches else out[:, :, 0]
 
+    def patch_embeddings(self, pixels: Tensor) -> Tensor:
+        """Patches (K, B, P, w) with their positions, as prompts enter the tower: before any norm.
+
+        Args:
+            pixels: (K, B, 3, H, W), normalised; no gradient reaches them.
+        """
+        with torch.no_grad(), self.clip.autocast():
+            patches = self._own.patch_embeddings(pixels.to(self.clip.device).flatten(0, 1))
+        patches_KBPw: Tensor = patches.float().unflatten(0, pixels.shape[:2])
+        return patches_KBPw
+
+    def under_own_prompts(self, pixels: Tensor, prompts_KBMw: Tensor) -> Tensor:
+        """L2-normalised features (K, B, D), each image under shallow prompts of its own.
+
+        Args:
+            pixels: (K, B, 3, H, W), normalised; a client axis of 1 broadcasts.
+            prompts_KBMw: the prompts of each image.
+        """
+        pixels = pixels.expand(prompts_KBMw.shape[0], *pixels.shape[1:])
+        # Images with prompts of their own are to the tower what clients of one image are.
+        raw_N1D = self(pixels.flatten(0, 1)[:, None], prompts_KBMw.flatten(0, 1))
+        features_ND = F.normalize(raw_N1D[:, 0], dim=-1)
+        features_KBD: Tensor = features_ND.unflatten(0, pixels.shape[:2])
+        return features_KBD
+
     def features(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
         """Compute L2-normalised features (K, B, D) under prompts of the first J layers."""
         return F.normalize(self.raw(pixels, prompts_KJMw), dim=-1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.bench.backbones import random_clip
 from fedprompt.bench.class_lists import class_names
 from fedprompt.bench.output import Column, Output
@@ -112,14 +113,23 @@ def workspace_of(clip: FrozenCLIP, name: str, options: EstimateOptions) -> Works
     height, width = size if isinstance(size, tuple) else (size, size)
     draw = np.random.default_rng(1)
     (table,), count = workspace.views, options.images + 2
-    patches = pixels = None
+    patches = pixels = statistics = None
     if "patches" in needs:
         per_image = clip.model.visual.positional_embedding.shape[0] - 1
         patches = draw.standard_normal((count, per_image, clip.embed_dim), dtype=np.float32)
     if "pixels" in needs:
         pixels = draw.integers(0, 256, (count, 3, height, width), dtype=np.uint8)
+    if "statistics" in needs:
+        shape = StatisticsEncoder(clip).shape
+        statistics = np.abs(draw.standard_normal((count, *shape), dtype=np.float32))
     workspace.views = (
-        replace(table, patches_NPD=patches, pixels_N3HW=pixels, mean_std=clip.mean_std),
+        replace(
+            table,
+            patches_NPD=patches,
+            pixels_N3HW=pixels,
+            mean_std=clip.mean_std,
+            statistics_NL2w=statistics,
+        ),
     )
     return workspace
 

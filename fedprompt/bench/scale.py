@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.bench.backbones import random_clip
 from fedprompt.bench.class_lists import QUICK_DRAW
@@ -249,4 +250,6 @@ def _inputs(clip: FrozenCLIP, count: int) -> Inputs:
     patches = F.normalize(torch.randn(*shape, generator=draws), dim=-1)
     features = F.normalize(torch.randn(count, clip.embed_dim, generator=draws), dim=-1)
     pixels = torch.randint(256, (count, 3, *visual.image_size), generator=draws, dtype=torch.uint8)
-    return Inputs(features, patches, pixels, clip.mean_std, torch.ones(count))
+    statistics = torch.rand(count, *StatisticsEncoder(clip).shape, generator=draws)
+    norms = torch.ones(count)
+    return Inputs(features, patches, pixels, clip.mean_std, norms, statistics=statistics)

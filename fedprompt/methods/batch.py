@@ -157,6 +157,7 @@ class Batch:
         step: the step's index within the round, from 0.
         second_KBD: frozen features of another view of each image, drawn as the first view is, for
             methods with `second_view` in `needs_to_train`. None for others.
+        second_statistics: `inputs.statistics` of that other view, for methods that need both.
     """
 
     inputs: Inputs
@@ -165,6 +166,7 @@ class Batch:
     round_info: RoundInfo
     step: int
     second_KBD: Tensor | None = None
+    second_statistics: Tensor | None = None
 
     @property
     def labelled_KB(self) -> Tensor:

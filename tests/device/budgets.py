@@ -32,6 +32,7 @@ class Budget:
 
 STEP = {
     "bbt": Budget(100),
+    "adclip": Budget(255),
     "anomalyclip": Budget(180),
     "biomedcoop": Budget(135),
     "clip_adapter": Budget(60),
@@ -62,6 +63,7 @@ STEP = {
     "fedrsclip": Budget(140),
     "fedsept": Budget(160),
     "fedtpg": Budget(165),
+    "gopro": Budget(255),
     "gram": Budget(180),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),

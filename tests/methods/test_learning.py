@@ -30,6 +30,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "rebapl": {"options": {"context_tokens": 4}, "cycles": 2},
     "pre_forgettable": {},
     "copl": {},
+    "gopro": {},
+    "adclip": {},
     "coprompt": {"context_tokens": 2, "depth": 2},
     "tfup_t": {},
     "ctp_tft": {},

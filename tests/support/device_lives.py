@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, Task, Tensors
 from fedprompt.scoring import encode_personal, logits_of, model_of, score_global, score_personal
@@ -107,7 +108,10 @@ def images(clip: FrozenCLIP, count: int) -> Inputs:
     features, patches, local = vectors(count), vectors(count, 4), vectors(count, 4)
     routing = torch.rand(count, 2, 8, generator=draws).softmax(-1)
     mean_std = clip.mean_std.cpu()
-    return Inputs(features, patches, pixels, mean_std, norms, local, routing=routing)
+    # Drawn last, so that the other columns stay as they are.
+    statistics = torch.rand(count, *StatisticsEncoder(clip).shape, generator=draws)
+    rest = {"routing": routing, "statistics": statistics}
+    return Inputs(features, patches, pixels, mean_std, norms, local, **rest)
 
 
 def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
@@ -123,6 +127,7 @@ def clients(clip: FrozenCLIP, needs: Iterable[str]) -> list[ClientData]:
             all_of_them.norms,
             all_of_them.local if "local" in needs else None,
             routing=all_of_them.routing if "routing" in needs else None,
+            statistics=all_of_them.statistics if "statistics" in needs else None,
         )
         data.append(ClientData(client, inputs, torch.arange(size) % len(TASK.class_names)))
     return data

@@ -9,6 +9,7 @@ layers with prompts, M tokens, d text width, w width of the image tower, P patch
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.config.fields import build as build_config
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.inputs import Inputs
@@ -59,6 +61,7 @@ def batch(
     *,
     patches: bool = False,
     local: bool = False,
+    statistics: bool = False,
     step: int = 0,
     server_round: int = 1,
 ) -> Batch:
@@ -74,14 +77,31 @@ def batch(
         vectors(K, B),
         vectors(K, B, P) if patches else None,
         local=vectors(K, B, P) if local else None,
+        statistics=style_statistics(clip, K, B) if statistics else None,
     )
     return batch_of(inputs, torch.tensor(LABELS), mask, step=step, server_round=server_round)
+
+
+def style_statistics(clip: FrozenCLIP, *shape: int, seed: int = 0) -> Tensor:
+    """Means and positive standard deviations (..., L, 2, w) of the layers of the image tower."""
+    layers, kinds, width = StatisticsEncoder(clip).shape
+    drawn = draw(*shape, layers, kinds, width, seed=seed)
+    return torch.stack([drawn[..., 0, :], drawn[..., 1, :].abs()], dim=-2)
 
 
 def one_client(data: Batch, k: int) -> Batch:
     """Client k's images alone, without padding."""
     rows = (slice(k, k + 1), slice(0, REAL[k]))
-    return Batch(data.inputs[rows], data.labels_KB[rows], data.mask_KB[rows], data.round_info, 0)
+    second, statistics = data.second_KBD, data.second_statistics
+    return replace(
+        data,
+        inputs=data.inputs[rows],
+        labels_KB=data.labels_KB[rows],
+        mask_KB=data.mask_KB[rows],
+        step=0,
+        second_KBD=None if second is None else second[rows],
+        second_statistics=None if statistics is None else statistics[rows],
+    )
 
 
 def images_of(data: Batch, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a feature table has beside features: how an image becomes patches, pixels or routing.
+"""What a feature table has beside features: how an image becomes patches, pixels, routing or statistics.
 
 `table.open_feature_table` opens them with the features, and `table.encode_inputs` computes them
 without the cache. Each is computed from the input of the features' encoding, so that an image is
@@ -17,10 +17,25 @@ from PIL import Image
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.backbone.patch_features import LocalEncoder, dense_encoder, local_encoder
 from fedprompt.backbone.token_routing import RoutingEncoder, TokenRouting, routing_encoder
 from fedprompt.data.features.encoding import Encoding
 from fedprompt.errors import UserError
+
+
+def with_statistics(clip: FrozenCLIP, plain: Encoding) -> list[Encoding]:
+    """Return the encodings of images into features, and into statistics (L, 2, w), from one pass.
+
+    Raises:
+        UserError: the backbone gives no statistics of its layers.
+    """
+    both = StatisticsEncoder(clip)
+    view = f"statistics-{plain.view}"
+    return [
+        replace(plain, encode=both.features),
+        replace(plain, view=view, shape=both.shape, encode=both.statistics),
+    ]
 
 
 def patches_of(clip: FrozenCLIP, plain: Encoding) -> Encoding:

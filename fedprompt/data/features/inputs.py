@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+COMMON = "mean_std"
+"""The one attribute of `Inputs` that has no axis of images."""
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -32,6 +35,8 @@ class Inputs:
         teacher: (..., T), L2-normalised image features of another frozen model, or None.
         routing: (..., 2, E), weights of experts in training and in tests, or None; see
             `fedprompt.backbone.token_routing`.
+        statistics: (..., L, 2, w), mean and standard deviation of the image tower's tokens behind
+            each of its L layers of width w, or None; see `fedprompt.backbone.layer_statistics`.
     """
 
     features: Tensor
@@ -42,6 +47,7 @@ class Inputs:
     local: Tensor | None = None
     teacher: Tensor | None = None
     routing: Tensor | None = None
+    statistics: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the length of the first axis."""
@@ -90,32 +96,12 @@ class Inputs:
         return _join(parts, lambda tensors: pad_sequence(tensors, batch_first=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(
-            change(self.features),
-            None if self.patches is None else change(self.patches),
-            None if self.pixels is None else change(self.pixels),
-            self.mean_std,
-            None if self.norms is None else change(self.norms),
-            None if self.local is None else change(self.local),
-            None if self.teacher is None else change(self.teacher),
-            None if self.routing is None else change(self.routing),
-        )
+        parts = {n: change(part) for n, part in self.columns().items() if n != COMMON}
+        return Inputs(**parts, mean_std=self.mean_std)
 
 
 def _join(parts: Sequence[Inputs], how: Callable[[list[Tensor]], Tensor]) -> Inputs:
-    def one(name: str) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        # All parts were read for the same method, so a column is in all of them or in none.
-        return None if tensors[0] is None else how(tensors)
-
-    features = how([part.features for part in parts])
-    return Inputs(
-        features,
-        one("patches"),
-        one("pixels"),
-        parts[0].mean_std,
-        one("norms"),
-        one("local"),
-        one("teacher"),
-        one("routing"),
-    )
+    # All parts were read for the same method, so a column is in all of them or in none.
+    names = [name for name in parts[0].columns() if name != COMMON]
+    joined = {name: how([getattr(part, name) for part in parts]) for name in names}
+    return Inputs(**joined, mean_std=parts[0].mean_std)

@@ -9,7 +9,7 @@ Suffixes: N images, D joint embedding, P patches, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.layer_statistics import StatisticsEncoder
 from fedprompt.backbone.patch_features import dense_encoder, local_encoder
 from fedprompt.backbone.token_routing import TokenRouting
 from fedprompt.data.dataset import ImageDataset
@@ -31,6 +32,7 @@ from fedprompt.data.features.columns import (
     pixels_of,
     router,
     routing_of,
+    with_statistics,
 )
 from fedprompt.data.features.encoding import augmented
 from fedprompt.data.features.inputs import Inputs
@@ -52,6 +54,7 @@ class FeatureTable:
         local_NPD: L2-normalised local features of patches, or None.
         teacher_NT: image features of another frozen model, not normalised, or None.
         routing_N2E: weights of experts in training and in tests, or None.
+        statistics_NL2w: mean and standard deviation of tokens behind each layer, or None.
     """
 
     features_ND: Rows
@@ -62,6 +65,7 @@ class FeatureTable:
     local_NPD: Rows | None = None
     teacher_NT: Rows | None = None
     routing_N2E: Rows | None = None
+    statistics_NL2w: Rows | None = None
 
     def rows(self, index: NDArray[np.int64], needs: Collection[str] | None = None) -> Inputs:
         """Read the images of the given row numbers into memory.
@@ -92,6 +96,7 @@ class FeatureTable:
             read("local", self.local_NPD),
             None if teacher is None else F.normalize(teacher, dim=-1),
             read("routing", self.routing_N2E),
+            read("statistics", self.statistics_NL2w),
         )
 
 
@@ -113,8 +118,8 @@ def open_feature_table(
         clip: the frozen backbone.
         dataset: the images.
         cache_dir: the cache folder.
-        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`, or
-            nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`,
+            `statistics`, or nothing.
         view: number of the view; 0 is the whole image, others are random crops.
         crop_scale: smallest share of an image's area in a crop.
         routing: how tokens are routed, if that is needed.
@@ -125,8 +130,8 @@ def open_feature_table(
         A table with one row per image, memory-mapped.
 
     Raises:
-        UserError: the backbone has no patch features, an image cannot be read, or the cache cannot
-            be written.
+        UserError: the backbone has no patch features or no statistics of layers, an image cannot be
+            read, or the cache cannot be written.
     """
     # A data set of client folders is cached folder by folder: a node that holds only some of the
     # folders then uses the same files as a simulation of all of them.
@@ -146,7 +151,7 @@ def open_feature_table(
         ]
         return _stacked(parts, clip.embed_dim)
     plain = augmented(clip, dataset, view, crop_scale)
-    encodings = [plain]
+    encodings = with_statistics(clip, plain) if "statistics" in needs else [plain]
     if "patches" in needs:
         encodings.append(patches_of(clip, plain))
     if "local" in needs:
@@ -164,6 +169,7 @@ def open_feature_table(
         clip.mean_std if "pixels" in needs else None,
         local_NPD=found.get(f"local-{plain.view}"),
         routing_N2E=None if routing is None else found.get(f"{routing.view}-{plain.view}"),
+        statistics_NL2w=found.get(f"statistics-{plain.view}"),
     )
 
 
@@ -179,22 +185,25 @@ def encode_inputs(
     Args:
         clip: the frozen backbone.
         images_B3HW: images as `clip.preprocess` returns them.
-        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`, or
-            nothing.
+        needs: what the method needs beside features: `patches`, `local`, `pixels`, `routing`,
+            `statistics`, or nothing.
         routing: how tokens are routed, if that is needed.
 
     Returns:
         The images as a set of B.
 
     Raises:
-        UserError: the backbone has no patch features.
+        UserError: the backbone has no patch features or no statistics of layers.
     """
-    features, norms = _normalised(clip.encode_images(images_B3HW))
+    both = StatisticsEncoder(clip) if "statistics" in needs else None
+    encode = clip.encode_images if both is None else both.features
+    features, norms = _normalised(encode(images_B3HW))
     patches = patch_encoder(clip, dense_encoder)[0](images_B3HW) if "patches" in needs else None
     local = patch_encoder(clip, local_encoder)[0](images_B3HW) if "local" in needs else None
     pixels = images_B3HW if "pixels" in needs else None
     routed = router(clip, routing)(images_B3HW) if "routing" in needs else None
-    return Inputs(features, patches, pixels, norms=norms, local=local, routing=routed)
+    found = Inputs(features, patches, pixels, norms=norms, local=local, routing=routed)
+    return found if both is None else replace(found, statistics=both.statistics(images_B3HW))
 
 
 def _normalised(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,6 +266,7 @@ def _stacked(parts: Sequence[FeatureTable], embed_dim: int) -> FeatureTable:
         parts[0].mean_std,
         local_NPD=stack("local_NPD"),
         routing_N2E=stack("routing_N2E"),
+        statistics_NL2w=stack("statistics_NL2w"),
     )
 
 

@@ -31,6 +31,8 @@ log = logging.getLogger("fedprompt.training")
 
 MOST = 32
 """Recordings of a run. Each takes time and memory, and one that is used once gains nothing."""
+BESIDES = ("labels", "mask", "second view", "second statistics")
+"""The tensors of a batch that are no columns of its `Inputs`, in the order of `_of_batch`."""
 _ENOUGH = f"steps of {MOST} shapes are recorded already; those of other shapes are plain"
 
 Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
@@ -150,7 +152,7 @@ class _RecordedStep(LocalStep):
 
     def _record(self, tensors: Tensors) -> _Recording | None:
         buffers = {name: value.clone() for name, value in tensors.items()}
-        columns = {n: v for n, v in buffers.items() if n not in ("labels", "mask", "second view")}
+        columns = {n: v for n, v in buffers.items() if n not in BESIDES}
         steady = Batch(
             Inputs(**columns),
             buffers["labels"],
@@ -158,6 +160,7 @@ class _RecordedStep(LocalStep):
             self._round_info,
             cast("int", _Changing("the number of the step")),
             buffers.get("second view"),
+            buffers.get("second statistics"),
         )
         compute = super().__call__
         replay = self._graphs.record(lambda: compute(steady))
@@ -218,10 +221,12 @@ def _of_round(round_info: RoundInfo) -> Tensors:
 
 
 def _of_batch(batch: Batch) -> Tensors:
-    second = {} if batch.second_KBD is None else {"second view": batch.second_KBD}
-    return {
-        **batch.inputs.columns(), **second, "labels": batch.labels_KB, "mask": batch.mask_KB
-    }  # fmt: skip
+    besides = zip(
+        BESIDES,
+        (batch.labels_KB, batch.mask_KB, batch.second_KBD, batch.second_statistics),
+        strict=True,
+    )
+    return {**batch.inputs.columns(), **{n: v for n, v in besides if v is not None}}
 
 
 def _shapes(tensors: Tensors) -> Shapes:

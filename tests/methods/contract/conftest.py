@@ -56,7 +56,7 @@ def columns(
 ) -> FeatureTable:
     """Everything that a method may need of these pictures, from the cache."""
     cache = tmp_path_factory.mktemp("cache")
-    needs, routing = {"patches", "local", "pixels", "routing"}, TRIPConfig().routing
+    needs, routing = {"patches", "local", "pixels", "routing", "statistics"}, TRIPConfig().routing
     return open_feature_table(clip, dataset, cache, needs, routing=routing, progress=False)
 
 

@@ -56,6 +56,7 @@ class Positions:
 
 
 BUDGET = {
+    "adclip": Positions(0, 496, 744),
     "afl": Positions(0, 0, 0),
     "bbt": Positions(0, 1218, 116),  # 21 forward passes: the loss, and 20 queries
     "anomalyclip": Positions(59, 33, 66),
@@ -88,6 +89,7 @@ BUDGET = {
     "fedrsclip": Positions(0, 116, 174),
     "fedsept": Positions(0, 280, 560),
     "fedtpg": Positions(43, 58, 116),
+    "gopro": Positions(0, 464, 696),
     "gram": Positions(0, 140, 140),
     "ivlp": Positions(0, 98, 224),
     "kgcoop": Positions(59, 58, 116),

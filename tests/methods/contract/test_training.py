@@ -86,6 +86,9 @@ def _block(
 WITHOUT_GRADIENT = {
     # A bias that all keys share leaves an attention as it is.
     "pfedmoap": {"private.gate.k.bias"},
+    # What comes before a norm and is the same for all that it sees is taken out by it.
+    "gopro": {"shared.g.bias", "shared.mix.bias"},
+    "adclip": {"shared.mix.bias"},
     # Even rounds train the aggregators.
     "plan": {"shared.text", "shared.visual"},
 }
