@@ -190,8 +190,8 @@ class Method(ABC):
     """The method's `MethodConfig`."""
 
     needs: frozenset[str] = frozenset({"features"})
-    """What `logits` reads of an image: `features`, optionally `patches`, `local`, `pixels` or
-    `routing`."""
+    """What `logits` reads of an image: `features`, optionally `patches`, `local`, `pixels`,
+    `routing` or `statistics`."""
     needs_to_train: frozenset[str] = frozenset()
     """What only `loss_terms` reads besides; test images come without it. `second_view` asks for the
     features of another view of each image (`Batch.second_KBD`)."""

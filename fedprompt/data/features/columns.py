@@ -1,4 +1,4 @@
-"""What a feature table has beside features: how an image becomes patches, pixels, routing or statistics.
+"""What a feature table has beside features: an image's patches, pixels, routing or statistics.
 
 `table.open_feature_table` opens them with the features, and `table.encode_inputs` computes them
 without the cache. Each is computed from the input of the features' encoding, so that an image is
