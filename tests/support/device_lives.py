@@ -109,7 +109,9 @@ def images(clip: FrozenCLIP, count: int) -> Inputs:
     routing = torch.rand(count, 2, 8, generator=draws).softmax(-1)
     mean_std = clip.mean_std.cpu()
     # Drawn last, so that the other columns stay as they are.
-    statistics = torch.rand(count, *StatisticsEncoder(clip).shape, generator=draws)
+    # Means are centred, as a tower's are: a common offset would be most of every gradient.
+    statistics = torch.randn(count, *StatisticsEncoder(clip).shape, generator=draws)
+    statistics[:, :, 1] = statistics[:, :, 1].abs()
     rest = {"routing": routing, "statistics": statistics}
     return Inputs(features, patches, pixels, mean_std, norms, local, **rest)
 
