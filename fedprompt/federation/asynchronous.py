@@ -18,8 +18,7 @@ and a buffer as large as the sample, every reply is fresh and the run equals Fed
 How we differ: the strategy aggregates x + (1 + t)^-a D_i in place of the uploads, so any strategy
 that keeps nothing about single clients can be used, and FedAvg weighs clients by their images
 unless `strategy.weights=uniform`. The server's learning rate is that of a strategy (FedAdam,
-FedAvgM). A client takes part in a step at most once: until the buffer has been aggregated, it would
-train from the same tensors again.
+FedAvgM). A client takes part in a step at most once: it would train from the same tensors again.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -143,8 +143,7 @@ class BufferedFederation(Federation):
                 "round beside the prompts; use another method."
             )
         self.flight = Flight()
-        wanted = self.config.asynchronous.concurrency
-        self.concurrency = workspace.round_size if wanted is None else wanted
+        self.concurrency = self.config.asynchronous.concurrency or workspace.round_size
 
     def train_round(self, server_round: int) -> dict[str, Any]:
         """Take one step of the server.
@@ -173,7 +172,9 @@ class BufferedFederation(Federation):
         return self._training_line(server_round, exchanged) | {
             "clock": {
                 "seconds": self.flight.now - began,
-                "clients": {str(t.client): t.seconds for t in sorted(arrived, key=_client)},
+                "clients": {
+                    str(t.client): t.seconds for t in sorted(arrived, key=attrgetter("client"))
+                },
             },
             "asynchronous": {
                 "mean_staleness": float(np.mean(staleness)) if staleness else None,
@@ -236,7 +237,7 @@ class BufferedFederation(Federation):
         replies: list[Message] = []
         traffic = Traffic()
         self.grid.silent = {task.client for task in absent}
-        tasks = sorted((*arrived, *absent), key=_client)
+        tasks = sorted((*arrived, *absent), key=attrgetter("client"))
         # Clients train with the tensors, the learning rate and the draws of the step in which they
         # were asked: one exchange per version.
         for version in sorted({task.server_round for task in tasks}):
@@ -254,7 +255,7 @@ class BufferedFederation(Federation):
             self._scaled(update, server_round, versions[update.client])
             for update in exchanged.updates
         ]
-        reasons = {task.client: DROPPED_OUT for task in sorted(absent, key=_client)}
+        reasons = {task.client: DROPPED_OUT for task in sorted(absent, key=attrgetter("client"))}
         return replace(exchanged, updates=updates, traffic=traffic).without(reasons)
 
     def _scaled(self, update: Update, server_round: int, version: int) -> Update:
@@ -272,23 +273,17 @@ class BufferedFederation(Federation):
 
     def checkpoint(self, server_round: int, totals: dict[str, int]) -> Checkpoint:
         """Everything that a resumed run needs; see `Federation.checkpoint`."""
-        counts = [self.asked[client] for client in range(self.workspace.num_clients)]
-        asked = {"asked": torch.tensor(counts, dtype=torch.int64)}
         whole = super().checkpoint(server_round, totals)
-        return replace(whole, flight=self.flight.tensors() | asked)
+        counts = [self.asked[client] for client in range(self.workspace.num_clients)]
+        return replace(whole, flight=self.flight.tensors() | {"asked": torch.tensor(counts)})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Return to the state of a checkpoint; see `Federation.restore`."""
         super().restore(checkpoint)
         tensors = dict(checkpoint.flight)
-        counts = tensors.pop("asked").tolist()
         self.asked.clear()
-        self.asked.update({client: n for client, n in enumerate(counts) if n})
+        self.asked.update(dict(enumerate(tensors.pop("asked").tolist())))
         self.flight = Flight.read(tensors)
-
-
-def _client(task: Task) -> int:
-    return task.client
 
 
 def open_federation(workspace: Workspace, grid: CountingGrid) -> Federation:
