@@ -35,6 +35,27 @@ def everyday_nouns() -> tuple[str, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
+def candidates(class_names: Sequence[str], count: int, where: str) -> tuple[str, ...]:
+    """The words of the corpus that are no class names.
+
+    Args:
+        class_names: C names; underscores count as spaces.
+        count: how many words are needed at least.
+        where: the key that asks for so many, for messages.
+
+    Raises:
+        UserError: there are fewer words.
+    """
+    names = {name.replace("_", " ").lower() for name in class_names}
+    words = tuple(word for word in everyday_nouns() if word not in names)
+    if count > len(words):
+        raise UserError(
+            f"'{where}' is {count}, but the list of words has {len(words)} that are no class "
+            "names; give at most that many."
+        )
+    return words
+
+
 def negative_words(
     clip: FrozenCLIP, class_names: Sequence[str], count: int, where: str
 ) -> tuple[str, ...]:
@@ -52,13 +73,7 @@ def negative_words(
     Raises:
         UserError: the corpus has fewer words.
     """
-    names = {name.replace("_", " ").lower() for name in class_names}
-    words = [word for word in everyday_nouns() if word not in names]
-    if count > len(words):
-        raise UserError(
-            f"'{where}' is {count}, but the list of words has {len(words)} that are no class "
-            "names; give at most that many."
-        )
+    words = candidates(class_names, count, where)
     names_CD = clip.zero_shot_classifier(class_names, [TEMPLATE])
     words_WD = clip.zero_shot_classifier(words, [TEMPLATE])
     ascending_WC = (words_WD @ names_CD.T).sort(-1).values

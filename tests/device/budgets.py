@@ -60,8 +60,12 @@ STEP = {
     "fedpgp": Budget(170),
     "fedpha": Budget(310),
     "fedprox": Budget(100),
+    "fedgallop": Budget(265),
+    "fedlapt": Budget(165),
+    "fedlocoop": Budget(120),
     "fedrsclip": Budget(140),
     "fedsept": Budget(160),
+    "focoop": Budget(665),  # eight steps of ascent, each with a gradient of its own
     "fedtpg": Budget(165),
     "gopro": Budget(255),
     "gram": Budget(180),

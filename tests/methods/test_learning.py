@@ -21,6 +21,10 @@ METHODS: dict[str, dict[str, Any]] = {
     # From near zero, the residual learns first, and the global model has none.
     "fedsept": {"context_tokens": 4, "init_std": 0.2},
     "locoop": {"context_tokens": 4},
+    "fedlocoop": {"context_tokens": 4},
+    "fedgallop": {},
+    "fedlapt": {"context_tokens": 4, "negatives": 10},
+    "focoop": {"context_tokens": 4, "negatives": 10, "global_share": 0.5},
     "mocoop": {},
     "biomedcoop": {},
     "pre": {},

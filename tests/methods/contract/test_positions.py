@@ -79,6 +79,10 @@ BUDGET = {
     "feddeap": Positions(0, 382, 382),
     "feddda": Positions(0, 422, 422),
     "fedkgcoop": Positions(59, 58, 116),
+    "fedgallop": Positions(0, 464, 696),
+    "fedlapt": Positions(0, 428, 856),
+    "fedlocoop": Positions(0, 70, 140),
+    "focoop": Positions(0, 2250, 4500),  # 6 classes and 100 words, each a sequence
     "fedmaple": Positions(0, 98, 224),
     "fedmgp": Positions(0, 490, 784),
     "fedotp": Positions(0, 140, 210),
