@@ -218,7 +218,8 @@ class FOCoOp(Method):
                 (gradient,) = torch.autograd.grad(objective(xi).sum(), [xi])
             length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
             xi = xi + self.cfg.strength * gradient / (length + 1e-8)
-        return xi.detach()
+        found: Tensor = xi.detach()
+        return found
 
     def robust_loss(
         self,
