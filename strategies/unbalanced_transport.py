@@ -1,16 +1,17 @@
 """Unbalanced transport: words' prompts that look like classes help these, and others replace them.
 
-Source: the server of FOCoOp (ICML 2025, OpenReview XCLZgbm99O; code PengyangZhou/FOCoOp, commit
-f30f6f3). After FedAvg, the U E prompts of words of all U clients, o_i, are matched with the C mean
-contexts of classes, g_c. With the cost |o_i - g_c|^2, divided by its largest entry, and uniform
-masses a and b, the plan P minimises
+Source: the server of FOCoOp (Liao et al., ICML 2025, arXiv 2506.16218; code PengyangZhou/FOCoOp,
+commit f30f6f3, whose transport is unbalanced on both sides; the paper calls it semi-unbalanced).
+After FedAvg, the U E prompts of words of all U clients, o_i, are matched with the C mean contexts
+of classes, g_c. With the cost |o_i - g_c|^2, divided by its largest entry, and uniform masses a and
+b, the plan P minimises
 
     <cost, P> + rho KL(P 1 | a) + rho KL(P^T 1 | b)
 
 (`parts/unbalanced.py`). The masses P 1 of the prompts are divided in two clusters by 2-means. Those
-of the cluster with more mass "look like classes" (I):
+of the cluster with more mass "look like classes" (S):
 
-    g_c <- g_c + (1 - ema) sum over i in I of C P_ic (o_i - g_c)
+    g_c <- g_c + (1 - ema) sum over i in S of C P_ic (o_i - g_c)
 
 and the E prompts with the least mass are the new ones of the words; if fewer than E do not look
 like classes, these are repeated. All other shared tensors are averaged by images.

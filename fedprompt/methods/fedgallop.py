@@ -1,10 +1,10 @@
 """FedGalLoP: shared prompts of whole images, and private ones of an image's few best regions.
 
 Sources: GalLoP: Learning Global and Local Prompts for Vision-Language Models (Lafon, Ramzi,
-Rambour, Audebert, Thome, ECCV 2024, arXiv 2407.01400) for the method; FOCoOp (ICML 2025, OpenReview
-XCLZgbm99O; code PengyangZhou/FOCoOp, commit f30f6f3) for the federation, of which it is a baseline.
-With g_n the class features of G global prompts, l_s those of one local prompt per scale k_s, and
-h(r_p) = W r_p / |W r_p| the features of regions,
+Rambour, Audebert, Thome, ECCV 2024, arXiv 2407.01400) for the method; FOCoOp (Liao et al., ICML
+2025, arXiv 2506.16218; code PengyangZhou/FOCoOp, commit f30f6f3) for the federation, of which it is
+a baseline. With g_n the class features of G global prompts, l_s those of one local prompt per scale
+k_s, and h(r_p) = W r_p / |W r_p| the features of regions,
 
     global_c = mean_n cos(v, g_nc),      local_cs = mean of the k_s largest cos(h(r_p), l_sc),
     L = CE(scale mean of a random part of the global cosines) + mean_s CE(scale local_s),
@@ -17,9 +17,9 @@ GL-MCM of its own cosines, the score of the paper, which the `ood` protocol repo
 head": the largest softmax probability, at temperature 1, of the global cosines plus that of any
 region under the mean local prompt.
 
-Defaults are the paper's (4 global prompts, dropout 0.75) and those of both codes (4 tokens from
-"a photo of a", k = 5, 10, 15, 20); the federated code has one global prompt, for which its dropout
-of 0.9 means nothing.
+Defaults are the paper's (4 global prompts, dropout 0.75) and those of both codes (4 tokens from "a
+photo of a", k = 5, 10, 15, 20); the federated code has one global prompt, for which its dropout of
+0.9 means nothing.
 
 TRAPS of the federated code, which are not reproduced: the prompts of an image are drawn with
 replacement, so two that are kept may be one; the entropies of LoCoOp's `top_k` and `lambda_local`
@@ -73,7 +73,7 @@ class FedGalLoP(Method):
     """`ctx` (G, M, d) is shared; `local` (S, M, d) and `projection` (D, D) are private."""
 
     name = "fedgallop"
-    source = "Lafon et al., ECCV 2024; ICML 2025, OpenReview XCLZgbm99O (baseline)"
+    source = "Lafon et al., ECCV 2024; Liao et al., ICML 2025 (baseline)"
     Config = FedGalLoPConfig
     needs = frozenset({"features", "local"})
     images_at_once = 128

@@ -1,11 +1,11 @@
 """FedLAPT: one context for classes and one for other words, trained on mixed features.
 
 Sources: LAPT: Label-driven Automated Prompt Tuning for OOD Detection with Vision-Language Models
-(Zhang, Zhu, He, Zhang, ECCV 2024, arXiv 2407.08966) for the method; FOCoOp (ICML 2025, OpenReview
-XCLZgbm99O; code PengyangZhou/FOCoOp, commit f30f6f3) for the federation, of which it is a baseline.
-E words that are far from all class names (`fedprompt.backbone.negative_words`) stand beside the C
-class names in the softmax. Image features v of class y are mixed with CLIP's text features t of the
-same class under one of the data set's templates, drawn per image,
+(Zhang, Zhu, He, Zhang, ECCV 2024, arXiv 2407.08966) for the method; FOCoOp (Liao et al., ICML 2025,
+arXiv 2506.16218; code PengyangZhou/FOCoOp, commit f30f6f3) for the federation, of which it is a
+baseline. E words that are far from all class names (`fedprompt.backbone.negative_words`) stand
+beside the C class names in the softmax. Image features v of class y are mixed with CLIP's text
+features t of the same class under one of the data set's templates, drawn per image,
 
     x = (lambda v + (1 - lambda) t_y) / |.|,      loss = w CE(x over all C + E columns),
 
@@ -70,7 +70,7 @@ class FedLAPT(Method):
     """`ctx` (M, d) and `ctx_ood` (M, d) are shared; nothing is private."""
 
     name = "fedlapt"
-    source = "Zhang et al., ECCV 2024; ICML 2025, OpenReview XCLZgbm99O (baseline)"
+    source = "Zhang et al., ECCV 2024; Liao et al., ICML 2025 (baseline)"
     Config = FedLAPTConfig
 
     def __init__(self, config: FedLAPTConfig, clip: FrozenCLIP, task: Task) -> None:

@@ -1,8 +1,8 @@
 """FedLoCoOp: LoCoOp in a federation, a baseline of FOCoOp's paper.
 
-Sources: FOCoOp (ICML 2025, OpenReview XCLZgbm99O; code PengyangZhou/FOCoOp, commit f30f6f3) for the
-federation; LoCoOp (Miyai et al., NeurIPS 2023) for the method, see `locoop.py`. The context is
-averaged. The settings are those of that code: lambda 0.1, and K = 5 of 100 classes.
+Sources: FOCoOp (Liao et al., ICML 2025, arXiv 2506.16218; code PengyangZhou/FOCoOp, commit f30f6f3)
+for the federation; LoCoOp (Miyai et al., NeurIPS 2023) for the method, see `locoop.py`. The context
+is averaged. The settings are those of that code: lambda 0.1, and K = 5 of 100 classes.
 
 TRAP of the code, which is not reproduced: its client computes gradients and never takes a step,
 because steps are only taken with `precision=amp`, and `precision` is None by default. So the
@@ -38,5 +38,5 @@ class FedLoCoOp(LoCoOp):
     """LoCoOp with the settings of its federated version."""
 
     name = "fedlocoop"
-    source = "ICML 2025, OpenReview XCLZgbm99O (baseline)"
+    source = "Liao et al., ICML 2025 (baseline)"
     Config = FedLoCoOpConfig

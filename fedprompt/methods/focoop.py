@@ -1,10 +1,10 @@
 """FOCoOp: prompts of classes and of other words, trained against the worst change of both.
 
 Source: FOCoOp: Enhancing Out-of-Distribution Robustness in Federated Prompt Learning for
-Vision-Language Models (ICML 2025, OpenReview XCLZgbm99O; code PengyangZhou/FOCoOp, commit f30f6f3).
-Every class has a context, (1 - a) local + a global, and E words that are far from all class names
-(`fedprompt.backbone.negative_words`) have contexts of their own. With u the features of the C class
-names, o those of the E words, and logits over all C + E columns:
+Vision-Language Models (Liao et al., ICML 2025, arXiv 2506.16218; code PengyangZhou/FOCoOp, commit
+f30f6f3). Every class has a context, (1 - a) local + a global, and E words that are far from all
+class names (`fedprompt.backbone.negative_words`) have contexts of their own. With u the features of
+the C class names, o those of the E words, and logits over all C + E columns:
 
 1. xi_u starts in [0, 1e-4) and takes `ascent_steps` steps along the gradient, whose rows have
    length 1, of CE(u + xi_u, o) - gamma_1 mean_c |xi_u,c|; then xi_o along that of
@@ -91,7 +91,7 @@ class FOCoOp(Method):
     """`ctx_global` (C, M, d) and `ctx_ood` (E, M, d) are shared; `ctx_local` is private."""
 
     name = "focoop"
-    source = "ICML 2025, OpenReview XCLZgbm99O"
+    source = "Liao et al., ICML 2025"
     Config = FOCoOpConfig
     frozen = frozenset({"private.steps"})
     no_transfer_reason = "a context belongs to the class that it was trained for"
@@ -195,7 +195,7 @@ class FOCoOp(Method):
 
         def of_classes(xi_KCD: Tensor) -> Tensor:
             logits = joint_logits(self.clip, batch.inputs.features, u + xi_KCD, o)
-            size_K = torch.linalg.vector_norm(xi_KCD, dim=-1).mean(-1)
+            size_K: Tensor = torch.linalg.vector_norm(xi_KCD, dim=-1).mean(-1)
             return cross_entropy(logits, batch) - gamma_K * size_K
 
         xi_u = self._ascend(of_classes, starts[0])
@@ -218,8 +218,7 @@ class FOCoOp(Method):
                 (gradient,) = torch.autograd.grad(objective(xi).sum(), [xi])
             length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
             xi = xi + self.cfg.strength * gradient / (length + 1e-8)
-        found: Tensor = xi.detach()
-        return found
+        return xi.detach()
 
     def robust_loss(
         self,
