@@ -101,8 +101,9 @@ STEP = {
 """By method; methods that learn nothing have no steps."""
 COPIES_PER_ROUND = 4
 """What the local training of a round may copy in both directions, whatever its number of steps."""
-MORE_COPIES = {"proda": 10, "promptsrc": 30}
-"""Methods with many text towers, whose indices are copied once per process."""
+MORE_COPIES = {"proda": 10, "promptsrc": 30, "fedlapt": 40, "focoop": 30}
+"""Methods with many text towers, whose indices are copied once per process; the last two also
+choose their words at the first use."""
 DEEP_STEP = 350
 """Launches of a step of PromptFL and FedRSCLIP on text towers of twelve layers, as in ViT-B/16."""
 

@@ -23,7 +23,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "locoop": {"context_tokens": 4},
     "fedlocoop": {"context_tokens": 4},
     "fedgallop": {},
-    "fedlapt": {"context_tokens": 4, "negatives": 10},
     "focoop": {"context_tokens": 4, "negatives": 10, "global_share": 0.5},
     "mocoop": {},
     "biomedcoop": {},
