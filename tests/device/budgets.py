@@ -55,6 +55,7 @@ STEP = {
     "fedkgcoop": Budget(115),
     "fedmaple": Budget(215),
     "fedmgp": Budget(845),
+    "fedmvp": Budget(260),
     "fedotp": Budget(500, 0, 2),
     "fedper": Budget(90),
     "fedpgp": Budget(170),

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pre_forgettable": {},
     "copl": {},
     "gopro": {},
+    "fedmvp": {},
     "adclip": {},
     "coprompt": {"context_tokens": 2, "depth": 2},
     "tfup_t": {},

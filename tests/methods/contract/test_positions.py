@@ -85,6 +85,7 @@ BUDGET = {
     "focoop": Positions(0, 2250, 4500),  # 6 classes and 100 words, each a sequence
     "fedmaple": Positions(0, 98, 224),
     "fedmgp": Positions(0, 490, 784),
+    "fedmvp": Positions(59, 36, 108),
     "fedotp": Positions(0, 140, 210),
     "fedper": Positions(0, 70, 70),
     "fedpgp": Positions(0, 140, 140),

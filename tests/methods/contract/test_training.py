@@ -88,6 +88,7 @@ WITHOUT_GRADIENT = {
     "pfedmoap": {"private.gate.k.bias"},
     # What comes before a norm and is the same for all that it sees is taken out by it.
     "gopro": {"shared.g.bias", "shared.mix.bias"},
+    "fedmvp": {"shared.norm_k.bias"},
     "adclip": {"shared.mix.bias"},
     # Even rounds train the aggregators.
     "plan": {"shared.text", "shared.visual"},
