@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,22 @@ class MlpState(NamedTuple):
     mean: Tensor
     rstd: Tensor
     hidden: Tensor
+
+
+class RowLayer(Protocol):
+    """A residual block on rows (R, d): `FrozenLayer`, or one with adapters (`lora_layer.py`)."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Queries, keys and values (R, 3 d) of rows, and a state that callers may ignore."""
+        ...
+
+    def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x plus the output projection of the attention's values (R, d), float32."""
+        ...
+
+    def mlp(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x + MLP(norm(x)), float32, and a state that callers may ignore."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ class FrozenLayer:
         down: weight (d, 4 d) and bias (d) of its second product.
         slope: 1.702 for QuickGELU, x * sigmoid(slope * x), or 1 where the weights contain it; None
             for GELU.
+        folded: the factor of the activation's input that `up` contains, and whose inverse `down`
+            does; 1 where they contain none.
         approximate: which GELU, `none` or `tanh`, as in `torch.nn.functional.gelu`.
     """
 
@@ -93,6 +111,7 @@ class FrozenLayer:
     up: tuple[Tensor, Tensor]
     down: tuple[Tensor, Tensor]
     slope: float | None
+    folded: float
     approximate: str
 
     @classmethod
@@ -130,6 +149,7 @@ class FrozenLayer:
             up=(up_weight * inner, up_bias * inner) if folded else (up_weight, up_bias),
             down=(down_weight * outer, down_bias) if folded else (down_weight, down_bias),
             slope=1.0 if folded else slope,
+            folded=inner,
             approximate=activation.approximate if is_exact else "none",
         )
 
@@ -217,18 +237,28 @@ class FrozenLayer:
     def mlp(self, x: Tensor) -> tuple[Tensor, MlpState]:
         """x + MLP(norm(x)) of rows (R, d), and what `mlp_backward` needs."""
         normed, state = self.norm_2.forward(x)
+        hidden = self.expand(normed.to(self.up[0].dtype))
+        active, scale = self.activate(hidden)
+        return self.add_mlp(x, active, scale), MlpState(*state, hidden)
+
+    def expand(self, normed: Tensor) -> Tensor:
+        """The MLP's first product (R, 4 d), times the slope where there is one."""
         weight, bias = self.up
-        normed = normed.to(weight.dtype)
         if self.slope is None:
-            hidden = F.linear(normed, weight, bias)
-            active, scale = F.gelu(hidden, approximate=self.approximate), 1.0
-        else:
-            # x * sigmoid(s x) = silu(s x) / s. The factor s costs nothing inside the product, 1 / s
-            # nothing inside the next one, and silu is one fused kernel instead of three.
-            s = self.slope
-            hidden = torch.addmm(bias, normed, weight.t(), beta=s, alpha=s)
-            active, scale = F.silu(hidden), 1 / s
-        return _add_product(x, active, self.down, scale), MlpState(*state, hidden)
+            return F.linear(normed, weight, bias)
+        # x * sigmoid(s x) = silu(s x) / s. The factor s costs nothing inside the product, 1 / s
+        # nothing inside the next one, and silu is one fused kernel instead of three.
+        return torch.addmm(bias, normed, weight.t(), beta=self.slope, alpha=self.slope)
+
+    def activate(self, hidden: Tensor) -> tuple[Tensor, float]:
+        """The activation of `expand`'s result, up to a factor, and that factor."""
+        if self.slope is None:
+            return F.gelu(hidden, approximate=self.approximate), 1.0
+        return F.silu(hidden), 1 / self.slope
+
+    def add_mlp(self, x: Tensor, active: Tensor, scale: float) -> Tensor:
+        """x (R, d) plus the MLP's second product of `activate`'s result, float32."""
+        return _add_product(x, active, self.down, scale)
 
     def mlp_backward(self, grad: Tensor, state: MlpState) -> Tensor:
         """Gradient of `mlp`'s input (R, d), the residual connection included."""

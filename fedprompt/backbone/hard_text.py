@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedprompt.backbone.frozen_layer import FrozenLayer
-from fedprompt.backbone.packing import pack
+from fedprompt.backbone.packing import Packing, pack
 from fedprompt.backbone.text_parts import TextParts
 from fedprompt.backbone.text_transformer import PromptTransformer
 
@@ -59,15 +59,33 @@ def _transformer(
     parts: TextParts, layers: Sequence[FrozenLayer], texts: Sequence[list[int]]
 ) -> tuple[PromptTransformer, int]:
     """A transformer over what follows the common tokens of some texts, and the number of these."""
+    packing, suffix_BSd, before_Fd = packed_texts(parts, texts)
+    transformer = PromptTransformer(layers, packing, suffix_BSd, before_Fd, 0, parts.heads)
+    return transformer, len(before_Fd)
+
+
+@torch.no_grad()
+def packed_texts(
+    parts: TextParts, texts: Sequence[list[int]], *, repeats_prefix: bool = False
+) -> tuple[Packing, Tensor, Tensor]:
+    """Pack what follows the common first tokens of some texts.
+
+    Args:
+        parts: a tower that can be packed (`TextParts.packable`).
+        texts: token ids up to the end-of-text token.
+        repeats_prefix: as in `pack`.
+
+    Returns:
+        The packing, its embeddings (B, S, d) and those of the common tokens (F, d), positions
+        added, float32.
+    """
     # The end-of-text token always follows, so that every text has a suffix.
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     common = min(len(list(alike)), min(map(len, texts)) - 1)
     embedding, position_Ld = parts.token_embedding, parts.positional_embedding_Ld
-    packing, device = pack([t[common:] for t in texts], common, parts.width), position_Ld.device
+    packing = pack([t[common:] for t in texts], common, parts.width, repeats_prefix=repeats_prefix)
+    device = position_Ld.device
     suffix_BSd = embedding(packing.token_BS.to(device))
     suffix_BSd = suffix_BSd + position_Ld[common + packing.depth_BS.to(device)]
     before_Fd = embedding(torch.tensor(texts[0][:common], device=device)) + position_Ld[:common]
-    transformer = PromptTransformer(
-        layers, packing, suffix_BSd.float(), before_Fd.float(), 0, parts.heads
-    )
-    return transformer, common
+    return packing, suffix_BSd.float(), before_Fd.float()

@@ -10,7 +10,8 @@ Bins are larger than on a CPU, so that the repeated prefixes are few percent of 
 Autograd records the layers (`frozen_layer.py`); their weights need no gradient, so it keeps little
 more than a written-out backward pass would. Attention is PyTorch's fused one, which keeps no
 scores. Values and gradients equal those of `text_transformer.py` up to float rounding
-(`tests/backbone/test_text_bins.py`).
+(`tests/backbone/test_text_bins.py`). Texts under low-rank adapters take this path on every device,
+from the first adapted layer on (`lora_text.py`).
 
 Shape suffixes: N prompts, M context tokens, J deep layers, d width, h heads, e = d / h, F special
 tokens before the context, P = F + M prefix tokens, B bins of a prompt, S slots of a bin, L = P + S
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedprompt.backbone.frozen_layer import FrozenLayer
+from fedprompt.backbone.frozen_layer import FrozenLayer, RowLayer
 from fedprompt.backbone.packing import Packing
 from fedprompt.backbone.text_attention import additive
 
@@ -91,26 +92,58 @@ class BinTransformer:
         Returns:
             (N, C, d), float32.
         """
+        x = self.embedded(context)
+        return self.run(x, self.layers, context.shape[0], deep)
+
+    def embedded(self, context: Tensor) -> Tensor:
+        """Rows (N * B * L, d) at the input of the first layer, of contexts (N, M, d)."""
         n, bins = context.shape[0], self._bins
-        x = torch.cat(
-            [
-                self._before_Fd.expand(n, bins, -1, -1),
-                context[:, None].expand(-1, bins, -1, -1),
-                self._suffix_BSd.expand(n, -1, -1, -1),
-            ],
-            dim=2,
-        ).flatten(0, 2)
-        mask = self._mask_of(n)
-        for i, layer in enumerate(self.layers):
+        parts = [
+            self._before_Fd.expand(n, bins, -1, -1),
+            context[:, None].expand(-1, bins, -1, -1),
+            self._suffix_BSd.expand(n, -1, -1, -1),
+        ]
+        return torch.cat(parts, dim=2).flatten(0, 2)
+
+    def run(
+        self,
+        x: Tensor,
+        layers: Sequence[RowLayer],
+        n: int,
+        deep: Tensor | None = None,
+    ) -> Tensor:
+        """Run layers up to the tower's last one.
+
+        Args:
+            x: rows (N * B * L, d) at the input of the first of `layers`.
+            layers: the tower's last layers.
+            n: N.
+            deep: as in `__call__`.
+
+        Returns:
+            Hidden states (N, C, d) at the end-of-text tokens after the last layer, float32.
+        """
+        mask, first = self._mask_of(n), len(self.layers) - len(layers)
+        for i, layer in enumerate(layers, first):
             if deep is not None and 0 < i <= deep.shape[1]:
                 x = self._replaced(x, deep[:, i - 1])
-            qkv, _ = layer.project(x)
-            x = layer.add_attention(x, self._attend(qkv, mask))
+            x = self._attended(x, layer, mask)
             if i == len(self.layers) - 1:
                 # Nobody reads the other positions of the last layer.
                 x = x.view(n, self.rows, -1).index_select(1, self._end_row_C).flatten(0, 1)
             x = layer.mlp(x)[0]
         return x.view(n, -1, x.shape[-1])
+
+    @torch.no_grad()
+    def constant_input(self, layer: int) -> Tensor:
+        """Rows (B * L, d) at the input of a layer where nothing is learned: M = 0, N = 1."""
+        x = self.embedded(self._suffix_BSd.new_zeros(1, 0, self._suffix_BSd.shape[-1]))
+        for frozen in self.layers[:layer]:
+            x = frozen.mlp(self._attended(x, frozen, self._mask))[0]
+        return x
+
+    def _attended(self, x: Tensor, layer: RowLayer, mask: Tensor) -> Tensor:
+        return layer.add_attention(x, self._attend(layer.project(x)[0], mask))
 
     def _attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
         """Mixed values as rows (X * L, d), of queries, keys and values (X * L, 3 d)."""

@@ -149,9 +149,8 @@ class VisionTower:
             raise UserError(f"{self.clip.name} gives no features of patches under visual prompts.")
         # An image is constant in training: no gradient is needed before the prompts enter.
         attacked = pixels.requires_grad and torch.is_grad_enabled()
-        with torch.set_grad_enabled(attacked), self.clip.autocast():
-            embedded = self._own.embed(pixels.to(self.clip.device).flatten(0, 1))
-        image_KBTw = embedded.unflatten(0, pixels.shape[:2])
+        with torch.set_grad_enabled(attacked):
+            image_KBTw = self.embedded(pixels).unflatten(0, pixels.shape[:2])
         if prompts is not None:
             prompts = self._own.enter(prompts)
             clients = max(t.shape[0] for t in (pixels, prompts, deep) if t is not None)
@@ -200,6 +199,11 @@ class VisionTower:
         features_ND = F.normalize(raw_N1D[:, 0], dim=-1)
         features_KBD: Tensor = features_ND.unflatten(0, pixels.shape[:2])
         return features_KBD
+
+    def embedded(self, pixels_KB3HW: Tensor) -> Tensor:
+        """Class token and patches (N, T, w) at the input of the first block."""
+        with self.clip.autocast():
+            return self._own.embed(pixels_KB3HW.to(self.clip.device).flatten(0, 1))
 
     def features(self, pixels: Tensor, prompts_KJMw: Tensor) -> Tensor:
         """Compute L2-normalised features (K, B, D) under prompts of the first J layers."""

@@ -73,6 +73,7 @@ STEP = {
     "ivlp": Budget(205),
     "kgcoop": Budget(115),
     "locoop": Budget(120),
+    "lora": Budget(150),
     "maple": Budget(215),
     "mocoop": Budget(280),
     "ove_pg": Budget(145),

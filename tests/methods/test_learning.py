@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedlocoop": {"context_tokens": 4},
     "fedgallop": {},
     "focoop": {"context_tokens": 4, "negatives": 10, "global_share": 0.5},
+    "lora": {"text_layers": 2},
     "mocoop": {},
     "biomedcoop": {},
     "pre": {},

@@ -25,6 +25,7 @@ USUAL = {"ctx": (3, 4), "other": (3,)}
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "per_class": {"class_shares": (3,), "ctx": (3, 4)},
     "per_expert": {"expert_shares": (2,), "ctx": (3, 4), "w.0": (3,), "w.1": (2, 2)},
+    "product_mean": {**USUAL, "q.lora_A": (2, 3, 5), "q.lora_B": (2, 4, 3)},
     "unbalanced_transport": {"ctx_global": (3, 4), "ctx_ood": (5, 4), "ctx": (3, 4)},
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
@@ -43,7 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fed
 NOISY = {"dp_fedavg": {"noise": 0.0}, "flame": {"noise": 0.0}}
 """What takes the noise away from a strategy that adds some."""
 OWN_STEP = {
-    "fedadam", "fedyogi", "dp_fedavg", "flame", "per_class", "per_expert", "unbalanced_transport",
+    "fedadam", "fedyogi", "dp_fedavg", "flame", "per_class", "per_expert", "product_mean",
+    "unbalanced_transport",
 }  # fmt: skip
 """Strategies whose step is not the clients' own, even where all of them agree."""
 STRATEGIES = sorted(all_strategies())

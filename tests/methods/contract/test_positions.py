@@ -100,6 +100,7 @@ BUDGET = {
     "kgcoop": Positions(59, 58, 116),
     "latte": Positions(59, 0, 0),
     "locoop": Positions(0, 70, 140),
+    "lora": Positions(69, 69, 138),
     "maple": Positions(0, 98, 182),
     "mocoop": Positions(723, 354, 708),
     "ove_pg": Positions(59, 58, 116),
