@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedprompt.config.fields import option
 from fedprompt.errors import UserError
 from fedprompt.federation.screening import Update
 from fedprompt.messages import Arrays
@@ -39,15 +41,18 @@ A, B = ".lora_A", ".lora_B"
 Array = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
 class ProductMeanConfig(FedAvgConfig):
     """How clients are weighted."""
+
+    name: str = option("product_mean", "strategy name")
 
 
 class ProductMean(FedAvg):
     """`B A <- the best approximation of sum_k (n_k / n) B_k A_k`.
 
     Raises:
-        UserError: the method uploads no pair of factors.
+        UserError: the method uploads tensors, but no pair of factors.
     """
 
     name = "product_mean"
@@ -57,7 +62,7 @@ class ProductMean(FedAvg):
         self.pairs = sorted(
             n.removesuffix(A) for n in shapes if n.endswith(A) and n.removesuffix(A) + B in shapes
         )
-        if not self.pairs:
+        if shapes and not self.pairs:
             raise UserError(
                 "strategy product_mean needs pairs of shared factors, '<name>.lora_A' and "
                 "'<name>.lora_B', as method=lora has with method.sharing=both or dual."

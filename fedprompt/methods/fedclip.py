@@ -22,16 +22,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import UNIFORM_AVERAGE, Batch, Method, MethodConfig, Task, Tensors
-from fedprompt.methods.parts.adapters import check_template, raw_features, template_classes
-from fedprompt.methods.parts.linear import linear, linear_start
+from fedprompt.methods.parts.adapters import (
+    attended,
+    attention_start,
+    check_template,
+    template_classes,
+)
 from fedprompt.methods.parts.losses import cosine_logits, masked_mean
 
 
@@ -63,10 +65,7 @@ class FedCLIP(Method):
 
     def init_shared(self, seed: int) -> Tensors:
         """Both layers, as torch.nn.Linear starts them."""
-        width, key = self.clip.embed_dim, (seed, "init", "shared")
-        return linear_start("attention.0", width, width, *key) | linear_start(
-            "attention.2", width, width, *key
-        )
+        return attention_start(self.clip.embed_dim, seed)
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The fixed class features (1, C, D), and the attention's layers as they are."""
@@ -74,7 +73,7 @@ class FedCLIP(Method):
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C) of the attended features."""
-        return cosine_logits(self.clip, _attend(encoded, inputs), encoded["classes"])
+        return cosine_logits(self.clip, attended(encoded, inputs), encoded["classes"])
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
@@ -82,7 +81,7 @@ class FedCLIP(Method):
         """`ce` (K,): the symmetric cross-entropy over the batch's pairs, not over classes."""
         # t_{y_j} of each image's label; class features are the same for all clients.
         texts_KBD = encoded["classes"][0][batch.labels_KB]
-        pairs_KBB = cosine_logits(self.clip, _attend(encoded, batch.inputs), texts_KBD)
+        pairs_KBB = cosine_logits(self.clip, attended(encoded, batch.inputs), texts_KBD)
         there_K = _diagonal(pairs_KBB, batch.mask_KB)
         back_K = _diagonal(pairs_KBB.transpose(-1, -2), batch.mask_KB)
         return {"ce": (there_K + back_K) / 2}
@@ -90,15 +89,6 @@ class FedCLIP(Method):
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """None: the attention changes the image features."""
         return None
-
-
-def _attend(encoded: Tensors, inputs: Inputs) -> Tensor:
-    """The unit vectors of a(v) * v: (K, B, D)."""
-    # tanh and softmax are not homogeneous, so the length of the raw feature matters here.
-    v_KBD = raw_features(inputs)
-    hidden = torch.tanh(linear(v_KBD, encoded["attention.0.weight"], encoded["attention.0.bias"]))
-    scores = linear(hidden, encoded["attention.2.weight"], encoded["attention.2.bias"])
-    return F.normalize(scores.softmax(-1) * v_KBD, dim=-1)
 
 
 def _diagonal(logits_KBB: Tensor, mask_KB: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ so that the start is zero-shot CLIP with the text `template`. Cosine logits, cro
   (dual adapters; Nguyen et al., arXiv 2503.07552, RECONSTRUCTED FROM THE ABSTRACT: the paper's
   adapters also distil into each other, and its local one is pruned; ours are trained as a sum).
 
-Options have peft's names where it has them. No public code of the federated CLIP papers was found.
+Options have peft's names where it has them. RECONSTRUCTED: no public code of the federated papers
+was run, and the four sharings follow their abstracts; rank, scale and products are read from the
+code of CLIP-LoRA.
 
 How we differ: a layer is chosen by its place from above (`text_layers`, `image_layers`), because
 what lies below the first adapted layer is then computed once (`backbone/lora_text.py`). CLIP-LoRA
@@ -104,7 +106,7 @@ class LoRA(Method):
     """
 
     name = "lora"
-    source = "Hu et al., ICLR 2022; Nguyen et al., arXiv 2404.15182"
+    source = "Hu et al., ICLR 2022 (federations reconstructed)"
     Config = LoRAConfig
 
     def __init__(self, config: LoRAConfig, clip: FrozenCLIP, task: Task) -> None:

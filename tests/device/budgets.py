@@ -69,6 +69,7 @@ STEP = {
     "focoop": Budget(665),  # eight steps of ascent, each with a gradient of its own
     "fedtpg": Budget(165),
     "gopro": Budget(255),
+    "flora": Budget(220),
     "gram": Budget(180),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),

@@ -13,8 +13,8 @@ from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.loading import shape_only_clip
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.errors import UserError
-from fedprompt.methods import fedclip
 from fedprompt.methods.base import Tensors, uploaded_numbers
+from fedprompt.methods.parts import adapters
 from tests.support import twins
 from tests.support.builders import CLASS_NAMES, batch_of
 
@@ -112,7 +112,7 @@ def test_lengths_of_features_reach_the_attention(
     shared, _ = twins.tensors(method, 0.3, 1)
     raw = 5 * twins.draw(1, B, clip.embed_dim)
     monkeypatch.setattr(
-        fedclip, "raw_features", lambda inputs: inputs.features * raw.norm(dim=-1, keepdim=True)
+        adapters, "raw_features", lambda inputs: inputs.features * raw.norm(dim=-1, keepdim=True)
     )
     inputs = Inputs(F.normalize(raw, dim=-1))
     ours = method.logits(method.encode(shared, {}), inputs)[0]

@@ -1,15 +1,16 @@
 """Small networks on image features that several methods share, for K clients together.
 
-CLIP-Adapter, CoPrompt, FedCLIP, FedDDA and Tip-Adapter use them on clients, in training and in
-evaluation.
+CLIP-Adapter, CoPrompt, FedCLIP, FedDDA, FLORA and Tip-Adapter use them on clients, in training and
+in evaluation.
 
 Suffixes: K clients, B images, D joint embedding, H hidden width, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,6 +53,36 @@ def bottleneck(
     # The public code has a ReLU behind the second layer as well.
     hidden_KBH = F.relu(linear(features_KBD, tensors[f"{name}.down.weight"]))
     return F.relu(linear(hidden_KBH, tensors[f"{name}.up.weight"]))
+
+
+def attention_start(width: int, seed: int) -> dict[str, Tensor]:
+    """Starting values of `attended`'s layers (D, D), as torch.nn.Linear's, no client axis."""
+    key = (seed, "init", "shared")
+    return linear_start("attention.0", width, width, *key) | linear_start(
+        "attention.2", width, width, *key
+    )
+
+
+def attended(
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    activation: Callable[[Tensor], Tensor] = torch.tanh,
+) -> Tensor:
+    """FedCLIP's attention over the components of image features.
+
+    Args:
+        tensors: `attention.0` and `attention.2`, weights (K, D, D) and biases (K, D).
+        inputs: images.
+        activation: between the layers.
+
+    Returns:
+        The unit vectors (K, B, D) of softmax(W_2 activation(W_1 v + b_1) + b_2) * v.
+    """
+    # tanh and softmax are not homogeneous, so the length of the raw feature matters here.
+    v_KBD = raw_features(inputs)
+    hidden = activation(linear(v_KBD, tensors["attention.0.weight"], tensors["attention.0.bias"]))
+    scores = linear(hidden, tensors["attention.2.weight"], tensors["attention.2.bias"])
+    return F.normalize(scores.softmax(-1) * v_KBD, dim=-1)
 
 
 def raw_features(inputs: Inputs) -> Tensor:

@@ -93,6 +93,7 @@ BUDGET = {
     "fedprox": Positions(0, 70, 140),
     "fedrsclip": Positions(0, 116, 174),
     "fedsept": Positions(0, 280, 560),
+    "flora": Positions(0, 140, 140),
     "fedtpg": Positions(43, 58, 116),
     "gopro": Positions(0, 464, 696),
     "gram": Positions(0, 140, 140),
