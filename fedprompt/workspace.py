@@ -18,15 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.compression import Compression
+from fedprompt.backbone.loading import load_clip
 from fedprompt.backbone.memo import Memo
-from fedprompt.config.schema import Config, TrainingConfig
+from fedprompt.backbone.sample import same_text_tower
+from fedprompt.config.schema import BackboneConfig, Config, TrainingConfig
+from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.descriptions import load_descriptions
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import FeatureTable
+from fedprompt.data.features.views import open_views
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe
 from fedprompt.data.partition.queries import select
+from fedprompt.data.sections import resolve_group
 from fedprompt.errors import UserError
 from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
 from fedprompt.methods.parts.step_graphs import StepGraphs
@@ -88,6 +94,7 @@ class Workspace:
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
+        self._others: dict[str, Workspace] = {}
         self.memo = Memo()
         recorder = step_recorder(clip.device, config.backbone.cuda_graphs)
         self.graphs = None if recorder is None else StepGraphs(self.method, recorder)
@@ -127,6 +134,107 @@ class Workspace:
             A new workspace, which shares the backbone, the data and the feature tables.
         """
         return Workspace(self.config, self.clip, self.dataset, partition, self.views, self.held_out)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """What feature tables hold: what the method reads of an image, and what attackers do."""
+        attackers = {"pixels"} if self.config.attack.kind == "backdoor" else set()
+        return self.method.needs | self.method.needs_to_train | attackers
+
+    def in_form(
+        self,
+        compression: Compression,
+        dataset: ImageDataset | None = None,
+        *,
+        progress: bool = False,
+    ) -> Workspace:
+        """The same experiment through the same backbone with its weights kept otherwise.
+
+        Args:
+            compression: how they are kept.
+            dataset: the images to encode; None for those of this workspace.
+            progress: whether to show a bar while images that no cache holds are encoded.
+
+        Returns:
+            This workspace if its weights are kept so, otherwise another one, which is opened once.
+
+        Raises:
+            UserError: a library is missing, or the weights or features cannot be read.
+        """
+        backbone = replace(
+            self.config.backbone,
+            weights=compression.weights,
+            pruned=compression.pruned,
+            client_weights=[],
+            client_models=[],
+        )
+        return self._through(backbone, dataset, progress=progress)
+
+    def of_client(
+        self,
+        client: int,
+        dataset: ImageDataset | None = None,
+        *,
+        progress: bool = False,
+    ) -> Workspace:
+        """The workspace with a client's backbone, of `client_models` and `client_weights`.
+
+        Args:
+            client: the client's number.
+            dataset: as in `in_form`.
+            progress: as in `in_form`.
+
+        Raises:
+            UserError: as in `in_form`, or the text tower is another one.
+        """
+        own = self.config.backbone
+        changed: dict[str, Any] = {
+            "weights": own.weights_of(client), "client_weights": [], "client_models": []
+        }  # fmt: skip
+        if own.client_models:
+            name = own.client_models[client % len(own.client_models)]
+            keys = resolve_group("backbone", name)
+            changed |= {key: keys.get(key) for key in ("model", "pretrained", "checkpoint")}
+        return self._through(replace(own, **changed), dataset, progress=progress)
+
+    def _through(
+        self, backbone: BackboneConfig, dataset: ImageDataset | None, *, progress: bool
+    ) -> Workspace:
+        """This experiment through another backbone, which is opened once."""
+        own = replace(self.config.backbone, client_weights=[], client_models=[])
+        if backbone == own:
+            return self
+        key = repr(backbone)
+        if key in self._others:
+            return self._others[key]
+        config = replace(self.config, backbone=backbone)
+        cache_dir = default_cache_dir(config.output.cache)
+        if key not in self.clip.others:
+            self.clip.others[key] = load_clip(backbone, cache_dir)
+        clip = self.clip.others[key]
+        if backbone.model != own.model and not same_text_tower(clip, self.clip):
+            raise UserError(
+                f"backbone.client_models: {clip.name} has another text tower than "
+                f"{self.clip.name}, so the same prompt means something else there; the models of "
+                "one federation may differ in their image towers only."
+            )
+        # What the method reads beside the backbone is the same, whoever holds the backbone how.
+        clip.companions = self.clip.companions
+        other = Workspace(config, clip, self.dataset, self.partition, (), self.held_out)
+        opened = open_views(
+            clip,
+            dataset or self.dataset,
+            config.data,
+            cache_dir,
+            other.columns,
+            other.method.teacher,
+            routing=other.method.routing,
+            progress=progress,
+        )
+        readable_N = self.views[0].readable_N
+        other.views = tuple(replace(view, readable_N=readable_N) for view in opened)
+        self._others[key] = other
+        return other
 
     def method_for(self, task: Task) -> Method:
         """The experiment's method for other class names, for example those of a held-out split.

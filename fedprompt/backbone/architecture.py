@@ -18,6 +18,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor
 
+from fedprompt.backbone.compression import install_kept
 from fedprompt.backbone.model_folder import ModelFolder
 from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError, did_you_mean
@@ -154,11 +155,15 @@ def adopt_weights(model: Model, state: Mapping[str, Tensor]) -> None:
 
     Memory-mapped tensors stay mapped. Causal masks, which no checkpoint holds, are rebuilt.
 
+    Args:
+        model: the architecture.
+        state: its tensors, or what `compression.compress` made of them.
+
     Raises:
         RuntimeError: `state` lacks tensors, has others, or has them in other shapes.
     """
     # assign: a model on the meta device has no memory to copy into, and a copy would not be mapped.
-    model.load_state_dict(dict(state), strict=True, assign=True)
+    model.load_state_dict(install_kept(model, state), strict=True, assign=True)
     texts: tuple[Any, ...] = (getattr(model, "text", model), getattr(model, "text_decoder", None))
     for text in texts:
         mask = getattr(text, "attn_mask", None)

@@ -25,6 +25,7 @@ from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from PIL import Image
 from torch import Tensor
 
+from fedprompt.backbone.compression import AS_TRAINED, Compression
 from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.frozen_layer import FrozenLayer
 from fedprompt.backbone.hard_text import packed_features
@@ -51,9 +52,11 @@ class FrozenCLIP:
         precision: `float32`; `tf32`, which `use_precision` sets for the process; or `bf16` for
             matrix products in bfloat16.
         image_batch: images to encode in one call when features are cached.
+        compression: how the weights of `model` are kept.
 
     Attributes:
         name: the model's name.
+        compression: how its weights are kept.
         fingerprint: differs whenever image features may differ (weights, architecture, precision).
         preprocess: PIL image -> (3, H, W) float32, the model's own evaluation transform.
         preprocess_fingerprint: differs whenever `preprocess` does.
@@ -63,6 +66,8 @@ class FrozenCLIP:
         embed_dim: D.
         companions: further frozen models that methods read beside this one, by the name of their
             backbone config.
+        others: backbones of clients that differ from this one, if they have been opened, by the
+            text of their configs.
         positions_encoded: how many positions text and image towers have sent through the model so
             far; a run derives its cost figures from it.
 
@@ -80,6 +85,7 @@ class FrozenCLIP:
         device: str = "cpu",
         precision: str = "float32",
         image_batch: int = 64,
+        compression: Compression = AS_TRAINED,
     ) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.name = name
@@ -94,10 +100,13 @@ class FrozenCLIP:
         )
         self.mean_std = torch.tensor([complete.mean, complete.std], dtype=torch.float32)
         self.preprocess_fingerprint = digest(json.dumps(preprocess_cfg, sort_keys=True))
-        self.fingerprint = digest(f"{name}|{weights_hash}|{precision}")
+        self.compression = compression
+        kept = f"|{compression}" if compression else ""
+        self.fingerprint = digest(f"{name}|{weights_hash}|{precision}{kept}")
         self.logit_scale = float(model.logit_scale.exp())
         self.text = text_parts(model)
         self.companions: dict[str, FrozenCLIP] = {}
+        self.others: dict[str, FrozenCLIP] = {}
         self.positions_encoded = 0
         # open_clip's settings state D in several places, and some towers change it, so it is read
         # from an encoded text.

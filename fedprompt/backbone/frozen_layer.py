@@ -12,12 +12,18 @@ Shape suffixes: R rows (positions of all sequences, flattened), d width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fedprompt.backbone.kept_modules import matrix_of
+from fedprompt.backbone.matrices import KeptMatrix, linear, times
+
+Linear = tuple[Tensor | KeptMatrix, Tensor]
+"""Weight and bias of a product."""
 
 
 class NormState(NamedTuple):
@@ -88,7 +94,7 @@ class FrozenNorm:
 class FrozenLayer:
     """One pre-norm residual block of CLIP as plain tensors.
 
-    Rows and residuals are float32; matrix products run in the dtype of the weights.
+    Rows and residuals are float32; matrix products run in `dtype`.
 
     Attributes:
         norm_1: the layer norm before the attention.
@@ -102,14 +108,16 @@ class FrozenLayer:
         folded: the factor of the activation's input that `up` contains, and whose inverse `down`
             does; 1 where they contain none.
         approximate: which GELU, `none` or `tanh`, as in `torch.nn.functional.gelu`.
+
+    Weights are tensors in `dtype`, or kept in fewer bits (`matrices.py`).
     """
 
     norm_1: FrozenNorm
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
+    qkv: Linear
+    out: Linear
     norm_2: FrozenNorm
-    up: tuple[Tensor, Tensor]
-    down: tuple[Tensor, Tensor]
+    up: Linear
+    down: Linear
     slope: float | None
     folded: float
     approximate: str
@@ -129,29 +137,40 @@ class FrozenLayer:
         # x * sigmoid(s x) = silu(s x) / s. CPUs apply s within the products, to weights that stay
         # open_clip's own. On GPUs autograd would multiply once more for each product, so the
         # factors are part of the weights there.
-        folded = slope is not None and up.weight.device.type != "cpu"
+        folded = slope is not None and up.bias.device.type != "cpu"
         inner, outer = (slope, 1 / slope) if slope and folded else (1.0, 1.0)
 
-        def scaled(weight: Tensor, bias: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
+        def product(module: Any, bias: Tensor, scale: Any = None, factor: float = 1.0) -> Linear:
             # Layer scale multiplies a product's output, so it is folded into the product.
-            gamma = getattr(scale, "gamma", None)
+            weight, gamma = matrix_of(module), getattr(scale, "gamma", None)
             if gamma is not None:
-                weight, bias = gamma[:, None] * weight, gamma * bias
-            return weight.detach().to(dtype), bias.detach().to(dtype)
+                bias = gamma * bias
+            if isinstance(weight, KeptMatrix):
+                weight = replace(weight, dtype=dtype)
+                weight = weight if gamma is None else weight.scaled(gamma.detach())
+                weight = weight if factor == 1 else weight.scaled(factor)
+            else:
+                weight = (weight if gamma is None else gamma[:, None] * weight).detach().to(dtype)
+                weight = weight if factor == 1 else weight * factor
+            return weight, bias.detach().to(dtype)
 
-        up_weight, up_bias = scaled(up.weight, up.bias, None)
-        down_weight, down_bias = scaled(down.weight, down.bias, block.ls_2)
+        up_weight, up_bias = product(up, up.bias, factor=inner)
         return cls(
             norm_1=_norm(block.ln_1),
-            qkv=scaled(attn.in_proj_weight, attn.in_proj_bias, None),
-            out=scaled(attn.out_proj.weight, attn.out_proj.bias, block.ls_1),
+            qkv=product(attn, attn.in_proj_bias),
+            out=product(attn.out_proj, attn.out_proj.bias, block.ls_1),
             norm_2=_norm(block.ln_2),
-            up=(up_weight * inner, up_bias * inner) if folded else (up_weight, up_bias),
-            down=(down_weight * outer, down_bias) if folded else (down_weight, down_bias),
+            up=(up_weight, up_bias * inner if folded else up_bias),
+            down=product(down, down.bias, block.ls_2, outer),
             slope=1.0 if folded else slope,
             folded=inner,
             approximate=activation.approximate if is_exact else "none",
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the matrix products."""
+        return self.qkv[0].dtype
 
     @staticmethod
     def supports(block: Any) -> bool:
@@ -168,7 +187,7 @@ class FrozenLayer:
         """Queries, keys and values (R, 3 d) of rows (R, d), or the columns `part` of them."""
         normed, state = self.norm_1.forward(x)
         weight, bias = self.qkv
-        return F.linear(normed.to(weight.dtype), weight[part], bias[part]), state
+        return linear(normed.to(weight.dtype), weight[part], bias[part]), state
 
     def project_backward(
         self, d_parts: Tensor, state: NormState, part: slice = slice(None)
@@ -180,7 +199,7 @@ class FrozenLayer:
             state: from `project`.
             part: as in `project`.
         """
-        return self.norm_1.backward((d_parts @ self.qkv[0][part]).float(), state)
+        return self.norm_1.backward(times(d_parts, self.qkv[0][part]).float(), state)
 
     def project_few(
         self, x: Tensor, pick: Callable[[Tensor], Tensor]
@@ -201,8 +220,8 @@ class FrozenLayer:
         normed, state = self.norm_1.forward(x)
         weight, bias = self.qkv
         normed, d = normed.to(weight.dtype), x.shape[-1]
-        q = F.linear(pick(normed), weight[:d], bias[:d])
-        return q, F.linear(normed, weight[d:], bias[d:]), state
+        q = linear(pick(normed), weight[:d], bias[:d])
+        return q, linear(normed, weight[d:], bias[d:]), state
 
     def project_few_backward(
         self,
@@ -220,8 +239,8 @@ class FrozenLayer:
             add_picked: adds values at the picked rows to rows (R, d), in place.
         """
         weight, d = self.qkv[0], state.x.shape[-1]
-        d_normed = (d_kv @ weight[d:]).float()
-        add_picked(d_normed, (d_q @ weight[:d]).float())
+        d_normed = times(d_kv, weight[d:]).float()
+        add_picked(d_normed, times(d_q, weight[:d]).float())
         return self.norm_1.backward(d_normed, state)
 
     # The attention's output, and the MLP
@@ -232,7 +251,7 @@ class FrozenLayer:
 
     def attention_backward(self, grad: Tensor) -> Tensor:
         """Gradient of `add_attention`'s values (R, d), in the dtype of the products."""
-        return grad.to(self.out[0].dtype) @ self.out[0]
+        return times(grad.to(self.out[0].dtype), self.out[0])
 
     def mlp(self, x: Tensor) -> tuple[Tensor, MlpState]:
         """x + MLP(norm(x)) of rows (R, d), and what `mlp_backward` needs."""
@@ -245,7 +264,9 @@ class FrozenLayer:
         """The MLP's first product (R, 4 d), times the slope where there is one."""
         weight, bias = self.up
         if self.slope is None:
-            return F.linear(normed, weight, bias)
+            return linear(normed, weight, bias)
+        if not isinstance(weight, Tensor):
+            return linear(normed, weight, bias) * self.slope
         # x * sigmoid(s x) = silu(s x) / s. The factor s costs nothing inside the product, 1 / s
         # nothing inside the next one, and silu is one fused kernel instead of three.
         return torch.addmm(bias, normed, weight.t(), beta=self.slope, alpha=self.slope)
@@ -263,7 +284,7 @@ class FrozenLayer:
     def mlp_backward(self, grad: Tensor, state: MlpState) -> Tensor:
         """Gradient of `mlp`'s input (R, d), the residual connection included."""
         hidden = state.hidden
-        d_hidden = grad.to(hidden.dtype) @ self.down[0]
+        d_hidden = times(grad.to(hidden.dtype), self.down[0])
         # The activation's gradient overwrites d_hidden: the largest tensor here exists only once.
         if self.slope is None:
             torch.ops.aten.gelu_backward.grad_input(
@@ -271,7 +292,7 @@ class FrozenLayer:
             )
         else:  # the factors slope and 1 / slope cancel
             torch.ops.aten.silu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
-        d_normed = (d_hidden @ self.up[0]).float()
+        d_normed = times(d_hidden, self.up[0]).float()
         return self.norm_2.backward(d_normed, NormState(*state[:3])).add_(grad)
 
 
@@ -279,9 +300,11 @@ def _norm(module: Any) -> FrozenNorm:
     return FrozenNorm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
-def _add_product(x: Tensor, y: Tensor, linear: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
+def _add_product(x: Tensor, y: Tensor, product: Linear, scale: float = 1.0) -> Tensor:
     """x + scale * y W^T + b, float32."""
-    weight, bias = linear
+    weight, bias = product
+    if isinstance(weight, KeptMatrix):
+        return x + (weight.linear(y) * scale + bias)
     if weight.dtype == x.dtype:
         # One kernel adds the residual while it multiplies.
         return torch.addmm(x, y, weight.t(), alpha=scale).add_(bias)

@@ -22,12 +22,13 @@ from fedprompt.backbone.architecture import (
 )
 from fedprompt.backbone.checkpoint_files import files_of
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.compression import Compression, compress
 from fedprompt.backbone.devices import pick_device, use_precision
 from fedprompt.backbone.fingerprint import digest, file_digest
 from fedprompt.backbone.model_folder import find_folder
 from fedprompt.backbone.tiny import tiny_card, tiny_model_config, tiny_state_dict
 from fedprompt.backbone.tokenizer import load_tokenizer
-from fedprompt.backbone.weights import find_weights, map_weights, mappable_weights
+from fedprompt.backbone.weights import find_weights, kept_weights, map_weights, mappable_weights
 from fedprompt.config.schema import BackboneConfig
 
 TINY_IMAGE_BATCH = 256
@@ -52,8 +53,10 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     """
     device = pick_device(config.device)
     use_precision(config.precision, device)
+    compression = Compression(config.weights, config.pruned)
+    compression.check()
     if config.model == "tiny":
-        return _load_tiny(config, device)
+        return _load_tiny(config, compression, device)
     folder = find_folder(config.model)
     # The name of a local folder without its path, which differs between machines.
     name = config.model if folder is None else folder.name
@@ -67,7 +70,10 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
     model_cfg = buildable_cfg
     weights = mappable_weights(name, model_cfg, source, weights_hash, cache_dir)
     model = empty_model(model_cfg, meta=True)
-    adopt_weights(model, map_weights(weights))
+    state = map_weights(weights)
+    if compression:
+        state = map_weights(kept_weights(model, state, compression, name, weights_hash, cache_dir))
+    adopt_weights(model, state)
     preprocess_cfg = open_clip.transform.merge_preprocess_dict(
         open_clip.transform.PreprocessCfg(), tag_cfg
     )
@@ -82,13 +88,15 @@ def load_clip(config: BackboneConfig, cache_dir: Path) -> FrozenCLIP:
         device=device,
         precision=config.precision,
         image_batch=config.image_batch,
+        compression=compression,
     )
 
 
-def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
+def _load_tiny(config: BackboneConfig, compression: Compression, device: str) -> FrozenCLIP:
     with torch.device("meta"):
         model = CLIP(**tiny_model_config())
-    adopt_weights(model, tiny_state_dict())
+    state = tiny_state_dict()
+    adopt_weights(model, compress(model, state, compression) if compression else state)
     return FrozenCLIP(
         model,
         open_clip.tokenize,
@@ -98,6 +106,7 @@ def _load_tiny(config: BackboneConfig, device: str) -> FrozenCLIP:
         device=device,
         precision=config.precision,
         image_batch=max(config.image_batch, TINY_IMAGE_BATCH),
+        compression=compression,
     )
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.frozen_layer import FrozenLayer
+from fedprompt.backbone.matrices import linear
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -119,7 +120,7 @@ class LoraLayer:
     def project(self, x: Tensor) -> tuple[Tensor, None]:
         """As `RowLayer` says."""
         normed = self.layer.norm_1.forward(x)[0].to(self.dtype)
-        return self._plus(F.linear(normed, *self.layer.qkv), normed, "qkv"), None
+        return self._plus(linear(normed, *self.layer.qkv), normed, "qkv"), None
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """As `RowLayer` says."""

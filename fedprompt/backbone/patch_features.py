@@ -27,6 +27,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.kept_modules import KeptAttention
 
 LocalEncoder = Callable[[Tensor], Tensor]
 """From preprocessed images (B, 3, H, W) to patch features (B, P, D), L2-normalised, float32, on the
@@ -114,7 +115,7 @@ def is_plain(visual: VisionTransformer) -> bool:
     last = visual.transformer.resblocks[-1]
     return (
         type(last) is ResidualAttentionBlock
-        and isinstance(last.attn, nn.MultiheadAttention)
+        and isinstance(last.attn, (nn.MultiheadAttention, KeptAttention))
         and last.attn.in_proj_weight is not None
         and visual.attn_pool is None
         and visual.pool_type == "tok"

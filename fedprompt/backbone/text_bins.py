@@ -65,7 +65,7 @@ class BinTransformer:
         self._first, prefix = len(before_Fd), len(before_Fd) + context_tokens
         self._bins, slots = packing.token_BS.shape
         self._prefix, self._length = prefix, prefix + slots
-        device, dtype = suffix_BSd.device, self.layers[0].qkv[0].dtype
+        device, dtype = suffix_BSd.device, self.layers[0].dtype
         sees = F.pad(packing.visible_BSS, (prefix, 0), value=True)
         ends_BE = packing.end_slot_BE
         bin_B1 = torch.arange(self._bins)[:, None]

@@ -89,7 +89,7 @@ class PromptTransformer:
         heads: int,
     ) -> None:
         self.layers = tuple(layers)
-        self.dtype = self.layers[0].qkv[0].dtype
+        self.dtype = self.layers[0].dtype
         self.layout = TextLayout(
             packing,
             first=before_Fd.shape[0],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ from torch import Tensor
 
 from fedprompt.backbone.architecture import Model, empty_model
 from fedprompt.backbone.checkpoint_files import files_of, read_tensors
+from fedprompt.backbone.compression import Compression, compress
+from fedprompt.backbone.fingerprint import digest
 from fedprompt.backbone.model_folder import ModelFolder
 from fedprompt.backbone.wrong_weights import wrong_weights
 from fedprompt.config.schema import BackboneConfig
 from fedprompt.errors import UserError
 from fedprompt.files import replacing, stand_in
 from fedprompt.hub import stay_offline_if_unreachable
+
+COMPRESSED = 1
+"""Version of the small forms; increase it when `compress` changes a bit of its result."""
 
 
 def find_weights(
@@ -103,20 +108,66 @@ def mappable_weights(
     if source.suffix == ".safetensors" and _is_mappable(source, shapes):
         return source
     target = cache_dir / "weights" / f"{name.replace('/', '-')}-{key[:16]}.safetensors"
+    _once(target, lambda: _convert(name, model_cfg, source, target))
+    return target
+
+
+def kept_weights(
+    model: Model,
+    state: Mapping[str, Tensor],
+    compression: Compression,
+    name: str,
+    key: str,
+    cache_dir: Path,
+) -> Path:
+    """Return a safetensors file with the matrices of a model in a small form, for `map_weights`.
+
+    It is made once, so that the processes of a machine share one copy of it in memory.
+
+    Args:
+        model: the architecture.
+        state: its tensors, float32.
+        compression: the form.
+        name: the model's name, part of the file's name.
+        key: differs whenever `state` does.
+        cache_dir: the cache's folder.
+
+    Raises:
+        UserError: a library is missing, or the file cannot be written.
+    """
+    kind = digest(f"{COMPRESSED} {compression!r}")
+    stem = f"{name.replace('/', '-')}-{key[:16]}-{compression.weights}-{kind[:8]}"
+    target = cache_dir / "weights" / f"{stem}.safetensors"
+
+    def write() -> None:
+        with replacing(target) as temporary:
+            # safetensors refuses views, and tensors that share memory.
+            small = compress(model, state, compression)
+            save_file({k: t.contiguous().clone() for k, t in small.items()}, temporary)
+
+    _once(target, write)
+    return target
+
+
+def _once(target: Path, write: Callable[[], None]) -> None:
+    """Write a file of the cache unless it is there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     # No lock for a copy that exists, so that a cache may be on a read-only file system.
     if target.is_file():
-        return target
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Processes that start together wait for the first one instead of converting again.
         with FileLock(f"{target}.lock"):
             if not target.is_file():
-                _convert(name, model_cfg, source, target)
+                write()
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"backbone: cannot write {target}: {error}; set output.cache to a folder with room."
         ) from None
-    return target
 
 
 def map_weights(file: Path) -> dict[str, Tensor]:

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedprompt.backbone.architecture import adopt_weights
 from fedprompt.backbone.clip import FrozenCLIP
+from fedprompt.backbone.compression import AS_TRAINED, Compression, compress
 from fedprompt.backbone.tiny import tiny_model_config
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.rng import generator
@@ -22,7 +24,11 @@ IMAGE_BATCH = 64
 
 
 def random_clip(
-    name: str, seed: int = 0, device: str = "cpu", precision: str = "float32"
+    name: str,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "float32",
+    compression: Compression = AS_TRAINED,
 ) -> FrozenCLIP:
     """The architecture `name` with random weights.
 
@@ -31,6 +37,7 @@ def random_clip(
         seed: seed of the weights.
         device: the device that they are moved to.
         precision: as `backbone.precision`.
+        compression: as `backbone.weights` and `backbone.pruned`.
 
     Raises:
         UserError: `name` is not one of `NAMES`.
@@ -43,6 +50,8 @@ def random_clip(
         config = tiny_model_config() if name == "tiny" else open_clip.get_model_config(name)
         assert config is not None
         model = open_clip.model.CLIP(**config)
+    if compression:
+        adopt_weights(model, compress(model, model.state_dict(), compression))
     tokenizer = open_clip.SimpleTokenizer()
     return FrozenCLIP(
         model,
@@ -52,6 +61,7 @@ def random_clip(
         device=device,
         precision=precision,
         image_batch=IMAGE_BATCH,
+        compression=compression,
     )
 
 

@@ -299,6 +299,48 @@ def vision(
 
 
 @app.command()
+def backbone(
+    weights: Annotated[
+        str, typer.Option(help="Formats of the weights, e.g. bf16,int8.")
+    ] = "bf16,fp16,int8,int4",
+    pruned: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Also measure a model pruned by this fraction.")
+    ] = 0.5,
+    architecture: Annotated[
+        str,
+        typer.Option("--backbone", help="Architecture: tiny, ViT-B-32, ViT-B-16 or ViT-L-14."),
+    ] = "ViT-B-16",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are encoded at once.")] = 8,
+    images_per_class: Annotated[
+        int, typer.Option(min=2, help="Embedded images per class and domain.")
+    ] = 20,
+    repeats: Repeats = 3,
+    budget_s: Budget = 60.0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """Compare weights in fewer bits with float32: accuracy, memory, and seconds per pass."""
+    from fedprompt.bench.precision import PrecisionOptions, bench_precision, forms
+
+    out = _open("backbone", threads, json, device)
+    options = PrecisionOptions(
+        forms(weights, pruned),
+        architecture,
+        classes,
+        context,
+        batch,
+        images_per_class,
+        repeats,
+        budget_s,
+        out.machine["device"],
+    )
+    bench_precision(options, out)
+
+
+@app.command()
 def encode(
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 256,
     size: Annotated[int, typer.Option(min=16, help="Height and width of the files.")] = 256,

@@ -161,6 +161,14 @@ def node(
         Path | None,
         typer.Option("--checkpoint", help="The backbone's weights, a local file or folder."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            help="Format in which the backbone's weights are kept: float32, bf16, fp16, int8 or "
+            "int4 (default: as in the experiment).",
+        ),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option("--state", help="Folder for private prompts (default: NODE/state)."),
@@ -226,7 +234,7 @@ def node(
     paths |= {"state-dir": state, "cache-dir": cache, "records": records}
     settings = {
         **{k: str(p.expanduser().resolve()) for k, p in paths.items() if p is not None},
-        "device": device, "threads": threads,
+        "device": device, "threads": threads, "weights": weights,
         "require-secure-aggregation": require_secure_aggregation, "require-noise": require_noise,
     }  # fmt: skip
     # Also checked on the node's first message; checking here reports a mistake at the start.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 
@@ -17,6 +17,9 @@ from fedprompt.config.fields import option
 from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
 
+WeightFormat = Literal["float32", "bf16", "fp16", "int8", "int4"]
+"""How the weight matrices of a backbone are kept."""
+FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 LOCAL_FOLDER, ON_HUB = "local-dir:", "hf-hub:"
 """How `backbone.model` begins where it names a folder or a model on the hub, as in open_clip."""
 
@@ -42,6 +45,27 @@ class BackboneConfig:
     precision: Literal["float32", "tf32", "bf16"] = option(
         "float32", "matrix products in TensorFloat-32 (NVIDIA GPUs only) or in bfloat16"
     )
+    weights: WeightFormat = option(
+        "float32",
+        "format in which the weight matrices are kept; products take backbone.precision. int8 and "
+        "int4 need the extra 'quant'",
+    )
+    pruned: float = option(
+        0.0,
+        "fraction of each weight matrix that is set to 0, the smallest numbers first",
+        ge=0,
+        lt=1,
+    )
+    client_weights: list[str] = option(
+        [],
+        "formats of the clients' weights, dealt to them in turn, e.g. [float32, int8]; empty = "
+        "weights",
+    )
+    client_models: list[str] = option(
+        [],
+        "names of backbone configs, dealt to the clients in turn: other image towers beside the "
+        "text tower of model; empty = model. For methods that share prompts of the text tower only",
+    )
     deterministic: bool = option(
         False, "on a GPU, add in a fixed order: the same bits again, more slowly; no effect on CPUs"
     )
@@ -53,7 +77,12 @@ class BackboneConfig:
     image_batch: int = option(64, "images encoded at once when features are cached", ge=1)
 
     def check(self) -> None:
-        """Refuse a model without weights."""
+        """Refuse a model without weights, and clients' formats that do not exist."""
+        for name in self.client_weights:
+            if name not in FORMATS:
+                raise UserError(
+                    f"backbone.client_weights: '{name}' is not one of {', '.join(FORMATS)}."
+                )
         if self.model.startswith((LOCAL_FOLDER, ON_HUB)):
             if self.pretrained:
                 raise UserError(
@@ -66,6 +95,25 @@ class BackboneConfig:
                 f"'{self.model}' needs weights: set backbone.pretrained (a tag) or "
                 "backbone.checkpoint (a local file)."
             )
+
+    def kind_of(self, client: int) -> str:
+        """What a client's backbone is called where backbones differ: its config and its format."""
+        if not self.client_models:
+            return self.weights_of(client)
+        name = self.client_models[client % len(self.client_models)]
+        return f"{name}, {self.weights_of(client)}" if self.client_weights else name
+
+    @property
+    def differs(self) -> bool:
+        """Whether some client's backbone is not the server's, or is kept in another format."""
+        return bool(self.client_models) or not set(self.client_weights) <= {self.weights}
+
+    def weights_of(self, client: int) -> WeightFormat:
+        """The format in which a client keeps the weights."""
+        if not self.client_weights:
+            return self.weights
+        name = self.client_weights[client % len(self.client_weights)]
+        return FORMATS[FORMATS.index(name)]
 
 
 @dataclass(frozen=True)

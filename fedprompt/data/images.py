@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedprompt.data.dataset import TEST, TRAIN
-from fedprompt.data.pixels import Pixels, is_tiff, read_bands, unread_tiff
+from fedprompt.data.pixels import Pixels, is_tiff, nodata_of, read_bands, unread_tiff
 from fedprompt.files import stand_in
 from fedprompt.rng import generator
 
@@ -29,8 +29,8 @@ def decode_rgb(data: bytes, pixels: Pixels = PLAIN) -> Image.Image:
     """Decode the first frame of an image, turn it upright (EXIF) and convert it to RGB.
 
     Palettes are expanded, and an alpha channel is dropped, as in open_clip and torchvision. Without
-    `pixels.stretch`, 16-bit grey is divided by 257 (65535 becomes 255) instead of being stretched
-    to the image's range, so that brightness stays comparable between images.
+    a range in `pixels`, 16-bit grey is divided by 257 (65535 becomes 255) instead of being
+    stretched to the image's range, so that brightness stays comparable between images.
 
     Args:
         data: content of an image file.
@@ -57,7 +57,8 @@ def decode(data: bytes, pixels: Pixels = PLAIN) -> tuple[Image.Image, bool]:
                 return read_bands(data, pixels)
             with Image.open(io.BytesIO(data)) as image:
                 deep = _is_deep(image)
-                return _to_rgb(ImageOps.exif_transpose(image), data, deep, pixels)
+                nodata = nodata_of(getattr(image, "tag_v2", {}))
+                return _to_rgb(ImageOps.exif_transpose(image), data, deep, pixels, nodata)
     except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
         reason = " ".join(str(error).split()) or type(error).__name__
         # Pillow's message has the address of the buffer, which differs from run to run.
@@ -75,17 +76,18 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _to_rgb(
-    image: Image.Image, data: bytes, deep: bool, pixels: Pixels
+    image: Image.Image, data: bytes, deep: bool, pixels: Pixels, nodata: float | None
 ) -> tuple[Image.Image, bool]:
     # Pillow would clip these modes to 0..255 without a word, which turns most pixels white.
     if image.mode[0] in "IF":
         values = np.asarray(image)
         kept = values if image.mode == "F" else values.astype(np.int64)
-        image = Image.fromarray(pixels.to_8_bits(kept))
-    elif deep and pixels.stretch:
+        image = Image.fromarray(pixels.to_8_bits(kept, nodata))
+    elif deep and pixels.stretches:
         if not is_tiff(data):
             raise ValueError(
-                "16-bit colour of this format is read with 8 bits; save it as TIFF for data.stretch"
+                "16-bit colour of this format is read with 8 bits; save it as TIFF for "
+                "data.stretch and data.percentiles"
             )
         return read_bands(data, pixels)
     # Pillow asks for RGBA first where entries of the palette are transparent.

@@ -1,8 +1,10 @@
 """Pixels of more than 8 bits, and files of more than three bands: how they become RGB.
 
 Satellite and medical images are often stored so. A 12-bit image in a 16-bit file is nearly black if
-the whole range of the file's format is mapped to 0..255, so the range is an option. It holds for
-all images of a data set, which keeps their brightness comparable.
+the whole range of the file's format is mapped to 0..255, so the range is an option. A fixed one
+holds for all images of a data set, which keeps their brightness comparable. Percentiles are taken
+from each image and band, as in torchgeo's `percentile_normalization`, without the pixels that the
+file declares to hold no data, as rasterio reads them.
 
 Shape suffixes: H, W height and width, S bands.
 """
@@ -10,6 +12,8 @@ Shape suffixes: H, W height and width, S bands.
 from __future__ import annotations
 
 import io
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +24,7 @@ from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
 
 _BITS, _BANDS, _PLANES, _FORMAT = 258, 277, 284, 339  # numbers of TIFF's tags
 _FLOAT = 3  # a value of _FORMAT
+_NODATA = 42113  # GDAL's tag: the value of pixels without data, as text
 
 
 @dataclass(frozen=True)
@@ -29,21 +34,35 @@ class Pixels:
     Attributes:
         stretch: the values that become black and white, or nothing: then the whole range of 16
             bits is used.
+        percentiles: those of an image's values that become black and white, for each band alone;
+            or nothing.
         bands: the bands of a TIFF file, counted from 1, that become red, green and blue, or nothing
             for files with one or three.
     """
 
     stretch: tuple[float, ...] = ()
     bands: tuple[int, ...] = ()
+    percentiles: tuple[float, ...] = ()
+
+    @property
+    def stretches(self) -> bool:
+        """Whether a range is chosen, fixed or by percentiles."""
+        return bool(self.stretch or self.percentiles)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What distinguishes the decoded images of these options; empty for the defaults."""
         stretch = [f"stretch {self.stretch}"] if self.stretch else []
-        return (*stretch, *([f"bands {self.bands}"] if self.bands else []))
+        percentiles = [f"percentiles {self.percentiles}"] if self.percentiles else []
+        bands = [f"bands {self.bands}"] if self.bands else []
+        return (*stretch, *bands, *percentiles)
 
-    def to_8_bits(self, values: NDArray[Any]) -> NDArray[np.uint8]:
-        """Map stored values of any shape to 0..255.
+    def to_8_bits(self, values: NDArray[Any], nodata: float | None = None) -> NDArray[np.uint8]:
+        """Map stored values to 0..255.
+
+        Args:
+            values: (H, W) or (H, W, S).
+            nodata: the value of pixels that percentiles leave out; they become black.
 
         Raises:
             ValueError: `stretch` is not set, and the values have no range of 16 bits.
@@ -53,19 +72,42 @@ class Pixels:
             # The division comes last, so that whole numbers stay exact.
             scaled = (np.nan_to_num(values.astype(np.float64)) - low) * 255 / (high - low)
             return np.clip(np.floor(scaled), 0, 255).astype(np.uint8)
+        if self.percentiles:
+            return self._between_percentiles(values, nodata)
         if values.dtype == np.uint8:
             return values
         if values.dtype.kind == "f":
             raise ValueError(
-                "floating-point pixels have no fixed range; set data.stretch=[low, high], or save "
-                "it with 8 or 16 bits"
+                "floating-point pixels have no fixed range; set data.stretch=[low, high] or "
+                "data.percentiles=[2, 98], or save it with 8 or 16 bits"
             )
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                "pixel values exceed 16 bits; set data.stretch=[low, high], or save it with 8 or "
-                "16 bits"
+                "pixel values exceed 16 bits; set data.stretch=[low, high] or "
+                "data.percentiles=[2, 98], or save it with 8 or 16 bits"
             )
         return (values.astype(np.int64) // 257).astype(np.uint8)
+
+    def _between_percentiles(self, values: NDArray[Any], nodata: float | None) -> NDArray[np.uint8]:
+        known = values.astype(np.float64)
+        known[~np.isfinite(known)] = np.nan
+        if nodata is not None:
+            known[known == nodata] = np.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of bands without any data
+            low, high = np.nanpercentile(known, self.percentiles, axis=(0, 1))
+        # torchgeo's small number: a band of one value becomes black.
+        scaled = np.clip((known - low) / (high - low + 1e-5), 0, 1)
+        mapped: NDArray[np.uint8] = np.floor(np.nan_to_num(scaled) * 255).astype(np.uint8)
+        return mapped
+
+
+def nodata_of(tags: Mapping[int, Any]) -> float | None:
+    """The value of pixels without data, of a TIFF file's tags; None if there is none."""
+    try:
+        return float(str(tags[_NODATA]).strip("\0 "))
+    except (KeyError, ValueError):
+        return None
 
 
 def is_tiff(data: bytes) -> bool:
@@ -99,7 +141,7 @@ def unread_tiff(data: bytes) -> str | None:
     chosen = "[1, 2, 3]" if bands == 3 else "[1, 1, 1]"
     return (
         f"a TIFF file with {kind} of {bits} bits; data.bands={chosen} and "
-        "data.stretch=[low, high] together make it readable"
+        "data.stretch=[low, high] (or data.percentiles=[2, 98]) together make it readable"
     )
 
 
@@ -127,6 +169,7 @@ def read_bands(data: bytes, pixels: Pixels) -> tuple[Image.Image, bool]:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         values, axes = series.asarray(), series.axes
+        nodata = nodata_of({tag.code: tag.value for tag in file.pages.first.tags})
     # Bands are the last axis (S), the first one, or pages of the file.
     values = np.moveaxis(values, (axes.index("Y"), axes.index("X")), (0, 1))
     values_HWS = values.reshape(*values.shape[:2], -1)
@@ -134,5 +177,5 @@ def read_bands(data: bytes, pixels: Pixels) -> tuple[Image.Image, bool]:
     if values_HWS.shape[2] < max(bands):
         raise ValueError(f"the file has {values_HWS.shape[2]} bands, no band {max(bands)}")
     chosen_HW3 = values_HWS[:, :, [band - 1 for band in bands]]
-    rgb_HW3 = np.ascontiguousarray(pixels.to_8_bits(chosen_HW3))
+    rgb_HW3 = np.ascontiguousarray(pixels.to_8_bits(chosen_HW3, nodata))
     return Image.fromarray(rgb_HW3), values.dtype.itemsize > 1

@@ -14,6 +14,7 @@ pretrained tag or those that it names itself. The only exception are nodes on th
     device         auto, cpu or cuda
     threads        CPU threads; default as in the experiment
     checkpoint     local file with the backbone's weights, or the model's folder (local-dir)
+    weights        format in which it keeps the backbone's weights; default as in the experiment
     worker         socket of the node's worker
     same-machine   true: this node runs on the server's machine, so paths that the experiment names
                    mean the same here and are opened, unless the node has `data`
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprompt.backbone.devices import KINDS
-from fedprompt.config.schema import LOCAL_FOLDER, SECTIONS, Config
+from fedprompt.config.schema import FORMATS, LOCAL_FOLDER, SECTIONS, Config, WeightFormat
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
 from fedprompt.errors import UserError, did_you_mean
@@ -47,8 +48,8 @@ from fedprompt.experiment.paths import named_paths, without_paths
 
 KEYS = {
     "partition-id", "data", "root", "state-dir", "cache-dir", "device", "threads", "checkpoint",
-    "worker", "same-machine", "policy", "records", "server", "require-secure-aggregation",
-    "require-noise",
+    "weights", "worker", "same-machine", "policy", "records", "server",
+    "require-secure-aggregation", "require-noise",
 }  # fmt: skip
 SIMULATED = "num-partitions"
 """Key that Flower's simulation engine sets, whose clients run on the server's machine."""
@@ -75,6 +76,7 @@ class NodeSettings:
     policy: str | None = None
     records: str | None = None
     server: str = ""
+    weights: WeightFormat | None = None
 
 
 def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
@@ -105,6 +107,11 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         raise UserError(
             f"--node-config: device is {device!r}; it must be one of {', '.join(KINDS)}."
         )
+    weights = node_config.get("weights") or None
+    if weights is not None and weights not in FORMATS:
+        raise UserError(
+            f"--node-config: weights is {weights!r}; it must be one of {', '.join(FORMATS)}."
+        )
     flags = {"require-secure-aggregation": False, "same-machine": SIMULATED in node_config}
     for key, default in flags.items():
         flags[key] = node_config.get(key, default)
@@ -122,6 +129,7 @@ def read_node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         client, path("data"), path("state-dir"), path("cache-dir"), device, threads,
         path("checkpoint"), flags["require-secure-aggregation"], float(noise), path("root"),
         flags["same-machine"], path("policy"), path("records"), str(node_config.get("server", "")),
+        weights,
     )  # fmt: skip
 
 
@@ -157,6 +165,9 @@ def on_node(config: Config, node: NodeSettings) -> Config:
     elif not node.same_machine:
         config = _with_own_root(config, node)
     backbone = config.backbone
+    weights = node.weights or backbone.weights_of(node.client)
+    # Which model a node has is its own decision as well (--checkpoint).
+    backbone = replace(backbone, weights=weights, client_weights=[], client_models=[])
     if node.device is not None:
         backbone = replace(backbone, device=node.device)  # type: ignore[arg-type]
     if node.checkpoint is not None:

@@ -10,9 +10,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from fedprompt.deploy.backbone_check import sample_features
+import numpy as np
+from numpy.typing import NDArray
+
+from fedprompt.backbone.sample import sample_features
+from fedprompt.config.schema import WeightFormat
 from fedprompt.deploy.node_grid import POLL_S, NodeGrid
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import ZERO_SHOT
@@ -22,6 +27,7 @@ from fedprompt.federation.scores import personal_scores
 from fedprompt.federation.screening import TEST_COUNTS, count_ranges
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
+from fedprompt.methods.base import allows_other_image_towers
 from fedprompt.reports.run_data import PARTITION
 from fedprompt.workspace import Workspace
 
@@ -46,13 +52,38 @@ class NodeFederation(Federation):
         super().__init__(workspace, grid)
         self.folder = folder
         sample_2D, names = sample_features(workspace.clip), workspace.dataset.class_names
-        self.nodes = NodeRegistry(grid, workspace.num_clients, names, registered, sample_2D)
+        self.nodes = NodeRegistry(
+            grid, workspace.num_clients, names, registered, sample_2D,
+            workspace.clip.compression.weights, self._sample_in,
+            other_image_towers=allows_other_image_towers(workspace.config.method),
+        )  # fmt: skip
         path = folder.path / PARTITION
         self.recorded = json.loads(path.read_text()) if path.is_file() else None
         sites = folder.path / SITES
         self.sites: dict[str, dict[str, Any]] = (
             json.loads(sites.read_text()) if sites.is_file() else {}
         )
+
+    def _sample_in(self, weights: WeightFormat) -> NDArray[np.float32]:
+        """Features of the sample by the server's backbone with its weights in another format."""
+        compression = replace(self.workspace.clip.compression, weights=weights)
+        return sample_features(self.workspace.in_form(compression).clip)
+
+    def backbone_kind(self, client: int) -> str:
+        """As the client's node has reported last."""
+        report = self.nodes.reports.get(client)
+        if report is None:
+            return self.config.backbone.weights
+        other = self.nodes.has_other_image_tower(report)
+        return f"{report.weights}, other image tower" if other else report.weights
+
+    def workspace_like(self, client: int) -> Workspace | None:
+        """The server's data through its backbone in the format of a client's node."""
+        report = self.nodes.reports.get(client)
+        if report is None or self.nodes.has_other_image_tower(report):
+            return None
+        compression = replace(self.workspace.clip.compression, weights=report.weights)
+        return self.workspace.in_form(compression)
 
     def join(self) -> None:
         """Wait for nodes to join: until all have, or `federation.node_wait_s` has passed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fedprompt.config.schema import WeightFormat
 from fedprompt.data.partition import sparse
-from fedprompt.deploy.backbone_check import has_other_weights
+from fedprompt.deploy.backbone_check import has_other_image_tower, has_other_weights
 from fedprompt.deploy.node_grid import pull_replies
 from fedprompt.deploy.node_report import NodeReport, read_report
+from fedprompt.errors import UserError
 from fedprompt.messages import read_answers
 
 log = logging.getLogger("fedprompt.server")
@@ -37,6 +39,10 @@ class NodeRegistry:
         registered: the client of every node id whose key is registered; empty if none is, and then
             any node may be any client.
         sample_2D: features (2, D) of the sample by the server's backbone.
+        weights: the format in which the server keeps the backbone's weights.
+        sample_in: computes `sample_2D` with the weights in another format; None if nodes have to
+            keep them as the server does.
+        other_image_towers: whether nodes may have another image tower beside the same text tower.
     """
 
     def __init__(
@@ -46,12 +52,18 @@ class NodeRegistry:
         class_names: Sequence[str],
         registered: Mapping[int, int],
         sample_2D: NDArray[np.float32],
+        weights: WeightFormat = "float32",
+        sample_in: Callable[[WeightFormat], NDArray[np.float32]] | None = None,
+        *,
+        other_image_towers: bool = False,
     ) -> None:
         self.grid = grid
         self.clients = clients
         self.class_names = tuple(class_names)
         self.registered = dict(registered)
-        self.sample_2D = sample_2D
+        self.samples = {weights: sample_2D}
+        self.weights, self.sample_in = weights, sample_in
+        self.other_image_towers = other_image_towers
         self.node_of_client: dict[int, int] = {}
         self.reports: dict[int, NodeReport] = {}
         self.faults: dict[int, str] = {}
@@ -163,12 +175,8 @@ class NodeRegistry:
             self._refuse(node, f"it claims to be client {client}, but its key {whose}")
         elif client in self.node_of_client:
             self._refuse(node, f"it claims to be client {client}, but another node is that client")
-        elif has_other_weights(report.sample, self.sample_2D):
-            self._refuse(
-                node,
-                "its backbone has other weights than the server's; give both the same weights "
-                "(--checkpoint on the node, backbone.checkpoint in the experiment)",
-            )
+        elif fault := self._fault_of_backbone(report):
+            self._refuse(node, fault)
         else:
             self.node_of_client[client] = node
             self.faults.pop(node, None)
@@ -177,8 +185,55 @@ class NodeRegistry:
                 "client %d has joined (node %d): %d training and %d test images",
                 client, node, report.num_train, report.num_test,
             )  # fmt: skip
+            if self.has_other_image_tower(report):
+                log.warning(
+                    "client %d has another image tower than the server, beside the same text "
+                    "tower; the method allows it, since it shares prompts of the text tower only",
+                    client,
+                )
+            if report.weights != self.weights:
+                log.warning(
+                    "client %d keeps the backbone's weights in %s and the server in %s: the same "
+                    "model, as features of the sample in %s show",
+                    client, report.weights, self.weights, report.weights,
+                )  # fmt: skip
             for warning in report.warnings(self.class_names):
                 log.warning("client %d: %s", client, warning)
+
+    def has_other_image_tower(self, report: NodeReport) -> bool:
+        """Whether a node has another image tower than the server, beside the same text tower."""
+        return has_other_image_tower(report.sample, self.samples[report.weights])
+
+    def _fault_of_backbone(self, report: NodeReport) -> str:
+        """Why a node's backbone is not the server's; empty if it is, in whatever format.
+
+        The server opens the model in the node's format and compares features of that, because few
+        bits change features more than the check of one format allows.
+        """
+        if report.weights not in self.samples:
+            if self.sample_in is None:
+                return f"it keeps its backbone's weights in {report.weights}, not {self.weights}"
+            try:
+                self.samples[report.weights] = self.sample_in(report.weights)
+            except UserError as error:
+                return (
+                    f"it keeps its backbone's weights in {report.weights}, which the server cannot "
+                    f"check ({error})"
+                )
+        if not has_other_weights(report.sample, self.samples[report.weights]):
+            return ""
+        if self.has_other_image_tower(report):
+            if self.other_image_towers:
+                return ""
+            return (
+                "its backbone has another image tower than the server's, which the experiment's "
+                "method does not allow; give both the same weights (--checkpoint on the node, "
+                "backbone.checkpoint in the experiment)"
+            )
+        return (
+            "its backbone has other weights than the server's; give both the same weights "
+            "(--checkpoint on the node, backbone.checkpoint in the experiment)"
+        )
 
     def _refuse(self, node: int, fault: str) -> None:
         self._refused_at[node] = _now()

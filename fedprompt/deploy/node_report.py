@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedprompt.deploy.backbone_check import sample_features
+from fedprompt.backbone.sample import sample_features
+from fedprompt.config.schema import FORMATS, WeightFormat
 from fedprompt.deploy.versions import (
     VERSIONS,
     read_versions,
@@ -45,6 +46,7 @@ class NodeReport:
         sample: the backbone's features of the sample, 2 D numbers.
         versions: version of each package of `versions.py`, as pairs; empty on the node itself.
         totals: number of training and of test images where `train_C` and `test_C` are withheld.
+        weights: the format in which the node keeps the backbone's weights.
     """
 
     client: int
@@ -55,6 +57,7 @@ class NodeReport:
     sample: tuple[float, ...]
     versions: tuple[tuple[str, str], ...] = ()
     totals: tuple[int, int] | None = None
+    weights: WeightFormat = "float32"
 
     @property
     def num_train(self) -> int:
@@ -101,7 +104,10 @@ def make_report(workspace: Workspace, client: int) -> NodeReport:
     bad_images = len(workspace.dataset.bad_images) if has_owners else 0
     labelled = client not in partition.unlabelled
     sample = tuple(sample_features(workspace.clip).ravel().tolist())
-    return NodeReport(client, tuple(train_C), tuple(test_C), bad_images, labelled, sample)
+    weights = workspace.clip.compression.weights
+    return NodeReport(
+        client, tuple(train_C), tuple(test_C), bad_images, labelled, sample, weights=weights
+    )
 
 
 def report_reply(report: NodeReport, message: Message) -> Message:
@@ -116,6 +122,7 @@ def report_reply(report: NodeReport, message: Message) -> Message:
             "bad-images": report.bad_images,
             "labelled": int(report.labelled),
             "sample": list(report.sample),
+            "weights": FORMATS.index(report.weights),
         }
     )
     return Message(RecordDict({METRICS: metrics, VERSIONS: versions_record()}), reply_to=message)
@@ -174,11 +181,14 @@ def read_report(content: RecordDict, classes: int, clients: int) -> NodeReport:
     # Flower's MetricRecord holds numbers only, so `isfinite` gets no text.
     if not isinstance(sample, list) or not np.isfinite(sample).all():
         raise Refused("its report lacks its backbone's features of the sample")
+    weights = metrics.get("weights", 0)
+    if not isinstance(weights, int) or not 0 <= weights < len(FORMATS):
+        raise Refused("it keeps its backbone's weights in a format that the server does not know")
     assert isinstance(bad_images, int)
     features = tuple(map(float, sample))
     return NodeReport(
         client, train_C, test_C, bad_images, bool(labelled), features, tuple(versions.items()),
-        totals,
+        totals, FORMATS[weights],
     )  # fmt: skip
 
 

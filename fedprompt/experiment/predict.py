@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -205,7 +205,10 @@ class Classifier(PromptModel):
         names = _class_names(run_dir / PARTITION)
         tensors, _ = read_tensors(run_dir / PROMPTS)
         cache_dir = default_cache_dir(config.output.cache)
-        clip = with_companions(load_clip(config.backbone, cache_dir), config, cache_dir)
+        backbone = config.backbone
+        if client is not None:
+            backbone = replace(backbone, weights=backbone.weights_of(client))
+        clip = with_companions(load_clip(backbone, cache_dir), config, cache_dir)
         task = Task(tuple(names), tuple(config.data.templates))
         method: Method = method_class(config.method.name)(config.method, clip, task)
         shared = {n.removeprefix("shared/"): t for n, t in tensors.items()}

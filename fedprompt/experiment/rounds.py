@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedprompt.errors import RunFailed, UserError
+from fedprompt.experiment.client_backbones import backbones_note
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.logs import (
     Logs,
@@ -100,6 +101,8 @@ def run_server(
     federation.recall(recorded)
     for text in mark_texts({"marks": marks(recorded, federation.asked)}):
         display.message(f"so far: {text}")
+    if note := backbones_note(federation):
+        display.message(note)
     if note := federation.common_test.note:
         display.message(note)
     line = recorded[-1] if recorded else {}

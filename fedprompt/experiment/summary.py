@@ -15,6 +15,7 @@ from safetensors.torch import save
 from fedprompt.data.partition import dense
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import figures, result_tables
+from fedprompt.experiment.client_backbones import accuracy_by_backbone
 from fedprompt.experiment.display import Display
 from fedprompt.experiment.logs import remove_tested
 from fedprompt.experiment.run_folder import RunFolder
@@ -106,6 +107,8 @@ def finish(
     if workspace.late:
         summary["late_clients"] = sorted(workspace.late)
     summary |= absent_updates(recorded)
+    if by_backbone := accuracy_by_backbone(federation, line):
+        summary["by_backbone"] = by_backbone
     if marked := marks(recorded, federation.asked):
         summary["marks"] = marked
     if line["round"] < rounds:

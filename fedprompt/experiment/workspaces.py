@@ -19,12 +19,13 @@ from fedprompt.config.schema import BackboneConfig, Config, DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset, withheld
-from fedprompt.data.features.table import open_feature_table
+from fedprompt.data.features.views import open_views
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition.copies import warn_of_copies
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import hold_out
+from fedprompt.experiment.architectures import refuse_architecture
 from fedprompt.experiment.companions import with_companions
 from fedprompt.workspace import Workspace
 
@@ -155,6 +156,7 @@ def open_workspace(
     """
     resources = resources or ResourceCache()
     cache_dir = default_cache_dir(config.output.cache)
+    refuse_architecture(config)
     # The cheap checks come first: an impossible partition is refused before weights are loaded and
     # images encoded.
     if dataset is None:
@@ -180,39 +182,23 @@ def open_workspace(
             workspace.method.name,
         )
     # Which columns a feature table needs is known only once the workspace has created its method.
-    workspace.views = tuple(
-        open_feature_table(
-            clip,
-            dataset,
-            cache_dir,
-            workspace.method.needs | workspace.method.needs_to_train | _read_by_attackers(config),
-            view=view,
-            crop_scale=config.data.crop_scale,
-            routing=workspace.method.routing,
-            progress=progress,
-        )
-        for view in range(config.data.views)
+    workspace.views = open_views(
+        clip,
+        dataset,
+        config.data,
+        cache_dir,
+        workspace.columns,
+        workspace.method.teacher,
+        routing=workspace.method.routing,
+        progress=progress,
     )
-    if (teacher := workspace.method.teacher) is not None:
-        # The same crops of the same images, as the teacher sees them.
-        workspace.views = tuple(
-            replace(
-                table,
-                teacher_NT=open_feature_table(
-                    teacher,
-                    dataset,
-                    cache_dir,
-                    {"features"},
-                    view=view,
-                    crop_scale=config.data.crop_scale,
-                    progress=progress,
-                ).features_ND,
-            )
-            for view, table in enumerate(workspace.views)
-        )
     if readable_N is not None:
         # The features of all images are in one file, so the table itself refuses the others.
         workspace.views = tuple(replace(view, readable_N=readable_N) for view in workspace.views)
+    kinds = {config.backbone.kind_of(k): k for k in range(config.partition.clients)}
+    for client in kinds.values() if config.backbone.differs else ():
+        # Opened now, so that a library that is missing ends the run before its first round.
+        workspace.of_client(client, dataset, progress=progress)
     return workspace
 
 
@@ -235,8 +221,3 @@ def _check_domains(workspace: Workspace) -> None:
             f"config: method.domains={told}, but clients hold {len(names)} domains "
             f"({', '.join(names)}); set method.domains={len(names)}."
         )
-
-
-def _read_by_attackers(config: Config) -> frozenset[str]:
-    """What the attackers of a simulation read of an image, beside what the method does."""
-    return frozenset({"pixels"} if config.attack.kind == "backdoor" else ())

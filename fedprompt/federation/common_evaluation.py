@@ -105,12 +105,16 @@ def decide(
 
 
 def is_common(workspace: Workspace, strategy: SharedPromptStrategy) -> bool:
-    """Whether every client's model is the global one: nothing is private or sent to one client."""
+    """Whether every client's model is the global one, through the server's backbone.
+
+    Nothing is private or sent to one client, and all keep the backbone's weights as the server.
+    """
     method, seed = workspace.method, workspace.config.seed
     broadcast = type(strategy).client_shared is SharedPromptStrategy.client_shared
     return (
         method.has_global
         and broadcast
+        and not workspace.config.backbone.differs
         and not method.init_private(seed, 0)
         and not workspace.extras_shapes
     )

@@ -234,6 +234,14 @@ class Federation:
         """
         return len(self.workspace.partition.train(client))
 
+    def backbone_kind(self, client: int) -> str:
+        """What a client's backbone is called where backbones differ."""
+        return self.config.backbone.kind_of(client)
+
+    def workspace_like(self, client: int) -> Workspace | None:
+        """The server's data through a backbone like that of a client; None if it has none."""
+        return self.workspace.of_client(client)
+
     @property
     def clients_hold_server_test(self) -> bool:
         """Whether the clients have the server's test images; in a simulation they always do."""

@@ -129,6 +129,15 @@ class MethodConfig:
         return False
 
     @property
+    def token_space(self) -> bool:
+        """Whether all that is shared are prompts among the text tower's tokens.
+
+        Clients may then have other image towers beside the same text tower. Read by
+        `allows_other_image_towers`: every method declares it for itself.
+        """
+        return False
+
+    @property
     def companions(self) -> tuple[str, ...]:
         """Backbone configs of further frozen models, which are `clip.companion(name)`."""
         return ()
@@ -138,6 +147,17 @@ class MethodConfig:
         if not self.name:
             # The dataclass is frozen, so plain assignment would raise.
             object.__setattr__(self, "name", type(self).__module__.rpartition(".")[2].rstrip("_"))
+
+
+def allows_other_image_towers(config: MethodConfig) -> bool:
+    """Whether clients may have other image towers beside the same text tower.
+
+    `token_space` is not inherited: a method that derives from another one may share more.
+
+    Args:
+        config: the `method` section.
+    """
+    return "token_space" in vars(type(config)) and config.token_space
 
 
 class Method(ABC):
@@ -222,6 +242,15 @@ class Method(ABC):
     if the recording itself finds out, as it does of draws and of the number of the step."""
     images_at_once: int = 4096
     """Largest number of images in one call of `logits` in evaluation; it bounds the memory."""
+
+    @classmethod
+    def needs_of(cls, config: Any) -> frozenset[str]:
+        """`needs` of a method with this config, before a backbone is open.
+
+        Args:
+            config: an instance of `Config`.
+        """
+        return cls.needs
 
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         self.config = config

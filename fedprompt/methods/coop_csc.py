@@ -42,6 +42,8 @@ from fedprompt.rng import normal
 class CoOpCSCConfig(PromptConfig):
     """Defaults: CoOp's 16 context tokens per class, N(0, 0.02^2)."""
 
+    token_space = True
+
     default_strategy = MappingProxyType({"name": "per_class"})
 
     context_tokens: int = option(16, "context tokens M of each class", ge=1)

@@ -25,7 +25,14 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import Batch, ClientData, RoundInfo, Task, Tensors
+from fedprompt.methods.base import (
+    Batch,
+    ClientData,
+    RoundInfo,
+    Task,
+    Tensors,
+    allows_other_image_towers,
+)
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import (
     BASE,
@@ -44,6 +51,11 @@ PROX = "ditto.prox"
 @dataclass(frozen=True)
 class DittoConfig(WrapperConfig):
     """Ditto's weight."""
+
+    @property
+    def token_space(self) -> bool:
+        """The base's declaration."""
+        return allows_other_image_towers(self._base())
 
     lam: float = option(
         1.0, "weight lambda of the pull towards the shared prompts", ge=0, search=log_range(0.01, 5)

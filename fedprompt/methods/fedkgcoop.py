@@ -24,6 +24,8 @@ from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
 class FedKgCoOpConfig(KgCoOpConfig):
     """Defaults: 4 context tokens that start at random, weight 8."""
 
+    token_space = True
+
     default_strategy = UNIFORM_AVERAGE
 
     context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
+from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors, allows_other_image_towers
 from fedprompt.methods.parts.nested import Layout
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig
 
@@ -36,6 +36,11 @@ PERSONAL = "personal"
 @dataclass(frozen=True)
 class FedPerConfig(WrapperConfig):
     """Which part of the prompts stays on the client."""
+
+    @property
+    def token_space(self) -> bool:
+        """The base's declaration."""
+        return allows_other_image_towers(self._base())
 
     private: list[str] = option([], "shared tensors of the base that stay whole, e.g. '*deep*'")
     private_tokens: int = option(4, "last tokens of each prompt that stay", ge=0)

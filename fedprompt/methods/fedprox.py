@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import Batch, Tensors
+from fedprompt.methods.base import Batch, Tensors, allows_other_image_towers
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, squared_distance
 
@@ -28,6 +28,11 @@ from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, 
 @dataclass(frozen=True)
 class FedProxConfig(WrapperConfig):
     """FedProx's weight."""
+
+    @property
+    def token_space(self) -> bool:
+        """The base's declaration."""
+        return allows_other_image_towers(self._base())
 
     mu: float = option(0.5, "weight mu of the proximal term", ge=0, search=log_range(0.001, 2))
 

@@ -119,6 +119,11 @@ class FedRSCLIP(Method):
     source = "arXiv 2501.02461 (reconstructed from the abstract)"
     Config = FedRSCLIPConfig
 
+    @classmethod
+    def needs_of(cls, config: FedRSCLIPConfig) -> frozenset[str]:
+        """Pixels if there are prompts in the image tower."""
+        return frozenset({"features", "pixels"}) if config.visual != "none" else cls.needs
+
     def __init__(self, config: FedRSCLIPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
@@ -136,9 +141,9 @@ class FedRSCLIP(Method):
             # starts a prompt, so it gets no start words.
             tokens = config.shared_tokens + config.private_tokens
             self.joint_prompts = PromptSource(clip, task, tokens)
+        self.needs = self.needs_of(config)
         if config.visual != "none":
             self.vision = VisionTower(clip)
-            self.needs = frozenset({"features", "pixels"})
             self.images_at_once = 256
 
     def init_shared(self, seed: int) -> Tensors:

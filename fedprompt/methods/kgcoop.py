@@ -34,6 +34,8 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class KgCoOpConfig(PromptFLConfig):
     """Defaults: the paper's 4 context tokens "a photo of a" and weight 8."""
 
+    token_space = True
+
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
     kg_weight: float = option(

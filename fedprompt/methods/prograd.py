@@ -50,6 +50,8 @@ TINY = 1e-30
 class ProGradConfig(PromptFLConfig):
     """Defaults: 16 tokens that end in the template's words, T = 1, lambda = 1."""
 
+    token_space = True
+
     start: Literal["template", "context_init"] = option(
         "template",
         "template: the words before the class name, zeros in front of them; context_init: as CoOp",

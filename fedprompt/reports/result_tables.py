@@ -74,7 +74,7 @@ def protocol_tables(tables: Sequence[Table], width: int) -> list[Group]:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Say where rows are not matched, who did not train, and what rests on few images.
+    """Say what is not matched, who differs or did not train, and what rests on few images.
 
     Args:
         summary: The content of `summary.json`.
@@ -103,6 +103,12 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         found.append(
             f"simulated: of {plural(absent['asked'], 'update')}, {absent['dropped_out']:,} were "
             f"lost with clients that dropped out, and {absent['late']:,} came late"
+        )
+    for name, part in (summary.get("by_backbone") or {}).items():
+        found.append(
+            f"backbone {name} ({plural(len(part['clients']), 'client')}: "
+            f"{_listed(part['clients'])}): personalised {percent(part['personal'])}, global "
+            f"{percent(part['global'])}"
         )
     few = summary.get("few_test_images") or {}
     if clients := few.get("clients"):

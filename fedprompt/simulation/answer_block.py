@@ -67,7 +67,7 @@ def run_block(
 
     Args:
         workspace: the workspace of this process.
-        block: the block's messages.
+        block: the block's messages, to clients whose weights are kept in one format.
         private: private tensors of the clients that have trained before, by client id.
         answer: the function that answers the messages.
         at_once: the largest number of clients that `answer` is given; None for the whole block.
@@ -79,6 +79,7 @@ def run_block(
         DamagedFile: a file that the block reads, such as cached features, is damaged.
         DeviceFault: the device has failed, and this process can no longer use it.
     """
+    workspace = workspace.of_client(block[0].client)
     size, fitted = at_once or len(block), None
     waiting = [block[i : i + size] for i in range(0, len(block), size)]
     replies: list[bytes] = []

@@ -51,7 +51,8 @@ def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[
     """Group clients with similar numbers of training images, most images first.
 
     If a client finishes early, the rest of its block may be too small to keep the processor busy.
-    The grouping depends on the partition and on `size` alone, never on the workers, so the last
+    Clients of a block have one backbone in one format. The grouping depends on the partition, the
+    backbones and `size` alone, never on the workers, so the last
     bits of a result do not depend on which workers are alive.
 
     Args:
@@ -64,7 +65,10 @@ def group(workspace: Workspace, clients: Sequence[int], size: int) -> list[list[
     """
     images = [work(workspace, MessageType.TRAIN, c) for c in clients]
     order = sorted(range(len(clients)), key=lambda i: (-images[i], clients[i]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    held: dict[str, list[int]] = {}
+    for i in order:
+        held.setdefault(workspace.config.backbone.kind_of(clients[i]), []).append(i)
+    return [some[i : i + size] for some in held.values() for i in range(0, len(some), size)]
 
 
 def choose_size(

@@ -52,6 +52,29 @@ def test_step(clip: FrozenCLIP, bench: Callable[..., Any]) -> None:
     assert rows[1]["ours_gflop"] < 1.1 * rows[0]["ours_gflop"]
 
 
+def test_backbone(bench: Callable[..., Any]) -> None:
+    """Forms of the weights beside float32, on the embedded backbone and data."""
+    rows = bench(
+        "backbone", "--backbone", "tiny", "--weights", "float32,fp16", "--pruned", "0.5",
+        "--classes", "4", "--repeats", "1", "--images-per-class", "2",
+    )  # fmt: skip
+    assert [r["case"] for r in rows] == ["float32", "fp16", "float32, 50 % pruned"]
+    whole, half, pruned = rows
+    assert whole["memory_ratio"] == whole["ratio"] == whole["images_ratio"] == 1
+    assert whole["accuracy_change"] == 0
+    assert whole["cosine"] == pytest.approx(1)
+    assert 1.8 < half["memory_ratio"] < 2
+    assert half["cosine"] > 0.999
+    assert pruned["memory_ratio"] == 1
+    assert pruned["cosine"] < half["cosine"]
+    assert pruned["accuracy_change"] == pytest.approx(pruned["accuracy"] - whole["accuracy"])
+
+
+def test_an_unknown_format_of_weights_is_named(bench: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="int9"):
+        bench("backbone", "--backbone", "tiny", "--weights", "int9")
+
+
 def test_round(bench: Callable[..., Any]) -> None:
     complete, large = bench(
         "round", "--clients", "3", "--classes", "4", "--rounds", "4", "--repeats", "1"

@@ -118,6 +118,49 @@ def test_a_tiff_file_that_pillow_does_not_read_gets_advice(kind: str) -> None:
     assert decode_rgb(data, Pixels(stretch=(0, 2), bands=bands)).size == (4, 4)
 
 
+def percentile_normalization(image: NDArray[Any], lower: float, upper: float) -> NDArray[Any]:
+    """As torchgeo.datasets.utils documents it, for each band."""
+    low, high = (np.percentile(image, q, axis=(0, 1)) for q in (lower, upper))
+    return np.clip((image - low) / (high - low + 1e-5), 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_percentiles_of_each_band(dtype: Any) -> None:
+    draw = np.random.default_rng(0)
+    values_HWS = (draw.random((20, 30, 4)) * [100, 1000, 4000, 60000]).astype(dtype)
+    data = tiff(values_HWS, photometric="minisblack", planarconfig="contig")
+    image = decode_rgb(data, Pixels(bands=(4, 2, 1), percentiles=(2, 98)))
+    expected = percentile_normalization(values_HWS[..., [3, 1, 0]].astype(np.float64), 2, 98)
+    assert np.array_equal(np.asarray(image), np.floor(255 * expected).astype(np.uint8))
+    # Each band uses the whole range, however dark it is.
+    assert (np.asarray(image).min((0, 1)) == 0).all()
+    assert (np.asarray(image).max((0, 1)) == 255).all()
+
+
+@pytest.mark.parametrize("bands", [(), (1, 1, 1)])
+def test_pixels_without_data_are_black_and_not_counted(bands: tuple[int, ...]) -> None:
+    values = np.array([[9999, 9999, 9999, 100, 150, 200]], dtype=np.uint16)
+    options: dict[str, Any] = {"extratags": [(42113, "s", 0, "9999", True)]}
+    pixels = Pixels(bands=bands, percentiles=(0, 100))
+    found = row(decode_rgb(tiff(values, photometric="minisblack", **options), pixels))
+    assert [grey for grey, *_ in found] == [0, 0, 0, 0, 127, 254]
+    counted = row(decode_rgb(tiff(values, photometric="minisblack"), pixels))
+    assert [grey for grey, *_ in counted][:4] == [254, 254, 254, 0]
+    nothing = tiff(np.full((2, 2), 9999, np.uint16), photometric="minisblack", **options)
+    assert not np.asarray(decode_rgb(nothing, pixels)).any()
+
+
+def test_a_folder_with_percentiles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = folder(tmp_path / "root", {"1.png": grey16([0, 2000, 4000]), "2.png": grey16([7, 7])})
+    caplog.set_level(logging.WARNING)
+    found = load(root, percentiles=[0, 100])
+    assert not caplog.text
+    assert [grey for grey, *_ in row(found.open_image(0))] == [0, 127, 254]
+    assert found.fingerprint != load(root, percentiles=[0, 50]).fingerprint
+    both = FolderConfig(root=str(root), stretch=[0, 9], percentiles=[2, 98])
+    assert "both" in refused(both.check)
+
+
 def test_bands_that_cannot_be_read_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="another format"):
         decode_rgb(encoded((1, 2, 3)), Pixels(bands=(3, 2, 1)))
@@ -173,7 +216,15 @@ def test_a_folder_of_multi_band_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("stretch", [5]), ("stretch", [9, 2]), ("bands", [1, 2]), ("bands", [0, 1, 2])],
+    [
+        ("percentiles", [5]),
+        ("percentiles", [98, 2]),
+        ("percentiles", [2, 101]),
+        ("stretch", [5]),
+        ("stretch", [9, 2]),
+        ("bands", [1, 2]),
+        ("bands", [0, 1, 2]),
+    ],
 )
 def test_impossible_options_are_refused(tmp_path: Path, key: str, value: list[int]) -> None:
     assert key in refused(FolderConfig(root=str(tmp_path), **{key: value}).check)

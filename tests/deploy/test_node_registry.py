@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
 from fedprompt.backbone.clip import FrozenCLIP
-from fedprompt.deploy.backbone_check import has_other_weights, sample_features
+from fedprompt.backbone.sample import sample_features
+from fedprompt.deploy.backbone_check import has_other_weights
 from fedprompt.deploy.node_registry import NodeRegistry
 from fedprompt.deploy.node_report import NodeReport, fault_reply, read_report, report_reply
 from fedprompt.deploy.versions import VERSIONS, versions_record
-from fedprompt.messages import Refused, become_server, from_wire, to_wire
+from fedprompt.errors import UserError
+from fedprompt.messages import METRICS, Refused, become_server, from_wire, to_wire
 from fedprompt.runtime.peer_text import LONGEST_REASON
 from tests.support.builders import random_clip
 
@@ -202,6 +204,64 @@ def test_a_node_with_other_weights_does_not_take_part(
     assert (registry.node_of_client == {0: 11}) == welcome
     if not welcome:
         assert "backbone.checkpoint" in registry.faults[11]
+
+
+def test_the_same_model_in_another_format_is_welcome_and_named(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node is compared with the server's model in the node's own format."""
+    rough = (0.6, 0.8, 0.0, 1.0)
+    asked: list[str] = []
+
+    def sample_in(weights: str) -> np.ndarray[Any, Any]:
+        asked.append(weights)
+        if weights == "int4":
+            raise UserError("no library")
+        return np.array(rough, dtype=np.float32).reshape(2, 2)
+
+    nodes.answers = {
+        11: replace(client(0), weights="int8", sample=rough),
+        22: replace(client(1), weights="int8"),
+        33: replace(client(2), weights="int4"),
+    }
+    own_2D = np.array(SAMPLE, dtype=np.float32).reshape(2, 2)
+    registry = NodeRegistry(nodes, 3, CLASSES, {}, own_2D, "float32", sample_in)
+    registry.update()
+    assert registry.node_of_client == {0: 11}
+    assert registry.reports[0].weights == "int8"
+    assert "other weights" in registry.faults[22]
+    assert "no library" in registry.faults[33]
+    assert asked == ["int8", "int4"]
+    lines = [r.getMessage() for r in caplog.records if "in int8" in r.getMessage()]
+    assert any(line.startswith("client 0 keeps") and "float32" in line for line in lines)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_another_image_tower_takes_part_if_the_method_allows_it(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture, allowed: bool
+) -> None:
+    nodes.answers = {11: replace(client(0), sample=(1.0, 0.0, 0.6, 0.8))}
+    own_2D = np.array(SAMPLE, dtype=np.float32).reshape(2, 2)
+    registry = NodeRegistry(nodes, 3, CLASSES, {}, own_2D, other_image_towers=allowed)
+    registry.update()
+    assert (registry.node_of_client == {0: 11}) == allowed
+    said = [r.getMessage() for r in caplog.records if "image tower" in r.getMessage()]
+    assert len(said) == 1
+    # Another text tower is refused in any case.
+    nodes.answers = {11: replace(client(0), sample=(0.0, 1.0, 0.8, -0.6))}
+    registry = NodeRegistry(nodes, 3, CLASSES, {}, own_2D, other_image_towers=allowed)
+    registry.update()
+    assert not registry.node_of_client
+
+
+def test_an_unknown_format_is_refused(nodes: Nodes) -> None:
+    record = report_reply(
+        client(0), Message(RecordDict(), dst_node_id=1, message_type=MessageType.QUERY)
+    )
+    metrics = record.content[METRICS]
+    metrics["weights"] = 99
+    with pytest.raises(Refused, match="format"):
+        read_report(record.content, 2, 3)
 
 
 def test_the_sample_distinguishes_weights_but_not_precisions(clip: FrozenCLIP) -> None:

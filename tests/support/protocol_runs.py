@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
         "images": 10,
         "client_images": 2,
     },
+    "compression": {"formats": ["fp16"], "pruned": []},
     "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
     "unlearning": {"shadows": 0, "subsets": 2},
     "late_joiners": {"steps": [0, 2]},

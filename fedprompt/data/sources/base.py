@@ -69,6 +69,11 @@ class StoredImagesConfig(DataConfig):
         "pixel values that become black and white in images of more than 8 bits, e.g. [0, 4095]; "
         "empty = [0, 65535], with a warning",
     )
+    percentiles: list[float] = option(
+        [],
+        "percentiles of each image and band that become black and white in images of more than 8 "
+        "bits, in place of stretch, e.g. [2, 98]",
+    )
     bands: list[int] = option(
         [], "bands of multi-band TIFF files that become red, green and blue, counted from 1"
     )
@@ -76,13 +81,22 @@ class StoredImagesConfig(DataConfig):
     @property
     def pixels(self) -> Pixels:
         """How stored values become RGB."""
-        return Pixels(tuple(self.stretch), tuple(self.bands))
+        return Pixels(tuple(self.stretch), tuple(self.bands), tuple(self.percentiles))
 
     def check(self) -> None:
         """Refuse a range that is not two numbers, and bands that are not three."""
         super().check()
         if self.stretch and (len(self.stretch) != 2 or self.stretch[0] >= self.stretch[1]):
             raise UserError(f"'stretch' is {self.stretch}; it takes two numbers, the lower first.")
+        if self.percentiles:
+            low, high = self.percentiles if len(self.percentiles) == 2 else (1.0, 0.0)
+            if not 0 <= low < high <= 100:
+                raise UserError(
+                    f"'percentiles' is {self.percentiles}; it takes two numbers from 0 to 100, the "
+                    "lower first."
+                )
+            if self.stretch:
+                raise UserError("'stretch' and 'percentiles' are both set; set one of the two.")
         if self.bands and (len(self.bands) != 3 or min(self.bands) < 1):
             raise UserError(f"'bands' is {self.bands}; it takes three numbers, counted from 1.")
 

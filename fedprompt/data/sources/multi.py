@@ -195,6 +195,7 @@ def _single(config: MultiConfig, name: str) -> CatalogueConfig:
         "test_fraction": config.test_fraction,
         "on_bad_image": config.on_bad_image,
         "stretch": config.stretch,
+        "percentiles": config.percentiles,
         "bands": config.bands,
     }
     if config.root is not None:

@@ -156,6 +156,11 @@ class WrappedMethod(Method):
     term_names: ClassVar[tuple[str, ...]] = ()
     """Names of the terms that `extra_loss_terms` returns."""
 
+    @classmethod
+    def needs_of(cls, config: Any) -> frozenset[str]:
+        """The base's."""
+        return base_class(config.base).needs_of(config.base_config())
+
     def __init__(self, config: Any, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         base = base_class(config.base)(config.base_config(), clip, task)

@@ -22,6 +22,10 @@ def test_it_cites_first(method: Method) -> None:
     assert method.source
 
 
+def test_what_it_needs_is_known_before_a_backbone_is_open(method: Method) -> None:
+    assert type(method).needs_of(method.config) == method.needs
+
+
 def test_tensors_are_seeded_float32_and_alike_for_all_clients(method: Method) -> None:
     for start in (method.init_shared, method.init_extras, lambda s: method.init_private(s, 2)):
         for n, value in start(1).items():

@@ -108,11 +108,12 @@ def scan(
         journal.complete(name for name, status in others.items() if status is None)
         hashes = tuple(journal.known[name][1].hash for name in others if name in journal.known)
     deep_ones = sum(verdict.deep for verdict in verdicts)
-    if deep_ones and not pixels.stretch:
+    if deep_ones and not pixels.stretches:
         log.warning(
             "%s: %d of %d images have more than 8 bits per value. Their range of 16 bits is mapped "
             "to black and white, so images of fewer bits are dark: set data.stretch=[low, high], "
-            "e.g. [0, 4095] for 12 bits, or [0, 65535] to keep it as it is.",
+            "e.g. [0, 4095] for 12 bits, or [0, 65535] to keep it as it is; or "
+            "data.percentiles=[2, 98], of each image.",
             title, deep_ones, len(verdicts),
         )  # fmt: skip
     return Scan(verdicts, hashes)
