@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pre": {},
     "ove_pg": {},
     "palm": {},
+    "prompt_bank": {"pairs": 3},
     "bbt": {},
     "rebapl": {"options": {"context_tokens": 4}, "cycles": 2},
     "pre_forgettable": {},
