@@ -214,6 +214,7 @@ class VisualDomainPrompt:
     student: Tensors = field(init=False)
     teacher: Tensors = field(init=False)
     importance: Tensor = field(init=False)
+    optimizer: torch.optim.Adam = field(init=False)
     confidence: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -222,6 +223,7 @@ class VisualDomainPrompt:
         self.student = {n: nothing.clone().requires_grad_() for n in ("omega", "psi")}
         self.teacher = {n: nothing.clone() for n in self.student}
         self.importance = nothing.clone()
+        self.optimizer = torch.optim.Adam(self.student.values(), lr=self.options.rate)
 
     def answer(self, method: Method, encoded: Tensors, pixels_B3HW: Tensor) -> Tensor:
         """Adapt to a batch, and classify it.
@@ -253,8 +255,8 @@ class VisualDomainPrompt:
                 )
             with torch.no_grad():
                 self.importance.lerp_(of_omega**2, 1 - decay)
-                self.student["omega"] -= options.rate * of_omega
-                self.student["psi"] -= options.rate * of_psi
+                self.student["omega"].grad, self.student["psi"].grad = of_omega, of_psi
+                self.optimizer.step()
                 for n, t in self.teacher.items():
                     t.lerp_(self.student[n], 1 - decay)
         with torch.no_grad():
@@ -267,6 +269,7 @@ class VisualDomainPrompt:
             self.changes += 1
             for held in (self.student, self.teacher):
                 held["psi"].detach().zero_()
+            self.optimizer.state.pop(self.student["psi"], None)
             self.confidence = None
         if self.confidence is None:
             self.confidence = confidence
