@@ -133,7 +133,9 @@ class AtTestTime(Reported):
         plain = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
         images = workspace.views[0].rows(index, {"features"})
         hits = _right(list(logits_of(plain, encode_global(plain, {}), images)), labels_N)
-        rows = [{"model": "zero-shot", "images": len(index), "before": hits, "after": None}]
+        rows: list[dict[str, Any]] = [
+            {"model": "zero-shot", "images": len(index), "before": hits, "after": None}
+        ]
         changes = 0
         if workspace.method.has_global:
             before, after, changes = self._counts(workspace, run.shared, None, index, labels_N)
@@ -234,7 +236,7 @@ def _pixels(workspace: Workspace, index: Index) -> Tensor:
     """Normalised pixels (B, 3, H, W) of some images, on the device of the backbone."""
     clip = workspace.clip
     mean, std = clip.mean_std[:, :, None, None]
-    pixels = (open_pixels(clip, workspace.dataset, index.tolist()) - mean) / std
+    pixels: Tensor = (open_pixels(clip, workspace.dataset, index.tolist()) - mean) / std
     return pixels.to(clip.device)
 
 
