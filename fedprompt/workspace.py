@@ -32,6 +32,8 @@ from fedprompt.data.features.views import open_views
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, describe
 from fedprompt.data.partition.queries import select
+from fedprompt.data.partition.sessions import in_session
+from fedprompt.data.partition.stages import stage_of
 from fedprompt.data.sections import resolve_group
 from fedprompt.errors import UserError
 from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
@@ -95,6 +97,7 @@ class Workspace:
         # `method_for` adds the methods for other class names.
         self._methods = {self.task: self.method}
         self._others: dict[str, Workspace] = {}
+        self._session: tuple[int, Workspace] | None = None
         self.memo = Memo()
         recorder = step_recorder(clip.device, config.backbone.cuda_graphs)
         self.graphs = None if recorder is None else StepGraphs(self.method, recorder)
@@ -235,6 +238,31 @@ class Workspace:
         other.views = tuple(replace(view, readable_N=readable_N) for view in opened)
         self._others[key] = other
         return other
+
+    def at(self, server_round: int) -> Workspace:
+        """What there is in a round of a class-incremental run (`partition.sessions`).
+
+        Args:
+            server_round: the round, from 0.
+
+        Returns:
+            A workspace with the images and the class names of the round's session, which shares
+            the backbone and the feature tables; in any other run, this workspace.
+
+        Raises:
+            UserError: the classes cannot be divided, or no client can train in the session.
+        """
+        if not self.config.partition.sessions:
+            return self
+        # Round 0 tests what training then starts from.
+        session = stage_of(self.config, max(1, server_round)).number
+        # Only the present one is kept, since each has a method and images of its own.
+        if self._session is None or self._session[0] != session:
+            options, seed = self.config.partition, self.config.seed
+            seen = in_session(options, self.dataset, self.partition, session, seed)
+            config = replace(self.config, partition=replace(options, sessions=0))
+            self._session = session, Workspace(config, self.clip, *seen, self.views, self.held_out)
+        return self._session[1]
 
     def method_for(self, task: Task) -> Method:
         """The experiment's method for other class names, for example those of a held-out split.

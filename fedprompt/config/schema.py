@@ -186,6 +186,19 @@ class PartitionConfig:
     query_candidates: float = option(
         0.1, "share of a client's images among which PCB chooses", gt=0, le=1
     )
+    sessions: int = option(
+        0,
+        "class-incremental learning: sessions in which classes arrive, in label order, and into "
+        "which federation.rounds is divided; 0 = all classes are there from the start",
+        ge=0,
+    )
+    first_session_share: float = option(
+        0.0, "with sessions: share of classes in the first one, rounded up; 0 = as in the others",
+        ge=0, lt=1,
+    )  # fmt: skip
+    session_shots: int | None = option(
+        None, "with sessions: training images per class and client after the first one", ge=1
+    )
     file: str | None = option(
         None,
         "a partition file that takes the place of the scheme and of the keys that shape it",
@@ -200,6 +213,8 @@ class PartitionConfig:
                 f"'local_validation_fraction' ({self.local_validation_fraction:g}) leave no "
                 "training images; their sum must be below 1."
             )
+        if self.sessions == 1:
+            raise UserError("'sessions' is 1; it takes two or more, or 0 for none.")
         if self.unlabelled_clients > self.clients:
             raise UserError(
                 f"'unlabelled_clients' is {self.unlabelled_clients} of {self.clients} clients."

@@ -47,17 +47,25 @@ def logits_of_pixels(method: Method, encoded: Tensors, pixels_B3HW: Tensor) -> T
         encoded: the model, with client axis 1.
         pixels_B3HW: images with pixels from 0 to 1.
     """
-    clip = method.clip
-    mean, std = clip.mean_std[:, :, None, None].to(pixels_B3HW)
-    normalised = (pixels_B3HW - mean) / std
-    with clip.autocast():
-        features = clip.model.encode_image(normalised).float()
-    inputs = Inputs(
+    mean, std = method.clip.mean_std[:, :, None, None].to(pixels_B3HW)
+    inputs = inputs_of_pixels(method, (pixels_B3HW - mean) / std)
+    return method.logits(encoded, inputs.of_one())[0].float()
+
+
+def inputs_of_pixels(method: Method, normalised_B3HW: Tensor) -> Inputs:
+    """What a method reads of images (B, ...), with a gradient to their pixels.
+
+    Args:
+        method: a method that reads nothing but what is in `ATTACKABLE`.
+        normalised_B3HW: images as the image tower takes them.
+    """
+    with method.clip.autocast():
+        features = method.clip.model.encode_image(normalised_B3HW).float()
+    return Inputs(
         F.normalize(features, dim=-1),
-        pixels=normalised if "pixels" in method.needs else None,
+        pixels=normalised_B3HW if "pixels" in method.needs else None,
         norms=features.norm(dim=-1),
     )
-    return method.logits(encoded, inputs.of_one())[0].float()
 
 
 def perturbed(

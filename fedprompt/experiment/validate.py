@@ -127,10 +127,11 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: the server would have validation images of two kinds; a round is to be chosen
             without any; the rounds cannot be divided into active rounds, or a protocol needs the
-            labels that are hidden; no client has labels and the method needs them; the method needs
-            a momentum that starts at zero, SGD, or float64 on a device without it; or, with secure
-            aggregation, the strategy needs single replies, the attack is one that only checks of
-            single replies detect, or a round has too few clients.
+            labels that are hidden; likewise for sessions in which classes arrive; no client has
+            labels and the method needs them; the method needs a momentum that starts at zero, SGD,
+            or float64 on a device without it; or, with secure aggregation, the strategy needs
+            single replies, the attack is one that only checks of single replies detect, or a round
+            has too few clients.
     """
     partition, official = config.partition, config.data.official_validation
     if official and partition.server_validation_fraction:
@@ -154,6 +155,8 @@ def check_config(config: Config) -> None:
         )
     if partition.labels_per_round:
         _check_active_learning(config)
+    if partition.sessions or "class_incremental" in config.protocols:
+        _check_sessions(config)
     if config.training.momentum_state == "keep" and not config.method.keeps_momentum:
         raise UserError(
             f"config: method '{config.method.name}' needs a momentum that starts each round at "
@@ -214,6 +217,43 @@ def _check_asynchronous(config: Config) -> None:
         raise UserError(
             f"config: asynchronous.buffer={config.asynchronous.buffer} waits for more clients than "
             f"the {config.able_to_train} that train; lower it."
+        )
+
+
+def _check_sessions(config: Config) -> None:
+    rounds, sessions = config.federation.rounds, config.partition.sessions
+    if not sessions or "class_incremental" not in config.protocols:
+        raise UserError(
+            "config: partition.sessions and protocol class_incremental belong together; set both, "
+            "such as partition.sessions=4."
+        )
+    if not rounds or rounds % (sessions * config.evaluation.every):
+        raise UserError(
+            f"config: federation.rounds={rounds} cannot be divided into partition.sessions="
+            f"{sessions} equal parts that end with an evaluation (evaluation.every="
+            f"{config.evaluation.every}); use a multiple."
+        )
+    clashes = {
+        "partition.labels_per_round": bool(config.partition.labels_per_round),
+        "secure_aggregation.enabled": config.secure_aggregation.enabled,
+        "asynchronous.enabled": config.asynchronous.enabled,
+        "partition.late_clients": bool(config.partition.late_clients),
+        f"attack.kind={config.attack.kind}, which changes training images": (
+            config.attack.kind in ("label_flip", "backdoor")
+        ),
+        f"method.name={config.method.name}, whose learning rate restarts in cycles": (
+            config.method.lr_cycles > 1
+        ),
+        "evaluation.select=best_validation": config.evaluation.select == "best_validation",
+        **{
+            f"protocol {name}": name in config.protocols
+            for name in ("privacy_audit", "unlearning", "active_learning")
+        },
+    }
+    for what in (name for name, there in clashes.items() if there):
+        raise UserError(
+            f"config: {what} cannot be combined with partition.sessions, in which classes arrive "
+            "over time; leave one of them out."
         )
 
 

@@ -21,7 +21,8 @@ from flwr.app import (
     RecordDict,
 )
 
-from fedprompt.data.partition.queries import ASKED, stage_of
+from fedprompt.data.partition.queries import ASKED
+from fedprompt.data.partition.stages import Stage, stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
 from fedprompt.federation.personal_evaluation import count_correct
@@ -75,16 +76,19 @@ def handle(
         UserError: the messages do not fit the experiment, or a client has no data to train on.
     """
     # All messages of a call have the same type and round, so the first one decides.
-    kind = messages[0].metadata.message_type
+    kind, present = messages[0].metadata.message_type, workspace.at(server_round(messages[0]))
     if kind == MessageType.TRAIN:
-        return _train(workspace, clients, messages, private)
+        stage = stage_of(workspace.config, server_round(messages[0]))
+        return _train(present, clients, messages, private, stage)
     if kind == MessageType.EVALUATE:
         settings = _settings(messages[0])
-        models = [model_of_client(workspace, c, private.get(c, {})) for c in clients]
+        models = [model_of_client(present, c, private.get(c, {})) for c in clients]
         if settings.get(QUERY):
             return _ask_labels(workspace, clients, messages, private, models)
-        evaluate = _measure if settings.get(PROTOCOLS) else _evaluate
-        return evaluate(workspace, clients, messages, models), {}
+        # Protocols measure at the end of a run, when there is everything.
+        if settings.get(PROTOCOLS):
+            return _measure(workspace, clients, messages, models), {}
+        return _evaluate(present, clients, messages, models), {}
     raise UserError(f"clients do not answer messages of type '{kind}'.")
 
 
@@ -93,13 +97,13 @@ def _train(
     clients: Sequence[int],
     messages: Sequence[Message],
     stored: Mapping[int, Tensors],
+    stage: Stage,
 ) -> tuple[list[Message], dict[int, Tensors]]:
     """Train, and reply with the shared tensors and losses."""
     config = workspace.config
     # The models that it remembers will not be evaluated again.
     workspace.memo.clear()
     kept = {c: stored.get(c, {}) for c in clients}
-    stage = stage_of(config, server_round(messages[0]))
     results = train_clients(
         workspace.method,
         [received(workspace, m) for m in messages],

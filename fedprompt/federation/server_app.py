@@ -22,7 +22,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.data.partition.queries import Stage, stage_of
+from fedprompt.data.partition.sessions import in_session
+from fedprompt.data.partition.stages import stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
@@ -149,6 +150,8 @@ class Federation:
             local_epsilon(config.privacy, 0)
         if config.partition.labels_per_round:
             self._check_active_learning()
+        if config.partition.sessions:
+            self._check_sessions()
         # From here every active round starts again.
         self._start = self.arrays
         self.exchange = self._open_exchange()
@@ -170,6 +173,24 @@ class Federation:
             raise UserError(
                 f"partition.labels_per_round: method '{self.method.name}' trains nothing."
             )
+
+    def _check_sessions(self) -> None:
+        """Refuse sessions in which nothing can be learned, before the first one begins.
+
+        Raises:
+            UserError: the method cannot go on with further classes or trains nothing, or there is
+                a session without training images.
+        """
+        method, workspace = self.method, self.workspace
+        why = method.no_transfer_reason or ("it trains nothing" if not method.trainable else None)
+        if why is not None:
+            raise UserError(
+                f"partition.sessions: method '{method.name}' cannot go on with further classes "
+                f"({why}); use a method with text prompts, such as promptfl."
+            )
+        options = self.config.partition
+        for session in range(1, options.sessions + 1):
+            in_session(options, workspace.dataset, workspace.partition, session, self.config.seed)
 
     def _open_exchange(self) -> Exchange:
         """The exchange of training messages that the config asks for."""
@@ -221,6 +242,12 @@ class Federation:
         nodes = {client_of(node): node for node in self.grid.get_node_ids()}
         self.strategy.set_nodes(nodes, self.workspace.trainable)
 
+    def _sampled_from(self, server_round: int) -> None:
+        """In a class-incremental run, let only clients train that have images of the session."""
+        if self.config.partition.sessions:
+            able = self.workspace.at(server_round).trainable
+            self.strategy.set_nodes(self.strategy.known.node_of_client, able)
+
     def describe(self) -> dict[str, Any]:
         """Number of images by client and class, for `partition.json`, and checksums of files."""
         files = {"trace": self.trace.digest, "devices": self.clock.digest if self.clock else ""}
@@ -271,7 +298,8 @@ class Federation:
             The training part of the round's line in `metrics.jsonl`.
         """
         # The tensors that have been evaluated so far will not be evaluated again.
-        self.workspace.memo.clear()
+        self.workspace.at(server_round).memo.clear()
+        self._sampled_from(server_round)
         labels = self._begin_active_round(server_round)
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
@@ -315,14 +343,12 @@ class Federation:
                 asked,
                 self._eval_arrays(),
                 {LABELS: (0, MAX_EXAMPLES)},
-                {QUERY: stage.active_round},
+                {QUERY: stage.number},
             )
         )
         self.arrays = self._start
         total = sum(int(row[LABELS]) for row in rows.values())
-        return {
-            "labels": {"active_round": stage.active_round, "clients": len(rows), "asked": total}
-        }
+        return {"labels": {"active_round": stage.number, "clients": len(rows), "asked": total}}
 
     def _sample(self, server_round: int) -> dict[int, Message]:
         """The training messages of a round, by client id."""
@@ -351,8 +377,8 @@ class Federation:
         """The simulated seconds of clients in a round; empty without a clock."""
         if self.clock is None:
             return {}
-        stage = stage_of(self.config, server_round)
-        return {c: self.clock.seconds(server_round, c, self._steps(c, stage)) for c in clients}
+        steps = {c: self._steps(c, server_round) for c in clients}
+        return {c: self.clock.seconds(server_round, c, n) for c, n in steps.items()}
 
     def _absent(self, server_round: int, times: Mapping[int, float]) -> dict[int, str]:
         """Why sampled clients will not reply in time.
@@ -376,11 +402,11 @@ class Federation:
                 absent[client] = f"{LATE}{times[client]:.3g} s, clock.deadline_s={deadline:g}"
         return absent
 
-    def _steps(self, client: int, stage: Stage) -> int:
+    def _steps(self, client: int, server_round: int) -> int:
         """The optimiser steps that a client takes in a round."""
         if not self.takes_steps:
             return 0
-        return local_steps(self._images_in(client, stage), self.config.training)
+        return local_steps(self._images_in(client, server_round), self.config.training)
 
     def _training_line(self, server_round: int, exchanged: Exchanged) -> dict[str, Any]:
         """The training part of a round's line, in the order in which it is written."""
@@ -400,7 +426,7 @@ class Federation:
             },
             "bytes_up": exchanged.traffic.up,
             "bytes_down": exchanged.traffic.down,
-            "client_steps": sum(self._steps(client, stage) for client in exchanged.trained),
+            "client_steps": sum(self._steps(c, server_round) for c in exchanged.trained),
         }
         remarks: dict[str, Any] = {
             "statistics": exchanged.statistics,
@@ -417,12 +443,14 @@ class Federation:
             remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
         return line | {name: part for name, part in remarks.items() if part}
 
-    def _images_in(self, client: int, stage: Stage) -> int:
+    def _images_in(self, client: int, server_round: int) -> int:
         """The number of images that a client trains on in a round."""
+        if self.config.partition.sessions:
+            return len(self.workspace.at(server_round).partition.train(client))
         images, per_round = self.training_images(client), self.config.partition.labels_per_round
         if not per_round or self.config.method.learns_without_labels:
             return images
-        return min(images, stage.active_round * per_round)
+        return min(images, stage_of(self.config, server_round).number * per_round)
 
     def _without_labels(self) -> dict[str, int]:
         """How many of the sampled clients have no labels, in a run in which such clients train."""
@@ -470,10 +498,10 @@ class Federation:
         """
         line: dict[str, Any] = {"global": None, "personal": None, "personal_on_global": None}
         validation: dict[str, Any] = {"global": None, "personal": None}
-        workspace, protocols = self.workspace, self.config.protocols
+        workspace, protocols = self.workspace.at(server_round), self.config.protocols
         if "global" in protocols:
-            line["global"] = self._global_part(*workspace.server_test())
-            validation["global"] = self._global_part(*workspace.server_validation())
+            line["global"] = self._global_part(workspace, *workspace.server_test())
+            validation["global"] = self._global_part(workspace, *workspace.server_validation())
         if "personalised" in protocols:
             asked = self.strategy.clients if clients is None else clients
             last = self.config.federation.rounds if self.method.trainable else 0
@@ -485,7 +513,7 @@ class Federation:
                 self._client_rows(server_round, asked, self._eval_arrays(), ranges, settings)
             )
             if common and not measured:
-                self._add_global_score(rows)
+                self._add_global_score(workspace, rows)
             line["personal"] = personal_scores(rows, TEST_COUNTS)
             line["personal_on_global"] = personal_scores(rows, COMMON_COUNTS)
             validation["personal"] = personal_scores(rows, VALIDATION_COUNTS)
@@ -504,7 +532,9 @@ class Federation:
         rows = self._client_rows(server_round, asked, self._eval_arrays(), ranges, {BACKDOOR: True})
         return backdoor_part(dict(rows))
 
-    def _global_part(self, inputs_N: Inputs, labels_N: Tensor) -> dict[str, Any] | None:
+    def _global_part(
+        self, workspace: Workspace, inputs_N: Inputs, labels_N: Tensor
+    ) -> dict[str, Any] | None:
         """Accuracy and mean loss of the global model on some of the server's images.
 
         A model that is not finite also has the number of `unanswered` images, counted as wrong.
@@ -512,20 +542,19 @@ class Federation:
         # A server without images has no accuracy, and 0 of 0 is not 0 %.
         if not len(labels_N):
             return None
-        memo = self.workspace.memo
-        score = score_global(self.method, self.shared, inputs_N, labels_N, memo)
+        score = score_global(workspace.method, self.shared, inputs_N, labels_N, workspace.memo)
         if score is None:
             return None
         part = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
         return part | ({"unanswered": score.unanswered} if score.unanswered else {})
 
-    def _add_global_score(self, rows: Mapping[int, Row]) -> None:
+    def _add_global_score(self, workspace: Workspace, rows: Mapping[int, Row]) -> None:
         """Add the global model's score on the server's test images to every client's row.
 
         Where it is every client's model (`CommonTest.is_global`), clients would report the same.
         """
-        test = self.workspace.server_test()
-        score = score_global(self.method, self.shared, *test, self.workspace.memo)
+        test = workspace.server_test()
+        score = score_global(workspace.method, self.shared, *test, workspace.memo)
         assert score is not None
         tested, correct = COMMON_COUNTS
         for row in rows.values():
@@ -702,6 +731,7 @@ class Federation:
         self.rejected = checkpoint.totals["rejected"]
         # Drawn again: which clients train depends on the seed and the round only.
         for server_round in range(1, checkpoint.server_round + 1):
+            self._sampled_from(server_round)
             with self._only_present(server_round):
                 self.asked.update(self.strategy.sample(server_round))
 

@@ -90,6 +90,7 @@ STEP = {
     "prograd": Budget(155),
     "promptfl": Budget(90),
     "promptfolio": Budget(95),
+    "prompt_bank": Budget(115),
     "promptkd": Budget(165),
     "promptsrc": Budget(255),
     "restore": Budget(340),

@@ -24,6 +24,7 @@ from fedprompt.messages import METRICS
 from fedprompt.reports.draw import MARK
 from fedprompt.reports.result_tables import protocol_tables
 from tests.support.protocol_runs import (
+    TOGETHER,
     WITH_RESULTS,
     config_of,
     models_of,
@@ -81,9 +82,7 @@ def test_without_the_usual_two_nothing_of_theirs_is_measured(runs: Callable[...,
 
 
 def test_methods_without_a_global_model_are_reported(runs: Callable[..., Path]) -> None:
-    refused = ("leave_one_domain_out", "unlearning")
-    names = [n for n in WITH_RESULTS if n not in refused]
-    folder = runs(*names, method={"name": "coop_local"})
+    folder = runs(*(n for n in TOGETHER if n != "unlearning"), method={"name": "coop_local"})
     part = summary_of(folder)["protocols"]
     assert set(part["ood"]["histogram"]) == {"zero-shot"}
     assert set(part["calibration"]["models"]) == {"zero-shot", "personal"}

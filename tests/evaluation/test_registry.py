@@ -26,7 +26,7 @@ from tests.support import ROOT
 from tests.support.builders import small_config
 from tests.support.protocol_runs import (
     TARGETS,
-    WITH_RESULTS,
+    TOGETHER,
     config_of,
 )
 
@@ -34,7 +34,7 @@ from tests.support.protocol_runs import (
 def test_default_protocols_and_round_trip() -> None:
     plain = compose("quickstart")
     assert plain.protocols == ["global", "personalised"]
-    chosen = config_of(*(n for n in WITH_RESULTS if n != "leave_one_domain_out"))
+    chosen = config_of(*TOGETHER)
     assert validate(to_dict(chosen)) == chosen
     targets = chosen.protocol_options["cross_data_set"].targets
     assert targets[0]["source"] == "aerial_scenes", "complete: no name is left to look up"

@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pre": {},
     "ove_pg": {},
     "palm": {},
+    "prompt_bank": {"pairs": 3},
     "bbt": {},
     "rebapl": {"options": {"context_tokens": 4}, "cycles": 2},
     "pre_forgettable": {},

@@ -44,16 +44,18 @@ OPTIONS: dict[str, Any] = {
     },
     "compression": {"formats": ["fp16"], "pruned": []},
     "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
+    "at_test_time": {"images": 12, "client_images": 4, "batch_size": 4},
     "unlearning": {"shadows": 0, "subsets": 2},
     "late_joiners": {"steps": [0, 2]},
 }
-
-
-NEEDS: dict[str, Any] = {
+NEEDS: dict[str, dict[str, Any]] = {
+    "class_incremental": {"partition": {"sessions": 2}},
     "late_joiners": {"partition": {"late_clients": 1}},
     "time_to_accuracy": {"clock": {"enabled": True}},
 }
 """Sections without which a protocol refuses a run."""
+TOGETHER = [n for n in WITH_RESULTS if n not in ("leave_one_domain_out", "class_incremental")]
+"""Protocols that one run can have."""
 
 
 def config_of(*names: str, **sections: Any) -> Config:

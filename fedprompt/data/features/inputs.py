@@ -74,6 +74,10 @@ class Inputs:
         """Return a set (N, ...) as the batch (1, N, ...) of one client."""
         return self._each(lambda part: part[None])
 
+    def swapped(self) -> Inputs:
+        """Return the same images with their two leading axes exchanged."""
+        return self._each(lambda part: part.transpose(0, 1))
+
     def on(self, device: torch.device) -> Inputs:
         """Move every part to `device` and turn pixels into normalised floats."""
         # Bytes are moved before they become floats: a quarter of the data to copy.

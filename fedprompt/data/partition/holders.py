@@ -125,6 +125,25 @@ class Partition:
             test_offsets=test_offsets,
         )
 
+    def restricted(self, train_N: NDArray[np.bool_], tests_N: NDArray[np.bool_]) -> Partition:
+        """The same partition without some of its images, which nobody holds then.
+
+        Args:
+            train_N: which images remain where they are training images.
+            tests_N: which images remain where they are test or validation images.
+
+        Returns:
+            The partition; its arrays are read-only.
+        """
+        clients = range(self.num_clients)
+        train = _joined([self.train(k)[train_N[self.train(k)]] for k in clients])
+        test = _joined([self.test(k)[tests_N[self.test(k)]] for k in clients])
+        validation = _joined([self.validation(k)[tests_N[self.validation(k)]] for k in clients])
+        server = [own[tests_N[own]] for own in (self.server_test, self.server_validation)]
+        for array in server:
+            array.flags.writeable = False
+        return Partition(*train, *test, server[0], self.unlabelled, *validation, server[1])
+
     @property
     def num_clients(self) -> int:
         """Number of clients K."""

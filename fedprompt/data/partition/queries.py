@@ -29,57 +29,15 @@ Suffixes: N images of a client, M images of the pool, C classes, D width of the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.config.schema import Config, PartitionConfig
-from fedprompt.rng import generator
+from fedprompt.config.schema import PartitionConfig
 
 ASKED = "labels/asked"
 """The name of the state in a store of private tensors; no method's tensor has a slash."""
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
-
-
-class Stage(NamedTuple):
-    """Where a round lies.
-
-    Attributes:
-        active_round: its active round, from 1.
-        server_round: the round within the active round, from 1.
-        rounds: rounds of each active round.
-        seed: the seed of local training in it.
-    """
-
-    active_round: int
-    server_round: int
-    rounds: int
-    seed: int
-
-    @property
-    def begins(self) -> bool:
-        """Whether it is the first of its active round."""
-        return self.server_round == 1
-
-
-def stage_of(config: Config, server_round: int) -> Stage:
-    """Where a round lies; without active learning, all rounds are one active round.
-
-    Args:
-        config: the experiment.
-        server_round: the round, from 1.
-    """
-    if not config.partition.labels_per_round:
-        return Stage(1, server_round, config.federation.rounds, config.seed)
-    rounds = config.federation.rounds // config.partition.active_rounds
-    index, within = divmod(server_round - 1, rounds)
-    # Draws are keyed by seed and round, and noise of one active round must not come again.
-    seed = config.seed
-    if index:
-        seed = int(generator(config.seed, "active round", index).integers(10**18))
-    return Stage(index + 1, within + 1, rounds, seed)
 
 
 def select(

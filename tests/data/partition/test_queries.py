@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from fedprompt.data.partition.queries import (
     by_entropy,
     by_gradient,
     select,
-    stage_of,
 )
+from fedprompt.data.partition.stages import stage_of
 from fedprompt.errors import UserError
 from fedprompt.experiment.checkpoint import read_checkpoint
 from fedprompt.experiment.display import QuietDisplay
@@ -38,6 +38,7 @@ from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
+from tests.support.displays import StopAfter
 
 N, C, D = 60, 4, 8
 
@@ -180,17 +181,6 @@ def test_labels_that_were_not_asked_for_change_nothing(
     second, again = trained(np.concatenate(hidden))
     assert first == second
     assert all(torch.equal(a, b) for a, b in zip(asked, again, strict=True))
-
-
-class StopAfter(QuietDisplay):
-    """Interrupts a run when a round is recorded."""
-
-    def __init__(self, server_round: int) -> None:
-        self.last = server_round
-
-    def round(self, line: Mapping[str, Any], eta_s: float) -> None:
-        if line["round"] == self.last:
-            raise KeyboardInterrupt
 
 
 def test_a_resumed_run_asks_for_the_same_labels(

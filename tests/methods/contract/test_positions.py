@@ -117,6 +117,7 @@ BUDGET = {
     "prograd": Positions(59, 70, 140),
     "promptfl": Positions(0, 70, 140),
     "promptfolio": Positions(0, 124, 186),
+    "prompt_bank": Positions(0, 464, 928),
     "promptkd": Positions(59, 36, 108),
     "promptsrc": Positions(0, 94, 224),
     "restore": Positions(0, 98, 224),
