@@ -76,20 +76,21 @@ def handle(
         UserError: the messages do not fit the experiment, or a client has no data to train on.
     """
     # All messages of a call have the same type and round, so the first one decides.
-    kind, present = messages[0].metadata.message_type, workspace.at(server_round(messages[0]))
+    kind = messages[0].metadata.message_type
+    if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
+        raise UserError(f"clients do not answer messages of type '{kind}'.")
+    present = workspace.at(server_round(messages[0]))
     if kind == MessageType.TRAIN:
         stage = stage_of(workspace.config, server_round(messages[0]))
         return _train(present, clients, messages, private, stage)
-    if kind == MessageType.EVALUATE:
-        settings = _settings(messages[0])
-        models = [model_of_client(present, c, private.get(c, {})) for c in clients]
-        if settings.get(QUERY):
-            return _ask_labels(workspace, clients, messages, private, models)
-        # Protocols measure at the end of a run, when there is everything.
-        if settings.get(PROTOCOLS):
-            return _measure(workspace, clients, messages, models), {}
-        return _evaluate(present, clients, messages, models), {}
-    raise UserError(f"clients do not answer messages of type '{kind}'.")
+    settings = _settings(messages[0])
+    models = [model_of_client(present, c, private.get(c, {})) for c in clients]
+    if settings.get(QUERY):
+        return _ask_labels(workspace, clients, messages, private, models)
+    # Protocols measure at the end of a run, when there is everything.
+    if settings.get(PROTOCOLS):
+        return _measure(workspace, clients, messages, models), {}
+    return _evaluate(present, clients, messages, models), {}
 
 
 def _train(

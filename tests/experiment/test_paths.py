@@ -29,7 +29,8 @@ NO_PATH = {
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
     "token_tensors", "domain", "source", "chosen_by",
     "validation_split", "negative_init", "teacher_templates", "classes", "kinds",
-    "teacher",  # the name of a shipped backbone, and nothing else
+    "teacher", "client_models",  # names of shipped backbones, and nothing else
+    "client_weights", "formats", "target_modules",
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "data.descriptions",
