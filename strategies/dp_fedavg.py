@@ -104,6 +104,10 @@ class DPFedAvg(SharedPromptStrategy):
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """One noisy step, or none if it would exceed the budget."""
         config = self.config
+        self._clipped = None
+        if not self.sampled:
+            # Nobody could be asked, so nothing is released and there is no sum to divide.
+            return shared
         rows_UP = changes(shared, updates)
         sum_P = clipped(rows_UP, config.clip).sum(axis=0)
         tag, asked = self._tag(server_round, sum_P), self._asked_so_far()

@@ -79,8 +79,8 @@ class Flame(SharedPromptStrategy):
         return moved(shared, step_P + self.config.noise * bound * noise_P)
 
     def metrics(self) -> dict[str, Any]:
-        """The clients that were left out of the last round's mean."""
-        return {"left_out": self._left_out}
+        """The clients that were left out of the round's mean; none in a round without a mean."""
+        return {"left_out": self._left_out if self.aggregated else []}
 
 
 def cosine_distances(rows_UP: Rows) -> Rows:

@@ -57,6 +57,11 @@ class PerClass(SharedPromptStrategy):
                 )
         super().__init__(config, shapes=shapes, **rest)
 
+    @classmethod
+    def works_without_rounds(cls) -> bool:
+        """No: the class shares of an upload are no change that staleness could scale."""
+        return False
+
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """The masked mean of every class's rows, float32; zeros for the class shares."""
         if not shared:

@@ -58,6 +58,11 @@ class PerExpert(SharedPromptStrategy):
                 )
         super().__init__(config, shapes=shapes, **rest)
 
+    @classmethod
+    def works_without_rounds(cls) -> bool:
+        """No: the expert shares of an upload are no change that staleness could scale."""
+        return False
+
     def aggregate(self, server_round: int, shared: Arrays, updates: list[Update]) -> Arrays:
         """The weighted means, float32; zeros for the expert shares."""
         mean: Arrays = {}

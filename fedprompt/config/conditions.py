@@ -46,19 +46,23 @@ class ClockConfig:
     """A simulated clock: how long clients take to receive, train and send."""
 
     enabled: bool = option(False, "whether a simulation counts the seconds of its rounds")
-    step_s: float = option(0.1, "seconds of a local step on a usual device", ge=0)
+    # With these limits, no product of a time and of all its factors overflows.
+    step_s: float = option(0.1, "seconds of a local step on a usual device", ge=0, le=1e6)
     down_mbps: float | None = option(
-        50.0, "usual bandwidth to a client, 10^6 bits per second; null = no limit", gt=0
+        50.0, "usual bandwidth to a client, 10^6 bits per second; null = no limit", ge=1e-6
     )
     up_mbps: float | None = option(
-        10.0, "usual bandwidth from a client, 10^6 bits per second; null = no limit", gt=0
+        10.0, "usual bandwidth from a client, 10^6 bits per second; null = no limit", ge=1e-6
     )
-    latency_s: float = option(0.05, "seconds that a message takes besides its bytes", ge=0)
+    latency_s: float = option(0.05, "seconds that a message takes besides its bytes", ge=0, le=1e6)
     speed_spread: float = option(
-        0.0, "standard deviation of the logarithm of the devices' speeds; 0 = all alike", ge=0
+        0.0, "standard deviation of the logarithm of the devices' speeds; 0 = all alike",
+        ge=0, le=10,
+    )  # fmt: skip
+    bandwidth_spread: float = option(0.0, "likewise of their bandwidths, up and down", ge=0, le=10)
+    jitter: float = option(
+        0.0, "likewise of the seconds of one client from round to round", ge=0, le=10
     )
-    bandwidth_spread: float = option(0.0, "likewise of their bandwidths, up and down", ge=0)
-    jitter: float = option(0.0, "likewise of the seconds of one client from round to round", ge=0)
     devices: str | None = option(
         None,
         "CSV or JSON file with client, step_s, down_mbps and up_mbps of every client, in place of "

@@ -172,10 +172,15 @@ def _refuse_untrained(federation: Federation, folder: RunFolder) -> None:
         what = f"the shared prompts have not changed in {len(lines)} rounds"
     else:
         return
+    cause = (
+        "A learning rate that is too high or too low is a usual cause (training.lr="
+        f"{federation.config.training.lr:g})."
+    )
+    if all(line["clients"]["sampled"] == len(line.get("absent", {})) for line in lines):
+        cause = "Nobody could be asked, dropped out or was late: see conditions and clock."
     raise RunFailed(
         f"{what}{often}, so there is no result; {folder.path / METRICS} has the reasons round by "
-        "round. A learning rate that is too high or too low is a usual cause (training.lr="
-        f"{federation.config.training.lr:g})."
+        f"round. {cause}"
     )
 
 
@@ -302,9 +307,9 @@ def _check_partition(folder: RunFolder, description: Mapping[str, Any]) -> None:
     # A trip through JSON turns tuples into lists and keys into strings, as in the file.
     if read_object(path) != json.loads(json.dumps(description)):
         raise UserError(
-            f"the data set, its partition or conditions.trace is not what {path} says it was when "
-            "the run began; "
-            "restore it, or start a new run with 'fedprompt run ... output.dir=...'."
+            f"the data set, its partition, conditions.trace or clock.devices is not what {path} "
+            "says it was when the run began; restore it, or start a new run with "
+            "'fedprompt run ... output.dir=...'."
         )
 
 

@@ -29,7 +29,10 @@ from fedprompt.experiment.trackers import Loggers, check_installed
 from fedprompt.experiment.validate import unsuited_backbone
 from fedprompt.experiment.workspaces import ResourceCache, open_workspace, opener_for
 from fedprompt.federation.asynchronous import open_federation
+from fedprompt.federation.clock import Clock
 from fedprompt.federation.server_app import Federation
+from fedprompt.federation.trace import Trace
+from fedprompt.messages import Traffic
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.page import is_whole
 from fedprompt.reports.run_data import (
@@ -154,6 +157,7 @@ def _run(
     try:
         # Cheap checks first; opening data and backbone may take minutes.
         _refuse_absent_folders(config)
+        _refuse_other_conditions(config)
         check_grid(config)
         settings.enter_context(ordered_sums(config.backbone))
         loggers.open(resumed=folder.resumed)
@@ -214,6 +218,12 @@ def _refuse_absent_folders(config: Config) -> None:
             "data.folders must name the folder of every client for a run on this machine; on nodes "
             "with folders of their own, use 'fedprompt deploy run'."
         )
+
+
+def _refuse_other_conditions(config: Config) -> None:
+    """Refuse files of conditions and devices that cannot be read or do not fit the clients."""
+    Trace(config.conditions, config.seed, config.partition.clients)
+    Clock(config.clock, config.seed, config.partition.clients, Traffic())
 
 
 def _train_references(federation: Federation, grid: BlockGrid, display: Display) -> None:

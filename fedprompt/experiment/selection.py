@@ -50,6 +50,9 @@ def select(lines: Sequence[Line]) -> dict[str, Any]:
     if best is not None:
         number, accuracy = best
         chosen["global"] = by_round[number]["global"] or last["global"]
+        if "backdoor" in by_round[number]:
+            # That of the model whose accuracy is reported beside it.
+            chosen["backdoor"] = by_round[number]["backdoor"]
         chosen["selection"]["global"] = {"round": number, "validation_accuracy": accuracy}
     own: dict[int, tuple[int, float]] = {}
     for line in lines:

@@ -22,6 +22,7 @@ from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation import registry as protocols
 from fedprompt.experiment.trackers import check_names
 from fedprompt.federation.registry import all_strategies, strategy_class
+from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, SEEN_THROUGH
 
@@ -174,6 +175,8 @@ def check_config(config: Config) -> None:
         )
     if config.asynchronous.enabled:
         _check_asynchronous(config)
+    if config.attack.kind == "backdoor":
+        _check_backdoor(config)
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)
 
@@ -217,6 +220,21 @@ def _check_asynchronous(config: Config) -> None:
         raise UserError(
             f"config: asynchronous.buffer={config.asynchronous.buffer} waits for more clients than "
             f"the {config.able_to_train} that train; lower it."
+        )
+    if config.asynchronous.buffer < config.federation.min_replies:
+        raise UserError(
+            f"config: federation.min_replies={config.federation.min_replies} is more than the "
+            f"asynchronous.buffer={config.asynchronous.buffer} replies of a step, so that no step "
+            "would count; lower it."
+        )
+
+
+def _check_backdoor(config: Config) -> None:
+    rule, plain = strategy_class(config.strategy.name), SharedPromptStrategy
+    if (rule.client_shared, rule.eval_extras) != (plain.client_shared, plain.eval_extras):
+        raise UserError(
+            f"config: attack.kind=backdoor is measured on the global model, of which strategy "
+            f"'{config.strategy.name}' sends attackers another version; use another strategy."
         )
 
 

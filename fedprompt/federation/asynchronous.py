@@ -142,6 +142,12 @@ class BufferedFederation(Federation):
                 f"asynchronous: method '{self.method.name}' sends clients something of the present "
                 "round beside the prompts; use another method."
             )
+        if self.method.trainable and not self.takes_steps:
+            raise UserError(
+                f"asynchronous: clients of method '{self.method.name}' take no steps from what "
+                "they are sent, so what they send is no change that could be added later; use "
+                "another method."
+            )
         self.flight = Flight()
         self.concurrency = self.config.asynchronous.concurrency or workspace.round_size
 

@@ -119,6 +119,25 @@ class Clock:
         deadline = self._config.deadline_s
         return deadline is not None and seconds > deadline
 
+    def check_deadline(self, steps: Mapping[int, int]) -> None:
+        """Refuse a deadline that every client misses in every round.
+
+        Args:
+            steps: the local steps in a round of every client that trains.
+
+        Raises:
+            UserError: it names the time of the fastest client.
+        """
+        # With jitter, somebody may be in time now and then.
+        if self._config.deadline_s is None or self._config.jitter or not steps:
+            return
+        fastest = min(self.seconds(1, client, count) for client, count in steps.items())
+        if self.is_late(fastest):
+            raise UserError(
+                f"clock.deadline_s={self._config.deadline_s:g}: even the fastest client takes "
+                f"{fastest:.4g} s; raise it."
+            )
+
     def round_seconds(self, times: Mapping[int, float], absent: Mapping[int, str]) -> float:
         """How long the server waits in a round.
 
@@ -178,29 +197,36 @@ def parse_devices(content: bytes, path: Path, clients: int) -> dict[int, Device]
     try:
         text = content.decode("utf-8-sig")
         read: Any = (
-            json.loads(text) if path.suffix == ".json" else csv.DictReader(io.StringIO(text))
+            json.loads(text)
+            if path.suffix.lower() == ".json"
+            else csv.DictReader(io.StringIO(text), skipinitialspace=True)
         )
         devices: dict[int, Device] = {}
         for row in read:
-            client, *numbers = (float(row[name]) for name in COLUMNS)
-            if (
-                not all(math.isfinite(n) for n in numbers)
-                or numbers[0] < 0
-                or min(numbers[1:]) <= 0
-            ):
+            client, *numbers = (_number(row[name]) for name in COLUMNS)
+            # The limits of the keys of `clock`.
+            if not (0 <= numbers[0] <= 1e6 and all(1e-6 <= n < math.inf for n in numbers[1:])):
                 raise ValueError(
-                    f"client {client:g}: bandwidths are above 0 and step_s is not below"
+                    f"client {client:g}: step_s is from 0 to 10^6, and bandwidths are at least "
+                    "10^-6"
                 )
             if client in devices or client not in range(clients):
                 raise ValueError(f"client {client:g} is unknown or named twice")
             devices[int(client)] = Device(*numbers)
     except KeyError as error:
         raise UserError(f"{where} has no column {error}; it needs {', '.join(COLUMNS)}.") from None
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, csv.Error) as error:
         raise UserError(f"{where} is no table of devices ({error}).") from None
     if missing := sorted(set(range(clients)) - set(devices)):
         raise UserError(f"{where} lacks client {missing[0]}; it needs all {clients} clients.")
     return devices
+
+
+def _number(value: Any) -> float:
+    # `float(True)` is 1.
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no number")
+    return float(value)
 
 
 def _transfer(size: int, mbps: float | None) -> float:

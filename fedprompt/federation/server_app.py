@@ -131,6 +131,10 @@ class Federation:
             self.clock = Clock(config.clock, config.seed, workspace.num_clients, sizes)
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.takes_steps = takes_steps(self.method)
+        if self.clock is not None:
+            # The first round of active learning has the fewest steps.
+            first = stage_of(config, 1)
+            self.clock.check_deadline({c: self._steps(c, first) for c in workspace.trainable})
         self.rejected = 0
         self.asked: Counter[int] = Counter()
         self.releases = self.strategy.releases

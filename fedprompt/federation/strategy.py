@@ -96,6 +96,7 @@ class SharedPromptStrategy(Strategy):
         shared: shared tensors that the clients of the present round were sent.
         sampled: ids of the clients that were asked to train in the present round, ascending.
         rejected: why clients did not count in the last round, by client id.
+        aggregated: whether `aggregate` was called in the last round.
         releases: the run's record of what has been released with noise.
         faults: logs why the training of clients did not count.
         evaluation_faults: logs why evaluations of clients did not count.
@@ -150,6 +151,7 @@ class SharedPromptStrategy(Strategy):
         self.shared: Arrays = {}
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
+        self.aggregated = False
         self.releases = Releases()
         self.faults = Faults(log, "reply dropped")
         self.evaluation_faults = Faults(log, "evaluation dropped")
@@ -351,7 +353,8 @@ class SharedPromptStrategy(Strategy):
             self.faults.add_round(server_round, exchanged.void)
         elif not exchanged.updates:
             self.faults.add_round(server_round, "no valid update; the strategy steps without one")
-        if not exchanged.updates and not self.steps_without_replies:
+        self.aggregated = bool(exchanged.updates) or self.steps_without_replies
+        if not self.aggregated:
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)
         # Strategies may compute in float64, but clients accept float32 only.

@@ -106,9 +106,10 @@ def parse_trace(content: bytes, path: Path, clients: int) -> Rows:
     """
     try:
         text = content.decode("utf-8-sig")
-        read: Any = json.loads(text) if path.suffix == ".json" else csv.reader(text.splitlines())
+        is_json = path.suffix.lower() == ".json"
+        read: Any = json.loads(text) if is_json else csv.reader(text.splitlines())
         table = [[str(cell).strip() for cell in row] for row in read]
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"conditions.trace: {path} is no table of rounds ({error}).") from None
     rows = [row for row in table if row]
     if not rows:
@@ -124,6 +125,10 @@ def parse_trace(content: bytes, path: Path, clients: int) -> Rows:
                 f"conditions.trace: row {number} of {path} has {wrong[0][:20]!r}; use 1 (takes "
                 "part), 0 (cannot be asked) or x (drops out)."
             )
+    if not any(PRESENT in row for row in rows):
+        raise UserError(
+            f"conditions.trace: nobody takes part in any round of {path}; write 1 for those who do."
+        )
     return tuple(map(tuple, rows))
 
 

@@ -214,4 +214,6 @@ def posterior(of: dict[str, Tensor], prior_CD: Tensor, kappa_C: Tensor) -> tuple
 
 def _row(tensors: Tensors, k: int) -> dict[str, Tensor]:
     """Client k's tensors in float64 on the CPU; a client axis of 1 is everyone's."""
-    return {n: tensors[n][k if len(tensors[n]) > 1 else 0].cpu().double() for n in NAMES}
+    row = {n: tensors[n][k if len(tensors[n]) > 1 else 0].cpu().double() for n in NAMES}
+    # Noise may have made shares negative, and kappa + p_c would then no longer be a weight.
+    return row | {"shares": row["shares"].clamp(min=0)}

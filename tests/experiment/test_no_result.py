@@ -33,6 +33,7 @@ def status_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         ("training.lr=1e30", "no client's update was accepted in any of 2 rounds"),
         ("training.lr=1e-30", "the shared prompts have not changed in 2 rounds"),
+        ("conditions.dropout=0.9999", "see conditions and clock"),
     ],
 )
 def test_a_learning_rate_that_trains_nothing(

@@ -61,6 +61,12 @@ def test_every_model_has_its_own_best_round() -> None:
     assert chosen["personal"]["accuracy"] == [0.5, 0.2, 0.4]
 
 
+def test_the_backdoor_is_that_of_the_chosen_global_model() -> None:
+    lines = [{**x, "backdoor": {"success": x["round"] / 10}} for x in LINES]
+    assert select(lines)["backdoor"] == {"success": 0.2}
+    assert last_round(lines)["backdoor"] == {"success": 0.3}
+
+
 def test_test_accuracies_do_not_decide() -> None:
     """Other test accuracies give the same rounds."""
     others = [

@@ -209,6 +209,7 @@ def test_a_step_ends_when_nobody_is_left(make_workspace: MakeWorkspace, tmp_path
         ({"privacy": {"noise": 1.0}}, r"privacy\.noise"),
         ({"partition": {"labels_per_round": 2, "active_rounds": 1}}, "labels_per_round"),
         ({"asynchronous": {"buffer": 99}}, r"buffer=99"),
+        ({"federation": {"min_replies": 3}}, r"min_replies=3"),
         ({"strategy": {"name": "clustered"}}, "clustered"),
         ({"strategy": {"name": "dp_fedavg"}}, "dp_fedavg"),
     ],
@@ -227,3 +228,12 @@ def test_strategies_that_know_single_clients_are_told_apart() -> None:
     able = {n for n, rule in all_strategies().items() if rule.works_without_rounds()}
     assert {"fedavg", "fedadam", "fedavgm", "median", "krum"} <= able
     assert not {"clustered", "nearest_peers", "posterior_samples", "dp_fedavg"} & able
+    assert not {"per_class", "per_expert"} & able, "shares in an upload are no changes"
+
+
+@pytest.mark.parametrize("method", ["afl", "tofa"])
+def test_uploads_that_are_no_changes_are_refused(
+    make_workspace: MakeWorkspace, method: str
+) -> None:
+    with pytest.raises(UserError, match=method):
+        buffered(make_workspace, method={"name": method})

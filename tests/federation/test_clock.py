@@ -131,7 +131,7 @@ def test_late_replies_are_those_of_clients_that_dropped_out(
 
 
 def test_both_kinds_of_files_are_read() -> None:
-    csv = b"client,up_mbps,down_mbps,step_s\n1,3,2,1\n0,6,5,4\n"
+    csv = b"client, up_mbps, down_mbps, step_s\n1,3,2,1\n0,6,5,4\n"
     rows = [
         {"client": c, "step_s": s, "down_mbps": d, "up_mbps": u}
         for c, s, d, u in ((1, 1, 2, 3), (0, 4, 5, 6))
@@ -153,12 +153,45 @@ HEAD = "client,step_s,down_mbps,up_mbps\n"
         (f"{HEAD}0,1,0,1\n1,1,1,1\n", "client 0"),
         (f"{HEAD}0,fast,1,1\n", "fast"),
         (f"{HEAD}0,1,1\n1,1,1\n", "no table"),
+        (f"{HEAD}0,1e300,1,1\n1,1,1,1\n", "client 0"),
+        (f"{HEAD}0,1,1e-300,1\n1,1,1,1\n", "client 0"),
+        (f"{HEAD}0,1,inf,1\n1,1,1,1\n", "client 0"),
+        (f"{HEAD}nan,1,1,1\n1,1,1,1\n", "client nan"),
     ],
 )
 def test_other_files_are_refused(content: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as refused:
         parse_devices(content.encode(), Path("d.csv"), 2)
     assert "clock.devices" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [("true", "True"), ("null", "table"), (str(10**400), "table"), ("NaN", "0")]
+)
+def test_other_json_is_refused(value: str, says: str) -> None:
+    row = f'{{"client": 0, "step_s": 1, "down_mbps": {value}, "up_mbps": 1}}'
+    with pytest.raises(UserError, match=says):
+        parse_devices(f"[{row}]".encode(), Path("d.json"), 1)
+    with pytest.raises(UserError, match="table"):
+        parse_devices(b"[" * 100_000, Path("d.JSON"), 1)
+
+
+@pytest.mark.parametrize("spread", ["speed_spread", "bandwidth_spread", "jitter"])
+def test_seconds_are_finite_at_the_largest_spreads(spread: str) -> None:
+    largest = {"enabled": True, "step_s": 1e6, "down_mbps": 1e-6, "up_mbps": 1e-6, spread: 10}
+    clock = Clock(build(ClockConfig, largest, "clock"), 1, 300, Traffic(10**9, 10**9))
+    assert all(math.isfinite(clock.seconds(1, c, 10**6)) for c in range(300))
+    for key, value in {spread: 1000, "step_s": 1e300, "up_mbps": 1e-300}.items():
+        with pytest.raises(UserError, match=key):
+            build(ClockConfig, {key: value}, "clock")
+
+
+def test_a_deadline_that_everybody_misses_is_refused(make_workspace: MakeWorkspace) -> None:
+    clock = {"enabled": True, "deadline_s": 0.01}
+    with pytest.raises(UserError, match=r"deadline_s=0\.01"):
+        joined(make_workspace(clock=clock, **PROMPTFL))
+    joined(make_workspace(clock={**clock, "jitter": 0.1}, **PROMPTFL))
+    joined(make_workspace(clock={**clock, "deadline_s": 100.0}, **PROMPTFL))
 
 
 def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:

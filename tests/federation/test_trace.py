@@ -145,6 +145,18 @@ def test_masked_sums_open_without_those_who_left(
     assert [*line["absent"]] == ["1"]
 
 
+def test_too_few_for_a_masked_sum_are_not_accepted(
+    make_workspace: MakeWorkspace, tmp_path: Path
+) -> None:
+    rows = written(tmp_path, ["1x00", "0000", "1101"])
+    federation = joined(make_workspace(conditions=rows, secure_aggregation=ON))
+    line = federation.train_round(1)
+    assert line["clients"] == {"sampled": 2, "accepted": 0, "rejected": 0, "absent": 1}
+    assert line["client_steps"] == 0
+    assert federation.train_round(2)["clients"]["accepted"] == 0
+    assert federation.train_round(3)["clients"]["accepted"] == 3, "one that is away changes nothing"
+
+
 def test_draws_are_those_of_client_and_round() -> None:
     config = ConditionsConfig(available=0.5, dropout=0.5)
     trace = Trace(config, 1, 6)
@@ -176,6 +188,8 @@ def test_both_kinds_of_files_are_read() -> None:
         ("t.csv", "\n", "no rows"),
         ("t.json", "[[1, 0]", "t.json"),
         ("t.json", "[1, 0]", "t.json"),
+        ("t.json", "[" * 100_000, "recursion"),
+        ("t.csv", "x,0\n0,0\n", "nobody"),
     ],
 )
 def test_other_files_are_refused(name: str, content: str, says: str) -> None:

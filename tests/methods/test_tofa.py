@@ -166,6 +166,20 @@ def test_noisy_moments_still_give_probabilities(clip: FrozenCLIP, method: Method
     twins.close(log_p.exp().sum(-1), torch.ones(1, B))
 
 
+def test_a_negative_share_is_that_of_a_class_without_images(
+    clip: FrozenCLIP, method: Method
+) -> None:
+    shared = average(method, clients(clip))
+    inputs = Inputs(twins.features(1, B, clip.embed_dim))
+    expected = method.logits(method.encode(shared, None), inputs)
+    noisy = shared["shares"].clone()
+    assert noisy[0, -1] == 0
+    noisy[0, -1] = -0.5
+    assert torch.equal(
+        method.logits(method.encode({**shared, "shares": noisy}, None), inputs), expected
+    )
+
+
 def test_upload_at_vit_b_16() -> None:
     names = tuple(f"class {c}" for c in range(10))
     clip = shape_only_clip("ViT-B-16")

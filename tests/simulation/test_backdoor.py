@@ -21,6 +21,7 @@ from fedprompt.simulation import backdoor
 from fedprompt.simulation.backdoor import TRIGGER, Replaced
 from fedprompt.simulation.grids import open_grid
 from fedprompt.workspace import Workspace
+from tests.support.builders import small_config
 
 MakeWorkspace = Callable[..., Workspace]
 SECTIONS: dict[str, Any] = {
@@ -72,6 +73,12 @@ def test_the_gradient_of_a_trigger_is_that_of_a_plain_version(workspace: Workspa
     after = trained_trigger(method, encoded, [pixels], trigger, 2, eps, step)
     expected = (trigger - step * plain.grad.sign()).clamp(-eps, eps)
     assert ((after - expected).abs() < 1e-6).float().mean() > 0.999, "signs of zeros may differ"
+
+
+@pytest.mark.parametrize("strategy", ["clustered", "posterior_samples", "all_peers"])
+def test_strategies_with_several_models_are_refused(strategy: str) -> None:
+    with pytest.raises(UserError, match=strategy):
+        small_config(attack={"kind": "backdoor"}, strategy={"name": strategy})
 
 
 def test_a_triggered_image_is_one_of_bytes() -> None:

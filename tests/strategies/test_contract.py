@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from fedprompt.data.sections import available
 from fedprompt.experiment.compose import compose
 from fedprompt.federation.registry import all_strategies, strategy_class
+from fedprompt.federation.sampling import Clients
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import Arrays, to_arrays
 from tests.support.strategies import NODE, answer, send
@@ -305,3 +306,17 @@ def test_every_strategy_has_a_config_and_says_where_it_is_from(name: str) -> Non
     assert any(word in text for word in ("Source", "ours")), "cite the paper, or say it is ours"
     if name in ("fedavg", "fedadam", "median"):
         assert compose("quickstart", [f"strategy={name}"]).strategy.name == name
+
+
+def test_a_round_without_anybody_changes_nothing(name: str) -> None:
+    strategy, resumed = make(name), make(name)
+    shared = one_round(strategy, start(name), 1, replies_of(name, 1))
+    assert shared is not None
+    strategy.metrics()
+    resumed.load_state(through_a_checkpoint(strategy))
+    for one in (strategy, resumed):
+        one.known = Clients(one.known.node_of_client, one.known.trainable, present=[])
+        assert not send(one, shared, 2)
+        arrays, _ = one.aggregate_train(2, [])
+        assert arrays is None or bits(to_arrays(arrays)) == bits(shared)
+    assert strategy.metrics() == resumed.metrics()

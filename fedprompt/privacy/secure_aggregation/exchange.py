@@ -106,7 +106,8 @@ class SecureExchange:
         self._faults.add(dict(sorted(silent.items())))
         # A client that has diverged sends an error; its own words mark nobody else.
         diverged = {client: why for client, why in dropped.items() if DIVERGED in why}
-        accepted = len(messages) - len(dropped)
+        # None where the round ended before anybody had trained.
+        accepted = len(outcome.counted)
         trained = sorted(client_of_node[node] for node in outcome.trained)
         self._check(outcome)
         if outcome.total is None:
