@@ -80,7 +80,11 @@ class Flame(SharedPromptStrategy):
 
     def metrics(self) -> dict[str, Any]:
         """The clients that were left out of the round's mean; none in a round without a mean."""
-        return {"left_out": self._left_out if self.aggregated else []}
+        return {"left_out": self._left_out}
+
+    def forget_round(self) -> None:
+        """Nobody was left out of a mean."""
+        self._left_out = []
 
 
 def cosine_distances(rows_UP: Rows) -> Rows:

@@ -92,6 +92,10 @@ class ProductMean(FedAvg):
         """`product_error`, the share of the mean that rank r does not hold."""
         return {"product_error": self.error}
 
+    def forget_round(self) -> None:
+        """Nothing was lost in a mean."""
+        self.error = 0.0
+
 
 def factorised(
     factors_a: Sequence[Array], factors_b: Sequence[Array]

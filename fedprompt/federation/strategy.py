@@ -69,14 +69,14 @@ class SharedPromptStrategy(Strategy):
     """Server strategy on shared tensors by name; it knows no CLIP, data or private tensors.
 
     A subclass must define `name`, `Config` and `aggregate`. It may override `client_extras`,
-    `client_shared`, `before_exchange`, `eval_tensors`, `eval_extras`, `metrics`, `sample`, `state`
-    with `load_state`, `changed_client_states` with `load_client_state` and `common_state`,
-    `weights_by_examples`, and `__init__` in order to check `shapes`. In every round the hooks are
-    called in this order:
+    `client_shared`, `before_exchange`, `eval_tensors`, `eval_extras`, `metrics`, `forget_round`,
+    `sample`, `state` with `load_state`, `changed_client_states` with `load_client_state` and
+    `common_state`, `weights_by_examples`, and `__init__` in order to check `shapes`. In every round
+    the hooks are called in this order:
 
     1. `sample`, `before_exchange`, then `client_shared` and `client_extras` for each sampled
        client. The last three are also called for the clients that are asked to test a model.
-    2. `aggregate`, if enough valid replies came.
+    2. `aggregate`, if enough valid replies came; `forget_round` otherwise.
     3. `metrics`, also if nothing was aggregated.
     4. `eval_tensors` and `eval_extras`, as often as the model is evaluated.
     5. `common_state` and `changed_client_states`, if a checkpoint is written. A resumed run calls
@@ -96,7 +96,6 @@ class SharedPromptStrategy(Strategy):
         shared: shared tensors that the clients of the present round were sent.
         sampled: ids of the clients that were asked to train in the present round, ascending.
         rejected: why clients did not count in the last round, by client id.
-        aggregated: whether `aggregate` was called in the last round.
         releases: the run's record of what has been released with noise.
         faults: logs why the training of clients did not count.
         evaluation_faults: logs why evaluations of clients did not count.
@@ -151,7 +150,6 @@ class SharedPromptStrategy(Strategy):
         self.shared: Arrays = {}
         self.sampled: list[int] = []
         self.rejected: dict[int, str] = {}
-        self.aggregated = False
         self.releases = Releases()
         self.faults = Faults(log, "reply dropped")
         self.evaluation_faults = Faults(log, "evaluation dropped")
@@ -240,6 +238,13 @@ class SharedPromptStrategy(Strategy):
     def metrics(self) -> dict[str, Any]:
         """Additional entries for the round's line in `metrics.jsonl`, as plain JSON."""
         return {}
+
+    def forget_round(self) -> None:
+        """Forget what `metrics` says about the last step; called in a round without a step.
+
+        Otherwise the round's line would repeat it, and a resumed run, which does not know it, would
+        write another line.
+        """
 
     def eval_tensors(self, shared: Arrays) -> Arrays:
         """The tensors that are evaluated, and saved at the end of the run.
@@ -353,8 +358,8 @@ class SharedPromptStrategy(Strategy):
             self.faults.add_round(server_round, exchanged.void)
         elif not exchanged.updates:
             self.faults.add_round(server_round, "no valid update; the strategy steps without one")
-        self.aggregated = bool(exchanged.updates) or self.steps_without_replies
-        if not self.aggregated:
+        if not exchanged.updates and not self.steps_without_replies:
+            self.forget_round()
             return None
         new = self.aggregate(server_round, self.shared, exchanged.updates)
         # Strategies may compute in float64, but clients accept float32 only.
