@@ -123,7 +123,7 @@ class Clock:
         """Refuse a deadline that every client misses in every round.
 
         Args:
-            steps: the local steps in a round of every client that trains.
+            steps: the fewest local steps in a round of every client that trains.
 
         Raises:
             UserError: it names the time of the fastest client.

@@ -131,10 +131,13 @@ class Federation:
             self.clock = Clock(config.clock, config.seed, workspace.num_clients, sizes)
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.takes_steps = takes_steps(self.method)
-        if self.clock is not None:
-            # The first round of active learning has the fewest steps.
-            first = stage_of(config, 1)
-            self.clock.check_deadline({c: self._steps(c, first) for c in workspace.trainable})
+        if self.clock is not None and config.clock.deadline_s is not None:
+            # Rounds differ where images arrive, or labels are asked for, one after the other.
+            rounds = range(1, config.federation.rounds + 1)
+            fewest = {
+                c: min((self._steps(c, r) for r in rounds), default=0) for c in workspace.trainable
+            }
+            self.clock.check_deadline(fewest)
         self.rejected = 0
         self.asked: Counter[int] = Counter()
         self.releases = self.strategy.releases
