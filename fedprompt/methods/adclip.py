@@ -68,7 +68,7 @@ from fedprompt.methods.parts.layerwise import (
     style,
 )
 from fedprompt.methods.parts.linear import linear_start
-from fedprompt.methods.parts.losses import labelled_cross_entropy, masked_mean
+from fedprompt.methods.parts.losses import labelled_cross_entropy, masked_mean, per_image_logits
 from fedprompt.methods.parts.prompts import PromptSource
 
 SOURCE, TARGET = 0, 1
@@ -162,7 +162,9 @@ class ADCLIP(Method):
         seen_K = encoded["seen"][:, TARGET]
         target_K1 = encoded.get("target", torch.ones_like(seen_K)[:, None]) > 0
         source, target = self._paired(encoded, own, target_K1)
-        return self._logits(inputs.features, self._classes(encoded, source, target, own))
+        return per_image_logits(
+            self.clip, inputs.features, self._classes(encoded, source, target, own)
+        )
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
@@ -180,7 +182,7 @@ class ADCLIP(Method):
         )
         source_KBCD, target_KBCD = both_KBCD.chunk(2, dim=1)
         classes_KBCD = torch.where(labelled_KB[..., None, None], source_KBCD, target_KBCD)
-        logits_KBC = self._logits(batch.inputs.features, classes_KBCD)
+        logits_KBC = per_image_logits(self.clip, batch.inputs.features, classes_KBCD)
         log_p = logits_KBC.log_softmax(-1)
         entropy_KB = -(log_p.exp() * log_p).sum(-1)
         log_s, log_t = (x.log_softmax(-2) for x in (source_KBCD, target_KBCD))
@@ -234,12 +236,7 @@ class ADCLIP(Method):
             ],
             dim=2,
         )
-        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD: Tensor = classes_NCD.unflatten(0, context_KBMd.shape[:2])
-        return classes_KBCD
-
-    def _logits(self, v_KBD: Tensor, classes_KBCD: Tensor) -> Tensor:
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", v_KBD, classes_KBCD)
+        return self.prompts.classes_per_image(context_KBMd)
 
 
 def _mean_of_some(values_KB: Tensor, chosen_KB: Tensor) -> Tensor:

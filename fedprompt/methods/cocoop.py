@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, Task, Tensors
 from fedprompt.methods.parts.linear import linear, linear_start
+from fedprompt.methods.parts.losses import per_image_logits
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 
@@ -66,10 +66,8 @@ class CoCoOp(Method):
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C), each image with its own class features."""
         context_KBMd = self.contexts(encoded, inputs)
-        # Clients and images are flattened into one axis of prompts for the text tower.
-        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD = classes_NCD.unflatten(0, context_KBMd.shape[:2])
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", inputs.features, classes_KBCD)
+        classes_KBCD = self.prompts.classes_per_image(context_KBMd)
+        return per_image_logits(self.clip, inputs.features, classes_KBCD)
 
     def contexts(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """The context of every image, (K, B, M, d)."""

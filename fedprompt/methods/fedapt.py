@@ -40,7 +40,7 @@ from fedprompt.methods.base import UNIFORM_AVERAGE, Batch, Method, Task, Tensors
 from fedprompt.methods.parts.adapters import raw_features
 from fedprompt.methods.parts.domains import DOMAIN, domain_cross_entropy, own_domain
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
+from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, per_image_logits
 from fedprompt.methods.parts.prompts import POSITIONS_AT_ONCE, RandomPromptConfig
 from fedprompt.rng import normal, uniform
 
@@ -104,7 +104,7 @@ class FedAPT(Method):
         parts = weights_KBD.split(self.prompts_at_once, dim=1)
         context = encoded["ctx"][:, None]
         classes_KBCD = torch.cat([self._classes(context, part) for part in parts], dim=1)
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", inputs.features, classes_KBCD)
+        return per_image_logits(self.clip, inputs.features, classes_KBCD)
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

@@ -53,6 +53,7 @@ from fedprompt.errors import UserError
 from fedprompt.methods.base import Batch, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.linear import layer_norm, linear, linear_start, uniform_start
 from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
+from fedprompt.methods.parts.sentences import described
 
 NORMS = ("norm_q", "norm_k", "norm_ff")
 
@@ -94,13 +95,10 @@ class FedMVP(Method):
         # Adaptive pooling as a product: its own gradient has no fixed order on GPUs.
         each_PP = torch.eye(self.vision.patches)
         self.parts_MP = F.adaptive_avg_pool1d(each_PP, config.visual_tokens).T.to(clip.device)
-        sentences = task.sentences()
-        texts_TD = clip.encode_texts([text for own in sentences for text in own])
-        texts_TD = F.normalize(texts_TD, dim=-1)
-        self.texts_1TD = texts_TD[None]
+        texts = described(clip, task)
+        self.texts_1TD = torch.cat(texts)[None]
         # The mean of cosines is the product with the mean, which is not normalised again.
-        parts = texts_TD.split([len(own) for own in sentences])
-        self.classes_1CD = torch.stack([own_SD.mean(0) for own_SD in parts])[None]
+        self.classes_1CD = torch.stack([own_SD.mean(0) for own_SD in texts])[None]
 
     def init_shared(self, seed: int) -> Tensors:
         """The network, each layer as torch's own starts."""

@@ -43,7 +43,7 @@ from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.linear import layer_norm, linear, linear_start, uniform_start
-from fedprompt.methods.parts.losses import cross_entropy
+from fedprompt.methods.parts.losses import cross_entropy, mixed_logits
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import normal
 
@@ -92,7 +92,6 @@ class FedSEPT(Method):
         if self.cfg.experts == 1:
             return {"residual": residual}
         key = (seed, "init", "router")
-        out = linear_start(f"{ROUTER}out", width, width, *key)
         return {
             "residual": residual,
             # As torch's attention starts the three projections together.
@@ -100,7 +99,7 @@ class FedSEPT(Method):
                 (width, width), math.sqrt(6 / (4 * width)), *key, "value"
             ),
             f"{ROUTER}value.bias": torch.zeros(width),
-            f"{ROUTER}out.weight": out[f"{ROUTER}out.weight"],
+            **linear_start(f"{ROUTER}out", width, width, *key, bias=False),
             f"{ROUTER}out.bias": torch.zeros(width),
             f"{ROUTER}norm.weight": torch.ones(width),
             f"{ROUTER}norm.bias": torch.zeros(width),
@@ -120,12 +119,11 @@ class FedSEPT(Method):
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C), mixed by the router's weights for each image."""
         v_KBD = inputs.features
-        each_KBEC = torch.einsum("kbd,kecd->kbec", v_KBD, encoded["experts"])
         if f"{ROUTER}head.weight" in encoded:
             weight_KBE = self._weights(encoded, v_KBD)
         else:
             weight_KBE = v_KBD.new_full((1, 1, self.cfg.experts), 1 / self.cfg.experts)
-        return self.clip.logit_scale * (weight_KBE[..., None] * each_KBEC).sum(-2)
+        return mixed_logits(self.clip, v_KBD, encoded["experts"], weight_KBE)
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

@@ -155,9 +155,9 @@ class FOCoOp(Method):
 
     def novelty(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """The probability of the words, (K, B)."""
-        classes_KCD = encoded["classes"]
-        logits = joint_logits(self.clip, inputs.features, classes_KCD, encoded["negatives"])
-        return share_of_negatives(logits, classes_KCD.shape[1])
+        return share_of_negatives(
+            self.clip, inputs.features, encoded["classes"], encoded["negatives"]
+        )
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

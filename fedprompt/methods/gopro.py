@@ -55,7 +55,7 @@ from fedprompt.methods.parts.layerwise import (
     style,
 )
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.losses import cross_entropy, masked_mean
+from fedprompt.methods.parts.losses import cross_entropy, masked_mean, per_image_logits
 from fedprompt.methods.parts.normalised import normalised
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
@@ -121,7 +121,9 @@ class GOPro(Method):
 
     def logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
         """Cosine logits (K, B, C), each image with its own class features."""
-        return self._logits(inputs.features, self._classes(encoded, inputs.statistics))
+        return per_image_logits(
+            self.clip, inputs.features, self._classes(encoded, inputs.statistics)
+        )
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
@@ -138,7 +140,7 @@ class GOPro(Method):
         seen, further = (self._projected(encoded, x, mask_KB) for x in (v_KBD, other_KBD))
         contrast_K = nt_xent(seen, further, mask_KB, self.cfg.temperature)
         return {
-            "ce": cross_entropy(self._logits(v_KBD, classes_KBCD), batch),
+            "ce": cross_entropy(per_image_logits(self.clip, v_KBD, classes_KBCD), batch),
             "semantic": self.cfg.semantic_weight * masked_mean(apart_KB, mask_KB),
             "contrast": self.cfg.contrast_weight * contrast_K,
         }
@@ -152,12 +154,7 @@ class GOPro(Method):
             content_KBLd = layerwise(content(statistics), encoded, "content")
             shift_KBd = over_layers((style_KBLd + content_KBLd) / 2, encoded, "mix")
             context_KBMd = context_KBMd + shift_KBd[:, :, None]
-        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD: Tensor = classes_NCD.unflatten(0, context_KBMd.shape[:2])
-        return classes_KBCD
-
-    def _logits(self, v_KBD: Tensor, classes_KBCD: Tensor) -> Tensor:
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", v_KBD, classes_KBCD)
+        return self.prompts.classes_per_image(context_KBMd)
 
     def _projected(self, encoded: Tensors, v_KBD: Tensor, mask_KB: Tensor) -> Tensor:
         """g of image features, L2-normalised: (K, B, D)."""

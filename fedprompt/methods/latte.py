@@ -54,7 +54,7 @@ from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits
-from fedprompt.methods.tfup import described_classes
+from fedprompt.methods.parts.sentences import described_classes
 
 PROTOTYPES, ENTROPY = "prototypes", "entropy"
 EMPTY = 1e-3

@@ -59,7 +59,7 @@ from fedprompt.methods.base import (
     Tensors,
 )
 from fedprompt.methods.parts.linear import linear, linear_start
-from fedprompt.methods.parts.losses import cross_entropy, masked_mean
+from fedprompt.methods.parts.losses import cross_entropy, masked_mean, mixed_logits
 from fedprompt.rng import generator
 
 TEMPLATES = (
@@ -211,9 +211,7 @@ class MoCoOp(Method):
             weight_KBG = _top_two(_gate_logits(encoded, v_KBD))
         else:
             weight_KBG = v_KBD.new_full((1, 1, self.experts), 1 / self.experts)
-        # The mixture is linear, so the logits of the experts can be mixed.
-        each_KBGC = torch.einsum("kbd,kgcd->kbgc", v_KBD, encoded["experts"])
-        return self.clip.logit_scale * (weight_KBG[..., None] * each_KBGC).sum(-2)
+        return mixed_logits(self.clip, v_KBD, encoded["experts"], weight_KBG)
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

@@ -41,6 +41,7 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, RoundInfo, Task, Tensors
+from fedprompt.methods.parts.losses import mixed_logits
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 
 
@@ -119,9 +120,7 @@ class PromptBank(Method):
         left_out_KG = empty_KG & ~empty_KG.all(-1, keepdim=True)
         score_KBG = self.cfg.sharpness * torch.einsum("kbd,kgd->kbg", v_KBD, keys_KGD)
         weight_KBG = score_KBG.masked_fill(left_out_KG[:, None], -torch.inf).softmax(-1)
-        # The mixture is linear, so the logits of the pairs can be mixed.
-        each_KBGC = torch.einsum("kbd,kgcd->kbgc", v_KBD, encoded["pairs"])
-        return self.clip.logit_scale * (weight_KBG[..., None] * each_KBGC).sum(-2)
+        return mixed_logits(self.clip, v_KBD, encoded["pairs"], weight_KBG)
 
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """None: every image has a mixture of its own."""

@@ -49,7 +49,12 @@ from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.linear import layer_norm, linear, linear_start, uniform_start
-from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, masked_mean
+from fedprompt.methods.parts.losses import (
+    cosine_logits,
+    cross_entropy,
+    masked_mean,
+    per_image_logits,
+)
 from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 from fedprompt.rng import normal
 
@@ -126,10 +131,8 @@ class SPG(Method):
         many_KBSD = v_KBD[:, :, None].expand(-1, -1, self.cfg.draws, -1)
         z_KBSZ = self.fixed_SZ.expand(*many_KBSD.shape[:3], -1)
         context_KBMd = self.generate(encoded, z_KBSZ, many_KBSD).mean(2)
-        clients = context_KBMd.shape[0]
-        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD = classes_NCD.unflatten(0, (clients, -1))
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", v_KBD, classes_KBCD)
+        classes_KBCD = self.prompts.classes_per_image(context_KBMd)
+        return per_image_logits(self.clip, v_KBD, classes_KBCD)
 
     def loss_terms(
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch

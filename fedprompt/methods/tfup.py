@@ -21,8 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedprompt.backbone.clip import FrozenCLIP
@@ -34,6 +32,7 @@ from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tenso
 from fedprompt.methods.parts.feature_memory import empty_memory
 from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.methods.parts.pseudo_memory import confident, similar_votes
+from fedprompt.methods.parts.sentences import described_classes
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,6 @@ class TFUP(Method):
     def class_embeddings(self, encoded: Tensors) -> Tensor | None:
         """CLIP's class features (C, D) without a memory; None with one."""
         return None if "keys" in encoded else super().class_embeddings(encoded)
-
-
-def described_classes(clip: FrozenCLIP, task: Task) -> Tensor:
-    """The mean features (1, C, D) of the sentences about each class, L2-normalised."""
-    sentences = task.sentences()
-    # In one call, which shares what they have in common.
-    texts_TD = F.normalize(clip.encode_texts([text for own in sentences for text in own]), dim=-1)
-    parts = texts_TD.split([len(own) for own in sentences])
-    classes_CD = torch.stack([own_SD.mean(0) for own_SD in parts])
-    return F.normalize(classes_CD, dim=-1)[None]
 
 
 def pseudo_memory(data: ClientData, classes_CD: Tensor, config: TFUPConfig) -> Tensors:

@@ -47,7 +47,8 @@ from fedprompt.methods.parts.adapters import bottleneck, bottleneck_start
 from fedprompt.methods.parts.feature_memory import empty_memory
 from fedprompt.methods.parts.losses import cosine_logits, masked_mean
 from fedprompt.methods.parts.pseudo_memory import confident, similar_votes
-from fedprompt.methods.tfup import TFUPConfig, described_classes, pseudo_memory
+from fedprompt.methods.parts.sentences import described_classes
+from fedprompt.methods.tfup import TFUPConfig, pseudo_memory
 
 
 @dataclass(frozen=True)

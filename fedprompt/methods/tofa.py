@@ -44,6 +44,7 @@ and a single client's upload should be masked by secure aggregation or noisy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import ClientData, Method, MethodConfig, Task, Tensors
 from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.methods.parts.moments import moments, nonnegative, symmetric
+from fedprompt.methods.parts.sentences import described
 
 NAMES = ("gram", "targets", "shares")
 
@@ -81,6 +83,22 @@ class TOFAConfig(MethodConfig):
     )
 
 
+class Posterior(NamedTuple):
+    """The classes of one model, float64: texts, and Gaussians unless there is no image at all.
+
+    Attributes:
+        texts_CD: the weighted mean features of the sentences.
+        means_CD: w_c.
+        sigma_DD: Sigma.
+        weight_C: kappa + p_c, by which the server's counts as a client's prior.
+    """
+
+    texts_CD: Tensor
+    means_CD: Tensor | None = None
+    sigma_DD: Tensor = torch.empty(0)
+    weight_C: Tensor = torch.empty(0)
+
+
 class TOFA(Method):
     """`gram` (D (D + 1) / 2,), `targets` (C, D) and `shares` (C,): shared, and own."""
 
@@ -94,11 +112,7 @@ class TOFA(Method):
     def __init__(self, config: TOFAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
         self.cfg = config
-        sentences = task.sentences()
-        texts_TD = F.normalize(
-            clip.encode_texts([text for own in sentences for text in own]), dim=-1
-        )
-        self.texts = texts_TD.cpu().double().split([len(own) for own in sentences])
+        self.texts = [own_SD.cpu().double() for own_SD in described(clip, task)]
 
     def init_shared(self, seed: int) -> Tensors:
         """Zeros, as of no image."""
@@ -124,12 +138,16 @@ class TOFA(Method):
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """Gaussians as `weights` (K, C, D) and `bias` (K, C), and texts as `classes` (K, C, D)."""
-        clients = max([len(shared["shares"])] + ([len(private["own.shares"])] if private else []))
-        found = []
-        for k in range(clients):
-            common = _row(shared, k)
-            own = _row({n: private[f"own.{n}"] for n in NAMES}, k) if private else None
-            found.append(self._classifier(common, own))
+        # Where all clients hold the same, the server's part is computed once for all of them.
+        servers = [self._server(_row(shared, k)) for k in range(len(shared["shares"]))]
+        if private is None:
+            found = [_classifier(server) for server in servers]
+        else:
+            owned = {n: private[f"own.{n}"] for n in NAMES}
+            found = [
+                _classifier(self._client(servers[k if len(servers) > 1 else 0], _row(owned, k)))
+                for k in range(len(owned["shares"]))
+            ]
         device = self.clip.device
         weights, bias, classes = (
             torch.stack(parts).float().to(device) for parts in zip(*found, strict=True)
@@ -151,14 +169,11 @@ class TOFA(Method):
         """None: the logits are no products with image features."""
         return None
 
-    def _classifier(
-        self, common: dict[str, Tensor], own: dict[str, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (C, D) and bias (C,) of one model's Gaussians, and its text features (C, D)."""
+    def _server(self, common: dict[str, Tensor]) -> Posterior:
+        """The server's posterior from the averaged moments."""
         classes_CD = self._text(common)
         if not common["shares"].sum() > 0:
-            # Without any image, p_v is uniform.
-            return torch.zeros_like(classes_CD), torch.zeros(len(classes_CD)), classes_CD
+            return Posterior(classes_CD)
         count, width = classes_CD.shape
         mean_D = common["targets"].sum(0) / common["shares"].sum()
         prior_CD = classes_CD - classes_CD.mean(0) + mean_D
@@ -169,13 +184,17 @@ class TOFA(Method):
         identity_DD = torch.eye(width, dtype=torch.float64)
         sigma_DD = nonnegative(scatter_DD, spread / 2) + spread * identity_DD
         sigma_DD = sigma_DD / (1 + self.cfg.shrinkage)
-        if own is not None and own["shares"].sum() > 0:
-            alpha = self.cfg.alpha
-            kappa_C = alpha * (kappa_C + common["shares"]).clamp(min=self.cfg.prior / count)
-            means_CD, scatter_DD = posterior(own, means_CD, kappa_C)
-            sigma_DD = (scatter_DD + alpha * sigma_DD) / (1 + alpha)
-        weights_CD = torch.linalg.solve(sigma_DD, means_CD.T).T
-        return weights_CD, -(weights_CD * means_CD).sum(-1) / 2, classes_CD
+        weight_C = (kappa_C + common["shares"]).clamp(min=self.cfg.prior / count)
+        return Posterior(classes_CD, means_CD, sigma_DD, weight_C)
+
+    def _client(self, server: Posterior, own: dict[str, Tensor]) -> Posterior:
+        """A client's posterior, with the server's to the power alpha as its prior."""
+        if server.means_CD is None or not own["shares"].sum() > 0:
+            return server
+        alpha = self.cfg.alpha
+        means_CD, scatter_DD = posterior(own, server.means_CD, alpha * server.weight_C)
+        sigma_DD = (scatter_DD + alpha * server.sigma_DD) / (1 + alpha)
+        return server._replace(means_CD=means_CD, sigma_DD=sigma_DD)
 
     def _text(self, common: dict[str, Tensor]) -> Tensor:
         """The weighted mean feature (C, D) of each class's sentences."""
@@ -190,6 +209,15 @@ class TOFA(Method):
                 score_S = self.clip.logit_scale * texts_SD @ apart_D
             features.append(score_S.softmax(0) @ texts_SD)
         return torch.stack(features)
+
+
+def _classifier(of: Posterior) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (C, D) and bias (C,) of one model's Gaussians, and its text features (C, D)."""
+    if of.means_CD is None:
+        # Without any image, p_v is uniform.
+        return torch.zeros_like(of.texts_CD), torch.zeros(len(of.texts_CD)), of.texts_CD
+    weights_CD = torch.linalg.solve(of.sigma_DD, of.means_CD.T).T
+    return weights_CD, -(weights_CD * of.means_CD).sum(-1) / 2, of.texts_CD
 
 
 def posterior(of: dict[str, Tensor], prior_CD: Tensor, kappa_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +241,7 @@ def posterior(of: dict[str, Tensor], prior_CD: Tensor, kappa_C: Tensor) -> tuple
 
 
 def _row(tensors: Tensors, k: int) -> dict[str, Tensor]:
-    """Client k's tensors in float64 on the CPU; a client axis of 1 is everyone's."""
-    row = {n: tensors[n][k if len(tensors[n]) > 1 else 0].cpu().double() for n in NAMES}
+    """Client k's tensors in float64 on the CPU."""
+    row = {n: tensors[n][k].cpu().double() for n in NAMES}
     # Noise may have made shares negative, and kappa + p_c would then no longer be a weight.
     return row | {"shares": row["shares"].clamp(min=0)}

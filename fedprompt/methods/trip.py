@@ -38,7 +38,12 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import Range, log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
-from fedprompt.methods.parts.losses import cosine_logits, cross_entropy, distillation
+from fedprompt.methods.parts.losses import (
+    cosine_logits,
+    cross_entropy,
+    distillation,
+    per_image_logits,
+)
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 
 
@@ -113,6 +118,5 @@ class TRIP(Method):
         weights_KBE = inputs.routing[..., tests, :]
         # V(x) = sum_e w_e(x) V_e
         context_KBMd = torch.einsum("kbe,kemd->kbmd", weights_KBE, encoded["experts"])
-        classes_NCD = self.prompts.classes_of_many(context_KBMd.flatten(0, 1))
-        classes_KBCD = classes_NCD.unflatten(0, context_KBMd.shape[:2])
-        return self.clip.logit_scale * torch.einsum("kbd,kbcd->kbc", inputs.features, classes_KBCD)
+        classes_KBCD = self.prompts.classes_per_image(context_KBMd)
+        return per_image_logits(self.clip, inputs.features, classes_KBCD)

@@ -3,11 +3,12 @@
 Every method's `logits` and `loss_terms` use them. Losses are means over a client's real images, so
 that K clients trained together have the losses of each client trained alone.
 
-Shape suffixes: K clients, B images of a batch, C classes, D joint embedding.
+Shape suffixes: K clients, B images of a batch, C classes, G experts, D joint embedding.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,6 +28,33 @@ def cosine_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor) -
         Logits (K, B, C).
     """
     return clip.logit_scale * (features_KBD @ classes_KCD.transpose(-1, -2))
+
+
+def per_image_logits(clip: FrozenCLIP, features_KBD: Tensor, classes_KBCD: Tensor) -> Tensor:
+    """CLIP's logits (K, B, C), each image with class features of its own.
+
+    Args:
+        clip: the frozen backbone, for its logit scale.
+        features_KBD: image features, as in `cosine_logits`.
+        classes_KBCD: class features of each image.
+    """
+    return clip.logit_scale * torch.einsum("kbd,kbcd->kbc", features_KBD, classes_KBCD)
+
+
+def mixed_logits(
+    clip: FrozenCLIP, features_KBD: Tensor, experts_KGCD: Tensor, weight_KBG: Tensor
+) -> Tensor:
+    """CLIP's logits (K, B, C) with each image's mixture of the class features of G experts.
+
+    Args:
+        clip: the frozen backbone, for its logit scale.
+        features_KBD: image features, as in `cosine_logits`.
+        experts_KGCD: class features of each expert.
+        weight_KBG: the weight of each expert for each image; axes of 1 broadcast.
+    """
+    # The mixture is linear, so the logits of the experts can be mixed.
+    each_KBGC = torch.einsum("kbd,kgcd->kbgc", features_KBD, experts_KGCD)
+    return clip.logit_scale * (weight_KBG[..., None] * each_KBGC).sum(-2)
 
 
 def cross_entropy(logits_KBC: Tensor, batch: Batch) -> Tensor:

@@ -50,6 +50,9 @@ def joint_logits(
     return cosine_logits(clip, features_KBD, torch.cat(both, dim=1))
 
 
-def share_of_negatives(logits_KBN: Tensor, classes: int) -> Tensor:
-    """The probability (K, B) of all columns after the first `classes`."""
-    return logits_KBN.softmax(-1)[..., classes:].sum(-1)
+def share_of_negatives(
+    clip: FrozenCLIP, features_KBD: Tensor, classes_KCD: Tensor, negatives_KED: Tensor
+) -> Tensor:
+    """The probability (K, B) of the negative words; arguments as in `joint_logits`."""
+    logits_KBN = joint_logits(clip, features_KBD, classes_KCD, negatives_KED)
+    return logits_KBN.softmax(-1)[..., classes_KCD.shape[1] :].sum(-1)

@@ -124,3 +124,9 @@ class PromptSource:
         if len(parts) == 1 or self.tower.transformer is None:
             return self.classes(context_NMd)
         return torch.cat([checkpointed(self.classes, part) for part in parts])
+
+    def classes_per_image(self, context_KBMd: Tensor) -> Tensor:
+        """`classes_of_many` of a context for each image: (K, B, C, D)."""
+        classes_NCD = self.classes_of_many(context_KBMd.flatten(0, 1))
+        classes_KBCD: Tensor = classes_NCD.unflatten(0, context_KBMd.shape[:2])
+        return classes_KBCD

@@ -1,6 +1,6 @@
-"""Features of sentences about the classes, which BiomedCoOp and CoPrompt learn from.
+"""Features of sentences about the classes: what `data.descriptions` holds, or the templates.
 
-Suffixes: N sentences of each class, C classes, D joint embedding.
+Suffixes: N sentences of each class, S of one class, T of all of them, C classes, D joint embedding.
 """
 
 from __future__ import annotations
@@ -36,3 +36,18 @@ def sentence_features(clip: FrozenCLIP, task: Task, method: str) -> Tensor:
     # Frozen, so they are encoded once per class list: the n-th sentences of all classes.
     columns = [clip.encode_texts(of_n) for of_n in zip(*sentences, strict=True)]
     return F.normalize(torch.stack(columns), dim=-1)
+
+
+def described(clip: FrozenCLIP, task: Task) -> tuple[Tensor, ...]:
+    """L2-normalised features (S, D) of the sentences of each class, however many there are."""
+    sentences = task.sentences()
+    # In one call, which shares what they have in common.
+    texts_TD = F.normalize(clip.encode_texts([text for own in sentences for text in own]), dim=-1)
+    parts: tuple[Tensor, ...] = texts_TD.split([len(own) for own in sentences])
+    return parts
+
+
+def described_classes(clip: FrozenCLIP, task: Task) -> Tensor:
+    """The mean features (1, C, D) of the sentences about each class, L2-normalised."""
+    classes_CD = torch.stack([own_SD.mean(0) for own_SD in described(clip, task)])
+    return F.normalize(classes_CD, dim=-1)[None]
