@@ -28,6 +28,7 @@ from fedprompt.errors import UserError
 from fedprompt.messages import Arrays
 
 from .nearest_peers import KNOWN, NearestPeers, NearestPeersConfig
+from .parts.required import require_extra
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ class AllPeers(NearestPeers):
         extras: Arrays | None = None,
         **rest: Any,
     ) -> None:
-        if shapes and KNOWN not in (extras or {}):
-            raise UserError(
-                "strategy all_peers needs a method in which clients exchange prompts, e.g. plan."
-            )
+        needed = "in which clients exchange prompts, e.g. plan"
+        require_extra(self.name, KNOWN, extras, shapes, method=needed)
         super().__init__(config, shapes=shapes, extras=extras, **rest)
 
     def set_nodes(

@@ -197,9 +197,14 @@ class NearestPeers(FedAvg):
 
     def _upload(self, client: int) -> Arrays:
         """A client's last upload, as views by name."""
-        arrays, first, row = {}, 0, self._rows[self._row_of[client]]
+        return self._by_name(self._rows[self._row_of[client]])
+
+    def _by_name(self, rows: NDArray[np.float32]) -> Arrays:
+        """Rows (..., P) as views (..., *shape) by name."""
+        arrays, first = {}, 0
         for name in self.names:
             size = math.prod(self.shapes[name])
-            arrays[name] = row[first : first + size].reshape(self.shapes[name])
+            part = rows[..., first : first + size]
+            arrays[name] = part.reshape(*rows.shape[:-1], *self.shapes[name])
             first += size
         return arrays

@@ -21,11 +21,11 @@ import numpy as np
 
 from fedprompt.config.cycles import place_of
 from fedprompt.config.fields import option
-from fedprompt.errors import UserError
 from fedprompt.federation.screening import Update
 from fedprompt.messages import Arrays
 
 from .fedavg import FedAvg, FedAvgConfig
+from .parts.required import require_extra
 
 SAMPLES = "samples."
 """What precedes the names of the samples in the extras."""
@@ -60,10 +60,8 @@ class PosteriorSamples(FedAvg):
         extras: Arrays | None = None,
         **rest: Any,
     ) -> None:
-        if shapes and KNOWN not in (extras or {}):
-            raise UserError(
-                "strategy posterior_samples needs a method that samples in cycles, e.g. rebapl."
-            )
+        needed = "that samples in cycles, e.g. rebapl"
+        require_extra(self.name, KNOWN, extras, shapes, method=needed)
         super().__init__(config, shapes=shapes, extras=extras, **rest)
         self.rows = {n: a.copy() for n, a in self.extras.items() if n.startswith(SAMPLES)}
         self.samples = len(self.rows[KNOWN]) if self.rows else 0

@@ -67,26 +67,18 @@ class SimilarPrototypes(NearestPeers):
         found = rows_CE.shape[1]
         sent = {n: a.copy() for n, a in self.extras.items()}
         sent[KNOWN][:found] = 1
-        stored = self._stored()
+        stored = self._by_name(self._rows)
+        classes_C1 = np.arange(len(rows_CE))[:, None]
         for name in self.names:
-            for e in range(found):
-                sent[PEERS + name][e] = stored[name][rows_CE[:, e], np.arange(len(rows_CE))]
+            chosen_CE = stored[name][rows_CE, classes_C1]
+            sent[PEERS + name][:found] = np.moveaxis(chosen_CE, 1, 0)
         return sent
-
-    def _stored(self) -> Arrays:
-        """All uploads (U, C, ...) by tensor, as views."""
-        stored, first, rows = {}, 0, self._rows[: len(self._client_U)]
-        for name in self.names:
-            size = int(np.prod(self.shapes[name]))
-            stored[name] = rows[:, first : first + size].reshape(-1, *self.shapes[name])
-            first += size
-        return stored
 
     def _find_rows(self, clients: Sequence[int]) -> None:
         """Remember the rows (C, E) of the peers of each of A clients."""
         if not clients or BY not in self.names:
             return
-        uploads_UCD = self._stored()[BY]
+        uploads_UCD = self._by_name(self._rows[: len(self._client_U)])[BY]
         place_A = np.array([self._row_of[c] for c in clients])
         count = min(self.num_peers, len(uploads_UCD) - 1)
         by_id_U = np.argsort(self._client_U)
