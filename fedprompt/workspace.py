@@ -144,6 +144,36 @@ class Workspace:
         attackers = {"pixels"} if self.config.attack.kind == "backdoor" else set()
         return self.method.needs | self.method.needs_to_train | attackers
 
+    def open_images(
+        self,
+        dataset: ImageDataset,
+        readable_N: NDArray[np.bool_] | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
+        """Open the feature tables, whose columns only a workspace with its method can tell.
+
+        Args:
+            dataset: the images to encode.
+            readable_N: which of them may be read; None for all. Their features are in one file, so
+                the table itself refuses the others.
+            progress: whether to show a bar while images that no cache holds are encoded.
+
+        Raises:
+            UserError: as `open_views`.
+        """
+        opened = open_views(
+            self.clip,
+            dataset,
+            self.config.data,
+            default_cache_dir(self.config.output.cache),
+            self.columns,
+            self.method.teacher,
+            routing=self.method.routing,
+            progress=progress,
+        )
+        self.views = tuple(replace(view, readable_N=readable_N) for view in opened)
+
     def in_form(
         self,
         compression: Compression,
@@ -224,18 +254,8 @@ class Workspace:
         # What the method reads beside the backbone is the same, whoever holds the backbone how.
         clip.companions = self.clip.companions
         other = Workspace(config, clip, self.dataset, self.partition, (), self.held_out)
-        opened = open_views(
-            clip,
-            dataset or self.dataset,
-            config.data,
-            cache_dir,
-            other.columns,
-            other.method.teacher,
-            routing=other.method.routing,
-            progress=progress,
-        )
         readable_N = self.views[0].readable_N
-        other.views = tuple(replace(view, readable_N=readable_N) for view in opened)
+        other.open_images(dataset or self.dataset, readable_N, progress=progress)
         self._others[key] = other
         return other
 

@@ -306,10 +306,7 @@ def backbone(
     pruned: Annotated[
         float, typer.Option(min=0, max=0.99, help="Also measure a model pruned by this fraction.")
     ] = 0.5,
-    architecture: Annotated[
-        str,
-        typer.Option("--backbone", help="Architecture: tiny, ViT-B-32, ViT-B-16 or ViT-L-14."),
-    ] = "ViT-B-16",
+    backbone: Backbone = "ViT-B-16",
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
     context: Annotated[int, typer.Option(min=1, help="Number of context tokens.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Images that are encoded at once.")] = 8,
@@ -328,7 +325,7 @@ def backbone(
     out = _open("backbone", threads, json, device)
     options = PrecisionOptions(
         forms(weights, pruned),
-        architecture,
+        backbone,
         classes,
         context,
         batch,

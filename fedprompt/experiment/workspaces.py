@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from fedprompt.config.schema import BackboneConfig, Config, DataConfig
 from fedprompt.data import open_dataset
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset, withheld
-from fedprompt.data.features.views import open_views
 from fedprompt.data.held_out import HeldOut
 from fedprompt.data.partition import Partition, make_partition
 from fedprompt.data.partition.copies import warn_of_copies
@@ -181,20 +179,7 @@ def open_workspace(
             "data.views is 1: method %s compares each image with itself and not with another view.",
             workspace.method.name,
         )
-    # Which columns a feature table needs is known only once the workspace has created its method.
-    workspace.views = open_views(
-        clip,
-        dataset,
-        config.data,
-        cache_dir,
-        workspace.columns,
-        workspace.method.teacher,
-        routing=workspace.method.routing,
-        progress=progress,
-    )
-    if readable_N is not None:
-        # The features of all images are in one file, so the table itself refuses the others.
-        workspace.views = tuple(replace(view, readable_N=readable_N) for view in workspace.views)
+    workspace.open_images(dataset, readable_N, progress=progress)
     kinds = {config.backbone.kind_of(k): k for k in range(config.partition.clients)}
     for client in kinds.values() if config.backbone.differs else ():
         # Opened now, so that a library that is missing ends the run before its first round.

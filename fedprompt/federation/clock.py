@@ -28,6 +28,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedprompt.config.conditions import ClockConfig
 from fedprompt.errors import UserError
+from fedprompt.federation.trace import read_input
 from fedprompt.messages import (
     ARRAYS,
     CONFIG,
@@ -77,7 +78,7 @@ class Clock:
         self._devices: dict[int, Device] = {}
         if config.devices is not None:
             path = Path(config.devices)
-            content = _read(path)
+            content = read_input(path, "clock.devices")
             self.digest = hashlib.sha256(content).hexdigest()
             self._devices = parse_devices(content, path, clients)
 
@@ -235,10 +236,3 @@ def _transfer(size: int, mbps: float | None) -> float:
 
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"clock.devices: cannot read {path}: {error.strerror}.") from None

@@ -47,7 +47,7 @@ class Trace:
         self._rows: Rows = ()
         self.digest = ""
         if config.trace is not None:
-            content = _read(Path(config.trace))
+            content = read_input(Path(config.trace), "conditions.trace")
             self.digest = hashlib.sha256(content).hexdigest()
             self._rows = parse_trace(content, Path(config.trace), clients)
 
@@ -132,8 +132,17 @@ def parse_trace(content: bytes, path: Path, clients: int) -> Rows:
     return tuple(map(tuple, rows))
 
 
-def _read(path: Path) -> bytes:
+def read_input(path: Path, key: str) -> bytes:
+    """The content of a file that the config names.
+
+    Args:
+        path: the file.
+        key: the config key that names it.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"conditions.trace: cannot read {path}: {error.strerror}.") from None
+        raise UserError(f"{key}: cannot read {path}: {error.strerror}.") from None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from fedprompt.config.registry import Registry
 
 if TYPE_CHECKING:
-    from fedprompt.methods.base import Method
+    from fedprompt.backbone.clip import FrozenCLIP
+    from fedprompt.methods.base import Method, Task
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -35,3 +36,14 @@ def method_class(name: str) -> type[Method]:
         UserError: there is no such method; the message suggests the nearest name.
     """
     return METHODS.get(name)
+
+
+def zero_shot(clip: FrozenCLIP, task: Task) -> Method:
+    """Zero-shot CLIP, which protocols compare with.
+
+    Args:
+        clip: the frozen backbone.
+        task: the class names and templates.
+    """
+    found = method_class("zero_shot")
+    return found(found.Config(), clip, task)

@@ -36,7 +36,7 @@ from fedprompt.evaluation.perturbations import ATTACKABLE, open_pixels
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors, takes_steps
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent
@@ -129,8 +129,7 @@ class AtTestTime(Reported):
             where, labels_N = "server's test images", workspace.dataset.labels_N[index]
         stream = self._stream(workspace, index, labels_N, self.options.images, "server")
         index, labels_N = index[stream], labels_N[stream]
-        zero_shot = method_class("zero_shot")
-        plain = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        plain = zero_shot(workspace.clip, workspace.task)
         images = workspace.views[0].rows(index, {"features"})
         hits = _right(list(logits_of(plain, encode_global(plain, {}), images)), labels_N)
         rows: list[dict[str, Any]] = [

@@ -33,7 +33,7 @@ from fedprompt.evaluation.metrics import harmonic_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import Ranges
 from fedprompt.methods.base import Method, Task, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
@@ -146,9 +146,8 @@ class BaseToNew(Reported):
         """Accuracies and harmonic means of zero-shot, global and personal models."""
         workspace, tests = run.workspace, _tests(run.workspace, self.options)
         assert workspace.held_out is not None
-        zero_shot = method_class("zero_shot")
         # Zero-shot is built for each list of names, so that it competes under the same conditions.
-        by_task = {t.task: zero_shot(zero_shot.Config(), workspace.clip, t.task) for t in tests}
+        by_task = {t.task: zero_shot(workspace.clip, t.task) for t in tests}
         rows = [
             _row(
                 "zero-shot",

@@ -27,7 +27,7 @@ from fedprompt.evaluation.metrics import Reliability
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines
 from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
@@ -82,8 +82,7 @@ class Calibration(Reported):
         """ECE, MCE and the reliability diagram of each model."""
         workspace, bins = run.workspace, self.options.bins
         test = workspace.server_test()
-        zero_shot = method_class("zero_shot")
-        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        reference = zero_shot(workspace.clip, workspace.task)
         models = {"zero-shot": self._reliability(reference, encode_global(reference, {}), *test)}
         if workspace.method.has_global:
             encoded = encode_global(workspace.method, run.shared, workspace.memo)

@@ -29,7 +29,7 @@ from fedprompt.evaluation.metrics import harmonic_mean
 from fedprompt.evaluation.predictions import by_group, hits
 from fedprompt.evaluation.protocol import Finished, NoOptions, Part, Reported
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import ACCURACY, MODEL_COLOURS, Axis, Curve, Figure, Lines, palette
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global
@@ -90,17 +90,14 @@ class ClassIncremental(Reported):
         workspace, rounds = run.workspace, self.config.federation.rounds
         names = workspace.task.class_names
         each = rounds // self.config.partition.sessions
-        zero_shot, by_round = (
-            method_class("zero_shot"),
-            {line["round"]: line for line in run.rounds},
-        )
+        by_round = {line["round"]: line for line in run.rounds}
         lines, plain, personal = [], [], []
         for session in range(1, self.config.partition.sessions + 1):
             line = by_round[session * each]
             lines.append(line["protocols"][self.name])
             personal.append((line.get("personal") or {}).get("mean"))
             present = workspace.at(session * each)
-            frozen = zero_shot(zero_shot.Config(), workspace.clip, present.task)
+            frozen = zero_shot(workspace.clip, present.task)
             with torch.no_grad():
                 encoded = encode_global(frozen, {})
                 plain.append(self._counts(workspace, present, frozen, encoded, session))

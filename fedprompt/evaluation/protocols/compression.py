@@ -26,7 +26,7 @@ from fedprompt.config.schema import FORMATS
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Method
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Axis, Figure, Heat
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import score_global
@@ -108,11 +108,7 @@ class CompressionMatrix(Reported):
         forms = self.forms(self.config.backbone)
         learned = [run.shared, *(run.references[str(form)] for form in forms[1:])]
         workspaces = [run.workspace.in_form(form) for form in forms]
-        zero_shot = method_class("zero_shot")
-        plain = [
-            zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
-            for workspace in workspaces
-        ]
+        plain = [zero_shot(workspace.clip, workspace.task) for workspace in workspaces]
         pairs = list(zip(plain, workspaces, strict=True))
         return {
             "formats": [str(form) for form in forms],

@@ -31,7 +31,7 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, palette
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, model_of, score_models
@@ -120,9 +120,8 @@ class Corruptions(Reported):
         """Accuracy of each model under each corruption and severity."""
         workspace = run.workspace
         index_N = self._server_images(workspace)
-        zero_shot = method_class("zero_shot")
         models: dict[str, tuple[Method, Tensors]] = {
-            "zero-shot": (zero_shot(zero_shot.Config(), workspace.clip, workspace.task), {})
+            "zero-shot": (zero_shot(workspace.clip, workspace.task), {})
         }
         if workspace.method.has_global:
             models["global"] = workspace.method, run.shared

@@ -27,7 +27,7 @@ from fedprompt.evaluation.predictions import hits
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Axis, Figure, Heat
 from fedprompt.reports.format import Table, percent
 from fedprompt.rng import generator
@@ -101,8 +101,7 @@ class CrossClient(Reported):
             for client, row in sorted(run.clients.items())
             if client in targets
         }
-        zero_shot = method_class("zero_shot")
-        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        reference = zero_shot(workspace.clip, workspace.task)
         common = {"zero-shot": _accuracies(workspace, reference, {}, targets)}
         if workspace.method.has_global:
             shared = _accuracies(workspace, workspace.method, run.shared, targets, workspace.memo)

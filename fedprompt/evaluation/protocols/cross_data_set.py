@@ -20,7 +20,7 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
 from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Task
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent
@@ -97,11 +97,10 @@ class CrossDataSet(Reported):
             (o.name, Task(o.dataset.class_names, o.templates), o.inputs_N, o.labels_N, False)
             for o in self._others
         ]
-        zero_shot = method_class("zero_shot")
         method = workspace.method
         rows = []
         for name, task, inputs_N, labels_N, is_source in cases:
-            reference = zero_shot(zero_shot.Config(), workspace.clip, task)
+            reference = zero_shot(workspace.clip, task)
             before = score_global(reference, {}, inputs_N, labels_N)
             # Prompts that belong to the training classes can still be tested on the source.
             after = None

@@ -27,7 +27,7 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors, takes_steps
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import ACCURACY, Axis, Curve, Figure, Lines, palette
 from fedprompt.reports.format import Table, percent, percent_spread
 from fedprompt.scoring import score_personal
@@ -108,8 +108,7 @@ class LateJoiners(Reported):
                 scores, _ = score_personal(method, *models, tests)
                 for k, score in zip(rows, scores, strict=True):
                     numbers[k][f"{start}-{steps}"] = score.correct
-        zero_shot = method_class("zero_shot")
-        plain = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        plain = zero_shot(workspace.clip, workspace.task)
         scores, _ = score_personal(plain, [{}] * len(late), [{}] * len(late), tests)
         for k, score in zip(rows, scores, strict=True):
             numbers[k] |= {ZERO_SHOT: score.correct, "tested": score.tested}

@@ -29,7 +29,7 @@ from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
@@ -119,8 +119,7 @@ class LeaveOneDomainOut(Reported):
         """Accuracies per seen domain, on all seen domains, and on the unseen one."""
         workspace = run.workspace
         assert workspace.held_out is not None
-        zero_shot = method_class("zero_shot")
-        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        reference = zero_shot(workspace.clip, workspace.task)
         models = {"zero-shot": (reference, encode_global(reference, {}))}
         if workspace.method.has_global:
             encoded = encode_global(workspace.method, run.shared, workspace.memo)

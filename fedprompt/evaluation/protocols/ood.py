@@ -43,7 +43,7 @@ from fedprompt.evaluation.ood_scores import energy, highest_probability, neg_lab
 from fedprompt.evaluation.other_data_sets import TestSet, complete, open_others
 from fedprompt.evaluation.protocol import Finished, Part, Reported
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Axis, Curve, Figure, Lines, palette
 from fedprompt.reports.figure_parts import stairs
 from fedprompt.reports.format import Table, percent
@@ -139,8 +139,7 @@ class Ood(Reported):
     def measure(self, run: Finished) -> dict[str, Any]:
         """AUROC, FPR95 and AUPR of each model, score and kind of other images."""
         workspace = run.workspace
-        zero_shot = method_class("zero_shot")
-        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        reference = zero_shot(workspace.clip, workspace.task)
         models = {"zero-shot": (reference, encode_global(reference, {}))}
         if workspace.method.has_global:
             encoded = encode_global(workspace.method, run.shared, workspace.memo)

@@ -33,7 +33,7 @@ from fedprompt.evaluation.predictions import by_group, hits, shares
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Task, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
@@ -123,8 +123,7 @@ class OpenSet(Reported):
             ]
             return shares(np.array(sums[0]), np.array(sums[1]))
 
-        zero_shot = method_class("zero_shot")
-        models = {"zero-shot": (zero_shot(zero_shot.Config(), workspace.clip, task), Tensors())}
+        models = {"zero-shot": (zero_shot(workspace.clip, task), Tensors())}
         if workspace.method.has_global:
             models["global"] = workspace.method_for(task), run.shared
         rows: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from fedprompt.evaluation.metrics import Ints, confusion
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Axis, Figure, Heat
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, logits_of, model_of
@@ -82,8 +82,7 @@ class PerClass(Reported):
         """Accuracies per class and model, and one confusion matrix."""
         workspace = run.workspace
         names, test = workspace.task.class_names, workspace.server_test()
-        zero_shot = method_class("zero_shot")
-        reference = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        reference = zero_shot(workspace.clip, workspace.task)
         shown = _confusion(reference, encode_global(reference, {}), *test)
         models = {"zero-shot": _accuracy(shown)}
         if workspace.method.has_global:

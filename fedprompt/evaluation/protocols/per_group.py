@@ -28,7 +28,7 @@ from fedprompt.evaluation.predictions import by_group, hits, shares
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent
@@ -99,8 +99,7 @@ class PerGroup(Reported):
         workspace, test = run.workspace, run.workspace.server_test()
         names = group_names(workspace.dataset, self.options.by)
         group_N = groups_of(workspace.dataset, self.options.by)[workspace.partition.server_test]
-        zero_shot = method_class("zero_shot")
-        plain = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        plain = zero_shot(workspace.clip, workspace.task)
         found = {"zero-shot": hits(plain, encode_global(plain, {}), *test)}
         if workspace.method.has_global:
             encoded = encode_global(workspace.method, run.shared, workspace.memo)

@@ -31,7 +31,7 @@ from fedprompt.evaluation.perturbations import (
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import MODEL_COLOURS, Axis, Curve, Figure, Lines, palette
 from fedprompt.reports.format import Table, percent
 from fedprompt.scoring import encode_global, encode_personal, model_of
@@ -120,9 +120,8 @@ class Robustness(Reported):
         if len(index) > options.images:
             # Evenly spread, because test images may be sorted by class.
             index = index[np.linspace(0, len(index) - 1, options.images).round().astype(np.int64)]
-        zero_shot = method_class("zero_shot")
         models: dict[str, tuple[Method, Tensors]] = {
-            "zero-shot": (zero_shot(zero_shot.Config(), workspace.clip, workspace.task), {})
+            "zero-shot": (zero_shot(workspace.clip, workspace.task), {})
         }
         if workspace.method.has_global:
             models["global"] = workspace.method, run.shared

@@ -47,7 +47,7 @@ from fedprompt.evaluation.residue import (
     margins_under,
 )
 from fedprompt.methods.base import Method, Tensors
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.figure_parts import model_bars
 from fedprompt.reports.format import Table, percent, percent_spread
@@ -122,8 +122,7 @@ class Unlearning(Reported):
         """All measures of each model."""
         workspace = run.workspace
         request, method = self._request(workspace), workspace.method
-        zero_shot = method_class("zero_shot")
-        plain = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+        plain = zero_shot(workspace.clip, workspace.task)
         models: dict[str, tuple[Method, Tensors]] = {"zero-shot": (plain, {})}
         gone = classes_alone(workspace, request)
         models["trained"] = method, run.shared
