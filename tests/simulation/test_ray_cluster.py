@@ -28,7 +28,7 @@ from tests.support.grids import assert_same, federate, scenes, wait_for_workers
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(180),
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes through /proc"),
 ]
 
