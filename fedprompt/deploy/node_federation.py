@@ -147,7 +147,7 @@ class NodeFederation(Federation):
         clients = self.strategy.clients
         # Zero-shot CLIP has no prompts, so no tensors are sent.
         ranges, settings = count_ranges(TEST_COUNTS), {ZERO_SHOT: True}
-        rows = dict(self._client_rows(rounds, clients, to_record({}), ranges, settings))
+        rows = self.tests.ask(rounds, clients, to_record({}), ranges, settings)
         return {"personal": personal_scores(rows, TEST_COUNTS)}
 
     def _update_nodes(self, server_round: int) -> None:

@@ -82,12 +82,14 @@ def run_server(
     config = federation.config
     rounds = _last_round(federation)
     # Data sets of protocols are opened before training, so that a missing one is noticed now.
-    federation.open_protocols()
+    federation.protocols.open()
     federation.join()
     # Opened before the checkpoint is restored, since a strategy then counts what it has released.
     federation.releases.open(folder.path / RELEASES)
     logs = Logs(StrategyLog(folder.path / STRATEGY, config.partition.clients), private)
-    federation.tested = ProgressOfTest(folder, lambda: "" if private is None else private.digest)
+    federation.tests.record = ProgressOfTest(
+        folder, lambda: "" if private is None else private.digest
+    )
     first, totals = _continue_from(federation, folder, checkpoint, logs)
     recorded = folder.lines(METRICS)
     if len(recorded) != first:
@@ -357,7 +359,7 @@ def _one_round(
     elif server_round > 0:
         line |= federation.train_round(server_round)
         train_s = time.monotonic() - start
-        if everyone and keep is not None and federation.tests_in_parts:
+        if everyone and keep is not None and federation.tests.in_parts:
             # The test may take longer than the training, and is not worth repeating it.
             keep({"line": finite(line), "train_s": train_s})
     tests_from = time.monotonic()

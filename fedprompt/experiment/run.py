@@ -231,10 +231,10 @@ def _train_references(federation: Federation, grid: BlockGrid, display: Display)
 
     Ray's workers hold the partition of the run; these federations have others.
     """
-    for protocol in federation.protocols:
+    for protocol in federation.protocols.each:
         if not protocol.retrains:
             continue
-        trained = federation.references.setdefault(protocol.name, {})
+        trained = federation.protocols.references.setdefault(protocol.name, {})
         for name, workspace in protocol.references(federation.workspace):
             display.phase(f"{protocol.name}: {name}")
             # The sum is the same without masks, and there may be too few clients for them.

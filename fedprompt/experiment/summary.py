@@ -21,8 +21,10 @@ from fedprompt.experiment.logs import remove_tested
 from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.experiment.selection import last_round, objective, select
 from fedprompt.experiment.trackers import Loggers
+from fedprompt.federation.client_tests import CLIENTS_AT_ONCE
+from fedprompt.federation.presence import LATE
 from fedprompt.federation.scores import personal_part
-from fedprompt.federation.server_app import CLIENTS_AT_ONCE, LATE, Federation
+from fedprompt.federation.server_app import Federation
 from fedprompt.methods.base import uploaded_numbers
 from fedprompt.methods.registry import method_class
 from fedprompt.reports.marks import marks

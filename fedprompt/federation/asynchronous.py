@@ -37,8 +37,9 @@ from torch import Tensor
 from fedprompt.errors import UserError
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.grid import CountingGrid
+from fedprompt.federation.presence import DROPPED_OUT
 from fedprompt.federation.sampling import choose
-from fedprompt.federation.server_app import DROPPED_OUT, Federation
+from fedprompt.federation.server_app import Federation
 from fedprompt.messages import Arrays, Exchanged, Traffic, Update, to_arrays, to_record
 from fedprompt.workspace import Workspace
 
@@ -202,7 +203,7 @@ class BufferedFederation(Federation):
         self._begin(server_round, (), starts)
         while flight.tasks and len(arrived) < size:
             for task in flight.arrivals():
-                if self.trace.drops_out(task.server_round, task.client):
+                if self.presence.trace.drops_out(task.server_round, task.client):
                     absent.append(task)
                 elif len(arrived) < size:
                     arrived.append(task)
@@ -225,7 +226,7 @@ class BufferedFederation(Federation):
         """
         flight, known = self.flight, self.strategy.known
         busy = {task.client for task in (*flight.tasks, *ended)}
-        present = self.trace.present(server_round, known.trainable)
+        present = self.presence.trace.present(server_round, known.trainable)
         idle = [client for client in present if client not in busy]
         count = max(0, self.concurrency - len(flight.tasks))
         # The first draw of a step is that of a round, see `sampling.draw_clients`.

@@ -8,34 +8,32 @@ ServerApp. The loop over the rounds, with everything that is written to disk, is
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from fedprompt.data.features.inputs import Inputs
-from fedprompt.data.partition.sessions import in_session
 from fedprompt.data.partition.stages import stage_of
 from fedprompt.errors import UserError
-from fedprompt.evaluation.registry import Finished, open_protocols
 from fedprompt.federation.checkpoint import Checkpoint
 from fedprompt.federation.client_app import BACKDOOR, COMMON, LABELS, PROTOCOLS, QUERY
-from fedprompt.federation.clock import Clock, message_bytes
+from fedprompt.federation.client_tests import ClientTests
 from fedprompt.federation.common_evaluation import CommonTest, decide
 from fedprompt.federation.exchange import Exchange, PlainExchange
 from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.personal_evaluation import reported_counts
+from fedprompt.federation.presence import Presence
+from fedprompt.federation.protocol_results import ProtocolResults
+from fedprompt.federation.refusals import check_federation
 from fedprompt.federation.registry import strategy_class
-from fedprompt.federation.sampling import Clients, attackers
-from fedprompt.federation.scores import BACKDOOR_COUNTS, backdoor_part, finite, personal_scores
+from fedprompt.federation.sampling import attackers
+from fedprompt.federation.scores import BACKDOOR_COUNTS, backdoor_part, personal_scores
 from fedprompt.federation.screening import (
     COMMON_COUNTS,
     NOT_FINITE,
@@ -43,11 +41,7 @@ from fedprompt.federation.screening import (
     VALIDATION_COUNTS,
     Row,
     count_ranges,
-    screen_evaluations,
 )
-from fedprompt.federation.strategy import SharedPromptStrategy
-from fedprompt.federation.trace import Trace
-from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import (
     MAX_EXAMPLES,
     Arrays,
@@ -68,25 +62,6 @@ from fedprompt.workspace import Workspace
 
 log = logging.getLogger("fedprompt.server")
 
-CLIENTS_AT_ONCE = 1000
-"""The most clients evaluated in one exchange; their test images are in memory at the same time."""
-MESSAGE_BYTES_AT_ONCE = 1 << 30
-"""The most bytes of messages in one exchange of an evaluation. Some methods send a client the
-prompts of several others, and a thousand such messages do not fit into the memory of a machine."""
-DROPPED_OUT = "dropped out, as conditions.dropout or conditions.trace has it"
-LATE = "late: "
-"""How the reason begins for which a simulated reply that misses the deadline does not count."""
-
-
-class TestRecord(Protocol):
-    """Where the results of a test of many clients are recorded while it goes on."""
-
-    def find(self, test: str, clients: Sequence[int]) -> dict[int, Row] | None:
-        """The results of an exchange with these clients, or None if it has to be asked."""
-
-    def add(self, test: str, clients: Sequence[int], rows: Mapping[int, Row]) -> None:
-        """Record the results of an exchange."""
-
 
 class Federation:
     """One method's federation.
@@ -101,9 +76,9 @@ class Federation:
         rejected: number of training replies that have been rejected since the run began.
         asked: how often each client has been asked to train since the run began.
         releases: what has been released with noise since the run began.
-        references: by protocol and name, the shared tensors of the federations that it compares the
-            run with; `fedprompt.experiment.run` trains them.
-        tested: records the results of a test of many clients while it goes on; None for no record.
+        presence: who can be asked and who answers, in the conditions that a simulation sets.
+        protocols: the evaluation protocols and what they have measured.
+        tests: asks clients to evaluate.
 
     Raises:
         UserError: the strategy does not fit the method, or something that privacy needs is not
@@ -124,80 +99,25 @@ class Federation:
             extras={n: t.numpy() for n, t in self.method.init_extras(config.seed).items()},
             rounds=config.federation.rounds,
         )
-        self.trace = Trace(config.conditions, config.seed, workspace.num_clients)
-        self.clock: Clock | None = None
-        if config.clock.enabled:
-            sizes = message_bytes(workspace.shared_shapes, workspace.extras_shapes)
-            self.clock = Clock(config.clock, config.seed, workspace.num_clients, sizes)
+        self.presence = Presence(workspace)
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.takes_steps = takes_steps(self.method)
-        if self.clock is not None and config.clock.deadline_s is not None:
+        if self.presence.clock is not None and config.clock.deadline_s is not None:
             # Rounds differ where images arrive, or labels are asked for, one after the other.
             rounds = range(1, config.federation.rounds + 1)
             fewest = {
                 c: min((self._steps(c, r) for r in rounds), default=0) for c in workspace.trainable
             }
-            self.clock.check_deadline(fewest)
+            self.presence.clock.check_deadline(fewest)
         self.rejected = 0
         self.asked: Counter[int] = Counter()
         self.releases = self.strategy.releases
-        self.protocols = open_protocols(config)
-        self.protocol_rows: dict[int, Row] = {}
-        self.references: dict[str, dict[str, Tensors]] = {}
-        self.tested: TestRecord | None = None
-        has_validation = workspace.partition.has_validation or workspace.validates_locally
-        if config.evaluation.select == "best_validation" and not has_validation:
-            raise UserError(
-                f"evaluation.select=best_validation: {config.partition.file} has no validation "
-                "images; write one with 'fedprompt data partition ... "
-                "partition.local_validation_fraction=0.2'."
-            )
-        if config.privacy.noise:
-            # Without the accountant, this refuses the run before anything is trained.
-            local_epsilon(config.privacy, 0)
-        if config.partition.labels_per_round:
-            self._check_active_learning()
-        if config.partition.sessions:
-            self._check_sessions()
+        self.protocols = ProtocolResults(workspace)
+        self.tests = ClientTests(workspace, self.strategy, grid, self._send)
+        check_federation(workspace, self.strategy)
         # From here every active round starts again.
         self._start = self.arrays
         self.exchange = self._open_exchange()
-
-    def _check_active_learning(self) -> None:
-        """Refuse what cannot start again in every active round.
-
-        Raises:
-            UserError: the method trains nothing, or the strategy has a state.
-        """
-        rule, plain = type(self.strategy), SharedPromptStrategy
-        kept = (rule.state, rule.changed_client_states)
-        if kept != (plain.state, plain.changed_client_states):
-            raise UserError(
-                f"partition.labels_per_round: strategy '{self.strategy.name}' keeps something from "
-                "round to round, which cannot start again in every active round; use fedavg."
-            )
-        if not self.method.trainable:
-            raise UserError(
-                f"partition.labels_per_round: method '{self.method.name}' trains nothing."
-            )
-
-    def _check_sessions(self) -> None:
-        """Refuse sessions in which nothing can be learned, before the first one begins.
-
-        Raises:
-            UserError: the method cannot go on with further classes or trains nothing, or there is
-                a session without training images.
-        """
-        method, workspace = self.method, self.workspace
-        why = method.no_transfer_reason or ("it trains nothing" if not method.trainable else None)
-        if why is not None:
-            raise UserError(
-                f"partition.sessions: method '{method.name}' cannot go on with further classes "
-                f"({why}); use a method with text prompts, such as promptfl."
-            )
-        options = self.config.partition
-        for session in range(1, options.sessions + 1):
-            in_session(options, workspace.dataset, workspace.partition, session, self.config.seed)
 
     def _open_exchange(self) -> Exchange:
         """The exchange of training messages that the config asks for."""
@@ -257,8 +177,7 @@ class Federation:
 
     def describe(self) -> dict[str, Any]:
         """Number of images by client and class, for `partition.json`, and checksums of files."""
-        files = {"trace": self.trace.digest, "devices": self.clock.digest if self.clock else ""}
-        return self.workspace.describe() | {n: digest for n, digest in files.items() if digest}
+        return self.workspace.describe() | self.presence.digests
 
     def training_images(self, client: int) -> int:
         """The number of a client's training images, from which its number of steps follows.
@@ -314,8 +233,9 @@ class Federation:
             # Recorded before clients are asked: their noise is new if a resumed run asks again.
             self.releases.add("clients", server_round, self.strategy.sampled)
         # 2. Send, and 3. check: the exchange returns what may be aggregated.
-        times = self._seconds(server_round, self.strategy.sampled)
-        absent = self._absent(server_round, times)
+        sampled = self.strategy.sampled
+        times = self._seconds(server_round, sampled)
+        absent = self.presence.absent(server_round, sampled, times)
         self.grid.silent = absent
         exchanged = self.exchange.train(server_round, self.strategy.shared, messages)
         exchanged = exchanged.without(absent)
@@ -327,8 +247,8 @@ class Federation:
         self.rejected += len(exchanged.dropped)
         self.asked.update(self.strategy.sampled)
         line = self._training_line(server_round, exchanged) | labels
-        if self.clock is not None:
-            seconds = self.clock.round_seconds(times, absent)
+        if self.presence.clock is not None:
+            seconds = self.presence.clock.round_seconds(times, absent)
             line["clock"] = {"seconds": seconds, "clients": {str(c): s for c, s in times.items()}}
         return line
 
@@ -344,14 +264,12 @@ class Federation:
         unlabelled = self.workspace.partition.unlabelled
         asked = [c for c in self.strategy.known.trainable if c not in unlabelled]
         # They select with the model of the round before, which a node has stored under its number.
-        rows = dict(
-            self._client_rows(
-                server_round - 1,
-                asked,
-                self._eval_arrays(),
-                {LABELS: (0, MAX_EXAMPLES)},
-                {QUERY: stage.number},
-            )
+        rows = self.tests.ask(
+            server_round - 1,
+            asked,
+            self._eval_arrays(),
+            {LABELS: (0, MAX_EXAMPLES)},
+            {QUERY: stage.number},
         )
         self.arrays = self._start
         total = sum(int(row[LABELS]) for row in rows.values())
@@ -359,7 +277,7 @@ class Federation:
 
     def _sample(self, server_round: int) -> dict[int, Message]:
         """The training messages of a round, by client id."""
-        with self._only_present(server_round):
+        with self.presence.only_present(self.strategy, server_round):
             messages = list(
                 self.strategy.configure_train(
                     server_round, self.arrays, self.exchange.settings(), self.grid
@@ -368,46 +286,11 @@ class Federation:
         client_of_node = self.strategy.known.client_of_node
         return {client_of_node[m.metadata.dst_node_id]: m for m in messages}
 
-    @contextmanager
-    def _only_present(self, server_round: int) -> Iterator[None]:
-        """Within it, the strategy knows who can be asked in a round; tests reach everyone."""
-        known = self.strategy.known
-        if not self.trace.trivial:
-            present = self.trace.present(server_round, known.trainable)
-            self.strategy.known = Clients(known.node_of_client, known.trainable, present)
-        try:
-            yield
-        finally:
-            self.strategy.known = known
-
     def _seconds(self, server_round: int, clients: Sequence[int]) -> dict[int, float]:
         """The simulated seconds of clients in a round; empty without a clock."""
-        if self.clock is None:
-            return {}
-        steps = {c: self._steps(c, server_round) for c in clients}
-        return {c: self.clock.seconds(server_round, c, n) for c, n in steps.items()}
-
-    def _absent(self, server_round: int, times: Mapping[int, float]) -> dict[int, str]:
-        """Why sampled clients will not reply in time.
-
-        They are known before they are asked, so nobody trains in vain: a client that is late has
-        lost its work, and keeps its private tensors as they were.
-
-        Args:
-            server_round: the round.
-            times: the result of `_seconds`.
-
-        Returns:
-            The reasons by client id.
-        """
-        absent = {}
-        for client in self.strategy.sampled:
-            if self.trace.drops_out(server_round, client):
-                absent[client] = DROPPED_OUT
-            elif self.clock is not None and self.clock.is_late(times[client]):
-                deadline = self.config.clock.deadline_s
-                absent[client] = f"{LATE}{times[client]:.3g} s, clock.deadline_s={deadline:g}"
-        return absent
+        return self.presence.seconds(
+            server_round, {c: self._steps(c, server_round) for c in clients}
+        )
 
     def _steps(self, client: int, server_round: int) -> int:
         """The optimiser steps that a client takes in a round."""
@@ -474,21 +357,6 @@ class Federation:
 
     # Evaluation
 
-    @property
-    def tests_in_parts(self) -> bool:
-        """Whether a test of everyone takes several exchanges."""
-        return len(self.strategy.clients) > self.clients_at_once
-
-    @cached_property
-    def clients_at_once(self) -> int:
-        """Clients evaluated in one exchange.
-
-        It follows from the tensors' shapes, so a resumed run asks the same clients together.
-        """
-        shapes = [*self.workspace.shared_shapes.values(), *self.workspace.extras_shapes.values()]
-        message = 4 * sum(map(math.prod, shapes))  # all are float32
-        return min(CLIENTS_AT_ONCE, max(1, MESSAGE_BYTES_AT_ONCE // max(1, message)))
-
     def evaluate(self, server_round: int, clients: Sequence[int] | None = None) -> dict[str, Any]:
         """Evaluate the global and the personal models.
 
@@ -516,9 +384,7 @@ class Federation:
             measured = common and not self.common_test.is_global
             ranges = count_ranges(*reported_counts(workspace, common=measured))
             settings = {COMMON: True} if measured else {}
-            rows = dict(
-                self._client_rows(server_round, asked, self._eval_arrays(), ranges, settings)
-            )
+            rows = self.tests.ask(server_round, asked, self._eval_arrays(), ranges, settings)
             if common and not measured:
                 self._add_global_score(workspace, rows)
             line["personal"] = personal_scores(rows, TEST_COUNTS)
@@ -536,8 +402,8 @@ class Federation:
         tested, *hits = BACKDOOR_COUNTS
         ranges: Ranges = {tested: (0, MAX_EXAMPLES), **dict.fromkeys(hits, (0, tested))}
         asked = [client for client in self.strategy.clients if client in bad]
-        rows = self._client_rows(server_round, asked, self._eval_arrays(), ranges, {BACKDOOR: True})
-        return backdoor_part(dict(rows))
+        rows = self.tests.ask(server_round, asked, self._eval_arrays(), ranges, {BACKDOOR: True})
+        return backdoor_part(rows)
 
     def _global_part(
         self, workspace: Workspace, inputs_N: Inputs, labels_N: Tensor
@@ -573,61 +439,7 @@ class Federation:
         """The shared tensors that are evaluated, as they are sent."""
         return to_record(self.strategy.eval_tensors(to_arrays(self.arrays)))
 
-    def _client_rows(
-        self,
-        server_round: int,
-        clients: Sequence[int],
-        arrays: ArrayRecord,
-        ranges: Ranges,
-        settings: Mapping[str, bool | int] = MappingProxyType({}),
-    ) -> Iterator[tuple[int, Row]]:
-        """Evaluate on clients, at most `clients_at_once` in one exchange.
-
-        Args:
-            server_round: the round that the messages belong to.
-            clients: ids of the clients to ask.
-            arrays: shared tensors to evaluate.
-            ranges: the metrics that the clients report, and within which limits.
-            settings: entries that are added to the settings in the messages.
-
-        Yields:
-            A client's id and its checked metrics.
-        """
-        at_once = self.clients_at_once
-        # A query changes what clients know, so a resumed run must ask again.
-        record = self.tested if len(clients) > at_once and QUERY not in settings else None
-        test = ""
-        if record:
-            tensors = array_checksum(to_arrays(arrays))[:16]
-            test = f"{server_round} {sorted(settings)} {tensors}"
-        for first in range(0, len(clients), at_once):
-            part = clients[first : first + at_once]
-            rows = record.find(test, part) if record else None
-            if rows is None:
-                config = ConfigRecord({**settings})
-                asked = list(
-                    self.strategy.configure_evaluate(
-                        server_round, arrays, config, self.grid, clients=part
-                    )
-                )
-                replies, _ = self._send(asked)
-                known = self.strategy.known.client_of_node
-                faults = self.strategy.evaluation_faults
-                rows = screen_evaluations(asked, replies, known, ranges, faults)
-                if record:
-                    record.add(test, part, rows)
-            yield from rows.items()
-
     # Protocols
-
-    def open_protocols(self) -> None:
-        """Open the data of every protocol, so that a missing file is noticed before the training.
-
-        Raises:
-            UserError: a protocol's data set or file cannot be opened.
-        """
-        for protocol in self.protocols:
-            protocol.open(self.workspace)
 
     def measure_round(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """What the evaluation protocols add to the line of an evaluated round.
@@ -638,23 +450,16 @@ class Federation:
         Returns:
             The entry `protocols`, or nothing if no protocol measures single rounds.
         """
-        parts = {
-            protocol.name: protocol.measure_round(self.workspace, self.shared, line)
-            for protocol in self.protocols
-        }
-        parts = {name: part for name, part in parts.items() if part is not None}
-        return {"protocols": parts} if parts else {}
+        return self.protocols.measure_round(self.shared, line)
 
     def ask_clients(self, server_round: int) -> None:
         """Have all clients measure for the protocols, while the grid has their private tensors."""
-        asking = [protocol for protocol in self.protocols if protocol.asks_clients]
-        if asking:
-            ranges: dict[str, tuple[float, float | str]] = {}
-            for protocol in asking:
-                ranges |= _prefixed(protocol.name, protocol.client_numbers(self.workspace))
-            clients, arrays = self.strategy.clients, self._eval_arrays()
-            rows = self._client_rows(server_round, clients, arrays, ranges, {PROTOCOLS: True})
-            self.protocol_rows.update(rows)
+        if self.protocols.ask_clients:
+            arrays, ranges = self._eval_arrays(), self.protocols.ranges
+            rows = self.tests.ask(
+                server_round, self.strategy.clients, arrays, ranges, {PROTOCOLS: True}
+            )
+            self.protocols.add_clients(rows)
 
     def measure_protocols(
         self, rounds: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
@@ -668,20 +473,7 @@ class Federation:
         Returns:
             What each protocol measures, as plain JSON by the protocol's name.
         """
-        parts = {}
-        for protocol in self.protocols:
-            prefix = f"{protocol.name}."
-            clients = {
-                client: {n.removeprefix(prefix): v for n, v in row.items() if n.startswith(prefix)}
-                for client, row in sorted(self.protocol_rows.items())
-            }
-            references = self.references.get(protocol.name, {})
-            part = protocol.measure(
-                Finished(self.workspace, self.shared, clients, rounds, summary, references)
-            )
-            if part is not None:
-                parts[protocol.name] = finite(part)
-        return parts
+        return self.protocols.measure(self.shared, rounds, summary)
 
     # Faults
 
@@ -739,13 +531,5 @@ class Federation:
         # Drawn again: which clients train depends on the seed and the round only.
         for server_round in range(1, checkpoint.server_round + 1):
             self._sampled_from(server_round)
-            with self._only_present(server_round):
+            with self.presence.only_present(self.strategy, server_round):
                 self.asked.update(self.strategy.sample(server_round))
-
-
-def _prefixed(protocol: str, ranges: Ranges) -> dict[str, tuple[float, float | str]]:
-    """The ranges of a protocol's numbers under the names that clients give them in a reply."""
-    return {
-        f"{protocol}.{name}": (low, f"{protocol}.{high}" if isinstance(high, str) else high)
-        for name, (low, high) in ranges.items()
-    }

@@ -75,7 +75,7 @@ def twin(workspace: Workspace, steps: int, buffer: int, exponent: float) -> list
     All clients train at a time, so none is drawn. Shared tensors after each step.
     """
     config, method = workspace.config, workspace.method
-    clock = BufferedFederation(workspace, InlineGrid(workspace)).clock
+    clock = BufferedFederation(workspace, InlineGrid(workspace)).presence.clock
     assert clock is not None
     now, shared = 0.0, method.init_shared(config.seed)
     history, training, idle = [], [], list(range(workspace.num_clients))

@@ -283,7 +283,7 @@ def test_a_test_of_everyone_goes_on_where_it_was(
         "clients": ("CLIENTS_AT_ONCE", 64),
         "bytes": ("MESSAGE_BYTES_AT_ONCE", 65 * message - 1),
     }[bound]
-    monkeypatch.setattr(f"fedprompt.federation.server_app.{name}", limit)
+    monkeypatch.setattr(f"fedprompt.federation.client_tests.{name}", limit)
     _, whole, log, path = play(workspace, "whole")
     # In each round before the last, participants train and are tested; in the last one they train,
     # and everyone is tested in four exchanges.
@@ -348,7 +348,7 @@ def test_everyone_is_tested_in_parts(
     workspace = make_workspace(FEW, personal_on_global=True)
     results = []
     for at_once in (1000, 64):
-        monkeypatch.setattr("fedprompt.federation.server_app.CLIENTS_AT_ONCE", at_once)
+        monkeypatch.setattr("fedprompt.federation.client_tests.CLIENTS_AT_ONCE", at_once)
         monkeypatch.setattr("fedprompt.experiment.summary.CLIENTS_AT_ONCE", at_once)
         federation = Federation(workspace, Counting(workspace))
         federation.grid.counts = Counts()  # type: ignore[attr-defined]

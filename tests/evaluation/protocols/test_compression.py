@@ -34,7 +34,7 @@ def test_the_matrix() -> None:
     workspace = open_workspace(small_config(**QUICK))
     grid = InlineGrid(workspace)
     federation = Federation(workspace, grid)
-    federation.open_protocols()
+    federation.protocols.open()
     federation.join()
     federation.train_round(1)
     _train_references(federation, grid, QuietDisplay(silent()))

@@ -49,7 +49,7 @@ def finished(workspace: Workspace) -> tuple[Federation, dict[str, Any]]:
     """A run of the workspace, its references, and what the protocol measures."""
     grid = InlineGrid(workspace)
     federation = Federation(workspace, grid)
-    federation.open_protocols()
+    federation.protocols.open()
     federation.join()
     for server_round in (1, 2):
         federation.train_round(server_round)
@@ -171,7 +171,9 @@ def test_a_forgotten_class_by_a_second_way(
     request = Request.of_classes(workspace.dataset, partition, (label,), [0, 1, 2])
     without = workspace.with_partition(request.without(partition))
     again = train_reference(Federation(without, InlineGrid(without)))
-    assert torch.equal(again["ctx"], federation.references["unlearning"]["retrained"]["ctx"])
+    assert torch.equal(
+        again["ctx"], federation.protocols.references["unlearning"]["retrained"]["ctx"]
+    )
     assert not torch.equal(again["ctx"], trained["ctx"])
     keys = ("forgotten", "unseen", "retained")
     gap = np.mean([abs(rows["trained"][k] - rows["retrained"][k]) for k in keys])
@@ -206,7 +208,7 @@ def test_without_local_test_images_no_member_is_told_apart(make_workspace: MakeW
     partition = {**QUICK["partition"], "local_test_fraction": 0.0}
     workspace = make_workspace(**{**QUICK, "partition": partition})
     federation, part = finished(workspace)
-    assert list(federation.references["unlearning"]) == ["retrained"]
+    assert list(federation.protocols.references["unlearning"]) == ["retrained"]
     assert part["why_no_membership"]
     assert part["rows"][1]["loss"] is None
 
@@ -224,7 +226,7 @@ def test_unknown_requests_are_refused_before_training(
     workspace = unlearning(make_workspace, **options)
     federation = Federation(workspace, InlineGrid(workspace))
     with pytest.raises(UserError, match=message):
-        federation.open_protocols()
+        federation.protocols.open()
 
 
 @pytest.mark.parametrize("name", ["coop_local", "zero_shot"])
@@ -234,7 +236,7 @@ def test_methods_without_a_global_model_that_learns_are_refused(
     workspace = make_workspace(**{**QUICK, "method": {"name": name}})
     federation = Federation(workspace, InlineGrid(workspace))
     with pytest.raises(UserError, match=rf"unlearning.*{name}"):
-        federation.open_protocols()
+        federation.protocols.open()
 
 
 @pytest.mark.parametrize(
