@@ -26,24 +26,22 @@ from fedprompt.config.schema import BackboneConfig, Config, TrainingConfig
 from fedprompt.data.cache_files import default_cache_dir
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.descriptions import load_descriptions
-from fedprompt.data.features.inputs import Inputs
 from fedprompt.data.features.table import FeatureTable
 from fedprompt.data.features.views import open_views
 from fedprompt.data.held_out import HeldOut
-from fedprompt.data.partition import Partition, describe
-from fedprompt.data.partition.queries import select
+from fedprompt.data.partition import Partition
 from fedprompt.data.partition.sessions import in_session
 from fedprompt.data.partition.stages import stage_of
 from fedprompt.data.sections import resolve_group
 from fedprompt.errors import UserError
-from fedprompt.methods.base import UNLABELLED, ClientData, Method, Task, Tensors, stack
+from fedprompt.methods.base import Method, Task, Tensors, stack
 from fedprompt.methods.parts.step_graphs import StepGraphs
 from fedprompt.methods.registry import method_class
-from fedprompt.rng import generator
 from fedprompt.runtime.step_recorder import step_recorder
+from fedprompt.workspace.images import HeldImages
 
 
-class Workspace:
+class Workspace(HeldImages):
     """The frozen side of an experiment: opened once per process, and only read afterwards.
 
     The server and the simulated clients of a process use the same workspace. On a node of a
@@ -78,12 +76,8 @@ class Workspace:
         views: Sequence[FeatureTable],
         held_out: HeldOut | None = None,
     ) -> None:
-        self.config = config
+        super().__init__(config, dataset, partition, views, held_out)
         self.clip = clip
-        self.dataset = dataset
-        self.partition = partition
-        self.views = tuple(views)
-        self.held_out = held_out
         self.task = Task(
             dataset.class_names,
             tuple(config.data.templates),
@@ -137,6 +131,11 @@ class Workspace:
             A new workspace, which shares the backbone, the data and the feature tables.
         """
         return Workspace(self.config, self.clip, self.dataset, partition, self.views, self.held_out)
+
+    @property
+    def tested_columns(self) -> frozenset[str]:
+        """What tests read of an image: what the method does."""
+        return self.method.needs
 
     @property
     def columns(self) -> frozenset[str]:
@@ -302,41 +301,6 @@ class Workspace:
             self._methods[task] = method_class(settings.name)(settings, self.clip, task)
         return self._methods[task]
 
-    @property
-    def num_clients(self) -> int:
-        """Number of clients K; their ids are 0 .. K - 1."""
-        return self.config.partition.clients
-
-    @cached_property
-    def trainable(self) -> list[int]:
-        """Clients that the server may ask to train, ascending.
-
-        They have training images, and labels of these unless the method learns without, and do not
-        join late.
-        """
-        able = self.partition.able_to_train(self.config.method.learns_without_labels)
-        return [client for client in able if client not in self.late]
-
-    @cached_property
-    def late(self) -> frozenset[int]:
-        """Clients that join after the last round."""
-        partition = self.config.partition
-        # The head of one permutation: a larger `late_clients` only adds clients to the set.
-        draw = generator(self.config.seed, "partition", "late").permutation(partition.clients)
-        return frozenset(int(client) for client in draw[: partition.late_clients])
-
-    @property
-    def round_size(self) -> int:
-        """Number of clients that train in a round in which all can be reached.
-
-        The server and all nodes compute the same number, even if a node holds only its own images.
-        """
-        settings = self.config
-        # Images with owners are spread over the nodes, so a node knows of no other's.
-        able = len(self.trainable) if self.dataset.owners_N is None else settings.able_to_train
-        # As `federation.sampling.draw_clients` does.
-        return max(1, round(settings.federation.fraction * able))
-
     @cached_property
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the method shares; all are float32.
@@ -392,93 +356,6 @@ class Workspace:
         self.clip.positions_encoded = before
         return per_step, per_image
 
-    def train_data(self, client: int, asked_N: Tensor | None = None) -> ClientData:
-        """A client's local training images and labels.
-
-        Args:
-            client: client id, 0 .. K - 1.
-            asked_N: in active learning, above 0 for images whose labels it has asked for; None if
-                for none.
-
-        Returns:
-            Its n images in V views, (V * n, ...), all images of one view before the next view,
-            and their labels (n,), `UNLABELLED` where they are not known. Only methods that learn
-            without labels are given such images.
-
-        Raises:
-            UserError: the client has no images, or no labels and a method that needs them. The
-                server does not ask such a client to train.
-        """
-        train = self.partition.train(client)
-        known_N = self._known(client, asked_N)
-        if not self._trains(client, asked_N):
-            raise UserError(f"client {client} has no labelled training images and cannot train.")
-        if not self.config.method.learns_without_labels:
-            train, known_N = train[known_N], known_N[known_N]
-        inputs = Inputs.cat([view.rows(train) for view in self.views])
-        labels_N = self._labels(train)
-        # Withheld here, so that no method can learn from them by mistake.
-        labels_N[~torch.from_numpy(known_N)] = UNLABELLED
-        return ClientData(client, inputs, labels_N, views=len(self.views))
-
-    def test_data(self, client: int) -> tuple[Inputs, Tensor]:
-        """A client's local test images (n, ...) and their labels (n,); n may be 0.
-
-        Args:
-            client: client id, 0 .. K - 1.
-        """
-        return self.images(self.partition.test(client))
-
-    def validation_data(self, client: int) -> tuple[Inputs, Tensor]:
-        """A client's local validation images (n, ...) and their labels (n,); n may be 0.
-
-        Args:
-            client: client id, 0 .. K - 1.
-        """
-        return self.images(self.partition.validation(client))
-
-    @property
-    def validates_locally(self) -> bool:
-        """Whether clients measure on validation images of their own.
-
-        It is the same in every process of an experiment, even where other clients' images are not
-        known, so that all clients report the same metrics.
-        """
-        settings, partition = self.config.partition, self.partition
-        return bool(settings.local_validation_fraction or len(partition.validation_flat))
-
-    def server_validation(self) -> tuple[Inputs, Tensor]:
-        """The server's validation images (n, ...) and their labels (n,); n may be 0."""
-        return self._server_validation
-
-    def server_test(self) -> tuple[Inputs, Tensor]:
-        """The server's test images (n, ...) and their labels (n,)."""
-        return self._server_test
-
-    # Gathered once, since all of them are scored in every evaluated round; a memo knows them by
-    # identity.
-
-    @cached_property
-    def _server_test(self) -> tuple[Inputs, Tensor]:
-        return self.images(self.partition.server_test)
-
-    @cached_property
-    def _server_validation(self) -> tuple[Inputs, Tensor]:
-        return self.images(self.partition.server_validation)
-
-    @cached_property
-    def _held_out_test(self) -> tuple[Inputs, Tensor]:
-        assert self.held_out is not None
-        inputs = self.views[0].rows(self.held_out.index_N, self.method.needs)
-        return inputs, torch.from_numpy(self.held_out.labels_N)
-
-    def held_out_test(self) -> tuple[Inputs, Tensor]:
-        """The held-out images (n, ...) and their labels (n,).
-
-        After `hold_out_classes` the labels index the held-out class names, not the experiment's.
-        """
-        return self._held_out_test
-
     def start_private(self, client: int, asked_N: Tensor | None = None) -> Tensors:
         """A client's private tensors before its first training.
 
@@ -495,69 +372,10 @@ class Workspace:
         start = self.method.init_private(self.config.seed, client)
         fills = type(self.method).init_private_from_data is not Method.init_private_from_data
         # `train_data` copies all of a client's images, which most methods would not look at.
-        if not (fills and self._trains(client, asked_N)):
+        if not (fills and self.trains(client, asked_N)):
             return start
         data = self.train_data(client, asked_N)
         return self.method.init_private_from_data(start, data, self.config.seed)
-
-    def describe(self) -> dict[str, Any]:
-        """Counts of clients x classes and domains, for `partition.json` and its plot."""
-        late = {"late_clients": sorted(self.late)} if self.late else {}
-        return describe(self.dataset, self.partition) | late
-
-    def _trains(self, client: int, asked_N: Tensor | None) -> bool:
-        """Whether a client has what the method learns from."""
-        if self.config.method.learns_without_labels:
-            return bool(len(self.partition.train(client)))
-        return bool(self._known(client, asked_N).any())
-
-    def _known(self, client: int, asked_N: Tensor | None) -> NDArray[np.bool_]:
-        """Which of a client's training images have labels that it knows, (n,)."""
-        images = len(self.partition.train(client))
-        if client in self.partition.unlabelled:
-            return np.zeros(images, dtype=bool)
-        if not self.config.partition.labels_per_round:
-            return np.ones(images, dtype=bool)
-        asked = torch.zeros(images) if asked_N is None else asked_N
-        known_N: NDArray[np.bool_] = (asked > 0).numpy()
-        return known_N
-
-    def ask(self, client: int, answers_NC: Tensor, asked_N: Tensor, active_round: int) -> Tensor:
-        """Let a client ask for the labels of further training images.
-
-        Args:
-            client: client id, 0 .. K - 1.
-            answers_NC: the model's probabilities for its n training images.
-            asked_N: in which active round, from 1, each label was asked for; 0 for hidden ones.
-            active_round: the present active round.
-
-        Returns:
-            A new `asked_N`.
-        """
-        train = self.partition.train(client)
-        labels_N = np.where((asked_N > 0).numpy(), self.dataset.labels_N[train], UNLABELLED)
-        rows = select(
-            self.config.partition,
-            self.views[0].rows(train, {"features"}).features.double().numpy(),
-            answers_NC.double().numpy(),
-            labels_N,
-            generator(self.config.seed, "query", active_round, client),
-        )
-        asked_N = asked_N.clone()
-        asked_N[torch.from_numpy(rows)] = active_round
-        return asked_N
-
-    def images(self, index: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
-        """Images of the data set as tests read them (n, ...), and their labels (n,).
-
-        Args:
-            index: indices of the images in the data set.
-        """
-        # What only training reads, such as local features of all patches, is left on disk.
-        return self.views[0].rows(index, self.method.needs), self._labels(index)
-
-    def _labels(self, index: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(self.dataset.labels_N[index])
 
 
 def check_private(method: Method, stored: Tensors, seed: int) -> None:
