@@ -199,7 +199,9 @@ def test_only_cuda_records() -> None:
 def test_a_run_drops_its_recordings_at_its_end_and_when_memory_is_short(
     make_workspace: MakeWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedprompt.workspace.step_recorder", lambda device, wanted: TapeRecorder())
+    monkeypatch.setattr(
+        "fedprompt.workspace.experiment.step_recorder", lambda device, wanted: TapeRecorder()
+    )
     workspace = make_workspace(partition={"clients": 2})
     graphs = workspace.graphs
     assert graphs is not None

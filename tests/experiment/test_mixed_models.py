@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import fedprompt.workspace as module
+import fedprompt.workspace.experiment as module
 from fedprompt.backbone.tiny import tiny_model_config, tiny_state_dict
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
