@@ -75,6 +75,31 @@ def estimates(
 
 
 @app.command()
+def methods(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="Methods, options behind the name: promptfl 'lora image_layers=12'."),
+    ] = None,
+    backbone: Backbone = "ViT-B-16",
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    batch: BatchSize = 8,
+    repeats: Repeats = 5,
+    budget_s: Budget = 120.0,
+    threads: Threads = 0,
+    device: Device = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """Compare what a training step of one client costs with different methods, in seconds."""
+    from fedprompt.bench.estimates import EstimateOptions
+    from fedprompt.bench.methods import COMPARED, MethodsOptions, bench_methods
+
+    out = _open("methods", threads, json, device)
+    sizes = EstimateOptions((), backbone, classes, images=batch, batch=batch)
+    chosen = methods or COMPARED
+    bench_methods(MethodsOptions(chosen, sizes, repeats, budget_s, out.machine["device"]), out)
+
+
+@app.command()
 def step(
     classes: Classes = "10,45,50,100,345",
     context: Context = "4,16",

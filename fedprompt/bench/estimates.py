@@ -8,8 +8,10 @@ PyTorch's dispatcher (`runtime/allocations.py`). Weights are part of neither num
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -92,20 +94,26 @@ def bench_estimates(options: EstimateOptions, out: Output) -> None:
     out.table(COLUMNS)
 
 
-def workspace_of(clip: FrozenCLIP, name: str, options: EstimateOptions) -> Workspace:
+def workspace_of(
+    clip: FrozenCLIP,
+    name: str,
+    options: EstimateOptions,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Workspace:
     """One client with random features, patches and pixels, as far as the method needs them.
 
     Args:
         clip: the backbone.
         name: the method.
         options: sizes.
+        settings: options of the method; those that are not named have their defaults.
     """
     cls = method_class(name)
     workspace = make_workspace(
         clip,
         class_names(options.classes),
         Sizes(1, options.images, 1, 1),
-        method={"name": name},
+        method={"name": name, **settings},
         strategy=dict(cls.Config().default_strategy),
         training={"batch_size": options.batch, "lr": 0.01},
     )
@@ -140,22 +148,29 @@ def measured_step(workspace: Workspace) -> int:
     Args:
         workspace: one client, whose images are one batch.
     """
-    config, method = workspace.config, workspace.method
-    received = method.init_shared(config.seed) | method.init_extras(config.seed)
-    private = workspace.start_private(0)
     gc.collect()
     with Allocations() as made:
-        train_clients(
-            method,
-            [received],
-            [private],
-            [workspace.train_data(0)],
-            replace(config.training, local_epochs=1),
-            seed=config.seed,
-            server_round=1,
-            rounds=config.federation.rounds,
-        )
+        first_step(workspace)
     return made.peak
+
+
+def first_step(workspace: Workspace) -> None:
+    """One client reads its images and takes its first step, on all of them.
+
+    Args:
+        workspace: one client, whose images are one batch.
+    """
+    config, method = workspace.config, workspace.method
+    train_clients(
+        method,
+        [method.init_shared(config.seed) | method.init_extras(config.seed)],
+        [workspace.start_private(0)],
+        [workspace.train_data(0)],
+        replace(config.training, local_epochs=1),
+        seed=config.seed,
+        server_round=1,
+        rounds=config.federation.rounds,
+    )
 
 
 def measured_evaluation(workspace: Workspace) -> int:

@@ -19,8 +19,10 @@ from fedprompt.bench.compare import (
     MismatchError,
 )
 from fedprompt.bench.counting import count_gflop
+from fedprompt.bench.estimates import EstimateOptions
 from fedprompt.bench.flower_engine import available
 from fedprompt.bench.machine import describe_machine, machine
+from fedprompt.bench.methods import MethodsOptions, bench_methods
 from fedprompt.bench.output import Output
 from fedprompt.bench.overhead import OverheadOptions, bench_overhead
 from fedprompt.bench.participants import ParticipantsOptions, measure
@@ -50,6 +52,26 @@ def test_step(clip: FrozenCLIP, bench: Callable[..., Any]) -> None:
     added = rows[1]["reference_gflop"] - rows[0]["reference_gflop"]
     assert images < added < 1.01 * images
     assert rows[1]["ours_gflop"] < 1.1 * rows[0]["ours_gflop"]
+
+
+def test_methods(bench: Callable[..., Any]) -> None:
+    names = ["promptfl", "lora image_layers=1", "vpt"]
+    rows = bench("methods", *names, "--backbone", "tiny", "--classes", "4", "--repeats", "2")
+    assert [r["case"] for r in rows] == names
+    for line in rows:
+        assert line["times"] == pytest.approx(line["ours_s"] / rows[0]["ours_s"])
+        assert line["repeats"] == 2
+    context, adapters, visual = (r["measured_mb"] for r in rows)
+    # Prompts of the image tower keep what one layer of adapters at its top does not.
+    assert context < adapters < visual
+    assert rows[0]["numbers_up"] == 16 * 128
+
+
+@pytest.mark.parametrize("named", ["zero_shot", "lora r", " "])
+def test_methods_without_a_step(named: str) -> None:
+    options = MethodsOptions([named], EstimateOptions((), "tiny", classes=2), 1, 1.0)
+    with pytest.raises(UserError, match="bench methods"):
+        bench_methods(options, Output("methods"))
 
 
 def test_backbone(bench: Callable[..., Any]) -> None:
