@@ -12,7 +12,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_ALIGNED = 8
+"""Fused attention copies a mask in every call, unless its rows begin at multiples of this."""
 
 
 class AttentionState(NamedTuple):
@@ -80,6 +84,12 @@ def key_value_gradients(
 def additive(sees: Tensor) -> Tensor:
     """A mask to add to scores: 0 where `sees` is true, minus infinity elsewhere."""
     return torch.zeros(sees.shape).masked_fill_(~sees, -math.inf)
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """The same mask, as a view of a wider one, for PyTorch's fused attention."""
+    length = mask.shape[-1]
+    return F.pad(mask, (0, -length % _ALIGNED))[..., :length]
 
 
 def head_major(parts: Tensor) -> Tensor:

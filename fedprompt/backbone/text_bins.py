@@ -28,10 +28,7 @@ from torch import Tensor
 
 from fedprompt.backbone.frozen_layer import FrozenLayer, RowLayer
 from fedprompt.backbone.packing import Packing
-from fedprompt.backbone.text_attention import additive
-
-_ALIGNED = 8
-"""Fused attention copies a mask in every call, unless its rows begin at multiples of this."""
+from fedprompt.backbone.text_attention import additive, aligned
 
 
 def prefers_bins(device: torch.device) -> bool:
@@ -71,7 +68,7 @@ class BinTransformer:
         bin_B1 = torch.arange(self._bins)[:, None]
         causal = torch.ones(prefix, self._length, dtype=torch.bool).tril()
         sees = torch.cat([causal.expand(self._bins, -1, -1), sees], dim=1)
-        self._mask = _aligned(additive(sees)[:, None].to(device, dtype))
+        self._mask = aligned(additive(sees)[:, None].to(device, dtype))
         # The row of each class's end among a prompt's B * L.
         end_rows = (bin_B1 * self._length + prefix + ends_BE).flatten()
         self._end_row_C = end_rows[packing.end_of_C].to(device)
@@ -164,11 +161,5 @@ class BinTransformer:
         if self._bins == 1:
             return self._mask
         if n not in self._masks:
-            self._masks = {n: _aligned(self._mask.repeat(n, 1, 1, 1))}
+            self._masks = {n: aligned(self._mask.repeat(n, 1, 1, 1))}
         return self._masks[n]
-
-
-def _aligned(mask: Tensor) -> Tensor:
-    """The same mask, as a view of a wider one."""
-    length = mask.shape[-1]
-    return F.pad(mask, (0, -length % _ALIGNED))[..., :length]

@@ -207,6 +207,7 @@ def _check_asynchronous(config: Config) -> None:
         "privacy.noise, whose epsilon is counted by rounds": config.privacy.noise,
         "partition.labels_per_round, for which all ask at once": config.partition.labels_per_round,
         f"method '{config.method.name}', which counts rounds": config.method.lr_cycles > 1,
+        f"method '{config.method.name}', whose server trains on a round": config.method.refines,
     }
     for what, there in excluded.items():
         if there:
@@ -262,6 +263,9 @@ def _check_sessions(config: Config) -> None:
         f"method.name={config.method.name}, whose learning rate restarts in cycles": (
             config.method.lr_cycles > 1
         ),
+        f"method.name={config.method.name}, whose server trains on the classes of a session": (
+            config.method.refines
+        ),
         "evaluation.select=best_validation": config.evaluation.select == "best_validation",
         **{
             f"protocol {name}": name in config.protocols
@@ -276,6 +280,11 @@ def _check_sessions(config: Config) -> None:
 
 
 def _check_secure_aggregation(config: Config) -> None:
+    if config.method.refines:
+        raise UserError(
+            f"config: the server of method '{config.method.name}' trains on the uploads of single "
+            "clients, which secure_aggregation hides; leave one of them out."
+        )
     if not strategy_class(config.strategy.name).needs_only_the_mean():
         able = [n for n, rule in all_strategies().items() if rule.needs_only_the_mean()]
         raise UserError(

@@ -243,7 +243,7 @@ class Federation:
         arrays = self.strategy.finish_round(server_round, exchanged)
         # With too few valid replies, the next round starts from the same tensors.
         if arrays is not None:
-            self.arrays = arrays
+            self.arrays = self._refined(server_round, arrays, exchanged)
         self.rejected += len(exchanged.dropped)
         self.asked.update(self.strategy.sampled)
         line = self._training_line(server_round, exchanged) | labels
@@ -251,6 +251,22 @@ class Federation:
             seconds = self.presence.clock.round_seconds(times, absent)
             line["clock"] = {"seconds": seconds, "clients": {str(c): s for c, s in times.items()}}
         return line
+
+    def _refined(self, server_round: int, arrays: ArrayRecord, exchanged: Exchanged) -> ArrayRecord:
+        """The aggregated tensors, which some methods go on training on the server."""
+        if not (self.config.method.refines and exchanged.updates):
+            return arrays
+
+        def tensors(of: Arrays) -> Tensors:
+            return {n: torch.from_numpy(a.copy()) for n, a in of.items()}
+
+        refined = self.method.refine(
+            tensors(to_arrays(arrays)),
+            [tensors(update.arrays) for update in exchanged.updates],
+            seed=self.config.seed,
+            server_round=server_round,
+        )
+        return to_record({n: t.numpy() for n, t in refined.items()})
 
     def _begin_active_round(self, server_round: int) -> dict[str, Any]:
         """In active learning, have all clients ask for labels, and start prompts again.

@@ -124,6 +124,11 @@ class MethodConfig:
         return False
 
     @property
+    def refines(self) -> bool:
+        """Whether the server goes on training, on the uploads of single clients (`refine`)."""
+        return False
+
+    @property
     def learns_without_labels(self) -> bool:
         """Whether clients without labels train as well, on labels that are all `UNLABELLED`."""
         return False
@@ -183,7 +188,8 @@ class Method(ABC):
            shared, private = end_round(shared, private, round_info)
            shared_from_data(data)                  what is computed and not trained
 
-       The client uploads the `shared` tensors that `end_round` returns and stores `private`.
+       The client uploads the `shared` tensors that `end_round` returns and stores `private`. The
+       strategy aggregates the uploads, and if the config says `refines`, the server calls `refine`.
     3. In evaluation, `encode` is called once per model and `logits` once per batch of images.
 
     Every member must be pure: it modifies neither its arguments nor the method, and the same
@@ -431,6 +437,27 @@ class Method(ABC):
             uploads in place of those that `end_round` returned.
         """
         return {}
+
+    def refine(
+        self, shared: Tensors, uploads: Sequence[Tensors], *, seed: int, server_round: int
+    ) -> Tensors:
+        """The shared tensors after further training on the server.
+
+        Called after the strategy, in every round in which uploads were aggregated, if the config
+        says `refines`. Secure aggregation and asynchronous steps, in which there are no uploads of
+        single clients, are then refused. A guarantee of the strategy, such as differential privacy
+        or robustness, holds no longer, so `supported_strategies` should name only those without.
+
+        Args:
+            shared: the aggregated tensors, without a client axis; they are not changed.
+            uploads: what each client uploaded, by client id; at least one.
+            seed: the seed of the run.
+            server_round: the round, from 1.
+
+        Returns:
+            Tensors with the names and shapes of `shared`, on the CPU.
+        """
+        return shared
 
     def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
         """The shared tensors without what they hold of some classes, for unlearning.

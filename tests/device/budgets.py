@@ -70,6 +70,7 @@ STEP = {
     "fedtpg": Budget(165),
     "gopro": Budget(255),
     "flora": Budget(220),
+    "gpr_niam": Budget(105),
     "gram": Budget(180),
     "ivlp": Budget(205),
     "kgcoop": Budget(115),

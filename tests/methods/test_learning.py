@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedgallop": {},
     "focoop": {"context_tokens": 4, "negatives": 10, "global_share": 0.5},
     "lora": {"text_layers": 2},
+    "gpr_niam": {"context_tokens": 4},
     "flora": {"context_tokens": 4, "bottleneck": 2},
     "mocoop": {},
     "biomedcoop": {},

@@ -55,7 +55,7 @@ class ClassIncremental(Reported):
     @classmethod
     def suits(cls, method: Method) -> bool:
         """Whether the method learns, and goes on with further class names."""
-        return super().suits(method) and method.trainable
+        return super().suits(method) and method.trainable and not method.config.refines
 
     def measure_round(
         self, workspace: Workspace, shared: Tensors, line: Mapping[str, Any]

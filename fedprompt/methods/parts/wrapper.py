@@ -79,6 +79,11 @@ class WrapperConfig(MethodConfig):
         return self._base().reveals_classes
 
     @property
+    def refines(self) -> bool:
+        """The base's."""
+        return self._base().refines
+
+    @property
     def learns_without_labels(self) -> bool:
         """The base's."""
         return self._base().learns_without_labels
@@ -278,6 +283,15 @@ class WrappedMethod(Method):
         total = torch.stack(extra_terms).sum()
         extra = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {n: add(gradients[n], more) for n, more in zip(leaves, extra, strict=True)}
+
+    def refine(
+        self, shared: Tensors, uploads: Sequence[Tensors], *, seed: int, server_round: int
+    ) -> Tensors:
+        """Let the base refine its own part; the wrapper's parts stay as they are."""
+        nest = self.shared_layout.nest
+        parts, of_base = nest(shared), [nest(upload)[BASE] for upload in uploads]
+        refined = self.base.refine(parts[BASE], of_base, seed=seed, server_round=server_round)
+        return self.shared_layout.flatten({**parts, BASE: refined})
 
     def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
         """The base's; the wrapper's parts stay as they are."""

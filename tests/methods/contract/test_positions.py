@@ -96,6 +96,7 @@ BUDGET = {
     "flora": Positions(0, 140, 140),
     "fedtpg": Positions(43, 58, 116),
     "gopro": Positions(0, 464, 696),
+    "gpr_niam": Positions(120, 110, 220),
     "gram": Positions(0, 140, 140),
     "ivlp": Positions(0, 98, 224),
     "kgcoop": Positions(59, 58, 116),
