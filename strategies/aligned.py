@@ -53,6 +53,7 @@ class Aligned(SharedPromptStrategy):
     name = "aligned"
     Config = AlignedConfig
     config: AlignedConfig
+    remembers_clients = True
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)

@@ -49,6 +49,7 @@ class Clustered(SharedPromptStrategy):
     name = "clustered"
     Config = ClusteredConfig
     config: ClusteredConfig
+    remembers_clients = True
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)

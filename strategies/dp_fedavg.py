@@ -80,6 +80,7 @@ class DPFedAvg(SharedPromptStrategy):
     secret_state = True
     Config = DPFedAvgConfig
     config: DPFedAvgConfig
+    remembers_clients = True
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)

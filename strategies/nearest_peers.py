@@ -59,6 +59,7 @@ class NearestPeers(FedAvg):
 
     name = "nearest_peers"
     Config = NearestPeersConfig
+    remembers_clients = True
 
     def __init__(self, config: Any, **options: Any) -> None:
         super().__init__(config, **options)

@@ -33,7 +33,9 @@ class AttackConfig:
         "giant",
         "crash",
     ] = option("none", "what attackers send, see fedprompt/simulation/attacks.py")
-    share: float = option(0.3, "share of the clients that attack, drawn from the seed", ge=0, le=1)
+    share: float = option(
+        0.3, "share of the clients that may train; who attacks is drawn from the seed", ge=0, le=1
+    )
     scale: float = option(1.0, "size of an attack, in sizes of an honest change", gt=0)
     target: int = option(0, "backdoor: number of the class that triggered images get", ge=0)
     eps: float = option(

@@ -196,10 +196,10 @@ def on_server(config: Config) -> Config:
                 f"config: section '{name}' simulates what real nodes do by themselves; leave it "
                 "out of a deployment, or use 'fedprompt run'."
             )
-    if config.attack.kind == "backdoor":
+    if config.attack.kind != "none":
         raise UserError(
-            "config: attack.kind=backdoor is measured by the attackers of a simulation ('fedprompt "
-            "run'); a deployment has none: set attack.kind=none."
+            f"config: attack.kind={config.attack.kind} makes clients of a simulation ('fedprompt "
+            "run') attack; those of a deployment never do: set attack.kind=none."
         )
     for name in config.protocols:
         if what := protocol_class(name).simulation_only:

@@ -214,8 +214,8 @@ def _check_asynchronous(config: Config) -> None:
             raise UserError(f"config: asynchronous.enabled excludes {what}; leave one of them out.")
     if not strategy_class(config.strategy.name).works_without_rounds():
         raise UserError(
-            f"config: strategy '{config.strategy.name}' treats the clients of a round as one "
-            "group, which asynchronous.enabled does not have; use fedavg."
+            f"config: strategy '{config.strategy.name}' needs the clients of one and the same "
+            "round, which asynchronous.enabled does not have; use fedavg."
         )
     if config.asynchronous.buffer > config.able_to_train:
         raise UserError(

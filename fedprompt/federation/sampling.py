@@ -71,18 +71,20 @@ def choose(among: Sequence[int], count: int, seed: int, *purpose: str | int) -> 
     return sorted(int(c) for c in drawn)
 
 
-def attackers(seed: int, clients: int, share: float) -> frozenset[int]:
+def attackers(seed: int, among: Sequence[int], share: float) -> frozenset[int]:
     """Draw the clients of a simulation that attack; they are the same in every round.
 
     Args:
         seed: the experiment's seed.
-        clients: number of clients K.
-        share: fraction of the clients that attack; their number is rounded.
+        among: ids of the clients that may train, ascending. One that joins after training, or has
+            no labels to train on, would never send an attack.
+        share: fraction of these clients that attack; their number is rounded.
 
     Returns:
         The ids of the attackers.
     """
-    count = round(share * clients)
+    count = round(share * len(among))
     # Drawn once per seed: an attacker stays an attacker in every round and after a resume.
     draw = generator(seed, "attackers")
-    return frozenset(int(c) for c in draw.choice(clients, size=count, replace=False))
+    drawn = draw.choice(np.array(among, np.int64), size=count, replace=False)
+    return frozenset(int(c) for c in drawn)

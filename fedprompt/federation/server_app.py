@@ -414,7 +414,9 @@ class Federation:
 
     def _backdoor_part(self, server_round: int) -> dict[str, Any] | None:
         """How often the attackers' backdoor works on the global model; only they know a trigger."""
-        bad = attackers(self.config.seed, self.config.partition.clients, self.config.attack.share)
+        bad = attackers(
+            self.config.seed, self.workspace.possible_attackers, self.config.attack.share
+        )
         tested, *hits = BACKDOOR_COUNTS
         ranges: Ranges = {tested: (0, MAX_EXAMPLES), **dict.fromkeys(hits, (0, tested))}
         asked = [client for client in self.strategy.clients if client in bad]

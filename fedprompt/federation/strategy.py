@@ -120,6 +120,8 @@ class SharedPromptStrategy(Strategy):
 
     Only the owner of a checkpoint can then read it.
     """
+    remembers_clients: ClassVar[bool] = False
+    """Whether it keeps something about single clients from one round to the next."""
     steps_without_replies: ClassVar[bool] = False
     """Whether `aggregate` is called in every round, even with no updates, whatever `min_replies`.
 
@@ -188,11 +190,11 @@ class SharedPromptStrategy(Strategy):
         They may not if the strategy chooses the clients of a round, sends single clients something
         of its own, keeps something about them, or accounts for the privacy of a round.
         """
-        by_round = (
-            "sample", "before_exchange", "client_extras", "client_shared", "changed_client_states"
-        )  # fmt: skip
+        by_round = "sample", "before_exchange", "client_extras", "client_shared"
         plain = all(getattr(cls, n) is getattr(SharedPromptStrategy, n) for n in by_round)
-        return plain and not (cls.steps_without_replies or cls.secret_state)
+        return plain and not (
+            cls.remembers_clients or cls.steps_without_replies or cls.secret_state
+        )
 
     @property
     def weights_by_examples(self) -> bool:

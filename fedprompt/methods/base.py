@@ -241,6 +241,8 @@ class Method(ABC):
     """Whether there is anything to learn; if not, a run has no rounds."""
     has_global: bool = True
     """Whether the shared tensors alone are a model, so that `encode(shared, None)` works."""
+    fixed_global: bool = False
+    """Whether that model is the same whatever clients share, such as zero-shot CLIP."""
     no_transfer_reason: str | None = None
     """Why the tensors mean nothing for other class names; None if they do transfer."""
     no_graph_reason: str | None = None

@@ -88,6 +88,7 @@ class Latte(Method):
     name = "latte"
     source = "Bao et al., ICCV 2025"
     Config = LatteConfig
+    fixed_global = True
     no_transfer_reason = "its memory has pseudo-labels of the classes that it was filled for"
     reads_descriptions = True
     frozen = frozenset(

@@ -127,7 +127,7 @@ def handle(
     config = workspace.config
     if client_app.asks_for_backdoor(messages[0]):
         return backdoor.measured(workspace, clients, messages, private), {}
-    attacking = attackers(config.seed, workspace.num_clients, config.attack.share)
+    attacking = attackers(config.seed, workspace.possible_attackers, config.attack.share)
     bad = [k for k, client in enumerate(clients) if client in attacking]
     if messages[0].metadata.message_type != MessageType.TRAIN or not bad:
         return client_app.handle(workspace, clients, messages, private)

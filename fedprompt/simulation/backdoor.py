@@ -87,6 +87,8 @@ def _unsuited(method: Method) -> str:
         return "it has no global model that all clients use"
     if not method.init_shared(0):
         return "it shares no prompts that an attacker could change"
+    if method.fixed_global:
+        return "its global model is the same whatever clients share"
     if others := (method.needs | method.needs_to_train) - ATTACKABLE - {"second_view"}:
         return f"it reads {', '.join(sorted(others))} of an image, which are not recomputed"
     return ""

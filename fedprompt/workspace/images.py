@@ -77,6 +77,16 @@ class HeldImages:
         draw = generator(self.config.seed, "partition", "late").permutation(partition.clients)
         return frozenset(int(client) for client in draw[: partition.late_clients])
 
+    @cached_property
+    def possible_attackers(self) -> list[int]:
+        """Clients among whom the attackers of a simulation are drawn, ascending.
+
+        They are those that may train. One that holds no images is among them, so that the attackers
+        are the same when the run is repeated without some of the images.
+        """
+        blind = set() if self.config.method.learns_without_labels else self.partition.unlabelled
+        return [c for c in range(self.num_clients) if c not in self.late and c not in blind]
+
     @property
     def round_size(self) -> int:
         """Number of clients that train in a round in which all can be reached.

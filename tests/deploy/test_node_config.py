@@ -158,3 +158,11 @@ def test_flower_parses_a_formatted_node_config() -> None:
     for odd in ("it's", 'a"b', "two\nlines"):
         with pytest.raises(UserError, match="quotes"):
             format_node_config({"data": odd})
+
+
+@pytest.mark.parametrize("kind", ["sign_flip", "backdoor", "crash"])
+def test_an_attack_of_a_simulation_is_refused(kind: str) -> None:
+    """Nodes never attack, so a run would look as if the strategy had withstood it."""
+    with pytest.raises(UserError, match=rf"attack\.kind={kind}.*attack\.kind=none") as error:
+        on_server(small_config(attack={"kind": kind}))
+    assert "\n" not in str(error.value)

@@ -227,7 +227,7 @@ def test_what_needs_rounds_is_refused(sections: dict[str, Any], says: str) -> No
 def test_strategies_that_know_single_clients_are_told_apart() -> None:
     able = {n for n, rule in all_strategies().items() if rule.works_without_rounds()}
     assert {"fedavg", "fedadam", "fedavgm", "median", "krum"} <= able
-    assert not {"clustered", "nearest_peers", "posterior_samples", "dp_fedavg"} & able
+    assert not {"aligned", "clustered", "nearest_peers", "posterior_samples", "dp_fedavg"} & able
     assert not {"per_class", "per_expert"} & able, "shares in an upload are no changes"
 
 

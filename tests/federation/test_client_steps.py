@@ -52,7 +52,7 @@ def test_dropped_clients_are_counted_if_they_have_trained(
     make_workspace: MakeWorkspace, taken: list[None], kind: str
 ) -> None:
     workspace = make_workspace(attack={"kind": kind, "share": 0.25}, **SETTINGS)
-    (bad,) = attackers(workspace.config.seed, workspace.num_clients, 0.25)
+    (bad,) = attackers(workspace.config.seed, range(workspace.num_clients), 0.25)
     federation = Federation(workspace, InlineGrid(workspace, answer=handle))
     federation.join()
     line = federation.train_round(1)

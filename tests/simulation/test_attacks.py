@@ -66,11 +66,36 @@ def test_every_kind_of_the_schema_is_known() -> None:
 
 
 def test_attackers_are_a_fixed_share_drawn_from_the_seed() -> None:
-    assert attackers(1, 10, 0.3) == attackers(1, 10, 0.3)
-    assert {len(attackers(s, 10, 0.3)) for s in range(20)} == {3}
-    assert len({attackers(s, 10, 0.3) for s in range(20)}) > 10
-    assert attackers(1, 10, 0.0) == frozenset()
-    assert attackers(1, 3, 1.0) == {0, 1, 2}
+    assert attackers(1, range(10), 0.3) == attackers(1, range(10), 0.3)
+    assert {len(attackers(s, range(10), 0.3)) for s in range(20)} == {3}
+    assert len({attackers(s, range(10), 0.3) for s in range(20)}) > 10
+    assert attackers(1, range(10), 0.0) == frozenset()
+    assert attackers(1, range(3), 1.0) == {0, 1, 2}
+    # A golden draw: results of former runs with attackers can be repeated.
+    assert sorted(attackers(1, range(10), 0.3)) == [4, 8, 9]
+
+
+@pytest.mark.parametrize("kind", ["late_clients", "unlabelled_clients"])
+def test_attackers_are_among_those_that_train(make_workspace: MakeWorkspace, kind: str) -> None:
+    """Every client that joins late, or has no labels, would be an attacker that never attacks."""
+    partition = {**SECTIONS["partition"], kind: 2}
+    attack = {"kind": "sign_flip", "share": 1.0}
+    workspace = make_workspace(**{**SECTIONS, "partition": partition}, attack=attack)
+    idle = workspace.late | workspace.partition.unlabelled
+    assert len(idle) == 2
+    assert workspace.possible_attackers == sorted({0, 1, 2, 3} - idle)
+    federation = Federation(workspace, open_grid(workspace.config, workspace, open_workspace))
+    federation.join()
+    assert federation.train_round(1)["clients"]["accepted"] == 2
+
+
+def test_attackers_stay_when_a_client_s_images_are_left_out(make_workspace: MakeWorkspace) -> None:
+    workspace = attacked(make_workspace, "sign_flip")
+    empty = np.zeros(0, dtype=np.int64)
+    rest = workspace.partition.trained_on([empty, *map(workspace.partition.train, (1, 2, 3))])
+    other = workspace.with_partition(rest)
+    assert other.trainable == [1, 2, 3]
+    assert other.possible_attackers == workspace.possible_attackers == [0, 1, 2, 3]
 
 
 def test_nobody_attacks_unless_asked(make_workspace: MakeWorkspace) -> None:
@@ -85,7 +110,7 @@ def test_nobody_attacks_unless_asked(make_workspace: MakeWorkspace) -> None:
 def test_scaled_changes(make_workspace: MakeWorkspace, kind: str, factor: float) -> None:
     honest = changes(make_workspace(**SECTIONS))
     found = changes(attacked(make_workspace, kind, scale=3.0))
-    bad = attackers(1, 4, 0.5)
+    bad = attackers(1, range(4), 0.5)
     for client, change in honest.items():
         expected = factor * change if client in bad else change
         np.testing.assert_allclose(found[client], expected, rtol=1e-4, atol=1e-7)
@@ -95,7 +120,7 @@ def test_scaled_changes(make_workspace: MakeWorkspace, kind: str, factor: float)
 def test_random_noise_has_the_asked_norm(make_workspace: MakeWorkspace) -> None:
     honest = changes(make_workspace(**SECTIONS))
     found = changes(attacked(make_workspace, "random_noise", scale=2.0))
-    for client in attackers(1, 4, 0.5):
+    for client in attackers(1, range(4), 0.5):
         ratio = np.linalg.norm(found[client]) / np.linalg.norm(honest[client])
         assert ratio == pytest.approx(2.0, rel=1e-4)
         cosine = (found[client] * honest[client]).sum() / ratio
@@ -117,7 +142,7 @@ def test_label_flip_trains_on_the_other_labels(make_workspace: MakeWorkspace) ->
     finally:
         object.__setattr__(flipped.dataset, "labels_N", labels_N)
     for client, change in honest.items():
-        expected = wrong[client] if client in attackers(1, 4, 0.5) else change
+        expected = wrong[client] if client in attackers(1, range(4), 0.5) else change
         np.testing.assert_allclose(found[client], expected, rtol=1e-5, atol=1e-8)
         assert not np.allclose(wrong[client], change)
 
@@ -138,7 +163,7 @@ def test_label_flip_trains_on_the_other_labels(make_workspace: MakeWorkspace) ->
 def test_broken_clients_are_dropped_counted_and_named(
     make_workspace: MakeWorkspace, kind: str, reason: str
 ) -> None:
-    bad = attackers(1, 4, 0.5)
+    bad = attackers(1, range(4), 0.5)
     _, updates, rejected, line = first_round(attacked(make_workspace, kind))
     assert {u.client for u in updates} == set(range(4)) - bad
     assert set(rejected) == bad
@@ -163,7 +188,7 @@ def test_a_run_names_who_was_dropped(run_config: Callable[..., Any]) -> None:
     config = run_config(**SECTIONS, attack={"kind": "nan", "share": 0.25})
     folder = run(config, make_display())
     rounds = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    (bad,) = attackers(1, 4, 0.25)
+    (bad,) = attackers(1, range(4), 0.25)
     assert [list(x.get("dropped", {})) for x in rounds] == [[], *[[str(bad)]] * 3]
     assert json.loads((folder / "summary.json").read_text())["rejected_replies"] == 3
 

@@ -29,7 +29,7 @@ SECTIONS: dict[str, Any] = {
     "partition": {"clients": 4, "scheme": "iid"},
     "simulation": {"clients_per_block": 2, "threads": 1},
 }
-BAD = attackers(1, 4, 0.5)
+BAD = attackers(1, range(4), 0.5)
 
 
 @pytest.fixture
@@ -142,6 +142,7 @@ def test_what_has_no_backdoor_is_refused_in_one_line(
         ({"name": "zero_shot"}, {}, "zero_shot"),
         ({"name": "coop_local", "context_tokens": 2}, {}, "global model"),
         ({"name": "fedotp", "context_tokens": 2}, {}, "reads"),
+        ({"name": "latte"}, {}, "whatever clients share"),
         (SECTIONS["method"], {"target": 6}, "attack.target is 6"),
     ]
     for method, attack, word in cases:

@@ -28,12 +28,21 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "per_expert": {"expert_shares": (2,), "ctx": (3, 4), "w.0": (3,), "w.1": (2, 2)},
     "product_mean": {**USUAL, "q.lora_A": (2, 3, 5), "q.lora_B": (2, 4, 3)},
     "unbalanced_transport": {"ctx_global": (3, 4), "ctx_ood": (5, 4), "ctx": (3, 4)},
+    "similar_prototypes": {"ctx": (3, 4), "prototypes": (3, 4)},
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
 EXTRAS: dict[str, Arrays] = {
     "all_peers": {
         "peers.known": np.zeros(CLIENTS, np.float32),
         "peers.ctx": np.zeros((CLIENTS, 3, 4), np.float32),
+    },
+    "nearest_peers": {
+        "peers.known": np.zeros(2, np.float32),
+        "peers.ctx": np.zeros((2, 3, 4), np.float32),
+    },
+    "similar_prototypes": {
+        "peers.known": np.zeros(2, np.float32),
+        "peers.prototypes": np.zeros((2, 3, 4), np.float32),
     },
     "posterior_samples": {
         "samples.known": np.zeros(2, np.float32),
@@ -267,6 +276,19 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
         assert bits(last) == bits(shared), f"resumed after round {finished}"
         assert bits(resumed.eval_tensors(last)) == eval_tensors
         assert resumed.metrics() == strategy.metrics()
+
+
+def test_a_strategy_says_whether_it_remembers_clients(name: str) -> None:
+    """The same replies by other clients leave another state if, and only if, it does."""
+    states, before = [], through_a_checkpoint(make(name))
+    for first in (0, 100):
+        strategy = make(name)
+        strategy.load_state(before)
+        strategy.set_nodes({first + c: NODE + c for c in range(CLIENTS)})
+        run(strategy, name, 1, start(name))
+        single = {f"{c}/{n}": a for c, t in strategy.changed_client_states() for n, a in t.items()}
+        states.append(bits({**strategy.state(), **single}))
+    assert (states[0] != states[1]) == strategy.remembers_clients
 
 
 def test_nothing_that_was_given_is_changed(name: str) -> None:

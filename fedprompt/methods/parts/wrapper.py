@@ -179,6 +179,7 @@ class WrappedMethod(Method):
         self.teacher = base.teacher
         self.lr_scale = dict(base.lr_scale)
         self.has_global = base.has_global
+        self.fixed_global = base.fixed_global
         self.no_transfer_reason = base.no_transfer_reason
         self.no_graph_reason = base.no_graph_reason
         self.images_at_once = base.images_at_once

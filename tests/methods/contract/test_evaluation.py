@@ -38,6 +38,20 @@ def test_models_score_images(method: Method, columns: FeatureTable, dataset: Ima
         assert torch.isfinite(logits).all()
 
 
+def test_the_global_model_follows_the_shared_tensors_unless_it_is_fixed(method: Method) -> None:
+    shared = {n: t[None] for n, t in method.init_shared(1).items()}
+    if not method.has_global or not shared:
+        assert not method.fixed_global, "there is no model, or nothing that it could follow"
+        return
+    draw = torch.Generator().manual_seed(1)
+    other = {n: t + 0.5 * torch.rand(t.shape, generator=draw) for n, t in shared.items()}
+    with torch.no_grad():
+        before, after = (method.encode(t, None) for t in (shared, other))
+    assert before.keys() == after.keys()
+    same = all(torch.equal(t, after[n]) for n, t in before.items())
+    assert same == method.fixed_global
+
+
 def test_cached_equals_uncached(
     method: Method, clip: FrozenCLIP, columns: FeatureTable, dataset: ImageDataset
 ) -> None:
