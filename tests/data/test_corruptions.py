@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from fedprompt.data.corruptions.blur import convolved, motion_kernel, zoomed
+from fedprompt.data.corruptions.blur import convolved, copied_in_turn, motion_kernel, zoomed
 from fedprompt.data.corruptions.dataset import corrupted_dataset
 from fedprompt.data.corruptions.weather import plasma
 from fedprompt.data.dataset import TEST, ImageDataset
@@ -133,10 +133,20 @@ def test_a_motion_kernel_is_a_line_in_its_direction() -> None:
     )
 
 
-def test_a_zoom_keeps_the_centre_and_a_plane() -> None:
+def test_a_zoom_enlarges_the_middle() -> None:
     y, x = np.mgrid[:9, :9].astype(float)
-    plane = 2 * x + y
-    assert zoomed(plane, 2.0) == pytest.approx(12 + (plane - 12) / 2)
+    # Five of nine rows, from the second on, become ten, of which nine remain.
+    steps = 2 + np.arange(9) * (5 - 1) / (10 - 1)
+    assert zoomed(2 * x + y, 2.0) == pytest.approx(2 * steps[None] + steps[:, None])
+
+
+def test_pixels_are_copied_one_after_another() -> None:
+    draw = np.random.default_rng(0)
+    source = draw.integers(0, 60, 60)
+    values = np.arange(60)
+    for pixel in range(59, -1, -1):
+        values[pixel] = values[source[pixel]]
+    assert copied_in_turn(source).tolist() == values.tolist()
 
 
 def test_a_higher_decay_is_a_smoother_texture() -> None:

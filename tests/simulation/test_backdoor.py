@@ -147,7 +147,8 @@ def test_what_has_no_backdoor_is_refused_in_one_line(
     ]
     for method, attack, word in cases:
         made = make_workspace(
-            **{**SECTIONS, "method": method}, attack={"kind": "backdoor", **attack}
+            **{**SECTIONS, "method": method, "strategy": {"name": "auto"}},
+            attack={"kind": "backdoor", **attack},
         )
         with pytest.raises(UserError, match=word) as error:
             open_grid(made.config, made, open_workspace)

@@ -2,10 +2,15 @@
 
 Source: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (Hendrycks
 and Dietterich, ICLR 2019, arXiv 1903.12261). The constants are those of the authors' code for
-images of 224 pixels; lengths grow with the side of the image. How we differ: the code is our own,
-in NumPy, SciPy and Pillow; frost is drawn, where the authors overlay photographs of it; glass blur
-lets every pixel look at a random neighbour, where theirs swaps neighbours one after another; and
-images are not stored as JPEG files after the corruption.
+images of 224 pixels (hendrycks/robustness, `make_imagenet_c.py`), and all of them were compared;
+lengths grow with the side of the image. At 224 pixels, JPEG and pixelate give the authors' bytes,
+contrast, brightness, defocus, glass and zoom blur their values up to the rounding of 8 bits and a
+slightly different edge of the disk and of the image, and noise, motion blur, snow, fog and elastic
+transforms the same distances from the clean image within the spread of the random draws.
+
+How we differ: the code is our own, in NumPy, SciPy and Pillow; frost is drawn, with the mean colour
+and contrast of the photographs that the authors overlay; values are rounded to 8 bits, where theirs
+are cut off; and images are not stored as JPEG files after the corruption.
 
 An image's random draws are the same at all severities, so that a higher severity is never the
 luckier draw.

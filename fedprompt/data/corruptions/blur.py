@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.ndimage import gaussian_filter, zoom
 from scipy.signal import fftconvolve
 
 Pixels = NDArray[np.float64]
@@ -44,18 +44,42 @@ def defocus_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) ->
 
 
 def glass_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
-    """Every pixel is a random one near it, several times; blurred before and after."""
+    """Every pixel becomes a copy of a random one near it, several times; blurred before and after.
+
+    The authors' code is meant to swap two pixels. Both are views of one array, so it only copies.
+    """
     sigma, reach, times = (
         (0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2),
     )[severity - 1]  # fmt: skip
     sigma, reach = scaled(sigma, image_HW3), max(1, round(scaled(reach, image_HW3)))
-    found = gaussian_filter(image_HW3, (sigma, sigma, 0))
+    found = gaussian_filter(image_HW3, (sigma, sigma, 0), mode="nearest")
     height, width = found.shape[:2]
+    y, x = np.indices((height, width))
+    inside = (reach < y) & (y <= height - reach) & (reach < x) & (x <= width - reach)
     for _ in range(times):
-        move_2HW = draw.integers(-reach, reach + 1, (2, height, width))
-        y, x = np.indices((height, width)) + move_2HW
-        found = found[y.clip(0, height - 1), x.clip(0, width - 1)]
-    return np.asarray(gaussian_filter(found, (sigma, sigma, 0)))
+        dx, dy = draw.integers(-reach, reach, (2, height, width)) * inside
+        from_N = ((y + dy) * width + x + dx).ravel()
+        found = found.reshape(-1, 3)[copied_in_turn(from_N)].reshape(found.shape)
+    return np.asarray(gaussian_filter(found, (sigma, sigma, 0), mode="nearest"))
+
+
+def copied_in_turn(from_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where values come from if each pixel, from the last to the first, becomes a copy of another.
+
+    A copy of a pixel that comes later in the image is a copy of a copy, so values travel farther
+    than one step.
+
+    Args:
+        from_N: the pixel that each pixel becomes a copy of; its own number to stay.
+
+    Returns:
+        The pixel whose value each pixel has in the end.
+    """
+    at_N, source_N = np.arange(len(from_N)), from_N
+    while (replaced_N := source_N > at_N).any():
+        at_N = np.where(replaced_N, source_N, at_N)
+        source_N = np.where(replaced_N, from_N[source_N], source_N)
+    return source_N
 
 
 def motion_kernel(radius: float, sigma: float, angle: float) -> Pixels:
@@ -93,18 +117,20 @@ def motion_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> 
 
 def zoomed(image: Pixels, factor: float) -> Pixels:
     """The middle of an image (H, W) or (H, W, 3), enlarged to its size, linearly interpolated."""
-    scale = np.array([1 / factor, 1 / factor, 1][: image.ndim])
-    centre = (np.array(image.shape) - 1) / 2
-    found: Pixels = affine_transform(
-        image, scale, offset=centre * (1 - scale), order=1, mode="nearest"
-    )
-    return found
+    height, width = image.shape[:2]
+    rows, columns = math.ceil(height / factor), math.ceil(width / factor)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    middle = image[top : top + rows, left : left + columns]
+    found: Pixels = zoom(middle, (factor, factor, 1)[: image.ndim], order=1)
+    top, left = (found.shape[0] - height) // 2, (found.shape[1] - width) // 2
+    return found[top : top + height, left : left + width]
 
 
 def zoom_blur(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
     """The mean of the image and of its enlargements, from 1 up to a largest factor."""
     largest, step = (
-        (1.10, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03),
+        # The authors' `arange` ends at 1.10, but by a rounding error it has 1.11 as well.
+        (1.11, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03),
     )[severity - 1]  # fmt: skip
     factors = 1 + step * np.arange(round((largest - 1) / step) + 1)
     total = image_HW3 + sum(zoomed(image_HW3, float(factor)) for factor in factors)

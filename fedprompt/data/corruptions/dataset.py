@@ -23,7 +23,7 @@ from fedprompt.rng import generator
 
 from . import corrupted
 
-VERSION = "1"
+VERSION = "2"
 """Changes when a corruption does, so that no cache holds rows of the former one."""
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from .blur import convolved, motion_kernel, scaled, zoomed
 
 Pixels = NDArray[np.float64]
-ICE = (0.86, 0.95, 1.0)
-"""Colour of frost."""
+ICE, ICE_DEPTH = (0.57, 0.65, 0.70), 0.095
+"""Mean colour and standard deviation of ice, those of the authors' photographs on average."""
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -69,7 +69,8 @@ def frost(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels
     kept, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
     clouds_HW = plasma(image_HW3.shape[0], image_HW3.shape[1], 1.4, draw)
     ridges_HW = (1 - np.abs(2 * clouds_HW - 1)) ** 2
-    return np.asarray(kept * image_HW3 + ice * ridges_HW[:, :, None] * np.array(ICE))
+    depth_HW1 = ICE_DEPTH * ((ridges_HW - ridges_HW.mean()) / ridges_HW.std())[:, :, None]
+    return np.asarray(kept * image_HW3 + ice * (np.array(ICE) + depth_HW1))
 
 
 def fog(image_HW3: Pixels, severity: int, draw: np.random.Generator) -> Pixels:
