@@ -184,7 +184,7 @@ def with_momentum(private: Tensors, momentum: Tensors) -> Tensors:
 
 def without_momentum(stored: Tensors) -> tuple[Tensors, Tensors]:
     """The private tensors and the momentum that a client has stored; see `with_momentum`."""
-    # The labels that active learning has asked for (`queries.ASKED`) are no tensor of the method.
+    # What a client knows of its labels (`queries.OF_LABELS`) is no tensor of the method.
     private = {n: t for n, t in stored.items() if "/" not in n}
     momentum = {n.removeprefix(STORED): t for n, t in stored.items() if n.startswith(STORED)}
     return private, momentum

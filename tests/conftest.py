@@ -91,7 +91,12 @@ def make_workspace(clip: FrozenCLIP) -> Callable[..., Workspace]:
 
     def make(**sections: Any) -> Workspace:
         config = small_config(**sections)
-        partition = make_partition(dataset, config.partition, config.seed)
+        partition = make_partition(
+            dataset,
+            config.partition,
+            config.seed,
+            without_labels=config.trains_without_labels,
+        )
         return Workspace(config, clip, dataset, partition, [FeatureTable(features_ND)])
 
     return make

@@ -160,8 +160,17 @@ class PartitionConfig:
     unlabelled_clients: int = option(
         0,
         "clients, drawn at random, whose training images have no labels: they train only with "
-        "methods that learn without",
+        "methods that learn without, or on pseudo-labels",
         ge=0,
+    )
+    relabel_every: int | None = option(
+        None,
+        "rounds after which clients without labels choose pseudo-labels anew, on which they train; "
+        "0 = they have none; null = as the method has it",
+        ge=0,
+    )
+    unsure_share: float = option(
+        0.5, "with relabel_every: share of a client's images whose guesses do not count", ge=0, lt=1
     )
     late_clients: int = option(
         0,
@@ -448,11 +457,21 @@ class Config:
     protocol_options: dict[str, Any]  # the config dataclass of each of these protocols
 
     @property
+    def relabel_every(self) -> int:
+        """After how many rounds clients without labels choose pseudo-labels anew; 0 for never."""
+        own = self.partition.relabel_every
+        return int(self.method.relabel_every if own is None else own)
+
+    @property
+    def trains_without_labels(self) -> bool:
+        """Whether clients without labels train: by the method's own means, or on pseudo-labels."""
+        return bool(self.method.learns_without_labels or self.relabel_every)
+
+    @property
     def able_to_train(self) -> int:
         """Number of clients that can train, provided that each has training images."""
         partition = self.partition
-        without_labels = self.method.learns_without_labels
-        unable = 0 if without_labels else partition.unlabelled_clients
+        unable = 0 if self.trains_without_labels else partition.unlabelled_clients
         return partition.clients - unable - partition.late_clients
 
 

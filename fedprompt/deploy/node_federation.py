@@ -174,6 +174,6 @@ class NodeFederation(Federation):
             self.folder.write_json(SITES, self.sites)
 
     def _set_nodes(self) -> None:
-        without_labels = self.config.method.learns_without_labels
-        able = set(self.nodes.able_to_train(without_labels)) - self.workspace.late
+        able = set(self.nodes.able_to_train(self.config.trains_without_labels))
+        able -= self.workspace.late
         self.strategy.set_nodes(self.nodes.node_of_client, able)

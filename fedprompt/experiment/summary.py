@@ -104,8 +104,8 @@ def finish(
     }
     summary["few_test_images"] = few_test_images(federation.describe())
     if unlabelled := sorted(workspace.partition.unlabelled):
-        learns = config.method.learns_without_labels
-        summary["unlabelled_clients"] = {"clients": unlabelled, "train": learns}
+        train = config.trains_without_labels
+        summary["unlabelled_clients"] = {"clients": unlabelled, "train": train}
     if workspace.late:
         summary["late_clients"] = sorted(workspace.late)
     summary |= absent_updates(recorded)

@@ -17,6 +17,7 @@ from fedprompt.config.schema import (
     SECTIONS,
     Config,
 )
+from fedprompt.data.partition.pseudo_labels import check_pseudo_labels
 from fedprompt.data.sources.registry import build_data
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation import registry as protocols
@@ -128,11 +129,11 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: the server would have validation images of two kinds; a round is to be chosen
             without any; the rounds cannot be divided into active rounds, or a protocol needs the
-            labels that are hidden; likewise for sessions in which classes arrive; no client has
-            labels and the method needs them; the method needs a momentum that starts at zero, SGD,
-            or float64 on a device without it; or, with secure aggregation, the strategy needs
-            single replies, the attack is one that only checks of single replies detect, or a round
-            has too few clients.
+            labels that are hidden; likewise for sessions in which classes arrive; pseudo-labels
+            cannot be had; no client has labels and the method needs them; the method needs a
+            momentum that starts at zero, SGD, or float64 on a device without it; or, with secure
+            aggregation, the strategy needs single replies, the attack is one that only checks of
+            single replies detect, or a round has too few clients.
     """
     partition, official = config.partition, config.data.official_validation
     if official and partition.server_validation_fraction:
@@ -154,6 +155,8 @@ def check_config(config: Config) -> None:
             f"{partition.clients} clients, and method '{config.method.name}' needs labels; at "
             "least one client must have them."
         )
+    if partition.unlabelled_clients and config.relabel_every:
+        check_pseudo_labels(config)
     if partition.labels_per_round:
         _check_active_learning(config)
     if partition.sessions or "class_incremental" in config.protocols:

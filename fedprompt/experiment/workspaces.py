@@ -108,7 +108,7 @@ def deal(config: Config, dataset: ImageDataset) -> tuple[ImageDataset, HeldOut |
         dataset,
         config.partition,
         config.seed,
-        without_labels=config.method.learns_without_labels,
+        without_labels=config.trains_without_labels,
     )
     warn_of_copies(dataset, partition)
     return dataset, held_out, partition

@@ -20,15 +20,17 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from torch import Tensor
 
-from fedprompt.data.partition.queries import ASKED
+from fedprompt.data.partition.queries import ASKED, OF_LABELS
 from fedprompt.data.partition.stages import Stage, stage_of
 from fedprompt.errors import UserError
 from fedprompt.evaluation.registry import open_protocols
 from fedprompt.federation.personal_evaluation import count_correct
+from fedprompt.federation.pseudo_labelling import LABELLING, guess_labels, pseudo_labels
 from fedprompt.messages import ARRAYS, CONFIG, EXTRAS, METRICS, to_record, values_of
 from fedprompt.methods.base import Tensors
-from fedprompt.optimizer import with_momentum, without_momentum
+from fedprompt.optimizer import STORED, with_momentum, without_momentum
 from fedprompt.privacy.local_noise import protected
 from fedprompt.runtime.peer_text import sanitised
 from fedprompt.scoring import encode_personal, logits_of
@@ -87,6 +89,10 @@ def handle(
     models = [model_of_client(present, c, private.get(c, {})) for c in clients]
     if settings.get(QUERY):
         return _ask_labels(workspace, clients, messages, private, models)
+    if phase := settings.get(LABELLING):
+        shared = [received(workspace, m) for m in messages]
+        rows, changed = guess_labels(workspace, clients, shared, models, private, int(str(phase)))
+        return _replies(rows, messages), changed
     # Protocols measure at the end of a run, when there is everything.
     if settings.get(PROTOCOLS):
         return _measure(workspace, clients, messages, models), {}
@@ -105,11 +111,18 @@ def _train(
     # The models that it remembers will not be evaluated again.
     workspace.memo.clear()
     kept = {c: stored.get(c, {}) for c in clients}
+    chosen = [
+        pseudo_labels(workspace, c, _settings(m), kept[c])
+        for c, m in zip(clients, messages, strict=True)
+    ]
     results = train_clients(
         workspace.method,
         [received(workspace, m) for m in messages],
-        [model_of_client(workspace, c, kept[c]) for c in clients],
-        [workspace.train_data(c, kept[c].get(ASKED)) for c in clients],
+        [model_of_client(workspace, c, kept[c], p) for c, p in zip(clients, chosen, strict=True)],
+        [
+            workspace.train_data(c, kept[c].get(ASKED), p)
+            for c, p in zip(clients, chosen, strict=True)
+        ],
         config.training,
         seed=stage.seed,
         server_round=stage.server_round,
@@ -142,15 +155,25 @@ def _train(
         replies.append(Message(content, reply_to=message))
     changed = {
         r.client: with_momentum(r.private, r.momentum)
-        | {n: t for n, t in kept[r.client].items() if n == ASKED}
+        | {n: t for n, t in kept[r.client].items() if n.startswith(OF_LABELS)}
         for r in results
     }
     return replies, {c: tensors for c, tensors in changed.items() if tensors}
 
 
-def model_of_client(workspace: Workspace, client: int, stored: Tensors) -> Tensors:
-    """A client's private tensors: what it has stored of them, else its seeded start."""
-    return without_momentum(stored)[0] or workspace.start_private(client, stored.get(ASKED))
+def model_of_client(
+    workspace: Workspace, client: int, stored: Tensors, pseudo_N: Tensor | None = None
+) -> Tensors:
+    """A client's private tensors: what it has stored of them, else its seeded start.
+
+    Args:
+        workspace: this process's data, CLIP and method.
+        client: the client's id.
+        stored: what it has stored.
+        pseudo_N: its pseudo-labels, if it trains on some.
+    """
+    known = stored.get(ASKED), pseudo_N
+    return without_momentum(stored)[0] or workspace.start_private(client, *known)
 
 
 def _ask_labels(
@@ -173,7 +196,13 @@ def _ask_labels(
             logits_NC = torch.cat(list(logits_of(method, encoded, inputs)))
             answers_NC = logits_NC.double().softmax(-1)
             asked_N = workspace.ask(client, answers_NC, asked_N, active_round)
-            changed[client] = {ASKED: asked_N}
+            momentum = {n: t for n, t in stored.get(client, {}).items() if n.startswith(STORED)}
+            # The model starts again. Every name is stored again, as stores expect it.
+            changed[client] = {
+                ASKED: asked_N,
+                **workspace.start_private(client, asked_N),
+                **{n: torch.zeros_like(t) for n, t in momentum.items()},
+            }
         metrics = MetricRecord({LABELS: int((asked_N > 0).sum())})
         replies.append(Message(RecordDict({METRICS: metrics}), reply_to=message))
     return replies, changed
@@ -193,10 +222,7 @@ def _evaluate(
         private,
         common=bool(_settings(messages[0]).get(COMMON)),
     )
-    return [
-        Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=message)
-        for row, message in zip(rows, messages, strict=True)
-    ]
+    return _replies(rows, messages)
 
 
 def _measure(
@@ -214,9 +240,16 @@ def _measure(
             for row, result in zip(rows, results, strict=True):
                 # Prefixed, so that two protocols may use the same name for different values.
                 row.update({f"{protocol.name}.{n}": v for n, v in result.items()})
+    return _replies(rows, messages)
+
+
+def _replies(
+    rows: Sequence[Mapping[str, int | float]], messages: Sequence[Message]
+) -> list[Message]:
+    """Replies with one row of numbers each."""
     return [
-        Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=m)
-        for row, m in zip(rows, messages, strict=True)
+        Message(RecordDict({METRICS: MetricRecord({**row})}), reply_to=message)
+        for row, message in zip(rows, messages, strict=True)
     ]
 
 

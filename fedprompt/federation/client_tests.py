@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedprompt.federation.client_app import QUERY
 from fedprompt.federation.grid import CountingGrid
+from fedprompt.federation.pseudo_labelling import LABELLING
 from fedprompt.federation.screening import Row, screen_evaluations
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.files.tensors import array_checksum
@@ -99,7 +100,8 @@ class ClientTests:
         """
         at_once, strategy = self.clients_at_once, self._strategy
         # A query changes what clients know, so a resumed run must ask again.
-        record = self.record if len(clients) > at_once and QUERY not in settings else None
+        repeatable = not {QUERY, LABELLING} & set(settings)
+        record = self.record if len(clients) > at_once and repeatable else None
         found: dict[int, Row] = {}
         test = ""
         if record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedprompt.data.partition.pseudo_labels import check_pseudo_labels
 from fedprompt.data.partition.sessions import in_session
 from fedprompt.errors import UserError
 from fedprompt.federation.strategy import SharedPromptStrategy
@@ -35,6 +36,9 @@ def check_federation(workspace: Workspace, strategy: SharedPromptStrategy) -> No
         _check_active_learning(workspace, strategy)
     if config.partition.sessions:
         _check_sessions(workspace)
+    # With `partition.file`, the config alone does not tell.
+    if config.relabel_every and workspace.partition.unlabelled:
+        check_pseudo_labels(config)
 
 
 def _check_active_learning(workspace: Workspace, strategy: SharedPromptStrategy) -> None:

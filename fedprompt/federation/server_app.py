@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import Tensor
 
 from fedprompt.data.features.inputs import Inputs
@@ -30,6 +30,7 @@ from fedprompt.federation.grid import CountingGrid
 from fedprompt.federation.personal_evaluation import reported_counts
 from fedprompt.federation.presence import Presence
 from fedprompt.federation.protocol_results import ProtocolResults
+from fedprompt.federation.pseudo_labelling import LABELLING, PseudoLabels, count_ranges_of
 from fedprompt.federation.refusals import check_federation
 from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.sampling import attackers
@@ -75,6 +76,7 @@ class Federation:
         strategy: aggregates them.
         rejected: number of training replies that have been rejected since the run began.
         asked: how often each client has been asked to train since the run began.
+        pseudo: the pseudo-labels of clients without labels, in the present phase.
         releases: what has been released with noise since the run began.
         presence: who can be asked and who answers, in the conditions that a simulation sets.
         protocols: the evaluation protocols and what they have measured.
@@ -102,6 +104,7 @@ class Federation:
         self.presence = Presence(workspace)
         self.arrays = to_record({n: t.numpy() for n, t in start.items()})
         self.takes_steps = takes_steps(self.method)
+        self.pseudo = PseudoLabels(len(workspace.task.class_names))
         if self.presence.clock is not None and config.clock.deadline_s is not None:
             # Rounds differ where images arrive, or labels are asked for, one after the other.
             rounds = range(1, config.federation.rounds + 1)
@@ -226,7 +229,7 @@ class Federation:
         # The tensors that have been evaluated so far will not be evaluated again.
         self.workspace.at(server_round).memo.clear()
         self._sampled_from(server_round)
-        labels = self._begin_active_round(server_round)
+        labels = self._begin_active_round(server_round) | self._begin_phase(server_round)
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
         if self.config.privacy.noise:
@@ -291,13 +294,31 @@ class Federation:
         total = sum(int(row[LABELS]) for row in rows.values())
         return {"labels": {"active_round": stage.number, "clients": len(rows), "asked": total}}
 
+    def _begin_phase(self, server_round: int) -> dict[str, Any]:
+        """Have clients without labels choose pseudo-labels, unless they have in this phase.
+
+        Returns:
+            The entry `pseudo_labels` of the round's line, if a phase begins.
+        """
+        stage, unlabelled = stage_of(self.config, server_round), self.workspace.partition.unlabelled
+        if not (self.config.relabel_every and unlabelled):
+            return {}
+        asked = self.pseudo.waiting(stage.number, unlabelled & set(self.strategy.known.trainable))
+        if asked:
+            ranges, settings = count_ranges_of(self.pseudo.classes), {LABELLING: stage.number}
+            # With the model of the round before, which a node has stored under its number.
+            arrays = self._eval_arrays()
+            rows = self.tests.ask(server_round - 1, asked, arrays, ranges, settings)
+            faults = self.pseudo.add(rows, self.training_images)
+            self.strategy.evaluation_faults.add(faults)
+        return {"pseudo_labels": self.pseudo.line()} if stage.begins else {}
+
     def _sample(self, server_round: int) -> dict[int, Message]:
         """The training messages of a round, by client id."""
+        settings = ConfigRecord({**self.exchange.settings(), **self.pseudo.settings()})
         with self.presence.only_present(self.strategy, server_round):
             messages = list(
-                self.strategy.configure_train(
-                    server_round, self.arrays, self.exchange.settings(), self.grid
-                )
+                self.strategy.configure_train(server_round, self.arrays, settings, self.grid)
             )
         client_of_node = self.strategy.known.client_of_node
         return {client_of_node[m.metadata.dst_node_id]: m for m in messages}
@@ -353,6 +374,8 @@ class Federation:
         """The number of images that a client trains on in a round."""
         if self.config.partition.sessions:
             return len(self.workspace.at(server_round).partition.train(client))
+        if self.config.relabel_every and client in self.workspace.partition.unlabelled:
+            return self.pseudo.images_of(client)
         images, per_round = self.training_images(client), self.config.partition.labels_per_round
         if not per_round or self.config.method.learns_without_labels:
             return images
@@ -361,7 +384,7 @@ class Federation:
     def _without_labels(self) -> dict[str, int]:
         """How many of the sampled clients have no labels, in a run in which such clients train."""
         unlabelled = self.workspace.partition.unlabelled
-        if not (unlabelled and self.config.method.learns_without_labels):
+        if not (unlabelled and self.config.trains_without_labels):
             return {}
         return {"unlabelled": len(unlabelled & set(self.strategy.sampled))}
 

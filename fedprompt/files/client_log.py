@@ -79,13 +79,13 @@ class ClientLog:
 
         Args:
             client: the client's id.
-            tensors: tensors by name, the same names in every call for the client.
+            tensors: tensors by name, with all names of earlier calls for the client.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
         held = self._places.names_of(client)
-        if tensors and held and held != set(tensors):
+        if tensors and not held <= set(tensors):
             raise ValueError(f"client {client} stored {sorted(held)} and now {sorted(tensors)}")
         for name, tensor in tensors.items():
             row = to_npy(tensor)

@@ -134,6 +134,11 @@ class MethodConfig:
         return False
 
     @property
+    def relabel_every(self) -> int:
+        """What `partition.relabel_every: null` stands for: rounds between pseudo-labels, or 0."""
+        return 0
+
+    @property
     def token_space(self) -> bool:
         """Whether all that is shared are prompts among the text tower's tokens.
 

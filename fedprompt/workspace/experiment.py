@@ -356,7 +356,9 @@ class Workspace(HeldImages):
         self.clip.positions_encoded = before
         return per_step, per_image
 
-    def start_private(self, client: int, asked_N: Tensor | None = None) -> Tensors:
+    def start_private(
+        self, client: int, asked_N: Tensor | None = None, pseudo_N: Tensor | None = None
+    ) -> Tensors:
         """A client's private tensors before its first training.
 
         Methods that initialise them from the client's images (`init_private_from_data`) do so
@@ -365,6 +367,7 @@ class Workspace(HeldImages):
         Args:
             client: client id, 0 .. K - 1.
             asked_N: see `train_data`.
+            pseudo_N: see `train_data`.
 
         Returns:
             The private tensors by name, without a client axis.
@@ -372,9 +375,9 @@ class Workspace(HeldImages):
         start = self.method.init_private(self.config.seed, client)
         fills = type(self.method).init_private_from_data is not Method.init_private_from_data
         # `train_data` copies all of a client's images, which most methods would not look at.
-        if not (fills and self.trains(client, asked_N)):
+        if not (fills and self.trains(client, asked_N, pseudo_N)):
             return start
-        data = self.train_data(client, asked_N)
+        data = self.train_data(client, asked_N, pseudo_N)
         return self.method.init_private_from_data(start, data, self.config.seed)
 
 

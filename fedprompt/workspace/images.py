@@ -63,10 +63,10 @@ class HeldImages:
     def trainable(self) -> list[int]:
         """Clients that the server may ask to train, ascending.
 
-        They have training images, and labels of these unless the method learns without, and do not
-        join late.
+        They have training images, and labels of these unless the method learns without or they
+        have pseudo-labels, and do not join late.
         """
-        able = self.partition.able_to_train(self.config.method.learns_without_labels)
+        able = self.partition.able_to_train(self.config.trains_without_labels)
         return [client for client in able if client not in self.late]
 
     @cached_property
@@ -99,13 +99,17 @@ class HeldImages:
         # As `federation.sampling.draw_clients` does.
         return max(1, round(settings.federation.fraction * able))
 
-    def train_data(self, client: int, asked_N: Tensor | None = None) -> ClientData:
+    def train_data(
+        self, client: int, asked_N: Tensor | None = None, pseudo_N: Tensor | None = None
+    ) -> ClientData:
         """A client's local training images and labels.
 
         Args:
             client: client id, 0 .. K - 1.
             asked_N: in active learning, above 0 for images whose labels it has asked for; None if
                 for none.
+            pseudo_N: the labels that a client without labels has given its images, `UNLABELLED`
+                for those that it leaves out; None if it has given none.
 
         Returns:
             Its n images in V views, (V * n, ...), all images of one view before the next view,
@@ -117,15 +121,15 @@ class HeldImages:
                 server does not ask such a client to train.
         """
         train = self.partition.train(client)
-        known_N = self._known(client, asked_N)
-        if not self.trains(client, asked_N):
+        known_N = self._known(client, asked_N, pseudo_N)
+        if not self.trains(client, asked_N, pseudo_N):
             raise UserError(f"client {client} has no labelled training images and cannot train.")
-        if not self.config.method.learns_without_labels:
-            train, known_N = train[known_N], known_N[known_N]
-        inputs = Inputs.cat([view.rows(train) for view in self.views])
-        labels_N = self._labels(train)
+        labels_N = self._labels(train) if pseudo_N is None else pseudo_N.clone()
         # Withheld here, so that no method can learn from them by mistake.
         labels_N[~torch.from_numpy(known_N)] = UNLABELLED
+        if not self.config.method.learns_without_labels:
+            train, labels_N = train[known_N], labels_N[torch.from_numpy(known_N)]
+        inputs = Inputs.cat([view.rows(train) for view in self.views])
         return ClientData(client, inputs, labels_N, views=len(self.views))
 
     def test_data(self, client: int) -> tuple[Inputs, Tensor]:
@@ -191,20 +195,26 @@ class HeldImages:
         late = {"late_clients": sorted(self.late)} if self.late else {}
         return describe(self.dataset, self.partition) | late
 
-    def trains(self, client: int, asked_N: Tensor | None) -> bool:
+    def trains(self, client: int, asked_N: Tensor | None, pseudo_N: Tensor | None = None) -> bool:
         """Whether a client has what the method learns from.
 
         Args:
             client: client id, 0 .. K - 1.
             asked_N: see `train_data`.
+            pseudo_N: see `train_data`.
         """
         if self.config.method.learns_without_labels:
             return bool(len(self.partition.train(client)))
-        return bool(self._known(client, asked_N).any())
+        return bool(self._known(client, asked_N, pseudo_N).any())
 
-    def _known(self, client: int, asked_N: Tensor | None) -> NDArray[np.bool_]:
-        """Which of a client's training images have labels that it knows, (n,)."""
+    def _known(
+        self, client: int, asked_N: Tensor | None, pseudo_N: Tensor | None
+    ) -> NDArray[np.bool_]:
+        """Which of a client's training images have labels, known or chosen by itself, (n,)."""
         images = len(self.partition.train(client))
+        if pseudo_N is not None:
+            chosen_N: NDArray[np.bool_] = (pseudo_N != UNLABELLED).numpy()
+            return chosen_N
         if client in self.partition.unlabelled:
             return np.zeros(images, dtype=bool)
         if not self.config.partition.labels_per_round:

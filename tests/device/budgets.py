@@ -51,6 +51,7 @@ STEP = {
     "fedcocoop": Budget(105),
     "fedapt": Budget(170),
     "feddeap": Budget(405),
+    "fedcopl": Budget(190),
     "feddda": Budget(200),
     "fedkgcoop": Budget(115),
     "fedmaple": Budget(215),

@@ -34,8 +34,11 @@ from numpy.typing import NDArray
 
 from fedprompt.config.schema import PartitionConfig
 
-ASKED = "labels/asked"
-"""The name of the state in a store of private tensors; no method's tensor has a slash."""
+OF_LABELS = "labels/"
+"""What precedes the names of what a client stores about its labels; no method's tensor has a slash.
+"""
+ASKED = f"{OF_LABELS}asked"
+"""The name of the state in a store of private tensors."""
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 

@@ -130,6 +130,8 @@ def objections(policy: Policy, config: Config) -> list[str]:
         found.append(f"max_rounds: {rounds} rounds, more than {policy.max_rounds}")
     if policy.class_counts != "exact" and config.method.reveals_classes:
         found.append(f"class_counts: method '{config.method.name}' sends sums over single classes")
+    if policy.class_counts != "exact" and config.relabel_every:
+        found.append("class_counts: partition.relabel_every asks for guesses by class")
     found += _protocol_objections(policy, config)
     found += class_objections(policy, getattr(config.data, "class_names", None) or [])
     found += _protection_objections(policy, config)

@@ -89,6 +89,11 @@ class WrapperConfig(MethodConfig):
         return self._base().learns_without_labels
 
     @property
+    def relabel_every(self) -> int:
+        """The base's."""
+        return self._base().relabel_every
+
+    @property
     def companions(self) -> tuple[str, ...]:
         """The base's."""
         return self._base().companions

@@ -183,10 +183,12 @@ def test_labels_that_were_not_asked_for_change_nothing(
     assert all(torch.equal(a, b) for a, b in zip(asked, again, strict=True))
 
 
+@pytest.mark.parametrize("method", ["promptfl", "fedpgp"])
 def test_a_resumed_run_asks_for_the_same_labels(
-    make_workspace: Callable[..., Workspace], tmp_path: Path
+    make_workspace: Callable[..., Workspace], tmp_path: Path, method: str
 ) -> None:
-    workspace = make_workspace(**ACTIVE)
+    keep = {"momentum_state": "keep"} if method == "fedpgp" else {}
+    workspace = make_workspace(**{**ACTIVE, "method": {"name": method}, "training": keep})
 
     def run(folder: RunFolder, display: QuietDisplay, checkpoint: Any = None) -> None:
         private = PrivateLog(folder.path / PRIVATE, 4)

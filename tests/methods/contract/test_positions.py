@@ -77,6 +77,7 @@ BUDGET = {
     "fedapt": Positions(0, 302, 2114),
     "fedcocoop": Positions(0, 232, 696),
     "feddeap": Positions(0, 382, 382),
+    "fedcopl": Positions(0, 110, 130),
     "feddda": Positions(0, 422, 422),
     "fedkgcoop": Positions(59, 58, 116),
     "fedgallop": Positions(0, 464, 696),
