@@ -30,7 +30,8 @@ from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose, parse
 from fedprompt.experiment.validate import validate
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.federation.client_app import handle, received, server_round
+from fedprompt.federation.client_app import handle, server_round
+from fedprompt.federation.received import received
 from fedprompt.messages import CLIENT_FAILED, CONFIG
 from fedprompt.methods.base import Tensors
 from fedprompt.methods.registry import method_class

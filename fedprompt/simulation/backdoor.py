@@ -46,6 +46,7 @@ from fedprompt.errors import UserError
 from fedprompt.evaluation.perturbations import ATTACKABLE
 from fedprompt.evaluation.triggers import classes_of_pixels, trained_trigger, triggered
 from fedprompt.federation import client_app
+from fedprompt.federation.received import received
 from fedprompt.federation.scores import BACKDOOR_COUNTS
 from fedprompt.messages import METRICS
 from fedprompt.methods.base import Method, Tensors
@@ -177,7 +178,7 @@ def _next_trigger(
 
 def global_model(workspace: Workspace, message: Message) -> Tensors:
     """The global model in a message of the server, with client axis 1."""
-    shared = client_app.received(workspace, message)
+    shared = received(workspace, message)
     prompts = {n: t for n, t in shared.items() if n not in workspace.extras_shapes}
     return encode_global(workspace.method, prompts)
 

@@ -84,7 +84,7 @@ class HeldImages:
         They are those that may train. One that holds no images is among them, so that the attackers
         are the same when the run is repeated without some of the images.
         """
-        blind = set() if self.config.method.learns_without_labels else self.partition.unlabelled
+        blind = set() if self.config.trains_without_labels else self.partition.unlabelled
         return [c for c in range(self.num_clients) if c not in self.late and c not in blind]
 
     @property

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedprompt.config.schema import Config, to_yaml
+from fedprompt.data.partition.pseudo_labels import Totals, images_chosen
 from fedprompt.deploy import node as node_module
 from fedprompt.deploy import worker, worker_client
 from fedprompt.deploy.folders import NodeFolder
@@ -28,6 +30,7 @@ from fedprompt.deploy.worker_client import WorkerUnavailable, ask_worker
 from fedprompt.errors import DeviceFault, UserError
 from fedprompt.experiment.compose import parse
 from fedprompt.experiment.workspaces import open_workspace
+from fedprompt.federation.pseudo_labelling import LABELLING, TOTALS
 from fedprompt.messages import Refused, become_server, to_arrays, to_record, to_wire
 from fedprompt.methods.registry import method_class
 from fedprompt.runtime.peer_text import LONGEST_REASON
@@ -325,3 +328,33 @@ def test_clients_of_one_simulation_process_share_its_workspace(
         node_module._workspace(lending, read_node_settings(settings))
     assert len(opened) == 3
     node_module._opened.cache_clear()
+
+
+def test_a_node_without_labels_keeps_its_guesses_from_one_message_to_the_next(
+    images: Path,
+) -> None:
+    node, run = settings(images)
+    text = to_yaml(config_for(images, Path("run"))).replace(str(images), "/not/here")
+    run["config"] = text.replace("unlabelled_clients: 0", "unlabelled_clients: 3").replace(
+        "relabel_every: null", "relabel_every: 2"
+    )
+    start = start_of(images)
+
+    def ask(kind: str, server_round: int, **entries: Any) -> Message:
+        sent = message(kind, server_round, start)
+        sent.content["config"] = ConfigRecord({"server-round": server_round, **entries})
+        return answer(sent, node, run, 7)
+
+    totals = {TOTALS: [1, 30, 3, 4, 3, 2, 1]}
+    early = ask(MessageType.TRAIN, 1, **totals)
+    assert "phase 1" in str(early.error.reason)
+    first, again = (ask(MessageType.EVALUATE, 0, **{LABELLING: 1}) for _ in range(2))
+    counts = first.content["metrics"]
+    assert dict(counts) == dict(again.content["metrics"])
+    sure_C, guessed_C = (
+        np.array([counts[f"{kind}-{c}"] for c in range(4)]) for kind in ("sure", "guessed")
+    )
+    expected = images_chosen(Totals(1, (4, 3, 2, 1), 30, 3).quota(sure_C), guessed_C)
+    for server_round in (1, 2):
+        trained = ask(MessageType.TRAIN, server_round, **totals)
+        assert trained.content["metrics"]["num-examples"] == expected

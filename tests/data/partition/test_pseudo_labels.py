@@ -173,7 +173,7 @@ def start(workspace: Workspace) -> tuple[Federation, InlineGrid]:
 
 def test_clients_without_labels_train_on_their_quotas(make_workspace: MakeWorkspace) -> None:
     workspace = make_workspace(**BLIND)
-    assert workspace.trainable == [0, 1, 2, 3]
+    assert workspace.trainable == workspace.possible_attackers == [0, 1, 2, 3]
     federation, grid = start(workspace)
     line = federation.train_round(1)
     assert line["clients"] == {"sampled": 4, "accepted": 4, "rejected": 0, "unlabelled": 4}
