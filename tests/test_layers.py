@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tests.support import ROOT
@@ -44,16 +45,20 @@ def files() -> dict[str, Path]:
 FILES = files()
 
 
+def nodes(tree: ast.AST, late: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Every statement below a node, and whether it stands in a function."""
+    late = late or isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for node in ast.iter_child_nodes(tree):
+        # Nothing below an expression is an import.
+        if not isinstance(node, ast.expr):
+            if isinstance(node, ast.stmt):
+                yield node, late
+            yield from nodes(node, late)
+
+
 def imports(module: str) -> Iterator[tuple[str, bool]]:
     """The modules of ours that a module imports, and whether it does so in a function."""
-    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
-    late = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in ast.walk(function)
-    }
-    for node in ast.walk(tree):
+    for node, late in nodes(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -65,10 +70,12 @@ def imports(module: str) -> Iterator[tuple[str, bool]]:
         for name in sorted(set(names)):
             # The package itself runs before anything in it, and holds its version.
             if name in FILES and name not in (module, "fedprompt"):
-                yield name, id(node) in late
+                yield name, late
 
 
-GRAPH = {module: list(imports(module)) for module in FILES}
+@cache
+def graph() -> dict[str, list[tuple[str, bool]]]:
+    return {module: list(imports(module)) for module in FILES}
 
 
 def floor(module: str) -> int:
@@ -78,14 +85,14 @@ def floor(module: str) -> int:
 
 
 def test_no_import_goes_up() -> None:
-    up = [(m, n) for m, found in GRAPH.items() for n, _ in found if floor(n) > floor(m)]
+    up = [(m, n) for m, found in graph().items() for n, _ in found if floor(n) > floor(m)]
     assert not up
 
 
 def test_no_import_of_ours_hides_in_a_function() -> None:
     hidden = [
         (m, n)
-        for m, found in GRAPH.items()
+        for m, found in graph().items()
         for n, late in found
         if late and not str(FILES[m].relative_to(ROOT / "fedprompt")).startswith(LATE)
     ]
@@ -99,11 +106,11 @@ def test_no_circle() -> None:
         assert module not in path, f"circle: {' -> '.join([*path, module])}"
         if module in done:
             return
-        for name, _ in GRAPH[module]:
+        for name, _ in graph()[module]:
             round_info(name, (*path, module))
         done.add(module)
 
-    for module in GRAPH:
+    for module in graph():
         round_info(module, ())
 
 

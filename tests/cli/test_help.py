@@ -23,8 +23,11 @@ def tree(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[s
             yield from tree(inner, (*path, name))
 
 
+FEDPROMPT = typer.main.get_command(app)
+
+
 def found(path: tuple[str, ...]) -> click.Command:
-    command = typer.main.get_command(app)
+    command = FEDPROMPT
     for name in path:
         assert isinstance(command, click.Group)
         command = command.commands[name]
@@ -36,7 +39,7 @@ def words(text: str) -> str:
     return " ".join(text.replace("\\[", "[").split())
 
 
-COMMANDS = list(tree(typer.main.get_command(app)))
+COMMANDS = list(tree(FEDPROMPT))
 
 
 def test_the_whole_tree_is_looked_at() -> None:

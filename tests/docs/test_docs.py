@@ -32,6 +32,7 @@ INVENTED = {
 GENERATED = generated_files(ROOT)
 MADE = re.compile(r"(commands|notebook|api/(methods|strategies|protocols))\.md")
 """Pages that only the site has."""
+COMMAND = typer.main.get_command(app)
 TAKES_EXPERIMENT = ("run", "data show", "data sheet", "data partition")
 
 
@@ -63,7 +64,7 @@ def test_files_of_the_repository_that_a_page_names_exist(page: Path) -> None:
 
 def understood(words: list[str], command: str) -> None:
     """Parses a command as the program would, and composes its config, but does not run it."""
-    node = typer.main.get_command(app)
+    node = COMMAND
     path = ""
     while hasattr(node, "commands") and words and not words[0].startswith("-"):
         assert words[0] in node.commands, f"no such command: {command}"

@@ -124,9 +124,17 @@ def test_damaged_results_are_one_line(runs: Callable[..., Path], tmp_path: Path,
         (folder / "summary.json").write_text(json.dumps(summary))
         with pytest.raises(UserError, match=rf"summary\.json is damaged: 'protocols\.{name}'"):
             draw_report(folder)
-    summary["protocols"] = {"of_another_version": {}}
+
+
+def test_results_of_another_version_are_left_out(runs: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for file in ("config.yaml", "metrics.jsonl", "partition.json"):
+        os.link(runs() / file, folder / file)
+    summary = summary_of(runs()) | {"protocols": {"of_another_version": {}}}
     (folder / "summary.json").write_text(json.dumps(summary))
     draw_report(folder)
+    assert "of_another_version" not in (folder / "report.html").read_text()
 
 
 def test_figures_of_protocols_that_are_gone_do_not_stay(

@@ -64,7 +64,7 @@ def test_the_hash_covers_what_decides_about_results_and_no_more(tmp_path: Path) 
     suite = load(tmp_path)
     same = load(tmp_path, title="other", rows={"FedRSCLIP": ["method=fedrsclip"]}, quick=None)
     assert same.hash == suite.hash
-    moved = scenario("skew", overrides=["partition.alpha=1", "output.report=false"])
+    moved = scenario("skew", overrides=["partition.alpha=1", "output.report=true"])
     assert load(tmp_path, scenarios=moved).hash == suite.hash
     for changes in (
         {"seeds": [2]},

@@ -45,6 +45,7 @@ OPTIONS: dict[str, Any] = {
     "compression": {"formats": ["fp16"], "pruned": []},
     "robustness": {"eps": [4.0], "steps": 2, "images": 12, "client_images": 2},
     "at_test_time": {"images": 12, "client_images": 4, "batch_size": 4},
+    "privacy_audit": {"candidates": 16, "images": 2},
     "unlearning": {"shadows": 0, "subsets": 2},
     "late_joiners": {"steps": [0, 2]},
 }

@@ -16,7 +16,7 @@ CONTENT: dict[str, Any] = {
     "common": [
         "data.images_per_class=8", "data.domains=[savanna]", "partition.clients=2",
         "partition.local_validation_fraction=0.3", "federation.rounds=1",
-        "simulation.threads=1", "training.batch_size=8",
+        "simulation.threads=1", "training.batch_size=8", "output.report=false",
     ],
     "rows": {"Zero-shot CLIP": ["method=zero_shot"], "PromptFL": ["method=promptfl"]},
     "search": {"trials": 2, "batch": 2, "sampler": "random", "with": ["data.first_image=8"]},

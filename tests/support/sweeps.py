@@ -16,6 +16,7 @@ from fedprompt.sweeps.plan import PlannedRun, expand, load_sweep
 TINY = [
     "data.images_per_class=8", "data.domains=[savanna]", "partition.clients=3",
     "partition.alpha=1", "federation.rounds=1", "training.batch_size=8",
+    "output.report=false",
 ]  # fmt: skip
 BASE: dict[str, Any] = {
     "experiment": "benchmark",

@@ -53,6 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "common": [
             "data.images_per_class=8", "data.domains=[savanna]", "partition.alpha=1",
             "federation.rounds=2", "training.batch_size=8", "evaluation.every=2",
+            "output.report=false",
         ],
         "rows": {"A_b & 50 %": ["method=promptfl"], "FedRSCLIP": []},
         "grid": {"partition.clients": [2, 3]},
