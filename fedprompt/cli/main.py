@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fedprompt.runtime import set_defaults
+from fedprompt.runtime import many_imports, set_defaults
 
 # Before anything below imports a library that reads environment variables when it is imported.
 set_defaults()
@@ -128,8 +128,9 @@ def run(
         # The imports below take several seconds, during which the user should see that something
         # happens.
         display.phase("loading PyTorch and Flower")
-        from fedprompt.experiment import run as experiments
-        from fedprompt.experiment.compose import compose
+        with many_imports():
+            from fedprompt.experiment import run as experiments
+            from fedprompt.experiment.compose import compose
 
         if resume is not None:
             experiments.resume(resume, display, overrides=changes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import fedprompt
+from fedprompt.runtime import many_imports
 from tests.support import ROOT
 
 SLOW = ("torch", "open_clip", "datasets", "flwr", "ray", "matplotlib", "scipy")
@@ -79,6 +82,19 @@ def test_completion(line: str, offer: str, tmp_path: Path) -> None:
     )
     assert offer in out.split()
     assert slow == ""
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_looked_for_during_many_imports(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with suppress(ImportError), many_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_run_says_what_it_loads_before_it_loads_it(tmp_path: Path) -> None:
