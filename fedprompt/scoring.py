@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.backbone.memo import Memo
+from fedprompt.config.multi_label import MultiLabelConfig
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.files.tensors import checksum
 from fedprompt.methods.base import Method, Tensors, stack
-from fedprompt.statistics import sample_std
+from fedprompt.methods.parts.label_sets import label_set_loss
+from fedprompt.statistics import f1_scores, mean_average_precision, sample_std
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,36 @@ class Score:
     Counts are stored instead of an accuracy because counts can be added without rounding.
 
     Attributes:
-        correct: number of correctly classified images.
+        correct: number of correctly classified images; 0 in the multi-label task.
         tested: number of images.
         loss_sum: sum of their cross-entropies; infinity if it is not finite.
         unanswered: number of images for which the model's best logit is not finite, as from prompts
             that have diverged. They count as wrong; by `argmax`, each would be of class 0.
+        precision: in the multi-label task, the mean average precision (mAP); else None.
+        micro_f1: in the multi-label task, F1 over all images and labels, where a label is given at
+            a probability of 1/2; else None.
+        macro_f1: likewise, the mean over labels.
     """
 
     correct: int
     tested: int
     loss_sum: float
     unanswered: int = 0
+    precision: float | None = None
+    micro_f1: float | None = None
+    macro_f1: float | None = None
 
     @property
     def accuracy(self) -> float | None:
-        """Fraction of correct predictions, or None if there are no test images."""
+        """Fraction of correct predictions, or mAP; None if there are no test images."""
+        if self.precision is not None:
+            return self.precision
         return self.correct / self.tested if self.tested else None
+
+    @property
+    def credit(self) -> int | float:
+        """`accuracy` times `tested`, which clients report: the number of correct predictions."""
+        return self.correct if self.precision is None else self.precision * self.tested
 
 
 @dataclass(frozen=True)
@@ -239,6 +255,9 @@ def score_each(
     Returns:
         One score per client.
     """
+    if method.task.multi_label is not None:
+        # No sum over images: each client's labels are ranked among themselves.
+        return [_score(method, model_of(encoded, k), *test)[0] for k, test in enumerate(tests)]
     if all(v.shape[0] == 1 for v in encoded.values()):
         return _score_one_model(method, encoded, tests)
     # Clients without test images are in no group and keep this score.
@@ -316,6 +335,11 @@ def _score(
 ) -> list[Score]:
     """Scores of K encoded models on one test set, a bounded number of images at a time."""
     clients = max(v.shape[0] for v in encoded.values())
+    if method.task.multi_label is not None:
+        parts = [z_KBC.cpu() for z_KBC in _logits(method, encoded, inputs_N, clients, memo)]
+        if not parts:
+            return [Score(0, 0, 0.0)] * clients
+        return [_of_sets(z_NC, labels_N, method.task.multi_label) for z_NC in torch.cat(parts, 1)]
     correct_K, unanswered_K = np.zeros((2, clients), dtype=np.int64)
     loss_K = np.zeros(clients)
     first = 0
@@ -344,7 +368,7 @@ def _logits(
         for first in range(0, len(inputs_N), batch_size):
             batch = inputs_N[first : first + batch_size].of_one().on(method.clip.device)
             # Argmax and loss are taken in float32, whatever the precision of the backbone.
-            yield method.logits(encoded, batch).float()
+            yield method.label_logits(encoded, batch).float()
 
     # Logits that no memo holds are not gathered either: only one batch is in memory.
     gathered = 4 * len(inputs_N) * len(method.task.class_names)
@@ -452,6 +476,27 @@ def _judged(logits_KBC: Tensor, labels_KB: Tensor) -> tuple[NDArray[np.bool_], N
     # `argmax` takes NaN for the largest number, so without this all images would be of class 0.
     hits_KB &= ~losses_KB.isnan()
     return hits_KB.cpu().numpy(), losses_KB.cpu().double().numpy()
+
+
+def _of_sets(z_NC: Tensor, targets_NC: Tensor, options: MultiLabelConfig) -> Score:
+    """The score of one model on images with several labels each."""
+    loss_N = label_set_loss(z_NC, targets_NC, options)
+    unanswered_N = ~z_NC.isfinite().all(-1)
+    # An image without an answer comes last for every label.
+    scores_NC = z_NC.double().masked_fill(unanswered_N[:, None], -math.inf).numpy()
+    has_NC = targets_NC.numpy() > 0.5
+    precision = mean_average_precision(scores_NC, has_NC)
+    assert precision is not None, "every image has a label"
+    micro, macro = f1_scores(scores_NC > 0, has_NC)
+    return Score(
+        correct=0,
+        tested=len(targets_NC),
+        loss_sum=_or_infinity(np.float64(loss_N.double().sum().item())),
+        unanswered=int(unanswered_N.sum()),
+        precision=precision,
+        micro_f1=micro,
+        macro_f1=macro,
+    )
 
 
 def _as_score(hits_B: NDArray[np.bool_], losses_B: NDArray[np.float64]) -> Score:

@@ -164,7 +164,7 @@ def train_clients(
                 "mask_SKB": schedule.mask_SKB,
                 "images_SK": schedule.mask_SKB.sum(-1).float(),
                 # A client's inputs hold all images of view 0, then all of view 1, and so on.
-                "labels_N": torch.cat([d.labels_N.repeat(d.views) for d in ordered]),
+                "labels_N": torch.cat([_of_all_views(d) for d in ordered]),
                 "steps_K": torch.tensor(steps),
                 "class_counts_KC": _class_counts(ordered, len(method.task.class_names)),
             },
@@ -382,7 +382,14 @@ def _put_back(tensor: Tensor, start: Tensor, rest_A: Tensor) -> None:
     tensor.copy_(torch.where(rest_A.view(-1, *[1] * (tensor.dim() - 1)), start, tensor))
 
 
+def _of_all_views(data: ClientData) -> Tensor:
+    """The labels of a client's images in the order of its inputs: view 0, then view 1, and on."""
+    return data.labels_N.repeat(data.views, *[1] * (data.labels_N.dim() - 1))
+
+
 def _class_counts(data: Sequence[ClientData], classes: int) -> Tensor:
     """Labelled training images per client and class (K, C)."""
+    if data[0].labels_N.dim() > 1:
+        return torch.stack([d.labels_N.sum(0).long() for d in data])
     known = [d.labels_N[d.labels_N != UNLABELLED] for d in data]
     return torch.stack([torch.bincount(labels_N, minlength=classes) for labels_N in known])

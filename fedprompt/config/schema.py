@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from fedprompt.config.conditions import AsynchronousConfig, ClockConfig, ConditionsConfig
 from fedprompt.config.fields import option
+from fedprompt.config.multi_label import MultiLabelConfig
 from fedprompt.config.protection import AttackConfig, PrivacyConfig, SecureAggregationConfig
 from fedprompt.errors import UserError
 
@@ -283,6 +284,11 @@ class DataConfig:
         """Whether the data set's own validation images become the server's; by default not."""
         return False
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels: the multi-label task; by default it has one."""
+        return False
+
     def check_partition(self, partition: PartitionConfig) -> None:
         """Refuse a partition that does not fit this data set, before any image is opened.
 
@@ -443,6 +449,7 @@ class Config:
     method: Any
     strategy: Any
     training: TrainingConfig
+    multi_label: MultiLabelConfig
     federation: FederationConfig
     conditions: ConditionsConfig
     clock: ClockConfig
@@ -480,6 +487,7 @@ SECTIONS: dict[str, type[Any]] = {
     "backbone": BackboneConfig,
     "partition": PartitionConfig,
     "training": TrainingConfig,
+    "multi_label": MultiLabelConfig,
     "federation": FederationConfig,
     "conditions": ConditionsConfig,
     "clock": ClockConfig,

@@ -7,6 +7,7 @@ The layout, all below the cache folder (`output.cache`, else $FEDPROMPT_CACHE, e
     features/<encoding>/<owner>-<n>.index   the keys of these images, and checksums
     features/<owner>.lock                   held by the process that encodes images of a data set
     scan/<owner>.journal                    hashes of the images that were already checked
+    labels/<drawings>.npy                   what is seen on drawn images (`aerial_objects`)
 
 `<encoding>` is the view and a digest of the backbone and its preprocessing. `<owner>` is a digest
 of the place of a data set, such as its folder.

@@ -1,6 +1,6 @@
 """The form in which every data source delivers its images: a table of images opened on demand.
 
-Suffix: N images.
+Suffixes: N images, C classes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class ImageDataset:
     Attributes:
         name: title of the data set in tables and plots.
         class_names: the names used in prompts, in label order.
-        labels_N: index of each image's class in `class_names`.
+        labels_N: index of each image's class in `class_names`; of its rarest label if it has
+            several (`targets_NC`).
         split_N: `TRAIN`, `TEST` or `VAL` for each image: the authors' split if there is one, else a
             seeded, stratified hold-out.
         domains_N: index of each image's domain in `domain_names`; all zero if there is one domain.
@@ -59,6 +60,8 @@ class ImageDataset:
         notes: lines for the user on how the stored files were understood and what was left out.
         parts: the data sets whose rows make up this one, in order. If images have owners, the
             features of each part are cached separately.
+        targets_NC: which labels each image has, for multi-label data; None if every image has one
+            class. `class_names` are then the labels.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ImageDataset:
     portable: bool = False
     notes: tuple[str, ...] = ()
     parts: tuple[ImageDataset, ...] = field(default=(), repr=False)
+    targets_NC: NDArray[np.bool_] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -137,10 +141,12 @@ def withheld(dataset: ImageDataset, readable_N: NDArray[np.bool_]) -> ImageDatas
         readable_N: which images may be read.
 
     Returns:
-        A data set with the same images in the same order. The others have label -1.
+        A data set with the same images in the same order. The others have label -1 and no targets.
     """
+    targets_NC = dataset.targets_NC
     return replace(
         dataset,
+        targets_NC=None if targets_NC is None else targets_NC & readable_N[:, None],
         labels_N=np.where(readable_N, dataset.labels_N, -1),
         open_image=WithheldOpener(dataset.open_image, readable_N),
         parts=(),

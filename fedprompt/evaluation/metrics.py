@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedprompt.statistics import average_precision as area_under_steps
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -102,13 +104,7 @@ def average_precision(known: ArrayLike, other: ArrayLike) -> float:
     Raises:
         ValueError: the scores are empty, not one-dimensional, or contain NaN.
     """
-    known_N, other_N = np.sort(_scores(known)), np.sort(_scores(other))
-    # Recall only rises at scores of known images, so these are the only thresholds that count.
-    levels = np.unique(known_N)[::-1]
-    true = len(known_N) - np.searchsorted(known_N, levels, side="left")
-    false = len(other_N) - np.searchsorted(other_N, levels, side="left")
-    gained = np.diff(true, prepend=0)
-    return float((gained * true / (true + false)).sum() / len(known_N))
+    return area_under_steps(_scores(known), _scores(other))
 
 
 def _scores(values: ArrayLike) -> Floats:

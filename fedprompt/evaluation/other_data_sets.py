@@ -109,6 +109,11 @@ def open_others(
 def _open(
     config: DataConfig, seed: int, clip: FrozenCLIP, cache_dir: Path, method: Method
 ) -> TestSet:
+    if config.multi_label:
+        raise UserError(
+            f"data set '{config.title}' has several labels on an image, and this protocol tests "
+            "one class per image; use another data set."
+        )
     dataset = open_dataset(config, seed, cache_dir)
     index_N = np.flatnonzero(dataset.split_N == TEST)
     if not len(index_N):

@@ -88,6 +88,9 @@ class Protocol(ABC):
     """What it does that only a simulation can do; a deployment refuses the protocol then."""
     retrains: ClassVar[bool] = False
     """Whether `references` has anything to train, which only a simulation can do."""
+    multi_label: ClassVar[bool] = False
+    """Whether the results mean something where an image has several labels, for which `accuracy`
+    is the mean average precision."""
     needs_new_names: ClassVar[bool] = False
     """Whether the protocol needs prompts that can be used with other class names."""
 

@@ -83,6 +83,11 @@ class PromptModel:
         private: Tensors | None,
         data: DataConfig,
     ) -> None:
+        if data.multi_label:
+            raise UserError(
+                f"the model was trained on images with several labels (data.source={data.source}), "
+                "and predictions and exports name one class per image; use the run's own tests."
+            )
         self.clip, self.method, self.task = clip, method, method.task
         self.whose = "global" if private is None else "personal"
         self.pixels = data.pixels if isinstance(data, StoredImagesConfig) else PLAIN

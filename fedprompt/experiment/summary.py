@@ -102,6 +102,8 @@ def finish(
         "rejected_replies": totals["rejected"],
         "skipped_images": len(workspace.dataset.bad_images),
     }
+    if workspace.task.multi_label is not None:
+        summary["score"] = "mAP"
     summary["few_test_images"] = few_test_images(federation.describe())
     if unlabelled := sorted(workspace.partition.unlabelled):
         train = config.trains_without_labels

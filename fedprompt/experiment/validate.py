@@ -21,6 +21,7 @@ from fedprompt.data.partition.pseudo_labels import check_pseudo_labels
 from fedprompt.data.sources.registry import build_data
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation import registry as protocols
+from fedprompt.experiment.label_sets import check_multi_label
 from fedprompt.experiment.trackers import check_names
 from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.federation.strategy import SharedPromptStrategy
@@ -157,6 +158,7 @@ def check_config(config: Config) -> None:
         )
     if partition.unlabelled_clients and config.relabel_every:
         check_pseudo_labels(config)
+    check_multi_label(config)
     if partition.labels_per_round:
         _check_active_learning(config)
     if partition.sessions or "class_incremental" in config.protocols:
@@ -317,7 +319,8 @@ def _check_secure_aggregation(config: Config) -> None:
 
 def unsuited_backbone(config: Config) -> str | None:
     """A warning for the embedded CLIP on images that it was not made for, None where it suits."""
-    if config.backbone.model != "tiny" or config.data.source == "aerial_scenes":
+    drawn = config.data.source in ("aerial_scenes", "aerial_objects")
+    if config.backbone.model != "tiny" or drawn:
         return None
     return (
         "the embedded CLIP knows drawn aerial scenes only: on any other images its accuracy says "

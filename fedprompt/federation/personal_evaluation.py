@@ -9,6 +9,7 @@ from fedprompt.federation.screening import (
     NOT_FINITE,
     TEST_COUNTS,
     VALIDATION_COUNTS,
+    Row,
 )
 from fedprompt.files.tensors import checksum
 from fedprompt.methods.base import Tensors
@@ -38,7 +39,7 @@ def count_correct(
     private: Sequence[Tensors],
     *,
     common: bool,
-) -> list[dict[str, int]]:
+) -> list[Row]:
     """Test the models of some clients.
 
     Clients that have the same model, without private tensors, are tested together: the model is
@@ -56,7 +57,7 @@ def count_correct(
     Returns:
         Per client, the counts of `reported_counts`, and `NOT_FINITE` if its model has diverged.
     """
-    rows: list[dict[str, int]] = [{} for _ in clients]
+    rows: list[Row] = [{} for _ in clients]
     for places in _same_models(workspace, shared, private):
         _test(
             workspace,
@@ -89,7 +90,7 @@ def _test(
     clients: Sequence[int],
     shared: Sequence[Tensors],
     private: Sequence[Tensors],
-    rows: Sequence[dict[str, int]],
+    rows: Sequence[Row],
     *,
     common: bool,
 ) -> None:
@@ -107,7 +108,7 @@ def _test(
         measured[COMMON_COUNTS] = score_models(method, encoded, len(clients), *test, memo)
     for k, row in enumerate(rows):
         for (tested, correct), of_clients in measured.items():
-            row |= {tested: of_clients[k].tested, correct: of_clients[k].correct}
+            row |= {tested: of_clients[k].tested, correct: of_clients[k].credit}
         # Reported by models that have diverged only, so the server knows why nothing is correct.
         if unanswered := sum(of_clients[k].unanswered for of_clients in measured.values()):
             row[NOT_FINITE] = unanswered

@@ -460,6 +460,8 @@ class Federation:
         if score is None:
             return None
         part = {"accuracy": score.accuracy, "loss": score.loss_sum / score.tested}
+        if score.precision is not None:
+            part |= {"micro_f1": score.micro_f1, "macro_f1": score.macro_f1}
         return part | ({"unanswered": score.unanswered} if score.unanswered else {})
 
     def _add_global_score(self, workspace: Workspace, rows: Mapping[int, Row]) -> None:
@@ -472,7 +474,7 @@ class Federation:
         assert score is not None
         tested, correct = COMMON_COUNTS
         for row in rows.values():
-            row |= {tested: score.tested, correct: score.correct}
+            row |= {tested: score.tested, correct: score.credit}
             if score.unanswered:
                 row[NOT_FINITE] = 1
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -35,7 +36,8 @@ from fedprompt.methods.batch import (
     row_of,
     stack,
 )
-from fedprompt.methods.parts.losses import cross_entropy
+from fedprompt.methods.parts.label_sets import against, frozen_negative, label_set_loss
+from fedprompt.methods.parts.losses import cross_entropy, masked_mean
 
 __all__ = [
     "UNIFORM_AVERAGE",
@@ -49,6 +51,7 @@ __all__ = [
     "Tensors",
     "row_of",
     "stack",
+    "takes_label_sets",
     "takes_steps",
     "uploaded_numbers",
 ]
@@ -240,6 +243,10 @@ class Method(ABC):
     domains: int | None = None
     """How many domains the method tells apart, of which client k has number k modulo this; None for
     methods that know of no domains."""
+    multi_label: ClassVar[bool] = False
+    """Whether the method also learns images with several labels each: whether it reads labels by
+    `label_loss` alone. It is not inherited, since a method that derives from another one may read
+    them otherwise."""
     reads_descriptions: bool = False
     """Whether it learns from `Task.sentences`; a run without `data.descriptions` then says so."""
     trainable: bool = True
@@ -402,7 +409,42 @@ class Method(ABC):
             One (K,) tensor per term, each already multiplied by its weight; `ce` comes first.
         """
         del shared, private
-        return {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
+        return self.label_loss(self.logits(encoded, batch.inputs), batch)
+
+    def label_logits(self, encoded: Tensors, inputs: Inputs) -> Tensor:
+        """What tests read (K, B, C): `logits`, or how likely each label is (`parts/label_sets.py`).
+
+        Args:
+            encoded: the result of `encode`.
+            inputs: images, as for `logits`.
+        """
+        return self._of_labels(self.logits(encoded, inputs), inputs)
+
+    def label_loss(self, logits_KBC: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss of the labels (K,), by its name.
+
+        Args:
+            logits_KBC: class logits.
+            batch: images, labels and mask of the step.
+
+        Returns:
+            The cross-entropy as `ce`; in the multi-label task, `asymmetric` or `bce`.
+        """
+        options = self.task.multi_label
+        if options is None:
+            return {"ce": cross_entropy(logits_KBC, batch)}
+        z_KBC = self._of_labels(logits_KBC, batch.inputs)
+        loss_KB = label_set_loss(z_KBC, batch.labels_KB, options)
+        return {options.loss: masked_mean(loss_KB, batch.mask_KB)}
+
+    def _of_labels(self, logits_KBC: Tensor, inputs: Inputs) -> Tensor:
+        if self.task.multi_label is None:
+            return logits_KBC
+        return against(self.clip, logits_KBC, inputs.features, self._negative_D)
+
+    @cached_property
+    def _negative_D(self) -> Tensor:
+        return frozen_negative(self.clip, self.task)
 
     def gradients(
         self, loss_terms: dict[str, Tensor], leaves: Tensors, batch: Batch
@@ -502,6 +544,11 @@ class Method(ABC):
         classes = encoded.get("classes")
         # One model is exported at a time, so the client axis has length 1.
         return None if classes is None else classes[0]
+
+
+def takes_label_sets(method: type[Method]) -> bool:
+    """Whether a method declares `multi_label` itself."""
+    return bool(vars(method).get("multi_label", False))
 
 
 def takes_steps(method: Method) -> bool:

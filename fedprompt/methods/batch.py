@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedprompt.config.multi_label import MultiLabelConfig
 from fedprompt.data.descriptions import Descriptions, plain
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.parts.draws import Draw, StepDraws
@@ -34,11 +35,14 @@ class Task:
         templates: sentences for zero-shot CLIP, each with one `{}` for the class name.
         descriptions: sentences about classes, of `data.descriptions`; there may be none, and there
             may be some of other classes.
+        multi_label: the loss where an image may have several of the classes, as labels; None where
+            it has one.
     """
 
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ("a photo of a {}.",)
     descriptions: Descriptions = ()
+    multi_label: MultiLabelConfig | None = None
 
     def sentences(self) -> tuple[tuple[str, ...], ...]:
         """The sentences of each class, in label order.
@@ -61,7 +65,8 @@ class ClientData:
         inputs: features, patches or pixels of `views * n` images. Row `v * n + i` is view v of
             image i; training draws one view per image and epoch.
         labels_N: class index of each of the n images; `UNLABELLED` where it is not known, which
-            only methods whose config says `learns_without_labels` ever see.
+            only methods whose config says `learns_without_labels` ever see. In the multi-label
+            task (n, C), 1 for the labels that an image has and 0 for the others.
         views: number of views per image; view 0 is not augmented.
     """
 
@@ -151,7 +156,8 @@ class Batch:
     Attributes:
         inputs: features, patches or pixels, (K, B, ...).
         labels_KB: class index of each image; `UNLABELLED` where it is not known, which only methods
-            whose config says `learns_without_labels` ever see.
+            whose config says `learns_without_labels` ever see. In the multi-label task (K, B, C),
+            which `Method.label_loss` reads.
         mask_KB: false where a client has fewer than B images and the row is padding.
         round_info: the round that the step belongs to.
         step: the step's index within the round, from 0.

@@ -60,6 +60,7 @@ class CLIPAdapter(Method):
     name = "clip_adapter"
     source = "Gao et al., IJCV 2024"
     Config = CLIPAdapterConfig
+    multi_label = True
 
     def __init__(self, config: CLIPAdapterConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

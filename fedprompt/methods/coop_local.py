@@ -23,6 +23,7 @@ class CoOpLocal(PromptFL):
     name = "coop_local"
     source = "Zhou et al., IJCV 2022"
     Config = CoOpLocalConfig
+    multi_label = True
     has_global = False
 
     def init_shared(self, seed: int) -> Tensors:

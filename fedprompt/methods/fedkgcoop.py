@@ -37,3 +37,4 @@ class FedKgCoOp(KgCoOp):
     name = "fedkgcoop"
     source = "Qiu et al., ICLR 2024 (baseline)"
     Config = FedKgCoOpConfig
+    multi_label = True

@@ -32,3 +32,4 @@ class FedMaPLe(MaPLe):
     name = "fedmaple"
     source = "Qiu et al., ICLR 2024"
     Config = FedMaPLeConfig
+    multi_label = True

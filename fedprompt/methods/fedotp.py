@@ -64,6 +64,7 @@ class FedOTP(PLOT):
     name = "fedotp"
     source = "Li et al., CVPR 2024"
     Config: ClassVar[type[Any]] = FedOTPConfig
+    multi_label = True
 
     def _transport(self) -> Transport:
         cfg = self.config

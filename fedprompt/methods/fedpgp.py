@@ -41,7 +41,7 @@ from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
 from fedprompt.methods.parts.composition import attended
-from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
+from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 from fedprompt.rng import normal
 
@@ -65,6 +65,7 @@ class FedPGP(Method):
     name = "fedpgp"
     source = "Cui et al., ICML 2024"
     Config = FedPGPConfig
+    multi_label = True
 
     def __init__(self, config: FedPGPConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)
@@ -99,7 +100,7 @@ class FedPGP(Method):
         self, shared: Tensors, private: Tensors, encoded: Tensors, batch: Batch
     ) -> dict[str, Tensor]:
         """`ce` and `contrast`, each (K,)."""
-        loss_terms = {"ce": cross_entropy(self.logits(encoded, batch.inputs), batch)}
+        loss_terms = self.label_loss(self.logits(encoded, batch.inputs), batch)
         if self.cfg.mu > 0:
             # The contrast costs another pass through the text tower, for sigma alone.
             loss_terms["contrast"] = self.cfg.mu * self._contrast(

@@ -49,6 +49,7 @@ class IVLP(Method):
     name = "ivlp"
     source = "Khattak et al., ICCV 2023 (its baseline)"
     Config = IVLPConfig
+    multi_label = True
     needs = frozenset({"features", "pixels"})
     images_at_once = 256
 

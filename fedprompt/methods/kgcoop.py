@@ -55,6 +55,7 @@ class KgCoOp(PromptFL):
     name = "kgcoop"
     source = "Yao et al., CVPR 2023"
     Config = KgCoOpConfig
+    multi_label = True
 
     def __init__(self, config: KgCoOpConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

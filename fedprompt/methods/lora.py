@@ -108,6 +108,7 @@ class LoRA(Method):
     name = "lora"
     source = "Hu et al., ICLR 2022 (federations reconstructed)"
     Config = LoRAConfig
+    multi_label = True
 
     def __init__(self, config: LoRAConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

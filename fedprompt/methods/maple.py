@@ -63,6 +63,7 @@ class MaPLe(Method):
     name = "maple"
     source = "Khattak et al., CVPR 2023"
     Config = MaPLeConfig
+    multi_label = True
     needs = frozenset({"features", "pixels"})
     images_at_once = 256
 

@@ -33,7 +33,6 @@ from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Batch, Method, Task, Tensors
-from fedprompt.methods.parts.losses import cross_entropy
 from fedprompt.methods.parts.optimal_transport import (
     FLOAT32_EPS,
     SMALLEST_EPS,
@@ -67,6 +66,7 @@ class PLOT(Method):
     name = "plot"
     source = "Chen et al., ICLR 2023"
     Config: ClassVar[type[Any]] = PLOTConfig
+    multi_label = True
     needs = frozenset({"features", "patches"})
     no_graph_reason = "the transport iterates until the device reports that it has converged"
     images_at_once = 128
@@ -102,7 +102,7 @@ class PLOT(Method):
     ) -> dict[str, Tensor]:
         """`ce` (K,)."""
         # In training the mask of the batch is known; `logits` has to infer it from the patches.
-        return {"ce": cross_entropy(self._logits(encoded, batch.inputs, batch.mask_KB), batch)}
+        return self.label_loss(self._logits(encoded, batch.inputs, batch.mask_KB), batch)
 
     def _logits(self, encoded: Tensors, inputs: Inputs, real_KB: Tensor) -> Tensor:
         assert inputs.patches is not None

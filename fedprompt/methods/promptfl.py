@@ -45,6 +45,7 @@ class PromptFL(Method):
     name = "promptfl"
     source = "Guo et al., IEEE TMC 2023"
     Config = PromptFLConfig
+    multi_label = True
 
     def __init__(self, config: PromptFLConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

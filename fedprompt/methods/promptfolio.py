@@ -54,6 +54,7 @@ class PromptFolio(Method):
     name = "promptfolio"
     source = "Pan et al., NeurIPS 2024"
     Config = PromptFolioConfig
+    multi_label = True
 
     def __init__(self, config: PromptFolioConfig, clip: FrozenCLIP, task: Task) -> None:
         super().__init__(config, clip, task)

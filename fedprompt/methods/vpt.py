@@ -62,6 +62,7 @@ class VPT(Method):
     name = "vpt"
     source = "Jia et al., ECCV 2022"
     Config = VPTConfig
+    multi_label = True
     needs = frozenset({"features", "pixels"})
     images_at_once = 256
 

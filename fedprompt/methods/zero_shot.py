@@ -29,6 +29,7 @@ class ZeroShot(Method):
     name = "zero_shot"
     source = "Radford et al., ICML 2021"
     Config = ZeroShotConfig
+    multi_label = True
     trainable = False
 
     def __init__(self, config: ZeroShotConfig, clip: FrozenCLIP, task: Task) -> None:

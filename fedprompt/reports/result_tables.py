@@ -45,9 +45,11 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     rows = result_rows(summary)
     cells = [(row.name, *_cells(row)) for row in rows]
     columns: tuple[str, ...] = COLUMNS
+    if summary.get("score"):
+        columns = (f"global\n{summary['score']}", *COLUMNS[1:])
     if any(row.attack_success is not None for row in rows):
         # Only runs with a backdoor have this column.
-        columns = (*COLUMNS, "attack\nsuccess")
+        columns = (*columns, "attack\nsuccess")
         cells = [
             (*cell, percent(row.attack_success)) for cell, row in zip(cells, rows, strict=True)
         ]
@@ -80,6 +82,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         summary: The content of `summary.json`.
     """
     found = []
+    if summary.get("score") == "mAP":
+        found.append("images have several labels: all scores are mean average precision (mAP)")
     alone = (summary.get("local_only") or {}).get("context_tokens")
     tokens, method = summary.get("context_tokens"), summary.get("method", "method")
     if alone is not None and tokens != alone:

@@ -11,8 +11,12 @@ from fedprompt.reports.figure import ACCURACY, ROUND, Axis, Curve, Figure, Level
 from fedprompt.reports.partition_figure import partition_figure
 from fedprompt.reports.run_data import RunData, series_of, split_tests
 
-CROSS_ENTROPY = "loss-ce"
-"""The key of the cross-entropy among the terms of the training loss."""
+LABEL_LOSSES = {
+    "loss-ce": "Cross-entropy",
+    "loss-asymmetric": "Asymmetric loss",
+    "loss-bce": "Cross-entropy of labels",
+}
+"""The loss of the labels, by its key among the terms of the training loss."""
 
 
 def run_figures(run: RunData) -> list[Figure]:
@@ -66,12 +70,23 @@ def accuracy_figure(run: RunData) -> Figure | None:
     )
     return Figure(
         name="accuracy_per_round",
-        title="Test accuracy per round",
+        title="Test mAP per round" if _is_precision(run) else "Test accuracy per round",
         caption="Orange: the server's test set. Blue and grey: the clients' own test images. Band: "
         "± 1 standard deviation over clients. Round 0 is before training."
         + (" Attack success: a backdoor's." if any("backdoor" in x for x in run.rounds) else ""),
         panels=[panel],
     )
+
+
+def _label_loss(run: RunData) -> str:
+    """The key of the run's loss of labels."""
+    named = {key for line in run.rounds for key in line.get("train") or {}}
+    return next((key for key in LABEL_LOSSES if key in named), "loss-ce")
+
+
+def _is_precision(run: RunData) -> bool:
+    """Whether images have several labels, so that `accuracy` is the mean average precision."""
+    return any("micro_f1" in (line.get("global") or {}) for line in run.rounds)
 
 
 def _zero_shot_levels(run: RunData) -> list[Level]:
@@ -91,10 +106,11 @@ def loss_figure(run: RunData) -> Figure | None:
     Methods minimise the cross-entropy plus terms of their own, which local-only training and tests
     do not have. Only cross-entropies share an axis.
     """
+    key = _label_loss(run)
     crosses = [
-        _curve(run.rounds, "train", CROSS_ENTROPY, "Training", "own"),
+        _curve(run.rounds, "train", key, "Training", "own"),
         _curve(run.rounds, "global", "loss", "Global test", "server"),
-        _curve(run.local_only, "train", CROSS_ENTROPY, "Local-only training", "alone"),
+        _curve(run.local_only, "train", key, "Local-only training", "alone"),
     ]
     curves = [curve for curve in crosses if curve is not None]
     last = max(float(line["round"]) for line in run.rounds)
@@ -102,12 +118,12 @@ def loss_figure(run: RunData) -> Figure | None:
     x = replace(ROUND, low=0, high=last) if last else ROUND
     panels = []
     if curves:
-        axis = Axis(label="Cross-entropy", low=0)
+        axis = Axis(label=LABEL_LOSSES[key], low=0)
         panels.append(Lines(curves=curves, x=x, y=axis, named_at_ends=True))
     whole = _curve(run.rounds, "train", "loss", "All terms", "own")
-    caption = "Cross-entropy of the clients that trained, and of the global model on the server's "
-    caption += "test set."
-    cross = series_of(run.rounds, "train", CROSS_ENTROPY)
+    caption = f"{LABEL_LOSSES[key]} of the clients that trained, and of the global model on the "
+    caption += "server's test set."
+    cross = series_of(run.rounds, "train", key)
     # A loss of one term is the cross-entropy, unless the run does not name the terms.
     if whole is not None and list(whole.y) != cross.y:
         axis = Axis(label="Training loss", low=0)

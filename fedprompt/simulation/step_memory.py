@@ -287,7 +287,10 @@ def _trial(
         for count in (1, 2):
             inputs = images[:count].of_one().on(device)
             labels = torch.zeros(1, count, dtype=torch.int64, device=device)
-            batch = Batch(inputs, labels, torch.ones_like(labels, dtype=torch.bool), round_info, 0)
+            mask = torch.ones_like(labels, dtype=torch.bool)
+            if method.task.multi_label is not None:
+                labels = torch.zeros(1, count, len(method.task.class_names), device=device)
+            batch = Batch(inputs, labels, mask, round_info, 0)
             before = scales.begin()
             terms = method.loss_terms(shared_K, private_K, encoded, batch)
             heads.append(scales.weigh(before))

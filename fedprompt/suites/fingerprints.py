@@ -43,7 +43,10 @@ def data_fingerprint(dataset: ImageDataset) -> str:
         dataset: The whole data set. Its own fingerprint covers pixels and order, and that of
             partition files names and labels.
     """
-    return hashlib.sha256(f"{fingerprint(dataset)} {dataset.fingerprint}".encode()).hexdigest()
+    content = f"{fingerprint(dataset)} {dataset.fingerprint}".encode()
+    if dataset.targets_NC is not None:
+        content += dataset.targets_NC.tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def partition_fingerprint(

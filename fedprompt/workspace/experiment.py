@@ -86,6 +86,7 @@ class Workspace(HeldImages):
                 config.data.descriptions,
                 (*dataset.class_names, *(held_out.class_names if held_out else ())),
             ),
+            None if dataset.targets_NC is None else config.multi_label,
         )
         self.method: Method = method_class(config.method.name)(config.method, clip, self.task)
         # `method_for` adds the methods for other class names.

@@ -258,4 +258,7 @@ class HeldImages:
         return self.views[0].rows(index, self.tested_columns), self._labels(index)
 
     def _labels(self, index: NDArray[np.int64]) -> Tensor:
+        targets_NC = self.dataset.targets_NC
+        if targets_NC is not None:
+            return torch.from_numpy(targets_NC[index]).float()
         return torch.from_numpy(self.dataset.labels_N[index])

@@ -23,7 +23,7 @@ from fedprompt.data.aerial_scenes.domains import (
     PRETRAINING_DOMAINS,
     sense,
 )
-from fedprompt.data.aerial_scenes.objects import Scene
+from fedprompt.data.aerial_scenes.objects import LABELS, LEAST_PIXELS, Scene
 from fedprompt.data.aerial_scenes.scenes import (
     CLASSES,
     DRAW,
@@ -39,11 +39,14 @@ __all__ = [
     "EXTRA_CLASSES",
     "FEDERATED_DOMAINS",
     "HELD_OUT_CLASSES",
+    "LABELS",
+    "LEAST_PIXELS",
     "PRETRAINING_DOMAINS",
     "VERSION",
     "check_class",
     "check_domain",
     "draw",
+    "labelled",
     "render",
 ]
 
@@ -69,13 +72,30 @@ def draw(
     Raises:
         UserError: the class or the domain is unknown.
     """
+    image, scene = _drawn(class_name, domain, index, seed)
+    return image, tuple(scene.notes)
+
+
+def labelled(
+    class_name: str, domain: str, index: int, seed: int = 0
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Draw one image, and say which of `LABELS` are seen on it.
+
+    A label is what the drawing code has painted, where nothing was painted over it: trees on at
+    least `LEAST_PIXELS` pixels make "trees" a label, in whatever scene they stand. The sensor's
+    blur and noise come after that. Arguments and errors are those of `draw`.
+    """
+    image, scene = _drawn(class_name, domain, index, seed)
+    return image, scene.shown()
+
+
+def _drawn(class_name: str, domain: str, index: int, seed: int) -> tuple[NDArray[np.uint8], Scene]:
+    """An image and the scene behind it."""
     check_domain(domain)
     _check(class_name, CLASSES + EXTRA_CLASSES, "class")
     look = DOMAINS[domain]
     # Keyed by the image, so that images can be drawn in any order and in any process.
     rng = generator(seed, "aerial_scenes", VERSION, class_name, domain, index)
-    # The order of draws from `rng` is part of the data set: any change of it alters all images and
-    # requires a new VERSION.
     canvas = Canvas(
         rng,
         step=look.zoom * rng.uniform(0.88, 1.14),
@@ -84,9 +104,11 @@ def draw(
         sun=rng.uniform(0.3, 1.3),
     )
     scene = Scene(canvas, look, rng)
+    # The order of draws from `rng` is part of the data set: any change of it alters all images and
+    # requires a new VERSION.
     (DRAW.get(class_name) or DRAW_EXTRA[class_name])(scene)
     image = sense(canvas.rgb_HW3, look.sensor, rng)
-    return np.round(image * 255.0).astype(np.uint8), tuple(scene.notes)
+    return np.round(image * 255.0).astype(np.uint8), scene
 
 
 def render(class_name: str, domain: str, index: int, seed: int = 0) -> NDArray[np.uint8]:

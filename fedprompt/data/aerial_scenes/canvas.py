@@ -20,6 +20,8 @@ Colour: TypeAlias = tuple[float, float, float] | Array
 Window: TypeAlias = tuple[slice, slice]
 
 SIZE = 64
+NOTHING = -1
+"""The kind of what carries no label."""
 _FULL: Window = (slice(0, SIZE), slice(0, SIZE))
 
 
@@ -77,6 +79,8 @@ class Canvas:
         y_HW: scene coordinate y of each pixel's centre.
         sun: unit vector, in scene coordinates, in which shadows fall.
         rgb_HW3: the picture.
+        kind: the kind of what is painted from now on: the index of a label, or `NOTHING`.
+        kind_HW: the kind of what is seen at each pixel.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class Canvas:
         # Given relative to the picture, so that the view's rotation does not turn the shadows.
         self.sun = (float(np.cos(sun - angle)), float(np.sin(sun - angle)))
         self.rgb_HW3: Array = np.zeros((SIZE, SIZE, 3))
+        self.kind = NOTHING
+        self.kind_HW = np.full((SIZE, SIZE), NOTHING, dtype=np.int8)
 
     # Painting
 
@@ -116,6 +122,13 @@ class Canvas:
         """
         target = self.rgb_HW3[window]
         target += alpha[..., None] * (np.asarray(colour) - target)
+        # What covers most of a pixel is what is seen there.
+        self.kind_HW[window][alpha > 0.5] = self.kind
+
+    def cover_all(self, rgb_HW3: Array) -> None:
+        """Replace the whole picture."""
+        self.rgb_HW3[:] = rgb_HW3
+        self.kind_HW[:] = self.kind
 
     def fill(self, colour: Colour, distance: Array, texture: float = 0.0) -> None:
         """Paint the inside of a shape.

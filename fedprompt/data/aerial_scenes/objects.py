@@ -6,12 +6,14 @@ and angles in radians. Objects are painted over each other, so the order of call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedprompt.data.aerial_scenes.canvas import SIZE, Array, Canvas, Colour, box, mix
+from fedprompt.data.aerial_scenes.canvas import NOTHING, SIZE, Array, Canvas, Colour, box, mix
 from fedprompt.data.aerial_scenes.domains import RGB, Domain, under_snow
 
 WHITE: RGB = (0.93, 0.93, 0.91)
@@ -24,6 +26,54 @@ CARS: tuple[RGB, ...] = (
     (0.16, 0.26, 0.55),
 )
 LIMIT = 72.0  # scene units from the centre within which things are drawn; beyond every view
+LABELS: tuple[str, ...] = (
+    "boats",
+    "cars",
+    "farmland",
+    "houses",
+    "ice",
+    "industrial buildings",
+    "railway",
+    "road",
+    "runway",
+    "sand",
+    "sports ground",
+    "storage tanks",
+    "trees",
+    "water",
+)
+"""What a picture can show, for the multi-label task."""
+LEAST_PIXELS = 8
+"""Of 4,096 pixels: a picture shows what is seen on at least as many."""
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def shows(
+    label: str,
+) -> Callable[
+    [Callable[Concatenate[Scene, _Args], _Result]], Callable[Concatenate[Scene, _Args], _Result]
+]:
+    """Decorate a function that draws what `label` names.
+
+    The label counts for what the function paints itself; what it calls may show another one.
+    """
+
+    def decorate(
+        draw: Callable[Concatenate[Scene, _Args], _Result],
+    ) -> Callable[Concatenate[Scene, _Args], _Result]:
+        @wraps(draw)
+        def drawn(scene: Scene, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+            before = scene.canvas.kind
+            scene.show(label)
+            result = draw(scene, *args, **kwargs)
+            scene.canvas.kind = before
+            return result
+
+        return drawn
+
+    return decorate
 
 
 class Scene:
@@ -42,6 +92,18 @@ class Scene:
         self.season = domain.season
         self.region = domain.region
         self.notes: list[str] = []
+
+    # Labels
+
+    def show(self, label: str) -> None:
+        """Count what is painted from now on as this label, until another drawing of `LABELS`."""
+        self.canvas.kind = LABELS.index(label)
+
+    def shown(self) -> tuple[str, ...]:
+        """The labels of the finished picture: what is seen on at least `LEAST_PIXELS` pixels."""
+        seen = self.canvas.kind_HW[self.canvas.kind_HW != NOTHING]
+        counts = np.bincount(seen, minlength=len(LABELS))
+        return tuple(label for label, n in zip(LABELS, counts, strict=True) if n >= LEAST_PIXELS)
 
     # Colours
 
@@ -84,7 +146,7 @@ class Scene:
     def ground(self, colour: Colour, texture: float = 0.16) -> None:
         """Cover the whole picture with `colour`, mottled by `texture`."""
         noise = self.canvas.fbm(4, 4) * texture
-        self.canvas.rgb_HW3[:] = np.asarray(colour) * (1.0 + noise)[..., None]
+        self.canvas.cover_all(np.asarray(colour) * (1.0 + noise)[..., None])
 
     def open_ground(self) -> None:
         """Cover the whole picture with grass and patches of bare soil."""
@@ -93,6 +155,7 @@ class Scene:
         bare = 0.25 + 0.45 * (1.0 - self.region.trees) + 0.5 * self.canvas.fbm(3, 3)
         self.canvas.paint(self.soil, np.clip(2.0 * (bare - 0.5), 0.0, 0.85))
 
+    @shows("water")
     def sea(self, distance: Array, ripple: float = 0.06) -> None:
         """Fill a shape with water that is lighter near its edge."""
         # Distances are negative inside, so `near` is 1 at the shore and fades over 5 units.
@@ -101,6 +164,7 @@ class Scene:
         waves = 1.0 + ripple * (self.canvas.noise(32) + self.canvas.noise(8))
         self.canvas.paint(tint * waves[..., None], self.canvas.cover(distance))
 
+    @shows("ice")
     def floes(self, distance: Array, size: float, share: float) -> None:
         """Draw ice floes: irregular cells that cracks of open water separate.
 
@@ -148,6 +212,7 @@ class Scene:
         x, y = self.canvas.x_HW.ravel()[chosen], self.canvas.y_HW.ravel()[chosen]
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
+    @shows("trees")
     def tree(self, x: float, y: float, radius: float) -> None:
         """Draw the crown of a tree, lit on one side, and its shadow."""
         canvas = self.canvas
@@ -175,6 +240,7 @@ class Scene:
         for x, y in self.scatter(free_HW, count):
             self.tree(x, y, size * self.rng.uniform(0.6, 1.3))
 
+    @shows("trees")
     def canopy(self, density: float, spacing: float, keep_HW: Array) -> None:
         """Draw closed woodland.
 
@@ -216,9 +282,13 @@ class Scene:
 
     def road(self, distance: Array, kerb: float = 0.0) -> None:
         """Fill a shape with asphalt and surround it with a paler kerb of width `kerb`."""
+        before = self.canvas.kind
+        if before == NOTHING:  # else it is the asphalt of something else, such as a runway
+            self.show("road")
         if kerb:
             self.canvas.fill(self.concrete, distance - kerb)
         self.canvas.fill(self.asphalt, distance, texture=0.05)
+        self.canvas.kind = before
 
     def dashes(
         self, across_HW: Array, along_HW: Array, width: float, dash: float, gap: float
@@ -283,6 +353,7 @@ class Scene:
             tint = tint * (1.0 - 0.18 * side)[..., None]
         canvas.paint(tint, canvas.cover(box(u, v, half_x, half_y)), window)
 
+    @shows("houses")
     def house(self, x: float, y: float, size: float, angle: float = 0.0) -> None:
         """Draw a dwelling, gabled or flat as is usual in the region, sometimes L-shaped.
 
@@ -313,6 +384,7 @@ class Scene:
             )
         self.slab(x, y, half_x, half_y, roof, angle, size * 0.25, ridge)
 
+    @shows("industrial buildings")
     def hall(self, x: float, y: float, half_x: float, half_y: float) -> None:
         """Draw an industrial hall with a large pale roof and parallel grooves.
 
@@ -334,6 +406,7 @@ class Scene:
         groove = np.maximum(np.abs(phase - teeth / 2) - 0.45, canvas.box(x, y, half_x, half_y) + 1)
         canvas.paint(roof * self.rng.uniform(0.6, 0.78), 0.9 * canvas.cover(groove))
 
+    @shows("cars")
     def car(self, x: float, y: float, angle: float = 0.0, truck: bool = False) -> None:
         """Draw a car, or a lorry more than twice as long; arguments as in `slab`."""
         colour = self.pick(CARS, 0.05)
@@ -342,6 +415,7 @@ class Scene:
         else:
             self.slab(x, y, 2.1, 1.0, colour, angle, 0.7)
 
+    @shows("boats")
     def boat(self, x: float, y: float, length: float, angle: float) -> None:
         """Draw a boat: a pale hull, pointed at one end, with a darker deck.
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fedprompt.config.fields import option
 from fedprompt.config.schema import DataConfig
-from fedprompt.data.aerial_scenes import VERSION, check_class, check_domain, render
+from fedprompt.data.aerial_scenes import VERSION, check_class, check_domain, labelled
 from fedprompt.data.aerial_scenes.domains import FEDERATED_DOMAINS
 from fedprompt.data.aerial_scenes.scenes import CLASSES
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
@@ -113,15 +113,18 @@ class _Opener:
         shape = (len(self.domains), len(self.names), self.per_class)
         domain, label, index = (int(part) for part in np.unravel_index(i, shape))
         return Image.fromarray(
-            _remembered(self.names[label], self.domains[domain], self.first + index)
+            remembered(self.names[label], self.domains[domain], self.first + index)[0]
         )
 
 
 # Methods with visual prompts open every image in every round, and drawing one takes milliseconds.
 # 8,192 images of 12 kB are 100 MB.
 @lru_cache(maxsize=8192)
-def _remembered(class_name: str, domain: str, index: int) -> NDArray[np.uint8]:
-    return render(class_name, domain, index)
+def remembered(
+    class_name: str, domain: str, index: int
+) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """An image and its labels, as `fedprompt.data.aerial_scenes.labelled` draws them."""
+    return labelled(class_name, domain, index)
 
 
 def _fingerprint(names: Sequence[str], domains: Sequence[str], per_class: int, first: int) -> str:

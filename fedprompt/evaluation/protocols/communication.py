@@ -48,6 +48,7 @@ class Communication(Reported):
     title = "Communication to reach x % of the final accuracy"
     caption = "Accuracy over the bytes sent so far; dots: where 90, 95, ... % of the end is kept."
     Options = CommunicationOptions
+    multi_label = True
     one_of = ("global", "personalised")
     options: CommunicationOptions
 

@@ -43,6 +43,7 @@ class Fairness(Reported):
     title = "Fairness over clients"
     caption = "Share of clients (y) with at most this accuracy (x); a steep line is an even spread."
     Options = FairnessOptions
+    multi_label = True
     one_of = ("personalised",)
     options: FairnessOptions
 

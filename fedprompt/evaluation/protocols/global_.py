@@ -19,3 +19,4 @@ class Global(Protocol):
     title = "Global model"
     needs_global = True
     Options = NoOptions
+    multi_label = True

@@ -21,3 +21,4 @@ class Personalised(Protocol):
     name = "personalised"
     title = "Personalised models"
     Options = NoOptions
+    multi_label = True

@@ -49,6 +49,7 @@ class TimeToAccuracy(Reported):
     title = "Simulated time to accuracy"
     caption = "Accuracy over the seconds of the simulated clock."
     Options = TimeToAccuracyOptions
+    multi_label = True
     one_of = ("global", "personalised")
     options: TimeToAccuracyOptions
 

@@ -24,6 +24,7 @@ def circular_farmland(scene: Scene) -> None:
     """Centre-pivot fields: discs of crops with sectors and tracks on bare ground."""
     canvas, rng = scene.canvas, scene.rng
     scene.ground(scene.soil)
+    scene.show("farmland")
     radius = rng.uniform(10.5, 22.0)
     pitch = 2 * radius + rng.uniform(0.5, 3.0)
     skew = rng.uniform(0.0, pitch) if rng.random() < 0.3 else 0.0
@@ -59,6 +60,7 @@ def orchard(scene: Scene) -> None:
     elif shape < 0.7:
         block = canvas.box(0.0, 0.0, *scene.rng.uniform(15.0, 25.0, 2))
         scene.notes.append("rectangular")
+    scene.show("farmland")
     canvas.fill(under_snow(scene.season.crops[0], scene.season, 0.8), block, texture=0.08)
     gap_x, gap_y = scene.rng.uniform(5.0, 7.5), scene.rng.uniform(5.0, 9.0)
     size = scene.rng.uniform(1.5, 2.4)

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedprompt.data.aerial_scenes.canvas import Array
 from fedprompt.data.aerial_scenes.domains import under_snow
-from fedprompt.data.aerial_scenes.objects import LIMIT, Scene
+from fedprompt.data.aerial_scenes.objects import LIMIT, Scene, shows
 
 
 def steps(scene: Scene, low: float, high: float) -> list[float]:
@@ -55,6 +55,7 @@ def at(scene: Scene, curve_HW: Array, x: float) -> float:
     return float(curve_HW.ravel()[nearest])
 
 
+@shows("farmland")
 def patchwork(scene: Scene, size_x: float, size_y: float, rows: float = 0.16) -> None:
     """Cover the whole picture with rectangular fields.
 
@@ -78,13 +79,14 @@ def patchwork(scene: Scene, size_x: float, size_y: float, rows: float = 0.16) ->
     pitch = rng.uniform(2.6, 4.0)
     depth = rng.uniform(0.2, 1.0, (16, 16))[strip, field] * rows
     light = 1.0 + depth * np.sin(phase * (2.0 * np.pi / pitch)) + 0.05 * canvas.fbm(6, 3)
-    canvas.rgb_HW3[:] = tone[strip, field] * light[..., None]
+    canvas.cover_all(tone[strip, field] * light[..., None])
     edge_x = (0.5 - np.abs(np.mod(x, 1.0) - 0.5)) * size_x
     edge_y = (0.5 - np.abs(np.mod(y, 1.0) - 0.5)) * size_y
     edge = np.minimum(edge_x, edge_y) - rng.uniform(0.3, 0.8)
     canvas.fill(scene.soil * rng.uniform(0.7, 1.1), edge)
 
 
+@shows("storage tanks")
 def tank(scene: Scene, x: float, y: float, radius: float) -> None:
     """Draw a storage tank of the given radius: a shadow, a pale lid and a darker rim."""
     canvas = scene.canvas

@@ -12,6 +12,7 @@ def tennis_court(scene: Scene) -> None:
     """One to four courts side by side: coloured field, white lines, net."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("sports ground")
     count = int(rng.integers(1, 4))
     field = scene.pick(((0.22, 0.42, 0.60), (0.27, 0.48, 0.34), (0.70, 0.38, 0.24)))
     apron = scene.pick(((0.30, 0.50, 0.36), (0.58, 0.32, 0.26), (0.34, 0.46, 0.52)))
@@ -39,6 +40,7 @@ def baseball_diamond(scene: Scene) -> None:
     """A quarter-circle of dirt around a square of grass, and a mown outfield."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("sports ground")
     x, y = canvas.x_HW + 16.0, canvas.y_HW + 16.0
     r = np.hypot(x, y)
     wedge = np.maximum(-x, -y)
@@ -68,6 +70,7 @@ def football_field(scene: Scene) -> None:
     """Pre-training only: a mown pitch with white lines and a centre circle."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("sports ground")
     pitch = canvas.box(0, 0, 27.0, 17.0)
     scene.trees(pitch > 4.0, int(rng.integers(4, 26)))
     stripes = 1.0 + 0.08 * np.sign(np.sin(canvas.x_HW * (np.pi / rng.uniform(3.0, 5.0))))

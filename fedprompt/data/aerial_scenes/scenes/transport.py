@@ -132,6 +132,7 @@ def railway(scene: Scene) -> None:
     """Parallel tracks on ballast: two rails each, sleepers, perhaps a train."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("railway")
     tracks = int(rng.integers(2, 6))
     gap = rng.uniform(5.5, 7.0)
     bend = canvas.wave(canvas.x_HW, rng.uniform(0.0, 3.0), 150.0)
@@ -173,6 +174,7 @@ def runway(scene: Scene) -> None:
     """One wide strip with a broken centre line, edge lines and threshold bars."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("runway")
     width = rng.uniform(15.0, 23.0)
     end = rng.uniform(-26.0, -6.0) if rng.random() < 0.75 else -LIMIT
     # Usually the runway's end is in view; otherwise it lies beyond every view.

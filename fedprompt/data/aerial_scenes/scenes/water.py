@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedprompt.data.aerial_scenes.canvas import NOTHING
 from fedprompt.data.aerial_scenes.domains import under_snow
 from fedprompt.data.aerial_scenes.objects import WHITE, Scene
 from fedprompt.data.aerial_scenes.scenes.parts import patchwork, steps, traffic
@@ -62,6 +63,7 @@ def beach(scene: Scene) -> None:
     """Sea, surf, a strip of sand and the land behind it."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("sand")
     coast = canvas.wave(canvas.x_HW, rng.uniform(2.0, 7.0), rng.uniform(70.0, 130.0))
     inland = canvas.y_HW - coast + rng.uniform(-10.0, 8.0)
     strip = rng.uniform(9.0, 19.0) * (1.0 + 0.15 * canvas.noise(4))
@@ -87,7 +89,9 @@ def beach(scene: Scene) -> None:
 def harbor(scene: Scene) -> None:
     """Jetties with boats on both sides, starting from a quay."""
     canvas, rng = scene.canvas, scene.rng
+    scene.show("water")
     scene.ground(scene.water, 0.07)
+    canvas.kind = NOTHING
     quay = rng.uniform(-24.0, -12.0)
     length, spacing = rng.uniform(7.0, 11.0), rng.uniform(3.2, 4.4)
     pitch = 2 * length + rng.uniform(5.0, 8.0)
@@ -120,6 +124,7 @@ def harbor(scene: Scene) -> None:
 def sea_ice(scene: Scene) -> None:
     """Floes of all sizes on dark water."""
     canvas, rng = scene.canvas, scene.rng
+    scene.show("water")
     scene.ground(scene.water * 0.8, 0.08)
     # A negative distance everywhere: the whole picture is water.
     everywhere = np.full(canvas.x_HW.shape, -9.0)
@@ -132,6 +137,7 @@ def island(scene: Scene) -> None:
     """Pre-training only: land with a sandy rim in the sea."""
     canvas, rng = scene.canvas, scene.rng
     scene.open_ground()
+    scene.show("sand")
     distance = -canvas.blob(0.0, 0.0, rng.uniform(13.0, 22.0), 0.3)
     rim = under_snow(scene.region.sand, scene.season, 0.3)
     canvas.fill(rim, distance - rng.uniform(2.0, 4.0), texture=0.06)
