@@ -19,7 +19,6 @@ import torch
 from flwr.app import ConfigRecord
 from torch import Tensor
 
-from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.data.partition.pseudo_labels import (
     GUESSES,
     PHASE,
@@ -94,15 +93,12 @@ def _logits(
     """Logits (N, C) of a client's training images; zero-shot CLIP's before anything is trained."""
     train, method = workspace.partition.train(client), workspace.method
     if zero_shot:
+        clip, task = workspace.clip, workspace.task
+        classes_CD = clip.zero_shot_classifier(task.class_names, task.templates)
         features_ND = workspace.views[0].rows(train, {"features"}).features
-        return _zero_shot(workspace.clip, workspace, features_ND)
+        return clip.logit_scale * (features_ND.to(classes_CD) @ classes_CD.T)
     encoded = encode_personal(method, [shared], [private])
     return torch.cat(list(logits_of(method, encoded, workspace.views[0].rows(train, method.needs))))
-
-
-def _zero_shot(clip: FrozenCLIP, workspace: Workspace, features_ND: Tensor) -> Tensor:
-    classes_CD = clip.zero_shot_classifier(workspace.task.class_names, workspace.task.templates)
-    return clip.logit_scale * (features_ND.to(classes_CD) @ classes_CD.T)
 
 
 def stored_guesses(stored: Tensors, phase: int) -> Guesses | None:
