@@ -178,6 +178,9 @@ def check_pseudo_labels(config: Config) -> None:
         "asynchronous.enabled, since all clients label their images at once": (
             config.asynchronous.enabled
         ),
+        f"data.source={config.data.source}, where an image has several labels": (
+            config.data.multi_label
+        ),
         "partition.sessions": config.partition.sessions > 0,
         "partition.labels_per_round": config.partition.labels_per_round > 0,
         f"attack.kind={kind}, which changes labels": kind in ("label_flip", "backdoor"),

@@ -332,6 +332,7 @@ def test_a_lost_answer_costs_a_round_and_not_the_run(
         ({"attack": {"kind": "label_flip", "share": 0.5}}, "label_flip"),
         ({"protocols": ["global", "privacy_audit"]}, "privacy_audit"),
         ({"method": {"name": "fdbpl"}}, "fdbpl"),
+        ({"data": {"source": "aerial_objects"}}, "aerial_objects"),
         (
             {"partition": {**BLIND["partition"], "labels_per_round": 2, "active_rounds": 1}},
             "labels_per_round",
