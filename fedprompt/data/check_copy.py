@@ -77,10 +77,13 @@ def check(found: Entry, root: Path, split: str = "auto") -> Finding:
 def _class_problems(found: Entry, listing: Listing, with_images: set[str]) -> list[str]:
     """Classes that should not be there, or should and are not, or are empty."""
     theirs = {name_key(key): key for key in found.classes or listing.keys}
-    there = set(map(name_key, listing.keys))
-    filled = set(map(name_key, with_images))
+    own = {name_key(other): name_key(key) for other, key in found.spellings.items()}
+    # A folder by its name, or by the authors' name for it.
+    key_of = {key: own.get(name_key(key), name_key(key)) for key in listing.keys}
+    there = set(key_of.values())
+    filled = {key_of[key] for key in with_images}
     return [
-        *_first(f"unknown class '{key}'" for key in listing.keys if name_key(key) not in theirs),
+        *_first(f"unknown class '{key}'" for key in listing.keys if key_of[key] not in theirs),
         *_first(f"no class '{name}'" for key, name in theirs.items() if key not in there),
         *_first(
             f"no image of class '{name}'" for key, name in theirs.items() if key in there - filled

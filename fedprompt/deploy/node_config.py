@@ -42,6 +42,7 @@ from fedprompt.backbone.devices import KINDS
 from fedprompt.config.schema import FORMATS, LOCAL_FOLDER, SECTIONS, Config, WeightFormat
 from fedprompt.config.shipped import shipped_names
 from fedprompt.data.sources.client_folders import ClientFoldersConfig
+from fedprompt.data.sources.parts.common_labels import names as label_lists
 from fedprompt.errors import UserError, did_you_mean
 from fedprompt.evaluation.registry import protocol_class
 from fedprompt.experiment.paths import named_paths, without_paths
@@ -239,7 +240,7 @@ def _on_lender(config: Config, node: NodeSettings, folder: str) -> Config:
             f"data.source=client_folders, but this one has data.source={config.data.source}."
         )
     _check_weights(config, node)
-    kept = _shipped_descriptions(config)
+    kept = _shipped_files(config)
     config = without_paths(config)
     data: Any = config.data  # of client folders, as checked above
     folders = [folder if k == node.client else "" for k in range(config.partition.clients)]
@@ -253,7 +254,7 @@ def _with_own_root(config: Config, node: NodeSettings) -> Config:
     # An id on the hub is the same on every machine; only a folder with such a name is not.
     hub = str(named.get("hub_id", ""))
     kept = {"hub_id": hub} if re.fullmatch(HUB_ID, hub) and not Path(hub).exists() else {}
-    kept |= _shipped_descriptions(config)
+    kept |= _shipped_files(config)
     own = {"root": node.root} if node.root and hasattr(config.data, "root") else {}
     for key in sorted(named.keys() - kept.keys() - own.keys()):
         raise UserError(
@@ -270,21 +271,21 @@ def _with_own_root(config: Config, node: NodeSettings) -> Config:
     return replace(config, data=replace(data, **kept, **own))
 
 
-def _shipped_descriptions(config: Config) -> dict[str, str]:
-    """`data.descriptions`, if it is set: a shipped file is the same on every machine.
+def _shipped_files(config: Config) -> dict[str, str]:
+    """The keys that name shipped files, if they are set: these are the same on every machine.
 
     Raises:
-        UserError: it is a path. Without the sentences, a node would learn from other texts.
+        UserError: one is a path. Without its sentences or labels, a node would learn otherwise.
     """
-    name = config.data.descriptions
-    if name is None:
-        return {}
-    if name not in (shipped := shipped_names("descriptions")):
-        raise UserError(
-            "the experiment's data.descriptions is a file on the server, and this node opens no "
-            f"path that the server names; name a file that is shipped ({', '.join(shipped)})."
-        )
-    return {"descriptions": name}
+    known = {"descriptions": shipped_names("descriptions"), "common_labels": label_lists()}
+    kept = {key: name for key in known if (name := getattr(config.data, key, None)) is not None}
+    for key, name in kept.items():
+        if name not in known[key]:
+            raise UserError(
+                f"the experiment's data.{key} is a file on the server, and this node opens no "
+                f"path that the server names; name a shipped one ({', '.join(known[key])})."
+            )
+    return kept
 
 
 def _check_weights(config: Config, node: NodeSettings) -> None:

@@ -86,8 +86,12 @@ def open_others(
     clip: FrozenCLIP,
     cache_dir: Path,
     method: Method,
+    data: DataConfig,
 ) -> list[TestSet]:
     """Open the data sets of `complete`, and encode their test images if no cache holds them.
+
+    Where the experiment joins several data sets of one folder, a data set without a folder of its
+    own is looked for beside them.
 
     Args:
         sections: complete `data` sections.
@@ -95,6 +99,7 @@ def open_others(
         clip: the frozen backbone.
         cache_dir: the folder for downloads and encoded features.
         method: the method under test, which says what it reads of an image.
+        data: the experiment's own `data` section.
 
     Returns:
         One test set per section, in order.
@@ -102,8 +107,19 @@ def open_others(
     Raises:
         UserError: a data set cannot be found, downloaded or read, or it has no test images.
     """
-    configs = [build_data(section) for section in sections]
+    configs = [build_data(_beside(section, data)) for section in sections]
     return [_open(config, seed, clip, cache_dir, method) for config in configs]
+
+
+def _beside(section: Mapping[str, Any], data: DataConfig) -> Mapping[str, Any]:
+    """The section of a data set, with its folder if that stands beside those of the experiment."""
+    root = getattr(data, "root", None)
+    if data.source != "multi" or not root or section.get("root"):
+        return section
+    if section["source"] == "multi":
+        return {**section, "root": root}
+    folder = Path(root).expanduser() / str(section.get("dataset"))
+    return {**section, "root": str(folder)} if folder.is_dir() else section
 
 
 def _open(

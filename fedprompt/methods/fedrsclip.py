@@ -30,6 +30,10 @@ or by attention layer by layer; DPA is then the mean of its text and its image p
 there is one v. The global model uses v(S'), or the frozen features where no image prompts are
 shared.
 
+CMFA's cosine form is also the alignment term of DualPrompt (`dualprompt_rs`), which federates
+remote-sensing scenes with a weight of 0.5. That is a precedent, and no evidence of what
+FedRSCLIP uses.
+
 The default weights were chosen on the embedded scenes with separate seeds (11 and 12), as a
 compromise between personal accuracy, which falls with them, and global accuracy, which rises.
 """

@@ -41,7 +41,7 @@ from fedprompt.backbone.vision_tower import VisionTower
 from fedprompt.config.fields import option
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.base import Method, RoundInfo, Task, Tensors
-from fedprompt.methods.parts.deep_prompts import DeepText, layers_within
+from fedprompt.methods.parts.deep_prompts import DeepText, coupled, layers_within
 from fedprompt.methods.parts.linear import linear_start
 from fedprompt.methods.parts.losses import cosine_logits
 from fedprompt.methods.parts.prompts import PromptConfig
@@ -174,4 +174,4 @@ class MaPLe(Method):
 
 def visual_prompts(text: Tensors, factors: Tensors) -> Tensor:
     """F_j(P_j) for all layers: (..., J, M, w)."""
-    return text["text"] @ factors["weight"].transpose(-1, -2) + factors["bias"][..., None, :]
+    return coupled(text["text"], factors["weight"], factors["bias"])

@@ -31,6 +31,7 @@ REQUIRED = [
     "whu_rs19",
     "rsscn7",
     "mlrsnet",
+    "millionaid",
     "cifar10",
     "cifar100",
     "caltech101",

@@ -46,6 +46,7 @@ STEP = {
     "ditto": Budget(175),
     "dp2fl": Budget(225),
     "dp_fpl": Budget(200),
+    "dualprompt_rs": Budget(235),
     "fdbpl": Budget(210),
     "fedclip": Budget(95),
     "fedcocoop": Budget(105),

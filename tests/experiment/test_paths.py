@@ -24,7 +24,7 @@ from tests.support.builders import small_config
 # Texts of any kind that name no file: a new key is put here, or gets `option(..., path=True)`.
 NO_PATH = {
     "experiment", "protocols", "targets", "out", "name", "base", "options", "model", "pretrained",
-    "title", "templates", "class_names", "dataset", "common_labels", "hub_config", "hub_revision",
+    "title", "templates", "class_names", "dataset", "hub_config", "hub_revision",
     "train_split", "test_split", "image_column", "label_column", "domain_column", "domains",
     "ray_address", "loggers", "words", "style", "context_init", "template", "private",
     "token_tensors", "domain", "source", "chosen_by",
@@ -34,11 +34,13 @@ NO_PATH = {
 }  # fmt: skip
 PATHS = {
     "backbone.checkpoint", "data.root", "data.folders", "data.hub_id", "data.descriptions",
-    "partition.file", "conditions.trace", "clock.devices",
+    "data.common_labels", "partition.file", "conditions.trace", "clock.devices",
     "output.root", "output.dir", "output.cache",
 }  # fmt: skip
 SIMULATED = {"conditions.trace", "clock.devices"}
 """Further paths, of sections that a deployment refuses."""
+OF_OTHER_SOURCES = {"data.hub_id", "data.common_labels"}
+"""No source has one of these keys and the folders of clients."""
 SECRET = "/server/secret"
 
 
@@ -100,7 +102,7 @@ def experiment(*without: str) -> Config:
         },
     }
     config = small_config(**raw)
-    for key in PATHS - {"data.hub_id"} - set(without):  # no source has that key and the others
+    for key in PATHS - OF_OTHER_SOURCES - set(without):
         section, _, name = key.partition(".")
         value: Any = f"{SECRET}/{key}"
         change = {name: [value] * 3 if name == "folders" else value}
@@ -120,7 +122,7 @@ def named(value: Any, place: str = "") -> set[str]:
 
 def test_a_node_that_lends_a_folder_follows_no_path() -> None:
     config = experiment("data.descriptions")
-    expected = PATHS - {"data.hub_id", "data.descriptions"} | {
+    expected = PATHS - OF_OTHER_SOURCES - {"data.descriptions"} | {
         "protocol_options.cross_data_set.targets.root", "protocol_options.ood.out.hub_id"
     }  # fmt: skip
     assert named(dataclasses.asdict(config)) == expected, "the test names them all"
@@ -145,6 +147,20 @@ def test_sentences_about_classes_are_shipped_or_refused() -> None:
             with pytest.raises(UserError, match=r"data\.descriptions") as caught:
                 on_node(hidden(named), node)
             assert "aerial_scenes" in str(caught.value)
+
+
+def test_common_labels_are_shipped_or_refused() -> None:
+    """A node of its own labels would train on other classes."""
+    data = {"source": "multi", "common_labels": "fedrs", "root": f"{SECRET}/all"}
+    node = NodeSettings(1, None, root="/mine")
+    plain = small_config(data=data)
+    there = on_node(parse(to_yaml(hidden(plain))), node).data
+    assert (there.common_labels, there.root) == ("fedrs", "/mine")  # type: ignore[attr-defined]
+    own = dataclasses.replace(plain.data, common_labels=f"{SECRET}/labels.yaml")  # type: ignore[call-arg]
+    config = parse(to_yaml(hidden(dataclasses.replace(plain, data=own))))
+    with pytest.raises(UserError, match=r"data\.common_labels") as caught:
+        on_node(config, node)
+    assert "rs_five_sources" in str(caught.value)
 
 
 def test_weights_are_the_nodes_own() -> None:

@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plan": {"text_depth": 1, "visual_depth": 1, "text_tokens": 2, "visual_tokens": 2},
     "fedapt": {"context_tokens": 4, "domains": 2},
     "trip": {"context_tokens": 2, "experts": 2},
+    "dualprompt_rs": {"depth": 3},
     "decoupled_dpl": {"text_depth": 2, "visual_depth": 2},
 }
 """The methods, with the keys that make a run short."""

@@ -39,7 +39,6 @@ FOOD = ("apple_pie", "baby_back_ribs", "creme_brulee", "waffles")
 DOMAINNET = ("aircraft_carrier", "The_Eiffel_Tower", "zigzag")
 DOMAINNET_NUMBERS = (0, 303, 344)
 HOME = ("Alarm_Clock", "Desk_Lamp", "TV", "ToothBrush")
-MLRSNET = ("airplane", "dense_residential_area", "wind_turbine")
 FEWER = {
     "imagenet": 5,
     "imagenet_v2": 5,
@@ -53,7 +52,6 @@ FEWER = {
     "food101": len(FOOD),
     "domainnet": len(DOMAINNET),
     "office_home": len(HOME),
-    "mlrsnet": len(MLRSNET),
 }
 
 
@@ -139,9 +137,15 @@ def rsscn7(name: str, root: Path) -> list[Made]:
     )
 
 
-def mlrsnet(name: str, root: Path) -> list[Made]:
+def millionaid(name: str, root: Path) -> list[Made]:
+    """A tree of three levels, in which some classes stand on the second."""
+    groups = {"dry_field": "agriculture_land/arable_land", "desert": "unutilized_land"}
     return write(
-        [Made(root / "Images" / c / f"{c}_{i:05d}.jpg", c) for c in MLRSNET for i in range(1, 5)]
+        [
+            Made(root / "train" / groups.get(c, "land/area") / c / f"P{i:07d}.jpg", c)
+            for c in entry(name).classes
+            for i in range(1, 5)
+        ]
     )
 
 
@@ -355,7 +359,8 @@ MAKERS: dict[str, Callable[[str, Path], list[Made]]] = {
     "patternnet": class_folders("PatternNet/images/{c}/{bare}{i:03d}.jpg"),
     "whu_rs19": class_folders("WHU-RS19/{c}/{c}_{i:02d}.jpg"),
     "rsscn7": rsscn7,
-    "mlrsnet": mlrsnet,
+    "mlrsnet": class_folders("Images/{c}/{c}_{i:05d}.jpg"),
+    "millionaid": millionaid,
     "cifar10": cifar(
         "cifar-10-batches-bin",
         "batches.meta.txt",

@@ -120,6 +120,7 @@ class Entry:
         layout: how the unpacked folder is read.
         classes: from the authors' name of a class (usually a folder) to the name used in prompts,
             in label order. It is empty where `classes_from` is given.
+        spellings: other names of class folders in copies that are in circulation, and the authors'.
         classes_from: what in the copy defines the classes.
         class_style: how names that the copy defines are made readable.
         metres_per_pixel: ground resolution, as text.
@@ -146,6 +147,7 @@ class Entry:
     download: str
     layout: Mapping[str, Any]
     classes: Mapping[str, str] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
     classes_from: str = ""
     class_style: Literal["plain", "readable", "capitals", "place", "year first"] = "plain"
     metres_per_pixel: str = ""

@@ -50,6 +50,11 @@ class AerialScenes(DataSource):
     Config = AerialScenesConfig
 
     @staticmethod
+    def known_classes(config: AerialScenesConfig) -> tuple[str, ...]:
+        """The scenes that are drawn; see `DataSource.known_classes`."""
+        return tuple(config.class_names) or CLASSES
+
+    @staticmethod
     def load(config: AerialScenesConfig, seed: int, cache_dir: Path | None = None) -> ImageDataset:
         """Open the scenes.
 

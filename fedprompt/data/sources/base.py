@@ -33,6 +33,20 @@ class DataSource:
     Config: ClassVar[type[DataConfig]]
 
     @staticmethod
+    def known_classes(config: Any) -> tuple[str, ...] | None:
+        """The class names of the data set, where they are known before anything is read.
+
+        Files of common labels are checked against them.
+
+        Args:
+            config: an instance of the source's `Config`.
+
+        Returns:
+            The names in label order; None if only the stored images tell.
+        """
+        return tuple(config.class_names) or None
+
+    @staticmethod
     def load(config: Any, seed: int, cache_dir: Path) -> ImageDataset:
         """Open the data set that `config` describes.
 

@@ -84,6 +84,13 @@ class Catalogue(DataSource):
     Config = CatalogueConfig
 
     @staticmethod
+    def known_classes(config: CatalogueConfig) -> tuple[str, ...] | None:
+        """Those of the entry; None where the copy defines them. See `DataSource.known_classes`."""
+        assert config.dataset is not None
+        names = config.class_names or entry(config.dataset).classes.values()
+        return tuple(names) or None
+
+    @staticmethod
     def load(config: CatalogueConfig, seed: int, cache_dir: Path) -> ImageDataset:
         """Open the data set `config.dataset`.
 

@@ -85,6 +85,7 @@ class CrossDataSet(Reported):
             workspace.clip,
             cache_dir,
             workspace.method,
+            workspace.config.data,
         )
 
     def measure(self, run: Finished) -> dict[str, Any]:

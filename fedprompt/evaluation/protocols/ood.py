@@ -124,7 +124,12 @@ class Ood(Reported):
         """Open the other data sets, and encode what no cache holds, including patch features."""
         cache_dir = default_cache_dir(self.config.output.cache)
         self._others = open_others(
-            self.options.out, self.config.seed, workspace.clip, cache_dir, workspace.method
+            self.options.out,
+            self.config.seed,
+            workspace.clip,
+            cache_dir,
+            workspace.method,
+            workspace.config.data,
         )
         clip, names = workspace.clip, workspace.task.class_names
         if self.options.negatives:

@@ -1,7 +1,7 @@
 """Text prompts at the inputs of several layers, and start words of which only some are learned.
 
-MaPLe, IVLP and the methods that derive from them hold a `DeepText`; FedMGP, VPT, pFedMMA and
-FedRSCLIP use the functions alone.
+MaPLe, IVLP, DualPrompt and the methods that derive from them hold a `DeepText`; FedMGP, VPT,
+pFedMMA and FedRSCLIP use the functions alone.
 
 Sources: MaPLe (Khattak et al., CVPR 2023, arXiv 2210.03117) and PromptSRC (Khattak et al., ICCV
 2023, arXiv 2307.06948), whose public code fixes two conventions that are followed here:
@@ -16,8 +16,8 @@ How we differ: J is at most the tower's number of layers, and a surplus is logge
 public code ignores or misses it. Words that do not split after M tokens are refused, while the
 public code starts at random for M > 4 and cuts a word in two otherwise.
 
-Shape suffixes: K clients, J layers with prompts, M tokens, d text width, w image-tower width, C
-classes, D joint embedding.
+Shape suffixes: K clients, J layers with prompts, M tokens, d text width, w image-tower width, i and
+o widths of a coupling's input and output, C classes, D joint embedding.
 """
 
 from __future__ import annotations
@@ -106,6 +106,20 @@ def split_layers(prompts_KJM_: Tensor) -> tuple[Tensor, Tensor | None]:
     """The first layer's prompt (K, M, ...) and the deep ones (K, J - 1, M, ...), None if J is 1."""
     deep = prompts_KJM_[:, 1:] if prompts_KJM_.shape[1] > 1 else None
     return prompts_KJM_[:, 0], deep
+
+
+def coupled(prompts_JMi: Tensor, weight_Joi: Tensor, bias_Jo: Tensor) -> Tensor:
+    """The prompts of one tower as linear functions of the other tower's, P_j W_j^T + b_j.
+
+    Args:
+        prompts_JMi: prompts (..., J, M, i).
+        weight_Joi: a matrix for each layer, (..., J, o, i).
+        bias_Jo: biases (..., J, o).
+
+    Returns:
+        Prompts (..., J, M, o).
+    """
+    return prompts_JMi @ weight_Joi.transpose(-1, -2) + bias_Jo[..., None, :]
 
 
 def split_words(clip: FrozenCLIP, words: str, tokens: int) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from fedprompt.data.catalogue import entry
 from fedprompt.data.dataset import TEST, TRAIN, ImageDataset
 from fedprompt.data.partition import dense, describe, make_partition
 from fedprompt.data.sections import available
-from fedprompt.data.sources import multi
+from fedprompt.data.sources.parts import common_labels
 from fedprompt.errors import UserError
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import QuietDisplay
@@ -35,7 +35,7 @@ BENCHMARKS = {
     "office_domains": "office_home",
 }
 SWEEPS = ["fed_optimal", "fed_ucmerced", "fed_nwpu"]
-FEDRS = multi.common_labels("fedrs")
+FEDRS = common_labels.read("fedrs")
 
 
 pytestmark = pytest.mark.usefixtures("few_classes")
@@ -173,7 +173,7 @@ def test_images_of_several_sources_keep_their_pixels_and_names(tmp_path: Path) -
     config = compose("fedrs_bench", [f"data.root='{root}'"])
     dataset = open_dataset(config.data, config.seed)
     assert dataset.class_names == tuple(FEDRS.classes)
-    assert dataset.domain_names == FEDRS.sources
+    assert dataset.domain_names == tuple(FEDRS.sources)
     assert len(set(dataset.image_names)) == len(dataset)
     assert set(dataset.split_N.tolist()) == {TRAIN, TEST}
     for d, source in enumerate(FEDRS.sources):

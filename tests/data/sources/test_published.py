@@ -91,11 +91,6 @@ NAMES_READ = {  # names made from the copies' own class lists, in label order
         "TV": "tv",
         "ToothBrush": "tooth brush",
     },
-    "mlrsnet": {
-        "airplane": "airplane",
-        "dense_residential_area": "dense residential area",
-        "wind_turbine": "wind turbine",
-    },
 }
 
 

@@ -72,6 +72,7 @@ BUDGET = {
     "ditto": Positions(0, 140, 140),
     "dp2fl": Positions(0, 224, 224),
     "dp_fpl": Positions(0, 70, 140),
+    "dualprompt_rs": Positions(0, 98, 224),
     "fdbpl": Positions(451, 116, 116),
     "fedclip": Positions(47, 0, 0),
     "fedapt": Positions(0, 302, 2114),

@@ -13,6 +13,8 @@ class_folders  <images>/[<split>/ | <domain>/]<class>/**.jpg
     names: text file with 'key name' per line; a folder called n stands for the key in line n,
         counted from 0.
     beside: further folders in which text files are looked for.
+    nested: true where class folders lie below folders of groups, at any depth; the class of an
+        image is then the folder that holds it.
 list_files     text files that list the images of each split
     lists: {train: file, val: file, test: file}, each read once per domain if it contains {domain}.
     line: regular expression of one line, with the groups that `image` and the labels use:
@@ -192,6 +194,7 @@ def class_folders(
     ignore: Sequence[str] = (),
     names: str | None = None,
     beside: Sequence[str] = (),
+    nested: bool = False,
 ) -> Listing:
     """List class folders, which may lie below one folder per split or per domain.
 
@@ -203,6 +206,7 @@ def class_folders(
         names: text file with 'key name' per line; it names the classes and, where folders are
             numbers, identifies them.
         beside: folders in which the text file may be, besides the root.
+        nested: whether class folders lie below folders of groups, at any depth.
 
     Returns:
         The listing; class keys are sorted.
@@ -225,11 +229,17 @@ def class_folders(
             key = by_number[int(folder)] if _is_number(folder, by_number) else folder
             if order and key not in order:
                 raise copy.problem(f"class folder '{folder}' in {images} is not in {names}")
-            found.add(key)
-            listed += [
-                Listed(path.relative_to(images).as_posix(), key, split, domain)
+            there = [
+                Listed(
+                    path.relative_to(images).as_posix(),
+                    path.parent.name if nested else key,
+                    split,
+                    domain,
+                )
                 for path in images_below(images / place / folder)
             ]
+            found |= {item.key for item in there} if nested else {key}
+            listed += there
     return Listing(images, tuple(listed), tuple(sorted(found)), order)
 
 

@@ -82,6 +82,7 @@ def number_classes(
         names = tuple(_spelled(key, listing, entry) for key in listing.keys)
         return names, {key: label for label, key in enumerate(listing.keys)}
     by_key = {name_key(theirs): label for label, theirs in enumerate(entry.classes)}
+    by_key |= {name_key(other): by_key[name_key(own)] for other, own in entry.spellings.items()}
     label_of: dict[str, int] = {}
     for key in listing.keys:
         label = by_key.get(name_key(key))
