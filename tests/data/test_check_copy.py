@@ -9,6 +9,7 @@ import pytest
 from fedprompt.data import check_copy as checking
 from fedprompt.data.catalogue import entry
 from tests.support.published_copies import make
+from tests.support.published_loading import load
 
 pytestmark = pytest.mark.usefixtures("few_classes")
 
@@ -30,3 +31,25 @@ def test_check_counts_splits_domains_and_missing_files(name: str, tmp_path: Path
         made[0].path.unlink()
         finding = checking.check(entry(name), tmp_path / "copy")
         assert finding.problems == (f"missing file: banded/{made[0].path.name}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "other"),
+    [
+        ("mlrsnet", "harbor&port", "harbor_port"),
+        ("millionaid", "basketball_court", "bapsketball_court"),
+    ],
+)
+def test_other_spellings_of_folders_are_the_same_classes(
+    name: str, theirs: str, other: str, tmp_path: Path
+) -> None:
+    made = make(name, tmp_path / "copy")
+    folder = next(item.path.parent for item in made if item.key == theirs)
+    before = load(name, tmp_path / "copy")
+    folder.rename(folder.with_name(other))
+    finding = checking.check(entry(name), tmp_path / "copy")
+    assert not finding.problems
+    assert {row.what: row for row in finding.rows}["classes with images"].ok
+    assert load(name, tmp_path / "copy").class_names == before.class_names
+    folder.with_name(other).rename(folder.with_name("teapots"))
+    assert "unknown class 'teapots'" in checking.check(entry(name), tmp_path / "copy").problems
