@@ -91,6 +91,9 @@ class Protocol(ABC):
     multi_label: ClassVar[bool] = False
     """Whether the results mean something where an image has several labels, for which `accuracy`
     is the mean average precision."""
+    transductive: ClassVar[bool] = False
+    """Whether the answer to a test image depends on other test images, which are seen without their
+    labels. Tables say so, because such results are not comparable with those of other protocols."""
     needs_new_names: ClassVar[bool] = False
     """Whether the protocol needs prompts that can be used with other class names."""
 

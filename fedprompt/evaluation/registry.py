@@ -8,6 +8,7 @@ opens its data (`hold_out`), and reports when they draw a run folder (`result_ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedprompt.config.fields import build
@@ -185,8 +186,13 @@ def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
     Raises:
         UserError: the results of a protocol are damaged.
     """
-    tables = [read(cls, source, cls.table, part) for cls, part in measured(summary)]
-    return [table for table in tables if table is not None]
+    tables = [(cls, read(cls, source, cls.table, part)) for cls, part in measured(summary)]
+    return [_named(cls, table) for cls, table in tables if table is not None]
+
+
+def _named(cls: type[Protocol], table: Table) -> Table:
+    """The table, whose title says if its results are transductive."""
+    return replace(table, title=f"{table.title} (transductive)") if cls.transductive else table
 
 
 def figures(run: RunData) -> list[Figure]:
@@ -242,7 +248,8 @@ def compare_runs(
         raise UserError(
             f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable())}."
         )
-    return comparison
+    table, figure = comparison
+    return _named(cls, table), figure
 
 
 def read(cls: type[Protocol], source: str, make: Callable[..., T], *arguments: Any) -> T:

@@ -82,7 +82,7 @@ def test_without_the_usual_two_nothing_of_theirs_is_measured(runs: Callable[...,
 
 
 def test_methods_without_a_global_model_are_reported(runs: Callable[..., Path]) -> None:
-    needs_one = {"unlearning", "compression"}
+    needs_one = {"unlearning", "compression", "prompt_choice"}
     folder = runs(*(n for n in TOGETHER if n not in needs_one), method={"name": "coop_local"})
     part = summary_of(folder)["protocols"]
     assert set(part["ood"]["histogram"]) == {"zero-shot"}

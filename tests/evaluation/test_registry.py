@@ -16,6 +16,7 @@ from fedprompt.evaluation.registry import (
     all_protocols,
     compare_runs,
     open_protocols,
+    result_tables,
     who_holds_out,
 )
 from fedprompt.experiment.compose import compose
@@ -109,6 +110,13 @@ def test_every_shipped_experiment_and_sweep_of_a_protocol_composes() -> None:
 def test_protocols_that_cannot_be_compared_say_which_can(runs: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"these have: .*few_shot, .*leave_one_domain_out"):
         compare_runs("ood", [load_run(runs("ood"))])
+
+
+def test_tables_of_transductive_results_say_so() -> None:
+    transductive = {name for name, cls in all_protocols().items() if cls.transductive}
+    assert transductive == {"at_test_time", "prompt_choice"}
+    (table,) = result_tables({"protocols": {"prompt_choice": {"rows": []}}}, "here")
+    assert table.title.endswith("(transductive)")
 
 
 def test_markdown_escapes_the_column_separator() -> None:

@@ -69,6 +69,7 @@ class AtTestTime(Reported):
     caption = "Accuracy on a stream of test images, without and with adaptation to it."
     Options = AtTestTimeOptions
     asks_clients = True
+    transductive = True
     options: AtTestTimeOptions
 
     @classmethod
