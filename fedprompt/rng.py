@@ -8,6 +8,7 @@ Purposes must never be renamed: every published result depends on them.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +41,18 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
     """
     # The bit generator is explicit, because that of `np.random.default_rng` may change.
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *purpose)))
+
+
+def secret_generator(seed: int | None, *purpose: str | int) -> np.random.Generator:
+    """Create a generator for noise that nobody may be able to repeat.
+
+    Args:
+        seed: fixes the numbers, for tests; None takes them from the operating system.
+        purpose: as in `derive_seed`; without a seed it has no effect.
+    """
+    if seed is None:
+        return np.random.Generator(np.random.PCG64(secrets.randbits(256)))
+    return generator(seed, *purpose)
 
 
 def normal(shape: tuple[int, ...], std: float, seed: int, *purpose: str | int) -> torch.Tensor:

@@ -14,13 +14,14 @@ clients that are still training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedprompt.config.cycles import place_of
+from fedprompt.config.protection import PrivacyConfig
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.features.feed import Feed, resident
 from fedprompt.data.features.inputs import Inputs
@@ -36,7 +37,13 @@ from fedprompt.methods.base import (
 )
 from fedprompt.methods.parts.draws import StepDraws
 from fedprompt.methods.parts.local_step import LocalStep, containers, named, new_leaves
-from fedprompt.methods.parts.schedule import draw_batches, local_steps
+from fedprompt.methods.parts.private_step import PrivateStep
+from fedprompt.methods.parts.schedule import (
+    draw_batches,
+    draw_poisson,
+    expected_size,
+    local_steps,
+)
 from fedprompt.methods.parts.step_graphs import StepGraphs
 from fedprompt.optimizer import (
     MOMENTUM,
@@ -49,6 +56,7 @@ from fedprompt.optimizer import (
     restore,
     stored_momentum,
 )
+from fedprompt.rng import secret_generator
 from fedprompt.runtime.transfer import moved_by_name
 
 
@@ -115,6 +123,7 @@ def train_clients(
     momentum: Sequence[Tensors] | None = None,
     graphs: StepGraphs | None = None,
     max_steps: int | None = None,
+    privacy: PrivacyConfig | None = None,
 ) -> list[LocalResult]:
     """Train K clients for `config.local_epochs` passes over their own images.
 
@@ -136,6 +145,7 @@ def train_clients(
         graphs: recordings of this method's steps, which are replayed where they can be; None takes
             every step plainly. The results are the same.
         max_steps: steps after which a client stops, at least 1; None for all of its epochs.
+        privacy: with its `image_noise`, clients train by DP-SGD, and no step is recorded.
 
     Returns:
         One result per client, in the order given. The arguments are not changed.
@@ -144,7 +154,11 @@ def train_clients(
     order = sorted(range(len(data)), key=lambda k: -local_steps(len(data[k]), config))
     device = method.clip.device
     ordered = [data[k] for k in order]
-    schedule = draw_batches(ordered, config, seed, server_round, max_steps)
+    noisy = privacy if privacy is not None and privacy.image_noise else None
+    if noisy is not None and noisy.image_sampling == "poisson":
+        schedule = draw_poisson(ordered, config, noisy.noise_seed, server_round, max_steps)
+    else:
+        schedule = draw_batches(ordered, config, seed, server_round, max_steps)
     limit = math.inf if max_steps is None else max_steps
     steps = tuple(int(min(local_steps(len(d), config), limit)) for d in ordered)
     inputs_N = Inputs.cat([d.inputs for d in ordered])
@@ -166,6 +180,7 @@ def train_clients(
                 # A client's inputs hold all images of view 0, then all of view 1, and so on.
                 "labels_N": torch.cat([_of_all_views(d) for d in ordered]),
                 "steps_K": torch.tensor(steps),
+                "expected_K": torch.tensor([expected_size(len(d), config) for d in ordered]),
                 "class_counts_KC": _class_counts(ordered, len(method.task.class_names)),
             },
             there_N.columns(),
@@ -208,6 +223,15 @@ def train_clients(
     fixed = {n: v for n, v in both.items() if n in method.frozen}
     fixed |= {f"shared.{n}": received_K[n] for n in extra}
     kept = kept_momentum(trained, kept_K) if keeps_momentum(config) else None
+
+    def open_step(start: Tensors, fixed: Tensors, present: RoundInfo) -> LocalStep:
+        if noisy is not None:
+            expected_A = numbers["expected_K"][: len(present.clients)]
+            return PrivateStep(method, new_leaves(start), fixed, noisy, expected_A)
+        if graphs is not None:
+            return graphs.step(start, fixed, present)
+        return LocalStep(method, new_leaves(start), fixed)
+
     final, totals, velocity = _descend(
         method,
         config,
@@ -219,7 +243,7 @@ def train_clients(
         fixed=fixed,
         at_rest=at_rest,
         momentum=kept,
-        graphs=graphs,
+        open_step=open_step,
     )
     frozen = {n: v for n, v in fixed.items() if n.removeprefix("shared.") not in extra}
     shared_K, private_K = method.end_round(*containers(final | frozen), round_info)
@@ -232,12 +256,17 @@ def train_clients(
     results = []
     for k, client in enumerate(data):
         row, seen = place[k], seen_K[place[k]]
-        means = {n: float(v[row]) / seen for n, v in totals.items()}
+        # Poisson sampling may have drawn no image at all.
+        means = {n: float(v[row]) / max(1, seen) for n, v in totals.items()}
+        computed = (
+            method.shared_from_data(client)
+            if noisy is None
+            else method.noisy_from_data(client, _image_noise(noisy, server_round, client.client))
+        )
         results.append(
             LocalResult(
                 client=client.client,
-                shared={n: v[row].clone() for n, v in shared_K.items()}
-                | method.shared_from_data(client),
+                shared={n: v[row].clone() for n, v in shared_K.items()} | computed,
                 private=_rows(private_K, row, private[k]),
                 momentum=_rows(velocity, row, {f"private.{n}": v for n, v in private[k].items()}),
                 num_examples=len(client),
@@ -293,7 +322,7 @@ def _descend(
     fixed: Tensors,
     at_rest: Tensors,
     momentum: Tensors | None,
-    graphs: StepGraphs | None,
+    open_step: Callable[[Tensors, Tensors, RoundInfo], LocalStep],
 ) -> tuple[Tensors, Tensors, Tensors]:
     """Take all local steps.
 
@@ -311,7 +340,8 @@ def _descend(
         at_rest: what `Method.at_rest` returned.
         momentum: the momentum of each trained tensor before the first step, (K, ...), or None if
             it starts at zero and is not kept.
-        graphs: as in `train_clients`.
+        open_step: returns what computes the steps in which the same clients train, from their
+            trained and fixed tensors and their round.
 
     Returns:
         The `trained` tensors (K, ...) after the last step; the sum over all images seen of every
@@ -329,11 +359,7 @@ def _descend(
         start = {n: v[:active] for n, v in trained.items()}
         fixed_A = {n: v[:active] for n, v in fixed.items()}
         present = round_info.first(active)
-        compute = (
-            LocalStep(method, new_leaves(start), fixed_A)
-            if graphs is None
-            else graphs.step(start, fixed_A, present)
-        )
+        compute = open_step(start, fixed_A, present)
         leaves = compute.leaves
         optimizer = build_optimizer(config, leaves, round_info.lr, method.lr_scale)
         restore(optimizer, list(leaves.values()), state, active)
@@ -369,6 +395,14 @@ def _descend(
         for name, rest_K in at_rest.items():
             _put_back(velocity[name], momentum[name], rest_K)
     return final, {} if totals_TK is None else dict(zip(terms, totals_TK, strict=True)), velocity
+
+
+def _image_noise(
+    privacy: PrivacyConfig, server_round: int, client: int
+) -> Callable[[tuple[int, ...]], Tensor]:
+    """What draws noise of standard deviation `image_noise` for `Method.noisy_from_data`."""
+    draw = secret_generator(privacy.noise_seed, "image noise of sums", server_round, client)
+    return lambda shape: torch.from_numpy(privacy.image_noise * draw.standard_normal(shape))
 
 
 def _rows(stacked_K: Tensors, row: int, own: Tensors) -> Tensors:

@@ -11,7 +11,7 @@ nothing about it decides whether others count: neither the number of images that
 (`max_examples_ratio` has no effect), nor whether it replies. Noise is therefore added and sent in
 every round, even if no reply is valid, and `min_replies` above 1 is refused.
 
-Accounting: Flower's `RdpAccountant` (Renyi DP, Google's dp-accounting). A client pays for every
+Accounting: `RdpAccountant` of Google's dp-accounting (Renyi DP). A client pays for every
 round in which it was asked; `epsilon` is that of the client that was asked most often. A round that
 a resumed run repeats with other replies, and so with other noise, is paid for twice: the server
 records every release before it leaves (fedprompt/privacy/releases.py). No amplification by sampling

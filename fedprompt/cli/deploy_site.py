@@ -53,14 +53,19 @@ def ledger(
     ] = 1e-5,
 ) -> None:
     """Show how much privacy a node's data have spent, over all experiments."""
-    from fedprompt.deploy.governance.ledger import spent_epsilon
+    from fedprompt.deploy.governance.ledger import spent_epsilon, spent_image_epsilon
 
     if not 0 < delta < 1:
         raise UserError(f"--delta is {delta:g}; it must be between 0 and 1.")
     spent = spent_epsilon(_records(node), delta)
     for data, (releases, epsilon) in spent.items():
         print(f"{data}: {releases} releases, epsilon {epsilon:.4g} at delta {delta:g}")
-    if not spent:
+    images = spent_image_epsilon(_records(node), delta)
+    for data, (releases, epsilon) in images.items():
+        print(
+            f"{data}, single images: {releases} releases, epsilon {epsilon:.4g} at delta {delta:g}"
+        )
+    if not spent and not images:
         print("nothing has been spent")
 
 

@@ -55,11 +55,28 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Noise that clients add to their updates; strategy dp_fedavg adds noise on the server."""
+    """Noise that clients add to their updates, or to the gradients that they compute.
+
+    Strategy dp_fedavg adds noise on the server.
+    """
 
     noise: float = option(0.0, "noise multiplier z: standard deviation over clip; 0 = off", ge=0)
     clip: float = option(1.0, "largest L2 norm S of a client's change", gt=0)
     delta: float = option(1e-5, "delta that epsilon is given for", gt=0, lt=1)
+    image_noise: float = option(
+        0.0,
+        "noise multiplier of DP-SGD, which hides single images: standard deviation over "
+        "image_clip; 0 = off",
+        ge=0,
+    )
+    image_clip: float = option(
+        1.0, "largest L2 norm of one image's gradient, over all trained tensors", gt=0
+    )
+    image_sampling: Literal["shuffled", "poisson"] = option(
+        "shuffled",
+        "batches of DP-SGD: each image once per epoch, and no amplification is claimed; or each "
+        "image with the same probability in every step, drawn in secret",
+    )
     noise_seed: int | None = option(
         None, "fixes the noise, which is then no secret; null = from the operating system"
     )

@@ -20,6 +20,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from fedprompt.backbone.devices import order_sums
 from fedprompt.config.schema import Config, to_dict, to_yaml
 from fedprompt.deploy.governance.gate import Gate, open_gate
+from fedprompt.deploy.governance.ledger import Release
 from fedprompt.deploy.node_config import NodeSettings, on_node, read_node_settings, state_folder
 from fedprompt.deploy.node_model import keep_model
 from fedprompt.deploy.node_report import ZERO_SHOT, fault_reply, make_report, report_reply
@@ -33,7 +34,7 @@ from fedprompt.experiment.workspaces import open_workspace
 from fedprompt.federation.client_app import handle, server_round
 from fedprompt.federation.received import received
 from fedprompt.messages import CLIENT_FAILED, CONFIG
-from fedprompt.methods.base import Tensors
+from fedprompt.methods.base import Tensors, takes_steps
 from fedprompt.methods.registry import method_class
 from fedprompt.privacy.secure_aggregation import require_flower
 from fedprompt.privacy.secure_aggregation.client import answer as masked_answer
@@ -138,7 +139,10 @@ def _answer(
         return work()
 
     def train() -> Message:
-        return gate.train(message, workspace.config, run, work)
+        config = workspace.config
+        images = len(workspace.partition.train(node.client))
+        release = Release.of(config, images, steps=takes_steps(workspace.method))
+        return gate.train(message, config, run, work, release)
 
     if not workspace.config.secure_aggregation.enabled:
         return train()

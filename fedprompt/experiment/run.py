@@ -278,6 +278,7 @@ def _local_only(
         secure_aggregation=SecureAggregationConfig(),
         clock=ClockConfig(),
         asynchronous=AsynchronousConfig(),
+        privacy=replace(alone.config.privacy, image_noise=0.0),
     )
     if not alone.trainable:
         display.message("no client has labels, so there is no local-only baseline")

@@ -110,6 +110,8 @@ def finish(
         summary["unlabelled_clients"] = {"clients": unlabelled, "train": train}
     if workspace.late:
         summary["late_clients"] = sorted(workspace.late)
+    if recorded and (spent := recorded[-1].get("privacy")):
+        summary["privacy"] = spent
     summary |= absent_updates(recorded)
     if by_backbone := accuracy_by_backbone(federation, line):
         summary["by_backbone"] = by_backbone

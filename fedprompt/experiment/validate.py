@@ -25,7 +25,8 @@ from fedprompt.experiment.label_sets import check_multi_label
 from fedprompt.experiment.trackers import check_names
 from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.federation.strategy import SharedPromptStrategy
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.base import allows_image_noise
+from fedprompt.methods.registry import all_methods, method_class
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, SEEN_THROUGH
 
 TOP_LEVEL = (
@@ -182,8 +183,32 @@ def check_config(config: Config) -> None:
         _check_asynchronous(config)
     if config.attack.kind == "backdoor":
         _check_backdoor(config)
+    if config.privacy.image_noise:
+        _check_image_noise(config)
     if config.secure_aggregation.enabled:
         _check_secure_aggregation(config)
+
+
+def _check_image_noise(config: Config) -> None:
+    if not allows_image_noise(config.method):
+        able = [n for n, cls in all_methods().items() if allows_image_noise(cls.Config())]
+        raise UserError(
+            f"config: method '{config.method.name}' with these settings lets out more of an image "
+            "than the gradient of its own loss, which is all that privacy.image_noise protects; "
+            f"use {', '.join(able[:-1])} or {able[-1]}."
+        )
+    sampling = config.privacy.image_sampling
+    clashes = {
+        "asynchronous.enabled, as epsilon is counted by rounds": config.asynchronous.enabled,
+        "partition.labels_per_round, as the images decide which labels are asked for": (
+            bool(config.partition.labels_per_round)
+        ),
+        "partition.sessions with privacy.image_sampling=poisson, as the number of images changes": (
+            bool(config.partition.sessions) and sampling == "poisson"
+        ),
+    }
+    for what in (name for name, there in clashes.items() if there):
+        raise UserError(f"config: privacy.image_noise excludes {what}; leave one of them out.")
 
 
 def _check_active_learning(config: Config) -> None:

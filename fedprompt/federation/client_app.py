@@ -127,11 +127,15 @@ def _train(
         rounds=stage.rounds,
         momentum=[without_momentum(kept[c])[1] for c in clients],
         graphs=workspace.graphs,
+        privacy=config.privacy,
     )
     replies = []
     for message, result in zip(messages, results, strict=True):
         shared, losses, statistics = result.shared, result.losses, result.statistics
         examples = result.num_examples
+        if config.privacy.image_noise:
+            # The losses have no noise. The number of images is public, as image_epsilon.py says.
+            losses, statistics = {}, {}
         if config.privacy.noise:
             # A noisy reply reveals nothing else: neither losses, statistics nor number of images.
             shared = protected(

@@ -6,6 +6,7 @@ from fedprompt.data.partition.pseudo_labels import check_pseudo_labels
 from fedprompt.data.partition.sessions import in_session
 from fedprompt.errors import UserError
 from fedprompt.federation.strategy import SharedPromptStrategy
+from fedprompt.privacy.image_epsilon import image_epsilon
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.workspace import Workspace
 
@@ -29,9 +30,11 @@ def check_federation(workspace: Workspace, strategy: SharedPromptStrategy) -> No
             "images; write one with 'fedprompt data partition ... "
             "partition.local_validation_fraction=0.2'."
         )
+    # Without the accountant, these refuse the run before anything is trained.
     if config.privacy.noise:
-        # Without the accountant, this refuses the run before anything is trained.
         local_epsilon(config.privacy, 0)
+    if config.privacy.image_noise:
+        image_epsilon(config.privacy, config.training, {}, images=int, steps=True)
     if config.partition.labels_per_round:
         _check_active_learning(workspace, strategy)
     if config.partition.sessions:

@@ -55,6 +55,7 @@ from fedprompt.messages import (
 )
 from fedprompt.methods.base import Tensors, takes_steps
 from fedprompt.methods.parts.schedule import local_steps
+from fedprompt.privacy.image_epsilon import image_epsilon
 from fedprompt.privacy.local_noise import local_epsilon
 from fedprompt.privacy.secure_aggregation.exchange import SecureExchange
 from fedprompt.scoring import score_global
@@ -232,7 +233,7 @@ class Federation:
         labels = self._begin_active_round(server_round) | self._begin_phase(server_round)
         # 1. Sample: the strategy draws the clients and writes their messages.
         messages = self._sample(server_round)
-        if self.config.privacy.noise:
+        if self.config.privacy.noise or self.config.privacy.image_noise:
             # Recorded before clients are asked: their noise is new if a resumed run asks again.
             self.releases.add("clients", server_round, self.strategy.sampled)
         # 2. Send, and 3. check: the exchange returns what may be aggregated.
@@ -363,12 +364,30 @@ class Federation:
             "diverged": {str(client): what for client, what in exchanged.diverged.items()},
             **exchanged.remarks,
         }
-        if config.privacy.noise:
+        remarks["privacy"] = self._privacy_spent(server_round)
+        return line | {name: part for name, part in remarks.items() if part}
+
+    def _privacy_spent(self, server_round: int) -> dict[str, float | None]:
+        """What the noise of the clients has cost so far: epsilon of clients and of single images.
+
+        Raises:
+            UserError: there is noise, and its accountant is not installed.
+        """
+        privacy, spent = self.config.privacy, dict[str, float | None]()
+        if privacy.noise:
             # A client pays for every round that it is asked for, and again if one is repeated.
             times = server_round + self.releases.repeated("clients")
-            spent = local_epsilon(config.privacy, times)
-            remarks["privacy"] = {"epsilon": spent, "delta": config.privacy.delta}
-        return line | {name: part for name, part in remarks.items() if part}
+            spent = {"epsilon": local_epsilon(privacy, times), "delta": privacy.delta}
+        if privacy.image_noise:
+            spent["image_epsilon"] = image_epsilon(
+                privacy,
+                self.config.training,
+                self.releases.by_client("clients"),
+                self.training_images,
+                steps=self.takes_steps,
+            )
+            spent["delta"] = privacy.delta
+        return spent
 
     def _images_in(self, client: int, server_round: int) -> int:
         """The number of images that a client trains on in a round."""

@@ -35,14 +35,20 @@ Nothing is trained, so a run takes one round: `federation.rounds=1 federation.fr
 round is computed anew from its participants; with a fraction, the last round's participants are all
 that counts. B holds the sum of the features of each class, and G all second moments: with few
 images this reveals more than a prompt does, and a single client's upload should be masked (secure
-aggregation) or noisy. With noise, clients count the same whatever their images, and G may have
-negative eigenvalues; they are set to 0 before the solution. `precision=single` then saves half of
-the upload, and keeps noise off the remainders.
+aggregation) or noisy.
+
+Noise, of three kinds. `privacy.image_noise` protects each image: a client adds noise to G_k and B_k
+before it sends them (`noisy_from_data`), which is the smaller the more images it has. Noise that
+hides a client as a whole (`privacy.noise`, or strategy dp_fedavg) needs many clients, and clients
+count the same whatever their images; `precision=single` then saves half of the upload, and keeps
+noise off the remainders. In each case G may have negative eigenvalues, which are set to 0 before
+the solution, and `ridge` has to be the larger the stronger the noise is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +71,7 @@ GRAM, TARGETS = "gram", "targets"
 class AFLConfig(MethodConfig):
     """`ridge` is ours: the paper has no penalty in the end."""
 
+    supports_image_noise = True
     lr_space = None
     reveals_classes = True
 
@@ -120,6 +127,24 @@ class AFL(Method):
         """G_k and B_k of the client's images in all their views."""
         own = moments(data, len(self.task.class_names))
         return self._sent(own.gram_T, own.targets_CD)
+
+    def noisy_from_data(
+        self, data: ClientData, noise: Callable[[tuple[int, ...]], Tensor]
+    ) -> Tensors:
+        """G_k and B_k with noise; one image x changes the pair by sqrt(2) / n_k.
+
+        The Frobenius norms of x x^T and y x^T are 1. That of a symmetric matrix counts what is
+        above its diagonal twice, and so it needs less noise there, by the root of 2.
+        """
+        own = moments(data, len(self.task.class_names))
+        sensitivity = math.sqrt(2) / len(data)
+        gram_noise_T = noise(tuple(own.gram_T.shape))
+        rows, columns = torch.triu_indices(*2 * [own.targets_CD.shape[1]])
+        gram_noise_T = torch.where(rows == columns, gram_noise_T, gram_noise_T / math.sqrt(2))
+        return self._sent(
+            own.gram_T + sensitivity * gram_noise_T,
+            own.targets_CD + sensitivity * noise(tuple(own.targets_CD.shape)),
+        )
 
     def encode(self, shared: Tensors, private: Tensors | None) -> Tensors:
         """The classifier W (K, C, D), solved in float64 on the CPU."""

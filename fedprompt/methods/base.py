@@ -11,7 +11,7 @@ class features are L2-normalised, and `clip.logit_scale` multiplies their cosine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -151,6 +151,17 @@ class MethodConfig:
         return False
 
     @property
+    def supports_image_noise(self) -> bool:
+        """Whether `privacy.image_noise` covers all that a client's images change.
+
+        The loss must be a mean over images of what one image and the tensors alone decide, and
+        nothing else of the images may reach a tensor: no number of images per class, no gradient of
+        the method's own, no `init_private_from_data`. Read by `allows_image_noise`: every method
+        declares it for itself.
+        """
+        return False
+
+    @property
     def companions(self) -> tuple[str, ...]:
         """Backbone configs of further frozen models, which are `clip.companion(name)`."""
         return ()
@@ -171,6 +182,18 @@ def allows_other_image_towers(config: MethodConfig) -> bool:
         config: the `method` section.
     """
     return "token_space" in vars(type(config)) and config.token_space
+
+
+def allows_image_noise(config: MethodConfig) -> bool:
+    """Whether `privacy.image_noise` covers all that a client's images change.
+
+    `supports_image_noise` is not inherited: a method that derives from another one may have other
+    loss terms.
+
+    Args:
+        config: the `method` section.
+    """
+    return "supports_image_noise" in vars(type(config)) and config.supports_image_noise
 
 
 class Method(ABC):
@@ -507,6 +530,24 @@ class Method(ABC):
             Tensors with the names and shapes of `shared`, on the CPU.
         """
         return shared
+
+    def noisy_from_data(
+        self, data: ClientData, noise: Callable[[tuple[int, ...]], Tensor]
+    ) -> Tensors:
+        """What takes the place of `shared_from_data` with `privacy.image_noise`.
+
+        The default is none, so that nothing leaves without noise.
+
+        Args:
+            data: the client's training images.
+            noise: draws numbers of a given shape, float64 on the CPU, whose standard deviation is
+                the noise multiplier. They are to be multiplied by the largest L2 norm of the
+                change of all these tensors together when one image is left out.
+
+        Returns:
+            As `shared_from_data`.
+        """
+        return {}
 
     def without_classes(self, shared: Tensors, classes: Sequence[int]) -> Tensors | None:
         """The shared tensors without what they hold of some classes, for unlearning.

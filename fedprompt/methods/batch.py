@@ -179,6 +179,19 @@ class Batch:
         """Which rows are images with a label, neither unlabelled ones nor padding."""
         return self.mask_KB & (self.labels_KB != UNLABELLED)
 
+    def image(self, column: int) -> Batch:
+        """The step with one image of each client; a row of padding is then an image as well."""
+        one = slice(column, column + 1)
+        second, statistics = self.second_KBD, self.second_statistics
+        return replace(
+            self,
+            inputs=self.inputs[:, one],
+            labels_KB=self.labels_KB[:, one],
+            mask_KB=torch.ones_like(self.mask_KB[:, one]),
+            second_KBD=None if second is None else second[:, one],
+            second_statistics=None if statistics is None else statistics[:, one],
+        )
+
     def normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
         """Like `RoundInfo.normal`, but with different draws in every step."""
         # The step's index is part of the key, so a repeated step repeats its draws.

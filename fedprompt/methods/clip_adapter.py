@@ -39,6 +39,8 @@ from fedprompt.methods.parts.losses import cosine_logits
 class CLIPAdapterConfig(MethodConfig):
     """Defaults: the public code's."""
 
+    supports_image_noise = True
+
     reduction: int = option(4, "the hidden width is the embedding's divided by this", ge=1)
     ratio: float = option(
         0.2,

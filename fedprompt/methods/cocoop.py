@@ -32,6 +32,8 @@ from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 class CoCoOpConfig(PromptConfig):
     """Defaults: the paper's 4 context tokens "a photo of a" and 16-fold bottleneck."""
 
+    supports_image_noise = True
+
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
     bottleneck: int = option(16, "the Meta-Net's hidden layer is D / bottleneck wide", ge=1)

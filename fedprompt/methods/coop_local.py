@@ -16,6 +16,8 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class CoOpLocalConfig(PromptFLConfig):
     """CoOp's hyper-parameters."""
 
+    supports_image_noise = True
+
 
 class CoOpLocal(PromptFL):
     """One private context; nothing is shared, so there is no global model."""

@@ -33,6 +33,8 @@ from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
 class CoPLConfig(CoCoOpConfig):
     """Defaults: CoCoOp's, of which the paper says that it follows them (recalled, not read)."""
 
+    supports_image_noise = True
+
 
 class CoPL(CoCoOp):
     """Context and network are shared; nothing is private."""

@@ -46,6 +46,8 @@ from fedprompt.methods.parts.linear import linear, linear_start
 class CTPTFTConfig(CoCoOpConfig):
     """Defaults: CoCoOp's; those of the paper were not readable to us."""
 
+    supports_image_noise = True
+
 
 class CTPTFT(CoCoOp):
     """Context, Meta-Net and both attentions are shared; nothing is private."""

@@ -49,6 +49,7 @@ from fedprompt.rng import normal, uniform
 class FedAPTConfig(RandomPromptConfig):
     """Defaults of the code."""
 
+    supports_image_noise = True
     default_strategy = UNIFORM_AVERAGE
 
     context_tokens: int = option(24, "context tokens M", ge=1)

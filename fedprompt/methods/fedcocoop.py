@@ -21,6 +21,7 @@ from fedprompt.methods.cocoop import CoCoOp, CoCoOpConfig
 class FedCoCoOpConfig(CoCoOpConfig):
     """Defaults: 4 context tokens that start at random."""
 
+    supports_image_noise = True
     default_strategy = UNIFORM_AVERAGE
 
     context_init: str | None = option(None, "words to start from, e.g. 'a photo of a'")

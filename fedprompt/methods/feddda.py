@@ -45,6 +45,8 @@ from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 class FedDDAConfig(RandomPromptConfig):
     """Defaults: the public code's."""
 
+    supports_image_noise = True
+
     context_tokens: int = option(16, "tokens of each context", ge=1)
     style: str = option("with a style of", "words between the class name and the private context")
     reduction: int = option(4, "adapters: width divided by this is hidden", ge=1)

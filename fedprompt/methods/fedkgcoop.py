@@ -24,6 +24,7 @@ from fedprompt.methods.kgcoop import KgCoOp, KgCoOpConfig
 class FedKgCoOpConfig(KgCoOpConfig):
     """Defaults: 4 context tokens that start at random, weight 8."""
 
+    supports_image_noise = True
     token_space = True
 
     default_strategy = UNIFORM_AVERAGE

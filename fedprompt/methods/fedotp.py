@@ -43,6 +43,8 @@ from fedprompt.methods.plot import PLOT
 class FedOTPConfig(RandomPromptConfig):
     """Defaults: the public code's, and its scripts' gamma."""
 
+    supports_image_noise = True
+
     context_tokens: int = option(16, "context tokens M of each prompt", ge=1)
     transport: Literal["partial", "balanced"] = option("partial", "code: COT or Sinkhorn")
     gamma: float = option(0.8, "partial: mass that is carried", gt=0, le=1, search=Range(0.4, 1.0))

@@ -50,6 +50,8 @@ from fedprompt.rng import normal
 class FedPGPConfig(RandomPromptConfig):
     """Defaults: the public base-to-new script's."""
 
+    supports_image_noise = True
+
     bottleneck: int = option(8, "rank b of the private term", ge=1)
     mu: float = option(0.5, "weight of the contrast", ge=0, search=log_range(0.05, 5))
     temperature: float = option(

@@ -55,6 +55,7 @@ Projection = Literal["row_space", "complement"]
 class FedPHAConfig(MethodConfig):
     """Defaults: the public code's."""
 
+    supports_image_noise = True
     needs_float64 = True  # the decomposition
 
     shared_tokens: int = option(16, "context tokens M of the global prompt", ge=1)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import Batch, Tensors, allows_other_image_towers
+from fedprompt.methods.base import Batch, Tensors, allows_image_noise, allows_other_image_towers
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, squared_distance
 
@@ -33,6 +33,11 @@ class FedProxConfig(WrapperConfig):
     def token_space(self) -> bool:
         """The base's declaration."""
         return allows_other_image_towers(self._base())
+
+    @property
+    def supports_image_noise(self) -> bool:
+        """The base's declaration; the proximal term reads no image."""
+        return allows_image_noise(self._base())
 
     mu: float = option(0.5, "weight mu of the proximal term", ge=0, search=log_range(0.001, 2))
 

@@ -95,6 +95,11 @@ class FedRSCLIPConfig(MethodConfig):
     context_init: str | None = option(None, "words that both prompts start from")
     init_std: float = option(0.02, "standard deviation of the random start", gt=0)
 
+    @property
+    def supports_image_noise(self) -> bool:
+        """Unless CMFA contrasts the images of a batch, or there are prompts in the image tower."""
+        return self.cmfa != "contrastive" and self.visual == "none"
+
     def check(self) -> None:
         """Refuse combinations without a meaning."""
         # Both constraints compare two prompts; a sum or a squared difference needs equal shapes.

@@ -25,7 +25,9 @@ The router starts from one draw on all clients. The README speaks of lambda_gate
 the code has. From the default start, contexts near zero, the residual learns what the experts do
 not: on the embedded scenes the global model's test loss does not fall within eight rounds, while
 from `init_std=0.2` it does (tests/methods/test_learning.py). By default the code clips the gradient
-of each image and adds noise (DP-SGD); nothing here is private in that sense.
+of each image with respect to the A_e and adds noise to it, while R and the router are trained
+without: since the gradients of A_e depend on R, what is uploaded is not differentially private.
+`privacy.image_noise` adds noise to the gradients of all of them together.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ ROUTER = "router."
 @dataclass(frozen=True)
 class FedSEPTConfig(RandomPromptConfig):
     """Defaults: the public code's."""
+
+    supports_image_noise = True
 
     experts: int = option(4, "prompt experts E", ge=1)
     rank: int = option(16, "rank r of the public basis", ge=1)

@@ -45,6 +45,7 @@ from fedprompt.rng import uniform
 class FedTPGConfig(RandomPromptConfig):
     """Defaults: the paper's 4 context tokens, 4 heads, feed-forward layer of width 4 d."""
 
+    supports_image_noise = True
     default_strategy = UNIFORM_AVERAGE
 
     context_tokens: int = option(4, "context tokens M that the generator produces", ge=1)

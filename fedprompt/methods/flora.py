@@ -48,6 +48,8 @@ from fedprompt.methods.parts.losses import cosine_logits, cross_entropy
 class FLORAConfig(FedPGPConfig):
     """Defaults: the public code's."""
 
+    supports_image_noise = True
+
     mu: float = option(1.0, "weight of the contrast", ge=0, search=log_range(0.05, 5))
     orthogonality: float = option(
         0.1, "weight w_o of U's distance from orthogonality", ge=0, search=log_range(0.01, 1)

@@ -34,6 +34,7 @@ from fedprompt.methods.promptfl import PromptFL, PromptFLConfig
 class KgCoOpConfig(PromptFLConfig):
     """Defaults: the paper's 4 context tokens "a photo of a" and weight 8."""
 
+    supports_image_noise = True
     token_space = True
 
     context_tokens: int = option(4, "context tokens M", ge=1)

@@ -94,6 +94,11 @@ class LoRAConfig(MethodConfig):
         check_template(self.template)
 
     @property
+    def supports_image_noise(self) -> bool:
+        """Unless the image tower is adapted, which cached features do not pass through."""
+        return not self.image_layers
+
+    @property
     def lr_space(self) -> Range | None:
         """From CLIP-LoRA's 0.0002, for AdamW, to what SGD needs."""
         return log_range(0.0001, 0.5)

@@ -46,6 +46,8 @@ from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 class PLOTConfig(RandomPromptConfig):
     """Defaults: plot-coop's."""
 
+    supports_image_noise = True
+
     prompts: int = option(4, "contexts N per class", ge=1)
     context_tokens: int = option(16, "context tokens M of each", ge=1)
     eps: float = option(

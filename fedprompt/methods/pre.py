@@ -48,6 +48,8 @@ ENCODER = "lstm"
 class PREConfig(PromptFLConfig):
     """Defaults: the code's `vit_b16_ep50_ctxv1`, 4 context tokens "a photo of a"."""
 
+    supports_image_noise = True
+
     context_tokens: int = option(4, "context tokens M", ge=1)
     context_init: str | None = option("a photo of a", "words to start from; null = random")
     sharing: Literal["folded", "encoder"] = option(

@@ -50,6 +50,8 @@ from fedprompt.rng import generator
 class ProDAConfig(RandomPromptConfig):
     """Defaults: 32 contexts of 16 tokens, 4 of them per step."""
 
+    supports_image_noise = True
+
     contexts: int = option(32, "contexts P", ge=1)
     contexts_per_step: int = option(4, "contexts that a step trains", ge=1)
     context_tokens: int = option(16, "tokens M of each context", ge=1)

@@ -34,6 +34,7 @@ from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 class PromptFLConfig(PromptConfig):
     """Defaults: CoOp's and PromptFL's 16 context tokens, N(0, 0.02^2)."""
 
+    supports_image_noise = True
     token_space = True
 
     class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")

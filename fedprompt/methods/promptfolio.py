@@ -41,6 +41,8 @@ from fedprompt.methods.parts.prompts import PromptConfig, PromptSource
 class PromptFolioConfig(PromptConfig):
     """Defaults: the public code's."""
 
+    supports_image_noise = True
+
     context_tokens: int = option(8, "context tokens M of each prompt", ge=1)
     theta: float = option(
         0.4, "share of the local prompt's features", ge=0, le=1, search=Range(0.1, 0.9)

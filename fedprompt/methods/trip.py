@@ -51,6 +51,8 @@ from fedprompt.methods.parts.prompts import PromptSource, RandomPromptConfig
 class TRIPConfig(RandomPromptConfig):
     """Defaults of the code's `train.sh`, with the number of tokens of its README."""
 
+    supports_image_noise = True
+
     experts: int = option(8, "experts E", ge=1)
     capacity: float = option(
         1.0, "room of an expert in training, in equal shares of the tokens", ge=1

@@ -1,16 +1,19 @@
 """Epsilon of the Gaussian mechanism over rounds, by Renyi differential privacy.
 
-The accountant is Flower's `RdpAccountant`, which uses Google's dp-accounting (extra `dp`). It runs
-on the server, which reports epsilon in every round's line in `metrics.jsonl`.
+The accountant is that of Google's dp-accounting (extra `dp`), which Flower uses as well. It runs on
+the server, which reports epsilon in every round's line in `metrics.jsonl`, and on nodes, for their
+privacy ledger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flwr.serverapp import GaussianPrivacyEvent, NeighboringRelation, PrivacyConfig, SamplingMethod
-
 from fedprompt.errors import UserError
+
+SAMPLED_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512, 1024)
+"""Renyi orders for sampled releases. Between 1 and 2 the series for them does not converge, and
+those that are not whole take long."""
 
 
 def epsilon(noise: float, releases: int, delta: float) -> float | None:
@@ -46,26 +49,36 @@ def composed_epsilon(releases: Mapping[float, int], delta: float) -> float | Non
     Raises:
         UserError: the accountant is not installed.
     """
-    if 0 in releases:
-        return None
-    try:
-        # Flower imports dp-accounting when this name is first used.
-        from flwr.serverapp import RdpAccountant
+    return sampled_epsilon({(noise, 1): count for noise, count in releases.items()}, delta)
 
-        accountant = RdpAccountant(
-            PrivacyConfig(
-                target_delta=delta,
-                population_size=1,
-                neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-                sampling_method=SamplingMethod.NO_AMPLIFICATION,
-            )
-        )
+
+def sampled_epsilon(releases: Mapping[tuple[float, int], int], delta: float) -> float | None:
+    """Epsilon of Gaussian releases about a random part of the same data, by Poisson sampling.
+
+    Args:
+        releases: number of releases by noise multiplier and m, where each record is in a release
+            with probability 1 / m, independently and in secret; m = 1 stands for all of them.
+        delta: the delta that epsilon is given for.
+
+    Returns:
+        Epsilon, or None if it is infinite because a release has no noise.
+
+    Raises:
+        UserError: the accountant is not installed.
+    """
+    if any(noise == 0 for noise, _ in releases):
+        return None
+    counted = {event: count for event, count in releases.items() if count}
+    try:
+        from dp_accounting import dp_event
+        from dp_accounting.rdp import RdpAccountant
     except ImportError:
         raise UserError(
             "differential privacy needs its accountant: pip install 'fedprompt[dp]'."
         ) from None
-    counted = {noise: count for noise, count in releases.items() if count}
-    for noise, count in sorted(counted.items()):
-        accountant.compose(GaussianPrivacyEvent(noise, sample_size=1, population_size=1), count)
+    accountant = RdpAccountant(SAMPLED_ORDERS if any(m > 1 for _, m in counted) else None)
+    for (noise, m), count in sorted(counted.items()):
+        event = dp_event.GaussianDpEvent(noise)
+        accountant.compose(event if m == 1 else dp_event.PoissonSampledDpEvent(1 / m, event), count)
     # Before the first release nothing has been revealed.
-    return accountant.get_epsilon(delta) if counted else 0.0
+    return float(accountant.get_epsilon(delta)) if counted else 0.0

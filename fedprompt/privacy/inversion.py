@@ -197,7 +197,7 @@ def uploaded_by(
     (result,) = train_clients(
         workspace.method, [received], [private], [data], training,
         seed=config.seed, server_round=max(1, config.federation.rounds),
-        rounds=config.federation.rounds,
+        rounds=config.federation.rounds, privacy=config.privacy,
     )  # fmt: skip
     if not config.privacy.noise:
         return result.shared

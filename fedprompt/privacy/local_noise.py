@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,7 +33,7 @@ from torch import Tensor
 from fedprompt.config.protection import PrivacyConfig
 from fedprompt.methods.base import Tensors
 from fedprompt.privacy.accountant import epsilon
-from fedprompt.rng import generator
+from fedprompt.rng import secret_generator
 
 log = logging.getLogger("fedprompt.client")
 
@@ -66,7 +65,7 @@ def protected(
         change, norm = {n: torch.zeros_like(c) for n, c in change.items()}, 0.0
     # One factor for all tensors: clipping each of them would allow a longer change.
     factor = min(1.0, config.clip / norm) if norm > 0 else 1.0
-    draw = _generator(config.noise_seed, server_round, client)
+    draw = secret_generator(config.noise_seed, "local noise", server_round, client)
     sent = {}
     # Sorted by name, so that a fixed seed gives every tensor the same noise in every process.
     for name, values in sorted(change.items()):
@@ -91,10 +90,3 @@ def local_epsilon(config: PrivacyConfig, rounds: int) -> float | None:
     """
     # Two clipped changes differ by at most 2 S, so the multiplier is relative to twice the clip.
     return epsilon(config.noise / 2, rounds, config.delta)
-
-
-def _generator(seed: int | None, server_round: int, client: int) -> np.random.Generator:
-    """The source of the noise: the operating system's randomness unless the seed is fixed."""
-    if seed is None:
-        return np.random.Generator(np.random.PCG64(secrets.randbits(256)))
-    return generator(seed, "local noise", server_round, client)

@@ -114,6 +114,13 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             f"{_listed(part['clients'])}): personalised {percent(part['personal'])}, global "
             f"{percent(part['global'])}"
         )
+    spent = summary.get("privacy") or {}
+    for key, whose in (("epsilon", "clients"), ("image_epsilon", "single images")):
+        if spent.get(key) is not None:
+            found.append(
+                f"differential privacy of {whose}: epsilon {spent[key]:.3g} at delta "
+                f"{spent['delta']:g}, for what clients upload"
+            )
     few = summary.get("few_test_images") or {}
     if clients := few.get("clients"):
         verb = "has" if len(clients) == 1 else "have"

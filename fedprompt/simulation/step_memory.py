@@ -8,7 +8,8 @@ and dropped at once, so the trial itself needs far less than a step. The estimat
 
     tensors   shared + extras + private, each as received and at the start of the round, and for
               each trained tensor the final value, the leaf, its gradient, the optimiser's state
-              (one momentum with SGD, two moments with Adam) and one temporary of the update
+              (one momentum with SGD, two moments with Adam) and one temporary of the update; in
+              DP-SGD (`privacy.image_noise`) also an image's gradients, their sum and the noise
     inputs    the client's training images in all views, as they are stored (features, patches,
               bytes of pixels), once as read and once joined with those of the block; and a batch
               of them, pixels as floats
@@ -51,6 +52,8 @@ log = logging.getLogger("fedprompt.memory")
 
 UPDATE_COPIES = {"sgd": 6, "adam": 7, "adamw": 7}
 """Copies of a trained tensor by optimiser: start, leaf, final value, gradient, state, temporary."""
+NOISE_COPIES = 6
+"""Further copies in DP-SGD: an image's gradient, clipped, the sum, and noise, also in float64."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ def step_memory(workspace: Workspace) -> StepMemory | None:
     largest, config = int(np.argmax(train)), workspace.config
     known = _KNOWN.setdefault(workspace.clip, {})
     sizes = (train[largest], tests, len(workspace.views))
-    key = (repr(config.method), repr(config.training), workspace.task, sizes)
+    settings = (config.method, config.training, config.privacy)
+    key = (repr(settings), workspace.task, sizes)
     if key not in known:
         known[key] = _tried(workspace, largest, tests)
     return known[key]
@@ -234,19 +238,27 @@ def _estimate(workspace: Workspace, client: int, tests: int) -> StepMemory:
     images = workspace.views[0].rows(np.resize(train, 2))  # the client's only one twice
     image = images[:1]
     first, second, encoding, recomputed = _trial(method, shared, extras, private, images)
+    privacy = workspace.config.privacy
     batch = min(training.batch_size, len(train))
+    if privacy.image_noise and privacy.image_sampling == "poisson":
+        # Batches of this many images on average; a larger one than twice as many is very rare.
+        batch = min(2 * batch, len(train))
     head, per_image = first.grown(second, batch - 1), second.kept - first.kept
     stored = _bytes(_parts(image))
     named = {f"shared.{n}": v for n, v in shared.items()}
     named |= {f"private.{n}": v for n, v in private.items()}
     trained = [v for n, v in named.items() if n not in method.frozen]
     received = _bytes([*shared.values(), *extras.values(), *private.values()])
+    copies = UPDATE_COPIES[training.optimizer]
+    if privacy.image_noise:
+        copies += NOISE_COPIES
     evaluated = _evaluated(method, shared | extras, private)
     return StepMemory(
-        tensors=2 * received + UPDATE_COPIES[training.optimizer] * _bytes(trained),
+        tensors=2 * received + copies * _bytes(trained),
         inputs=2 * stored * len(train) * len(workspace.views) + _batch_bytes(image, stored) * batch,
         kept_by_prompts=encoding.kept + first.kept - per_image,
-        kept_by_images=batch * per_image,
+        # In DP-SGD, one image after the other.
+        kept_by_images=per_image if privacy.image_noise else batch * per_image,
         working=max(encoding.working, head.working, recomputed),
         evaluation=2 * received + 2 * stored * tests + evaluated,
     )

@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy.governance.audit import AuditLog
-from fedprompt.deploy.governance.ledger import Budget, Ledger
+from fedprompt.deploy.governance.ledger import Budget, Ledger, Release
 from fedprompt.deploy.governance.policy import (
     Policy,
     class_objections,
@@ -99,7 +99,12 @@ class Gate:
         return replace(report, train_C=train_C, test_C=test_C, totals=totals)
 
     def train(
-        self, message: Message, config: Config, run: str, work: Callable[[], Message]
+        self,
+        message: Message,
+        config: Config,
+        run: str,
+        work: Callable[[], Message],
+        release: Release,
     ) -> Message:
         """Train, unless the policy or the ledger is against it.
 
@@ -108,6 +113,7 @@ class Gate:
             config: the experiment.
             run: the run's name.
             work: trains, and returns the reply of a plain exchange.
+            release: what this reply will let out.
 
         Returns:
             This reply. With a limit on epsilon, a question that comes again gets the same reply.
@@ -115,23 +121,23 @@ class Gate:
         Raises:
             UserError: the release would exceed the limit, or violates the policy.
         """
-        limit = self.policy.max_epsilon
-        if limit is None:
+        policy = self.policy
+        if not policy.limits_epsilon:
             reply = work()
             self._check_reply(message, reply)
             return reply
         assert self.ledger is not None  # `open_gate` refuses a limit without records
-        budget = Budget(limit, self.policy.delta)
+        budget = Budget(policy.max_epsilon, policy.delta, policy.max_image_epsilon)
         question = _question(message, config, run)
         kept = self.ledger.kept_reply(question)
         if kept is None:
-            self.ledger.check(config.privacy, budget)
+            self.ledger.check(release, budget)
             reply = work()
             if reply.has_error():
                 return reply
             kept = to_wire(reply)
         # Counted before it is compared with the policy: that it is refused says something as well.
-        self.ledger.spend(question, kept, config.privacy, run, budget)
+        self.ledger.spend(question, kept, release, run, budget)
         reply = Message(from_wire(kept).content, reply_to=message)
         self._check_reply(message, reply)
         return reply
@@ -189,8 +195,11 @@ def open_gate(policy: str | None, records: str | None, data: str, server: str) -
         UserError: the policy is wrong, or limits epsilon where no ledger is kept.
     """
     read, digest = (Policy(), NO_POLICY) if policy is None else read_policy(Path(policy))
-    if read.max_epsilon is not None and records is None:
-        raise UserError("policy: max_epsilon needs a ledger; set 'records' in --node-config.")
+    if read.limits_epsilon and records is None:
+        raise UserError(
+            "policy: max_epsilon and max_image_epsilon need a ledger; set 'records' in "
+            "--node-config."
+        )
     return Gate(read, digest, None if records is None else Path(records), data, server)
 
 

@@ -58,6 +58,7 @@ class Policy:
     )
     min_noise: float = option(0.0, "least privacy.noise of an experiment", ge=0)
     max_clip: float | None = option(None, "largest privacy.clip of an experiment", gt=0)
+    min_image_noise: float = option(0.0, "least privacy.image_noise of an experiment", ge=0)
     class_counts: Literal["exact", "rounded", "withheld"] = option(
         "exact", f"images per class in the node's report: as they are, up to {ROUNDED_TO}s, or none"
     )
@@ -66,7 +67,12 @@ class Policy:
     max_epsilon: float | None = option(
         None, "most epsilon that is spent on the node's data, over all experiments together", gt=0
     )
-    delta: float = option(1e-5, "delta for which max_epsilon holds", gt=0, lt=1)
+    max_image_epsilon: float | None = option(
+        None, "most epsilon that is spent on any single image, over all experiments together", gt=0
+    )
+    delta: float = option(
+        1e-5, "delta for which max_epsilon and max_image_epsilon hold", gt=0, lt=1
+    )
 
     def check(self) -> None:
         """Refuse keys that contradict each other."""
@@ -85,7 +91,12 @@ class Policy:
     @property
     def requires_noise(self) -> bool:
         """Whether an experiment without noise is refused."""
-        return self.min_noise > 0 or self.max_epsilon is not None
+        return self.min_noise > 0 or self.min_image_noise > 0 or self.limits_epsilon
+
+    @property
+    def limits_epsilon(self) -> bool:
+        """Whether the node keeps count of what its data have spent."""
+        return self.max_epsilon is not None or self.max_image_epsilon is not None
 
 
 def read_policy(path: Path) -> tuple[Policy, str]:
@@ -172,9 +183,21 @@ def _protection_objections(policy: Policy, config: Config) -> list[str]:
         found.append(f"min_noise: privacy.noise={privacy.noise:g} is below {policy.min_noise:g}")
     if policy.max_epsilon is not None and privacy.noise == 0:
         found.append("max_epsilon: the experiment has privacy.noise=0, which no epsilon limits")
+    image_noise = privacy.image_noise
+    if image_noise < policy.min_image_noise:
+        found.append(
+            f"min_image_noise: privacy.image_noise={image_noise:g} is below "
+            f"{policy.min_image_noise:g}"
+        )
+    if policy.max_image_epsilon is not None and image_noise == 0:
+        found.append(
+            "max_image_epsilon: the experiment has privacy.image_noise=0, which no epsilon of "
+            "single images limits"
+        )
     if policy.requires_noise and privacy.noise_seed is not None:
         found.append(
-            "min_noise, max_epsilon: with privacy.noise_seed the server could subtract the noise"
+            "min_noise, max_epsilon, min_image_noise, max_image_epsilon: with privacy.noise_seed "
+            "the server could subtract the noise"
         )
     if policy.max_clip is not None and privacy.clip > policy.max_clip:
         found.append(f"max_clip: privacy.clip={privacy.clip:g} is above {policy.max_clip:g}")

@@ -146,6 +146,12 @@ class PrivacyAudit(Reported):
         pairs = [r["pairs"] for r in rows]
         trained, inverted = [r["trained"] for r in rows], [r["inverted"] for r in rows]
         last = run.rounds[-1] if run.rounds else {}
+        spent = last.get("privacy") or {}
+        epsilons = {
+            "server": (last.get("strategy") or {}).get("epsilon"), "client": spent.get("epsilon")
+        }  # fmt: skip
+        if "image_epsilon" in spent:
+            epsilons["image"] = spent["image_epsilon"]
         return {
             "attacks": {
                 "model": {"result": _mean(rows, "model", pairs), "guess": 0.5},
@@ -159,10 +165,7 @@ class PrivacyAudit(Reported):
                     "guess": _mean(rows, "image_guess", inverted),
                 },
             },
-            "epsilon": {
-                "server": (last.get("strategy") or {}).get("epsilon"),
-                "client": (last.get("privacy") or {}).get("epsilon"),
-            },
+            "epsilon": epsilons,
         }
 
     @classmethod

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.methods.batch import ClientData
-from fedprompt.rng import generator
+from fedprompt.rng import generator, secret_generator
 
 
 def local_steps(images: int, config: TrainingConfig) -> int:
@@ -100,8 +101,78 @@ def draw_batches(
                 mask[step, k, :size] = True
                 step += 1
         offset += n * client.views
+    return _scheduled(index, second, mask, steps_K, max_steps)
+
+
+def draw_poisson(
+    data: Sequence[ClientData],
+    config: TrainingConfig,
+    noise_seed: int | None,
+    server_round: int,
+    max_steps: int | None = None,
+) -> Schedule:
+    """Draw every image into every step with the same probability, independently and in secret.
+
+    Who knew the draws would know in which steps an image can have left a trace, so they do not come
+    from the experiment's seed.
+
+    Args:
+        data: per client, its images and labels, most steps first.
+        config: batch size and epochs, from which the number of steps follows.
+        noise_seed: fixes the draws, for tests; None takes them from the operating system.
+        server_round: the round, counted from 1.
+        max_steps: steps after which a client stops; None for all of its epochs.
+
+    Returns:
+        The schedule. A batch may be larger than `config.batch_size`, or empty; `expected_size` is
+        the mean of its size.
+    """
+    steps_K = [local_steps(len(d), config) for d in data]
+    drawn: list[list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = []
+    offset = 0
+    for k, client in enumerate(data):
+        n, views = len(client), client.views
+        draw = secret_generator(noise_seed, "image sampling", server_round, client.client)
+        steps = []
+        for _ in range(steps_K[k]):
+            chosen = np.flatnonzero(draw.random(n) < expected_size(n, config) / n)
+            view = draw.integers(views, size=len(chosen))
+            further = draw.integers(max(1, views - 1), size=len(chosen))
+            other = (view + 1 + further) % views
+            steps.append((chosen + offset + n * view, chosen + offset + n * other))
+        drawn.append(steps)
+        offset += n * views
+    width = max(1, *(len(chosen) for steps in drawn for chosen, _ in steps))
+    index = np.zeros((max(steps_K), len(data), width), dtype=np.int64)
+    second = np.zeros_like(index)
+    mask = np.zeros(index.shape, dtype=bool)
+    for k, steps in enumerate(drawn):
+        for step, (chosen, other) in enumerate(steps):
+            index[step, k, : len(chosen)] = chosen
+            second[step, k, : len(chosen)] = other
+            mask[step, k, : len(chosen)] = True
+    return _scheduled(index, second, mask, steps_K, max_steps)
+
+
+def expected_size(images: int, config: TrainingConfig) -> float:
+    """Mean number of images in a step of a client.
+
+    Args:
+        images: the number of its training images.
+        config: the `training` section.
+    """
+    return images / math.ceil(images / config.batch_size)
+
+
+def _scheduled(
+    index: NDArray[np.int64],
+    second: NDArray[np.int64],
+    mask: NDArray[np.bool_],
+    steps_K: list[int],
+    max_steps: int | None,
+) -> Schedule:
     if max_steps is not None:
-        index, second, mask = (a[:max_steps] for a in (index, second, mask))
+        index, second, mask = index[:max_steps], second[:max_steps], mask[:max_steps]
         steps_K = [min(steps, max_steps) for steps in steps_K]
     segments, first = [], 0
     for stop in sorted(set(steps_K)):

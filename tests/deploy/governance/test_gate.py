@@ -22,7 +22,13 @@ from fedprompt.config.schema import Config, to_yaml
 from fedprompt.deploy import node as node_module
 from fedprompt.deploy.governance import audit, gate, ledger
 from fedprompt.deploy.governance.journal import verify
-from fedprompt.deploy.governance.ledger import Budget, Ledger, spent_epsilon
+from fedprompt.deploy.governance.ledger import (
+    Budget,
+    Ledger,
+    Release,
+    spent_epsilon,
+    spent_image_epsilon,
+)
 from fedprompt.deploy.governance.policy import Policy, objections
 from fedprompt.deploy.node import answer
 from fedprompt.deploy.node_grid import pull_replies
@@ -42,6 +48,7 @@ from fedprompt.messages import (
     to_record,
     to_wire,
 )
+from fedprompt.methods.registry import method_class
 from fedprompt.privacy.accountant import epsilon
 from fedprompt.privacy.secure_aggregation import RECORD
 from fedprompt.simulation.inline_grid import InlineGrid
@@ -251,12 +258,46 @@ def test_a_limit_on_epsilon_needs_a_ledger(folder: Path) -> None:
 def test_epsilon_of_several_noises_is_composed(tmp_path: Path) -> None:
     book = Ledger(tmp_path, "data")
     for k, noise in enumerate((2.0, 2.0, 8.0)):
-        book.spend(f"{k}", b"reply", replace(NOISE, noise=noise), f"{k}", PLENTY)
+        book.spend(f"{k}", b"reply", Release(noise / 2), f"{k}", PLENTY)
     assert dict(book.releases()) == {1.0: 2, 4.0: 1}
     two = epsilon(1.0, 2, 1e-5)
     assert two is not None
     assert two < book.epsilon(1e-5) < two + 3
     assert Ledger(tmp_path, "other data").epsilon(1e-5) == 0
+
+
+def test_single_images_have_a_limit_and_a_count_of_their_own(folder: Path) -> None:
+    config = config_for(folder / "images", folder / "run")
+    epochs = config.training.local_epochs
+    one = epsilon(2.0, epochs, 1e-5)
+    assert one is not None
+    node = Node(
+        folder,
+        f"max_image_epsilon: {one + 0.01:.6f}",
+        privacy=PrivacyConfig(image_noise=2.0),
+        method=method_class("promptfl").Config(context_tokens=2),
+    )
+    assert not node.ask(MessageType.TRAIN).has_error()
+    assert not node.ask(MessageType.TRAIN).has_error(), "the same question"
+    refused = reason(node.ask(MessageType.TRAIN, 2))
+    assert "max_image_epsilon" in refused
+    assert "single images" in refused
+    ((count, spent),) = spent_image_epsilon(node.records, 1e-5).values()
+    assert (count, spent) == (epochs, one)
+    assert spent_epsilon(node.records, 1e-5) == {}, "all of the data are another matter"
+
+
+def test_kinds_of_sampling_compose_in_the_ledger(tmp_path: Path) -> None:
+    book = Ledger(tmp_path, "data")
+    budget = Budget(None, 1e-5, 100.0)
+    sampled, whole = Release(0.0, ((1.5, 10), 30)), Release(1.0, ((2.0, 1), 3))
+    for k, release in enumerate((sampled, whole, sampled)):
+        book.spend(f"{k}", b"reply", release, f"{k}", budget)
+    assert dict(book.image_releases()) == {(1.5, 10): 60, (2.0, 1): 3}
+    assert dict(book.releases()) == {1.0: 1}
+    alone = epsilon(2.0, 3, 1e-5)
+    assert alone is not None
+    assert alone < book.image_epsilon(1e-5) < alone + 5
 
 
 def test_the_egress_statement_says_what_has_left(folder: Path) -> None:
@@ -381,10 +422,10 @@ def test_two_processes_do_not_spend_more_than_one_may(tmp_path: Path) -> None:
     budget = Budget(one + 0.01, 1e-5)
     first, second = Ledger(tmp_path, "data"), Ledger(tmp_path, "data")
     for book in (first, second):
-        book.check(NOISE, budget)
-    first.spend("a", b"reply", NOISE, "r", budget)
+        book.check(Release(NOISE.noise / 2), budget)
+    first.spend("a", b"reply", Release(NOISE.noise / 2), "r", budget)
     with pytest.raises(UserError, match="max_epsilon"):
-        second.spend("b", b"reply", NOISE, "s", budget)
+        second.spend("b", b"reply", Release(NOISE.noise / 2), "s", budget)
     # A reply that was kept and not counted is not free either.
     files = [p for p in tmp_path.iterdir() if p.suffix == ".bin"]
     assert len(files) == 1
