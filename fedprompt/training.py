@@ -175,12 +175,12 @@ def train_clients(
             {
                 "index_SKB": schedule.index_SKB,
                 **({"second_SKB": schedule.second_SKB} if second else {}),
+                **({"expected_K": _expected_sizes(ordered, config)} if noisy is not None else {}),
                 "mask_SKB": schedule.mask_SKB,
                 "images_SK": schedule.mask_SKB.sum(-1).float(),
                 # A client's inputs hold all images of view 0, then all of view 1, and so on.
                 "labels_N": torch.cat([_of_all_views(d) for d in ordered]),
                 "steps_K": torch.tensor(steps),
-                "expected_K": torch.tensor([expected_size(len(d), config) for d in ordered]),
                 "class_counts_KC": _class_counts(ordered, len(method.task.class_names)),
             },
             there_N.columns(),
@@ -395,6 +395,11 @@ def _descend(
         for name, rest_K in at_rest.items():
             _put_back(velocity[name], momentum[name], rest_K)
     return final, {} if totals_TK is None else dict(zip(terms, totals_TK, strict=True)), velocity
+
+
+def _expected_sizes(data: Sequence[ClientData], config: TrainingConfig) -> Tensor:
+    """The mean number of images in a step of each client, (K,)."""
+    return torch.tensor([expected_size(len(client), config) for client in data])
 
 
 def _image_noise(
