@@ -98,6 +98,7 @@ STEP = {
     "promptsrc": Budget(255),
     "restore": Budget(340),
     "rebapl": Budget(250),
+    "sabre_fl": Budget(90),
     "scaffold": Budget(100),
     "tfup_t": Budget(95),
     "spg": Budget(365),

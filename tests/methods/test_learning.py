@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rebapl": {"options": {"context_tokens": 4}, "cycles": 2},
     "pre_forgettable": {},
     "copl": {},
+    "sabre_fl": {"options": {"context_tokens": 4}},
     "gopro": {},
     "fedmvp": {},
     "adclip": {},

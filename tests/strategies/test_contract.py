@@ -19,6 +19,7 @@ from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.federation.sampling import Clients
 from fedprompt.federation.strategy import SharedPromptStrategy
 from fedprompt.messages import Arrays, to_arrays
+from tests.support.detectors import DETECTOR
 from tests.support.strategies import NODE, answer, send
 
 CLIENTS, ROUNDS = 7, 4
@@ -28,6 +29,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "per_expert": {"expert_shares": (2,), "ctx": (3, 4), "w.0": (3,), "w.1": (2, 2)},
     "product_mean": {**USUAL, "q.lora_A": (2, 3, 5), "q.lora_B": (2, 4, 3)},
     "unbalanced_transport": {"ctx_global": (3, 4), "ctx_ood": (5, 4), "ctx": (3, 4)},
+    "sabre_fl": {**USUAL, "embeddings": (5, 32)},
     "similar_prototypes": {"ctx": (3, 4), "prototypes": (3, 4)},
     "scaffold": {**USUAL, **{f"control.{n}": s for n, s in USUAL.items()}},
 }
@@ -49,13 +51,17 @@ EXTRAS: dict[str, Arrays] = {
         "samples.ctx": np.zeros((2, 3, 4), np.float32),
     },
 }
-OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"common_rounds": 1}, "dp_fedavg": {"clip": 0.2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "clustered": {"common_rounds": 1},
+    "dp_fedavg": {"clip": 0.2},
+    "sabre_fl": {"detector": DETECTOR},
+}
 """Where the defaults would leave out what is to be tested."""
 NOISY = {"dp_fedavg": {"noise": 0.0}, "flame": {"noise": 0.0}}
 """What takes the noise away from a strategy that adds some."""
 OWN_STEP = {
     "fedadam", "fedyogi", "dp_fedavg", "flame", "per_class", "per_expert", "product_mean",
-    "unbalanced_transport",
+    "sabre_fl", "unbalanced_transport",
 }  # fmt: skip
 """Strategies whose step is not the clients' own, even where all of them agree."""
 STRATEGIES = sorted(all_strategies())

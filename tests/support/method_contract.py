@@ -18,6 +18,7 @@ from fedprompt.federation.registry import strategy_class
 from fedprompt.federation.screening import Update
 from fedprompt.methods.base import ClientData, Method, Tensors
 from fedprompt.training import LocalResult, train_clients
+from tests.support.detectors import strategy_of
 
 SIZES = (5, 12, 9)
 """Images of three clients; with batches of 4, two of them end with a partial batch."""
@@ -38,7 +39,7 @@ class Server:
     """The method's own strategy, without messages."""
 
     def __init__(self, method: Method, data: Sequence[ClientData]) -> None:
-        keys = dict(method.config.default_strategy)
+        keys = strategy_of(method)
         cls = strategy_class(keys["name"])
         start = {n: t.numpy() for n, t in method.init_shared(1).items()}
         self.strategy = cls(

@@ -17,6 +17,7 @@ from fedprompt.rng import generator
 from fedprompt.workspace import Workspace
 from tests.support import twins
 from tests.support.builders import CLASS_NAMES, random_clip, small_config
+from tests.support.detectors import strategy_of
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def workspace(
 ) -> Workspace:
     config = small_config(
         method={"name": method.name},
-        strategy={"name": "auto"},
+        strategy=strategy_of(method),
         partition={"clients": 3, "alpha": 10.0},
         training={"lr": 0.01, "batch_size": 8},
         federation={"rounds": 3, "fraction": 0.7},

@@ -16,6 +16,7 @@ from fedprompt.methods.base import Method
 from fedprompt.simulation.inline_grid import InlineGrid
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
+from tests.support.detectors import strategy_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def federation(
     """Four clients, each of them a block, as on a large backbone."""
     config = small_config(
         method={"name": method.name},
-        strategy={"name": "auto"},
+        strategy=strategy_of(method),
         partition={"clients": 4, "scheme": "iid"},
         simulation={"clients_per_block": 1},
     )

@@ -125,6 +125,7 @@ BUDGET = {
     "promptsrc": Positions(0, 94, 224),
     "restore": Positions(0, 98, 224),
     "rebapl": Positions(0, 70, 210),
+    "sabre_fl": Positions(0, 70, 140),
     "scaffold": Positions(0, 70, 140),
     "tfup": Positions(59, 0, 0),
     "tfup_t": Positions(59, 0, 0),
