@@ -27,7 +27,7 @@ from fedprompt.federation.scores import personal_scores
 from fedprompt.federation.screening import TEST_COUNTS, count_ranges
 from fedprompt.federation.server_app import Federation
 from fedprompt.messages import to_record
-from fedprompt.methods.base import allows_other_image_towers
+from fedprompt.methods.method_config import allows_other_image_towers
 from fedprompt.reports.run_data import PARTITION
 from fedprompt.workspace import Workspace
 

@@ -13,7 +13,7 @@ import open_clip
 from fedprompt.backbone.zoo import support_of
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
-from fedprompt.methods.base import allows_other_image_towers
+from fedprompt.methods.method_config import allows_other_image_towers
 from fedprompt.methods.registry import method_class
 
 

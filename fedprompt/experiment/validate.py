@@ -25,7 +25,7 @@ from fedprompt.experiment.label_sets import check_multi_label
 from fedprompt.experiment.trackers import check_names
 from fedprompt.federation.registry import all_strategies, strategy_class
 from fedprompt.federation.strategy import SharedPromptStrategy
-from fedprompt.methods.base import allows_image_noise
+from fedprompt.methods.method_config import allows_image_noise
 from fedprompt.methods.registry import all_methods, method_class
 from fedprompt.privacy.secure_aggregation.params import FEWEST_CLIENTS, SEEN_THROUGH
 

@@ -25,14 +25,8 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import (
-    Batch,
-    ClientData,
-    RoundInfo,
-    Task,
-    Tensors,
-    allows_other_image_towers,
-)
+from fedprompt.methods.base import Batch, ClientData, RoundInfo, Task, Tensors
+from fedprompt.methods.method_config import allows_other_image_towers
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import (
     BASE,

@@ -25,7 +25,8 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.config.fields import option
 from fedprompt.errors import UserError, did_you_mean
-from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors, allows_other_image_towers
+from fedprompt.methods.base import Batch, RoundInfo, Task, Tensors
+from fedprompt.methods.method_config import allows_other_image_towers
 from fedprompt.methods.parts.nested import Layout
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig
 

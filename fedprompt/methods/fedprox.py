@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from fedprompt.config.fields import option
 from fedprompt.config.search import log_range
-from fedprompt.methods.base import Batch, Tensors, allows_image_noise, allows_other_image_towers
+from fedprompt.methods.base import Batch, Tensors
+from fedprompt.methods.method_config import allows_image_noise, allows_other_image_towers
 from fedprompt.methods.parts.nested import Parts
 from fedprompt.methods.parts.wrapper import BASE, WrappedMethod, WrapperConfig, squared_distance
 

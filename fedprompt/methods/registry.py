@@ -20,7 +20,7 @@ METHODS: Registry[Method] = Registry(
     # The class is named by text, so that names can be listed without importing PyTorch.
     "fedprompt.methods.base:Method",
     # Modules of the package that are not methods.
-    helpers=("base", "batch", "registry"),
+    helpers=("base", "batch", "method_config", "registry"),
 )
 
 

@@ -17,7 +17,7 @@ from fedprompt.experiment.architectures import refuse_architecture
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.run import run
 from fedprompt.experiment.workspaces import open_workspace
-from fedprompt.methods.base import allows_other_image_towers
+from fedprompt.methods.method_config import allows_other_image_towers
 from fedprompt.methods.registry import all_methods
 from fedprompt.reports.run_data import read_object
 from tests.support.builders import random_clip, small_config

@@ -10,7 +10,8 @@ from fedprompt.config.protection import PrivacyConfig
 from fedprompt.config.schema import TrainingConfig
 from fedprompt.data.dataset import ImageDataset
 from fedprompt.data.features.table import FeatureTable
-from fedprompt.methods.base import Method, allows_image_noise, takes_steps
+from fedprompt.methods.base import Method, takes_steps
+from fedprompt.methods.method_config import allows_image_noise
 from fedprompt.methods.parts.wrapper import WrappedMethod
 from fedprompt.training import train_clients
 from tests.support.method_contract import assert_close, clients, starts
