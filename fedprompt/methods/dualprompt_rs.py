@@ -79,7 +79,7 @@ class DualPrompt(Method):
     """
 
     name = "dualprompt_rs"
-    source = "tahaspc82442/federated_multi_modal, 2025"
+    source = "federated_multi_modal (public code)"
     Config = DualPromptConfig
     needs = frozenset({"features", "pixels"})
     images_at_once = 256
