@@ -20,6 +20,7 @@ from fedprompt.evaluation.protocols import PROTOCOLS
 from fedprompt.reports.figure import Figure
 from fedprompt.reports.format import Table
 from fedprompt.reports.run_data import SUMMARY, RunData
+from fedprompt.reports.score_names import ACCURACY, called, one_name
 
 if TYPE_CHECKING:
     from fedprompt.config.schema import Config
@@ -187,7 +188,8 @@ def result_tables(summary: Mapping[str, Any], source: str) -> list[Table]:
         UserError: the results of a protocol are damaged.
     """
     tables = [(cls, read(cls, source, cls.table, part)) for cls, part in measured(summary)]
-    return [_named(cls, table) for cls, table in tables if table is not None]
+    score = str(summary.get("score") or ACCURACY)
+    return [called(score, _named(cls, table)) for cls, table in tables if table is not None]
 
 
 def _named(cls: type[Protocol], table: Table) -> Table:
@@ -211,7 +213,7 @@ def figures(run: RunData) -> list[Figure]:
     figures = [
         read(cls, source, cls.figure, part, run) for cls, part in measured(run.summary or {})
     ]
-    return [figure for figure in figures if figure is not None]
+    return [called(run.score, figure) for figure in figures if figure is not None]
 
 
 def comparable() -> list[str]:
@@ -237,8 +239,8 @@ def compare_runs(
     """
     cls = protocol_class(name)
     parts = []
-    called = labels or [run.path.name for run in runs]
-    for run, label in zip(runs, called, strict=True):
+    names = labels or [run.path.name for run in runs]
+    for run, label in zip(runs, names, strict=True):
         part = (run.summary or {}).get("protocols", {}).get(name)
         if part is None:
             raise UserError(f"{run.path} holds no results of protocol '{name}'.")
@@ -249,7 +251,7 @@ def compare_runs(
             f"protocol '{name}' has no comparison of runs; these have: {', '.join(comparable())}."
         )
     table, figure = comparison
-    return _named(cls, table), figure
+    return called(one_name(run.score for run in runs), (_named(cls, table), figure))
 
 
 def read(cls: type[Protocol], source: str, make: Callable[..., T], *arguments: Any) -> T:

@@ -7,10 +7,14 @@ privacy ledger.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from fedprompt.errors import UserError
 
+MOST_NOISE = 1e6
+"""A release with more noise counts as one with so much, since the accountant squares the noise, and
+the square of 1e200 is no float. Epsilon can only be overstated in this way."""
 SAMPLED_ORDERS = (*range(2, 64), 80, 96, 128, 192, 256, 512, 1024)
 """Renyi orders for sampled releases. Between 1 and 2 the series for them does not converge, and
 those that are not whole take long."""
@@ -68,7 +72,10 @@ def sampled_epsilon(releases: Mapping[tuple[float, int], int], delta: float) -> 
     """
     if any(noise == 0 for noise, _ in releases):
         return None
-    counted = {event: count for event, count in releases.items() if count}
+    counted: Counter[tuple[float, int]] = Counter()
+    for (noise, m), count in releases.items():
+        if count:
+            counted[min(noise, MOST_NOISE), m] += count
     try:
         from dp_accounting import dp_event
         from dp_accounting.rdp import RdpAccountant

@@ -12,8 +12,10 @@ What is covered is everything that a client trains, its private tensors included
 uploads, in all rounds together. It is covered against everybody, the server included. What is not
 covered: numbers of correct answers that clients report in evaluation (`protocols: [global]` turns
 that off), images per class that a node reports when it joins, and the other images: those of the
-tests and of validation, and the server's own. An image that two clients hold, or that one client
-holds twice, is two images.
+tests and of validation, and the server's own. Nor is what nobody uploads: the local-only baseline
+of a simulation (its losses and accuracies) and the newcomers of `late_joiners` train without noise,
+and AFL's personal models use a client's own sums as they are. An image that two clients hold, or
+that one client holds twice, is two images.
 
 WHAT A ROUND COSTS, for a client of n images and batches of B, with E = `local_epochs`:
 

@@ -18,9 +18,10 @@ from fedprompt.reports.format import (
     result_rows,
 )
 from fedprompt.reports.marks import mark_texts
+from fedprompt.reports.score_names import ACCURACY, called
 from fedprompt.reports.terminal import fields, fitted
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "global\naccuracy",
     "personalised\nmean ± std",
     "worst\nclient",
@@ -44,9 +45,7 @@ def summary_table(summary: Mapping[str, Any], width: int) -> Group:
     """
     rows = result_rows(summary)
     cells = [(row.name, *_cells(row)) for row in rows]
-    columns: tuple[str, ...] = COLUMNS
-    if summary.get("score"):
-        columns = (f"global\n{summary['score']}", *COLUMNS[1:])
+    columns = called(str(summary.get("score") or ACCURACY), COLUMNS)
     if any(row.attack_success is not None for row in rows):
         # Only runs with a backdoor have this column.
         columns = (*columns, "attack\nsuccess")
@@ -128,7 +127,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             f"{plural(len(clients), 'client')} {verb} fewer than {few.get('below')} test images "
             f"({_listed(clients)}): their accuracies are coarse"
         )
-    return found
+    return called(str(summary.get("score") or ACCURACY), found)
 
 
 def _listed(clients: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from fedprompt.files.checksums import read_verified, verify
 from fedprompt.reports.run_checks import COSTS as COSTS
 from fedprompt.reports.run_checks import check_metrics, check_numbers, check_summary
 from fedprompt.reports.run_checks import check_partition as check_partition
+from fedprompt.reports.score_names import ACCURACY, PRECISION
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class RunData:
             part: A key of a metrics line: `global`, `personal`, ...
         """
         return next((line[part] for line in reversed(self.rounds) if line.get(part)), None)
+
+    @property
+    def score(self) -> str:
+        """What the run's scores are called: `accuracy`, or `mAP` for images of several labels."""
+        if self.summary is not None:
+            return str(self.summary.get("score") or ACCURACY)
+        several = any("micro_f1" in (line.get("global") or {}) for line in self.rounds)
+        return PRECISION if several else ACCURACY
 
 
 def load_run(run_dir: Path, *, history: bool = True, describe: bool = True) -> RunData:

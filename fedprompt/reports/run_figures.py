@@ -10,6 +10,7 @@ from fedprompt.reports.client_figure import clients_figure
 from fedprompt.reports.figure import ACCURACY, ROUND, Axis, Curve, Figure, Level, Lines
 from fedprompt.reports.partition_figure import partition_figure
 from fedprompt.reports.run_data import RunData, series_of, split_tests
+from fedprompt.reports.score_names import called
 
 LABEL_LOSSES = {
     "loss-ce": "Cross-entropy",
@@ -24,7 +25,7 @@ def run_figures(run: RunData) -> list[Figure]:
     figures = [accuracy_figure(run), clients_figure(run), loss_figure(run), statistics_figure(run)]
     if run.partition is not None:
         figures.append(partition_figure(run.partition))
-    return [figure for figure in figures if figure is not None]
+    return [called(run.score, figure) for figure in figures if figure is not None]
 
 
 def accuracy_figure(run: RunData) -> Figure | None:
@@ -70,7 +71,7 @@ def accuracy_figure(run: RunData) -> Figure | None:
     )
     return Figure(
         name="accuracy_per_round",
-        title="Test mAP per round" if _is_precision(run) else "Test accuracy per round",
+        title="Test accuracy per round",
         caption="Orange: the server's test set. Blue and grey: the clients' own test images. Band: "
         "± 1 standard deviation over clients. Round 0 is before training."
         + (" Attack success: a backdoor's." if any("backdoor" in x for x in run.rounds) else ""),
@@ -82,11 +83,6 @@ def _label_loss(run: RunData) -> str:
     """The key of the run's loss of labels."""
     named = {key for line in run.rounds for key in line.get("train") or {}}
     return next((key for key in LABEL_LOSSES if key in named), "loss-ce")
-
-
-def _is_precision(run: RunData) -> bool:
-    """Whether images have several labels, so that `accuracy` is the mean average precision."""
-    return any("micro_f1" in (line.get("global") or {}) for line in run.rounds)
 
 
 def _zero_shot_levels(run: RunData) -> list[Level]:

@@ -141,6 +141,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "seed": run.config.get("seed"),
         "rounds": run.rounds[-1]["round"],
         "data": (run.config.get("data") or {}).get("title"),
+        "score": run.score,
         "global": run.last("global"),
         "personal": run.last("personal"),
         "personal_on_global": run.last("personal_on_global"),
@@ -211,6 +212,7 @@ def _content(run: RunData) -> dict[str, Any]:
         "remarks": remarks(summary),
         "clients": client_rows(run, summary),
         "few_test_images": FEW_TEST_IMAGES,
+        "score": run.score,
         "clients_title": _clients_title(run),
         "config_text": (run.path / CONFIG).read_text(encoding="utf-8"),
         "environment": _environment(run, summary),
@@ -248,7 +250,7 @@ def _results(rows: Sequence[ResultRow]) -> list[tuple[str, list[tuple[str, bool]
 
 def _clients_title(run: RunData) -> str:
     many = len((run.partition or {}).get("train_counts") or []) > MANY
-    return f"The {MANY} clients with the lowest accuracy" if many else "Clients"
+    return f"The {MANY} clients with the lowest {run.score}" if many else "Clients"
 
 
 def _title(summary: Mapping[str, Any], folder: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from fedprompt.config.schema import Config
 from fedprompt.errors import UserError
+from fedprompt.evaluation.registry import figures, result_tables
 from fedprompt.experiment.compose import compose
 from fedprompt.experiment.display import QuietDisplay
 from fedprompt.experiment.predict import Classifier
@@ -21,9 +24,13 @@ from fedprompt.federation.client_app import model_of_client
 from fedprompt.files.tensors import read_tensors
 from fedprompt.methods.base import takes_label_sets
 from fedprompt.methods.registry import all_methods
+from fedprompt.reports.compare.figures import comparison_figures
+from fedprompt.reports.compare.load import load_rows
+from fedprompt.reports.compare.metrics import choose
+from fedprompt.reports.compare.table import compare_rows
 from fedprompt.reports.result_tables import remarks
 from fedprompt.reports.run_data import load_run
-from fedprompt.reports.run_figures import accuracy_figure, loss_figure
+from fedprompt.reports.run_figures import loss_figure, run_figures
 from fedprompt.scoring import encode_global, logits_of
 from tests.support.builders import small_config
 from tests.support.displays import StopAfter
@@ -128,13 +135,34 @@ def test_a_run_reports_map_of_global_and_personal_models(config: Config, finishe
 
 
 def test_reports_call_the_score_by_its_name(finished: Path) -> None:
-    assert "mAP" in remarks(read(finished))[0]
+    summary = read(finished)
+    assert "mAP" in remarks(summary)[0]
     loaded = load_run(finished)
-    accuracy, loss = accuracy_figure(loaded), loss_figure(loaded)
-    assert accuracy is not None
-    assert "mAP" in accuracy.title
+    loss = loss_figure(loaded)
     assert loss is not None
     assert "Asymmetric" in loss.caption
+    # Names of files and keys are the same for every score; what a reader sees is not.
+    drawn = [*run_figures(loaded), *figures(loaded)]
+    assert {"accuracy_per_round", "client_accuracy"} <= {figure.name for figure in drawn}
+    assert {"Test mAP per round", "Personal mAP per client"} <= {figure.title for figure in drawn}
+    [fairness] = result_tables(summary, "summary.json")
+    words = [repr([figure.title, figure.caption, figure.panels]) for figure in drawn]
+    assert not re.search("accurac", " ".join([*words, repr(fairness)]), re.IGNORECASE)
+
+
+def test_comparisons_call_the_score_by_its_name(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    summary = read(other)
+    del summary["score"]
+    (other / "summary.json").write_text(json.dumps(summary))
+    (other / "checksums.txt").unlink()
+    cases = ([finished], "mAP"), ([other], "Accuracy"), ([finished, other], "Accuracy or mAP")
+    for paths, name in cases:
+        rows = [row for path in paths for row in load_rows([path]).rows]
+        assert compare_rows(rows, choose(None, rows)).note.startswith(f"{name} in percent")
+        titles = {figure.title for figure in comparison_figures(rows)}
+        assert f"{name} over rounds" in titles
 
 
 def test_a_resumed_run_is_the_same(config: Config, finished: Path, tmp_path: Path) -> None:

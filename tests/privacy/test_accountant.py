@@ -29,3 +29,5 @@ def test_epsilon_is_that_of_composed_gaussians() -> None:
         assert exact <= ours <= 1.1 * exact, "a bound, and not a loose one"
     assert epsilon(1.0, 0, 1e-5) == 0.0
     assert epsilon(0.0, 3, 1e-5) is None
+    # The square of so much noise is no float.
+    assert epsilon(1e300, 3, 1e-5) == epsilon(1e6, 3, 1e-5)

@@ -175,6 +175,11 @@ def check_pseudo_labels(config: Config) -> None:
     clashes = {
         "secure_aggregation.enabled, since the server sees counts by class": secure,
         "privacy.noise, since counts by class have none": config.privacy.noise > 0,
+        "privacy.image_noise, since counts by class have none": config.privacy.image_noise > 0,
+        # Its sensitivity is that of one reply, but a client's counts change the others' quotas.
+        "strategy.name=dp_fedavg, since a client's counts change what the others train on": (
+            config.strategy.name == "dp_fedavg"
+        ),
         "asynchronous.enabled, since all clients label their images at once": (
             config.asynchronous.enabled
         ),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedprompt.errors import UserError
-from fedprompt.reports.compare.load import Row, differing
+from fedprompt.reports.compare.load import Row, differing, score_of
 from fedprompt.reports.compare.metrics import Kind, Metric
 from fedprompt.reports.compare.names import plain
 from fedprompt.reports.figure import (
@@ -34,6 +34,7 @@ from fedprompt.reports.figure import (
 from fedprompt.reports.figure_parts import box
 from fedprompt.reports.format import MISSING
 from fedprompt.reports.run_data import RunData, accuracy_of
+from fedprompt.reports.score_names import called
 from fedprompt.statistics import sample_std
 
 ACCURACIES = (("personal", "mean", "Personalised"), ("global", "accuracy", "Global"))
@@ -287,7 +288,7 @@ def swept_settings(rows: Sequence[Row]) -> tuple[str, str] | None:
 def comparison_figures(rows: Sequence[Row]) -> list[Figure]:
     """Describe learning curves, accuracy over bytes, and clients, where there is data for them."""
     figures = [curves_figure(rows), curves_figure(rows, over_bytes=True), clients_figure(rows)]
-    return [figure for figure in figures if figure is not None]
+    return [called(score_of(rows), figure) for figure in figures if figure is not None]
 
 
 def _values(rows: Sequence[Row], key: str) -> list[Any]:

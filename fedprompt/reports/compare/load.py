@@ -19,6 +19,7 @@ from fedprompt.errors import UserError
 from fedprompt.reports.compare.names import PLAN, describe, plain
 from fedprompt.reports.format import plural
 from fedprompt.reports.run_data import CONFIG, SUMMARY, RunData, load_run
+from fedprompt.reports.score_names import one_name
 
 CHOSEN_BY = "evaluation.chosen_by"
 """The setting that says which search chose the others."""
@@ -112,6 +113,11 @@ def load_rows(paths: Sequence[Path], where: Sequence[str] = ()) -> Loaded:
     named = list(rows.values())
     _name(named)
     return Loaded(named, notes)
+
+
+def score_of(rows: Sequence[Row]) -> str:
+    """Return what the scores of some rows are called: `accuracy`, `mAP` or `accuracy or mAP`."""
+    return one_name(run.score for row in rows for run in row.runs.values())
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprompt.reports.compare.cells import cell_keys, cells_of, method_names
-from fedprompt.reports.compare.load import CHOSEN_BY, Row, differing
+from fedprompt.reports.compare.load import CHOSEN_BY, Row, differing, score_of
 from fedprompt.reports.compare.names import plain
 from fedprompt.reports.compare.statistics import LEVEL, Cell, Test
 from fedprompt.reports.marks import mark_line
 from fedprompt.reports.run_data import context_tokens
+from fedprompt.reports.score_names import capital
 
 TESTS = {"t": "paired t-test", "wilcoxon": "Wilcoxon signed-rank test"}
 MARK = "*"
@@ -74,14 +75,15 @@ def reading_note(
 def _numbers(rows: Sequence[Row]) -> str:
     seeds = {tuple(sorted(row.runs)) for row in rows}
     counts = sorted({len(s) for s in seeds})
+    score = capital(score_of(rows))
     if counts[-1] == 1:
         which = f": {min(seeds)[0]}" if len(seeds) == 1 else ""
-        return f"Accuracy in percent, one seed{which}."
+        return f"{score} in percent, one seed{which}."
     if len(seeds) == 1:
         over = f"seeds {', '.join(map(str, min(seeds)))}"
     else:
         over = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
-    return f"Accuracy in percent; mean ± sample standard deviation (n - 1) over {over}."
+    return f"{score} in percent; mean ± sample standard deviation (n - 1) over {over}."
 
 
 def unlike_settings(rows: Sequence[Row]) -> list[str]:

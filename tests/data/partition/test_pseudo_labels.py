@@ -328,6 +328,8 @@ def test_a_lost_answer_costs_a_round_and_not_the_run(
     [
         ({"secure_aggregation": {"enabled": True}}, "secure_aggregation"),
         ({"privacy": {"noise": 1.0}}, "privacy.noise"),
+        ({"privacy": {"image_noise": 1.0}}, "privacy.image_noise"),
+        ({"strategy": {"name": "dp_fedavg"}}, "strategy.name=dp_fedavg"),
         ({"asynchronous": {"enabled": True}, "clock": {"enabled": True}}, "asynchronous"),
         ({"attack": {"kind": "label_flip", "share": 0.5}}, "label_flip"),
         ({"protocols": ["global", "privacy_audit"]}, "privacy_audit"),

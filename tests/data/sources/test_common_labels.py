@@ -215,6 +215,7 @@ def small() -> dict[str, Any]:
         (("sources",), ["eurosatt"], ["eurosatt", "eurosat"]),
         (("sources", "a", "images"), 4, ["images", "a"]),
         (("sources", "a"), {"source": "multi"}, ["'a'", "common labels itself"]),
+        (("sources", "a"), {"source": "aerial_objects"}, ["'a'", "several labels"]),
     ],
 )
 def test_wrong_files_are_refused_in_one_line_before_anything_is_opened(

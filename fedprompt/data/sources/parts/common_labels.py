@@ -170,9 +170,15 @@ def _sources(value: Any, file: Path) -> dict[str, Mapping[str, Any]]:
         if str(sections[name].get("source")) == "multi":
             raise _problem(file, f"source '{name}' has common labels itself; list its sources.")
         try:
-            _config(name, sections[name])
+            config = _config(name, sections[name])
         except UserError as error:
             raise _problem(file, str(error).removeprefix("config: ")) from None
+        if config.multi_label:
+            raise _problem(
+                file,
+                f"images of source '{name}' have several labels each, and a common label is one "
+                "per image; leave the source out.",
+            )
     return sections
 
 
