@@ -174,10 +174,18 @@ def _images(
             continue
         name, cells = line[0].strip(), [cell.strip() for cell in line[1 : len(columns) + 1]]
         labels = tuple(VALUES[cell] for cell in cells if cell in VALUES)
-        if not name or len(labels) != len(columns):
+        # A cell too many has moved the others, or belongs to a label without a name.
+        beyond = any(cell.strip() for cell in line[len(columns) + 1 :])
+        if not name or len(labels) != len(columns) or beyond:
             raise UserError(
                 f"data: line {number} of {path} must be an image and {len(columns)} numbers, "
                 "each 0 or 1."
+            )
+        # Written otherwise, one image could be listed twice, or lie outside of the folder.
+        if "\0" in name or {"", ".", ".."} & set(name.split("/")):
+            raise UserError(
+                f"data: line {number} of {path}: {name!r} is no plain path below the folder of "
+                "images; write it like 'beach_1.jpg'."
             )
         if not any(labels):
             raise UserError(

@@ -172,6 +172,9 @@ def test_an_image_that_cannot_be_read_takes_its_labels_with_it(tmp_path):
         ({"a": {"1.png": "0,0,0"}}, None, ["line 2", "1.png", "no label"]),
         ({"a": {"1.png": "1,0"}}, None, ["line 2", "3 numbers"]),
         ({"a": {"1.png": "1,0,yes"}}, None, ["line 2", "0 or 1"]),
+        ({"a": {"1.png": "1,0,0,1"}}, None, ["line 2", "3 numbers"]),
+        ({"a": {"./1.png": "1,0,0"}}, None, ["line 2", "'./1.png'"]),
+        ({"a": {"../1.png": "1,0,0"}}, None, ["line 2", "'../1.png'"]),
         ({"a": {"1.png": "1"}}, "image,one", ["two labels or more"]),
         (ROWS, "image,one,two,One", ["'one'"]),
     ],
@@ -190,6 +193,9 @@ def test_tables_of_other_columns_and_images_listed_twice_are_refused(tmp_path):
     whole = table.read_text(encoding="utf-8-sig")
     table.write_text(whole + "airplane_00001.jpg,0,1,0\n")
     with pytest.raises(UserError, match=r"airplane_00001\.jpg.*twice"):
+        load(root, tmp_path)
+    table.write_text(whole.replace("airplane_00001", "air\0plane"))
+    with pytest.raises(UserError, match="line 2"):
         load(root, tmp_path)
     table.write_text(whole.replace("bare soil", "soil"))
     with pytest.raises(UserError, match="columns"):
