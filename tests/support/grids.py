@@ -93,7 +93,8 @@ def wait_for_workers(grid: Any) -> None:
     """Return when all workers of a Ray grid are up, which it notices in an exchange."""
     federation = Federation(grid.workspace, grid)
     federation.join()
-    deadline = time.monotonic() + 60
+    # A worker that was killed is started again, which takes long where all cores are busy.
+    deadline = time.monotonic() + 120
     while not all(slot.free for slot in grid.pool.slots):
         assert time.monotonic() < deadline
         federation.evaluate(0)
