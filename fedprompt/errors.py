@@ -65,3 +65,13 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(sorted(known))}." if known else ""
+
+
+def any_of(names: Sequence[str]) -> str:
+    """The names that would do, for an error message: `a`, `a or b`, `a, b or c`.
+
+    Args:
+        names: at least one name.
+    """
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedprompt.config.multi_label import MultiLabelConfig
 from fedprompt.config.schema import Config
-from fedprompt.errors import UserError
+from fedprompt.errors import UserError, any_of
 from fedprompt.evaluation.registry import all_protocols, protocol_class
 from fedprompt.methods.base import takes_label_sets
 from fedprompt.methods.registry import all_methods, method_class
@@ -33,7 +33,7 @@ def check_multi_label(config: Config) -> None:
         able = sorted(name for name, cls in all_methods().items() if takes_label_sets(cls))
         raise UserError(
             f"config: method '{config.method.name}' cannot be used with {several}; use "
-            f"{', '.join(able[:-1])} or {able[-1]}."
+            f"{any_of(able)}."
         )
     for name in config.protocols:
         if not protocol_class(name).multi_label:

@@ -19,7 +19,7 @@ from fedprompt.config.schema import (
 )
 from fedprompt.data.partition.pseudo_labels import check_pseudo_labels
 from fedprompt.data.sources.registry import build_data
-from fedprompt.errors import UserError, did_you_mean
+from fedprompt.errors import UserError, any_of, did_you_mean
 from fedprompt.evaluation import registry as protocols
 from fedprompt.experiment.label_sets import check_multi_label
 from fedprompt.experiment.trackers import check_names
@@ -195,7 +195,7 @@ def _check_image_noise(config: Config) -> None:
         raise UserError(
             f"config: method '{config.method.name}' with these settings lets out more of an image "
             "than the gradient of its own loss, which is all that privacy.image_noise protects; "
-            f"use {', '.join(able[:-1])} or {able[-1]}."
+            f"use {any_of(able)}."
         )
     sampling = config.privacy.image_sampling
     clashes = {
@@ -319,13 +319,13 @@ def _check_secure_aggregation(config: Config) -> None:
         able = [n for n, rule in all_strategies().items() if rule.needs_only_the_mean()]
         raise UserError(
             f"config: strategy '{config.strategy.name}' looks at single replies, which "
-            f"secure_aggregation hides; use {', '.join(able[:-1])} or {able[-1]}."
+            f"secure_aggregation hides; use {any_of(able)}."
         )
     kind = config.attack.kind
     if kind not in ("none", *SEEN_THROUGH):
         raise UserError(
             f"config: attack.kind={kind} is caught by checks of single replies, which "
-            f"secure_aggregation hides; use {', '.join(SEEN_THROUGH[:-1])} or {SEEN_THROUGH[-1]}."
+            f"secure_aggregation hides; use {any_of(SEEN_THROUGH)}."
         )
     if config.clock.enabled:
         raise UserError(
