@@ -33,6 +33,19 @@ def open_pixels(clip: FrozenCLIP, dataset: ImageDataset, index: Sequence[int]) -
     return pixels
 
 
+def normalised(clip: FrozenCLIP, pixels_B3HW: Tensor) -> Tensor:
+    """Images with pixels from 0 to 1 as the image tower takes them, (B, 3, H, W)."""
+    mean, std = clip.mean_std[:, :, None, None].to(pixels_B3HW)
+    images: Tensor = (pixels_B3HW - mean) / std
+    return images
+
+
+def features_of_pixels(clip: FrozenCLIP, pixels_B3HW: Tensor) -> Tensor:
+    """Image features (B, D), as `encode_images` returns them, of images with pixels from 0 to 1."""
+    parts = normalised(clip, pixels_B3HW).split(clip.image_batch)
+    return torch.cat([clip.encode_images(part) for part in parts])
+
+
 def starts(pixels_B3HW: Tensor, index: Sequence[int], seed: int) -> Tensor:
     """Random directions (B, 3, H, W) from -1 to 1, keyed by the image's number in the data set."""
     shape = tuple(pixels_B3HW.shape[1:])
@@ -47,8 +60,7 @@ def logits_of_pixels(method: Method, encoded: Tensors, pixels_B3HW: Tensor) -> T
         encoded: the model, with client axis 1.
         pixels_B3HW: images with pixels from 0 to 1.
     """
-    mean, std = method.clip.mean_std[:, :, None, None].to(pixels_B3HW)
-    inputs = inputs_of_pixels(method, (pixels_B3HW - mean) / std)
+    inputs = inputs_of_pixels(method, normalised(method.clip, pixels_B3HW))
     return method.logits(encoded, inputs.of_one())[0].float()
 
 

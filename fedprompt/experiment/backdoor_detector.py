@@ -22,9 +22,9 @@ from scipy.special import expit
 from scipy.stats import rankdata
 from torch import Tensor
 
-from fedprompt.evaluation.perturbations import open_pixels
+from fedprompt.evaluation.perturbations import features_of_pixels, open_pixels
 from fedprompt.evaluation.triggers import trained_trigger, triggered
-from fedprompt.methods.registry import method_class
+from fedprompt.methods.registry import zero_shot
 from fedprompt.rng import generator
 from fedprompt.scoring import encode_global
 from fedprompt.workspace import Workspace
@@ -60,8 +60,7 @@ def train_detector(workspace: Workspace, *, targets: int, images: int, steps: in
         images: number of images, evenly spread.
         steps: steps of each trigger.
     """
-    zero_shot = method_class("zero_shot")
-    method: Any = zero_shot(zero_shot.Config(), workspace.clip, workspace.task)
+    method = zero_shot(workspace.clip, workspace.task)
     model, seed = encode_global(method, {}), workspace.config.seed
     eps = workspace.config.attack.eps / 255
     test = workspace.partition.server_test
@@ -120,10 +119,6 @@ def _spread(count: int, wanted: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
-@torch.no_grad()
 def _embedded(workspace: Workspace, pixels: Tensor) -> Tensor:
-    clip = workspace.clip
-    mean, std = clip.mean_std[:, :, None, None]
-    parts = ((pixels - mean) / std).split(clip.image_batch)
-    features = torch.cat([clip.encode_images(part) for part in parts]).float()
-    return torch.nn.functional.normalize(features, dim=-1).cpu()
+    features = features_of_pixels(workspace.clip, pixels)
+    return torch.nn.functional.normalize(features, dim=-1)

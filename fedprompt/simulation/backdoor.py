@@ -43,7 +43,7 @@ from torch import Tensor
 
 from fedprompt.data.features.rows import Rows
 from fedprompt.errors import UserError
-from fedprompt.evaluation.perturbations import ATTACKABLE
+from fedprompt.evaluation.perturbations import ATTACKABLE, features_of_pixels
 from fedprompt.evaluation.triggers import classes_of_pixels, trained_trigger, triggered
 from fedprompt.federation import client_app
 from fedprompt.federation.received import received
@@ -195,11 +195,7 @@ def _with_images(
         pixels: their new pixels, from 0 to 1.
         target: their new label.
     """
-    clip = workspace.clip
-    mean, std = clip.mean_std[:, :, None, None]
-    normalised = (pixels - mean) / std
-    parts = [clip.encode_images(part) for part in normalised.split(clip.image_batch)]
-    features = torch.cat(parts).float().cpu().numpy()
+    features = features_of_pixels(workspace.clip, pixels).numpy()
     as_bytes = (pixels * 255).round().to(torch.uint8).numpy()
     labels_N = workspace.dataset.labels_N.copy()
     labels_N[index] = target

@@ -32,7 +32,7 @@ from fedprompt.evaluation.adaptation import (
     tent,
     tpt,
 )
-from fedprompt.evaluation.perturbations import ATTACKABLE, open_pixels
+from fedprompt.evaluation.perturbations import ATTACKABLE, normalised, open_pixels
 from fedprompt.evaluation.protocol import Finished, Numbers, Part, Reported
 from fedprompt.messages import MAX_EXAMPLES, Ranges
 from fedprompt.methods.base import Method, Tensors, takes_steps
@@ -235,9 +235,8 @@ def _views(workspace: Workspace, index: Index) -> list[Inputs]:
 def _pixels(workspace: Workspace, index: Index) -> Tensor:
     """Normalised pixels (B, 3, H, W) of some images, on the device of the backbone."""
     clip = workspace.clip
-    mean, std = clip.mean_std[:, :, None, None]
-    pixels: Tensor = (open_pixels(clip, workspace.dataset, index.tolist()) - mean) / std
-    return pixels.to(clip.device)
+    pixels = open_pixels(clip, workspace.dataset, index.tolist())
+    return normalised(clip, pixels).to(clip.device)
 
 
 def _table(title: str, runs: Sequence[tuple[str, Part]]) -> Table:
