@@ -15,6 +15,8 @@ from PIL import Image
 TRAIN, TEST = 0, 1
 VAL = 2  # of an official validation split; an `ImageDataset` has such images only if asked to
 HELD = 3  # held out by a protocol: no client trains on the image and no ordinary test contains it
+UNLABELLED = -1
+"""The label of an image whose class is not known."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from torch import Tensor
 from fedprompt.backbone.clip import FrozenCLIP
 from fedprompt.backbone.text_tokens import refuse_twins
 from fedprompt.backbone.token_routing import TokenRouting
+from fedprompt.data.dataset import UNLABELLED
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.batch import (
-    UNLABELLED,
     Batch,
     ClientData,
     RoundInfo,

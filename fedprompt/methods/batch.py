@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedprompt.config.multi_label import MultiLabelConfig
+from fedprompt.data.dataset import UNLABELLED
 from fedprompt.data.descriptions import Descriptions, plain
 from fedprompt.data.features.inputs import Inputs
 from fedprompt.methods.parts.draws import Draw, StepDraws
 from fedprompt.rng import normal, uniform
 
-UNLABELLED = -1
-"""The label of an image whose class is not known."""
 Tensors = dict[str, Tensor]
 """Named tensors, for example the shared or the private prompts of a client."""
 

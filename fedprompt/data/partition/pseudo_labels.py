@@ -42,13 +42,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedprompt.config.schema import Config
+from fedprompt.data.dataset import UNLABELLED
 from fedprompt.data.partition.queries import OF_LABELS
 from fedprompt.errors import UserError
 
 GUESSES, PHASE = f"{OF_LABELS}guesses", f"{OF_LABELS}phase"
 """Names of the state in a store of private tensors."""
-NO_LABEL = -1
-"""In place of the class of an image that is not trained on."""
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
@@ -93,7 +92,7 @@ class Guesses:
         return sure_C, np.bincount(self.classes_N, minlength=classes)
 
     def chosen(self, quota_C: Whole) -> Whole:
-        """The labels (N,) to train on, `NO_LABEL` for images that are left out.
+        """The labels (N,) to train on, `UNLABELLED` for images that are left out.
 
         Args:
             quota_C: the largest number of images of each class.
@@ -101,11 +100,11 @@ class Guesses:
         Returns:
             Labels of `images_chosen` images.
         """
-        labels_N = np.full(len(self.classes_N), NO_LABEL, dtype=np.int64)
+        labels_N = np.full(len(self.classes_N), UNLABELLED, dtype=np.int64)
         for c in np.unique(self.classes_N):
             rows = np.flatnonzero(self.classes_N == c)
             labels_N[rows[np.argsort(self.place_N[rows])][: quota_C[c]]] = c
-        if (labels_N == NO_LABEL).all():
+        if (labels_N == UNLABELLED).all():
             best = self.place_N.argmin()
             labels_N[best] = self.classes_N[best]
         return labels_N

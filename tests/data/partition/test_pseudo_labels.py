@@ -18,7 +18,6 @@ from flwr.app import ConfigRecord, Message, MessageType
 
 from fedprompt.data.partition.pseudo_labels import (
     GUESSES,
-    NO_LABEL,
     PHASE,
     Guesses,
     Totals,
@@ -27,22 +26,17 @@ from fedprompt.data.partition.pseudo_labels import (
 from fedprompt.data.partition.stages import stage_of
 from fedprompt.deploy.governance.policy import Policy, objections
 from fedprompt.errors import UserError
-from fedprompt.experiment.checkpoint import read_checkpoint
-from fedprompt.experiment.display import QuietDisplay
-from fedprompt.experiment.rounds import run_server
-from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.pseudo_labelling import TOTALS, PseudoLabels, pseudo_labels
 from fedprompt.federation.server_app import Federation
 from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import to_arrays
 from fedprompt.methods.base import UNLABELLED
-from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
 from fedprompt.rng import generator
 from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 from tests.support.displays import StopAfter
+from tests.support.recorded_runs import play, play_on
 
 MakeWorkspace = Callable[..., Workspace]
 N, C = 40, 4
@@ -83,13 +77,13 @@ def test_guesses_are_those_of_loops(logits_NC: np.ndarray, share: float) -> None
     assert guessed_C.tolist() == [Counter(classes)[c] for c in range(C + 1)]
 
     quota_C = np.array([3, 0, 2, 50, 1])
-    expected = [NO_LABEL] * N
+    expected = [UNLABELLED] * N
     for c in range(C):
         rows = sorted((i for i in range(N) if classes[i] == c), key=lambda i: -top[i])
         for i in rows[: quota_C[c]]:
             expected[i] = c
     assert guesses.chosen(quota_C).tolist() == expected
-    assert images_chosen(quota_C, guessed_C) == sum(label != NO_LABEL for label in expected)
+    assert images_chosen(quota_C, guessed_C) == sum(label != UNLABELLED for label in expected)
     again = Guesses.read(guesses.table())
     assert again.chosen(quota_C).tolist() == expected
     assert again.sure_N.tolist() == sure
@@ -99,11 +93,11 @@ def test_a_client_without_any_quota_keeps_its_best_guess(logits_NC: np.ndarray) 
     classes, top, _ = plainly(logits_NC, 0.5)
     best = top.index(max(top))
     labels_N = Guesses.of(logits_NC, 0.5).chosen(np.zeros(C, dtype=np.int64))
-    assert {best: classes[best]} == {i: c for i, c in enumerate(labels_N) if c != NO_LABEL}
+    assert {best: classes[best]} == {i: c for i, c in enumerate(labels_N) if c != UNLABELLED}
     assert images_chosen(np.zeros(C, dtype=np.int64), np.array([1, 2, 0, 4])) == 1
     alone = Guesses.of(logits_NC[:1], 0.5)
     assert alone.counts(C)[0].sum() == 0, "a single image is above no quantile"
-    assert (alone.chosen(np.zeros(C, dtype=np.int64)) != NO_LABEL).all()
+    assert (alone.chosen(np.zeros(C, dtype=np.int64)) != UNLABELLED).all()
     # Equally probable images keep their order.
     same = Guesses.of(np.repeat(logits_NC[:1], 5, 0), 0.5)
     assert same.place_N.tolist() == list(range(5))
@@ -198,7 +192,7 @@ def test_clients_without_labels_train_on_their_quotas(make_workspace: MakeWorksp
         assert labels_N is not None
         assert labels_N.tolist() == expected_N.tolist()
         data = workspace.train_data(client, None, labels_N)
-        taken = expected_N != NO_LABEL
+        taken = expected_N != UNLABELLED
         assert data.labels_N.tolist() == expected_N[taken].tolist()
         rows = workspace.views[0].rows(workspace.partition.train(client)[taken])
         assert torch.equal(data.plain().features, rows.features)
@@ -264,26 +258,12 @@ def test_a_resumed_run_goes_on_with_the_same_labels(
     """Interrupted within a phase: the server asks again, and clients have their guesses."""
     workspace = make_workspace(**{**BLIND, "method": {"name": "fedpgp"}})
 
-    def run(folder: RunFolder, display: QuietDisplay, checkpoint: Any = None) -> None:
-        private = PrivateLog(folder.path / PRIVATE, 4)
-        try:
-            federation = Federation(workspace, InlineGrid(workspace, private))
-            run_server(federation, folder, display, checkpoint, private)
-        finally:
-            private.close()
-            folder.close()
-
-    def into(name: str) -> RunFolder:
-        output = replace(workspace.config.output, dir=str(tmp_path / name))
-        return RunFolder.create(replace(workspace.config, output=output))
-
-    run(into("whole"), QuietDisplay())
+    play(workspace, tmp_path / "whole")
     for stop in (1, 2):
         part = tmp_path / f"part{stop}"
         with pytest.raises(KeyboardInterrupt):
-            run(into(part.name), StopAfter(stop))
-        resumed = RunFolder.resume(part)[0]
-        run(resumed, QuietDisplay(), read_checkpoint(part / CHECKPOINT))
+            play(workspace, part, StopAfter(stop))
+        play_on(workspace, part)
         lines = [(f / "metrics.jsonl").read_text() for f in (tmp_path / "whole", part)]
         assert lines[0] == lines[1]
     phases = [json.loads(x).get("pseudo_labels", {}).get("phase") for x in lines[0].splitlines()]

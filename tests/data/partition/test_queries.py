@@ -24,21 +24,16 @@ from fedprompt.data.partition.queries import (
 )
 from fedprompt.data.partition.stages import stage_of
 from fedprompt.errors import UserError
-from fedprompt.experiment.checkpoint import read_checkpoint
-from fedprompt.experiment.display import QuietDisplay
-from fedprompt.experiment.rounds import run_server
-from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.server_app import Federation
 from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import to_arrays
 from fedprompt.methods.base import UNLABELLED
-from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
 from fedprompt.rng import generator
 from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 from tests.support.displays import StopAfter
+from tests.support.recorded_runs import play, play_on
 
 N, C, D = 60, 4, 8
 
@@ -190,27 +185,10 @@ def test_a_resumed_run_asks_for_the_same_labels(
     keep = {"momentum_state": "keep"} if method == "fedpgp" else {}
     workspace = make_workspace(**{**ACTIVE, "method": {"name": method}, "training": keep})
 
-    def run(folder: RunFolder, display: QuietDisplay, checkpoint: Any = None) -> None:
-        private = PrivateLog(folder.path / PRIVATE, 4)
-        try:
-            federation = Federation(workspace, InlineGrid(workspace, private))
-            run_server(federation, folder, display, checkpoint, private)
-        finally:
-            private.close()
-            folder.close()
-
-    def into(name: str) -> RunFolder:
-        output = replace(workspace.config.output, dir=str(tmp_path / name))
-        return RunFolder.create(replace(workspace.config, output=output))
-
-    run(into("whole"), QuietDisplay())
+    play(workspace, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(into("part"), StopAfter(2))
-    run(
-        RunFolder.resume(tmp_path / "part")[0],
-        QuietDisplay(),
-        read_checkpoint(tmp_path / "part" / CHECKPOINT),
-    )
+        play(workspace, tmp_path / "part", StopAfter(2))
+    play_on(workspace, tmp_path / "part")
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "part")]
     assert lines[0] == lines[1]
     assert [json.loads(x).get("labels", {}).get("asked") for x in lines[0].splitlines()] == [

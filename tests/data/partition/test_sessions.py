@@ -14,19 +14,14 @@ from fedprompt.config.schema import PartitionConfig
 from fedprompt.data.partition.sessions import bounds, in_session
 from fedprompt.data.partition.stages import stage_of
 from fedprompt.errors import UserError
-from fedprompt.experiment.checkpoint import read_checkpoint
-from fedprompt.experiment.display import QuietDisplay
-from fedprompt.experiment.rounds import run_server
-from fedprompt.experiment.run_folder import RunFolder
 from fedprompt.federation.server_app import Federation
 from fedprompt.files.tensors import array_checksum
 from fedprompt.messages import to_arrays
-from fedprompt.reports.run_data import CHECKPOINT, PRIVATE
 from fedprompt.simulation.inline_grid import InlineGrid
-from fedprompt.simulation.private_log import PrivateLog
 from fedprompt.workspace import Workspace
 from tests.support.builders import small_config
 from tests.support.displays import StopAfter
+from tests.support.recorded_runs import play, play_on
 
 INCREMENTAL: dict[str, Any] = {
     "method": {"name": "promptfl", "context_tokens": 2},
@@ -151,28 +146,10 @@ def test_a_resumed_run_goes_on_in_its_session(
     sections = {**INCREMENTAL, "federation": {"rounds": 6, "fraction": 0.5}}
     workspace = make_workspace(**sections)
 
-    def run(folder: RunFolder, display: QuietDisplay, checkpoint: Any = None) -> Federation:
-        private = PrivateLog(folder.path / PRIVATE, 4)
-        try:
-            federation = Federation(workspace, InlineGrid(workspace, private))
-            run_server(federation, folder, display, checkpoint, private)
-        finally:
-            private.close()
-            folder.close()
-        return federation
-
-    def into(name: str) -> RunFolder:
-        output = replace(workspace.config.output, dir=str(tmp_path / name))
-        return RunFolder.create(replace(workspace.config, output=output))
-
-    whole = run(into("whole"), QuietDisplay())
+    whole = play(workspace, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(into("part"), StopAfter(3))
-    part = run(
-        RunFolder.resume(tmp_path / "part")[0],
-        QuietDisplay(),
-        read_checkpoint(tmp_path / "part" / CHECKPOINT),
-    )
+        play(workspace, tmp_path / "part", StopAfter(3))
+    part = play_on(workspace, tmp_path / "part")
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "part")]
     assert lines[0] == lines[1]
     assert whole.asked == part.asked
